@@ -1,0 +1,3 @@
+#define LOWBIT_TABLE avx2_kernels
+#define LOWBIT_SIMD "simd_avx2.h"
+#include "kernels.h"

@@ -1,0 +1,136 @@
+// The Python module lowbit._native. Shapes are checked by lowbit/native.py; here types are translated, nothing more.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "lowbit.h"
+
+namespace nb = nanobind;
+using namespace lowbit;
+
+template <class T>
+using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+using AnyIn = Array<nb::ro>;
+using AnyOut = nb::ndarray<nb::c_contig, nb::device::cpu>;
+using Bytes = Array<const uint8_t>;
+using Codes = Array<uint8_t>;
+using Floats = Array<const float>;
+using FloatsOut = Array<float>;
+using MaybeFloats = std::optional<Floats>;
+
+static Dtype dtype_of(nb::dlpack::dtype type) {
+    if (type == nb::dtype<float>()) return Dtype::f32;
+    return type.code == uint8_t(nb::dlpack::dtype_code::Bfloat) ? Dtype::bf16 : Dtype::f16;
+}
+static Weight weight_of(const AnyIn& array) { return {array.data(), dtype_of(array.dtype())}; }
+template <class Matrix>
+static Grid grid_of(const Matrix& array, int64_t block_rows, int64_t block_cols) {
+    return {int64_t(array.shape(0)), int64_t(array.shape(1)), block_rows, block_cols};
+}
+static const float* data_or_null(const MaybeFloats& array) { return array ? array->data() : nullptr; }
+
+NB_MODULE(_native, module) {
+    using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+
+    module.def("isa", [] { return std::string(kernels().isa); });
+    module.def("supported_isas", [] {
+        std::vector<std::string> names;
+        for (const Kernels* each : supported_kernels()) names.push_back(each->isa);
+        return names;
+    });
+    module.def(
+        "block_range",
+        [](const AnyIn& weight, int64_t block_rows, int64_t block_cols, const FloatsOut& least,
+           const FloatsOut& greatest) {
+            Grid grid = grid_of(weight, block_rows, block_cols);
+            return kernels().block_range(grid, weight_of(weight), least.data(), greatest.data());
+        },
+        Unlocked());
+    module.def(
+        "quantize_affine",
+        [](const AnyIn& weight, const Floats& scale, const MaybeFloats& zero, float offset, float code_max,
+           bool round_sum, int64_t block_rows, int64_t block_cols, const Codes& out) {
+            Grid grid = grid_of(weight, block_rows, block_cols);
+            kernels().quantize_affine(grid, weight_of(weight), scale.data(), data_or_null(zero), offset, code_max,
+                                      round_sum ? Rounding::sum : Rounding::quotient, out.data());
+        },
+        nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        Unlocked());
+    module.def(
+        "quantize_levels",
+        [](const AnyIn& weight, const Floats& scale, const Floats& levels, const Bytes& codes, int64_t block_rows,
+           int64_t block_cols, const Codes& out) {
+            Grid grid = grid_of(weight, block_rows, block_cols);
+            Levels table = nearest_level(levels.data(), codes.data(), int(levels.shape(0)));
+            kernels().quantize_levels(grid, weight_of(weight), scale.data(), table, out.data());
+        },
+        Unlocked());
+    module.def(
+        "quantize_fp8",
+        [](const AnyIn& weight, const Floats& scale, bool e5m2, int64_t block_rows, int64_t block_cols,
+           const Codes& out) {
+            Grid grid = grid_of(weight, block_rows, block_cols);
+            kernels().quantize_fp8(grid, weight_of(weight), scale.data(), e5m2 ? Fp8::e5m2 : Fp8::e4m3fn, out.data());
+        },
+        Unlocked());
+    module.def(
+        "dequantize",
+        [](const Bytes& codes, const Floats& scale, const MaybeFloats& zero, const MaybeFloats& level,
+           int64_t block_rows, int64_t block_cols, const AnyOut& out) {
+            Grid grid = grid_of(codes, block_rows, block_cols);
+            Quantized quantized{codes.data(), scale.data(), data_or_null(zero), data_or_null(level)};
+            kernels().dequantize(grid, quantized, {out.data(), dtype_of(out.dtype())});
+        },
+        nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), Unlocked());
+    module.def(
+        "error",
+        [](const AnyIn& weight, const Bytes& codes, const Floats& scale, const MaybeFloats& zero,
+           const MaybeFloats& level, int64_t block_rows, int64_t block_cols) {
+            Grid grid = grid_of(codes, block_rows, block_cols);
+            Quantized quantized{codes.data(), scale.data(), data_or_null(zero), data_or_null(level)};
+            ErrorSums sums = kernels().error(grid, weight_of(weight), quantized);
+            return std::make_tuple(sums.squared_error, sums.squared_weight, sums.max_error);
+        },
+        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), Unlocked());
+    module.def(
+        "pack_bits",
+        [](const Bytes& codes, int bits, const AnyOut& words) {
+            kernels().pack_bits(codes.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), bits, words.data());
+        },
+        Unlocked());
+    module.def(
+        "unpack_bits",
+        [](const AnyIn& words, int bits, const Codes& codes) {
+            kernels().unpack_bits(words.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), bits, codes.data());
+        },
+        Unlocked());
+    module.def(
+        "pack_bits_transposed",
+        [](const Bytes& codes, int bits, const AnyOut& words) {
+            pack_bits_transposed(kernels(), codes.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), bits,
+                                 words.data());
+        },
+        Unlocked());
+    module.def(
+        "unpack_bits_transposed",
+        [](const AnyIn& words, int bits, const Codes& codes) {
+            unpack_bits_transposed(kernels(), words.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), bits,
+                                   codes.data());
+        },
+        Unlocked());
+    module.def(
+        "pack_nibbles_high_first",
+        [](const Bytes& codes, const Codes& bytes) {
+            pack_nibbles_high_first(kernels(), codes.data(), int64_t(codes.shape(0)), bytes.data());
+        },
+        Unlocked());
+    module.def(
+        "unpack_nibbles_high_first",
+        [](const Bytes& bytes, const Codes& codes) {
+            unpack_nibbles_high_first(kernels(), bytes.data(), int64_t(codes.shape(0)), codes.data());
+        },
+        Unlocked());
+}

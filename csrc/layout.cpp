@@ -1,0 +1,119 @@
+// What needs no instruction set of its own: thresholds of level tables, and layouts made of packed rows.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "lowbit.h"
+
+namespace lowbit {
+
+namespace {
+
+// The least float32 x that goes to the upper of two neighbouring levels.
+float threshold_between(float below, float above, bool tie_goes_up) {
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    // the exact sum is sum + rest (Knuth's two-sum), so that a midpoint is never taken for another by rounding
+    double a = below, b = above, sum = a + b, part = sum - a, rest = (a - (sum - part)) + (b - part);
+    double middle = sum / 2;
+    auto nearest = static_cast<float>(middle);
+    bool exact = double(nearest) == middle && rest == 0;
+    if (exact) return tie_goes_up ? nearest : std::nextafter(nearest, infinity);
+    bool at_or_above = double(nearest) > middle || (double(nearest) == middle && rest < 0);
+    return at_or_above ? nearest : std::nextafter(nearest, infinity);
+}
+
+bool tie_goes_up(float below, uint8_t code_below, float above, uint8_t code_above) {
+    bool even_below = code_below % 2 == 0, even_above = code_above % 2 == 0;
+    return even_below == even_above ? std::fabs(above) <= std::fabs(below) : even_above;
+}
+
+}  // namespace
+
+Levels nearest_level(const float* sorted, const uint8_t* codes, int count) {
+    Levels levels{count, {}, {}};
+    for (int i = 0; i < 256; i++) {
+        levels.threshold[i] = std::numeric_limits<float>::quiet_NaN();
+        levels.code[i] = i < count ? codes[i] : 0;
+    }
+    for (int i = 0; i + 1 < count; i++) {
+        bool up = tie_goes_up(sorted[i], codes[i], sorted[i + 1], codes[i + 1]);
+        levels.threshold[i] = threshold_between(sorted[i], sorted[i + 1], up);
+    }
+    return levels;
+}
+
+// ---- transposed words ----
+
+// Rows are packed in tiles of 16 x 512 words: a line of the output is written whole, and the tile stays in L1.
+namespace {
+
+constexpr int64_t tile_rows = 16, tile_words = 512;
+using Tile = uint32_t[tile_rows][tile_words];
+
+// body(row, rows, first code, codes, first word, words) for each tile.
+template <class Body>
+void each_tile(int64_t rows, int64_t cols, int bits, Body body) {
+    int64_t all_words = words_per_row(cols, bits), step = tile_words / bits * bits;  // a multiple of 32 codes
+    for (int64_t row = 0; row < rows; row += tile_rows)
+        for (int64_t word = 0; word < all_words; word += step) {
+            int64_t col = word / bits * 32, words = std::min(step, all_words - word);
+            body(row, std::min(tile_rows, rows - row), col, std::min(step / bits * 32, cols - col), word, words);
+        }
+}
+
+}  // namespace
+
+void pack_bits_transposed(const Kernels& kernels, const uint8_t* codes, int64_t rows, int64_t cols, int bits,
+                          void* words) {
+    auto to = static_cast<uint8_t*>(words);
+    Tile tile;
+    each_tile(rows, cols, bits, [&](int64_t row, int64_t high, int64_t col, int64_t wide, int64_t word, int64_t count) {
+        for (int64_t i = 0; i < high; i++) kernels.pack_bits(codes + (row + i) * cols + col, 1, wide, bits, tile[i]);
+        kernels.transpose_words(tile, tile_words, high, count, to + 4 * (word * rows + row), rows);
+    });
+}
+
+void unpack_bits_transposed(const Kernels& kernels, const void* words, int64_t rows, int64_t cols, int bits,
+                            uint8_t* codes) {
+    auto from = static_cast<const uint8_t*>(words);
+    Tile tile;
+    each_tile(rows, cols, bits, [&](int64_t row, int64_t high, int64_t col, int64_t wide, int64_t word, int64_t count) {
+        kernels.transpose_words(from + 4 * (word * rows + row), rows, count, high, tile, tile_words);
+        for (int64_t i = 0; i < high; i++) kernels.unpack_bits(tile[i], 1, wide, bits, codes + (row + i) * cols + col);
+    });
+}
+
+// ---- nibbles ----
+
+namespace {
+
+constexpr int64_t chunk = 4096;  // codes: packed and swapped while they are in L1
+
+void swap_nibbles(uint8_t* bytes, int64_t count) {
+    for (int64_t i = 0; i < count; i++) bytes[i] = uint8_t(bytes[i] << 4 | bytes[i] >> 4);
+}
+
+}  // namespace
+
+void pack_nibbles_high_first(const Kernels& kernels, const uint8_t* codes, int64_t count, uint8_t* bytes) {
+    uint8_t packed[chunk / 2];
+    for (int64_t at = 0; at < count; at += chunk) {
+        int64_t some = std::min(chunk, count - at);
+        kernels.pack_bits(codes + at, 1, some, 4, packed);
+        swap_nibbles(packed, (some + 1) / 2);
+        std::memcpy(bytes + at / 2, packed, size_t((some + 1) / 2));
+    }
+}
+
+void unpack_nibbles_high_first(const Kernels& kernels, const uint8_t* bytes, int64_t count, uint8_t* codes) {
+    uint8_t packed[chunk / 2];
+    for (int64_t at = 0; at < count; at += chunk) {
+        int64_t some = std::min(chunk, count - at);
+        std::memcpy(packed, bytes + at / 2, size_t((some + 1) / 2));
+        swap_nibbles(packed, (some + 1) / 2);
+        kernels.unpack_bits(packed, 1, some, 4, codes + at);
+    }
+}
+
+}  // namespace lowbit

@@ -1,0 +1,104 @@
+// The native core: quantize, dequantize, measure and pack, one thread, no Python.
+//
+// A weight is [rows, cols], row-major and contiguous; a scale (and a zero) is float32
+// [ceil(rows / block_rows), ceil(cols / block_cols)], tails are shorter blocks. Codes are one uint8 each.
+// Arithmetic is IEEE float32 without contraction, so that every instruction set gives the same bits.
+// Pointers to weights, codes and words may have any alignment; sizes may be zero or odd.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "packed words are little-endian byte streams");
+
+namespace lowbit {
+
+enum class Dtype { f32, f16, bf16 };
+enum class Fp8 { e4m3fn, e5m2 };
+enum class Rounding { quotient, sum };  // rint(w / s) + zero, or rint(w / s + zero)
+
+// Every block size must be at least 1; it may exceed the axis.
+struct Grid {
+    int64_t rows, cols, block_rows, block_cols;
+};
+
+struct Weight {
+    const void* data;
+    Dtype dtype;
+};
+
+struct Output {
+    void* data;
+    Dtype dtype;
+};
+
+// Codes and what they stand for: (code - zero) * scale, or level[code] * scale where `zero` is null.
+struct Quantized {
+    const uint8_t* codes;
+    const float* scale;
+    const float* zero;
+    const float* level;  // 256 entries; may be null where `zero` is not
+};
+
+// Which level a quotient is nearest to, as thresholds; made by `nearest_level`.
+struct Levels {
+    int count;
+    float threshold[256];  // rank r + 1 is chosen over r where x >= threshold[r]; NaN beyond the last level
+    int32_t code[256];     // code of each rank
+};
+
+struct ErrorSums {
+    double squared_error = 0, squared_weight = 0;
+    float max_error = 0;
+};
+
+// One row per instruction set. All functions are pure but for the arrays they are given to fill.
+struct Kernels {
+    const char* isa;
+
+    // Least and greatest value of each block; NaN is skipped, -0 counts as 0. Returns the flat index of the first
+    // NaN or Inf, or -1.
+    int64_t (*block_range)(const Grid&, Weight, float* least, float* greatest);
+
+    // clamp(rounded(w / s, zero), 0, code_max) with `offset` in place of a null `zero`; ties to even, NaN becomes 0.
+    void (*quantize_affine)(const Grid&, Weight, const float* scale, const float* zero, float offset, float code_max,
+                            Rounding, uint8_t* codes);
+    void (*quantize_levels)(const Grid&, Weight, const float* scale, const Levels&, uint8_t* codes);
+
+    // The byte of w / s in FP8, ties to even, saturated to the greatest finite value; NaN stays NaN.
+    void (*quantize_fp8)(const Grid&, Weight, const float* scale, Fp8, uint8_t* codes);
+    void (*dequantize)(const Grid&, const Quantized&, Output);
+
+    // Sums over w - dequantized (float32), squared and added in float64 in 16 fixed lanes per row.
+    ErrorSums (*error)(const Grid&, Weight, const Quantized&);
+
+    // Each row is a dense stream of `bits` per code, least significant bit first, padded with zero bits to 32.
+    void (*pack_bits)(const uint8_t* codes, int64_t rows, int64_t cols, int bits, void* words);
+    void (*unpack_bits)(const void* words, int64_t rows, int64_t cols, int bits, uint8_t* codes);
+
+    // to[col][row] = from[row][col] for 32-bit words; strides are words from row to row.
+    void (*transpose_words)(const void* from, int64_t from_stride, int64_t rows, int64_t cols, void* to,
+                            int64_t to_stride);
+};
+
+// The table in use: the best that this CPU has, or the one that the environment variable LOWBIT_ISA names (a test
+// hook). Throws std::runtime_error where that one does not exist here.
+const Kernels& kernels();
+std::vector<const Kernels*> supported_kernels();  // scalar first
+
+static inline int64_t words_per_row(int64_t cols, int bits) { return (cols * bits + 31) / 32; }
+
+// Thresholds for sorted levels. An exact midpoint goes to the level with the even code; where both or neither code
+// is even, to the one of smaller magnitude; where these are equal too, to the greater.
+Levels nearest_level(const float* sorted, const uint8_t* codes, int count);
+
+// Word j of packed row n goes to words[j * rows + n]: the layout of GPTQ's qweight, where rows are output features.
+void pack_bits_transposed(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, int bits, void* words);
+void unpack_bits_transposed(const Kernels&, const void* words, int64_t rows, int64_t cols, int bits, uint8_t* codes);
+
+// Two codes per byte, the first in the high nibble (bitsandbytes); an odd last byte has a zero low nibble.
+void pack_nibbles_high_first(const Kernels&, const uint8_t* codes, int64_t count, uint8_t* bytes);
+void unpack_nibbles_high_first(const Kernels&, const uint8_t* bytes, int64_t count, uint8_t* codes);
+
+}  // namespace lowbit

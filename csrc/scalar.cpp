@@ -1,0 +1,3 @@
+#define LOWBIT_TABLE scalar_kernels
+#define LOWBIT_SIMD "simd_scalar.h"
+#include "kernels.h"

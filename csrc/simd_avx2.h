@@ -1,0 +1,137 @@
+// Sixteen lanes as two AVX2 registers, with F16C. simd_scalar.h says what each function means.
+// Include inside an anonymous namespace.
+
+constexpr const char* isa_name = "avx2";
+
+struct F {
+    __m256 low, high;
+};
+struct I {
+    __m256i low, high;
+};
+struct M {
+    __m256i low, high;
+};
+struct D {
+    __m256d a = _mm256_setzero_pd(), b = a, c = a, d = a;  // named: an array would stay in memory
+};
+
+const __m256i* wide(const void* from) { return static_cast<const __m256i*>(from); }
+const __m128i* narrow(const void* from) { return static_cast<const __m128i*>(from); }
+
+F load_f32(const void* from) {
+    auto at = static_cast<const uint8_t*>(from);
+    return {_mm256_castsi256_ps(_mm256_loadu_si256(wide(at))), _mm256_castsi256_ps(_mm256_loadu_si256(wide(at + 32)))};
+}
+F load_f16(const void* from) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(narrow(from))), _mm256_cvtph_ps(_mm_loadu_si128(narrow(from) + 1))};
+}
+I load_u16(const void* from) {
+    return {_mm256_cvtepu16_epi32(_mm_loadu_si128(narrow(from))),
+            _mm256_cvtepu16_epi32(_mm_loadu_si128(narrow(from) + 1))};
+}
+I load_u8(const void* from) {
+    __m128i bytes = _mm_loadu_si128(narrow(from));
+    return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+}
+void store_wide(void* to, __m256i value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }
+void store_f32(void* to, F value) {
+    auto at = static_cast<uint8_t*>(to);
+    store_wide(at, _mm256_castps_si256(value.low)), store_wide(at + 32, _mm256_castps_si256(value.high));
+}
+void store_f16(void* to, F value) {
+    __m128i low = _mm256_cvtps_ph(value.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m128i high = _mm256_cvtps_ph(value.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    store_wide(to, _mm256_set_m128i(high, low));
+}
+// Values must fit uint16.
+__m256i as_u16(I value) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(value.low, value.high), 0xd8); }
+void store_u16(void* to, I value) { store_wide(to, as_u16(value)); }
+void store_u8(void* to, I value) {
+    __m256i halves = as_u16(value);
+    __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    _mm_storeu_si128(static_cast<__m128i*>(to), bytes);
+}
+
+F set(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+I set(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+F floats(I bits) { return {_mm256_castsi256_ps(bits.low), _mm256_castsi256_ps(bits.high)}; }
+I bits(F value) { return {_mm256_castps_si256(value.low), _mm256_castps_si256(value.high)}; }
+F to_float(I value) { return {_mm256_cvtepi32_ps(value.low), _mm256_cvtepi32_ps(value.high)}; }
+I to_int(F value) { return {_mm256_cvttps_epi32(value.low), _mm256_cvttps_epi32(value.high)}; }
+
+F add(F a, F b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+F sub(F a, F b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+F mul(F a, F b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+F div(F a, F b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+F min(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+F max(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+F rint(F a) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.low, mode), _mm256_round_ps(a.high, mode)};
+}
+
+I add(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+I sub(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
+I both(I a, I b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
+I either(I a, I b) { return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)}; }
+I min(I a, I b) { return {_mm256_min_epi32(a.low, b.low), _mm256_min_epi32(a.high, b.high)}; }
+I max(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
+template <int n>
+I shift_left(I a) {
+    return {_mm256_slli_epi32(a.low, n), _mm256_slli_epi32(a.high, n)};
+}
+template <int n>
+I shift_right(I a) {
+    return {_mm256_srli_epi32(a.low, n), _mm256_srli_epi32(a.high, n)};
+}
+M greater(I a, I b) { return {_mm256_cmpgt_epi32(a.low, b.low), _mm256_cmpgt_epi32(a.high, b.high)}; }
+M at_least(F a, F b) {
+    return {_mm256_castps_si256(_mm256_cmp_ps(a.low, b.low, _CMP_GE_OQ)),
+            _mm256_castps_si256(_mm256_cmp_ps(a.high, b.high, _CMP_GE_OQ))};
+}
+bool any(M mask) { return _mm256_movemask_epi8(_mm256_or_si256(mask.low, mask.high)) != 0; }
+I select(M mask, I yes, I no) {
+    return {_mm256_blendv_epi8(no.low, yes.low, mask.low), _mm256_blendv_epi8(no.high, yes.high, mask.high)};
+}
+
+__m256 lookup16(F table, __m256i index) {
+    __m256 low = _mm256_permutevar8x32_ps(table.low, index), high = _mm256_permutevar8x32_ps(table.high, index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // bit 3 to the sign
+}
+F lookup16(F table, I index) { return {lookup16(table, index.low), lookup16(table, index.high)}; }
+F lookup256(const float* table, I index) {
+    return {_mm256_i32gather_ps(table, index.low, 4), _mm256_i32gather_ps(table, index.high, 4)};
+}
+I lookup256(const int32_t* table, I index) {
+    return {_mm256_i32gather_epi32(table, index.low, 4), _mm256_i32gather_epi32(table, index.high, 4)};
+}
+
+void add_square(__m256d& sum, __m128 value) {
+    __m256d wide = _mm256_cvtps_pd(value);
+    sum = _mm256_add_pd(sum, _mm256_mul_pd(wide, wide));
+}
+void add_square(D& sums, F value) {
+    add_square(sums.a, _mm256_castps256_ps128(value.low)), add_square(sums.b, _mm256_extractf128_ps(value.low, 1));
+    add_square(sums.c, _mm256_castps256_ps128(value.high)), add_square(sums.d, _mm256_extractf128_ps(value.high, 1));
+}
+double total(const D& sums) {
+    __m256d low = _mm256_add_pd(sums.a, sums.c), high = _mm256_add_pd(sums.b, sums.d);
+    __m256d four = _mm256_add_pd(low, high);
+    __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+float least(F value) {
+    __m256 eight = _mm256_min_ps(value.low, value.high);
+    __m128 four = _mm_min_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+}
+float greatest(F value) {
+    __m256 eight = _mm256_max_ps(value.low, value.high);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+#include "pack_avx2.h"

@@ -1,0 +1,223 @@
+// Sixteen lanes in plain C++: the reference that the other instruction sets must equal bit for bit.
+// Include inside an anonymous namespace.
+
+constexpr const char* isa_name = "scalar";
+
+template <class T>
+struct Lanes {
+    T at[16];
+};
+using F = Lanes<float>;
+using I = Lanes<int32_t>;
+using M = Lanes<bool>;
+struct D {
+    double at[16] = {};
+};
+
+template <class R, class Op>
+R each(Op op) {
+    R out;
+    for (int i = 0; i < 16; i++) out.at[i] = op(i);
+    return out;
+}
+
+template <class To, class From>
+To bit_copy(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    __builtin_memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+float half_to_float(uint16_t half) {
+    uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7fff;
+    if (magnitude > 0x7c00) return bit_copy<float>(sign | 0x7fc00000 | magnitude << 13);
+    if (magnitude == 0x7c00) return bit_copy<float>(sign | 0x7f800000);
+    float value = bit_copy<float>(magnitude << 13) * 0x1p112f;  // exact: the exponent bias moves from 15 to 127
+    return bit_copy<float>(bit_copy<uint32_t>(value) | sign);
+}
+
+uint16_t float_to_half(float value) {
+    uint32_t bits = bit_copy<uint32_t>(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00 | (magnitude >> 13 & 0x3ff));
+    if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // from 65520 on, half to even gives infinity
+    if (magnitude < 0x38800000) {                                 // subnormal half: let float32 round at 2**-24
+        float shifted = bit_copy<float>(magnitude) + 0.5f;
+        return uint16_t(sign | (bit_copy<uint32_t>(shifted) - 0x3f000000));
+    }
+    return uint16_t(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13));
+}
+
+// Loads and stores of 16 elements at any address.
+template <class T>
+Lanes<T> load(const void* from) {
+    Lanes<T> out;
+    __builtin_memcpy(&out, from, sizeof out);
+    return out;
+}
+template <class T>
+void store(void* to, const Lanes<T>& value) {
+    __builtin_memcpy(to, &value, sizeof value);
+}
+F load_f32(const void* from) { return load<float>(from); }
+F load_f16(const void* from) {
+    auto half = load<uint16_t>(from);
+    return each<F>([&](int i) { return half_to_float(half.at[i]); });
+}
+I load_u16(const void* from) {
+    auto wide = load<uint16_t>(from);
+    return each<I>([&](int i) { return int32_t(wide.at[i]); });
+}
+I load_u8(const void* from) {
+    auto wide = load<uint8_t>(from);
+    return each<I>([&](int i) { return int32_t(wide.at[i]); });
+}
+void store_f32(void* to, F value) { store(to, value); }
+void store_f16(void* to, F value) {
+    store(to, each<Lanes<uint16_t>>([&](int i) { return float_to_half(value.at[i]); }));
+}
+void store_u16(void* to, I value) {
+    store(to, each<Lanes<uint16_t>>([&](int i) { return uint16_t(value.at[i]); }));
+}
+void store_u8(void* to, I value) {
+    store(to, each<Lanes<uint8_t>>([&](int i) { return uint8_t(value.at[i]); }));
+}
+
+F set(float value) {
+    return each<F>([&](int) { return value; });
+}
+I set(int32_t value) {
+    return each<I>([&](int) { return value; });
+}
+F floats(I bits) { return bit_copy<F>(bits); }
+I bits(F value) { return bit_copy<I>(value); }
+F to_float(I value) {
+    return each<F>([&](int i) { return float(value.at[i]); });
+}
+// Values must fit int32.
+I to_int(F value) {
+    return each<I>([&](int i) { return int32_t(value.at[i]); });
+}
+
+F add(F a, F b) {
+    return each<F>([&](int i) { return a.at[i] + b.at[i]; });
+}
+F sub(F a, F b) {
+    return each<F>([&](int i) { return a.at[i] - b.at[i]; });
+}
+F mul(F a, F b) {
+    return each<F>([&](int i) { return a.at[i] * b.at[i]; });
+}
+F div(F a, F b) {
+    return each<F>([&](int i) { return a.at[i] / b.at[i]; });
+}
+F rint(F a) {
+    return each<F>([&](int i) { return __builtin_rintf(a.at[i]); });
+}
+// b where either is NaN.
+F min(F a, F b) {
+    return each<F>([&](int i) { return a.at[i] < b.at[i] ? a.at[i] : b.at[i]; });
+}
+F max(F a, F b) {
+    return each<F>([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
+}
+
+I add(I a, I b) {
+    return each<I>([&](int i) { return int32_t(uint32_t(a.at[i]) + uint32_t(b.at[i])); });
+}
+I sub(I a, I b) {
+    return each<I>([&](int i) { return int32_t(uint32_t(a.at[i]) - uint32_t(b.at[i])); });
+}
+I both(I a, I b) {
+    return each<I>([&](int i) { return a.at[i] & b.at[i]; });
+}
+I either(I a, I b) {
+    return each<I>([&](int i) { return a.at[i] | b.at[i]; });
+}
+I min(I a, I b) {
+    return each<I>([&](int i) { return a.at[i] < b.at[i] ? a.at[i] : b.at[i]; });
+}
+I max(I a, I b) {
+    return each<I>([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
+}
+template <int n>
+I shift_left(I a) {
+    return each<I>([&](int i) { return int32_t(uint32_t(a.at[i]) << n); });
+}
+template <int n>
+I shift_right(I a) {
+    return each<I>([&](int i) { return int32_t(uint32_t(a.at[i]) >> n); });
+}
+M greater(I a, I b) {
+    return each<M>([&](int i) { return a.at[i] > b.at[i]; });
+}
+// False where either is NaN.
+M at_least(F a, F b) {
+    return each<M>([&](int i) { return a.at[i] >= b.at[i]; });
+}
+bool any(M mask) {
+    for (bool lane : mask.at)
+        if (lane) return true;
+    return false;
+}
+I select(M mask, I yes, I no) {
+    return each<I>([&](int i) { return mask.at[i] ? yes.at[i] : no.at[i]; });
+}
+
+// table[index]: of 16 entries (only the low 4 bits of the index count), or of 256 (index 0 to 255).
+F lookup16(F table, I index) {
+    return each<F>([&](int i) { return table.at[index.at[i] & 15]; });
+}
+F lookup256(const float* table, I index) {
+    return each<F>([&](int i) { return table[index.at[i]]; });
+}
+I lookup256(const int32_t* table, I index) {
+    return each<I>([&](int i) { return table[index.at[i]]; });
+}
+
+void add_square(D& sums, F value) {
+    for (int i = 0; i < 16; i++) sums.at[i] += double(value.at[i]) * double(value.at[i]);
+}
+// The order of these sums is part of the result: lane i + lane i + 8, then + 4, + 2, + 1.
+double total(const D& sums) {
+    double at[16];
+    __builtin_memcpy(at, sums.at, sizeof at);
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) at[i] += at[i + half];
+    return at[0];
+}
+float least(F value) {
+    float out = value.at[0];
+    for (float lane : value.at) out = lane < out ? lane : out;
+    return out;
+}
+float greatest(F value) {
+    float out = value.at[0];
+    for (float lane : value.at) out = lane > out ? lane : out;
+    return out;
+}
+
+// 32 codes to 4 * bits bytes and back, bits 1 to 7. Pack writes and unpack reads up to 2 * bits + 16 bytes.
+template <int bits>
+void pack32(const uint8_t* codes, uint8_t* bytes) {
+    for (int group = 0; group < 4; group++) {
+        uint64_t stream = 0;
+        for (int i = 0; i < 8; i++) stream |= uint64_t(codes[8 * group + i] & ((1 << bits) - 1)) << (bits * i);
+        __builtin_memcpy(bytes + bits * group, &stream, bits);
+    }
+}
+template <int bits>
+void unpack32(const uint8_t* bytes, uint8_t* codes) {
+    for (int group = 0; group < 4; group++) {
+        uint64_t stream = 0;
+        __builtin_memcpy(&stream, bytes + bits * group, bits);
+        for (int i = 0; i < 8; i++) codes[8 * group + i] = uint8_t(stream >> (bits * i) & ((1 << bits) - 1));
+    }
+}
+
+// 8 x 8 words; strides in bytes.
+void transpose8(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
+    for (int row = 0; row < 8; row++)
+        for (int col = 0; col < 8; col++)
+            __builtin_memcpy(to + col * to_stride + 4 * row, from + row * from_stride + 4 * col, 4);
+}

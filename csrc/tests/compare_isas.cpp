@@ -1,0 +1,172 @@
+// Every instruction set against the scalar reference, bit for bit: odd and zero sizes, unaligned and exactly sized
+// buffers (so that the address sanitizer sees a byte too many), values of every kind.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+
+#include "lowbit.h"
+
+using namespace lowbit;
+
+static std::mt19937 source(1);
+static int failures = 0;
+
+// `size` bytes at an odd address, ending where the allocation ends.
+struct Buffer {
+    std::vector<uint8_t> bytes;
+    explicit Buffer(int64_t size, uint8_t fill = 0) : bytes(size_t(size) + 1, fill) {}
+    uint8_t* at() { return bytes.data() + 1; }
+};
+
+static Buffer random_codes(int64_t count, int greatest) {
+    Buffer codes(count);
+    for (int64_t i = 0; i < count; i++) codes.at()[i] = uint8_t(source() % (greatest + 1));
+    return codes;
+}
+
+static size_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// Half of the elements any bit pattern (NaN, Inf, subnormal), half ordinary numbers; `wild` false: ordinary only.
+static Buffer random_weight(int64_t count, Dtype dtype, bool wild) {
+    Buffer weight(count * int64_t(size_of(dtype)));
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < count; i++) {
+        auto any = uint32_t(source());
+        float ordinary = normal(source);
+        uint32_t bits;
+        std::memcpy(&bits, &ordinary, 4);
+        if (dtype == Dtype::bf16) bits >>= 16, any >>= 16;
+        if (dtype == Dtype::f16) bits = (bits >> 16 & 0x8000) | 0x3800 | (bits & 0x3ff), any >>= 16;
+        std::memcpy(weight.at() + i * int64_t(size_of(dtype)), wild && source() % 2 ? &any : &bits, size_of(dtype));
+    }
+    return weight;
+}
+
+// Aligned, as the bindings give them.
+static std::vector<float> random_scales(int64_t count) {
+    std::vector<float> scales(static_cast<size_t>(count));
+    for (float& scale : scales) scale = std::ldexp(1.0f + float(source() % 1000) / 1000, int(source() % 20) - 12);
+    return scales;
+}
+
+static void expect_same(const char* what, const Kernels& kernels, const Grid& grid, const void* got, const void* want,
+                        size_t size) {
+    if (size == 0 || std::memcmp(got, want, size) == 0) return;
+    failures++;
+    std::printf("%s on %s differs from scalar: %lld x %lld, blocks %lld x %lld\n", what, kernels.isa,
+                (long long)grid.rows, (long long)grid.cols, (long long)grid.block_rows, (long long)grid.block_cols);
+}
+
+// The same call on both tables, each into its own buffer of `size` bytes.
+template <class Call>
+static void compare(const char* what, const Kernels& kernels, const Grid& grid, int64_t size, Call call) {
+    Buffer got(size, 0xaa), want(size, 0xbb);
+    call(kernels, got.at());
+    call(*supported_kernels()[0], want.at());
+    expect_same(what, kernels, grid, got.at(), want.at(), size_t(size));
+}
+
+static int64_t blocks(const Grid& grid) {
+    int64_t down = (grid.rows + grid.block_rows - 1) / grid.block_rows;
+    return down * ((grid.cols + grid.block_cols - 1) / grid.block_cols);
+}
+
+static void compare_quantize(const Kernels& kernels, const Grid& grid, Dtype dtype, bool wild) {
+    int64_t count = grid.rows * grid.cols;
+    Buffer data = random_weight(count, dtype, wild);
+    Weight weight{data.at(), dtype};
+    auto scale = random_scales(blocks(grid)), zero = random_scales(blocks(grid));
+    for (const float* z : {static_cast<const float*>(nullptr), static_cast<const float*>(zero.data())})
+        for (Rounding rounding : {Rounding::quotient, Rounding::sum})
+            compare("quantize_affine", kernels, grid, count, [&](const Kernels& k, uint8_t* out) {
+                k.quantize_affine(grid, weight, scale.data(), z, 8, 15, rounding, out);
+            });
+    for (Fp8 format : {Fp8::e4m3fn, Fp8::e5m2})
+        compare("quantize_fp8", kernels, grid, count,
+                [&](const Kernels& k, uint8_t* out) { k.quantize_fp8(grid, weight, scale.data(), format, out); });
+    for (int levels : {1, 2, 5, 16, 17, 256}) {
+        std::vector<float> sorted(static_cast<size_t>(levels));
+        std::vector<uint8_t> codes(sorted.size());
+        for (int i = 0; i < levels; i++) {
+            sorted[size_t(i)] = std::sinh(float(i - levels / 2) / 16);
+            codes[size_t(i)] = uint8_t(i * 7);
+        }
+        Levels table = nearest_level(sorted.data(), codes.data(), levels);
+        compare("quantize_levels", kernels, grid, count,
+                [&](const Kernels& k, uint8_t* out) { k.quantize_levels(grid, weight, scale.data(), table, out); });
+    }
+    compare("block_range", kernels, grid, 8 * blocks(grid) + 8, [&](const Kernels& k, uint8_t* out) {
+        std::vector<float> least(scale.size()), greatest(scale.size());
+        int64_t first_bad = k.block_range(grid, weight, least.data(), greatest.data());
+        std::memcpy(out, &first_bad, 8);
+        if (scale.empty()) return;
+        std::memcpy(out + 8, least.data(), 4 * least.size());
+        std::memcpy(out + 8 + 4 * least.size(), greatest.data(), 4 * greatest.size());
+    });
+}
+
+static std::vector<float> level_table(int ramp, int others) {
+    std::vector<float> table(256, NAN);
+    for (int i = 0; i < ramp; i++) table[size_t(i)] = float(i - ramp / 2);
+    for (int i = 0; i < others; i++) table[size_t(i)] = std::sinh(float(i - others / 3) / 16);
+    return table;
+}
+
+static void compare_dequantize(const Kernels& kernels, const Grid& grid, Dtype dtype) {
+    int64_t count = grid.rows * grid.cols;
+    Buffer data = random_weight(count, dtype, false), codes = random_codes(count, 255);
+    auto scale = random_scales(blocks(grid)), zero = random_scales(blocks(grid));
+    for (auto& level : {level_table(16, 0), level_table(256, 0), level_table(0, 16), level_table(0, 200)})
+        for (const float* z : {static_cast<const float*>(nullptr), static_cast<const float*>(zero.data())}) {
+            Quantized quantized{codes.at(), scale.data(), z, level.data()};
+            compare("dequantize", kernels, grid, count * int64_t(size_of(dtype)),
+                    [&](const Kernels& k, uint8_t* out) { k.dequantize(grid, quantized, {out, dtype}); });
+            compare("error", kernels, grid, 20, [&](const Kernels& k, uint8_t* out) {
+                ErrorSums sums = k.error(grid, {data.at(), dtype}, quantized);
+                std::memcpy(out, &sums.squared_error, 8), std::memcpy(out + 8, &sums.squared_weight, 8);
+                std::memcpy(out + 16, &sums.max_error, 4);
+            });
+        }
+}
+
+static void compare_pack(const Kernels& kernels, int64_t rows, int64_t cols, int bits) {
+    Grid grid{rows, cols, bits, 0};
+    int64_t count = rows * cols, size = 4 * rows * words_per_row(cols, bits);
+    Buffer codes = random_codes(count, 255), words = random_codes(size, 255);
+    compare("pack_bits", kernels, grid, size,
+            [&](const Kernels& k, uint8_t* out) { k.pack_bits(codes.at(), rows, cols, bits, out); });
+    compare("unpack_bits", kernels, grid, count,
+            [&](const Kernels& k, uint8_t* out) { k.unpack_bits(words.at(), rows, cols, bits, out); });
+    compare("pack_bits_transposed", kernels, grid, size,
+            [&](const Kernels& k, uint8_t* out) { pack_bits_transposed(k, codes.at(), rows, cols, bits, out); });
+    compare("unpack_bits_transposed", kernels, grid, count,
+            [&](const Kernels& k, uint8_t* out) { unpack_bits_transposed(k, words.at(), rows, cols, bits, out); });
+    compare("pack_nibbles", kernels, grid, (count + 1) / 2,
+            [&](const Kernels& k, uint8_t* out) { pack_nibbles_high_first(k, codes.at(), count, out); });
+    Buffer nibbles = random_codes((count + 1) / 2, 255);
+    compare("unpack_nibbles", kernels, grid, count,
+            [&](const Kernels& k, uint8_t* out) { unpack_nibbles_high_first(k, nibbles.at(), count, out); });
+}
+
+int main() {
+    auto all = supported_kernels();
+    for (size_t i = all.size() > 1 ? 1 : 0; i < all.size(); i++) {  // alone, scalar still meets the sanitizers
+        const Kernels& kernels = *all[i];
+        for (int64_t rows : {0, 1, 2, 5})
+            for (int64_t cols : {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 127, 129, 300}) {
+                for (int64_t block_cols : {1, 3, 16, 24, 32, 64, 1000})
+                    for (int64_t block_rows : {1, 2, 7})
+                        for (Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
+                            Grid grid{rows, cols, block_rows, block_cols};
+                            for (bool wild : {false, true}) compare_quantize(kernels, grid, dtype, wild);
+                            compare_dequantize(kernels, grid, dtype);
+                        }
+                for (int bits = 1; bits <= 8; bits++) compare_pack(kernels, rows, cols, bits);
+            }
+        for (int bits = 1; bits <= 8; bits++) compare_pack(kernels, 37, 5003, bits);
+        std::printf("%s: done\n", kernels.isa);
+    }
+    return failures == 0 ? 0 : 1;
+}

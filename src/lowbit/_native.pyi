@@ -1,0 +1,49 @@
+from torch import Tensor
+
+def isa() -> str: ...
+def supported_isas() -> list[str]: ...
+def block_range(weight: Tensor, block_rows: int, block_cols: int, least: Tensor, greatest: Tensor, /) -> int: ...
+def quantize_affine(
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    offset: float,
+    code_max: float,
+    round_sum: bool,
+    block_rows: int,
+    block_cols: int,
+    out: Tensor,
+    /,
+) -> None: ...
+def quantize_levels(
+    weight: Tensor, scale: Tensor, levels: Tensor, codes: Tensor, block_rows: int, block_cols: int, out: Tensor, /
+) -> None: ...
+def quantize_fp8(
+    weight: Tensor, scale: Tensor, e5m2: bool, block_rows: int, block_cols: int, out: Tensor, /
+) -> None: ...
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    levels: Tensor | None,
+    block_rows: int,
+    block_cols: int,
+    out: Tensor,
+    /,
+) -> None: ...
+def error(
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    levels: Tensor | None,
+    block_rows: int,
+    block_cols: int,
+    /,
+) -> tuple[float, float, float]: ...
+def pack_bits(codes: Tensor, bits: int, words: Tensor, /) -> None: ...
+def unpack_bits(words: Tensor, bits: int, codes: Tensor, /) -> None: ...
+def pack_bits_transposed(codes: Tensor, bits: int, words: Tensor, /) -> None: ...
+def unpack_bits_transposed(words: Tensor, bits: int, codes: Tensor, /) -> None: ...
+def pack_nibbles_high_first(codes: Tensor, packed: Tensor, /) -> None: ...
+def unpack_nibbles_high_first(packed: Tensor, codes: Tensor, /) -> None: ...

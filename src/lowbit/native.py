@@ -1,0 +1,283 @@
+"""The native kernels on torch CPU tensors: shapes are checked here, the work is in `csrc/`.
+
+A weight is `[rows, cols]` in float32, float16 or bfloat16; a scale block is `block_rows x block_cols` elements, with
+shorter tails, so that scales are float32 `[ceil(rows / block_rows), ceil(cols / block_cols)]`. Blocks may exceed the
+weight. Codes are one uint8 each. All tensors are contiguous and on the CPU; results go to `out` where it is given.
+
+Kernels run on the calling thread and release the interpreter lock: give each thread its own rows, cut at multiples of
+`block_rows`. Every instruction set gives the same bits. All functions raise `ValueError` that names the argument.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int32, UInt8
+from torch import Tensor
+
+from lowbit import _native
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def isa() -> str:
+    """Name of the instruction set in use: `scalar`, `avx2` or `avx512`."""
+    return _native.isa()
+
+
+def supported_isas() -> tuple[str, ...]:
+    """The instruction sets that this machine can run, `scalar` first."""
+    return tuple(_native.supported_isas())
+
+
+def block_range(
+    weight: Float[Tensor, "rows cols"], block_rows: int, block_cols: int
+) -> tuple[Float[Tensor, "blocks_down blocks_across"], Float[Tensor, "blocks_down blocks_across"], int]:
+    """Least and greatest value of each block, and the flat index of the first NaN or Inf (-1: none).
+
+    NaN is skipped (a block of nothing else has least +inf and greatest -inf); negative zero counts as zero.
+    """
+    blocks = _blocks(_weight(weight), block_rows, block_cols)
+    least, greatest = torch.empty(blocks), torch.empty(blocks)
+    first_bad = _native.block_range(weight.detach(), block_rows, block_cols, least, greatest)
+    return least, greatest, first_bad
+
+
+def quantize_affine(
+    weight: Float[Tensor, "rows cols"],
+    scale: Float[Tensor, "blocks_down blocks_across"],
+    zero: Float[Tensor, "blocks_down blocks_across"] | None,
+    code_offset: int,
+    code_max: int,
+    block_rows: int,
+    block_cols: int,
+    *,
+    round_sum: bool = False,
+    out: UInt8[Tensor, "rows cols"] | None = None,
+) -> UInt8[Tensor, "rows cols"]:
+    """`clamp(rint(weight / scale) + zero, 0, code_max)`, ties to even, in float32.
+
+    `code_offset` stands in for an absent `zero`. With `round_sum` it is `rint(weight / scale + zero)`, which is what
+    a zero point that is no integer needs. NaN becomes code 0.
+    """
+    blocks = _blocks(_weight(weight), block_rows, block_cols)
+    _scales(blocks, scale, zero)
+    if not 0 <= code_max <= 255:
+        raise ValueError(f"code_max is {code_max}; it must be 0 to 255")
+    codes = _out(out, weight.shape)
+    _native.quantize_affine(
+        weight.detach(), scale, zero, code_offset, code_max, round_sum, block_rows, block_cols, codes
+    )
+    return codes
+
+
+def quantize_levels(
+    weight: Float[Tensor, "rows cols"],
+    scale: Float[Tensor, "blocks_down blocks_across"],
+    levels: Float[Tensor, "levels"],
+    codes: UInt8[Tensor, "levels"],
+    block_rows: int,
+    block_cols: int,
+    *,
+    out: UInt8[Tensor, "rows cols"] | None = None,
+) -> UInt8[Tensor, "rows cols"]:
+    """Code of the level nearest to `weight / scale` (float32); `levels` ascend, `codes[i]` is the code of `levels[i]`.
+
+    An exact midpoint goes to the level with the even code; if both or neither are even, to the one of smaller
+    magnitude; if these are equal too, to the greater. NaN becomes the code of the least level.
+    """
+    blocks = _blocks(_weight(weight), block_rows, block_cols)
+    _scales(blocks, scale, None)
+    count = min(max(levels.numel(), 1), 256)
+    _check("levels", levels, (count,), torch.float32)
+    _check("codes", codes, (count,), torch.uint8)
+    if not levels.isfinite().all() or (levels.diff() < 0).any():
+        raise ValueError("levels must be finite and in ascending order")
+    result = _out(out, weight.shape)
+    _native.quantize_levels(weight.detach(), scale, levels, codes, block_rows, block_cols, result)
+    return result
+
+
+def quantize_fp8(
+    weight: Float[Tensor, "rows cols"],
+    scale: Float[Tensor, "blocks_down blocks_across"],
+    format: Literal["e4m3fn", "e5m2"],
+    block_rows: int,
+    block_cols: int,
+    *,
+    out: UInt8[Tensor, "rows cols"] | None = None,
+) -> UInt8[Tensor, "rows cols"]:
+    """The FP8 byte of `weight / scale`, ties to even, saturated to the greatest finite value (448 or 57344).
+
+    The formats are those of Micikevicius et al. 2022, "FP8 formats for deep learning", section 3.
+    """
+    blocks = _blocks(_weight(weight), block_rows, block_cols)
+    _scales(blocks, scale, None)
+    if format not in ("e4m3fn", "e5m2"):
+        raise ValueError(f"format is {format!r}; it must be 'e4m3fn' or 'e5m2'")
+    codes = _out(out, weight.shape)
+    _native.quantize_fp8(weight.detach(), scale, format == "e5m2", block_rows, block_cols, codes)
+    return codes
+
+
+def dequantize(
+    codes: UInt8[Tensor, "rows cols"],
+    scale: Float[Tensor, "blocks_down blocks_across"],
+    zero: Float[Tensor, "blocks_down blocks_across"] | None,
+    levels: Float[Tensor, "256"] | None,
+    block_rows: int,
+    block_cols: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Float[Tensor, "rows cols"] | None = None,
+) -> Float[Tensor, "rows cols"]:
+    """`levels[code] * scale`, or `(code - zero) * scale` where `zero` is given; float32, rounded once, ties to even.
+
+    `levels` holds NaN for codes that the grid does not have. `dtype` is that of the result where `out` is not given.
+    """
+    _quantized(codes, scale, zero, levels, block_rows, block_cols)
+    weight = torch.empty(codes.shape, dtype=dtype) if out is None else out
+    _check("out", weight, codes.shape, *WEIGHT_DTYPES)
+    _native.dequantize(codes, scale, zero, levels, block_rows, block_cols, weight)
+    return weight
+
+
+def error(
+    weight: Float[Tensor, "rows cols"],
+    codes: UInt8[Tensor, "rows cols"],
+    scale: Float[Tensor, "blocks_down blocks_across"],
+    zero: Float[Tensor, "blocks_down blocks_across"] | None,
+    levels: Float[Tensor, "256"] | None,
+    block_rows: int,
+    block_cols: int,
+) -> tuple[float, float, float]:
+    """Sum of squared errors, sum of squared weights, and greatest absolute error of what `dequantize` gives (float32).
+
+    Sums are float64 in a fixed order within a row; rows are added in order.
+    """
+    _quantized(codes, scale, zero, levels, block_rows, block_cols)
+    _check("weight", weight, codes.shape, *WEIGHT_DTYPES)
+    return _native.error(weight.detach(), codes, scale, zero, levels, block_rows, block_cols)
+
+
+def pack_bits(
+    codes: UInt8[Tensor, "rows cols"], bits: int, *, out: Int32[Tensor, "rows words"] | None = None
+) -> Int32[Tensor, "rows words"]:
+    """Each row as a dense stream of `bits` (1 to 8) per code, least significant first, padded with zero bits to int32.
+
+    Only the low `bits` of a code are kept. `words` is `ceil(cols * bits / 32)`.
+    """
+    _check("codes", codes, _two(codes.shape), torch.uint8)
+    rows, cols = codes.shape
+    words = _out(out, (rows, _words(cols, bits)), torch.int32)
+    _native.pack_bits(codes, bits, words)
+    return words
+
+
+def unpack_bits(
+    words: Int32[Tensor, "rows words"], bits: int, cols: int, *, out: UInt8[Tensor, "rows cols"] | None = None
+) -> UInt8[Tensor, "rows cols"]:
+    """The codes that `pack_bits` was given."""
+    _check("words", words, (_two(words.shape)[0], _words(cols, bits)), torch.int32)
+    codes = _out(out, (words.shape[0], cols))
+    _native.unpack_bits(words, bits, codes)
+    return codes
+
+
+def pack_bits_transposed(
+    codes: UInt8[Tensor, "rows cols"], bits: int, *, out: Int32[Tensor, "words rows"] | None = None
+) -> Int32[Tensor, "words rows"]:
+    """`pack_bits(codes, bits).T`, contiguous: GPTQ's qweight, where rows are output features."""
+    _check("codes", codes, _two(codes.shape), torch.uint8)
+    rows, cols = codes.shape
+    words = _out(out, (_words(cols, bits), rows), torch.int32)
+    _native.pack_bits_transposed(codes, bits, words)
+    return words
+
+
+def unpack_bits_transposed(
+    words: Int32[Tensor, "words rows"], bits: int, cols: int, *, out: UInt8[Tensor, "rows cols"] | None = None
+) -> UInt8[Tensor, "rows cols"]:
+    """The codes that `pack_bits_transposed` was given."""
+    _check("words", words, (_words(cols, bits), _two(words.shape)[1]), torch.int32)
+    codes = _out(out, (words.shape[1], cols))
+    _native.unpack_bits_transposed(words, bits, codes)
+    return codes
+
+
+def pack_nibbles_high_first(
+    codes: UInt8[Tensor, "count"], *, out: UInt8[Tensor, "bytes"] | None = None
+) -> UInt8[Tensor, "bytes"]:
+    """Two 4-bit codes per byte, the first in the high nibble (bitsandbytes); an odd last byte has a zero low nibble."""
+    _check("codes", codes, (codes.numel(),), torch.uint8)
+    packed = _out(out, (ceil(codes.numel() / 2),))
+    _native.pack_nibbles_high_first(codes, packed)
+    return packed
+
+
+def unpack_nibbles_high_first(
+    packed: UInt8[Tensor, "bytes"], count: int, *, out: UInt8[Tensor, "count"] | None = None
+) -> UInt8[Tensor, "count"]:
+    """The `count` codes that `pack_nibbles_high_first` was given."""
+    _check("packed", packed, (ceil(count / 2),), torch.uint8)
+    codes = _out(out, (count,))
+    _native.unpack_nibbles_high_first(packed, codes)
+    return codes
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}")
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous and on the CPU")
+
+
+def _two(shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) != 2:
+        raise ValueError(f"a matrix is needed, and the shape is {list(shape)}")
+    return shape[0], shape[1]
+
+
+def _weight(weight: Tensor) -> tuple[int, int]:
+    shape = _two(weight.shape)
+    _check("weight", weight, shape, *WEIGHT_DTYPES)
+    return shape
+
+
+def _blocks(shape: tuple[int, int], block_rows: int, block_cols: int) -> tuple[int, int]:
+    if block_rows < 1 or block_cols < 1:
+        raise ValueError(f"a block of {block_rows} x {block_cols} elements is empty; both must be at least 1")
+    return -(-shape[0] // block_rows), -(-shape[1] // block_cols)
+
+
+def _scales(blocks: tuple[int, int], scale: Tensor, zero: Tensor | None) -> None:
+    _check("scale", scale, blocks, torch.float32)
+    if zero is not None:
+        _check("zero", zero, blocks, torch.float32)
+
+
+def _quantized(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, levels: Tensor | None, block_rows: int, block_cols: int
+) -> None:
+    _check("codes", codes, _two(codes.shape), torch.uint8)
+    _scales(_blocks(_two(codes.shape), block_rows, block_cols), scale, zero)
+    if levels is not None:
+        _check("levels", levels, (256,), torch.float32)
+    if levels is None and zero is None:
+        raise ValueError("levels are needed where there is no zero")
+
+
+def _words(cols: int, bits: int) -> int:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits is {bits}; it must be 1 to 8")
+    return ceil(cols * bits / 32)
+
+
+def _out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
+    result = torch.empty(shape, dtype=dtype) if out is None else out
+    _check("out", result, shape, dtype)
+    return result

@@ -1,0 +1,334 @@
+"""The native kernels against `tests/reference/kernels.py`, torch, and themselves on other instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from inspect import unwrap
+from math import ceil, inf, nan
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowbit import native
+from tests.reference import kernels as oracle
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+INT4 = [float(i - 8) for i in range(16)]
+NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0]
+NF4 += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1.0]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# Rows, columns, rows and columns of a block: whole and cut blocks, one column, no rows, blocks beyond the weight.
+SHAPES = [(3, 256, 1, 128), (3, 150, 1, 32), (4, 77, 3, 24), (2, 40, 9, 99), (3, 50, 2, 1), (1, 1, 1, 1), (0, 8, 1, 4)]
+shapes = pytest.mark.parametrize("shape", SHAPES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+every_width = pytest.mark.parametrize("bits", range(1, 9))
+
+
+def make(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight with many exact ties, its scales, and integer zeros."""
+    rows, cols, high, wide = shape
+    rng = torch.Generator().manual_seed(rows * cols)
+    scale = 2.0 ** torch.randint(-3, 4, (ceil(rows / high), ceil(cols / wide)), generator=rng)
+    zero = torch.randint(0, 16, scale.shape, generator=rng).float()
+    weight = torch.randn(rows, cols, generator=rng) * 8
+    ties = torch.rand(rows, cols, generator=rng) < 0.5
+    return torch.where(ties, (weight * 2).round() / 4, weight).to(dtype), scale, zero
+
+
+def full(blocks: Tensor, shape: tuple[int, int, int, int]) -> oracle.FloatArray:
+    return oracle.expand(blocks.numpy(), shape[:2], shape[2:])
+
+
+def table(levels: list[float]) -> Tensor:
+    return torch.tensor(levels + [nan] * (256 - len(levels)))
+
+
+def test_isa() -> None:
+    assert native.isa() in native.supported_isas()
+    assert native.supported_isas()[0] == "scalar"
+
+
+@shapes
+@dtypes
+def test_block_range(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    weight, scale, _ = make(shape, dtype)
+    least, greatest, bad = native.block_range(weight, *shape[2:])
+    wanted = oracle.block_range(weight.float().numpy(), shape[2:])
+    assert bad == -1 and least.shape == scale.shape
+    np.testing.assert_array_equal(least.numpy(), wanted[0].reshape(scale.shape))
+    np.testing.assert_array_equal(greatest.numpy(), wanted[1].reshape(scale.shape))
+
+
+@dtypes
+@pytest.mark.parametrize("value", [nan, inf, -inf])
+@pytest.mark.parametrize("at", [0, 299, 300, 777, 1199])
+def test_block_range_finds_the_first_value_that_is_not_finite(dtype: torch.dtype, value: float, at: int) -> None:
+    weight = torch.ones(4, 300, dtype=dtype)
+    weight.view(-1)[[at, 1199]] = value
+    assert native.block_range(weight, 1, 64)[2] == at
+
+
+def test_block_range_takes_negative_zero_for_zero() -> None:
+    least, greatest, _ = native.block_range(-torch.zeros(1, 40), 1, 20)
+    assert not least.signbit().any() and not greatest.signbit().any()
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("round_sum", [False, True])
+def test_quantize_affine(shape: tuple[int, int, int, int], dtype: torch.dtype, round_sum: bool) -> None:
+    weight, scale, zero = make(shape, dtype)
+    zero = zero + 0.3 if round_sum else zero
+    values = weight.float().numpy(), full(scale, shape)
+    codes = native.quantize_affine(weight, scale, zero, 0, 15, *shape[2:], round_sum=round_sum)
+    wanted = oracle.quantize_affine(*values, full(zero, shape), 15, round_sum=round_sum)
+    np.testing.assert_array_equal(codes.numpy(), wanted)
+    symmetric = native.quantize_affine(weight, scale, None, 8, 15, *shape[2:], round_sum=round_sum)
+    wanted = oracle.quantize_affine(*values, np.full(shape[:2], 8, np.float32), 15, round_sum=round_sum)
+    np.testing.assert_array_equal(symmetric.numpy(), wanted)
+
+
+def test_quantize_affine_clamps_what_overflows() -> None:
+    weight = torch.tensor([[3e38, -3e38, 1e10, -1e10, 300.0, nan]])
+    codes = native.quantize_affine(weight, torch.full((1, 1), 1e-10), None, 128, 255, 1, 6)
+    assert codes.tolist() == [[255, 0, 255, 0, 255, 0]]
+
+
+@shapes
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 16, 17, 100, 256])
+def test_quantize_levels(shape: tuple[int, int, int, int], count: int) -> None:
+    weight, scale, _ = make(shape)
+    rng = torch.Generator().manual_seed(count)
+    levels = torch.randperm(300, generator=rng)[:count].sort().values / 4 - 35
+    codes = torch.randperm(256, generator=rng)[:count].to(torch.uint8)
+    wanted = dict(zip(codes.tolist(), levels.tolist(), strict=True))
+    got = native.quantize_levels(weight, scale, levels, codes, *shape[2:])
+    np.testing.assert_array_equal(got.numpy(), oracle.quantize_levels(weight.numpy(), full(scale, shape), wanted))
+
+
+def test_quantize_levels_ties_of_e2m1() -> None:
+    middles = torch.tensor([[0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]])
+    codes = native.quantize_levels(middles, torch.ones(1, 1), torch.tensor(E2M1), torch.arange(8).byte(), 1, 7)
+    assert [E2M1[c] for c in codes[0].tolist()] == [0, 1, 1, 2, 2, 4, 4]
+
+
+near = st.floats(-2, 2, width=32)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(near, min_size=2, max_size=2, unique=True), st.integers(-2, 2), st.booleans())
+def test_quantize_levels_is_exact_around_a_midpoint(pair: list[float], ulps: int, odd_first: bool) -> None:
+    levels = np.sort(np.array(pair, np.float32))
+    value = (levels[0] + levels[1]) / np.float32(2)
+    for _ in range(abs(ulps)):
+        value = np.nextafter(value, np.float32(ulps * inf))
+    codes = [3, 4] if odd_first else [4, 3]
+    got = native.quantize_levels(
+        torch.tensor([[value]]), torch.ones(1, 1), torch.from_numpy(levels), torch.tensor(codes).byte(), 1, 1
+    )
+    assert got.item() == oracle.nearest(float(value), dict(zip(codes, levels.tolist(), strict=True)))
+
+
+FP8 = [
+    ("e4m3fn", torch.float8_e4m3fn, oracle.fp8_table(4, 3, 448.0)),
+    ("e5m2", torch.float8_e5m2, oracle.fp8_table(5, 2, 57344.0)),
+]
+fp8 = pytest.mark.parametrize(("name", "dtype", "numbers"), FP8, ids=["e4m3fn", "e5m2"])
+
+
+@fp8
+def test_quantize_fp8_equals_torch(name: str, dtype: torch.dtype, numbers: dict[int, float]) -> None:
+    greatest = max(numbers.values())
+    bits = torch.arange(-(2**31), 2**31, 40009, dtype=torch.int64).to(torch.int32)
+    values = torch.cat([bits.view(torch.float32), torch.tensor([0.0, -0.0, inf, -inf])])
+    values = torch.where(values.isnan(), 1.0, values)
+    grid = torch.tensor(list(numbers.values())).sort().values
+    values = torch.cat([values, grid, (grid[1:] + grid[:-1]) / 2])[None]
+    codes = native.quantize_fp8(values, torch.ones(1, 1), name, 1, values.numel())  # type: ignore[arg-type]
+    wanted = values.clamp(-greatest, greatest).to(dtype).view(torch.uint8)
+    torch.testing.assert_close(codes, wanted, rtol=0, atol=0)
+
+
+@fp8
+@shapes
+def test_quantize_fp8(
+    name: str, dtype: torch.dtype, numbers: dict[int, float], shape: tuple[int, int, int, int]
+) -> None:
+    weight, scale, _ = make(shape, torch.bfloat16)
+    codes = native.quantize_fp8(weight, scale, name, *shape[2:])  # type: ignore[arg-type]
+    values = weight.float().numpy() / full(scale, shape)
+    wanted = [numbers[oracle.nearest(float(value), numbers)] for value in values.ravel()]
+    assert [numbers[code] for code in codes.view(-1).tolist()] == wanted
+
+
+@fp8
+def test_quantize_fp8_keeps_nan(name: str, dtype: torch.dtype, numbers: dict[int, float]) -> None:
+    codes = native.quantize_fp8(torch.tensor([[nan]]), torch.ones(1, 1), name, 1, 1)  # type: ignore[arg-type]
+    assert codes.view(dtype).float().isnan().all()
+
+
+LEVELS = [INT4, [float(i - 128) for i in range(256)], NF4, list(FP8[0][2].values())]
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("levels", LEVELS, ids=["int4", "int8", "nf4", "fp8"])
+def test_dequantize_and_error(shape: tuple[int, int, int, int], dtype: torch.dtype, levels: list[float]) -> None:
+    weight, scale, zero = make(shape, dtype)
+    scale = scale * 1.1
+    codes = torch.randint(0, len(levels), weight.shape).byte()
+    for zeros in (None, zero + 0.3):
+        got = native.dequantize(codes, scale, zeros, table(levels), *shape[2:], dtype=dtype)
+        full_zero = None if zeros is None else full(zeros, shape)
+        wanted = oracle.dequantize(codes.numpy(), full(scale, shape), full_zero, table(levels).numpy())
+        torch.testing.assert_close(got, torch.from_numpy(wanted).to(dtype), rtol=0, atol=0)
+        sums = native.error(weight, codes, scale, zeros, table(levels), *shape[2:])
+        exact = oracle.error_sums(weight.float().numpy(), wanted)
+        assert sums[:2] == pytest.approx(exact[:2], rel=1e-13) and sums[2] == exact[2]
+
+
+@dtypes
+def test_dequantize_rounds_like_torch(dtype: torch.dtype) -> None:
+    codes = torch.arange(256).byte().repeat(200, 1)
+    scale = torch.logspace(-45, 36, 200, dtype=torch.float64).float()[:, None]
+    levels = torch.arange(256) - 100.5
+    got = native.dequantize(codes, scale, None, levels, 1, 256, dtype=dtype)
+    torch.testing.assert_close(got, (levels * scale).to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("levels", [INT4, NF4, NF4 + INT4], ids=["int4", "nf4", "more than 16"])
+@dtypes
+def test_a_code_that_the_grid_does_not_have_is_nan(levels: list[float], dtype: torch.dtype) -> None:
+    codes = torch.arange(256).byte()[None]
+    got = native.dequantize(codes, torch.ones(1, 1), None, table(levels), 1, 256, dtype=dtype)
+    assert got.isnan().nonzero()[:, 1].tolist() == list(range(len(levels), 256))
+
+
+@every_width
+@pytest.mark.parametrize("size", [(3, 64), (5, 1), (2, 7), (4, 31), (3, 333), (0, 5), (4, 0), (37, 1100)])
+def test_pack_bits(bits: int, size: tuple[int, int]) -> None:
+    codes = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(bits)).byte()
+    words, columns = native.pack_bits(codes, bits), native.pack_bits_transposed(codes, bits)
+    wanted = torch.from_numpy(oracle.pack_bits(codes.numpy(), bits).copy())
+    kept = codes & (2**bits - 1)
+    torch.testing.assert_close(words, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(columns, wanted.T.contiguous(), rtol=0, atol=0)
+    torch.testing.assert_close(native.unpack_bits(words, bits, size[1]), kept, rtol=0, atol=0)
+    torch.testing.assert_close(native.unpack_bits_transposed(columns, bits, size[1]), kept, rtol=0, atol=0)
+
+
+@every_width
+def test_pack_bits_at_an_address_that_is_not_aligned(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, 100)).byte()
+    wanted = native.pack_bits(codes, bits)
+    raw = bytearray(4 * wanted.numel() + 1)
+    out = torch.frombuffer(raw, dtype=torch.int32, offset=1, count=wanted.numel()).view(wanted.shape)
+    assert out.data_ptr() % 2 == 1
+    torch.testing.assert_close(native.pack_bits(codes, bits, out=out), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(native.unpack_bits(out, bits, 100), codes, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 31, 4095, 4096, 4097, 10000])
+def test_nibbles(count: int) -> None:
+    codes = torch.randint(0, 16, (count,)).byte()
+    packed = native.pack_nibbles_high_first(codes)
+    assert packed.tolist() == oracle.pack_nibbles_high_first(codes.numpy()).tolist()
+    torch.testing.assert_close(native.unpack_nibbles_high_first(packed, count), codes, rtol=0, atol=0)
+
+
+def test_rows_may_be_cut_among_threads() -> None:
+    weight, scale, zero = make((64, 300, 2, 32), torch.bfloat16)
+    whole = native.quantize_affine(weight, scale, zero, 0, 15, 2, 32)
+    out = torch.empty_like(whole)
+
+    def piece(row: int) -> None:
+        rows, blocks = slice(row, row + 8), slice(row // 2, row // 2 + 4)
+        native.quantize_affine(weight[rows], scale[blocks], zero[blocks], 0, 15, 2, 32, out=out[rows])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(piece, range(0, 64, 8)))
+    torch.testing.assert_close(out, whole, rtol=0, atol=0)
+
+
+ONE = torch.ones(2, 1)
+WEIGHT = torch.ones(2, 32)
+CODES = torch.zeros(2, 32, dtype=torch.uint8)
+WORDS = torch.zeros(2, 3, dtype=torch.int32)
+MISTAKES: list[tuple[str, Callable[..., object], tuple[object, ...], dict[str, object]]] = [
+    ("weight is torch.float64", native.block_range, (WEIGHT.double(), 1, 32), {}),
+    ("weight must be contiguous", native.block_range, (torch.ones(32, 2).T, 1, 32), {}),
+    ("block of 0 x 32", native.block_range, (WEIGHT, 0, 32), {}),
+    ("a matrix is needed", native.block_range, (WEIGHT[0], 1, 32), {}),
+    (r"scale has shape \[2, 1\]; it must be \[2, 2\]", native.quantize_fp8, (WEIGHT, ONE, "e5m2", 1, 16), {}),
+    ("format is 'e3m4'", native.quantize_fp8, (WEIGHT, ONE, "e3m4", 1, 32), {}),
+    ("zero has shape", native.quantize_affine, (WEIGHT, ONE, torch.ones(1, 2), 0, 15, 1, 32), {}),
+    ("code_max is 256", native.quantize_affine, (WEIGHT, ONE, None, 0, 256, 1, 32), {}),
+    ("out has shape", native.quantize_affine, (WEIGHT, ONE, None, 0, 15, 1, 32), {"out": CODES[:1]}),
+    ("ascending", native.quantize_levels, (WEIGHT, ONE, torch.tensor([1.0, 0.0]), torch.zeros(2).byte(), 1, 32), {}),
+    ("levels has shape", native.quantize_levels, (WEIGHT, ONE, torch.zeros(0), torch.zeros(0).byte(), 1, 32), {}),
+    ("levels has shape", native.dequantize, (CODES, ONE, None, torch.ones(16), 1, 32), {}),
+    ("levels are needed", native.dequantize, (CODES, ONE, None, None, 1, 32), {}),
+    ("out is torch.float64", native.dequantize, (CODES, ONE, ONE, None, 1, 32), {"dtype": torch.float64}),
+    ("weight has shape", native.error, (WEIGHT[:1], CODES, ONE, ONE, None, 1, 32), {}),
+    ("bits is 9", native.pack_bits, (CODES, 9), {}),
+    ("bits is 0", native.pack_bits_transposed, (CODES, 0), {}),
+    ("words has shape", native.unpack_bits, (WORDS, 4, 32), {}),
+    ("words has shape", native.unpack_bits_transposed, (WORDS, 4, 32), {}),
+    ("packed has shape", native.unpack_nibbles_high_first, (CODES[0], 5), {}),
+]
+
+
+@pytest.mark.parametrize(("words", "function", "args", "options"), MISTAKES)
+def test_a_mistake_is_named(
+    words: str, function: Callable[..., object], args: tuple[object, ...], options: dict[str, object]
+) -> None:
+    # Unwrapped: most of these break an annotation too, and users have no checker of annotations before them.
+    with pytest.raises(ValueError, match=words):
+        unwrap(function)(*args, **options)
+
+
+DIGEST = """
+import hashlib, torch
+from lowbit import native
+rng = torch.Generator().manual_seed(1)
+seen = hashlib.sha256()
+for rows, cols, wide in [(3, 77, 24), (2, 300, 32), (1, 4099, 4099)]:
+    blocks = rows, -(-cols // wide)
+    scale = torch.rand(blocks, generator=rng) + 0.1
+    weight = torch.randn(rows, cols, generator=rng).bfloat16()
+    codes = native.quantize_affine(weight, scale, None, 8, 15, 1, wide)
+    levels = torch.linspace(-3, 3, 256)
+    results = [codes, *native.block_range(weight, 1, wide)[:2], native.quantize_fp8(weight, scale, "e4m3fn", 1, wide)]
+    results += [native.quantize_levels(weight, scale, levels, torch.arange(256).byte(), 1, wide)]
+    results += [native.dequantize(codes, scale, None, levels, 1, wide), native.pack_bits(codes, 3)]
+    results += [torch.tensor(native.error(weight, codes, scale, None, levels, 1, wide), dtype=torch.float64)]
+    for result in results:
+        seen.update(result.numpy().tobytes())
+print(native.isa(), seen.hexdigest())
+"""
+
+
+def run_with(isa: str, code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LOWBIT_ISA": isa}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_instruction_set_gives_the_same_bits() -> None:
+    runs = [run_with(isa, DIGEST) for isa in native.supported_isas()]
+    lines = [run.stdout.split() for run in runs]
+    assert [line[0] for line in lines] == list(native.supported_isas()), runs[0].stderr
+    assert len({line[1] for line in lines}) == 1
+
+
+def test_an_instruction_set_that_is_not_there_is_named() -> None:
+    run = run_with("mmx", "from lowbit import native; native.isa()")
+    assert run.returncode != 0 and "LOWBIT_ISA=mmx is not available on this CPU" in run.stderr
