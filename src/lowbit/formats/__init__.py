@@ -1,0 +1,80 @@
+"""Formats: each file turns `QTensor`s into the tensors of one public checkpoint layout, and back.
+
+A format is a frozen record of pure functions, `FORMAT = Format(...)`. It knows nothing of methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.schemes import Scheme
+from lowbit.tensors import QTensor, Shape
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Dtype and shape of one stored tensor."""
+
+    dtype: torch.dtype
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a checkpoint as a format sees it.
+
+    Attributes:
+        name: full name of the float weight, `model.layers.0.mlp.up_proj.weight`.
+        shape: its shape.
+        dtype: float dtype of the original weight (of the dequantized one, where the original is unknown).
+        scheme: how it is stored; None where it stays as it is.
+    """
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    scheme: Scheme | None = None
+
+    @property
+    def module(self) -> str:
+        """Name of the module that owns the weight: the name without its last part."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One public layout.
+
+    Attributes:
+        about: one line for `--help`.
+        default: name of the scheme used when the user names none.
+        fit: `(scheme, weight) -> scheme` as this format stores it (type of the scales, flat blocks); raises
+            `UnsupportedError` with the reason and, where known, a scheme or format that works.
+        layout: `weight -> {tensor name: Spec}`, exactly the tensors that `pack` fills.
+        pack: `(weight, qtensor, into)` fills tensors allocated as `layout` says (they may be views of a mapped file);
+            raises `FormatError` where a value cannot be stored.
+        unpack: `(weight, tensors, codes) -> QTensor`; raises `FormatError` naming tensor and fact where stored tensors
+            break the layout (shape, dtype, code out of range, scale not finite). `codes`, where not None, is a buffer
+            for the result's codes, `[rows, cols]` uint8: with it nothing large is allocated.
+        config: `(weights, config.json of the source) -> {file name: JSON document}`: files that declare the format;
+            `config.json` among them, complete. `weights` holds every weight, kept ones too.
+        recognise: `(config, specs, read) -> {weight name: Weight}` for the quantized weights of a checkpoint in this
+            format, or None where it is another's. `specs` are all stored tensors; `read(name)` loads one (small
+            ones only).
+        owns: `(weight) -> names` of the stored tensors that belong to a recognised weight.
+    """
+
+    about: str
+    default: str
+    fit: Callable[[Scheme, Weight], Scheme]
+    layout: Callable[[Weight], dict[str, Spec]]
+    pack: Callable[[Weight, QTensor, Mapping[str, Tensor]], None]
+    unpack: Callable[[Weight, Mapping[str, Tensor], Tensor | None], QTensor]
+    config: Callable[[Sequence[Weight], Mapping[str, Any]], dict[str, dict[str, Any]]]
+    recognise: Callable[[Mapping[str, Any], Mapping[str, Spec], Callable[[str], Tensor]], dict[str, Weight] | None]
+    owns: Callable[[Weight], Sequence[str]]

@@ -1,0 +1,49 @@
+"""Methods: each file turns a float weight and its statistics into a `QTensor`.
+
+A method is a frozen record of pure functions, `METHOD = Method(...)`. It knows nothing of formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lowbit.schemes import Scheme
+from lowbit.tensors import QTensor
+
+Stats = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Options of a method that has none."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to choose codes and scales.
+
+    Attributes:
+        about: one line for `--help`.
+        quantize: `(weight, stats, scheme, options) -> QTensor`. `weight` is `[rows, cols]`, f32, f16 or bf16: a whole
+            weight or a run of its rows that starts and ends on block borders. The result's shape is the weight's.
+            `stats["range"]` (two float32: smallest and largest value of the WHOLE tensor) is given whenever the scheme
+            has a scale that all rows share (per-tensor blocks, NVFP4's global scale); everything else is row-local.
+            Double quantization with an offset (`scheme.nested.offset`) is left to `scaling.nest`, applied once to all
+            scales of the tensor by the caller: the result then has plain float32 scales and `scheme.nested` unset.
+        options: frozen dataclass of the method's own options; the command line's flags are made from it.
+        needs: names of calibration statistics (files in `stats/`) that `quantize` reads.
+        workspace: bytes of temporary memory per weight element, for the memory estimate.
+        supports: `scheme -> None`, or the reason why this method cannot use the scheme.
+    """
+
+    about: str
+    quantize: Callable[[Float[Tensor, "rows cols"], Stats, Scheme, Any], QTensor]
+    options: type = NoOptions
+    needs: frozenset[str] = field(default_factory=frozenset)
+    workspace: float = 16.0
+    supports: Callable[[Scheme], str | None] = lambda scheme: None

@@ -1,0 +1,33 @@
+"""Plug-ins are files: the name of the file is the name of the method, format, metric or statistic.
+
+A plug-in folder is a package; `methods/gptq.py` is the method `gptq` and defines `METHOD`. Listing a folder
+imports nothing, loading imports one file. Names starting with an underscore are helpers, not plug-ins.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import UnsupportedError
+
+_ATTRIBUTE = {"methods": "METHOD", "formats": "FORMAT", "metrics": "METRIC", "stats": "STATISTIC"}
+
+
+def names(folder: str) -> list[str]:
+    """Names of the plug-ins in one folder (`methods`, `formats`, `metrics`, `stats`), sorted."""
+    files = (Path(__file__).parent / folder).glob("*.py")
+    return sorted(file.stem for file in files if not file.stem.startswith("_"))
+
+
+def load(folder: str, name: str) -> Any:
+    """The record that the plug-in file defines; `-` in a name stands for `_`.
+
+    Raises:
+        UnsupportedError: no such file in the folder; the text lists those there are.
+    """
+    stem = name.replace("-", "_")
+    if stem not in names(folder):
+        raise UnsupportedError(f"no {folder[:-1]} is called {name!r}; there are: {', '.join(names(folder))}")
+    return getattr(import_module(f"lowbit.{folder}.{stem}"), _ATTRIBUTE[folder])

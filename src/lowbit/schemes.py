@@ -1,0 +1,247 @@
+"""Schemes: which numbers a stored tensor can hold, and their short names.
+
+A name reads `grid[-block][-option...]`:
+
+    grid    int1..int8, nf4, fp4 (bitsandbytes' table), fp8-e4m3, fp8-e5m2, mxfp4, mxfp8, nvfp4,
+            levels[-1,-0.3,0,0.4,1] (any table of 2 to 256 values)
+    block   tensor | row | gN (N along the input) | flatN (N of the flattened tensor) | RxC
+    option  asym (integer zero point), fzero (float zero point), dq (double-quantized scales),
+            f16 | bf16 | f32 (type of the scales)
+
+`int4-g128` is symmetric with float16 scales. `str(parse(name))` is the canonical spelling of `name`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Literal, get_args
+
+import torch
+
+from lowbit.errors import UsageError
+
+Zero = Literal["none", "int", "float"]
+ScaleType = Literal["f16", "bf16", "f32", "e8m0", "e4m3"]
+SCALE_BITS: dict[ScaleType, int] = {"f16": 16, "bf16": 16, "f32": 32, "e8m0": 8, "e4m3": 8}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of `2**bits` values or fewer, in the order of their codes.
+
+    Kinds: `int` (offset binary: code c stands for c - 2**(bits-1)), `levels` (any table), `float` (codes are the
+    bit pattern of a small float; patterns that mean NaN or Inf have the level `inf` and are never produced).
+    """
+
+    name: str
+    kind: Literal["int", "levels", "float"]
+    bits: int
+    levels: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows and columns that share one scale; 0 means the whole axis. `flat`: columns run over the flattened tensor."""
+
+    rows: int
+    cols: int
+    flat: bool = False
+
+    def __str__(self) -> str:
+        if self.flat:
+            return f"flat{self.cols}"
+        names = {(0, 0): "tensor", (1, 0): "row"}
+        return names.get((self.rows, self.cols)) or (
+            f"g{self.cols}" if self.rows == 1 else f"{self.rows}x{self.cols}"
+        )
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Grid, block that shares a scale, kind of zero point, type of the scales, and the scheme of the scales themselves.
+
+    `nested` is set where scales are quantized too; `scale` is then the type in which they are computed.
+    `offset` marks a nested scheme that subtracts the mean before it quantizes (QLoRA's double quantization).
+    """
+
+    grid: Grid
+    block: Block
+    zero: Zero = "none"
+    scale: ScaleType = "f16"
+    nested: Scheme | None = None
+    offset: bool = False
+
+    def __str__(self) -> str:
+        family = _family_of(self)
+        default = _FAMILIES[family].scheme if family in _FAMILIES else Scheme(self.grid, _LEVELS_BLOCK)
+        parts = [family, str(self.block) if self.block != default.block or family not in _FIXED else ""]
+        parts.append({"none": "", "int": "asym", "float": "fzero"}[self.zero])
+        parts.append("dq" if self.nested and not default.nested else "")
+        parts.append(self.scale if self.scale != default.scale else "")
+        return "-".join(part for part in parts if part)
+
+
+def _int_grid(bits: int) -> Grid:
+    half = 2 ** (bits - 1)
+    return Grid(f"int{bits}", "int", bits, tuple(float(code - half) for code in range(2**bits)))
+
+
+def _float_grid(name: str, exponent: int, mantissa: int, bias: int, finite: int) -> Grid:
+    """Sign, exponent and mantissa bits; magnitudes with a pattern above `finite` are NaN or Inf."""
+
+    def value(code: int) -> float:
+        magnitude = code & (2 ** (exponent + mantissa) - 1)
+        power, fraction = magnitude >> mantissa, magnitude % 2**mantissa
+        if magnitude > finite:
+            return inf
+        size = (fraction + (2**mantissa if power else 0)) * 2.0 ** (max(power, 1) - bias - mantissa)
+        return -size if code >> (exponent + mantissa) else size
+
+    bits = 1 + exponent + mantissa
+    return Grid(name, "float", bits, tuple(value(code) for code in range(2**bits)))
+
+
+def dynamic_map() -> tuple[float, ...]:
+    """bitsandbytes' signed 8-bit dynamic map, sorted (Dettmers 2016, arXiv:1511.04561; `create_dynamic_map`).
+
+    7 decades, each with twice as many evenly spaced means as the one below, both signs, 0 and 1: 256 values,
+    in float32 as the package stores them.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        means = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += (means.tolist()) + (-means).tolist()
+    return tuple(sorted(values))
+
+
+# QLoRA (arXiv:2305.14314, appendix E), as the constants stand in bitsandbytes.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+
+
+def _fp4_levels() -> tuple[float, ...]:
+    half: list[float] = (torch.tensor(_FP4_TWELFTHS) / 12).tolist()
+    return tuple(half + [-value for value in half])
+
+
+E4M3 = _float_grid("fp8-e4m3", 4, 3, 7, 0x7E)
+E5M2 = _float_grid("fp8-e5m2", 5, 2, 15, 0x7B)
+E2M1 = _float_grid("e2m1", 2, 1, 1, 0x7)
+
+_TENSOR, _ROW, _LEVELS_BLOCK = Block(0, 0), Block(1, 0), Block(1, 64)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The scheme a grid's bare name stands for, and one line on what it is."""
+
+    scheme: Scheme
+    about: str
+
+
+def _families() -> dict[str, _Family]:
+    table = {
+        f"int{bits}": _Family(Scheme(_int_grid(bits), Block(1, 128)), f"{bits}-bit integers") for bits in range(1, 9)
+    }
+    table["int8"] = _Family(Scheme(_int_grid(8), _ROW), "8-bit integers, a scale per row")
+    table["nf4"] = _Family(Scheme(Grid("nf4", "levels", 4, _NF4), Block(1, 64), scale="f32"), "QLoRA's normal float")
+    table["fp4"] = _Family(
+        Scheme(Grid("fp4", "levels", 4, _fp4_levels()), Block(1, 64), scale="f32"), "bitsandbytes' 4-bit float"
+    )
+    table["fp8-e4m3"] = _Family(Scheme(E4M3, _ROW, scale="f32"), "8-bit float, 3 mantissa bits")
+    table["fp8-e5m2"] = _Family(Scheme(E5M2, _ROW, scale="f32"), "8-bit float, 2 mantissa bits")
+    table["mxfp4"] = _Family(Scheme(E2M1, Block(1, 32), scale="e8m0"), "OCP microscaling FP4")
+    table["mxfp8"] = _Family(Scheme(E4M3, Block(1, 32), scale="e8m0"), "OCP microscaling FP8 E4M3")
+    nested = Scheme(E4M3, _TENSOR, scale="f32")
+    table["nvfp4"] = _Family(Scheme(E2M1, Block(1, 16), scale="e4m3", nested=nested), "NVIDIA FP4, FP8 scales")
+    return table
+
+
+_FAMILIES = _families()
+_FIXED = {"mxfp4", "mxfp8", "nvfp4"}  # the block is part of the name
+DOUBLE = Scheme(Grid("dynamic8", "levels", 8, dynamic_map()), Block(1, 256, flat=True), scale="f32", offset=True)
+
+
+def _family_of(scheme: Scheme) -> str:
+    """The bare grid name under which a scheme is spelled."""
+    fixed = {("e2m1", "e8m0"): "mxfp4", ("fp8-e4m3", "e8m0"): "mxfp8", ("e2m1", "e4m3"): "nvfp4"}
+    return fixed.get((scheme.grid.name, scheme.scale), scheme.grid.name)
+
+
+def families() -> dict[str, str]:
+    """Bare grid names and what each is, for `--help` and the documentation."""
+    return {name: family.about for name, family in _FAMILIES.items()}
+
+
+def levels_grid(values: tuple[float, ...]) -> Grid:
+    """A free table of 2 to 256 distinct float32 values, sorted; codes count from the smallest.
+
+    Raises:
+        UsageError: fewer than 2 or more than 256 values, or one that is not finite.
+    """
+    table = tuple(sorted(set(torch.tensor(values).tolist())))
+    if not 2 <= len(table) <= 256 or not all(abs(value) < inf for value in table):
+        raise UsageError(f"a table of levels needs 2 to 256 distinct finite values, {values} has not")
+    return Grid(f"levels[{','.join(format(v, '.9g') for v in table)}]", "levels", (len(table) - 1).bit_length(), table)
+
+
+def _base(name: str) -> tuple[Scheme, list[str]]:
+    table = re.match(r"levels\[([^\]]*)\](.*)", name)
+    if table:
+        try:
+            values = tuple(float(value) for value in table[1].split(","))
+        except ValueError as error:
+            raise UsageError(f"scheme {name!r}: {error}") from None
+        return Scheme(levels_grid(values), _LEVELS_BLOCK), [part for part in table[2].split("-") if part]
+    for family in sorted(_FAMILIES, key=len, reverse=True):
+        if name == family or name.startswith(family + "-"):
+            return _FAMILIES[family].scheme, [part for part in name[len(family) :].split("-") if part]
+    raise UsageError(f"no scheme is called {name!r}; grids are: {', '.join(_FAMILIES)} (see `lowbit quantize --help`)")
+
+
+def _block(text: str) -> Block | None:
+    named = {"tensor": _TENSOR, "row": _ROW}.get(text)
+    match = re.fullmatch(r"(?P<kind>g|flat)(?P<n>[1-9]\d*)|(?P<r>[1-9]\d*)x(?P<c>[1-9]\d*)", text)
+    if named or not match:
+        return named
+    if match["kind"]:
+        return Block(1, int(match["n"]), flat=match["kind"] == "flat")
+    return Block(int(match["r"]), int(match["c"]))
+
+
+def parse(name: str) -> Scheme:
+    """The scheme that a short name stands for, as `int4-g128-asym`.
+
+    Raises:
+        UsageError: an unknown grid or option, or options that do not go together.
+    """
+    scheme, parts = _base(name.strip().lower())
+    for part in parts:
+        block = _block(part)
+        if block:
+            scheme = replace(scheme, block=block)
+        elif part in ("asym", "fzero"):
+            scheme = replace(scheme, zero="int" if part == "asym" else "float")
+        elif part == "dq":
+            scheme = replace(scheme, nested=DOUBLE, scale="f32")
+        elif part in get_args(ScaleType)[:3]:
+            scheme = replace(scheme, scale=part)  # type: ignore[arg-type]
+        else:
+            raise UsageError(f"scheme {name!r}: {part!r} is neither a block (tensor, row, g128, 128x128) nor an option")
+    _check(name, scheme)
+    return scheme
+
+
+def _check(name: str, scheme: Scheme) -> None:
+    if scheme.zero != "none" and scheme.grid.kind != "int":
+        raise UsageError(f"scheme {name!r}: only integer grids have zero points")
+    family = _family_of(scheme)
+    if family in _FIXED and scheme != _FAMILIES[family].scheme:
+        raise UsageError(f"scheme {name!r}: {family} fixes its block and its scales, write {family!r} alone")
