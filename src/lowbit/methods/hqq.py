@@ -1,0 +1,119 @@
+"""Half-quadratic quantization: zero points moved until what error is left is sparse. See `docs/methods/hqq.md`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowbit.methods import Method, Stats
+from lowbit.methods._scales import (
+    Affine,
+    Blocks,
+    block_mean,
+    finish,
+    finite_range,
+    fit,
+    regions,
+    residual,
+    round_zeros,
+    shares_rows,
+)
+from lowbit.schemes import Scheme
+from lowbit.tensors import QTensor
+
+
+@final
+@dataclass(frozen=True)
+class Options:
+    """The published defaults.
+
+    Attributes:
+        iterations: updates of every zero point.
+        lp_norm: p of the norm whose proximal operator shrinks the error, in (0, 1].
+        beta: weight of the quadratic term at the start.
+        kappa: its growth per iteration, 1 or more.
+    """
+
+    iterations: int = 20
+    lp_norm: float = 0.7
+    beta: float = 10.0
+    kappa: float = 1.01
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or not 0 < self.lp_norm <= 1 or self.beta <= 0 or self.kappa < 1:
+            raise ValueError("iterations must be 1 or more, lp_norm in (0, 1], beta above 0, kappa 1 or more")
+
+
+def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: Options) -> QTensor:
+    """Scales of round-to-nearest; for every block the zero point of the least mean error met on the way.
+
+    Raises:
+        WeightError: NaN or Inf, with its place.
+    """
+    affine = fit(finite_range(weight, stats, scheme), scheme)
+    assert affine.zeros is not None
+    for rows, cols, down, across, block in regions((weight.shape[0], weight.shape[1]), scheme.block):
+        part = weight[rows, cols].float().contiguous()
+        affine.zeros[down, across] = _solve(part, affine[down, across], scheme, block, options)
+    return finish(weight, affine, scheme)
+
+
+def _solve(
+    weight: Float[Tensor, "rows cols"], start: Affine, scheme: Scheme, block: tuple[int, int], options: Options
+) -> Blocks:
+    """The best zero point of each block, as it is stored."""
+    best, last = _descend(weight, start, scheme, block, options)
+    stored = [start, *(replace(start, zeros=round_zeros(zeros, scheme)) for zeros in (best, last))]
+    errors = torch.stack([block_mean(residual(weight, trial, scheme, block).abs_(), block) for trial in stored])
+    zeros = torch.stack([trial.zeros for trial in stored if trial.zeros is not None])
+    return zeros.gather(0, errors.argmin(0, keepdim=True))[0]
+
+
+def _descend(
+    weight: Float[Tensor, "rows cols"], start: Affine, scheme: Scheme, block: tuple[int, int], options: Options
+) -> tuple[Blocks, Blocks]:
+    """Unrounded zero points of the least error met, and those after the last update (Badri & Shaji 2023, eq. 4 to 6).
+
+    With the codes q of the present zero point z and the error e = (q - z) s - w, the published update
+    z' = mean(q - (w - shrink(w - w^)) / s) is z + mean(e - shrink(e)) / s.
+    """
+    assert start.zeros is not None
+    scheme = replace(scheme, zero="float")
+    zeros = start.zeros.round() if scheme.grid.bits == 4 else start.zeros  # so the package starts at 4 bits
+    best, least, beta = zeros, torch.full_like(zeros, torch.inf), options.beta
+    for _ in range(options.iterations):
+        error = residual(weight, replace(start, zeros=zeros), scheme, block)
+        size = block_mean(error.abs(), block)
+        best, least = torch.where(size < least, zeros, best), torch.minimum(size, least)
+        zeros = zeros + block_mean(_kept(error, options.lp_norm, beta), block) / start.scales
+        beta *= options.kappa
+    return best, zeros
+
+
+def _kept(error: Float[Tensor, "rows cols"], p: float, beta: float) -> Float[Tensor, "rows cols"]:
+    """What the shrinkage operator takes off: `sign(e) min(|e|, |e|**(p - 1) / beta)` (equation 5)."""
+    size = error.abs()
+    if size.max() < 0.999 * beta ** (1 / (p - 2)):
+        return error  # |e| is the smaller one throughout, as it is for weights of ordinary magnitude
+    return torch.minimum(size, size.pow(p - 1).div_(beta), out=size).copysign_(error)
+
+
+def _objection(scheme: Scheme) -> str | None:
+    if scheme.grid.kind != "int" or scheme.zero == "none":
+        return "it moves zero points, which only integer grids with the option fzero (or asym) have, as int4-g64-fzero"
+    if shares_rows(scheme):
+        return "it needs blocks within rows; a zero point for the whole tensor is not searched"
+    return None
+
+
+METHOD = Method(
+    about="half-quadratic: zero points of least error under a sparse norm, no data",
+    quantize=quantize,
+    options=Options,
+    workspace=20.0,
+    supports=_objection,
+)

@@ -1,0 +1,141 @@
+"""Search each block's scale (and zero point) for the least p-norm of the error. See `docs/methods/mse.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowbit.methods import Method, Stats
+from lowbit.methods._scales import (
+    Affine,
+    Blocks,
+    Range,
+    block_mean,
+    finish,
+    finite_range,
+    fit,
+    global_divisor,
+    regions,
+    residual,
+    round_zeros,
+    shares_rows,
+)
+from lowbit.schemes import Scheme
+from lowbit.tensors import QTensor
+
+# A candidate replaces another only where it is better by more than float32 sums can err; so the first of equals stays.
+_MARGIN = 2.0**-16
+_GROWTH = 1.5  # FP4's 6/4: the greatest weight on the second greatest level
+_SHIFTS = {"none": (), "int": (-1.0, 1.0), "float": tuple(i / 8 for i in (-4, -3, -2, -1, 1, 2, 3, 4))}
+
+
+@final
+@dataclass(frozen=True)
+class Options:
+    """What is searched.
+
+    Attributes:
+        steps: ratios between the whole range and the most shrunk one.
+        max_shrink: share of the range that the last ratio takes away, in (0, 1).
+        p: the error is the sum of |w - w^|**p over a block.
+    """
+
+    steps: int = 100
+    max_shrink: float = 0.8
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.max_shrink < 1 or not 0 < self.p < inf:
+            raise ValueError("steps must be 1 or more, max_shrink between 0 and 1, p above 0")
+
+
+def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: Options) -> QTensor:
+    """Start from round-to-nearest, keep for every block the candidate with the least error.
+
+    Raises:
+        WeightError: NaN or Inf, with its place.
+    """
+    ranges = finite_range(weight, stats, scheme)
+    divisor = global_divisor(ranges, stats, scheme)
+    best = fit(ranges, scheme, divisor)
+    if shares_rows(scheme) and "range" in stats:
+        return finish(weight, best, scheme)  # a run of rows cannot choose the scale of all
+    low, high = ranges
+    for rows, cols, down, across, block in regions((weight.shape[0], weight.shape[1]), scheme.block):
+        part, at = weight[rows, cols].float().contiguous(), (down, across)
+        found = _search(part, (low[at], high[at]), best[at], scheme, block, options)
+        best.scales[at] = found.scales
+        if found.zeros is not None and best.zeros is not None:
+            best.zeros[at] = found.zeros
+    return finish(weight, best, scheme)
+
+
+def _search(
+    weight: Float[Tensor, "rows cols"],
+    ranges: Range,
+    start: Affine,
+    scheme: Scheme,
+    block: tuple[int, int],
+    options: Options,
+) -> Affine:
+    """The best of `start`, the fits to scaled ranges, and small shifts of the zero point of the best of these."""
+
+    def error_of(affine: Affine) -> Blocks:
+        return block_mean(residual(weight, affine, scheme, block).abs_().pow_(options.p), block)
+
+    def better(trial: Affine, best: Affine, least: Blocks) -> tuple[Affine, Blocks]:
+        error = error_of(trial)
+        wins = error < least * (1 - _MARGIN)
+        return trial.where(wins, best), torch.where(wins, error, least)
+
+    best, least = start, error_of(start)
+    for ratio in _ratios(scheme, options):
+        trial = fit(_scaled(ranges, ratio, scheme), scheme, start.divisor)
+        best, least = better(trial, best, least)
+    for shift in _SHIFTS[scheme.zero]:
+        assert best.zeros is not None
+        best, least = better(replace(best, zeros=round_zeros(best.zeros + shift, scheme)), best, least)
+    return best
+
+
+def _ratios(scheme: Scheme, options: Options) -> Iterator[float]:
+    """Factors on the range, 1 left out, as it is the start.
+
+    E8M0 scales: the neighbouring powers of two. E4M3: sixteenths of an octave, which meets every E4M3 value in
+    reach. Else even steps, on grids of uneven steps also upwards, where a larger scale may fit better.
+    """
+    least = 1 - options.max_shrink
+    if scheme.scale == "e8m0":
+        yield from (2.0, 0.5, 0.25)
+    elif scheme.scale == "e4m3":
+        ratio = _GROWTH
+        while ratio >= least:
+            yield ratio
+            ratio *= 2 ** (-1 / 16)
+    else:
+        step = options.max_shrink / options.steps
+        larger = 0 if scheme.grid.kind == "int" else int((_GROWTH - 1) / step)
+        yield from (1 - step * i for i in range(-larger, options.steps + 1) if i)
+
+
+def _scaled(ranges: Range, ratio: float, scheme: Scheme) -> Range:
+    """Ranges scaled towards 0, or towards their own middle where the zero point is free."""
+    low, high = ranges
+    if scheme.zero != "float":
+        return low * ratio, high * ratio
+    margin = (high - low) * ((1 - ratio) / 2)
+    return low + margin, high - margin
+
+
+METHOD = Method(
+    about="search each block's scale and zero point for the least error",
+    quantize=quantize,
+    options=Options,
+    workspace=12.0,
+)
