@@ -1,0 +1,102 @@
+"""What the formats of quantized `Linear` modules share: which weights they take, and what stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lowbit.errors import FormatError, UnsupportedError
+from lowbit.formats import Weight
+from lowbit.schemes import Block, ScaleType, Scheme
+from lowbit.tensors import QTensor
+
+FLOATS: dict[ScaleType, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+SCALE_TYPES: dict[torch.dtype, ScaleType] = {dtype: name for name, dtype in FLOATS.items()}
+
+
+def check_matrix(weight: Weight, format: str) -> None:
+    """Refuse what is no `weight` of a `Linear`.
+
+    Raises:
+        UnsupportedError: another name, or another number of axes than 2.
+    """
+    if not weight.name.endswith(".weight") or len(weight.shape) != 2:
+        raise UnsupportedError(
+            f"{format} stores matrices that are the `weight` of a module, {weight.name} with {len(weight.shape)} axes "
+            "is none; leave it as it is (--skip)"
+        )
+
+
+def row_block(block: Block, cols: int) -> Block:
+    """The same blocks in the plainest words, for rows of `cols`: row, gN, or flatN where they run on over rows.
+
+    A last group that is shorter than the others stays; blocks of several rows are returned as they are.
+    """
+    if block.rows != 1:
+        return block
+    if not block.flat:
+        return Block(1, 0) if block.cols >= cols else block
+    if block.cols == cols:
+        return Block(1, 0)
+    return block if cols % block.cols else Block(1, block.cols)
+
+
+def divisor(cols: int, most: int, sizes: Sequence[int]) -> int | None:
+    """The largest of `sizes`, at most `most`, that divides `cols`: what to suggest instead of a group that does not."""
+    return max((size for size in sizes if size <= most and cols % size == 0), default=None)
+
+
+def planned(weight: Weight) -> Scheme:
+    """The scheme of a weight that must be quantized.
+
+    Raises:
+        FormatError: it is not.
+    """
+    if weight.scheme is None:
+        raise FormatError(f"{weight.name} is not quantized")
+    return weight.scheme
+
+
+def check_planned(weight: Weight, q: QTensor) -> None:
+    """A tensor to pack must be the planned one.
+
+    Raises:
+        FormatError: it has another scheme or shape.
+    """
+    if (q.scheme, q.shape) != (weight.scheme, weight.shape):
+        raise FormatError(
+            f"{weight.name}: {q.scheme} {list(q.shape)} was made where {weight.scheme} {list(weight.shape)} was planned"
+        )
+
+
+def kept_modules(weights: Sequence[Weight]) -> Iterator[str]:
+    """Modules whose matrix stays as it is, in order."""
+    return (weight.module for weight in weights if weight.scheme is None and len(weight.shape) == 2)
+
+
+def skipped_modules(weights: Sequence[Weight]) -> list[str]:
+    """Modules that no reader may take for quantized: those kept, and a tied head, which has no weight of its own."""
+    quantized = {weight.module for weight in weights if weight.scheme}
+    return sorted({*kept_modules(weights), "lm_head"} - quantized)
+
+
+def declare(source: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The source's config.json with this `quantization_config` in place of any it had."""
+    document = {key: value for key, value in source.items() if key != "quantization_config"}
+    return {**document, "quantization_config": dict(quantization)} if quantization else document
+
+
+def declared(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `quantization_config` of a config.json or of its part for the text model, empty where there is none.
+
+    Raises:
+        FormatError: it is no JSON object.
+    """
+    text = config.get("text_config")
+    within = text.get("quantization_config") if isinstance(text, Mapping) else None
+    found = config.get("quantization_config") or within or {}
+    if not isinstance(found, Mapping):
+        raise FormatError(f"quantization_config of config.json is {type(found).__name__}, not an object")
+    return found

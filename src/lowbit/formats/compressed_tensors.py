@@ -1,0 +1,223 @@
+"""compressed-tensors: the layouts that vLLM, llm-compressor and `transformers` share.
+
+They are described in docs/formats/compressed-tensors.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import FormatError, UnsupportedError
+from lowbit.formats import Format, Spec, Weight
+from lowbit.formats import _ct_tensors as tensors_of
+from lowbit.formats._ct_config import Declared, declared, quantization_config, read_scheme
+from lowbit.formats._linear import SCALE_TYPES, check_matrix, check_planned, declare, divisor, planned, row_block
+from lowbit.schemes import Block, ScaleType, Scheme
+from lowbit.tensors import QTensor
+
+_WEIGHT_PARTS = (
+    "weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale",
+    "weight_g_idx",
+)  # fmt: skip
+_ACTIVATION_PARTS = (
+    "input_scale", "input_zero_point", "input_global_scale", "input_g_idx", "output_scale", "output_zero_point",
+)  # fmt: skip
+_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_TYPES}
+
+
+def fit(scheme: Scheme, weight: Weight) -> Scheme:
+    """The scheme as compressed-tensors stores it: scales in the model's dtype, blocks in the plainest words.
+
+    Raises:
+        UnsupportedError: no layout holds it, or the reader refuses it; the text names what works.
+    """
+    check_matrix(weight, "compressed-tensors")
+    _check_grid(scheme)
+    if scheme.nested or scheme.scale == "e8m0":
+        _check_groups(scheme, weight, f"use int4 or fp8-e4m3, or leave {weight.name} as it is (--skip)")
+        return scheme
+    scheme = replace(scheme, block=_plain_block(scheme.block, weight.shape[1]), scale=_scale_type(weight.dtype))
+    _check_groups(scheme, weight, _other_groups(scheme, weight))
+    return scheme
+
+
+def _check_grid(scheme: Scheme) -> None:
+    if scheme.grid.kind == "levels":
+        raise UnsupportedError(
+            f"compressed-tensors has no table of levels, {scheme} needs one; use --format bitsandbytes"
+        )
+    if scheme.grid.name == "fp8-e5m2":
+        raise UnsupportedError("compressed-tensors has one 8-bit float, E4M3; use fp8-e4m3")
+    if scheme.zero == "float":
+        raise UnsupportedError("zero points of compressed-tensors are integers; use asym, or --format hqq")
+    if scheme.grid.kind == "int" and scheme.nested:
+        raise UnsupportedError(
+            "compressed-tensors quantizes scales only in nvfp4; leave out dq, or use --format bitsandbytes"
+        )
+
+
+def _plain_block(block: Block, cols: int) -> Block:
+    plain = row_block(block, cols)
+    if plain.flat:
+        raise UnsupportedError(
+            f"compressed-tensors has no blocks that run on over rows, flat{block.cols} on rows of {cols} would; "
+            f"use g{block.cols}"
+        )
+    return plain
+
+
+def _scale_type(dtype: torch.dtype) -> ScaleType:
+    """compressed-tensors makes scales of the weight's dtype, and `transformers` casts what it loads to that."""
+    return SCALE_TYPES.get(dtype, "f32")
+
+
+def _check_groups(scheme: Scheme, weight: Weight, advice: str) -> None:
+    size, cols = scheme.block.cols, weight.shape[1]
+    if scheme.block.rows == 1 and size and cols % size:
+        raise UnsupportedError(
+            f"groups of {size} leave a shorter last one in rows of {cols}, which compressed-tensors' reader refuses; "
+            f"{advice}"
+        )
+
+
+def _other_groups(scheme: Scheme, weight: Weight) -> str:
+    """Advice: the largest group that divides the row, if it is worth its scales, or one scale per row."""
+    size = divisor(weight.shape[1], scheme.block.cols, range(16, scheme.block.cols))
+    blocks = [Block(1, size), Block(1, 0)] if size else [Block(1, 0)]
+    return f"use {' or '.join(str(replace(scheme, block=block)) for block in blocks)}"
+
+
+def layout(weight: Weight) -> dict[str, Spec]:
+    """Full names, dtypes and shapes of the tensors that `pack` fills."""
+    scheme = planned(weight)
+    specs = tensors_of.layout(scheme, weight.shape, tensors_of.container(scheme))
+    return {f"{weight.module}.{name}": spec for name, spec in specs.items()}
+
+
+def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
+    """Fill the tensors of one weight.
+
+    Raises:
+        FormatError: a value that the layout cannot hold, or a tensor of another scheme or shape than the weight's.
+    """
+    check_planned(weight, q)
+    with _named(weight):
+        tensors_of.pack(q, _local(weight, into))
+
+
+def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None = None) -> QTensor:
+    """The weight as it is stored; codes of FP8 weights are a view of the stored tensor.
+
+    Raises:
+        FormatError: stored tensors that break the layout.
+    """
+    with _named(weight):
+        return tensors_of.unpack(planned(weight), weight.shape, _local(weight, tensors), codes)
+
+
+def _local(weight: Weight, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = {name: f"{weight.module}.{name}" for name in _WEIGHT_PARTS}
+    return {name: tensors[full] for name, full in names.items() if full in tensors}
+
+
+@contextmanager
+def _named(weight: Weight) -> Iterator[None]:
+    """Complete the name of the tensor that an error begins with, or put the module's before it."""
+    try:
+        yield
+    except FormatError as error:
+        joint = "." if str(error).startswith("weight") else ": "
+        raise FormatError(f"{weight.module}{joint}{error}") from None
+
+
+def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The source's config.json with the `quantization_config` of these weights in place of any it had."""
+    return {"config.json": declare(source, quantization_config(weights))}
+
+
+def recognise(
+    config: Mapping[str, Any], specs: Mapping[str, Spec], read: Callable[[str], Tensor]
+) -> dict[str, Weight] | None:
+    """The quantized weights of a checkpoint whose config.json declares compressed-tensors.
+
+    Raises:
+        FormatError: the declaration is malformed, is not read, or contradicts the stored tensors.
+    """
+    found = declared(config)
+    if found is None:
+        return None
+    names = (name.rpartition(".") for name in specs)
+    modules = dict.fromkeys(module for module, _, part in names if part in ("weight_scale", "weight_packed"))
+    weights = (_recognised(module, found, specs, read, _model_dtype(config)) for module in modules)
+    return {weight.name: weight for weight in weights}
+
+
+def _recognised(
+    module: str, found: Declared, specs: Mapping[str, Spec], read: Callable[[str], Tensor], dtype: torch.dtype
+) -> Weight:
+    scale = specs.get(f"{module}.weight_scale")
+    if scale is None:
+        raise FormatError(f"{module}.weight_scale is missing")
+    scheme = read_scheme(found.group(module), scale.dtype, f"{module}.weight_global_scale" in specs)
+    shape = _shape(module, scheme, specs, read)
+    return Weight(f"{module}.weight", shape, scale.dtype if scale.dtype in SCALE_TYPES else dtype, scheme)
+
+
+def _shape(module: str, scheme: Scheme, specs: Mapping[str, Spec], read: Callable[[str], Tensor]) -> tuple[int, int]:
+    """Rows and columns of a weight: as its codes have them, or as `weight_shape` says where words hide their number."""
+    name = f"{module}.weight" if f"{module}.weight" in specs else f"{module}.weight_packed"
+    if name not in specs or len(specs[name].shape) != 2:
+        raise FormatError(f"{name} is {list(specs[name].shape) if name in specs else 'missing'}, not a matrix")
+    rows, cols = specs[name].shape
+    if name.endswith("weight_packed"):
+        cols = 2 * cols if scheme.grid.kind != "int" else _packed_cols(module, scheme, (rows, cols), specs, read)
+    if scheme.grid.kind != "int" and scheme.scale in ("e8m0", "e4m3") and cols % scheme.block.cols:
+        raise FormatError(f"{name} has rows of {cols} values, {scheme} needs a multiple of {scheme.block.cols}")
+    return rows, cols
+
+
+def _packed_cols(
+    module: str, scheme: Scheme, packed: tuple[int, int], specs: Mapping[str, Spec], read: Callable[[str], Tensor]
+) -> int:
+    name = f"{module}.weight_shape"
+    if name not in specs or specs[name].shape != (2,) or specs[name].dtype not in (torch.int64, torch.int32):
+        raise FormatError(f"{name} is missing, or no pair of integers")
+    rows, cols = (int(size) for size in read(name))
+    if rows != packed[0] or cols < 1 or ceil(cols * scheme.grid.bits / 32) != packed[1]:
+        raise FormatError(
+            f"{name} says {[rows, cols]}, which {scheme.grid.bits}-bit codes in words {list(packed)} cannot be"
+        )
+    return cols
+
+
+def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Float dtype that the model declares; bfloat16, in which compressed-tensors decompresses, where it does not."""
+    text = config.get("text_config")
+    places = [config, text] if isinstance(text, Mapping) else [config]
+    words = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
+    return next((_FLOATS[word] for word in words if isinstance(word, str) and word in _FLOATS), torch.bfloat16)
+
+
+def owns(weight: Weight) -> list[str]:
+    """Every name under which a tensor of this weight's module may be stored, those of its activations included."""
+    return [f"{weight.module}.{name}" for name in _WEIGHT_PARTS + _ACTIVATION_PARTS]
+
+
+FORMAT = Format(
+    about="vLLM, llm-compressor and transformers: integers of 1 to 8 bits, FP8, NVFP4, MXFP4, MXFP8",
+    default="int4-g128",
+    fit=fit,
+    layout=layout,
+    pack=pack,
+    unpack=unpack,
+    config=config,
+    recognise=recognise,
+    owns=owns,
+)

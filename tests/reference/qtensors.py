@@ -1,0 +1,84 @@
+"""Random `QTensor`s of any scheme, made without any method, and the slow definition of what they stand for."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.schemes import Block, Scheme
+from lowbit.tensors import QTensor
+
+_SCALES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+
+
+def matrix(shape: tuple[int, ...], block: Block) -> tuple[int, int]:
+    """Rows and columns under which a shape is quantized."""
+    count = math.prod(shape)
+    return (1, count) if block.flat else (count // max(shape[-1], 1), shape[-1])
+
+
+def blocks(shape: tuple[int, ...], block: Block) -> tuple[int, int]:
+    """Scale blocks down and across."""
+    rows, cols = matrix(shape, block)
+    return -(-rows // (block.rows or rows)), -(-cols // (block.cols or cols))
+
+
+def random_qtensor(scheme: Scheme, shape: tuple[int, ...], seed: int = 0, lowest_zero: int = 0) -> QTensor:
+    """Codes over the whole grid, scales over some decades; integer zero points from `lowest_zero` upwards."""
+    dice = torch.Generator().manual_seed(seed)
+    legal = torch.tensor([code for code, level in enumerate(scheme.grid.levels) if math.isfinite(level)])
+    size = matrix(shape, scheme.block)
+    codes = legal[torch.randint(len(legal), size, generator=dice)].to(torch.uint8)
+    across = blocks(shape, scheme.block)
+    zeros = None
+    if scheme.zero == "int":
+        zeros = torch.randint(lowest_zero, 2**scheme.grid.bits, across, generator=dice).to(torch.uint8)
+    elif scheme.zero == "float":
+        zeros = _storable(torch.rand(across, generator=dice) * 2**scheme.grid.bits, scheme)
+    return QTensor(scheme, shape, codes, _random_scales(scheme, across, dice), zeros)
+
+
+def _random_scales(scheme: Scheme, shape: tuple[int, int], dice: torch.Generator) -> Tensor | QTensor:
+    exponents = torch.randint(-9, -3, shape, generator=dice)
+    if scheme.nested:
+        return _random_nested(scheme.nested, shape, dice)
+    if scheme.scale == "e8m0":
+        return torch.tensor(2.0) ** exponents
+    return _storable((1 + torch.rand(shape, generator=dice)) * 2.0**exponents, scheme)
+
+
+def _random_nested(nested: Scheme, shape: tuple[int, int], dice: torch.Generator) -> QTensor:
+    """Quantized scales, positive throughout; the scale of the scales is a float32 that is the reciprocal of one."""
+    positive = [code for code, level in enumerate(nested.grid.levels) if 0 < level < math.inf]
+    choices = torch.tensor(range(len(nested.grid.levels)) if nested.offset else positive)
+    codes = choices[torch.randint(len(choices), matrix(shape, nested.block), generator=dice)].to(torch.uint8)
+    outer = 1 / (1 / (0.001 + torch.rand(blocks(shape, nested.block), generator=dice) / 100))
+    offset = torch.tensor(0.0625) if nested.offset else None
+    return QTensor(nested, shape, codes, outer, offset=offset)
+
+
+def _storable(values: Tensor, scheme: Scheme) -> Tensor:
+    return values.to(_SCALES[scheme.scale]).float()
+
+
+def slow_dequantize(q: QTensor) -> Tensor:
+    """Element by element, in float32: level times scale, or code minus zero point, times scale; plus the offset."""
+    scales = (slow_dequantize(q.scales) if isinstance(q.scales, QTensor) else q.scales).numpy()
+    (rows, cols), block = matrix(q.shape, q.scheme.block), q.scheme.block
+    out = np.empty((rows, cols), np.float32)
+    for row in range(rows):
+        for col in range(cols):
+            down, across = row // (block.rows or rows), col // (block.cols or cols)
+            if q.group_index is not None:
+                across = int(q.group_index[col])
+            code = int(q.codes[row, col])
+            value = np.float32(q.scheme.grid.levels[code])
+            if q.zeros is not None:
+                value = np.float32(code) - np.float32(q.zeros[down, across].item())
+            out[row, col] = value * np.float32(scales[down, across])
+    if q.offset is not None:
+        out += np.float32(q.offset.item())
+    return torch.from_numpy(out).reshape(q.shape)
