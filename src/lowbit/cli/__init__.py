@@ -1,0 +1,71 @@
+"""The command line: one file per command, imported only when that command runs."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import final
+
+import click
+
+from lowbit import __version__
+
+_COMMANDS = {
+    "quantize": "Quantize a checkpoint, verify it, measure it, report.",
+    "plan": "Show which tensor would get which scheme, and why.",
+    "evaluate": "Perplexity, and divergence from a reference, with intervals.",
+    "inspect": "Tell what a checkpoint is and whether it is sound.",
+    "demo": "Take the embedded model through the whole line.",
+}
+
+
+@final
+class _Lazy(click.Group):
+    """Knows its commands by name and one line; imports the file of the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"lowbit.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lowbit")
+def group() -> None:
+    """Model checkpoints in fewer bits: quantized, verified, measured.
+
+    \b
+    lowbit demo                                      the embedded model, start to report
+    lowbit quantize MODEL OUT --scheme int4-g128     one command for a checkpoint of yours
+    lowbit quantize --help                           schemes, methods, formats, limits
+    """
+
+
+def main() -> None:
+    """Entry point: errors of ours end in one sentence and their exit code, never in a traceback."""
+    from lowbit.errors import LowbitError
+
+    try:
+        group(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("stopped; what is finished is kept: the same command goes on", 130)
+    except KeyboardInterrupt:
+        _fail("stopped; what is finished is kept: the same command goes on", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except LowbitError as error:
+        _fail(str(error), error.exit_code)
+
+
+def _fail(text: str, code: int) -> None:
+    click.echo(f"lowbit: {' '.join(text.split())}", err=True)
+    sys.exit(code)

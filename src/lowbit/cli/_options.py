@@ -1,0 +1,190 @@
+"""Options and output that several commands share."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, final
+
+import click
+
+if TYPE_CHECKING:
+    from lowbit.stages.plan import Plan, Rules
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@final
+class Size(click.ParamType):
+    """Bytes, written `4GiB` or `500MB`."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from lowbit.budget import parse_size
+
+        return value if isinstance(value, int) else parse_size(value)
+
+
+def _set(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:
+    pairs = [value.rpartition("=")[::2] for value in values]
+    for value, (pattern, scheme) in zip(values, pairs, strict=True):
+        if not pattern or not scheme:
+            raise click.BadParameter(f"{value!r} is not REGEX=SCHEME")
+    return [(pattern, scheme) for pattern, scheme in pairs]
+
+
+def _option(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    def value_of(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    return {key: value_of(text) for key, _, text in (value.partition("=") for value in values)}
+
+
+_RULES = (
+    click.option("--scheme", metavar="S", help="Scheme for every matrix, as int4-g128, nf4-dq, fp8-e4m3, nvfp4."),
+    click.option("--method", default="rtn", show_default=True, metavar="M", help="rtn, mse or hqq."),
+    click.option(
+        "--format", "form", default="compressed-tensors", show_default=True, metavar="F",
+        help="compressed-tensors, gptq, gptq_v2, bitsandbytes or hqq.",
+    ),
+    click.option("--skip", multiple=True, metavar="REGEX", help="Leave matching tensors as they are; repeatable."),
+    click.option(
+        "--set", "sets", multiple=True, callback=_set, metavar="REGEX=SCHEME",
+        help="Scheme (or keep) for matching tensors; wins over everything, first match first; repeatable.",
+    ),
+    click.option(
+        "--option", "options", multiple=True, callback=_option, metavar="NAME=VALUE",
+        help="Option of the method, as p=2.4 for mse; repeatable.",
+    ),
+    click.option(
+        "--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="A saved (and edited) plan instead of rules.",
+    ),
+)  # fmt: skip
+
+
+def rules_options(function: F) -> F:
+    """Add the options that decide which tensor gets what."""
+    for option in reversed(_RULES):
+        function = option(function)
+    return function
+
+
+def make_rules(
+    scheme: str | None,
+    method: str,
+    form: str,
+    skip: tuple[str, ...],
+    sets: list[tuple[str, str]],
+    options: dict[str, Any],
+) -> Rules:
+    """The `Rules` that the options stand for."""
+    from lowbit.stages.plan import Rules
+
+    return Rules(scheme, method, form, skip, sets, options)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback `(stage, done, total)`: bars with rate and time left on a terminal, plain lines elsewhere."""
+    if not sys.stderr.isatty():
+        yield _Lines().show
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description:>10}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    tasks: dict[str, Any] = {}
+    with progress.Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+@final
+class _Lines:
+    """Plain progress: the first and last line of a stage, and one every five seconds between."""
+
+    def __init__(self) -> None:
+        self._start: dict[str, float] = {}
+        self._last = 0.0
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        begun = self._start.setdefault(stage, now)
+        if done < total and now - self._last < 5:
+            return
+        self._last = now
+        left = (now - begun) * (total - done) / done if done else 0.0
+        share = 100 * done / total if total else 100.0
+        click.echo(f"{stage}: {share:.0f}%, {now - begun:.1f} s, {left:.0f} s left", err=True)
+
+
+def print_plan(plan: Plan, err: bool) -> None:
+    """The plan as a table, runs of alike tensors folded, with bytes before and after."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lowbit.budget import format_size
+
+    table = Table("tensors", "shape", "scheme", "method", "before", "after", "reason", title=f"plan: {plan.format}")
+    for row in fold(plan):
+        table.add_row(*row)
+    before = sum(entry.source_bytes for entry in plan.entries if not entry.tied)
+    after = sum(plan.stored_bytes(entry) for entry in plan.entries)
+    bits, all_bits = plan.bits_per_weight()
+    console = Console(stderr=err)
+    console.print(table)
+    console.print(
+        f"{format_size(before)} -> {format_size(after)} ({before / max(after, 1):.2f} times smaller); "
+        f"{bits:.4f} bits per quantized weight, {all_bits:.4f} over all weights"
+    )
+
+
+def fold(plan: Plan) -> list[tuple[str, ...]]:
+    """Rows of the plan's table: tensors that differ only in numbers (layers, experts) share one."""
+    import re
+
+    from lowbit.budget import format_size
+
+    groups: dict[tuple[str, ...], list[Any]] = {}
+    for entry in plan.entries:
+        weight = entry.weight
+        name = re.sub(r"\.\d+\.", ".*.", weight.name)
+        key = (name, "x".join(map(str, weight.shape)), str(weight.scheme or "keep"), entry.method or "", entry.reason)
+        groups.setdefault(key, []).append(entry)
+    return [
+        (
+            f"{len(members)} x {name}" if len(members) > 1 else members[0].weight.name,
+            shape, scheme, method,
+            format_size(sum(entry.source_bytes for entry in members)),
+            format_size(sum(plan.stored_bytes(entry) for entry in members)),
+            reason,
+        )
+        for (name, shape, scheme, method, reason), members in groups.items()
+    ]  # fmt: skip

@@ -1,0 +1,54 @@
+"""`lowbit quantize`: the whole line."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lowbit.cli._options import Size, cores, make_rules, print_plan, progress_bars, rules_options
+
+_EXAMPLES = """\b
+Examples:
+  lowbit quantize ./llama ./llama-w4 --scheme int4-g128
+  lowbit quantize ./llama ./llama-nf4 --format bitsandbytes --scheme nf4-dq
+  lowbit quantize ./llama ./out --scheme int4-g64-asym --method mse --format gptq_v2 --ram 2GiB
+  lowbit quantize ./llama ./out --set 'down_proj=int8-row' --skip 'layers\\.0\\.' --evaluate wiki.txt
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@rules_options
+@click.option("--ram", type=Size(), help="Anonymous memory that the run may hold, as 4GiB; checked first, then kept.")
+@click.option("--threads", type=click.IntRange(1), default=cores, show_default="all cores", help="Workers.")
+@click.option("--evaluate", "text", type=click.Path(path_type=Path), help="Text to compare original and result on.")
+@click.option("--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per evaluation window.")
+@click.option("--tokens", type=click.IntRange(1), help="Evaluate on at most this many tokens.")
+@click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True, help="Largest output file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
+def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **options: Any) -> None:
+    """Quantize MODEL (a directory, file or hub name) into the directory OUT.
+
+    Killed at any moment, the same command goes on where it was. Everything written is read back and compared.
+    OUT/report.html shows the result.
+    """
+    from lowbit.pipeline import Request, run
+
+    rules = make_rules(**{key: options.pop(key) for key in ("scheme", "method", "form", "skip", "sets", "options")})
+    request = Request(model, out, rules, plan_file, command=shlex.join(["lowbit", *sys.argv[1:]]), **options)
+
+    def announce(plan: Any, way: Any) -> None:
+        if not as_json:
+            print_plan(plan, err=True)
+        click.echo(f"memory: at most {way}", err=True)
+
+    with progress_bars() as progress:
+        result = run(request, progress, announce)
+    click.echo((out / ("report.json" if as_json else "report.md")).read_text(), nl=as_json)
+    if not as_json:
+        click.echo(f"report: {result and (out / 'report.html').resolve()}")

@@ -1,0 +1,106 @@
+"""What is this checkpoint, how was it made, and is it sound?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lowbit import plugins
+from lowbit.errors import CheckpointError, FormatError
+from lowbit.formats import Format, Weight
+from lowbit.inspect.facts import Finding, Inspection, TensorFacts
+from lowbit.inspect.provenance import declared, made_by, methods
+from lowbit.inspect.sanity import check_plain, check_quantized
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
+from lowbit.stages.plan import _keep_rows
+from lowbit.tensors import QTensor, scheme_bytes
+
+__all__ = ["Finding", "Inspection", "TensorFacts", "inspect"]
+
+Progress = Callable[[str, int, int], None]
+
+
+def inspect(source: str | Path, progress: Progress = lambda stage, done, total: None) -> Inspection:
+    """Tell what a checkpoint is and whether it is sound; weights are read one at a time.
+
+    Args:
+        source: directory, weight file or hub name.
+        progress: called with `(stage, bytes done, bytes in all)`.
+
+    Raises:
+        LowbitError: it cannot be opened; what is wrong with single weights is a finding, not an error.
+    """
+    with open_checkpoint(source) as checkpoint:
+        made, done = methods(checkpoint), 0
+        tensors: list[TensorFacts] = []
+        findings = _whole(checkpoint)
+        for weight in checkpoint.weights.values():
+            facts, found = _examine(checkpoint, weight, made.get(weight.name))
+            tensors.append(facts)
+            findings += found
+            done += facts.stored
+            progress("inspect", min(done, checkpoint.nbytes), checkpoint.nbytes)
+        return Inspection(
+            path=str(checkpoint.path),
+            container="safetensors" if checkpoint.shards[0].suffix == ".safetensors" else "pytorch",
+            files={shard.name: shard.stat().st_size for shard in checkpoint.shards},
+            model={key: checkpoint.config[key] for key in ("model_type", "architectures") if key in checkpoint.config},
+            format=checkpoint.format,
+            declared=declared(checkpoint),
+            made_by=made_by(checkpoint),
+            tied=dict(checkpoint.tied),
+            tensors=tensors,
+            findings=findings,
+        )
+
+
+def _whole(checkpoint: Checkpoint) -> list[Finding]:
+    """Notes on the checkpoint as a whole."""
+    found = [Finding("note", None, f"{name} is no tensor and is not carried") for name in checkpoint.skipped]
+    specs = {} if checkpoint.format else checkpoint.specs
+    packed = [name for name, spec in specs.items() if len(spec.shape) == 2 and not spec.dtype.is_floating_point]
+    if packed:
+        beside = "; name the directory instead of the file" if checkpoint.path.is_file() else ""
+        text = f"{len(packed)} integer matrices, as {packed[0]}, look packed, but nothing says how{beside}"
+        found.append(Finding("note", None, text))
+    return found
+
+
+def _examine(checkpoint: Checkpoint, weight: Weight, method: str | None) -> tuple[TensorFacts, list[Finding]]:
+    """Load one weight, describe it and check it."""
+    stored, codes = _stored(checkpoint, weight), None
+    nbytes = scheme_bytes(weight.scheme, weight.shape) if weight.scheme else stored
+    try:
+        loaded = checkpoint.load(weight.name)
+        if isinstance(loaded, QTensor):
+            nbytes = loaded.nbytes
+            codes, found = check_quantized(weight.name, loaded, weight.dtype)
+        else:
+            found = check_plain(weight.name, loaded)
+    except (CheckpointError, FormatError) as error:
+        found = [Finding("error", weight.name, str(error))]
+    scheme, dtype = str(weight.scheme) if weight.scheme else None, str(weight.dtype).removeprefix("torch.")
+    kind = _kind(weight, checkpoint.config)
+    return TensorFacts(weight.name, weight.shape, dtype, scheme, method, kind, nbytes, stored, codes), found
+
+
+def _stored(checkpoint: Checkpoint, weight: Weight) -> int:
+    """Bytes of every tensor in the file that belongs to a weight."""
+    names = {weight.name}
+    if weight.scheme and checkpoint.format:
+        form: Format = plugins.load("formats", checkpoint.format)
+        names = {name for name in form.owns(weight) if name in checkpoint.specs}
+    slots = [checkpoint.files[name].slots[name] for name in names]
+    return sum(slot.extent * slot.spec.dtype.itemsize for slot in slots)
+
+
+def _kind(weight: Weight, config: Mapping[str, object]) -> str:
+    """`quantized`, or what a weight that stayed is: the first words of the plan's reason to keep such, or its rank."""
+    if weight.scheme:
+        return "quantized"
+    model_type = config.get("model_type", "")
+    for row in _keep_rows():
+        if model_type in row.get("model_types", [model_type]) and re.search(row["pattern"], weight.name):
+            return re.split(r"[:,(]| of ", row["reason"])[0].strip()
+    return {0: "scalar", 1: "vector", 2: "matrix"}.get(len(weight.shape), f"{len(weight.shape)}-D")

@@ -1,0 +1,85 @@
+"""The straight line: checkpoint -> plan -> quantize -> write -> verify -> evaluate -> report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+from lowbit.budget import Estimate, MemoryWatch
+from lowbit.stages import quantize
+from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.stages.evaluate import evaluate, read_text
+from lowbit.stages.plan import Plan, Rules, load_plan, make_plan
+from lowbit.stages.record import Clock, make_record
+from lowbit.stages.report import RunRecord, write_report
+from lowbit.stages.verify import verify
+from lowbit.stages.write import SHARD_BYTES, open_output
+
+
+@final
+@dataclass(frozen=True)
+class Request:
+    """One run, as asked for.
+
+    Attributes:
+        model: directory, file or hub name of a float checkpoint.
+        out: directory for the result: new, empty, or holding an unfinished run of the same request.
+        rules: which tensor gets what; ignored where `plan` names a saved plan.
+        ram: anonymous memory allowed, in bytes; None for no limit.
+        text: file to evaluate on; None to leave evaluation out.
+        context: tokens per window of the evaluation.
+        tokens: how many tokens to evaluate at most; None for all.
+        shard_bytes: largest output file.
+        command: the command line, for the report.
+    """
+
+    model: str
+    out: Path
+    rules: Rules = field(default_factory=Rules)
+    plan: Path | None = None
+    ram: int | None = None
+    threads: int = 1
+    text: Path | None = None
+    context: int = 512
+    tokens: int | None = None
+    shard_bytes: int = SHARD_BYTES
+    command: str = ""
+
+
+def run(
+    request: Request,
+    progress: quantize.Progress = quantize.silent,
+    announce: Callable[[Plan, Estimate], None] | None = None,
+) -> RunRecord:
+    """Carry out a request and write its report into the output directory.
+
+    Args:
+        progress: called with `(stage, done, total)`.
+        announce: called once with the plan and the memory estimate before anything is written.
+
+    Raises:
+        LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same request goes on.
+    """
+    clock, text, scores = Clock(), request.text and read_text(request.text), None
+    with MemoryWatch(request.ram).running() as watch, open_checkpoint(request.model) as source:
+        plan = load_plan(request.plan, source) if request.plan else make_plan(source, request.rules)
+        way = quantize.estimate_memory(plan, request.ram, request.threads)
+        if announce:
+            announce(plan, way)
+        clock.lap("plan")
+        with open_output(request.out, source, plan, request.shard_bytes) as output:
+            quantize.quantize(source, plan, output, way, watch, progress)
+            output.finish(source)
+            clock.lap("quantize")
+            checked = verify(source, output, way, progress)
+            clock.lap("verify")
+            if text:
+                scope = {"context": request.context, "tokens": request.tokens, "ram": request.ram}
+                scores = evaluate(request.out, text, reference=source.path, progress=progress, **scope).to_dict()
+                clock.lap("evaluate")
+            result = make_record(request.command, source, output, way, watch, checked, scores, clock.seconds)
+            write_report(result, request.out)
+            watch.check()
+    return result

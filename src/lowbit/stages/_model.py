@@ -1,0 +1,348 @@
+"""A `transformers` model over a checkpoint: built without weights, then filled as a whole or one part at a time.
+
+Nothing here knows an architecture. `transformers` itself decides, through `from_pretrained`, which stored tensors make
+which parameter (names, tied weights, merged experts) and how buffers begin; it is given stand-ins that are read, or
+only traced, when it places them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lowbit.errors import CheckpointError, LowbitError, UsageError
+from lowbit.stages._weightfile import one_line, show
+from lowbit.stages.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+else:  # the run-time check of annotations needs names, and importing these costs a second
+    PreTrainedConfig = PreTrainedModel = PreTrainedTokenizerBase = object
+
+# What `transformers` raises over a configuration, code or tokenizer that it cannot use.
+_REFUSALS = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError)
+# Codes and scales of a quantized weight while it is unpacked, in bytes per element, beside the result.
+_UNPACKING = 3
+
+
+@final
+class _Trace(Tensor):
+    """A tensor without storage that knows the weights of the checkpoint it was made from, through any operation."""
+
+    sources: frozenset[str] = frozenset()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        traced = [_sources(leaf) for leaf in tree_leaves((args, kwargs))]
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, cls):
+                leaf.sources = frozenset().union(*traced)
+        return out
+
+
+def _sources(tensor: Any) -> frozenset[str]:
+    return tensor.sources if isinstance(tensor, _Trace) else frozenset()
+
+
+@final
+class _Standin:
+    """What `from_pretrained` gets for a weight; it asks for `standin[...].to(device, dtype)` when it places it."""
+
+    # Its threads would unpack several tensors at once, which the memory estimate does not foresee.
+    _one_at_a_time = threading.Lock()
+
+    def __init__(self, checkpoint: Checkpoint, name: str, read: bool) -> None:
+        self._checkpoint, self._name, self._read = checkpoint, name, read
+
+    def __getitem__(self, index: object) -> _Standin:
+        return self
+
+    def to(self, device: object = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in `dtype`, or its trace."""
+        if self._read:
+            with self._one_at_a_time:
+                return self._checkpoint.dequantized(self._name, dtype)
+        weight = self._checkpoint.weights[self._name]
+        trace: _Trace = torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta").as_subclass(_Trace)
+        trace.sources = frozenset([self._name])
+        return trace
+
+
+@final
+@dataclass(frozen=True)
+class _Part:
+    """A module that is filled and emptied as one: a block, or an embedding or linear layer outside of the blocks.
+
+    Attributes:
+        path: its name in the model.
+        sources: the weights of the checkpoint that fill it.
+        nbytes: most that it takes while it is filled.
+        width: sum of the widths of its matrices, which bounds its activations.
+    """
+
+    path: str
+    sources: frozenset[str]
+    nbytes: int
+    width: int
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Blueprint:
+    """A causal language model whose weights are still in its checkpoint. Made by `open_blueprint`.
+
+    Attributes:
+        checkpoint: where the weights are.
+        config: of `transformers`, without what it says of quantization.
+        dtype: of the weights and of the computation.
+        kind: class of the model.
+    """
+
+    checkpoint: Checkpoint
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    kind: type[PreTrainedModel]
+
+    def resident(self) -> PreTrainedModel:
+        """The model with all its weights in memory."""
+        return self._build(self.checkpoint.weights.keys())[0]
+
+    def streamed(self) -> PreTrainedModel:
+        """The model with few weights in memory: each part is filled just before it runs, and emptied after it."""
+        kept = self.checkpoint.weights.keys() - {name for part in self._parts for name in part.sources}
+        model, _ = self._build(kept)
+        for part in self._parts:
+            self._stream(model.get_submodule(part.path), part)
+        return model
+
+    def _stream(self, module: nn.Module, part: _Part) -> None:
+        empty = module.state_dict()
+
+        def fill(*_: object) -> None:
+            filled = self._build(part.sources)[0].get_submodule(part.path)
+            module.load_state_dict(filled.state_dict(), assign=True)
+            filled.load_state_dict(empty, assign=True)  # in a reference cycle it would keep them until it is collected
+
+        def drop(*_: object) -> None:
+            module.load_state_dict(empty, assign=True)
+
+        module.register_forward_pre_hook(fill)
+        module.register_forward_hook(drop, always_call=True)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Most bytes of weights that `resident` takes, tied ones counted once."""
+        return sum(_filled_bytes(tensor) for tensor in self._skeleton.parameters()) + self._reading_bytes
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Most bytes of weights that `streamed` takes at any time."""
+        inside = {name for part in self._parts for name in part.sources}
+        kept = sum(_filled_bytes(tensor) for tensor in self._skeleton.parameters() if not _sources(tensor) & inside)
+        return kept + max((part.nbytes for part in self._parts), default=0) + self._reading_bytes
+
+    @property
+    def _reading_bytes(self) -> int:
+        quantized = [weight.shape for weight in self.checkpoint.weights.values() if weight.scheme]
+        return _UNPACKING * max((torch.Size(shape).numel() for shape in quantized), default=0)
+
+    def token_bytes(self, context: int) -> int:
+        """Bytes of activations per token, without the logits: an upper estimate from the widths of a block."""
+        text = self.config.get_text_config()
+        width = 2 * max((part.width for part in self._parts), default=0) + 8 * int(text.hidden_size)
+        if self.config._attn_implementation != "sdpa":  # scores, their softmax and its copy
+            width += 3 * context * int(getattr(text, "num_attention_heads", 0))
+        return width * self.dtype.itemsize
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits per token."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def positions(self) -> int | None:
+        """Longest sequence that the configuration allows; None where it names none."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @cached_property
+    def _skeleton(self) -> PreTrainedModel:
+        """The model without any weight, every parameter a trace.
+
+        Raises:
+            CheckpointError: weights are missing, too many, or of another shape than the configuration says.
+        """
+        model, problems = self._build(frozenset())
+        for kind, names in problems.items():
+            if names:
+                shown = ", ".join(show(name) for name in names[:3])
+                raise CheckpointError(
+                    f"{self.checkpoint.path} does not fit its config.json: {len(names)} {kind}, as {shown}; "
+                    "complete the checkpoint or mend the configuration"
+                )
+        return model
+
+    @cached_property
+    def _parts(self) -> list[_Part]:
+        skeleton = self._skeleton
+        blocks = block_paths(skeleton)
+        inside = tuple(f"{path}." for path in blocks)
+        outside = [
+            path
+            for path, module in skeleton.named_modules()
+            if isinstance(module, nn.Embedding | nn.Linear) and not path.startswith(inside or "no block")
+        ]
+        experts = getattr(self.config.get_text_config(), "num_experts_per_tok", None)
+        return [
+            _make_part(path, skeleton.get_submodule(path), experts if path in blocks else 0)
+            for path in [*blocks, *outside]
+        ]
+
+    def _build(self, read: AbstractSet[str]) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+        """A model that has the weights named in `read`, and traces of the others; and what did not fit, by kind."""
+        standins = {name: _Standin(self.checkpoint, name, name in read) for name in self.checkpoint.weights}
+        with silent_transformers(), refusals(f"{self.checkpoint.path} cannot be loaded as {self.kind.__name__}"):
+            loaded: Any = self.kind.from_pretrained(
+                None, config=self.config, state_dict=standins, dtype=self.dtype,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+        model, info = loaded
+        found = {
+            "weights are missing": info["missing_keys"],
+            "weights have no place in the model": info["unexpected_keys"],
+            "weights have another shape": [name for name, *_ in info["mismatched_keys"]],
+        }
+        return model.eval(), {kind: sorted(names) for kind, names in found.items()}
+
+
+def _filled_bytes(tensor: Tensor) -> int:
+    """Bytes of a parameter, and of its pieces where it is merged from several."""
+    return tensor.numel() * tensor.element_size() * (2 if len(_sources(tensor)) > 1 else 1)
+
+
+def _make_part(path: str, module: nn.Module, experts: int | None) -> _Part:
+    tensors = list(module.state_dict(keep_vars=True).values())
+    sources = frozenset().union(*map(_sources, tensors))
+    return _Part(path, sources, sum(map(_filled_bytes, tensors)), sum(_width(tensor, experts) for tensor in tensors))
+
+
+def _width(tensor: Tensor, experts: int | None) -> int:
+    """Values per token that a parameter stands for: outputs of a matrix, of those of a stack that a token sees.
+
+    A matrix with one short side is a state per channel; what runs over it makes a value for each of its elements.
+    """
+    if tensor.ndim < 2:
+        return 0
+    high, wide = tensor.shape[-2:]
+    stacked = min(tensor.shape[:-2].numel(), experts or tensor.shape[:-2].numel())
+    return max(high, wide) * stacked if min(high, wide) > 16 or tensor.ndim > 2 else 2 * high * wide
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Names of a model's blocks: the members of the module list that holds most weights, the outermost of equals."""
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return []
+    path, blocks = max(lists, key=lambda item: sum(tensor.numel() for tensor in item[1].parameters()))
+    return [f"{path}.{name}" for name, _ in blocks.named_children()]
+
+
+def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> Blueprint:
+    """Find the configuration and the class of a checkpoint's model.
+
+    Raises:
+        UsageError: the model brings its own code and `trust_remote_code` is not set.
+        CheckpointError: no usable `config.json`, or no causal language model of `transformers`.
+    """
+    root = _root(checkpoint)
+    if not (root / "config.json").exists():
+        raise CheckpointError(
+            f"{root} has no config.json, which names the model's architecture; put the original's there"
+        )
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with (
+        silent_transformers(),
+        _own_code(checkpoint, trust_remote_code),
+        refusals(f"{root} is no causal language model"),
+    ):
+        config = AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code, local_files_only=True)
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=trust_remote_code
+            )
+    return Blueprint(checkpoint, config, dtype, type(model))
+
+
+def open_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a checkpoint.
+
+    Raises:
+        UsageError: it brings its own code and `trust_remote_code` is not set.
+        CheckpointError: there is none, or it cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    root = _root(checkpoint)
+    with silent_transformers(), _own_code(checkpoint, trust_remote_code), refusals(f"{root} has no usable tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            root, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    return tokenizer
+
+
+def _root(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+@contextmanager
+def _own_code(checkpoint: Checkpoint, trusted: bool) -> Iterator[None]:
+    """Say of a checkpoint with code of its own, which failed without it, how to run that code."""
+    try:
+        yield
+    except CheckpointError:
+        if trusted or "auto_map" not in checkpoint.config:
+            raise
+        raise UsageError(
+            f"{checkpoint.path} needs the Python code that it brings; read that code, then add --trust-remote-code"
+        ) from None
+
+
+@contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Turn what `transformers` raises over a file into one sentence that begins with `what`."""
+    try:
+        yield
+    except LowbitError:
+        raise
+    except _REFUSALS as error:
+        raise CheckpointError(f"{what}: {one_line(error)}") from error
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of `transformers`: what matters of them is raised as an error here."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

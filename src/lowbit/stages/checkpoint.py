@@ -1,0 +1,287 @@
+"""Checkpoint: names, shapes, dtypes and lazy tensors of a model on disk. Opening reads headers, never weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn, final
+
+import torch
+from torch import Tensor
+
+from lowbit import plugins
+from lowbit.errors import CheckpointError, FormatError, LowbitError, UnsupportedError, UsageError
+from lowbit.formats import Format, Spec, Weight
+from lowbit.stages._directory import TORCH_SUFFIXES, WEIGHT_SUFFIXES, Index, find_extras, find_shards
+from lowbit.stages._safetensors import read_safetensors
+from lowbit.stages._torchfile import read_torch
+from lowbit.stages._weightfile import WeightFile, one_line, read_json, show
+from lowbit.tensors import QTensor
+
+# What a plug-in may stumble over in a configuration or in tensors that nobody promised to be sane.
+_STUMBLES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+
+# What transformers' causal models call their output layer. Of two equal tensors it is the one that must not be kept:
+# loaders tie it to the embedding, never the embedding to it.
+_HEAD = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An opened checkpoint; a context manager for symmetry, nothing is held open between reads.
+
+    Attributes:
+        path: directory or single file.
+        config: `config.json`; empty for a single file and where there is none.
+        specs: every stored tensor, in file order.
+        shards: weight files, sorted.
+        extras: files to carry to an output: everything in the directory that is no weight.
+        format: plug-in of `formats/` that recognised the checkpoint; None for a float checkpoint.
+        weights: logical weights in file order: quantized ones with their scheme, their stored pieces folded in;
+            everything else as it is stored.
+        files: stored tensor to the file that holds it.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    specs: Mapping[str, Spec]
+    shards: tuple[Path, ...]
+    extras: tuple[Path, ...]
+    format: str | None
+    weights: Mapping[str, Weight]
+    files: Mapping[str, WeightFile]
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def tensor(self, name: str) -> Tensor:
+        """One stored tensor as a view of the mapped file.
+
+        It must not be written to: the file would stay as it is, but the pages would become memory.
+
+        Raises:
+            CheckpointError: no such tensor, or the file changed since it was opened.
+        """
+        return _read(self.path, self.files, name)
+
+    def load(self, name: str, codes: Tensor | None = None) -> Tensor | QTensor:
+        """One logical weight: the stored tensor, or what its format unpacks from the stored pieces.
+
+        `codes`, where given, is a buffer for the codes of a quantized weight (`Format.unpack`).
+
+        Raises:
+            CheckpointError: no such weight, or the file changed since it was opened.
+            FormatError: the stored pieces break the layout of their format.
+        """
+        weight = self.weights.get(name)
+        if weight is None or weight.scheme is None or self.format is None:
+            return self.tensor(name)
+        form: Format = plugins.load("formats", self.format)
+        pieces = {piece: self.tensor(piece) for piece in form.owns(weight) if piece in self.specs}
+        try:
+            return form.unpack(weight, pieces, codes)
+        except (LowbitError, *_STUMBLES) as error:
+            _reraise(self.files[next(iter(pieces))].path, self.files, name, self.format, error)
+
+    def dequantized(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One logical weight as float, in `dtype` or the dtype it had before it was quantized; raises like `load`."""
+        loaded = self.load(name)
+        if isinstance(loaded, QTensor):
+            return loaded.dequantize(dtype or self.weights[name].dtype)
+        return loaded.to(dtype or loaded.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors; those that share storage count once."""
+        shared = {alias for file in set(self.files.values()) for alias in file.tied}
+        return sum(prod(s.shape) * s.dtype.itemsize for name, s in self.specs.items() if name not in shared)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Entries of PyTorch files that are no tensors and are not carried, sorted."""
+        return tuple(sorted({name for file in set(self.files.values()) for name in file.skipped}))
+
+    @cached_property
+    def tied(self) -> Mapping[str, str]:
+        """Alias to the tensor that it is one with.
+
+        PyTorch files: names that share storage, tied to the first of them. Safetensors cannot share, so where
+        `config.json` says `tie_word_embeddings`: an output layer that equals the embedding, the first other matrix of
+        `vocab_size` rows, byte for byte (compared on first use); or `lm_head.weight`, where no output layer is stored.
+        """
+        tied = {alias: name for file in set(self.files.values()) for alias, name in file.tied.items()}
+        text = self.config.get("text_config")
+        facts = (text if isinstance(text, dict) else {}) | dict(self.config)
+        if tied or facts.get("tie_word_embeddings") is not True:
+            return tied
+        tables = [name for name, spec in self.specs.items() if spec.shape[:-1] == (facts.get("vocab_size"),)]
+        heads = [name for name in self.weights if _HEAD.fullmatch(name)]
+        embedding = next((name for name in tables if name not in heads), None)
+        if embedding and not heads:
+            return {"lm_head.weight": embedding}
+        return {name: embedding for name in heads if embedding and self._equal(embedding, name)}
+
+    def _equal(self, one: str, other: str) -> bool:
+        same = self.specs[one] == self.specs.get(other)
+        return same and torch.equal(self.tensor(one).view(torch.uint8), self.tensor(other).view(torch.uint8))
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a local directory, a single weight file, or a model of the hub by its name (downloaded to the hub's cache).
+
+    Time and memory depend on the number of tensors, not on their size.
+
+    Raises:
+        UsageError: no such file, directory or model, or a kind of file that is not read.
+        CheckpointError: a file is damaged, missing, or lies about itself.
+        FormatError: the checkpoint breaks the layout of the format it claims.
+        UnsupportedError: it is quantized in a way that no plug-in knows.
+    """
+    path = _locate(source)
+    if path.is_dir():
+        (shards, index), extras = find_shards(path), find_extras(path)
+        config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    else:
+        shards, index, extras, config = [path], None, (), {}
+    files = _merge([_read_file(shard) for shard in shards])
+    if index:
+        _check_index(index, files)
+    if not files:
+        raise CheckpointError(f"{path} holds no tensors")
+    specs = {name: file.slots[name].spec for name, file in files.items()}
+    name, weights = _recognise(path, config, specs, files)
+    return Checkpoint(path, config, specs, tuple(shards), extras, name, weights, files)
+
+
+def _read(path: Path, files: Mapping[str, WeightFile], name: str) -> Tensor:
+    if name not in files:
+        raise CheckpointError(f"{path} holds no tensor {show(name)}")
+    return files[name].tensor(name)
+
+
+def _read_file(path: Path) -> WeightFile:
+    return read_torch(path) if path.name.endswith(TORCH_SUFFIXES) else read_safetensors(path)
+
+
+def _merge(files: list[WeightFile]) -> dict[str, WeightFile]:
+    """Tensor name to file, over all shards."""
+    found: dict[str, WeightFile] = {}
+    for file in files:
+        for name in file.slots:
+            if found.setdefault(name, file) is not file:
+                raise CheckpointError(f"tensor {show(name)} is in {found[name].path} and again in {file.path}")
+    return found
+
+
+def _check_index(index: Index, files: Mapping[str, WeightFile]) -> None:
+    """Index and shards must list the same tensors in the same files."""
+    names = {file: file.path.name for file in set(files.values())}
+    for name, wanted in index.table.items():
+        if name not in files or names[files[name]] != wanted:
+            raise CheckpointError(f"{index.path}: tensor {show(name)} should be in {wanted}, which does not have it")
+    for name in files:
+        if name not in index.table:
+            raise CheckpointError(f"{files[name].path}: tensor {show(name)} is not in the index {index.path.name}")
+
+
+def _locate(source: str | Path) -> Path:
+    """The file or directory that is meant; what is not here and looks like a model's name is fetched from the hub."""
+    path = Path(source).expanduser()
+    if path.is_dir() or (path.exists() and path.name.endswith((".safetensors", *TORCH_SUFFIXES))):
+        return path
+    if path.exists():
+        raise UsageError(f"{path} is no directory and no file of weights (.safetensors, {', '.join(TORCH_SUFFIXES)})")
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) and not path.name.endswith(WEIGHT_SUFFIXES):
+        return _download(str(source))
+    raise UsageError(f"there is no file or directory {show(str(source))}")
+
+
+def _download(name: str) -> Path:
+    """The local copy of a model of the hub: its safetensors, its PyTorch files only where it has no safetensors."""
+    from huggingface_hub import snapshot_download
+
+    others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix not in (".safetensors", ".bin")]
+    try:
+        path = Path(snapshot_download(name, ignore_patterns=[*others, "*.bin"]))
+        if not any(path.glob("*.safetensors")):
+            path = Path(snapshot_download(name, ignore_patterns=others))
+    except Exception as error:  # noqa: BLE001 - network, cache, rights, names: the hub's errors share no base
+        raise UsageError(
+            f"there is no file or directory {show(name)}, and the hub gave no model of that name: {one_line(error)}"
+        ) from None
+    return path
+
+
+def _recognise(
+    path: Path, config: Mapping[str, Any], specs: Mapping[str, Spec], files: Mapping[str, WeightFile]
+) -> tuple[str | None, dict[str, Weight]]:
+    """Name of the format that takes the checkpoint for its own, and the logical weights."""
+    declared = _declared(path, config)
+    if declared is None and not any(_looks_packed(spec) for spec in specs.values()):
+        return None, _logical(path, specs, {}, {})
+    for name in plugins.names("formats"):
+        form: Format = plugins.load("formats", name)
+        try:
+            found = form.recognise(config, specs, lambda tensor: _read(path, files, tensor))
+            if found is not None:
+                return name, _logical(path, specs, found, {weight: form.owns(found[weight]) for weight in found})
+        except (LowbitError, *_STUMBLES) as error:
+            _reraise(path, files, "config.json", name, error)
+    if declared is not None:
+        method, known = show(declared.get("quant_method")), ", ".join(plugins.names("formats"))
+        raise UnsupportedError(f"{path} is quantized by {method}, which none of the formats here reads ({known})")
+    return None, _logical(path, specs, {}, {})
+
+
+def _declared(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `config.json` says of its quantization, at its top or in the part for the text model."""
+    text = config.get("text_config")
+    for table in (config, text if isinstance(text, dict) else {}):
+        declared = table.get("quantization_config")
+        if declared is not None and not isinstance(declared, dict):
+            raise CheckpointError(f"{path / 'config.json'}: quantization_config is {show(declared)}, not a table")
+        if declared is not None:
+            return declared
+    return None
+
+
+def _looks_packed(spec: Spec) -> bool:
+    """A matrix of integers or of 8-bit floats, as formats pack codes into."""
+    return len(spec.shape) >= 2 and (spec.dtype.itemsize == 1 or not spec.dtype.is_floating_point)
+
+
+def _logical(
+    path: Path, specs: Mapping[str, Spec], quantized: Mapping[str, Weight], pieces: Mapping[str, Any]
+) -> dict[str, Weight]:
+    """Logical weights in file order: a quantized one stands where the first of its pieces is stored."""
+    owner = {piece: name for name in quantized for piece in pieces[name]}
+    weights: dict[str, Weight] = {}
+    for name, spec in specs.items():
+        weight = quantized[owner[name]] if name in owner else Weight(name, spec.shape, spec.dtype)
+        weights.setdefault(weight.name, weight)
+    for name in quantized:
+        if name not in weights:
+            raise FormatError(f"{path}: tensor {show(name)} has no stored part")
+    return weights
+
+
+def _reraise(path: Path, files: Mapping[str, WeightFile], what: str, form: str, error: Exception) -> NoReturn:
+    """Say in which file a format found an error: in that of the stored tensor that the error names, or at `path`.
+
+    A plug-in that stumbled, without an error of its own, has met something that its layout does not allow.
+    """
+    text = str(error)
+    if not isinstance(error, LowbitError):
+        text = f"{what} does not follow the layout {form} ({type(error).__name__}: {one_line(error)})"
+    named = max((name for name in files if name in text), key=len, default=None)
+    where = files[named].path if named else path
+    kind = type(error) if isinstance(error, LowbitError) else FormatError
+    raise kind(text if str(where) in text else f"{where}: {text}") from error

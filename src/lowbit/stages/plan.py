@@ -1,0 +1,269 @@
+"""Plan: which tensor gets which scheme and method, and why. All decisions are made here."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from importlib.resources import files
+from math import prod
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from lowbit import plugins
+from lowbit.errors import LowbitError, UnsupportedError, UsageError
+from lowbit.formats import Format, Spec, Weight
+from lowbit.methods import Method
+from lowbit.schemes import parse
+from lowbit.stages.checkpoint import Checkpoint
+from lowbit.tensors import scheme_bytes
+
+VERSION = 1
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the user asked for.
+
+    Attributes:
+        scheme: name of the scheme for every weight that no other rule names; None for the format's default.
+        method: name of the method.
+        format: name of the format.
+        skip: regular expressions, searched in tensor names: those stay as they are.
+        sets: `(regular expression, scheme name or "keep")`, the first match wins over everything else.
+        options: options of the method, by name.
+    """
+
+    scheme: str | None = None
+    method: str = "rtn"
+    format: str = "compressed-tensors"
+    skip: Sequence[str] = ()
+    sets: Sequence[tuple[str, str]] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True)
+class Entry:
+    """One weight of the plan: how it is stored (`weight.scheme`, None: as it is), by which method, and why.
+
+    `tied` names the weight whose storage this one shares: it is stored once, under that name.
+    """
+
+    weight: Weight
+    method: str | None
+    reason: str
+    tied: str | None = None
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the weight as it came."""
+        return prod(self.weight.shape) * self.weight.dtype.itemsize
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """The whole plan; data that is printed, saved, edited and compared."""
+
+    format: str
+    entries: tuple[Entry, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def rules(self) -> Format:
+        """The format's record."""
+        record: Format = plugins.load("formats", self.format)
+        return record
+
+    def layout(self, entry: Entry) -> dict[str, Spec]:
+        """Names, dtypes and shapes of the tensors that one entry puts into the file."""
+        if entry.tied:
+            return {}
+        if entry.weight.scheme is None:
+            return {entry.weight.name: Spec(entry.weight.dtype, entry.weight.shape)}
+        return self.rules.layout(entry.weight)
+
+    def stored_bytes(self, entry: Entry) -> int:
+        """Exact bytes of one entry in the file, without the container's header."""
+        return sum(prod(spec.shape) * spec.dtype.itemsize for spec in self.layout(entry).values())
+
+    def bits_per_weight(self) -> tuple[float, float]:
+        """Mean bits of the quantized weights (codes, scales, zero points), and of all weights together."""
+        chosen = [(entry, entry.weight.scheme) for entry in self.entries if entry.weight.scheme]
+        codes = sum(scheme_bytes(scheme, entry.weight.shape) for entry, scheme in chosen)
+        kept = sum(entry.source_bytes for entry in self.entries if not entry.weight.scheme)
+        count = sum(prod(entry.weight.shape) for entry, _ in chosen)
+        total = sum(prod(entry.weight.shape) for entry in self.entries)
+        return 8 * codes / max(count, 1), 8 * (codes + kept) / max(total, 1)
+
+    def to_json(self) -> str:
+        """The plan as JSON, one tensor a line, stable to the byte."""
+        head = {"lowbit_plan": VERSION, "format": self.format, "options": dict(self.options)}
+        rows = ",\n".join("  " + json.dumps(_row(entry)) for entry in self.entries)
+        return json.dumps(head)[:-1] + ', "tensors": [\n' + rows + "\n]}\n"
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    weight = entry.weight
+    return {
+        "name": weight.name,
+        "shape": list(weight.shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "scheme": str(weight.scheme) if weight.scheme else None,
+        "method": entry.method,
+        "reason": entry.reason,
+        **({"tied": entry.tied} if entry.tied else {}),
+    }
+
+
+def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
+    """The plan for a float checkpoint under the user's rules and the defaults of `arch/keep.toml`.
+
+    Raises:
+        UsageError: a rule that cannot be read or matches nothing, a checkpoint that is quantized already.
+        UnsupportedError: a scheme that the format or the method cannot hold, naming the tensor.
+    """
+    if checkpoint.format:
+        raise UsageError(
+            f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing it again would add error to "
+            "error: start from the float checkpoint"
+        )
+    form: Format = plugins.load("formats", rules.format)
+    _check_patterns(checkpoint, rules)
+    method = _load_method(rules.method, rules.options)
+    model_type = str(checkpoint.config.get("model_type", ""))
+    tied = tied_names(checkpoint)
+    entries = []
+    for weight in checkpoint.weights.values():
+        if weight.name in tied:
+            entries.append(Entry(weight, None, f"shares the storage of {tied[weight.name]}", tied[weight.name]))
+            continue
+        wanted, reason = _decide(weight, rules, model_type, form.default)
+        entries.append(_entry(weight, wanted, reason, rules.method, method, form))
+    return Plan(rules.format, tuple(entries), dict(rules.options))
+
+
+def tied_names(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Aliases that need not be stored: the loader ties them again because the configuration says so."""
+    return checkpoint.tied if checkpoint.config.get("tie_word_embeddings") is True else {}
+
+
+def _load_method(name: str, options: Mapping[str, Any]) -> Method:
+    method: Method = plugins.load("methods", name)
+    method_options(method, name, options)
+    return method
+
+
+def method_options(method: Method, name: str, options: Mapping[str, Any]) -> Any:
+    """The method's options as its dataclass, defaults filled in.
+
+    Raises:
+        UsageError: an option that the method does not have, or a value of the wrong kind.
+    """
+    try:
+        return method.options(**options)
+    except (TypeError, ValueError) as error:
+        known = ", ".join(getattr(method.options, "__dataclass_fields__", {})) or "none"
+        raise UsageError(f"method {name}: {error}; its options are: {known}") from None
+
+
+def _entry(weight: Weight, wanted: str, reason: str, name: str, method: Method, form: Format) -> Entry:
+    if wanted == "keep":
+        return Entry(weight, None, reason)
+    scheme = parse(wanted)
+    try:
+        fitted = form.fit(scheme, weight)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{weight.name} {list(weight.shape)}: {error}") from None
+    objection = method.supports(fitted)
+    if objection:
+        raise UnsupportedError(f"{weight.name}: method {name} cannot use {fitted}: {objection}")
+    return Entry(replace(weight, scheme=fitted), name, reason)
+
+
+def _decide(weight: Weight, rules: Rules, model_type: str, default: str) -> tuple[str, str]:
+    """Scheme name or `keep`, and the reason."""
+    for pattern, scheme in rules.sets:
+        if re.search(pattern, weight.name):
+            return scheme, f"--set {pattern}={scheme}"
+    for pattern in rules.skip:
+        if re.search(pattern, weight.name):
+            return "keep", f"--skip {pattern}"
+    if weight.dtype not in _FLOATS:
+        return "keep", f"not a float weight ({str(weight.dtype).removeprefix('torch.')})"
+    if len(weight.shape) != 2:
+        return "keep", f"not a matrix ({len(weight.shape)}-D)"
+    for row in _keep_rows():
+        if model_type in row.get("model_types", [model_type]) and re.search(row["pattern"], weight.name):
+            return "keep", row["reason"]
+    return rules.scheme or default, "--scheme" if rules.scheme else "default scheme of the format"
+
+
+@cache
+def _keep_rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = tomllib.loads(files("lowbit").joinpath("arch/keep.toml").read_text())["keep"]
+    return rows
+
+
+def _check_patterns(checkpoint: Checkpoint, rules: Rules) -> None:
+    """A pattern that matches nothing is a typing error, not a wish."""
+    flags = [("--skip", pattern) for pattern in rules.skip] + [("--set", pattern) for pattern, _ in rules.sets]
+    for flag, pattern in flags:
+        try:
+            found = any(re.search(pattern, name) for name in checkpoint.weights)
+        except re.error as error:
+            raise UsageError(f"{flag} {pattern!r} is not a regular expression: {error}") from None
+        if not found:
+            raise UsageError(f"{flag} {pattern!r} matches no tensor of {checkpoint.path}")
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write the plan as JSON."""
+    path.write_text(plan.to_json())
+
+
+def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
+    """A saved, perhaps edited, plan for this checkpoint.
+
+    Raises:
+        UsageError: not a plan, or one for other tensors; the text names the first tensor that differs.
+        UnsupportedError: an edited scheme that the format or method cannot hold.
+    """
+    try:
+        data = json.loads(path.read_text())
+        rows, name, options = data["tensors"], data["format"], data["options"]
+        if data["lowbit_plan"] != VERSION:
+            raise UsageError(f"{path}: plan version {data['lowbit_plan']}, this lowbit reads {VERSION}")
+        form: Format = plugins.load("formats", name)
+        _check_same(path, rows, checkpoint)
+        entries = [_read_row(row, checkpoint.weights[row["name"]], form, options) for row in rows]
+    except LowbitError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
+    return Plan(name, tuple(entries), options)
+
+
+def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, options: Mapping[str, Any]) -> Entry:
+    if row.get("tied"):
+        return Entry(weight, None, row["reason"], row["tied"])
+    name = row["method"] or "rtn"
+    return _entry(weight, row["scheme"] or "keep", row["reason"], name, _load_method(name, options), form)
+
+
+def _check_same(path: Path, rows: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> None:
+    named = {row["name"]: tuple(row["shape"]) for row in rows}
+    real = {name: weight.shape for name, weight in checkpoint.weights.items()}
+    for name in sorted(named.keys() | real.keys()):
+        if named.get(name) != real.get(name):
+            raise UsageError(
+                f"{path} is a plan for another model: {name} is {named.get(name)} there, {real.get(name)} in "
+                f"{checkpoint.path}"
+            )

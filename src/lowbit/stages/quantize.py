@@ -1,0 +1,262 @@
+"""Quantize: run the plan, weight by weight, in pieces of rows, on all threads, within the memory limit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from typing import final
+
+import torch
+import xxhash
+from torch import Tensor
+
+from lowbit import native, plugins
+from lowbit.budget import Estimate, MemoryWatch, plan_memory
+from lowbit.errors import WeightError
+from lowbit.formats import Weight
+from lowbit.methods import Method, Stats
+from lowbit.methods._scales import nest
+from lowbit.schemes import Block, Scheme
+from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.plan import Entry, Plan, method_options
+from lowbit.stages.write import Output, Record, as_bytes, digest
+from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A `Progress` that shows nothing."""
+
+
+@final
+@dataclass(frozen=True)
+class Error:
+    """Squared error of a quantized weight, its sum of squares, and its largest deviation."""
+
+    squared: float = 0.0
+    power: float = 0.0
+    largest: float = 0.0
+
+    def __add__(self, other: Error) -> Error:
+        return Error(self.squared + other.squared, self.power + other.power, max(self.largest, other.largest))
+
+    @property
+    def relative(self) -> float:
+        """Squared error over the sum of squares; 0 where both are."""
+        return self.squared / self.power if self.power else float(self.squared > 0)
+
+
+def estimate_memory(plan: Plan, limit: int | None, threads: int) -> Estimate:
+    """What `quantize` will hold, and how it must work to stay under the limit.
+
+    Raises:
+        ResourceError: the limit is too small, with the least that works.
+    """
+    chosen = [(entry.weight, entry.weight.scheme, entry.method) for entry in plan.entries if entry.weight.scheme]
+    scales = [prod(scale_shape(weight.shape, scheme.block)) for weight, scheme, _ in chosen]
+    methods: list[Method] = [plugins.load("methods", name) for name in {name for *_, name in chosen if name}]
+    return plan_memory(
+        limit=limit,
+        threads=threads,
+        element_bytes=max((method.workspace for method in methods), default=0.0),
+        buffers=max((prod(weight.shape) for weight, *_ in chosen), default=0),
+        fixed=16 * max(scales, default=0),
+    )
+
+
+def quantize(
+    checkpoint: Checkpoint, plan: Plan, output: Output, way: Estimate, watch: MemoryWatch, progress: Progress = silent
+) -> None:
+    """Make every weight of the plan that `output` does not have yet.
+
+    Raises:
+        WeightError: NaN or Inf in a weight, naming tensor and index.
+        ResourceError: the disk is full, or the memory limit was passed.
+    """
+    todo = [entry for entry in plan.entries if entry.weight.name not in output.records and not entry.tied]
+    total = sum(entry.source_bytes for entry in plan.entries if not entry.tied)
+    done = total - sum(entry.source_bytes for entry in todo)
+    progress("quantize", done, total)
+    with _one_torch_thread(), ThreadPoolExecutor(way.threads, "quantize") as pool:
+        worker = _Worker(checkpoint, plan, output, way)
+        for entry in _in_order(pool, worker.run, todo, 2 * way.threads):
+            watch.check()
+            done += entry.source_bytes
+            progress("quantize", done, total)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Entry], None], items: list[Entry], ahead: int
+) -> Iterator[Entry]:
+    """Run `work` over the items, at most `ahead` submitted at a time; yield each as it ends; an error stops all."""
+    running: dict[Future[None], Entry] = {}
+    queue = iter(items)
+    try:
+        while True:
+            while len(running) < ahead and (item := next(queue, None)) is not None:
+                running[pool.submit(work, item)] = item
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                entry = running.pop(future)
+                future.result()
+                yield entry
+    finally:
+        for future in running:
+            future.cancel()
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Workers are the parallelism; torch's own threads would fight them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@final
+@dataclass(frozen=True)
+class _Worker:
+    """Turns one entry of the plan into a finished weight of the output; called from several threads."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    output: Output
+    way: Estimate
+
+    def run(self, entry: Entry) -> None:
+        """Read, quantize or copy, pack in place, journal."""
+        start = time.perf_counter()
+        into = self.output.into(entry)
+        tensor = self.checkpoint.tensor(entry.weight.name)
+        if entry.weight.scheme is None:
+            into[entry.weight.name].copy_(tensor)
+            source = digest(tensor.contiguous())
+            meant, facts = {"weight": source}, {}
+        else:
+            with self.output.codes(entry.weight, self.way.scratch) as codes:
+                source, qtensor, error = _quantize(self.plan, entry, tensor, codes, self.way.piece)
+                self.plan.rules.pack(entry.weight, qtensor, into)
+                meant = {name: digest(part.contiguous()) for name, part in qtensor.parts()}
+            facts = {"relative_error": error.relative, "largest_error": error.largest}
+        stored = {name: digest(part) for name, part in into.items()}
+        facts |= {"method": entry.method, "seconds": time.perf_counter() - start}
+        self.output.commit(Record(entry.weight.name, source, meant, stored, facts))
+
+
+def make(checkpoint: Checkpoint, plan: Plan, entry: Entry, piece: int) -> QTensor | Tensor:
+    """What the plan means for one weight, in memory."""
+    tensor = checkpoint.tensor(entry.weight.name)
+    if entry.weight.scheme is None:
+        return tensor
+    codes = torch.empty(view_shape(entry.weight.shape, entry.weight.scheme.block), dtype=torch.uint8)
+    return _quantize(plan, entry, tensor, codes, piece)[1]
+
+
+def _quantize(plan: Plan, entry: Entry, tensor: Tensor, codes: Tensor, elements: int) -> tuple[str, QTensor, Error]:
+    """Run the method over pieces of a weight; returns the digest of the input, the result and its error."""
+    weight, scheme = entry.weight, entry.weight.scheme
+    assert scheme is not None and entry.method is not None
+    method: Method = plugins.load("methods", entry.method)
+    options = method_options(method, entry.method, plan.options)
+    view = tensor.reshape(codes.shape)
+    hasher, error, pieces = xxhash.xxh3_128(), Error(), []
+    with _located(weight.name, tensor):
+        stats = _tensor_stats(view, scheme, elements)
+        for rows, cols in pieces_of(weight.shape, scheme.block, elements):
+            part = view[rows, cols]
+            hasher.update(as_bytes(part).numpy())
+            piece = method.quantize(part, stats, _local(scheme), options)
+            codes[rows, cols] = piece.codes
+            error += measure(part, piece)
+            pieces.append((piece.scales, piece.zeros))
+    return hasher.hexdigest(), join(weight, codes, pieces), error
+
+
+def pieces_of(shape: Shape, block: Block, elements: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a weight's 2-D view into runs of about `elements` that end on block borders (columns where flat)."""
+    rows, cols = view_shape(shape, block)
+    if block.flat:
+        step = max(elements // block.cols, 1) * block.cols
+        yield from ((slice(0, 1), slice(at, min(at + step, cols))) for at in range(0, cols, step))
+        return
+    high = max(block.rows, 1)
+    step = max(elements // max(cols * high, 1), 1) * high
+    yield from ((slice(at, min(at + step, rows)), slice(0, cols)) for at in range(0, rows, step))
+
+
+def join(weight: Weight, codes: Tensor, pieces: Sequence[tuple[Tensor | QTensor, Tensor | None]]) -> QTensor:
+    """One `QTensor` from the scales and zero points of its pieces; scales with an offset are quantized here, together."""
+    scheme = weight.scheme
+    assert scheme is not None
+    blocks = scale_shape(weight.shape, scheme.block)
+    shared = scheme.block.rows == 0 and not scheme.block.flat
+    axis = 1 if scheme.block.flat else 0
+    zeros = [zero for _, zero in pieces if zero is not None]
+    scales = _join([scale for scale, _ in pieces], shared, axis, blocks)
+    if scheme.nested and scheme.nested.offset:
+        assert isinstance(scales, Tensor)
+        scales = nest(scales, scheme.nested)
+    joined = _join(zeros, shared, axis, blocks) if zeros else None
+    assert not isinstance(joined, QTensor)
+    return QTensor(scheme, weight.shape, codes, scales, joined)
+
+
+def _join(parts: Sequence[Tensor | QTensor], shared: bool, axis: int, blocks: Shape) -> Tensor | QTensor:
+    """Scales (or zero points) of all pieces in one; blocks that span all rows are the same in every piece."""
+    first = parts[0]
+    if shared:
+        return first
+    if isinstance(first, QTensor):
+        codes = torch.cat([part.codes for part in parts if isinstance(part, QTensor)], axis)
+        return replace(first, shape=blocks, codes=codes)
+    return torch.cat([part for part in parts if isinstance(part, Tensor)], axis)
+
+
+def measure(weight: Tensor, qtensor: QTensor) -> Error:
+    """Error of a quantized weight; sums are accumulated in float64."""
+    block = block_size(qtensor.shape, qtensor.scheme.block)
+    table = level_table(qtensor.scheme.grid)
+    zeros = None if qtensor.zeros is None else qtensor.zeros.float()
+    return Error(*native.error(weight, qtensor.codes, qtensor.scale_values(), zeros, table, *block))
+
+
+def _local(scheme: Scheme) -> Scheme:
+    """The scheme as a method sees it: scales that are nested with an offset are still plain."""
+    return replace(scheme, nested=None) if scheme.nested and scheme.nested.offset else scheme
+
+
+def _tensor_stats(view: Tensor, scheme: Scheme, elements: int) -> Stats:
+    """The range of the whole tensor, where one scale depends on all of it."""
+    whole = scheme.block.rows == 0 and not scheme.block.flat
+    if not whole and not (scheme.nested and not scheme.nested.offset):
+        return {}
+    low, high = [], []
+    for rows, cols in pieces_of(tuple(view.shape), Block(1, 0), elements):
+        smallest, largest, _ = native.block_range(view[rows, cols], view.shape[0], view.shape[1])
+        low.append(smallest.min())
+        high.append(largest.max())
+    return {"range": torch.stack([torch.stack(low).min(), torch.stack(high).max()])} if low else {}
+
+
+@contextmanager
+def _located(name: str, tensor: Tensor) -> Iterator[None]:
+    """A method sees a piece of a weight: name the tensor, and the place in the whole, of what it cannot store."""
+    try:
+        yield
+    except WeightError:
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        row = next(i for i, values in enumerate(rows) if not values.isfinite().all())
+        col = int((~rows[row].isfinite()).nonzero()[0])
+        raise WeightError(
+            f"{name}: {rows[row, col].item()} at row {row}, column {col}; repair the checkpoint, or leave the tensor "
+            "as it is with --skip"
+        ) from None

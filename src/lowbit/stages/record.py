@@ -1,0 +1,194 @@
+"""Record: gather what happened in a run into the plain facts that the report is made of."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from math import prod
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lowbit import __version__
+from lowbit.budget import PIECE, Estimate, MemoryWatch
+from lowbit.stages._records import (
+    Count,
+    Histogram,
+    Machine,
+    Memory,
+    Outcome,
+    Result,
+    Row,
+    RunRecord,
+    Source,
+    Verification,
+)
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
+from lowbit.stages.plan import Entry, Plan
+from lowbit.stages.quantize import pieces_of
+from lowbit.stages.verify import Verified
+from lowbit.stages.write import Output
+from lowbit.tensors import QTensor, block_size
+
+WORST = 4
+BINS = 120
+
+
+@final
+class Clock:
+    """Seconds of each stage, in order."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """End a stage."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now
+
+
+def make_record(
+    command: str,
+    source: Checkpoint,
+    output: Output,
+    way: Estimate,
+    watch: MemoryWatch,
+    verified: Verified,
+    evaluation: dict[str, Any] | None,
+    seconds: dict[str, float],
+) -> RunRecord:
+    """Everything the report says about a finished run."""
+    plan = output.plan
+    rows = tuple(_row(plan, entry, output) for entry in plan.entries)
+    return RunRecord(
+        command=command,
+        lowbit=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine(),
+        source=_source(source, plan),
+        result=_result(output),
+        rows=rows,
+        seconds=seconds,
+        memory=Memory(watch.peak, way.total, watch.limit),
+        verified=Verification(verified.tensors, 0, verified.seconds),
+        evaluation=evaluation,
+        histograms=tuple(histograms(source, output, rows, way.scratch)),
+        counts=_counts(plan),
+        resumed=output.resumed,
+    )
+
+
+def machine() -> Machine:
+    """The machine that this process runs on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return Machine(cpu, cores, memory, platform.platform(), platform.python_version(), torch.__version__)
+
+
+def _source(source: Checkpoint, plan: Plan) -> Source:
+    stored = [entry for entry in plan.entries if not entry.tied]
+    dtypes = Counter({"float32": 0})
+    for entry in stored:
+        dtypes[_name(entry.weight.dtype)] += prod(entry.weight.shape)
+    parameters = sum(prod(entry.weight.shape) for entry in stored)
+    return Source(str(source.path), sum(entry.source_bytes for entry in stored), parameters, dtypes.most_common(1)[0][0])
+
+
+def _result(output: Output) -> Result:
+    plan = output.plan
+    written = sum(plan.stored_bytes(entry) for entry in plan.entries)
+    return Result(str(output.path), plan.format, written, *plan.bits_per_weight())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _row(plan: Plan, entry: Entry, output: Output) -> Row:
+    weight, outcome = entry.weight, None
+    if weight.scheme:
+        facts = output.records[weight.name].facts
+        outcome = Outcome(facts["method"], facts["relative_error"], facts["largest_error"], facts["seconds"],
+                          facts.get("against_rtn"))  # fmt: skip
+    return Row(
+        name=weight.name,
+        shape=weight.shape,
+        dtype=_name(weight.dtype),
+        scheme=str(weight.scheme) if weight.scheme else None,
+        method=entry.method,
+        reason=entry.reason,
+        before=entry.source_bytes,
+        after=plan.stored_bytes(entry),
+        outcome=outcome,
+    )
+
+
+def _counts(plan: Plan) -> tuple[Count, ...]:
+    """Weights that were not quantized, by reason."""
+    kinds = Counter((_kind(entry), entry.reason) for entry in plan.entries if not entry.weight.scheme)
+    return tuple(Count(kind, reason, number) for (kind, reason), number in kinds.items())
+
+
+def _kind(entry: Entry) -> Any:
+    if entry.tied:
+        return "tied"
+    return "skipped" if entry.reason.startswith(("--skip", "--set")) else "kept"
+
+
+def histograms(source: Checkpoint, output: Output, rows: Iterable[Row], scratch: bool) -> Iterable[Histogram]:
+    """Float weights against the grid's levels, for the tensors with the largest relative error, worst first."""
+    made = [(row.outcome.error, row.name) for row in rows if row.outcome]
+    weights = {entry.weight.name: entry.weight for entry in output.plan.entries}
+    written = open_checkpoint(output.path)
+    for _, name in sorted(made, reverse=True)[:WORST]:
+        with output.codes(weights[name], scratch) as codes:
+            qtensor = written.load(name, codes)
+            assert isinstance(qtensor, QTensor)
+            yield histogram(name, source.tensor(name), qtensor)
+
+
+def histogram(name: str, weight: Tensor, qtensor: QTensor) -> Histogram:
+    """Bins of the weights on the axis of the codes: `w / scale`, plus the zero point where there is one."""
+    scheme = qtensor.scheme
+    axis = scheme.grid.levels if scheme.zero == "none" else range(2**scheme.grid.bits)
+    levels = torch.tensor([float(level) for level in axis])
+    finite = levels[levels.isfinite()]
+    low, high = float(finite.min()), float(finite.max())
+    margin = (high - low) / 20
+    counts, codes = torch.zeros(BINS, dtype=torch.float64), torch.zeros(256, dtype=torch.int64)
+    view = weight.reshape(qtensor.codes.shape)
+    for rows, cols in pieces_of(qtensor.shape, scheme.block, PIECE // 4):
+        units = _units(view, qtensor, rows, cols).clamp(low - margin, high + margin)
+        counts += torch.histc(units, BINS, low - margin, high + margin)
+        codes += torch.bincount(qtensor.codes[rows, cols].reshape(-1), minlength=256)
+    edges = torch.linspace(low - margin, high + margin, BINS + 1)
+    order = [code for code in levels.argsort().tolist() if levels[code].isfinite()]
+    return Histogram(
+        name,
+        tuple(edges.tolist()),
+        tuple(int(count) for count in counts),
+        tuple(float(levels[code]) for code in order),
+        tuple(int(codes[code]) for code in order),
+        "weight ÷ scale" if scheme.zero == "none" else "weight ÷ scale + zero point",
+    )
+
+
+def _units(view: Tensor, qtensor: QTensor, rows: slice, cols: slice) -> Tensor:
+    """A piece of the weight in units of its blocks' scales, on the axis of the codes."""
+    high, wide = block_size(qtensor.shape, qtensor.scheme.block)
+    across = torch.arange(cols.start, cols.stop) // wide
+    down = torch.arange(rows.start, rows.stop) // high
+    units = view[rows, cols].float() / qtensor.scale_values()[down][:, across]
+    return units if qtensor.zeros is None else units + qtensor.zeros.float()[down][:, across]

@@ -1,0 +1,445 @@
+"""Write: finished tensors go into shards that appear whole or not at all, and a journal lets a killed run go on.
+
+Every shard's header is known before the first tensor (`Plan.layout`), so a shard is a preallocated, memory-mapped
+file under `OUT/.lowbit/` in which tensors are packed in place; when its last tensor is in, it is synced and renamed.
+The journal has a line per finished tensor with checksums of what was read, meant and stored. On resume the stored
+bytes are checked against it, so a line that outlived its data (power loss) costs one tensor, never correctness.
+
+safetensors files are written here and not through the `safetensors` package because that needs all tensors of a
+shard in memory at once; they are read back, in `verify`, through the package.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import mmap
+import os
+import shutil
+import struct
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import xxhash
+from torch import Tensor
+
+from lowbit import __version__
+from lowbit.budget import format_size
+from lowbit.errors import JournalError, ResourceError
+from lowbit.formats import Spec, Weight
+from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.plan import Entry, Plan
+from lowbit.tensors import view_shape
+
+WORK = ".lowbit"
+SHARD_BYTES = 5 * 10**9
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; not in Python's mmap module
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def digest(tensor: Tensor) -> str:
+    """XXH3 (128 bits) of a contiguous tensor's bytes, in hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(as_bytes(tensor).numpy())
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor as flat uint8, not copied."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+@final
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its tensors in file order with their offsets, and the header's bytes."""
+
+    file: str
+    offsets: Mapping[str, tuple[int, Spec]]
+    header: bytes
+    nbytes: int
+
+
+@final
+@dataclass(frozen=True)
+class Record:
+    """What the journal keeps of one finished weight.
+
+    Attributes:
+        name: the weight.
+        source: digest of the bytes that were read.
+        meant: digest of each part of the `QTensor` (or of the kept tensor) that was meant.
+        stored: digest of each tensor in the file.
+        facts: numbers for the report (error, seconds, method).
+    """
+
+    name: str
+    source: str
+    meant: Mapping[str, str]
+    stored: Mapping[str, str]
+    facts: Mapping[str, Any]
+
+
+def make_shards(plan: Plan, limit: int = SHARD_BYTES) -> list[Shard]:
+    """Distribute the plan's tensors, in its order, over files of at most `limit` bytes each."""
+    groups: list[dict[str, Spec]] = [{}]
+    filled = 0
+    for entry in plan.entries:
+        specs = plan.layout(entry)
+        size = plan.stored_bytes(entry)
+        if filled and filled + size > limit:
+            groups.append({})
+            filled = 0
+        groups[-1] |= specs
+        filled += size
+    if len(groups) == 1:
+        return [_shard("model.safetensors", groups[0])]
+    return [_shard(f"model-{i:05}-of-{len(groups):05}.safetensors", group) for i, group in enumerate(groups, 1)]
+
+
+def _shard(file: str, specs: Mapping[str, Spec]) -> Shard:
+    """Order by item size (largest first, so that all are aligned), then name, as the safetensors package does."""
+    names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "lowbit": __version__}}
+    offsets, end = {}, 0
+    for name in names:
+        spec = specs[name]
+        start, end = end, end + prod(spec.shape) * spec.dtype.itemsize
+        offsets[name] = (start, spec)
+        entries[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    placed = {name: (len(header) + at, spec) for name, (at, spec) in offsets.items()}
+    return Shard(file, placed, header, len(header) + end)
+
+
+@final
+class Output:
+    """The output directory of one run: hands out tensors to fill, and remembers what is finished.
+
+    Made by `open_output`. `into` and `commit` may be called from several threads.
+    """
+
+    def __init__(
+        self, path: Path, plan: Plan, shards: Sequence[Shard], journal: int, records: dict[str, Record]
+    ) -> None:
+        self.path, self.plan, self.records = path, plan, records
+        self.resumed = len(records)
+        self._journal, self._lock, self._local = journal, threading.Lock(), threading.local()
+        self._shard_of = {name: shard for shard in shards for name in shard.offsets}
+        self._maps: dict[str, _Mapping] = {}
+        self._left = {shard.file: set(shard.offsets) for shard in shards}
+        self.shards = shards
+
+    def into(self, entry: Entry) -> dict[str, Tensor]:
+        """The stored tensors of one weight as writable views of their shard.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        return {name: self._view(name, populate=True) for name in self.plan.layout(entry)}
+
+    def commit(self, record: Record) -> None:
+        """Journal one finished weight; when it completes a shard, sync the shard and give it its name."""
+        fields = {key: getattr(record, key) for key in ("source", "meant", "stored", "facts")}
+        line = json.dumps({"tensor": record.name, **fields})
+        with self._lock:
+            self.records[record.name] = record
+            append(self._journal, line)
+        self.settle(record)
+
+    def settle(self, record: Record) -> None:
+        """Count a finished weight's tensors as done, and seal each shard that has none left."""
+        with self._lock:
+            done = []
+            for name in record.stored:
+                shard = self._shard_of[name]
+                self._left[shard.file].discard(name)
+                if not self._left[shard.file] and shard not in done:
+                    done.append(shard)
+        for shard in done:
+            self._seal(shard)
+
+    def matches(self, record: Record) -> bool:
+        """Whether the file holds, byte for byte, what the journal says of this weight."""
+        return all(digest(self._view(name)) == wanted for name, wanted in record.stored.items())
+
+    def forget(self, record: Record) -> None:
+        """Drop a journalled weight whose bytes did not survive; it will be made again, in a shard without its name."""
+        del self.records[record.name]
+        for shard in {self._shard_of[name].file: self._shard_of[name] for name in record.stored}.values():
+            self._maps.pop(shard.file, None)
+            if (self.path / shard.file).exists():
+                os.replace(self.path / shard.file, self._partial(shard))
+
+    @contextmanager
+    def codes(self, weight: Weight, scratch: bool) -> Iterator[Tensor | None]:
+        """A buffer for the codes of a weight (None for a kept one): memory, or a mapped file if the limit is small.
+
+        Each thread has one buffer that grows to its largest weight: fresh pages for every weight cost more than the
+        packing does. What was in it is gone when the thread asks again.
+        """
+        if weight.scheme is None:
+            yield None
+            return
+        shape = view_shape(weight.shape, weight.scheme.block)
+        if not scratch:
+            yield self._buffer(prod(shape)).view(shape)
+            return
+        path = self.path / WORK / "scratch" / f"{weight.name}.codes"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w+b") as file:
+            allocate(file.fileno(), prod(shape), path)
+        yield _Mapping(path).slice(0, prod(shape)).view(shape)
+        path.unlink()
+
+    def _buffer(self, count: int) -> Tensor:
+        held: Tensor | None = getattr(self._local, "buffer", None)
+        if held is None or held.numel() < count:
+            self._local.buffer = None  # before the larger one is made, so that both never exist at once
+            held = self._local.buffer = torch.empty(count, dtype=torch.uint8)
+        return held[:count]
+
+    def _view(self, name: str, populate: bool = False) -> Tensor:
+        shard = self._shard_of[name]
+        offset, spec = shard.offsets[name]
+        size = prod(spec.shape) * spec.dtype.itemsize
+        with self._lock:
+            if shard.file not in self._maps:
+                self._maps[shard.file] = self._map(shard)
+            mapping = self._maps[shard.file]
+        return mapping.slice(offset, size, populate).view(spec.dtype).view(spec.shape)
+
+    def _map(self, shard: Shard) -> _Mapping:
+        final_path, partial = self.path / shard.file, self._partial(shard)
+        path = final_path if final_path.exists() else partial
+        if path == partial:
+            with partial.open("r+b" if partial.exists() else "w+b") as file:
+                allocate(file.fileno(), shard.nbytes, partial)
+                file.write(shard.header)
+        return _Mapping(path)
+
+    def _partial(self, shard: Shard) -> Path:
+        return self.path / WORK / f"{shard.file}.partial"
+
+    def _seal(self, shard: Shard) -> None:
+        partial = self._partial(shard)
+        with self._lock:
+            self._maps.pop(shard.file, None)
+        if partial.exists():
+            sync(partial)
+            os.replace(partial, self.path / shard.file)
+            sync(self.path)
+
+    def finish(self, checkpoint: Checkpoint) -> None:
+        """Write what is not a weight: index, carried files, and, last, the format's configuration."""
+        for shard in self.shards:
+            if not shard.offsets:
+                self._seal_empty(shard)
+        if len(self.shards) > 1:
+            write_atomic(self.path / "model.safetensors.index.json", self._index())
+        documents = self.plan.rules.config([entry.weight for entry in self.plan.entries], checkpoint.config)
+        root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        for extra in checkpoint.extras:
+            name = extra.relative_to(root)
+            if str(name) not in documents:
+                write_atomic(self.path / name, extra.read_bytes())
+        write_atomic(self.path / "lowbit-plan.json", self.plan.to_json().encode())
+        for name in sorted(documents, reverse=True):
+            write_atomic(self.path / name, (json.dumps(documents[name], indent=2) + "\n").encode())
+        shutil.rmtree(self.path / WORK / "scratch", ignore_errors=True)
+
+    def _seal_empty(self, shard: Shard) -> None:
+        self._map(shard)
+        self._seal(shard)
+
+    def _index(self) -> bytes:
+        where = {name: shard.file for shard in self.shards for name in shard.offsets}
+        total = sum(shard.nbytes - len(shard.header) for shard in self.shards)
+        document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        return (json.dumps(document, indent=2) + "\n").encode()
+
+
+@contextmanager
+def open_output(path: Path, checkpoint: Checkpoint, plan: Plan, shard_bytes: int = SHARD_BYTES) -> Iterator[Output]:
+    """Open an empty directory, or go on in one that holds this very run.
+
+    Raises:
+        JournalError: the directory holds something else, a run with other inputs or another plan, or is in use.
+        ResourceError: not enough disk space.
+    """
+    shards = make_shards(plan, shard_bytes)
+    _refuse_foreign(path)
+    with disk_errors(path):
+        (path / WORK).mkdir(parents=True, exist_ok=True)
+        journal = os.open(path / WORK / "journal.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            _lock(journal, path)
+            records = _read_journal(journal, path, _identity(checkpoint, plan, shard_bytes))
+            _check_disk(path, shards)
+            output = Output(path, plan, shards, journal, records)
+            _keep_intact(output, checkpoint)
+            yield output
+        finally:
+            os.close(journal)
+
+
+def _refuse_foreign(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise JournalError(f"{path} is a file; name a directory that is new, empty, or holds an unfinished run")
+    if path.is_dir() and any(path.iterdir()) and not (path / WORK / "journal.jsonl").exists():
+        raise JournalError(f"{path} holds something else and is left alone; name a directory that is new or empty")
+
+
+def _lock(journal: int, path: Path) -> None:
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise JournalError(f"another run is writing to {path}; wait for it or name another directory") from None
+
+
+def _identity(checkpoint: Checkpoint, plan: Plan, shard_bytes: int) -> dict[str, Any]:
+    """What must be equal for a run to go on: version, inputs by size and header, plan, shard size.
+
+    Contents of inputs are compared tensor by tensor (`Record.source`).
+    """
+    inputs = {name: [str(spec.dtype), list(spec.shape)] for name, spec in checkpoint.specs.items()}
+    return {
+        "lowbit": __version__,
+        "inputs": xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode()),
+        "config": xxhash.xxh3_128_hexdigest(json.dumps(checkpoint.config, sort_keys=True).encode()),
+        "plan": json.loads(plan.to_json()),
+        "shard_bytes": shard_bytes,
+    }
+
+
+def _read_journal(journal: int, path: Path, identity: dict[str, Any]) -> dict[str, Record]:
+    """Records of a journal with this identity, which is a fresh one's first line. A torn last line is cut off."""
+    data = os.pread(journal, os.fstat(journal).st_size, 0)
+    whole = data[: data.rfind(b"\n") + 1]
+    if not whole:
+        os.ftruncate(journal, 0)
+        append(journal, json.dumps(identity))
+        return {}
+    os.ftruncate(journal, len(whole))
+    first, *lines = [json.loads(line) for line in whole.splitlines()]
+    reason = _difference(first, identity)
+    if reason:
+        raise JournalError(f"{path} holds a run that differs from this one: {reason}; name another, or delete it")
+    return {line["tensor"]: Record(line.pop("tensor"), **line) for line in lines}
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """The first difference between two identities, in words."""
+    if old["lowbit"] != new["lowbit"]:
+        return f"it was begun by lowbit {old['lowbit']}, this is {new['lowbit']}"
+    for key, text in (("inputs", "other tensors in the input"), ("config", "another config.json in the input")):
+        if old[key] != new[key]:
+            return text
+    for key in ("format", "options"):
+        if old["plan"][key] != new["plan"][key]:
+            return f"{key} {old['plan'][key]} there, {new['plan'][key]} here"
+    for before, after in zip(old["plan"]["tensors"], new["plan"]["tensors"], strict=True):
+        for key in ("scheme", "method"):
+            if before[key] != after[key]:
+                return f"{key} of {before['name']} is {before[key]} there, {after[key]} here"
+    return None if old["shard_bytes"] == new["shard_bytes"] else "another shard size"
+
+
+def _keep_intact(output: Output, checkpoint: Checkpoint) -> None:
+    """Compare journalled weights with input and files: another input is refused, damaged weights are forgotten."""
+    for record in list(output.records.values()):
+        if digest(checkpoint.tensor(record.name).contiguous()) != record.source:
+            raise JournalError(
+                f"{output.path} holds a run over another input: {record.name} has changed since; name another directory"
+            )
+        if output.matches(record):
+            output.settle(record)
+        else:
+            output.forget(record)
+    output.resumed = len(output.records)
+
+
+def _check_disk(path: Path, shards: Sequence[Shard]) -> None:
+    missing = [shard for shard in shards if not (path / shard.file).exists()]
+    partial = sum(file.stat().st_blocks * 512 for file in (path / WORK).glob("*.partial"))
+    need, free = sum(shard.nbytes for shard in missing) - partial, shutil.disk_usage(path).free
+    if need > free:
+        raise ResourceError(
+            f"{path} needs {format_size(need)} more disk space and has {format_size(free)}; "
+            "make room or name another directory: what is there is kept and the same command goes on"
+        )
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the system's word for a full disk into one that says that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ResourceError(
+            f"the disk of {path} is full; what is finished is kept: make room and give the same command to go on"
+        ) from error
+
+
+@final
+class _Mapping:
+    """A file mapped for writing; slices are tensors that keep the mapping alive."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+
+    def slice(self, start: int, nbytes: int, populate: bool = False) -> Tensor:
+        """Bytes as flat uint8. `populate` maps their pages in one call, which is far cheaper than a fault for each."""
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        if populate:
+            page = start - start % mmap.PAGESIZE
+            with suppress(OSError):  # a kernel before 5.14 does not know the advice and faults page by page
+                self._map.madvise(_POPULATE_WRITE, page, start + nbytes - page)
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=start)
+
+
+def allocate(file: int, nbytes: int, path: Path) -> None:
+    """Reserve the blocks of a file, so that writing through its mapping cannot run out of disk."""
+    with disk_errors(path):
+        os.posix_fallocate(file, 0, max(nbytes, 1))
+        os.ftruncate(file, nbytes)
+
+
+def append(journal: int, line: str) -> None:
+    """One line in one write, so that a kill leaves at most one torn line at the end."""
+    os.write(journal, line.encode() + b"\n")
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Temporary file beside, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(data)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
