@@ -1,0 +1,112 @@
+"""Kill a run at random moments, resume it, and compare every file with an uninterrupted run's.
+
+    python benchmarks/resume.py --kills 200 [--model DIR] [--scheme int4-g128] [--json]
+
+A child process quantizes; the parent sends SIGKILL after a random time, at most the time of a whole run. One child
+in two is killed again while it resumes. Children are forked after the imports, so that kills fall into the work and
+not into the interpreter's start. Prints how many kills hit a running child, and whether all results are identical.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lowbit.pipeline import Request, run
+from lowbit.stages.plan import Rules
+
+EXCLUDED = ("report.", ".lowbit")  # times and machine differ from run to run
+
+
+def child(request: Request) -> int:
+    """Start the run in a forked process; returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        run(request)
+    except BaseException as error:
+        print(f"child failed: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def files_of(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of a result that must be reproducible."""
+    found = (file for file in sorted(path.rglob("*")) if file.is_file())
+    names = {str(file.relative_to(path)): file for file in found}
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, file in names.items()
+        if not name.startswith(EXCLUDED)
+    }
+
+
+def finish(request: Request) -> float:
+    """Run to the end; returns seconds.
+
+    Raises:
+        SystemExit: the run failed.
+    """
+    start = time.perf_counter()
+    _, status = os.waitpid(child(request), 0)
+    if status:
+        raise SystemExit(f"a run over {request.out} ended with status {status}")
+    return time.perf_counter() - start
+
+
+def interrupt(request: Request, longest: float, chance: random.Random) -> bool:
+    """Start a run and kill it after a random time; returns whether it was still running."""
+    pid = child(request)
+    time.sleep(chance.uniform(0, longest))
+    os.kill(pid, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def main() -> int:
+    """Run the experiment; exit code 1 if any result differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    embedded = Path(__file__).parents[1] / "src/lowbit/data/wiki-8m"
+    parser.add_argument("--model", type=Path, default=embedded)
+    parser.add_argument("--scheme", default="int4-g128")
+    parser.add_argument("--format", default="compressed-tensors")
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    chance = random.Random(args.seed)
+    root = Path(tempfile.mkdtemp(prefix="lowbit-resume-"))
+    rules = Rules(args.scheme, "rtn", args.format)
+
+    def request(name: str) -> Request:
+        return Request(str(args.model), root / name, rules, threads=2, shard_bytes=2**20)
+
+    longest = finish(request("whole"))
+    wanted = files_of(root / "whole")
+    hits, runs, differing = 0, 0, []
+    while hits < args.kills:
+        runs += 1
+        while (hit := interrupt(request("killed"), longest, chance)) and hits + 1 < args.kills and chance.random() < 0.5:
+            hits += 1
+        hits += hit
+        finish(request("killed"))
+        found = files_of(root / "killed")
+        differing += [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+        shutil.rmtree(root / "killed")
+    shutil.rmtree(root)
+    result = {"kills": hits, "runs": runs, "files": len(wanted), "differing": differing, "whole_seconds": longest}
+    print(json.dumps(result) if args.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
+    return 1 if differing or len(wanted) < 3 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

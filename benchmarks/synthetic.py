@@ -1,0 +1,88 @@
+"""Write a Llama-shaped checkpoint of random bfloat16 weights: real shapes and names, no downloads.
+
+    python benchmarks/synthetic.py OUT [--layers 22 --hidden 2048 --mlp 5632 --heads 32 --kv-heads 4 --vocab 32000]
+
+The default is 1.1 billion parameters, 2.2 GB, in shards of two layers. Weights are normal with a heavy tail
+(one value in a thousand ten times larger), so that quantization errors look like those of trained weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def weight(rows: int, cols: int, generator: torch.Generator) -> torch.Tensor:
+    """One random matrix `[rows, cols]`, bfloat16."""
+    values = torch.randn(rows, cols, generator=generator) * 0.02
+    tail = torch.rand(rows, cols, generator=generator) < 0.001
+    return torch.where(tail, values * 10, values).bfloat16()
+
+
+def groups(args: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors shard by shard."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, mlp, keys = args.hidden, args.mlp, args.hidden // args.heads * args.kv_heads
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+    }  # fmt: skip
+    for first in range(0, args.layers, 2):
+        shard = {}
+        for layer in range(first, min(first + 2, args.layers)):
+            prefix = f"model.layers.{layer}"
+            shard |= {f"{prefix}.{name}.weight": weight(*shape, generator) for name, shape in shapes.items()}
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shard[f"{prefix}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        yield shard
+    yield {
+        "model.embed_tokens.weight": weight(args.vocab, hidden, generator),
+        "lm_head.weight": weight(args.vocab, hidden, generator),
+        "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+    }
+
+
+def config(args: argparse.Namespace) -> dict[str, object]:
+    """config.json of the checkpoint."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": args.hidden,
+        "intermediate_size": args.mlp, "num_hidden_layers": args.layers, "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv_heads, "vocab_size": args.vocab, "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+
+
+def write(args: argparse.Namespace) -> None:
+    """Write shards, index and config.json."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    shards = (args.layers + 1) // 2 + 1
+    index, total = {}, 0
+    for number, tensors in enumerate(groups(args), 1):
+        name = f"model-{number:05}-of-{shards:05}.safetensors"
+        save_file(tensors, args.out / name, {"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    document = {"metadata": {"total_size": total}, "weight_map": index}
+    (args.out / "model.safetensors.index.json").write_text(json.dumps(document))
+    (args.out / "config.json").write_text(json.dumps(config(args), indent=1))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("out", type=Path)
+    defaults = {"layers": 22, "hidden": 2048, "mlp": 5632, "heads": 32, "kv-heads": 4, "vocab": 32000}
+    for name, value in defaults.items():
+        result.add_argument(f"--{name}", type=int, default=value)
+    return result
+
+
+if __name__ == "__main__":
+    write(parser().parse_args())

@@ -1,0 +1,135 @@
+"""The whole line from the command line, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.tensors import QTensor
+
+MODEL = Path(__file__).parents[2] / "src/lowbit/data/wiki-8m"
+
+
+def lowbit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, as a user does."""
+    return subprocess.run([sys.executable, "-m", "lowbit", *map(str, arguments)], capture_output=True, text=True)
+
+
+def relative_error(out: Path) -> float:
+    """Largest relative squared error over the quantized matrices, computed with torch alone from what was read back."""
+    original, worst = load_file(MODEL / "model.safetensors"), 0.0
+    with open_checkpoint(out) as checkpoint:
+        for name, weight in checkpoint.weights.items():
+            found, wanted = checkpoint.dequantized(name).float(), original[name].float()
+            if weight.scheme is None:
+                assert torch.equal(found, wanted)
+            else:
+                worst = max(worst, float((found - wanted).square().sum() / wanted.square().sum()))
+    return worst
+
+
+# Largest relative squared error allowed per scheme: what the grid can do on a bell-shaped weight, and a third more.
+LINES = [
+    ("compressed-tensors", "int4-g128", "rtn", 0.02),
+    ("compressed-tensors", "int8-row", "rtn", 2e-4),
+    ("compressed-tensors", "int3-g64-asym", "mse", 0.06),
+    ("compressed-tensors", "fp8-e4m3-128x128", "rtn", 1e-3),
+    ("compressed-tensors", "nvfp4", "rtn", 0.012),
+    ("compressed-tensors", "mxfp4", "rtn", 0.02),
+    ("compressed-tensors", "mxfp8", "rtn", 1e-3),
+    ("gptq", "int4-g128", "mse", 0.02),
+    ("gptq_v2", "int4-g64-asym", "rtn", 0.015),
+    ("bitsandbytes", "nf4-dq", "rtn", 0.012),
+    ("bitsandbytes", "int8-row", "rtn", 2e-4),
+    ("hqq", "int4-g64-fzero", "hqq", 0.015),
+]
+
+
+@pytest.mark.parametrize(("form", "scheme", "method", "bound"), LINES, ids=["-".join(line[:3]) for line in LINES])
+def test_every_format_holds_what_was_meant(tmp_path: Path, form: str, scheme: str, method: str, bound: float) -> None:
+    out = tmp_path / "out"
+    done = lowbit("quantize", MODEL, out, "--format", form, "--scheme", scheme, "--method", method, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["verified"]["tensors"] == 75 and report["verified"]["mismatches"] == 0
+    with open_checkpoint(out) as checkpoint:
+        kinds = [isinstance(checkpoint.load(name), QTensor) for name in checkpoint.weights]
+        assert checkpoint.format is not None and sum(kinds) == 8 * 7
+    assert relative_error(out) < bound
+    assert (out / "report.html").stat().st_size < 2_000_000
+    assert (out / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
+
+
+def test_an_edited_plan_is_carried_out(tmp_path: Path) -> None:
+    saved = lowbit("plan", MODEL, "--scheme", "int4-g128", "--out", tmp_path / "plan.json")
+    assert saved.returncode == 0 and "times smaller" in saved.stdout
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    chosen = next(row for row in plan["tensors"] if row["scheme"])
+    chosen["scheme"] = "int8-g64"
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    done = lowbit("quantize", MODEL, tmp_path / "out", "--plan", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        schemes = {name: str(weight.scheme) for name, weight in checkpoint.weights.items() if weight.scheme}
+    assert schemes.pop(chosen["name"]).startswith("int8-g64")
+    assert {scheme[:9] for scheme in schemes.values()} == {"int4-g128"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("quantize", MODEL, "OUT", "--scheme", "int99"), 2, "no scheme is called"),
+        (("quantize", "/no/such/model", "OUT"), 2, "/no/such/model"),
+        (("quantize", MODEL, "OUT", "--ram", "much"), 2, "not a size"),
+        (("quantize", MODEL, "OUT", "--ram", "1MiB"), 1, "at least"),
+        (("quantize", MODEL, "OUT", "--set", "nonsense"), 2, "REGEX=SCHEME"),
+        (("quantize", MODEL, "OUT", "--plan", MODEL / "config.json"), 2, "is not a plan"),
+        (("quantize", MODEL, "OUT", "--evaluate", "/no/such/text"), 2, "/no/such/text"),
+        (("quantize",), 2, "Missing argument"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(tmp_path: Path, arguments: tuple[object, ...], code: int, words: str) -> None:
+    done = lowbit(*[tmp_path / "out" if argument == "OUT" else argument for argument in arguments])
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ram", ["400MiB", "300MiB"])
+def test_the_memory_limit_is_kept(tmp_path: Path, ram: str) -> None:
+    """Anonymous memory is sampled from outside while a model with large matrices goes through."""
+    from safetensors.torch import save_file
+
+    model = tmp_path / "m"
+    model.mkdir()
+    save_file({f"layers.{i}.weight": torch.randn(8192, 8192).bfloat16() for i in range(3)}, model / "model.safetensors")
+    (model / "config.json").write_text("{}")
+    command = [sys.executable, "-m", "lowbit", "quantize", str(model), str(tmp_path / "out"), "--scheme", "int4-g128"]
+    peak = 0
+    with subprocess.Popen([*command, "--ram", ram, "--threads", "2"], stderr=subprocess.PIPE, text=True) as run:
+        status = Path(f"/proc/{run.pid}/status")
+        while run.poll() is None:
+            found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+            peak = max(peak, int(found[1]) * 1024 if found else 0)
+            time.sleep(0.002)
+        assert run.returncode == 0, run.stderr and run.stderr.read()
+    assert 50 * 2**20 < peak < int(ram[:3]) * 2**20
+
+
+def test_kills_at_random_moments_leave_identical_results(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks/resume.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--model", str(MODEL), "--kills", "6", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["kills"] >= 6 and not result["differing"]

@@ -1,0 +1,50 @@
+"""`lowbit --help` answers at once, because nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"torch", "transformers", "numpy", "altair", "safetensors", "tokenizers", "rich"}
+MAIN = "from lowbit.cli import main; main()"
+LOADED = "import json, sys; print('\\n' + json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
+
+
+def python(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_help_takes_less_than_300_ms() -> None:
+    console_script = Path(sys.executable).with_name("lowbit")
+    command = [str(console_script)] if console_script.exists() else [sys.executable, "-c", MAIN]
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        subprocess.run([*command, "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    # The third fastest: the median of an idle machine, without what other tests on the same cores do to the rest.
+    print(f"lowbit --help: {sorted(seconds)[2]:.3f} s")
+    assert sorted(seconds)[2] < 0.3, seconds
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import lowbit", f"import sys\ntry:\n    {MAIN}\nexcept SystemExit:\n    pass", "import lowbit.cli"],
+    ids=["import lowbit", "lowbit --help", "import lowbit.cli"],
+)
+def test_start_imports_nothing_heavy(code: str) -> None:
+    loaded = json.loads(python(f"{code}\n{LOADED}", "--help").splitlines()[-1])
+    assert "lowbit" in loaded
+    assert not HEAVY & set(loaded)
+
+
+def test_help_names_every_command() -> None:
+    text = python(MAIN, "--help")
+    files = (Path(__file__).resolve().parents[2] / "src" / "lowbit" / "cli").glob("[!_]*.py")
+    assert all(f"\n  {file.stem} " in text for file in files), text

@@ -1,0 +1,140 @@
+"""The plan: which tensor gets what, as data that survives saving and editing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowbit.errors import UnsupportedError, UsageError
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
+from lowbit.stages.plan import Plan, Rules, load_plan, make_plan
+from lowbit.stages.write import make_shards
+
+MATRIX = "model.layers.0.self_attn.q_proj.weight"
+
+
+def write_model(path: Path, extra: Mapping[str, Tensor] | None = None, **config: Any) -> Checkpoint:
+    """A checkpoint with one of everything that the defaults tell apart."""
+    path.mkdir()
+    tensors = {
+        "model.embed_tokens.weight": torch.ones(64, 128),
+        MATRIX: torch.ones(64, 128),
+        "model.layers.0.mlp.gate_proj.weight": torch.ones(64, 128),
+        "model.layers.0.mlp.gate.weight": torch.ones(4, 128),
+        "model.layers.0.mixer.conv1d.weight": torch.ones(64, 1, 4),
+        "model.layers.0.mixer.A_log": torch.ones(64, 16),
+        "model.layers.0.input_layernorm.weight": torch.ones(128),
+        "model.position_ids": torch.arange(8),
+        "lm_head.weight": torch.ones(64, 128),
+        **(extra or {}),
+    }
+    save_file({name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()},
+              path / "model.safetensors")  # fmt: skip
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    return open_checkpoint(path)
+
+
+def schemes(plan: Plan) -> dict[str, str]:
+    """Tensor to scheme, only of those that have one."""
+    return {entry.weight.name: str(entry.weight.scheme) for entry in plan.entries if entry.weight.scheme}
+
+
+def test_defaults_quantize_linear_layers_and_nothing_else(tmp_path: Path) -> None:
+    plan = make_plan(write_model(tmp_path / "m"), Rules("int4-g128"))
+    assert set(schemes(plan)) == {MATRIX, "model.layers.0.mlp.gate_proj.weight"}
+    assert all(entry.reason for entry in plan.entries)
+
+
+def test_transposed_layers_of_gpt2_are_kept_with_a_reason(tmp_path: Path) -> None:
+    extra = {"transformer.h.0.attn.c_attn.weight": torch.ones(64, 128)}
+    plan = make_plan(write_model(tmp_path / "m", extra, model_type="gpt2"), Rules("int4-g128"))
+    entry = next(entry for entry in plan.entries if "c_attn" in entry.weight.name)
+    assert entry.weight.scheme is None and "transposed" in entry.reason
+
+
+def test_set_wins_over_skip_and_defaults(tmp_path: Path) -> None:
+    rules = Rules("int4-g128", skip=("q_proj",), sets=(("q_proj|lm_head", "int8-row"), ("gate_proj", "keep")))
+    found = schemes(make_plan(write_model(tmp_path / "m"), rules))
+    assert set(found) == {MATRIX, "lm_head.weight"}
+    assert all(name.startswith("int8-row") for name in found.values())
+
+
+def test_skip_keeps_a_tensor(tmp_path: Path) -> None:
+    plan = make_plan(write_model(tmp_path / "m"), Rules("int4-g128", skip=("q_proj",)))
+    assert set(schemes(plan)) == {"model.layers.0.mlp.gate_proj.weight"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (Rules("int4-g128", skip=("nothing_like_it",)), "matches no tensor"),
+        (Rules("int4-g128", skip=("[",)), "not a regular expression"),
+        (Rules("int9"), "no scheme is called"),
+        (Rules("int4-g128", method="magic"), "there are: "),
+        (Rules("int4-g128", format="magic"), "there are: "),
+        (Rules("int4-g128", options={"steps": 3}), "method rtn"),
+    ],
+)
+def test_a_wrong_rule_is_one_sentence(tmp_path: Path, rules: Rules, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        make_plan(write_model(tmp_path / "m"), rules)
+
+
+def test_a_scheme_that_the_format_cannot_hold_names_the_tensor(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"gate_proj.*\[64, 128\].*cannot hold nvfp4"):
+        make_plan(write_model(tmp_path / "m"), Rules("nvfp4", format="gptq"))
+
+
+def test_a_saved_plan_comes_back_equal_and_edits_are_followed(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path / "m")
+    plan = make_plan(checkpoint, Rules("int4-g64-asym"))
+    file = tmp_path / "plan.json"
+    file.write_text(plan.to_json())
+    assert load_plan(file, checkpoint) == plan
+    data = json.loads(plan.to_json())
+    row = next(row for row in data["tensors"] if row["name"] == MATRIX)
+    row["scheme"] = "int8-row"
+    file.write_text(json.dumps(data))
+    assert schemes(load_plan(file, checkpoint))[MATRIX].startswith("int8-row")
+
+
+@pytest.mark.parametrize("damage", ["not json", "[]", '{"lowbit_plan": 99, "format": "gptq", "options": {}, "tensors": []}'])
+def test_a_damaged_plan_is_refused(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(damage)
+    with pytest.raises(UsageError, match=r"plan\.json"):
+        load_plan(file, write_model(tmp_path / "m"))
+
+
+def test_a_plan_for_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    other = write_model(tmp_path / "a", {"extra.weight": torch.ones(2, 2)})
+    plan = make_plan(other, Rules("int4-g128", skip=("extra",)))
+    file = tmp_path / "plan.json"
+    file.write_text(plan.to_json())
+    with pytest.raises(UsageError, match=r"another model: extra\.weight"):
+        load_plan(file, write_model(tmp_path / "b"))
+
+
+def test_stored_bytes_are_what_the_shards_hold(tmp_path: Path) -> None:
+    plan = make_plan(write_model(tmp_path / "m"), Rules("int4-g128"))
+    shards = make_shards(plan, limit=10_000)
+    held = sum(shard.nbytes - len(shard.header) for shard in shards)
+    assert held == sum(plan.stored_bytes(entry) for entry in plan.entries)
+    assert len(shards) > 1
+
+
+def test_bits_per_weight_count_scales_and_kept_tensors(tmp_path: Path) -> None:
+    plan = make_plan(write_model(tmp_path / "m"), Rules("int4-g128", skip=("gate_proj",)))
+    bits, over_all = plan.bits_per_weight()
+    assert bits == pytest.approx(4 + 16 / 128)
+    numel = [entry.weight.shape for entry in plan.entries]
+    total = sum(torch.Size(shape).numel() for shape in numel)
+    kept = sum(entry.source_bytes for entry in plan.entries if not entry.weight.scheme)
+    assert over_all == pytest.approx((64 * 128 * 4.125 + 8 * kept) / total)

@@ -1,0 +1,452 @@
+"""The report's three files: verdict, numbers, hostile names, size; the page as the standard library parses it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from math import inf, nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lowbit
+from lowbit.stages import _charts, _words
+from lowbit.stages._verdict import BANDS, judge, position
+from lowbit.stages.report import Count, Histogram, Memory, Outcome, RunRecord, Verification, write_report
+from tests.conftest import ROOT
+from tests.reference.reports import HOSTILE, make_evaluation, make_rows, make_run
+
+DATA = Path(lowbit.__file__).parent / "data" / "report"
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, the texts of scripts, and the visible text of the rest."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self.inside = ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self.inside = tag
+            self.scripts += [""] if tag == "script" else []
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self.inside:
+            self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "script":
+            self.scripts[-1] += data
+        elif not self.inside:
+            self.text += data
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        """Attributes of every element of one kind."""
+        return [attributes for found, attributes in self.tags if found == tag]
+
+
+def written(run: RunRecord, folder: Path) -> tuple[dict[str, Any], str, Page]:
+    """The three files as a reader sees them."""
+    write_report(run, folder)
+    html = (folder / "report.html").read_text()
+    return json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text(), Page(html)
+
+
+# Means are well inside the bands that docs/report.md names, or on their borders, which belong to the worse band.
+@pytest.mark.parametrize(
+    ("mean", "tone", "words"),
+    [
+        (0.001, "good", "Very close to the original"),
+        (0.0099, "good", "Very close to the original"),
+        (0.01, "good", "Close to the original"),
+        (0.049, "good", "Close to the original"),
+        (0.05, "fair", "Noticeably changed"),
+        (0.15, "poor", "Far from the original"),
+        (0.5, "bad", "Broken: do not use this result"),
+        (7.0, "bad", "Broken: do not use this result"),
+        (inf, "bad", "Broken: do not use this result"),
+        (nan, "bad", "Broken: do not use this result"),
+        (None, "bad", "Broken: do not use this result"),
+    ],
+)
+def test_verdict_follows_mean_divergence(mean: Any, tone: str, words: str) -> None:
+    verdict = judge(make_run(evaluation=make_evaluation(kl=(mean, mean, mean))))
+    assert verdict.tone == tone
+    assert verdict.headline.startswith(words)
+
+
+def test_verdict_takes_the_worse_end_and_says_so() -> None:
+    verdict = judge(make_run(evaluation=make_evaluation(kl=(0.045, 0.038, 0.055))))
+    assert verdict.headline.startswith("Noticeably changed")
+    assert any("from “close” to “changed”" in sentence for sentence in verdict.sentences)
+    assert not any("from “" in sentence for sentence in judge(make_run()).sentences)
+
+
+def test_verdict_without_interval_says_so() -> None:
+    verdict = judge(make_run(evaluation=make_evaluation(kl=(0.03, None, None))))
+    assert verdict.headline.startswith("Close")
+    assert any("too little text" in sentence for sentence in verdict.sentences)
+
+
+def test_verdict_names_size_ratio() -> None:
+    run = make_run()
+    ratio = run.source.bytes / run.result.bytes
+    assert judge(run).headline == f"Close to the original, {ratio:.2f} times smaller"
+
+
+def test_verdict_without_evaluation_claims_nothing() -> None:
+    verdict = judge(make_run(evaluation=None))
+    assert verdict.tone == "unknown"
+    assert "quality was not measured" in verdict.headline
+
+
+def test_verdict_without_reference_claims_nothing() -> None:
+    evaluation = make_evaluation()
+    evaluation["scores"] = {"perplexity": evaluation["scores"]["perplexity"]}
+    verdict = judge(make_run(evaluation=evaluation))
+    assert verdict.tone == "unknown"
+    assert "quality was not compared" in verdict.headline
+    assert any("Perplexity is 40.8 (95% interval 38.0 to 43.0)" in sentence for sentence in verdict.sentences)
+
+
+def test_verdict_of_nothing_quantized() -> None:
+    rows = tuple(replace(row, scheme=None, method=None, outcome=None, after=row.before) for row in make_rows(2))
+    assert judge(make_run(rows)).headline == "Nothing was quantized"
+
+
+def test_mismatch_outweighs_all_else() -> None:
+    verdict = judge(make_run(verified=Verification(17, 2, 0.1)))
+    assert verdict.tone == "bad"
+    assert "2 of 17 tensors differ" in verdict.headline
+
+
+def test_memory_over_its_limit_is_said() -> None:
+    verdict = judge(make_run(memory=Memory(2 * 2**30, 2**29, 2**30)))
+    assert any("2 GiB, where 1 GiB" in sentence for sentence in verdict.sentences)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ((0.02, 0.015, 0.025), "went from 40.0 to 40.8, +2.02% (95% interval +1.51% to +2.53%)"),
+        ((0.02, -0.001, 0.041), "cannot tell from no change (95% interval \N{MINUS SIGN}0.10% to +4.19%)"),
+        ((-0.01, -0.02, -0.005), "\N{MINUS SIGN}1.00% (95% interval \N{MINUS SIGN}1.98% to \N{MINUS SIGN}0.50%)"),
+        ((0.02, None, None), "went from 40.0 to 40.8, +2.02%."),
+    ],
+)
+def test_perplexity_in_words(change: tuple[float, float | None, float | None], said: str) -> None:
+    sentences = judge(make_run(evaluation=make_evaluation(change=change))).sentences
+    assert any(said in sentence for sentence in sentences), sentences
+
+
+def test_documented_borders_are_the_ones_in_use() -> None:
+    rows = [
+        line.split(" | ") for line in (ROOT / "docs" / "report.md").read_text().splitlines() if line.count(" | ") == 2
+    ]
+    tops = {
+        row[2].removesuffix(" |"): re.findall(r"[\d.]+", row[0])[-1] for row in rows if re.search(r"\d\.\d", row[0])
+    }
+    assert tops == {band.like: str(band.top if band.top < inf else BANDS[-2].top) for band in BANDS}
+
+
+def test_scale_gives_every_band_a_fifth() -> None:
+    borders = [0.001, 0.01, 0.05, 0.15, 0.5]
+    assert [position(border) for border in borders] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert position(0.0) == 0
+    assert position(1e9) == position(nan) == 1
+
+
+def test_an_evaluation_as_it_is_stored_can_be_read(tmp_path: Path) -> None:
+    from lowbit.metrics import Score
+    from lowbit.stages.evaluate import Conditions, Evaluation
+
+    conditions = Conditions("t.txt", "00", 512, 512, 1024, 2, 1022, ("<s>",), "float32", 2, 0.95, 0)
+    scores = {"perplexity": Score(12.5), "kl_mean": Score(0.02, 0.01, 0.03)}
+    evaluation = Evaluation("out", None, conditions, scores).to_dict()
+    _, _, page = written(make_run(evaluation=evaluation), tmp_path)
+    assert "On 1,022 tokens of t.txt" in page.text
+    assert "0.0100 to 0.0300" in page.text
+
+
+def test_json_holds_the_whole_record(tmp_path: Path) -> None:
+    run = make_run()
+    document, _, _ = written(run, tmp_path)
+    assert document["lowbit_report"] == 1
+    assert document["verdict"]["headline"] == judge(run).headline
+    assert document["command"] == run.command
+    assert [row["name"] for row in document["rows"]] == [row.name for row in run.rows]
+    outcome = document["rows"][-1]["outcome"]
+    assert Outcome(**outcome) == run.rows[-1].outcome
+    assert document["evaluation"] == run.evaluation
+    assert tuple(document["histograms"][0]["edges"]) == run.histograms[0].edges
+
+
+def test_json_writes_null_for_what_is_no_number(tmp_path: Path) -> None:
+    document, markdown, page = written(make_run(evaluation=make_evaluation(kl=(nan, nan, inf))), tmp_path)
+    assert document["evaluation"]["scores"]["kl_mean"] == {"value": None, "low": None, "high": None, "p_value": None}
+    assert "not a number" in markdown
+    assert "Broken" in page.text
+
+
+def test_nothing_is_written_when_the_report_cannot_be_made(tmp_path: Path) -> None:
+    write_report(make_run(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(KeyError):
+        write_report(make_run(evaluation={"scores": {}}), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert sorted(before) == ["report.html", "report.json", "report.md"]
+
+
+def test_page_runs_no_script_but_its_own(tmp_path: Path) -> None:
+    _, _, page = written(make_run(), tmp_path)
+    policy = next(meta["content"] for meta in page.named("meta") if meta.get("http-equiv"))
+    assert policy is not None and "default-src 'none'" in policy
+    data, *programs = page.scripts
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in programs]
+    assert len(programs) == 2
+    assert all(f"'sha256-{digest}'" in policy for digest in digests)
+    assert "unsafe-inline" not in policy.split("script-src")[1].split(";")[0]
+    assert set(json.loads(data)) == {"error", "bytes", "bits", "grid-0"}
+
+
+def test_page_reaches_for_nothing_outside(tmp_path: Path) -> None:
+    _, _, page = written(make_run(), tmp_path)
+    for tag, attributes in page.tags:
+        assert not {"src", "href", "srcset", "action", "style"} & attributes.keys() - (
+            {"style"} if tag == "i" else set()
+        )
+    assert "url(" not in (DATA / "page.css").read_text()
+    assert not any(name in (DATA / "page.js").read_text() for name in ("fetch(", "import(", "XMLHttpRequest"))
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    rows = tuple(replace(row, name=f"{row.name}.{HOSTILE}", reason=HOSTILE) for row in make_rows(1))
+    run = make_run(
+        rows,
+        command=HOSTILE,
+        histograms=(replace(make_run().histograms[0], name=HOSTILE),),
+        counts=(Count("fallback", HOSTILE, 1),),
+    )
+    run = replace(
+        run, source=replace(run.source, path=HOSTILE, dtype=HOSTILE), machine=replace(run.machine, cpu=HOSTILE)
+    )
+    _, _, page = written(run, tmp_path)
+    _, _, clean = written(make_run(make_rows(1)), tmp_path / "clean")
+    assert len(page.scripts) == len(clean.scripts) == 3
+    assert not page.named("img")
+    assert page.text.count(HOSTILE) > len(rows)
+
+
+def test_hostile_names_stay_in_their_cells_of_markdown(tmp_path: Path) -> None:
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    names = [HOSTILE, "a|b`c", "line\nbreak | two", "\\|", "*_[x](y)_*"]
+    rows = tuple(replace(row, name=name) for row, name in zip(make_rows(1)[2:], names, strict=False))
+    _, markdown, _ = written(make_run(rows), tmp_path)
+    tokens = parser.parse(markdown)
+    kinds = {token.type for token in tokens} | {child.type for token in tokens for child in token.children or []}
+    assert not {"html_block", "html_inline", "link_open", "em_open"} & kinds
+    cells = [
+        tokens[at + 1].children[0].content
+        for at, token in enumerate(tokens)
+        if token.type == "td_open" and tokens[at + 1].children
+    ]
+    for name in names:
+        assert " ".join(name.replace("`", "\N{MODIFIER LETTER GRAVE ACCENT}").split()) in cells, name
+
+
+def test_half_a_surrogate_in_a_name_can_be_written(tmp_path: Path) -> None:
+    rows = (replace(make_rows(1)[2], name="bad\ud800name"),)
+    document, markdown, _ = written(make_run(rows), tmp_path)
+    assert document["rows"][0]["name"] == "bad\ud800name"
+    assert "bad\\ud800name" in markdown
+
+
+def test_page_of_a_huge_model_stays_small(tmp_path: Path) -> None:
+    row = make_rows(1)[-1]
+    rows = tuple(
+        replace(row, name=f"model.layers.{n // 600}.mlp.experts.{n % 200}.kind{n % 600 // 200}_proj.weight")
+        for n in range(6_000)
+    ) + tuple(replace(row, name=f"x{n}.{'long' * 1000}") for n in range(1_000))
+    document, _, page = written(make_run(rows), tmp_path)
+    assert (tmp_path / "report.html").stat().st_size < 2_000_000
+    assert len(document["rows"]) == 7_000
+    assert "of 7,000 tensors are listed" in page.text
+
+
+def test_page_without_charts_or_evaluation(tmp_path: Path) -> None:
+    rows = (replace(make_rows(1)[0], name="weight", before=0, after=0, shape=(0,)),)
+    _, _, page = written(make_run(rows, evaluation=None, histograms=(), verified=None), tmp_path)
+    assert json.loads(page.scripts[0]) == {}
+    assert "Quality was not measured" in page.text
+    assert "has not been read back" in page.text
+
+
+def test_kept_tensors_are_listed_by_reason_and_folded(tmp_path: Path) -> None:
+    _, markdown, page = written(make_run(make_rows(5)), tmp_path)
+    assert "model.layers.*.input_layernorm.weight" in page.text
+    assert "| not a matrix | 5 | 2.5 KiB |" in markdown
+
+
+def test_fallback_names_both_methods(tmp_path: Path) -> None:
+    row = make_rows(1)[2]
+    assert row.outcome is not None
+    fell = replace(row, method="gptq", outcome=replace(row.outcome, method="rtn", against_rtn=1.25))
+    _, _, page = written(make_run((fell,)), tmp_path)
+    assert "rtn, not gptq" in page.text
+    assert "1.25" in page.text
+
+
+def test_roles_are_the_shortest_endings_that_tell_apart() -> None:
+    names = {
+        "model.layers.3.self_attn.q_proj.weight": (3, "q"),
+        "model.layers.10.mlp.experts.7.gate_proj.weight": (10, "experts.gate"),
+        "model.layers.10.mlp.shared_experts.gate_proj.weight": (10, "shared_experts.gate"),
+        "model.layers.0.mlp.gate_proj.weight": (0, "mlp.gate"),
+        "transformer.h.1.attn.c_proj.weight": (1, "attn.c"),
+        "transformer.h.1.mlp.c_proj.weight": (1, "mlp.c"),
+        "lm_head.weight": (None, "lm_head"),
+        "weight": (None, "weight"),
+    }
+    found = _charts.places(names)
+    assert {name: (place.layer, place.role) for name, place in found.items()} == names
+
+
+def values(spec: dict[str, Any], layer: int = 0) -> list[dict[str, Any]]:
+    """The data that one layer of a chart draws."""
+    found: list[dict[str, Any]] = spec["datasets"][(spec["layer"][layer].get("data") or spec["data"])["name"]]
+    return found
+
+
+def test_error_chart_has_every_quantized_tensor() -> None:
+    run = make_run(make_rows(3))
+    points = values(_charts.draw(run)["error"])
+    wanted = sorted(row.outcome.error for row in run.rows if row.outcome)
+    assert sorted(point["error"] for point in points) == wanted
+    assert {(point["layer"], point["role"]) for point in points} == {
+        (layer, role) for layer in range(3) for role in ("q", "k", "v", "o", "gate", "up", "down")
+    }
+
+
+def test_error_chart_turns_logarithmic_for_mixed_precision() -> None:
+    rows = list(make_rows(2))
+    assert _charts.draw(make_run(tuple(rows)))["error"]["layer"][0]["encoding"]["y"]["scale"].get("type") != "log"
+    rows[2] = replace(rows[2], outcome=Outcome("rtn", 1e-6, 0.1, 0.1))
+    encoding = _charts.draw(make_run(tuple(rows)))["error"]["layer"][0]["encoding"]
+    assert encoding["y"]["scale"] == {"type": "log", "domain": [pytest.approx(1e-6), pytest.approx(0.1)]}
+
+
+def test_bytes_chart_loses_no_byte_and_counts_ties_once() -> None:
+    tied = replace(
+        make_rows(1)[0], name="lm_head.weight", after=0, reason="shares the storage of model.embed_tokens.weight"
+    )
+    run = make_run((*make_rows(4), tied))
+    spec = _charts.draw(run)["bytes"]
+    assert spec["layer"][0]["encoding"]["x"]["axis"]["title"] == "MiB"
+    bars = values(spec)
+    for what, wanted in (("as it came", run.source.bytes - tied.before), ("as stored", run.result.bytes)):
+        assert sum(bar["size"] * 2**20 for bar in bars if bar["what"] == what) == pytest.approx(wanted)
+
+
+def test_bits_chart_shows_stored_bits() -> None:
+    cells = values(_charts.draw(make_run())["bits"])
+    assert {cell["label"] for cell in cells} == {"4.12"}
+    assert {cell["class"] for cell in cells} == {"4 bits"}
+
+
+def test_histogram_densities_are_shares() -> None:
+    run = make_run()
+    spec = _charts.draw(run)["grid-0"]
+    bars, curve = values(spec, 0), values(spec, 1)
+    assert [bar["count"] for bar in bars] == ["25", "50", "25"]  # the two zeros of a small float are one level
+    assert sum(bar["density"] * (bar["high"] - bar["low"]) for bar in bars) == pytest.approx(1)
+    assert [(bar["low"], bar["high"]) for bar in bars] == [(-4.5, -1.5), (-1.5, 1.0), (1.0, 3.0)]
+    widths = [high - low for low, high in pairwise(run.histograms[0].edges)]
+    assert [point["density"] * width for point, width in zip(curve, widths, strict=True)] == pytest.approx(
+        [0.1, 0.3, 0.4, 0.2]
+    )
+
+
+def test_histogram_of_nothing_is_left_out() -> None:
+    empty = Histogram("x", (0.0, 1.0), (0,), (0.0, 1.0), (0, 0))
+    assert "grid-0" not in _charts.draw(make_run(histograms=(empty,)))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.02444, "0.0244"),
+        (91.0, "91.0"),
+        (999.6, "1,000"),
+        (1204.4, "1,204"),
+        (0.0000787, "0.0000787"),
+        (0.0, "0"),
+        (-0.5, "\N{MINUS SIGN}0.500"),
+        (3e9, "3.00e+09"),
+        (nan, "not a number"),
+    ],
+)
+def test_short(value: float, text: str) -> None:
+    assert _words.short(value) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.877, "87.7%"),
+        (0.99264, "99.26%"),
+        (1.0, "100.0%"),
+        (0.0065, "0.65%"),
+        (0.00004, "0.0040%"),
+        (3.7, "370.0%"),
+        (-0.00034, "\N{MINUS SIGN}0.034%"),
+        (inf, "not a number"),
+    ],
+)
+def test_percent(share: float, text: str) -> None:
+    assert _words.percent(share) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.312, "0.31 s"),
+        (9.97, "10 s"),
+        (59.4, "59 s"),
+        (59.7, "1 min 00 s"),
+        (89.6, "1 min 30 s"),
+        (7500.0, "2 h 05 min"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert _words.duration(seconds) == text
+
+
+def test_vega_is_the_bundle_that_it_says(tmp_path: Path) -> None:
+    """The copy in the repository is what the package makes, under the licences at its head."""
+    source = pytest.importorskip("vl_convert", minversion="1.9")
+    if source.get_vega_version() != "6.2.0" or source.get_vega_embed_version() != "7.0.2":
+        pytest.skip("another version of Vega than the copy's")
+    head, _, body = (DATA / "vega.js").read_text().partition("*/\n")
+    assert "University of Washington Interactive Data Lab" in head
+    assert body.strip() == source.javascript_bundle("window.vegaEmbed = vegaEmbed;").strip()
+
+
+def test_charts_compile_without_warnings() -> None:
+    """The reader's program takes every chart; Vega-Lite's compiler of the same version says what it would ignore."""
+    compiler = pytest.importorskip("vl_convert")
+    for name, spec in _charts.draw(make_run()).items():
+        svg = compiler.vegalite_to_svg(spec | {"width": 300}, vl_version="6.4")
+        assert svg.count("<path") > 3, name
