@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from lowbit.pipeline import Request, run
@@ -32,12 +33,14 @@ def child(request: Request) -> int:
     pid = os.fork()
     if pid:
         return pid
+    code = 1
     try:
         run(request)
-    except BaseException as error:
-        print(f"child failed: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)
+        code = 0
+    finally:
+        if code:
+            traceback.print_exc()
+        os._exit(code)
 
 
 def files_of(path: Path) -> dict[str, str]:
@@ -95,9 +98,10 @@ def main() -> int:
     hits, runs, differing = 0, 0, []
     while hits < args.kills:
         runs += 1
-        while (hit := interrupt(request("killed"), longest, chance)) and hits + 1 < args.kills and chance.random() < 0.5:
-            hits += 1
-        hits += hit
+        again = True
+        while again and hits < args.kills:
+            hits += interrupt(request("killed"), longest, chance)
+            again = chance.random() < 0.5
         finish(request("killed"))
         found = files_of(root / "killed")
         differing += [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]

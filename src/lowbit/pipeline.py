@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from lowbit.budget import Estimate, MemoryWatch
 from lowbit.stages import quantize
 from lowbit.stages.checkpoint import open_checkpoint
-from lowbit.stages.evaluate import evaluate, read_text
+from lowbit.stages.evaluate import Text, evaluate, read_text
 from lowbit.stages.plan import Plan, Rules, load_plan, make_plan
 from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
@@ -76,10 +76,22 @@ def run(
             checked = verify(source, output, way, progress)
             clock.lap("verify")
             if text:
-                scope = {"context": request.context, "tokens": request.tokens, "ram": request.ram}
-                scores = evaluate(request.out, text, reference=source.path, progress=progress, **scope).to_dict()
+                scores = _scores(request, text, source.path, progress)
                 clock.lap("evaluate")
             result = make_record(request.command, source, output, way, watch, checked, scores, clock.seconds)
             write_report(result, request.out)
             watch.check()
     return result
+
+
+def _scores(request: Request, text: Text, original: Path, progress: quantize.Progress) -> dict[str, Any]:
+    """Original and result on the same tokens."""
+    return evaluate(
+        request.out,
+        text,
+        reference=original,
+        context=request.context,
+        tokens=request.tokens,
+        ram=request.ram,
+        progress=progress,
+    ).to_dict()

@@ -53,9 +53,7 @@ class Block:
         if self.flat:
             return f"flat{self.cols}"
         names = {(0, 0): "tensor", (1, 0): "row"}
-        return names.get((self.rows, self.cols)) or (
-            f"g{self.cols}" if self.rows == 1 else f"{self.rows}x{self.cols}"
-        )
+        return names.get((self.rows, self.cols)) or (f"g{self.cols}" if self.rows == 1 else f"{self.rows}x{self.cols}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def _float_grid(name: str, exponent: int, mantissa: int, bias: int, finite: int)
         power, fraction = magnitude >> mantissa, magnitude % 2**mantissa
         if magnitude > finite:
             return inf
-        size = (fraction + (2**mantissa if power else 0)) * 2.0 ** (max(power, 1) - bias - mantissa)
+        size: float = (fraction + (2**mantissa if power else 0)) * 2.0 ** (max(power, 1) - bias - mantissa)
         return -size if code >> (exponent + mantissa) else size
 
     bits = 1 + exponent + mantissa

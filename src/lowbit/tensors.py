@@ -112,7 +112,7 @@ class QTensor:
         return 8 * self.nbytes / prod(self.shape) if prod(self.shape) else 0.0
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Every stored tensor with its name (nested ones dotted), in a fixed order: what digests and comparisons use."""
+        """Every stored tensor with its name (nested ones dotted), in a fixed order: what digests are taken of."""
         yield "codes", self.codes
         if isinstance(self.scales, QTensor):
             yield from ((f"scales.{name}", part) for name, part in self.scales.parts())

@@ -333,7 +333,7 @@ def test_pack_refuses_values_that_would_change() -> None:
 
 
 def test_pack_refuses_a_global_scale_that_has_no_reciprocal() -> None:
-    """About a seventh of all float32 are the reciprocal of none."""
+    """About a sixth of all float32 are the reciprocal of none."""
     made = weight(scheme="nvfp4")
     assert made.scheme is not None
     q = random_qtensor(made.scheme, made.shape)

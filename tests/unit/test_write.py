@@ -70,10 +70,11 @@ def test_kept_tensors_and_sidecar_files_are_carried_unchanged(tmp_path: Path) ->
 def test_a_finished_run_given_again_changes_nothing(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
     run(request(model, tmp_path / "out"))
-    before, stamps = contents(tmp_path / "out"), [f.stat().st_mtime_ns for f in (tmp_path / "out").glob("*.safetensors")]
+    shards = list((tmp_path / "out").glob("*.safetensors"))
+    before, stamps = contents(tmp_path / "out"), [shard.stat().st_mtime_ns for shard in shards]
     result = run(request(model, tmp_path / "out"))
     assert contents(tmp_path / "out") == before
-    assert [f.stat().st_mtime_ns for f in (tmp_path / "out").glob("*.safetensors")] == stamps
+    assert [shard.stat().st_mtime_ns for shard in shards] == stamps
     assert result.resumed == 5
 
 
@@ -93,7 +94,7 @@ def test_bytes_that_do_not_match_the_journal_are_made_again(tmp_path: Path) -> N
     model = write_model(tmp_path / "m")
     run(request(model, tmp_path / "whole"))
     run(request(model, tmp_path / "out"))
-    shard = sorted((tmp_path / "out").glob("*.safetensors"))[0]
+    shard = min((tmp_path / "out").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
@@ -178,12 +179,14 @@ def test_a_disk_that_fills_up_stops_with_a_sentence_and_the_run_goes_on_after(
     """A real file system of 2 MB that somebody else fills after the check at the start; then room is made."""
     model, small = write_model(tmp_path / "m", layers=40, cols=2048), tmp_path / "small"
     small.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True, check=False
+    )
     if mount.returncode:
         pytest.skip("this machine does not let tests mount a file system")
     try:
         monkeypatch.setattr(write, "_check_disk", lambda path, shards: (small / "other").write_bytes(bytes(10**6)))
-        with pytest.raises(ResourceError, match="disk of .* is full; what is finished is kept"):
+        with pytest.raises(ResourceError, match=r"disk of .* is full; what is finished is kept"):
             run(request(model, small / "out", shard_bytes=200_000))
         assert list((small / "out").glob("*.safetensors"))
         (small / "other").unlink()

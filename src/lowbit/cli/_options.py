@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @final
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """Bytes, written `4GiB` or `500MB`."""
 
     name = "bytes"

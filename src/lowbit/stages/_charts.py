@@ -161,10 +161,10 @@ def _error_axis(errors: Sequence[float]) -> alt.Y:
     """Linear, or logarithmic where errors differ by more than a factor of 25; a log axis leaves zeros out."""
     title, positive = "relative squared error", [error for error in errors if error > 0]
     if not positive or max(positive) <= 25 * min(positive):
-        axis = alt.Axis(title=title, format=".2~p", tickCount=5)
+        axis = alt.Axis(title=title, format=".3~p", tickCount=5)
         return alt.Y("error:Q", scale=alt.Scale(zero=False, nice=True), axis=axis)
     powers = [10.0**power for power in range(floor(log10(min(positive))), ceil(log10(max(positive))) + 1)]
-    axis = alt.Axis(title=f"{title} (log scale)", format=".2~p", values=powers)
+    axis = alt.Axis(title=f"{title} (log scale)", format=".3~p", values=powers)
     return alt.Y("error:Q", scale=alt.Scale(type="log", domain=[powers[0], powers[-1]]), axis=axis)
 
 

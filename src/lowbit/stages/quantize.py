@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import final
+from typing import Any, final
 
 import torch
 import xxhash
@@ -137,12 +137,14 @@ class _Worker:
         start = time.perf_counter()
         into = self.output.into(entry)
         tensor = self.checkpoint.tensor(entry.weight.name)
+        facts: dict[str, Any] = {}
         if entry.weight.scheme is None:
             into[entry.weight.name].copy_(tensor)
             source = digest(tensor.contiguous())
-            meant, facts = {"weight": source}, {}
+            meant = {"weight": source}
         else:
             with self.output.codes(entry.weight, self.way.scratch) as codes:
+                assert codes is not None
                 source, qtensor, error = _quantize(self.plan, entry, tensor, codes, self.way.piece)
                 self.plan.rules.pack(entry.weight, qtensor, into)
                 meant = {name: digest(part.contiguous()) for name, part in qtensor.parts()}
@@ -173,7 +175,7 @@ def _quantize(plan: Plan, entry: Entry, tensor: Tensor, codes: Tensor, elements:
         stats = _tensor_stats(view, scheme, elements)
         for rows, cols in pieces_of(weight.shape, scheme.block, elements):
             part = view[rows, cols]
-            hasher.update(as_bytes(part).numpy())
+            hasher.update(as_bytes(part))
             piece = method.quantize(part, stats, _local(scheme), options)
             codes[rows, cols] = piece.codes
             error += measure(part, piece)
@@ -194,7 +196,7 @@ def pieces_of(shape: Shape, block: Block, elements: int) -> Iterator[tuple[slice
 
 
 def join(weight: Weight, codes: Tensor, pieces: Sequence[tuple[Tensor | QTensor, Tensor | None]]) -> QTensor:
-    """One `QTensor` from the scales and zero points of its pieces; scales with an offset are quantized here, together."""
+    """One `QTensor` from the scales and zero points of its pieces; offset ones are quantized here, together."""
     scheme = weight.scheme
     assert scheme is not None
     blocks = scale_shape(weight.shape, scheme.block)

@@ -103,7 +103,8 @@ def _source(source: Checkpoint, plan: Plan) -> Source:
     for entry in stored:
         dtypes[_name(entry.weight.dtype)] += prod(entry.weight.shape)
     parameters = sum(prod(entry.weight.shape) for entry in stored)
-    return Source(str(source.path), sum(entry.source_bytes for entry in stored), parameters, dtypes.most_common(1)[0][0])
+    nbytes = sum(entry.source_bytes for entry in stored)
+    return Source(str(source.path), nbytes, parameters, dtypes.most_common(1)[0][0])
 
 
 def _result(output: Output) -> Result:

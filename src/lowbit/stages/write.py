@@ -51,12 +51,12 @@ _DTYPES = {
 
 def digest(tensor: Tensor) -> str:
     """XXH3 (128 bits) of a contiguous tensor's bytes, in hexadecimal."""
-    return xxhash.xxh3_128_hexdigest(as_bytes(tensor).numpy())
+    return xxhash.xxh3_128_hexdigest(as_bytes(tensor))
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    """The memory of a contiguous tensor as flat uint8, not copied."""
-    return tensor.reshape(-1).view(torch.uint8)
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor as flat bytes, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 @final
@@ -252,9 +252,9 @@ class Output:
         documents = self.plan.rules.config([entry.weight for entry in self.plan.entries], checkpoint.config)
         root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
         for extra in checkpoint.extras:
-            name = extra.relative_to(root)
-            if str(name) not in documents:
-                write_atomic(self.path / name, extra.read_bytes())
+            place = extra.relative_to(root)
+            if str(place) not in documents:
+                write_atomic(self.path / place, extra.read_bytes())
         write_atomic(self.path / "lowbit-plan.json", self.plan.to_json().encode())
         for name in sorted(documents, reverse=True):
             write_atomic(self.path / name, (json.dumps(documents[name], indent=2) + "\n").encode())
