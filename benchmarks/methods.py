@@ -4,8 +4,8 @@
 
 Weights are the matrices of a model (by default the embedded one) and random ones with heavy tails (Student's t).
 `hqq` is compared with the hqq package in the L1 norm that it watches and in the L0.7 norm that it minimises, `rtn` with
-compressed-tensors and bitsandbytes, `mse` with `rtn`. Times are processor time of one thread, medians over rounds in which
-the two sides take turns. Prints tables and one line of JSON. Needs the extra `test`.
+compressed-tensors and bitsandbytes, `mse` with `rtn`. Times are processor time of one thread, medians over rounds in
+which the two sides take turns. Prints tables and one line of JSON. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from bitsandbytes import functional
-from compressed_tensors.quantization import QuantizationArgs  # type: ignore[import-untyped]
+from compressed_tensors.quantization import QuantizationArgs, quantize  # type: ignore[import-untyped]
 from compressed_tensors.quantization.utils import calculate_qparams  # type: ignore[import-untyped]
 from hqq.core.quantize import Quantizer  # type: ignore[import-untyped]
 from rich.console import Console
@@ -36,7 +36,7 @@ from lowbit.methods import NoOptions, hqq, mse, rtn
 from lowbit.schemes import parse
 
 EMBEDDED = Path(lowbit.__file__).parent / "data" / "wiki-8m"
-SEARCHED = ("int4-g128", "int4-g128-asym", "int3-g128", "nf4-g64", "fp8-e4m3", "mxfp4", "nvfp4")
+SEARCHED = ("int4-g128", "int4-g128-asym", "int4-g64-fzero", "int3-g128", "nf4-g64", "fp8-e4m3", "mxfp4", "nvfp4")
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def compressed_tensors_rtn(weight: Tensor) -> Tensor:
     """Symmetric 4-bit, group 128: ranges, scales and codes with the package's own functions."""
     args = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=128)
     groups = weight.view(weight.shape[0], -1, 128)
-    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-    codes: Tensor = (groups / scale[..., None]).round_().clamp_(-8, 7).to(torch.int8)  # its `_quantize`, group by group
+    scale, _zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    codes: Tensor = quantize(weight, scale, None, args, dtype=torch.int8)
     return codes
 
 

@@ -62,7 +62,7 @@ def run(
     Raises:
         LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same request goes on.
     """
-    clock, text, scores = Clock(), request.text and read_text(request.text), None
+    clock, text, scores, most = Clock(), request.text and read_text(request.text), None, 0
     with MemoryWatch(request.ram).running() as watch, open_checkpoint(request.model) as source:
         plan = load_plan(request.plan, source) if request.plan else make_plan(source, request.rules)
         way = quantize.estimate_memory(plan, request.ram, request.threads)
@@ -76,17 +76,18 @@ def run(
             checked = verify(source, output, way, progress)
             clock.lap("verify")
             if text:
-                scores = _scores(request, text, source.path, progress)
+                scores, most = _scores(request, text, source.path, progress)
                 clock.lap("evaluate")
-            result = make_record(request.command, source, output, way, watch, checked, scores, clock.seconds)
+            result = make_record(request.command, source, output, way, most, watch, checked, scores, clock.seconds)
             write_report(result, request.out)
             watch.check()
     return result
 
 
-def _scores(request: Request, text: Text, original: Path, progress: quantize.Progress) -> dict[str, Any]:
-    """Original and result on the same tokens."""
-    return evaluate(
+def _scores(request: Request, text: Text, original: Path, progress: quantize.Progress) -> tuple[dict[str, Any], int]:
+    """Original and result on the same tokens, and the anonymous memory that was planned for it."""
+    planned: list[int] = []
+    scores = evaluate(
         request.out,
         text,
         reference=original,
@@ -94,4 +95,6 @@ def _scores(request: Request, text: Text, original: Path, progress: quantize.Pro
         tokens=request.tokens,
         ram=request.ram,
         progress=progress,
-    ).to_dict()
+        announce=lambda way: planned.append(way.total),
+    )
+    return scores.to_dict(), max(planned)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-TEXT = "".join(f"Line {n}: {n * 7919 % 1000} and {'abc' * (n % 5)} over the lazy dog.\n" for n in range(60))
+TEXT = "".join(f"Line {n}: {n * 7919 % 1000} and {'abc' * (n % 5)} over the lazy dog.\n" for n in range(16))
 _SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 260}
 _LLAMA = _SIZES | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
 
@@ -83,13 +83,14 @@ def expected(model: Any, reference: Any, ids: list[int], context: int, stride: i
         window = torch.tensor(ids[begin : begin + context])
         with torch.no_grad():
             mine, theirs = (each(input_ids=window[None], use_cache=False).logits[0] for each in (model, reference))
+        loss = cross_entropy(mine[:-1], window[1:], reduction="none")
+        p, q = (each.double().log_softmax(1) for each in (theirs, mine))
+        divergence = kl_div(q, p, reduction="none", log_target=True).sum(1)
         for place in range(context):
             if place > 0 and begin + place not in seen:
-                before = place - 1
-                losses.append(cross_entropy(mine[before], window[place]))
-                p, q = (each[before].double().log_softmax(0) for each in (theirs, mine))
-                divergences.append(kl_div(q, p, reduction="sum", log_target=True))
-                same.append(float(mine[before].argmax() == theirs[before].argmax()))
+                losses.append(loss[place - 1])
+                divergences.append(divergence[place - 1])
+                same.append(float(mine[place - 1].argmax() == theirs[place - 1].argmax()))
             seen.add(begin + place)
     nll = torch.stack(losses)
     return Expected(exp(nll.double().mean().item()), len(same), nll, torch.stack(divergences), sum(same) / len(same))

@@ -80,7 +80,7 @@ def global_divisor(weight: FloatArray) -> float:
 def stored(wanted: float, largest: float, scheme: Scheme, divisor: float = 1.0) -> float:
     """The effective scale once it is rounded to its type."""
     if largest == 0:
-        return float(F(1) * (F(1) / F(divisor)))
+        return float(F(1) * (F(1) / F(divisor))) if 0 in scheme.grid.levels else grids.round_positive(0, scheme.scale)
     if scheme.scale == "e8m0":
         return grids.mx_scale(largest, max(level for level in scheme.grid.levels if level < np.inf))
     if scheme.nested and not scheme.nested.offset:

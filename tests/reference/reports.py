@@ -52,6 +52,7 @@ def make_rows(layers: int, scheme: str = "int4-g128", bits: int = 4) -> tuple[Ro
                     outcome,
                 )
             )
+        rows.append(Row(f"{name}.self_attn.q_norm.weight", (32,), "bfloat16", None, None, "not a matrix", 64, 64))
     return tuple(rows)
 
 

@@ -28,6 +28,7 @@ def command(out: Path, scheme: str, method: str) -> None:
             ram=2**30,
             threads=cores(),
             text=folder / "evaluation.txt",
+            context=256,
             command=f"lowbit demo {out} --scheme {scheme} --method {method}",
         )
         run(request, progress, lambda plan, way: print_plan(plan, err=True))

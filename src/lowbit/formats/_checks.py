@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit.errors import FormatError
 from lowbit.tensors import Shape
 
-CHUNK = 2**20
+CHUNK = 2**18
 
 
 def stored(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: Shape) -> Tensor:
@@ -53,9 +53,9 @@ def below(name: str, codes: UInt8[Tensor, "..."], limit: int) -> UInt8[Tensor, "
     """
     flat = codes.reshape(-1)
     for start in range(0, flat.numel() if limit < 256 else 0, CHUNK):
-        bad = flat[start : start + CHUNK] >= limit
-        if bad.any():
-            at = start + int(bad.int().argmax())
+        chunk = flat[start : start + CHUNK]
+        if chunk.amax() >= limit:
+            at = start + int((chunk >= limit).int().argmax())
             raise FormatError(f"{name} holds code {int(flat[at])} at element {at}, codes end at {limit - 1}")
     return codes
 
@@ -77,6 +77,6 @@ def exact(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def row_chunks(rows: int, cols: int) -> Iterator[slice]:
-    """Runs of rows of about a million elements, so that temporaries stay small and in cache."""
+    """Runs of rows of about a quarter million elements, so that temporaries stay small and in cache."""
     step = max(CHUNK // max(cols, 1), 1)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

@@ -129,7 +129,8 @@ def _pack_scales(q: QTensor, into: Mapping[str, Tensor]) -> None:
         out.view(torch.uint8).copy_(q.scales.codes)
         into["weight_global_scale"].copy_(divisor(q.scales.scale_values()).reshape(1))
     elif q.scheme.scale == "e8m0":
-        out.copy_(_exponents(q.scales))
+        for rows in row_chunks(*q.scales.shape):
+            out[rows].copy_(_exponents(q.scales[rows]))
     else:
         out.copy_(exact("weight_scale", q.scales, out.dtype).reshape(out.shape))
 
@@ -138,7 +139,7 @@ def divisor(multiplier: Float[Tensor, "1 1"]) -> Float[Tensor, "1 1"]:
     """The global scale to store: the float32 whose float32 reciprocal is `multiplier`.
 
     Raises:
-        FormatError: there is none (a seventh of all float32 are no reciprocal of a float32).
+        FormatError: there is none (a sixth of all float32 are no reciprocal of a float32).
     """
     stored_as = 1 / multiplier
     if not torch.equal(1 / stored_as, multiplier):
@@ -249,9 +250,9 @@ def _unpack_nibbles(stored_bytes: UInt8[Tensor, "rows half"], codes: UInt8[Tenso
 def _no_nan(name: str, codes: UInt8[Tensor, "rows cols"]) -> UInt8[Tensor, "rows cols"]:
     """E4M3 bytes, none of which may be one of the two NaN."""
     for rows in row_chunks(*codes.shape):
-        bad = (codes[rows] & 0x7F) == 0x7F
-        if bad.any():
-            row, col = bad.nonzero()[0].tolist()
+        magnitudes = codes[rows] & 0x7F
+        if magnitudes.numel() and magnitudes.amax() == 0x7F:
+            row, col = (magnitudes == 0x7F).nonzero()[0].tolist()
             raise FormatError(f"{name} holds NaN at {[rows.start + row, col]}; it must be finite")
     return codes
 
@@ -265,7 +266,8 @@ def _unpack_scales(scheme: Scheme, shape: Shape, parts: Mapping[str, Tensor]) ->
         )
         return QTensor(scheme.nested, blocks, codes, multiplier.reshape(1, 1))
     if scheme.scale == "e8m0":
-        return torch.ldexp(torch.ones(blocks), below("weight_scale", found, _E8M0_NAN).to(torch.int32) - _E8M0_BIAS)
+        powers = torch.ldexp(torch.ones(_E8M0_NAN), torch.arange(_E8M0_NAN) - _E8M0_BIAS)
+        return powers.index_select(0, below("weight_scale", found, _E8M0_NAN).int().reshape(-1)).reshape(blocks)
     return finite("weight_scale", found).float().reshape(blocks)
 
 

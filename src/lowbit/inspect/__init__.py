@@ -32,7 +32,7 @@ def inspect(source: str | Path, progress: Progress = lambda stage, done, total: 
         LowbitError: it cannot be opened; what is wrong with single weights is a finding, not an error.
     """
     with open_checkpoint(source) as checkpoint:
-        made, done = methods(checkpoint), 0
+        made, done, total = methods(checkpoint), 0, checkpoint.nbytes
         tensors: list[TensorFacts] = []
         findings = _whole(checkpoint)
         for weight in checkpoint.weights.values():
@@ -40,7 +40,7 @@ def inspect(source: str | Path, progress: Progress = lambda stage, done, total: 
             tensors.append(facts)
             findings += found
             done += facts.stored
-            progress("inspect", min(done, checkpoint.nbytes), checkpoint.nbytes)
+            progress("inspect", min(done, total), total)
         return Inspection(
             path=str(checkpoint.path),
             container="safetensors" if checkpoint.shards[0].suffix == ".safetensors" else "pytorch",

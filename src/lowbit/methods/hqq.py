@@ -76,7 +76,7 @@ def _solve(
 def _descend(
     weight: Float[Tensor, "rows cols"], start: Affine, scheme: Scheme, block: tuple[int, int], options: Options
 ) -> tuple[Blocks, Blocks]:
-    """Unrounded zero points of the least error met, and those after the last update (Badri & Shaji 2023, eq. 4 to 6).
+    """Unrounded zero points of the least error met, and those after the last update (Badri & Shaji 2023).
 
     With the codes q of the present zero point z and the error e = (q - z) s - w, the published update
     z' = mean(q - (w - shrink(w - w^)) / s) is z + mean(e - shrink(e)) / s.
@@ -95,7 +95,7 @@ def _descend(
 
 
 def _kept(error: Float[Tensor, "rows cols"], p: float, beta: float) -> Float[Tensor, "rows cols"]:
-    """What the shrinkage operator takes off: `sign(e) min(|e|, |e|**(p - 1) / beta)` (equation 5)."""
+    """What the shrinkage operator takes off: `sign(e) min(|e|, |e|**(p - 1) / beta)`."""
     size = error.abs()
     if size.max() < 0.999 * beta ** (1 / (p - 2)):
         return error  # |e| is the smaller one throughout, as it is for weights of ordinary magnitude

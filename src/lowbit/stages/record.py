@@ -60,12 +60,13 @@ def make_record(
     source: Checkpoint,
     output: Output,
     way: Estimate,
+    evaluation_memory: int,
     watch: MemoryWatch,
     verified: Verified,
     evaluation: dict[str, Any] | None,
     seconds: dict[str, float],
 ) -> RunRecord:
-    """Everything the report says about a finished run."""
+    """Everything the report says about a finished run; `evaluation_memory`: bytes planned for evaluation."""
     plan = output.plan
     rows = tuple(_row(plan, entry, output) for entry in plan.entries)
     return RunRecord(
@@ -77,7 +78,7 @@ def make_record(
         result=_result(output),
         rows=rows,
         seconds=seconds,
-        memory=Memory(watch.peak, way.total, watch.limit),
+        memory=Memory(watch.peak, max(way.total, evaluation_memory), watch.limit),
         verified=Verification(verified.tensors, 0, verified.seconds),
         evaluation=evaluation,
         histograms=tuple(histograms(source, output, rows, way.scratch)),
