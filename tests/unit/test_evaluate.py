@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import exp, isinf
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,15 @@ from tests.reference.evaluate import CONFIGS, TEXT, expected, load, token_ids, w
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 SAMPLE = Text("sample", TEXT)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and lose much where others use the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -382,37 +391,32 @@ def test_too_little_memory_is_refused_with_what_is_enough(made: Callable[..., Pa
 
 CHILD = """
 import sys
-from pathlib import Path
 from lowbit.budget import MemoryWatch
+from lowbit.errors import ResourceError
 from lowbit.stages.evaluate import Text, evaluate
-ways = []
-text = Text("sample", Path(sys.argv[3]).read_text())
+
+path, ways, text = sys.argv[1], [], Text("sample", sys.argv[2])
 watch = MemoryWatch(None)
 with watch.running():
-    evaluate(sys.argv[1], text, reference=sys.argv[1], context=64, ram=int(sys.argv[2]), announce=ways.append)
-print(watch.peak, ways[0].streamed, ways[0].total)
+    try:
+        evaluate(path, text, reference=path, context=64, ram=2**20)
+    except ResourceError as error:
+        least = float(str(error).partition("at least ")[2].split()[0]) * 2**20
+    evaluate(path, text, reference=path, context=64, ram=int(least * 1.02), announce=ways.append, threads=1)
+print(int(least), watch.peak, ways[0].total, ways[0].streamed)
 """
 
 
 def test_a_streamed_evaluation_stays_within_its_limit(tmp_path: Path) -> None:
-    """Two models of 170 MB each, a block of 21 MB at a time."""
-    path, text = tmp_path / "model", tmp_path / "text.txt"
-    write_large(path)
-    text.write_text(TEXT)
-
-    def run(limit: int) -> subprocess.CompletedProcess[str]:
-        arguments = [sys.executable, "-c", CHILD, str(path), str(limit), str(text)]
-        return subprocess.run(arguments, capture_output=True, text=True, check=False)
-
-    refused = run(2**20)
-    assert "too little" in refused.stderr
-    least = float(refused.stderr.partition("at least ")[2].split()[0]) * 2**20
-    done = run(int(least * 1.03))
+    """Two models of 170 MB each, a block of 21 MB at a time: the least that is asked for is enough, and kept."""
+    write_large(tmp_path)
+    arguments = [sys.executable, "-c", CHILD, str(tmp_path), TEXT[:400]]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    peak, streamed, total = map(int, done.stdout.split())
+    least, peak, total, streamed = map(int, done.stdout.split())
     assert streamed == 2
-    assert peak <= total <= least * 1.03
-    assert least < 700 * 2**20
+    assert peak <= total <= least * 1.02
+    assert total - 2 * 2**20 < peak + 240 * 2**20, "the estimate is far above what is needed"
 
 
 def write_large(path: Path) -> None:

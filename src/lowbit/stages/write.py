@@ -254,7 +254,7 @@ class Output:
         for extra in checkpoint.extras:
             place = extra.relative_to(root)
             if str(place) not in documents:
-                write_atomic(self.path / place, extra.read_bytes())
+                copy_atomic(extra, self.path / place)
         write_atomic(self.path / "lowbit-plan.json", self.plan.to_json().encode())
         for name in sorted(documents, reverse=True):
             write_atomic(self.path / name, (json.dumps(documents[name], indent=2) + "\n").encode())
@@ -437,9 +437,21 @@ def sync(path: Path) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Temporary file beside, fsync, rename."""
+    with _replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def copy_atomic(source: Path, path: Path) -> None:
+    """A file's contents under another name, in small pieces: temporary file beside, fsync, rename."""
+    with _replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(data)
+    yield temporary
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
