@@ -63,7 +63,8 @@ def write(args: argparse.Namespace) -> None:
     """Write shards, index and config.json."""
     args.out.mkdir(parents=True, exist_ok=True)
     shards = (args.layers + 1) // 2 + 1
-    index, total = {}, 0
+    index: dict[str, str] = {}
+    total = 0
     for number, tensors in enumerate(groups(args), 1):
         name = f"model-{number:05}-of-{shards:05}.safetensors"
         save_file(tensors, args.out / name, {"format": "pt"})

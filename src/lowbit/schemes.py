@@ -126,7 +126,7 @@ _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 def _fp4_levels() -> tuple[float, ...]:
     half: list[float] = (torch.tensor(_FP4_TWELFTHS) / 12).tolist()
-    return tuple(half + [-value for value in half])
+    return tuple(half + [-value or 0.0 for value in half])  # code 8 is +0, as in the package
 
 
 E4M3 = _float_grid("fp8-e4m3", 4, 3, 7, 0x7E)
@@ -220,7 +220,8 @@ def parse(name: str) -> Scheme:
     Raises:
         UsageError: an unknown grid or option, or options that do not go together.
     """
-    scheme, parts = _base(name.strip().lower())
+    base, parts = _base(name.strip().lower())
+    scheme = base
     for part in parts:
         block = _block(part)
         if block:
@@ -233,13 +234,13 @@ def parse(name: str) -> Scheme:
             scheme = replace(scheme, scale=part)  # type: ignore[arg-type]
         else:
             raise UsageError(f"scheme {name!r}: {part!r} is neither a block (tensor, row, g128, 128x128) nor an option")
-    _check(name, scheme)
+    _check(name, base, scheme)
     return scheme
 
 
-def _check(name: str, scheme: Scheme) -> None:
+def _check(name: str, base: Scheme, scheme: Scheme) -> None:
     if scheme.zero != "none" and scheme.grid.kind != "int":
         raise UsageError(f"scheme {name!r}: only integer grids have zero points")
-    family = _family_of(scheme)
-    if family in _FIXED and scheme != _FAMILIES[family].scheme:
+    family = _family_of(base)
+    if family in _FIXED and scheme != base:
         raise UsageError(f"scheme {name!r}: {family} fixes its block and its scales, write {family!r} alone")

@@ -30,7 +30,7 @@ INTEGERS = [
     for bits in range(1, 9)
     for block in ("tensor", "row", "g16", "g64", "flat64", "16x16")
     for zero in ("", "-asym", "-fzero")
-    if block in ("row", "g64") or bits in (3, 4, 8)
+    if (block in ("row", "g64") and zero != "-fzero") or bits in (3, 4, 8)
 ]
 FLOATS = [f"fp8-{grid}-{block}" for grid in ("e4m3", "e5m2") for block in ("tensor", "row", "g32", "128x128")]
 TABLES = [f"{grid}-{block}{dq}" for grid in ("nf4", "fp4") for block in ("g64", "flat64", "row") for dq in ("", "-dq")]
@@ -171,7 +171,7 @@ def model(weight: Weight) -> list[Weight]:
 @pytest.mark.parametrize("name", FORMATS)
 def test_is_found_again_in_a_file(name: str, scheme: str, tmp_path: Path) -> None:
     form: Format = plugins.load("formats", name)
-    weight = next(reversed(list(fitted(form, scheme))), None)
+    weight = next((w for w in fitted(form, scheme) if prod(w.shape) > 2000), None)
     if weight is None:
         return  # not stored; test_stores_its_default_scheme_and_several_more sees to it that some are
     weights = model(weight)

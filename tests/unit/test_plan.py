@@ -92,6 +92,15 @@ def test_a_scheme_that_the_format_cannot_hold_names_the_tensor(tmp_path: Path) -
         make_plan(write_model(tmp_path / "m"), Rules("nvfp4", format="gptq"))
 
 
+def test_a_tied_embedding_is_stored_once_and_not_quantized(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path / "m", tie_word_embeddings=True, vocab_size=64)
+    plan = make_plan(checkpoint, Rules("int4-g128"))
+    entry = next(entry for entry in plan.entries if entry.weight.name == "lm_head.weight")
+    assert entry.tied == "model.embed_tokens.weight" and plan.stored_bytes(entry) == 0
+    with pytest.raises(UnsupportedError, match=r"embed_tokens\.weight is tied"):
+        make_plan(checkpoint, Rules("int4-g128", sets=(("embed_tokens", "int8-row"),)))
+
+
 def test_a_saved_plan_comes_back_equal_and_edits_are_followed(tmp_path: Path) -> None:
     checkpoint = write_model(tmp_path / "m")
     plan = make_plan(checkpoint, Rules("int4-g64-asym"))

@@ -167,7 +167,7 @@ def test_a_weight_that_is_not_a_number_is_named_with_its_place(tmp_path: Path, v
 
 def test_too_little_disk_is_said_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(ResourceError, match="more disk space"):
         run(request(write_model(tmp_path / "m"), tmp_path / "out"))
 

@@ -146,6 +146,8 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
             entries.append(Entry(weight, None, f"shares the storage of {tied[weight.name]}", tied[weight.name]))
             continue
         wanted, reason = _decide(weight, rules, model_type, form.default)
+        if wanted != "keep" and weight.name in tied.values():
+            raise UnsupportedError(f"{weight.name} is tied to another weight, which readers could not find then; keep it")
         entries.append(_entry(weight, wanted, reason, rules.method, method, form))
     return Plan(rules.format, tuple(entries), dict(rules.options))
 
