@@ -16,7 +16,8 @@ def test_the_command_refuses_it(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["lowbit", "quantize", str(case.build(tmp_path)), str(out), "--scheme", "int8-row"])
+    command = ["lowbit", "quantize", str(case.build(tmp_path)), str(out), "--scheme", "int8-row"]
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     text = capsys.readouterr().err

@@ -358,24 +358,35 @@ def test_mse_gains_what_it_should(name: str, gain: float) -> None:
 
 
 def test_nvfp4_search_meets_every_fp8_scale_around_the_start() -> None:
-    """For one block all E4M3 scales from a fifth of round-to-nearest's to one and a half of it."""
-    weight = heavy(1, 16, seed=8)
-    weight[0, 3] = 0.15  # beside a larger block, so that larger scales exist
-    whole = {"range": torch.tensor([-2.0, 2.0])}
-    q = mse.quantize(weight, whole, parse("nvfp4"), mse.Options())
-    start = rtn.quantize(weight, whole, parse("nvfp4"), ROUND)
-    assert isinstance(q.scales, QTensor) and isinstance(start.scales, QTensor)
-    unit, first = np.float32(1 / np.float32(448 * 6 / 2)), int(start.scales.codes)
-    errors = {}
-    for code in range(1, 127):
-        scale = np.float32(level_table(q.scales.scheme.grid)[code].item()) * unit
-        ratio = scale / effective(start).item()
-        if 0.2 < ratio <= 1.5:
-            decoded = slow.encode(weight.numpy(), float(scale), None, parse("nvfp4"))[1]
-            errors[code] = slow.norm(weight.numpy(), decoded, 2)
-    assert len(errors) > 15 and first in errors
-    best = min(errors, key=lambda code: errors[code])
-    assert errors[int(q.scales.codes)] == errors[best]
+    """In each block the best of all E4M3 scales from a fifth of round-to-nearest's to one and a half of it."""
+    weight, whole, scheme = heavy(1, 16 * 24, seed=8), {"range": torch.tensor([-2.0, 2.0])}, parse("nvfp4")
+    found, start = (m.quantize(weight, whole, scheme, m.METHOD.options()) for m in (mse, rtn))
+    assert isinstance(found.scales, QTensor) and isinstance(start.scales, QTensor)
+    table = level_table(found.scales.scheme.grid)
+    for i, (code, first) in enumerate(zip(found.scales.codes[0].tolist(), start.scales.codes[0].tolist(), strict=True)):
+        part, errors = weight[:, 16 * i : 16 * i + 16].numpy(), {}
+        for trial in (code for code in range(1, 127) if 0.2 <= table[code] / table[first] <= 1.5):
+            scale = float(np.float32(table[trial].item()) * np.float32(1 / np.float32(448 * 6 / 2)))
+            errors[trial] = slow.norm(part, slow.encode(part, scale, None, scheme)[1], 2)
+        assert first in errors and len(errors) > 10
+        assert errors[code] <= min(errors.values()) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("name", ["int4-g16-asym", "int2-g16-asym", "int3-g16-fzero"])
+def test_mse_leaves_no_better_zero_point_beside_the_one_it_found(name: str) -> None:
+    scheme, weight = parse(name), heavy(12, 64, seed=7)
+    q = mse.quantize(weight, {}, scheme, mse.Options())
+    assert q.zeros is not None
+    beside = (-1.0, 1.0) if scheme.zero == "int" else (-0.5, -0.25, 0.125, 0.375)
+    for i, (rows, cols) in enumerate(slow.cut((12, 64), scheme)):
+        part, scale, zero = weight[rows, cols].numpy(), float(effective(q).flat[i]), float(q.zeros.flatten()[i])
+        found, *others = (slow.norm(part, slow.encode(part, scale, zero + d, scheme)[1], 2) for d in (0.0, *beside))
+        legal = [
+            error
+            for error, d in zip(others, beside, strict=True)
+            if scheme.zero == "float" or 0 <= zero + d < 2**scheme.grid.bits
+        ]
+        assert found <= min(legal) * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"max_shrink": 1.0}, {"p": 0.0}, {"p": inf}])

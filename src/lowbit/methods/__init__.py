@@ -33,7 +33,7 @@ class Method:
             weight or a run of its rows that starts and ends on block borders. The result's shape is the weight's.
             `stats["range"]` (two float32: smallest and largest value of the WHOLE tensor) is given whenever the scheme
             has a scale that all rows share (per-tensor blocks, NVFP4's global scale); everything else is row-local.
-            Double quantization with an offset (`scheme.nested.offset`) is left to `scaling.nest`, applied once to all
+            Double quantization with an offset (`scheme.nested.offset`) is left to `_scales.nest`, applied once to all
             scales of the tensor by the caller: the result then has plain float32 scales and `scheme.nested` unset.
         options: frozen dataclass of the method's own options; the command line's flags are made from it.
         needs: names of calibration statistics (files in `stats/`) that `quantize` reads.

@@ -133,9 +133,16 @@ def _scaled(ranges: Range, ratio: float, scheme: Scheme) -> Range:
     return low + margin, high - margin
 
 
+def _objection(scheme: Scheme) -> str | None:
+    if shares_rows(scheme):
+        return "it searches the scales of some rows at a time, and here all rows share one; a scale per row is searched"
+    return None
+
+
 METHOD = Method(
     about="search each block's scale and zero point for the least error",
     quantize=quantize,
     options=Options,
     workspace=12.0,
+    supports=_objection,
 )

@@ -147,7 +147,7 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
             continue
         wanted, reason = _decide(weight, rules, model_type, form.default)
         if wanted != "keep" and weight.name in tied.values():
-            raise UnsupportedError(f"{weight.name} is tied to another weight, which readers could not find then; keep it")
+            raise UnsupportedError(f"{weight.name} is tied to another weight, which no reader would find; keep it")
         entries.append(_entry(weight, wanted, reason, rules.method, method, form))
     return Plan(rules.format, tuple(entries), dict(rules.options))
 

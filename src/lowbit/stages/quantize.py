@@ -176,7 +176,7 @@ def _quantize(plan: Plan, entry: Entry, tensor: Tensor, codes: Tensor, elements:
         for rows, cols in pieces_of(weight.shape, scheme.block, elements):
             part = view[rows, cols]
             hasher.update(as_bytes(part))
-            piece = method.quantize(part, stats, _local(scheme), options)
+            piece = method.quantize(part, stats, scheme, options)
             codes[rows, cols] = piece.codes
             error += measure(part, piece)
             pieces.append((piece.scales, piece.zeros))
@@ -229,11 +229,6 @@ def measure(weight: Tensor, qtensor: QTensor) -> Error:
     table = level_table(qtensor.scheme.grid)
     zeros = None if qtensor.zeros is None else qtensor.zeros.float()
     return Error(*native.error(weight, qtensor.codes, qtensor.scale_values(), zeros, table, *block))
-
-
-def _local(scheme: Scheme) -> Scheme:
-    """The scheme as a method sees it: scales that are nested with an offset are still plain."""
-    return replace(scheme, nested=None) if scheme.nested and scheme.nested.offset else scheme
 
 
 def _tensor_stats(view: Tensor, scheme: Scheme, elements: int) -> Stats:
