@@ -64,7 +64,7 @@ def estimate_memory(plan: Plan, limit: int | None, threads: int) -> Estimate:
         limit=limit,
         threads=threads,
         element_bytes=max((method.workspace for method in methods), default=0.0),
-        buffers=max((prod(weight.shape) for weight, *_ in chosen), default=0),
+        buffers=max((prod(e.weight.shape) + plan.stored_bytes(e) for e in plan.entries if e.weight.scheme), default=0),
         fixed=16 * max(scales, default=0),
     )
 
@@ -133,23 +133,25 @@ class _Worker:
     way: Estimate
 
     def run(self, entry: Entry) -> None:
-        """Read, quantize or copy, pack in place, journal."""
+        """Read, quantize, pack, store, journal."""
         start = time.perf_counter()
-        into = self.output.into(entry)
         tensor = self.checkpoint.tensor(entry.weight.name)
         facts: dict[str, Any] = {}
         if entry.weight.scheme is None:
-            into[entry.weight.name].copy_(tensor)
-            source = digest(tensor.contiguous())
+            parts = {entry.weight.name: tensor.contiguous()}
+            source = digest(parts[entry.weight.name])
             meant = {"weight": source}
         else:
             with self.output.codes(entry.weight, self.way.scratch) as codes:
                 assert codes is not None
                 source, qtensor, error = _quantize(self.plan, entry, tensor, codes, self.way.piece)
-                self.plan.rules.pack(entry.weight, qtensor, into)
+                parts = self.output.into(entry, mapped=self.way.scratch)
+                self.plan.rules.pack(entry.weight, qtensor, parts)
                 meant = {name: digest(part.contiguous()) for name, part in qtensor.parts()}
             facts = {"relative_error": error.relative, "largest_error": error.largest}
-        stored = {name: digest(part) for name, part in into.items()}
+        if not (self.way.scratch and entry.weight.scheme):
+            self.output.store(parts)
+        stored = {name: digest(part) for name, part in parts.items()}
         facts |= {"method": entry.method, "seconds": time.perf_counter() - start}
         self.output.commit(Record(entry.weight.name, source, meant, stored, facts))
 

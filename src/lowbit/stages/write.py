@@ -20,7 +20,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -40,7 +40,7 @@ from lowbit.tensors import view_shape
 
 WORK = ".lowbit"
 SHARD_BYTES = 5 * 10**9
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; not in Python's mmap module
+_ALIGN = 64
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
@@ -138,17 +138,35 @@ class Output:
         self.resumed = len(records)
         self._journal, self._lock, self._local = journal, threading.Lock(), threading.local()
         self._shard_of = {name: shard for shard in shards for name in shard.offsets}
-        self._maps: dict[str, _Mapping] = {}
+        self._files: dict[str, _File] = {}
         self._left = {shard.file: set(shard.offsets) for shard in shards}
         self.shards = shards
 
-    def into(self, entry: Entry) -> dict[str, Tensor]:
-        """The stored tensors of one weight as writable views of their shard.
+    def into(self, entry: Entry, mapped: bool) -> dict[str, Tensor]:
+        """Room for the stored tensors of one weight: this thread's buffer, for `store`, or views of the mapped shard.
 
         Raises:
             ResourceError: the disk is full.
         """
-        return {name: self._view(name, populate=True) for name in self.plan.layout(entry)}
+        layout = self.plan.layout(entry)
+        if mapped:
+            return {name: self._view(name) for name in layout}
+        sizes = [prod(spec.shape) * spec.dtype.itemsize for spec in layout.values()]
+        starts = [sum(-(-size // _ALIGN) * _ALIGN for size in sizes[:i]) for i in range(len(sizes) + 1)]
+        room = self._buffer("packed", starts[-1])
+        parts = zip(layout.items(), starts, sizes, strict=False)
+        return {name: room[at : at + n].view(spec.dtype).view(spec.shape) for (name, spec), at, n in parts}
+
+    def store(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write stored tensors to their places; pages made by writing cost a fraction of those made by a mapping.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        with disk_errors(self.path):
+            for name, tensor in tensors.items():
+                shard = self._shard_of[name]
+                self._file(shard).write(as_bytes(tensor), shard.offsets[name][0])
 
     def commit(self, record: Record) -> None:
         """Journal one finished weight; when it completes a shard, sync the shard and give it its name."""
@@ -179,7 +197,7 @@ class Output:
         """Drop a journalled weight whose bytes did not survive; it will be made again, in a shard without its name."""
         del self.records[record.name]
         for shard in {self._shard_of[name].file: self._shard_of[name] for name in record.stored}.values():
-            self._maps.pop(shard.file, None)
+            self._files.pop(shard.file, None)
             if (self.path / shard.file).exists():
                 os.replace(self.path / shard.file, self._partial(shard))
 
@@ -195,40 +213,42 @@ class Output:
             return
         shape = view_shape(weight.shape, weight.scheme.block)
         if not scratch:
-            yield self._buffer(prod(shape)).view(shape)
+            yield self._buffer("codes", prod(shape)).view(shape)
             return
         path = self.path / WORK / "scratch" / f"{weight.name}.codes"
         path.parent.mkdir(exist_ok=True)
         with path.open("w+b") as file:
             allocate(file.fileno(), prod(shape), path)
-        yield _Mapping(path).slice(0, prod(shape)).view(shape)
+        yield _File(path).slice(0, prod(shape)).view(shape)
         path.unlink()
 
-    def _buffer(self, count: int) -> Tensor:
-        held: Tensor | None = getattr(self._local, "buffer", None)
-        if held is None or held.numel() < count:
-            self._local.buffer = None  # before the larger one is made, so that both never exist at once
-            held = self._local.buffer = torch.empty(count, dtype=torch.uint8)
-        return held[:count]
+    def _buffer(self, name: str, count: int) -> Tensor:
+        held: dict[str, Tensor] = self._local.__dict__
+        if name not in held or held[name].numel() < count:
+            held.pop(name, None)  # before the larger one is made, so that both never exist at once
+            held[name] = torch.empty(count, dtype=torch.uint8)
+        return held[name][:count]
 
-    def _view(self, name: str, populate: bool = False) -> Tensor:
+    def _view(self, name: str) -> Tensor:
         shard = self._shard_of[name]
         offset, spec = shard.offsets[name]
         size = prod(spec.shape) * spec.dtype.itemsize
-        with self._lock:
-            if shard.file not in self._maps:
-                self._maps[shard.file] = self._map(shard)
-            mapping = self._maps[shard.file]
-        return mapping.slice(offset, size, populate).view(spec.dtype).view(spec.shape)
+        return self._file(shard).slice(offset, size).view(spec.dtype).view(spec.shape)
 
-    def _map(self, shard: Shard) -> _Mapping:
+    def _file(self, shard: Shard) -> _File:
+        with self._lock:
+            if shard.file not in self._files:
+                self._files[shard.file] = self._open(shard)
+            return self._files[shard.file]
+
+    def _open(self, shard: Shard) -> _File:
         final_path, partial = self.path / shard.file, self._partial(shard)
         path = final_path if final_path.exists() else partial
         if path == partial:
             with partial.open("r+b" if partial.exists() else "w+b") as file:
                 allocate(file.fileno(), shard.nbytes, partial)
                 file.write(shard.header)
-        return _Mapping(path)
+        return _File(path)
 
     def _partial(self, shard: Shard) -> Path:
         return self.path / WORK / f"{shard.file}.partial"
@@ -236,7 +256,7 @@ class Output:
     def _seal(self, shard: Shard) -> None:
         partial = self._partial(shard)
         with self._lock:
-            self._maps.pop(shard.file, None)
+            self._files.pop(shard.file, None)
         if partial.exists():
             sync(partial)
             os.replace(partial, self.path / shard.file)
@@ -261,7 +281,7 @@ class Output:
         shutil.rmtree(self.path / WORK / "scratch", ignore_errors=True)
 
     def _seal_empty(self, shard: Shard) -> None:
-        self._map(shard)
+        self._file(shard)
         self._seal(shard)
 
     def _index(self) -> bytes:
@@ -396,22 +416,24 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @final
-class _Mapping:
-    """A file mapped for writing; slices are tensors that keep the mapping alive."""
+class _File:
+    """A file that is written at offsets, and seen through a mapping; slices are tensors that keep the mapping alive."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 0)
+        self._handle = path.open("r+b", buffering=0)
+        self._map = mmap.mmap(self._handle.fileno(), 0)
 
-    def slice(self, start: int, nbytes: int, populate: bool = False) -> Tensor:
-        """Bytes as flat uint8. `populate` maps their pages in one call, which is far cheaper than a fault for each."""
+    def slice(self, start: int, nbytes: int) -> Tensor:
+        """Bytes as flat, writable, shared uint8."""
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
-        if populate:
-            page = start - start % mmap.PAGESIZE
-            with suppress(OSError):  # a kernel before 5.14 does not know the advice and faults page by page
-                self._map.madvise(_POPULATE_WRITE, page, start + nbytes - page)
         return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=start)
+
+    def write(self, data: memoryview, start: int) -> None:
+        """Write all of `data` at an offset; one call writes 2 GiB at most."""
+        while data:
+            written = os.pwrite(self._handle.fileno(), data, start)
+            data, start = data[written:], start + written
 
 
 def allocate(file: int, nbytes: int, path: Path) -> None:
