@@ -127,7 +127,8 @@ class Blueprint:
         return model
 
     def _stream(self, module: nn.Module, part: _Part) -> None:
-        empty = module.state_dict()
+        empty = {name: _nothing(tensor) for name, tensor in module.state_dict().items()}
+        module.load_state_dict(empty, assign=True)
 
         def fill(*_: object) -> None:
             filled = self._build(part.sources)[0].get_submodule(part.path)
@@ -211,7 +212,13 @@ class Blueprint:
     def _build(self, read: AbstractSet[str]) -> tuple[PreTrainedModel, dict[str, list[str]]]:
         """A model that has the weights named in `read`, and traces of the others; and what did not fit, by kind."""
         standins = {name: _Standin(self.checkpoint, name, name in read) for name in self.checkpoint.weights}
-        with silent_transformers(), refusals(f"{self.checkpoint.path} cannot be loaded as {self.kind.__name__}"):
+        # The threads of `from_pretrained` know nothing of inference mode, and tensors of both modes do not go together.
+        normal = torch.inference_mode(False)
+        with (
+            normal,
+            silent_transformers(),
+            refusals(f"{self.checkpoint.path} cannot be loaded as {self.kind.__name__}"),
+        ):
             loaded: Any = self.kind.from_pretrained(
                 None, config=self.config, state_dict=standins, dtype=self.dtype,
                 ignore_mismatched_sizes=True, output_loading_info=True,
@@ -228,6 +235,15 @@ class Blueprint:
 def _filled_bytes(tensor: Tensor) -> int:
     """Bytes of a parameter, and of its pieces where it is merged from several."""
     return tensor.numel() * tensor.element_size() * (2 if len(_sources(tensor)) > 1 else 1)
+
+
+def _nothing(tensor: Tensor) -> Tensor:
+    """A tensor of that shape without memory, on the device where it will be: code asks for the device of weights.
+
+    It is NaN, so that a model that uses it, around the module whose call fills it, is found out.
+    """
+    value = float("nan") if tensor.dtype.is_floating_point else 0
+    return torch.tensor(value, dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _make_part(path: str, module: nn.Module, experts: int | None) -> _Part:

@@ -20,7 +20,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -177,6 +177,11 @@ class Output:
             append(self._journal, line)
         self.settle(record)
 
+    def close(self) -> None:
+        """Let go of the files; what was committed stays."""
+        while self._files:
+            self._files.popitem()[1].close()
+
     def settle(self, record: Record) -> None:
         """Count a finished weight's tensors as done, and seal each shard that has none left."""
         with self._lock:
@@ -197,7 +202,7 @@ class Output:
         """Drop a journalled weight whose bytes did not survive; it will be made again, in a shard without its name."""
         del self.records[record.name]
         for shard in {self._shard_of[name].file: self._shard_of[name] for name in record.stored}.values():
-            self._files.pop(shard.file, None)
+            self._drop(shard)
             if (self.path / shard.file).exists():
                 os.replace(self.path / shard.file, self._partial(shard))
 
@@ -219,7 +224,9 @@ class Output:
         path.parent.mkdir(exist_ok=True)
         with path.open("w+b") as file:
             allocate(file.fileno(), prod(shape), path)
-        yield _File(path).slice(0, prod(shape)).view(shape)
+        scratch_file = _File(path)
+        yield scratch_file.slice(0, prod(shape)).view(shape)
+        scratch_file.close()
         path.unlink()
 
     def _buffer(self, name: str, count: int) -> Tensor:
@@ -250,13 +257,18 @@ class Output:
                 file.write(shard.header)
         return _File(path)
 
+    def _drop(self, shard: Shard) -> None:
+        with self._lock:
+            file = self._files.pop(shard.file, None)
+        if file:
+            file.close()
+
     def _partial(self, shard: Shard) -> Path:
         return self.path / WORK / f"{shard.file}.partial"
 
     def _seal(self, shard: Shard) -> None:
         partial = self._partial(shard)
-        with self._lock:
-            self._files.pop(shard.file, None)
+        self._drop(shard)
         if partial.exists():
             sync(partial)
             os.replace(partial, self.path / shard.file)
@@ -308,9 +320,9 @@ def open_output(path: Path, checkpoint: Checkpoint, plan: Plan, shard_bytes: int
             _lock(journal, path)
             records = _read_journal(journal, path, _identity(checkpoint, plan, shard_bytes))
             _check_disk(path, shards)
-            output = Output(path, plan, shards, journal, records)
-            _keep_intact(output, checkpoint)
-            yield output
+            with closing(Output(path, plan, shards, journal, records)) as output:
+                _keep_intact(output, checkpoint)
+                yield output
         finally:
             os.close(journal)
 
@@ -422,6 +434,10 @@ class _File:
     def __init__(self, path: Path) -> None:
         self._handle = path.open("r+b", buffering=0)
         self._map = mmap.mmap(self._handle.fileno(), 0)
+
+    def close(self) -> None:
+        """End writing; slices stay."""
+        self._handle.close()
 
     def slice(self, start: int, nbytes: int) -> Tensor:
         """Bytes as flat, writable, shared uint8."""
