@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import click
 
+from lowbit import plugins
+
 if TYPE_CHECKING:
     from lowbit.stages.plan import Plan, Rules
 
@@ -49,12 +51,16 @@ def _option(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     return {key: value_of(text) for key, _, text in (value.partition("=") for value in values)}
 
 
+def _listed(folder: str) -> str:
+    return ", ".join(name.replace("_", "-") for name in plugins.names(folder))
+
+
 _RULES = (
     click.option("--scheme", metavar="S", help="Scheme for every matrix, as int4-g128, nf4-dq, fp8-e4m3, nvfp4."),
-    click.option("--method", default="rtn", show_default=True, metavar="M", help="rtn, mse or hqq."),
+    click.option("--method", default="rtn", show_default=True, metavar="M", help=f"One of {_listed('methods')}."),
     click.option(
         "--format", "form", default="compressed-tensors", show_default=True, metavar="F",
-        help="compressed-tensors, gptq, gptq_v2, bitsandbytes or hqq.",
+        help=f"One of {_listed('formats')}.",
     ),
     click.option("--skip", multiple=True, metavar="REGEX", help="Leave matching tensors as they are; repeatable."),
     click.option(

@@ -15,7 +15,7 @@ _EXAMPLES = """\b
 Examples:
   lowbit quantize ./llama ./llama-w4 --scheme int4-g128
   lowbit quantize ./llama ./llama-nf4 --format bitsandbytes --scheme nf4-dq
-  lowbit quantize ./llama ./out --scheme int4-g64-asym --method mse --format gptq_v2 --ram 2GiB
+  lowbit quantize ./llama ./out --scheme int4-g64-asym --method mse --format gptq-v2 --ram 2GiB
   lowbit quantize ./llama ./out --set 'down_proj=int8-row' --skip 'layers\\.0\\.' --evaluate wiki.txt
 """
 

@@ -149,7 +149,7 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
         if wanted != "keep" and weight.name in tied.values():
             raise UnsupportedError(f"{weight.name} is tied to another weight, which no reader would find; keep it")
         entries.append(_entry(weight, wanted, reason, rules.method, method, form))
-    return Plan(rules.format, tuple(entries), dict(rules.options))
+    return Plan(rules.format.replace("_", "-"), tuple(entries), dict(rules.options))
 
 
 def tied_names(checkpoint: Checkpoint) -> Mapping[str, str]:
