@@ -34,7 +34,7 @@ def groups(args: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
         "mlp.down_proj": (hidden, mlp),
     }  # fmt: skip
     for first in range(0, args.layers, 2):
-        shard = {}
+        shard: dict[str, torch.Tensor] = {}
         for layer in range(first, min(first + 2, args.layers)):
             prefix = f"model.layers.{layer}"
             shard |= {f"{prefix}.{name}.weight": weight(*shape, generator) for name, shape in shapes.items()}
