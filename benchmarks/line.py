@@ -4,7 +4,8 @@
     python benchmarks/line.py /tmp/llama-1b [--runs 5] [--llama-python PYTHON] [--json]
 
 Each run is a process of its own; the two tools alternate; medians and their ratio are printed. Input files are read
-once before, so both find them in the page cache, and free memory is touched. Rates are bytes of the quantized matrices over seconds and threads.
+once before, so both find them in the page cache, and free memory is touched. Rates are bytes of the quantized matrices
+over seconds and threads.
 `--llama-python` is an interpreter with `llama-cpp-python` and `gguf`; without it only lowbit is measured.
 Anonymous memory of lowbit's process is sampled from outside.
 

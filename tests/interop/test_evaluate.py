@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 CONTEXT = 512
-TOKENS = 12 * CONTEXT
+TOKENS = 8 * CONTEXT
 
 
 @pytest.fixture(scope="module")

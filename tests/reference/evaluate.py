@@ -18,7 +18,8 @@ _SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attent
 _LLAMA = _SIZES | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
 
 # Blocks called `layers`, `h` and `decoder.layers`; tied and untied heads; biases; transposed weights; learned and
-# rotary positions; windows of attention; experts and names that `transformers` changes as it loads.
+# rotary positions; windows of attention; experts and names that `transformers` changes as it loads; a model that asks
+# for the device of a weight before it runs the module that has it; one whose head's bias is set as weights are tied.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _LLAMA),
     "llama-tied": ("LlamaConfig", _LLAMA | {"tie_word_embeddings": True}),
@@ -30,6 +31,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 260}),
     "gemma2": ("Gemma2Config", _LLAMA | {"head_dim": 8, "sliding_window": 8}),
     "mixtral": ("MixtralConfig", _LLAMA | {"num_local_experts": 4}),
+    "llama4": ("Llama4TextConfig", _LLAMA | {"head_dim": 8, "num_local_experts": 2}),
+    "ctrl": ("CTRLConfig", {"n_embd": 32, "n_layer": 3, "n_head": 4, "dff": 48, "n_positions": 64, "vocab_size": 260}),
     "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 260}),
 }
 

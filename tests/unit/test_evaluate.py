@@ -98,7 +98,7 @@ def test_a_streamed_model_holds_no_block_between_passes(made: Callable[..., Path
 
 
 def test_a_streamed_model_is_empty_also_after_a_failure(made: Callable[..., Path]) -> None:
-    model = open_blueprint(open_checkpoint(made("llama")), torch.float32).streamed()
+    model: Any = open_blueprint(open_checkpoint(made("llama")), torch.float32).streamed()
     with torch.inference_mode(), pytest.raises(IndexError):
         model(input_ids=torch.tensor([[10**6]]))
     assert model.get_input_embeddings().weight.untyped_storage().nbytes() == 4

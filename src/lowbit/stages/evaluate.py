@@ -290,8 +290,10 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _metrics(models: int) -> list[Metric]:
+    """The metrics that can be had, those that need no reference first."""
     metrics: list[Metric] = [plugins.load("metrics", name) for name in plugins.names("metrics")]
-    return [metric for metric in metrics if models > 1 or not metric.needs_reference]
+    usable = [metric for metric in metrics if models > 1 or not metric.needs_reference]
+    return sorted(usable, key=lambda metric: metric.needs_reference)
 
 
 def _score(models: Sequence[nn.Module], windows: Windows, batch: int, progress: Progress) -> dict[str, Values]:
