@@ -34,8 +34,9 @@ $(VENV)/.demo: $(NATIVE) | $(BIN)/python
 	$(INSTALL) --editable .
 	touch $@
 
-$(VENV)/.test: $(NATIVE) | $(BIN)/python
+$(VENV)/.test: $(NATIVE) tests/peers.txt | $(BIN)/python
 	$(INSTALL) --editable '.[test]'
+	-$(INSTALL) --no-deps --requirement tests/peers.txt
 	touch $@ $(VENV)/.demo
 
 clean:

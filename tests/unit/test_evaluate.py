@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lowbit.cli import group
 from lowbit.errors import CheckpointError, LowbitError, ResourceError, UsageError
@@ -172,6 +174,16 @@ def test_a_limit_on_tokens_is_the_beginning_of_the_whole(made: Callable[..., Pat
     assert limited.scores["perplexity"].value == pytest.approx(expected(model, model, ids, 32, 32).perplexity, rel=1e-6)
 
 
+def test_a_limit_on_tokens_reads_on_where_tokens_are_long(broken: Path) -> None:
+    """A token of 300 characters: what was cut off at first is needed."""
+    make: Any = transformers.PreTrainedTokenizerFast
+    tokenizer = make(tokenizer_object=Tokenizer(models.WordLevel({"x" * 300: 1, "?": 0}, unk_token="?")))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save_pretrained(broken)
+    text = Text("long words", " ".join(["x" * 300] * 200))
+    assert evaluate(broken, text, context=32, tokens=150).conditions.tokens == 128
+
+
 def test_the_same_call_gives_the_same_numbers(made: Callable[..., Path]) -> None:
     runs = [evaluate(made("llama"), SAMPLE, reference=made("llama", 1), context=32).to_dict() for _ in range(2)]
     assert json.dumps(runs[0]) == json.dumps(runs[1])
@@ -255,11 +267,11 @@ def test_a_change_is_found() -> None:
 
 
 def test_means_weigh_tokens_not_windows() -> None:
-    counts = [9, 1] * 20
+    counts = [9] * 80 + [1] * 80
     values = np.concatenate([np.full(count, float(count)) for count in counts])
     score = make_blocks(counts).mean(values)
-    assert score.value == pytest.approx((9 * 9 + 1) / 10)
-    assert score.low is not None and score.high is not None and score.low <= score.value <= score.high
+    assert score.value == pytest.approx((80 * 9 * 9 + 80) / 800)
+    assert score.low is not None and score.high is not None and score.low < score.value < score.high
 
 
 @pytest.mark.parametrize(("windows", "blocks"), [(1, 1), (7, 7), (8, 8), (16, 8), (64, 16), (1000, 100)])

@@ -1,8 +1,9 @@
 """Verify: what was written is read back through the format's reader and compared with what was meant.
 
-Writing packs `QTensor`s into mapped memory. Reading goes another way: the safetensors package, the configuration in
-`config.json`, the format's `recognise` and `unpack`. Parts of each `QTensor` are compared by their digests, which the
-journal took before packing; where one differs, the weight is made again and the first differing element is named.
+Reading goes another way than writing: the safetensors package must accept every file and find the planned tensors in
+it, then the checkpoint is opened like any other, recognised by `config.json`, and unpacked by its format. Parts of
+each `QTensor` are compared by their digests, which the journal took before packing; where one differs, the weight is
+made again and the first differing element is named.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowbit.budget import Estimate
@@ -43,6 +45,7 @@ def verify(source: Checkpoint, output: Output, way: Estimate, progress: Progress
     entries = [entry for entry in output.plan.entries if not entry.tied]
     with open_checkpoint(output.path) as written, ThreadPoolExecutor(way.threads, "verify") as pool:
         _check_names(output.plan, written)
+        _check_headers(output)
 
         def compare(entry: Entry) -> None:
             with output.codes(entry.weight, way.scratch) as codes:
@@ -58,6 +61,20 @@ def _check_names(plan: Plan, written: Checkpoint) -> None:
     for name in sorted(wanted ^ set(written.weights)):
         where = "was meant and is not there" if name in wanted else "is there and was not meant"
         raise VerifyError(f"{written.path}: {name} {where}; the result cannot be trusted, delete it and run again")
+
+
+def _check_headers(output: Output) -> None:
+    """The owner of the container must read every header as it was meant."""
+    for shard in output.shards:
+        path = output.path / shard.file
+        try:
+            with safe_open(path, "np") as file:
+                names = list(file.keys())  # this is no dict: it cannot be iterated over itself
+                found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        except SafetensorError as error:
+            raise VerifyError(f"{path}: the safetensors package refuses what was written: {error}") from error
+        if found != {name: spec.shape for name, (_, spec) in shard.offsets.items()}:
+            raise VerifyError(f"{path}: the safetensors package finds other tensors than were written")
 
 
 def _compare(
