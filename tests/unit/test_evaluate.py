@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from lowbit.budget import anonymous_bytes
 from lowbit.cli import group
 from lowbit.errors import CheckpointError, LowbitError, ResourceError, UsageError
 from lowbit.metrics import Score
@@ -396,6 +397,13 @@ def test_code_of_a_checkpoint_is_not_run_unasked(broken: Path) -> None:
 def test_too_little_memory_is_refused_with_what_is_enough(made: Callable[..., Path]) -> None:
     with pytest.raises(ResourceError, match=r"--ram 64 MiB is too little: this evaluation needs at least .*iB"):
         evaluate(made("llama"), SAMPLE, context=32, ram=2**26)
+
+
+def test_a_text_too_long_for_the_limit_is_refused_before_it_is_split(made: Callable[..., Path]) -> None:
+    text, ram = Text("long", TEXT * 5000), anonymous_bytes() + 2**28
+    with pytest.raises(ResourceError, match=r"splitting long into tokens takes up to .*--tokens"):
+        evaluate(made("llama"), text, context=32, ram=ram)
+    assert evaluate(made("llama"), text, context=32, ram=ram, tokens=64).conditions.windows == 2
 
 
 # The memory

@@ -174,7 +174,8 @@ class Blueprint:
     @property
     def positions(self) -> int | None:
         """Longest sequence that the configuration allows; None where it names none."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:

@@ -13,9 +13,13 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from lowbit.errors import UsageError
+from lowbit.budget import MARGIN, anonymous_bytes, format_size
+from lowbit.errors import ResourceError, UsageError
 from lowbit.stages._model import open_tokenizer, refusals, silent_transformers
 from lowbit.stages.checkpoint import Checkpoint
+
+# Bytes that a tokenizer takes per character of text: 150 were measured.
+_SPLITTING = 200
 
 
 @final
@@ -74,11 +78,17 @@ def read_text(path: Path) -> Text:
 
 
 def encode(
-    sources: Sequence[Checkpoint], text: Text, limit: int | None, trust: bool
+    sources: Sequence[Checkpoint], text: Text, limit: int | None, trust: bool, ram: int | None
 ) -> tuple[Int64[Tensor, "tokens"], tuple[str, ...]]:
     """Token ids of the whole text, which must be the same by each checkpoint's tokenizer, and its special tokens."""
     if not text.content:
         raise UsageError(f"{text.name} is empty; name a text to evaluate on")
+    splitting = _SPLITTING * len(_beginning(text, limit))
+    if ram and splitting > MARGIN and (need := anonymous_bytes() + splitting) > ram:
+        raise ResourceError(
+            f"--ram {format_size(ram)} is too little: splitting {text.name} into tokens takes up to "
+            f"{format_size(need)}; limit it with --tokens, or take a shorter text"
+        )
     found = [_encode_one(source, text, limit, trust) for source in sources]
     for ids, _ in found[1:]:
         if not torch.equal(ids, found[0][0]):
@@ -95,17 +105,26 @@ def _encode_one(
     tokenizer = open_tokenizer(source, trust)
     with silent_transformers(), refusals(f"the tokenizer of {source.path} fails on {text.name}"):
         special = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])
-        # Most texts make more than a token of 16 characters; tokens that are far from the cut do not see it.
-        for content in (text.content[: 16 * limit + 4096], text.content) if limit else (text.content,):
+        for content in (_beginning(text, limit), text.content):
             ids = tokenizer(content, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-            if limit is None or len(ids["input_ids"]) > limit + 64:
+            if len(content) == len(text.content) or len(ids["input_ids"]) > (limit or 0) + 64:
                 break
     return torch.tensor(ids["input_ids"][:limit], dtype=torch.int64), tuple(map(str, special))
+
+
+def _beginning(text: Text, limit: int | None) -> str:
+    """As much text as so many tokens take, unless they are long; tokens that are far from the cut do not see it."""
+    return text.content if limit is None else text.content[: 16 * limit + 4096]
 
 
 def cut(
     text: Text, encoded: tuple[Int64[Tensor, "tokens"], tuple[str, ...]], context: int, stride: int | None
 ) -> Windows:
+    """Windows over encoded text.
+
+    Raises:
+        UsageError: impossible windows, or a text shorter than one.
+    """
     ids, special = encoded
     stride = context if stride is None else stride
     if context < 2 or not 1 <= stride <= context:

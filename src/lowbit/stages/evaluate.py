@@ -18,7 +18,7 @@ from lowbit.budget import MARGIN, MemoryWatch, anonymous_bytes, format_size
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.metrics import Metric, Score, Values
 from lowbit.metrics._blocks import CONFIDENCE, make_blocks
-from lowbit.stages._model import Blueprint, open_blueprint
+from lowbit.stages._model import Blueprint, open_blueprint, refusals
 from lowbit.stages._windows import Text, Windows, cut, encode, read_text
 from lowbit.stages.checkpoint import open_checkpoint
 
@@ -170,12 +170,12 @@ def evaluate(
     Raises:
         UsageError: text, context or stride cannot be used, or the two models do not share their tokens.
         CheckpointError: a checkpoint does not fit its configuration, has no tokenizer, or computes NaN.
-        ResourceError: the limit is too small, with the least that works.
+        ResourceError: the limit is too small; for the models, with the least that works.
     """
     text = text if isinstance(text, Text) else read_text(Path(text))
     sources = [open_checkpoint(path) for path in (reference, model) if path is not None]
     blueprints = [open_blueprint(source, dtype, trust_remote_code) for source in sources]
-    windows = cut(text, encode(sources, text, tokens, trust_remote_code), context, stride)
+    windows = cut(text, encode(sources, text, tokens, trust_remote_code, ram), context, stride)
     _check(blueprints, windows)
     with MemoryWatch(ram).running() as watch, _threads(threads), torch.inference_mode():
         way = plan_evaluation(blueprints, context, len(windows.ids), batch, ram)
@@ -304,7 +304,8 @@ def _score(models: Sequence[nn.Module], windows: Windows, batch: int, progress: 
     for start in range(0, total, batch):
         progress("evaluate", start, total)
         ids = windows.ids[start : start + batch]
-        logits = [model(input_ids=ids, use_cache=False).logits.flatten(0, 1) for model in models]
+        with refusals(f"a model fails on windows {start} to {start + len(ids) - 1}"):
+            logits = [model(input_ids=ids, use_cache=False).logits.flatten(0, 1) for model in models]
         positions = windows.positions(start, start + len(ids))
         for at in torch.split(positions, max(_CHUNK // logits[0].shape[1], 1)):
             *reference, model = (each[at].log_softmax(1, dtype=torch.float64) for each in logits)
