@@ -38,8 +38,8 @@ print(json.dumps({"tokens": windows.numel(), "seconds": seconds, "log_perplexity
 """
 
 _LOWBIT = """
-import json, math, sys, time
-from lowbit.budget import MemoryWatch
+import json, math, re, sys, time
+from lowbit.budget import MemoryWatch, parse_size
 from lowbit.errors import ResourceError
 from lowbit.stages.evaluate import evaluate
 path, text, tokens, context, way = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
@@ -47,16 +47,18 @@ times, ways = [], []
 options = {"tokens": tokens, "context": context, "reference": path if way == "reference" else None,
            "progress": lambda *_: times.append(time.perf_counter()), "announce": ways.append}
 with MemoryWatch(None).running() as watch:
-    if way == "streamed":
+    options["ram"] = 2**20 if way == "streamed" else None
+    while True:
         try:
-            evaluate(path, text, ram=2**20, **options)
+            result = evaluate(path, text, **options)
+            break
         except ResourceError as error:
-            options["ram"] = int(float(str(error).partition("at least ")[2].split()[0]) * 1.02 * 2**20)
-    result = evaluate(path, text, **options)
+            least = re.search(r"(?:at least|up to) ([\\d.]+ \\w+)", str(error))
+            options["ram"] = int(parse_size(least[1]) * 1.01)
 print(json.dumps({
     "tokens": result.conditions.tokens, "seconds": times[-1] - times[0],
     "log_perplexity": math.log(result.scores["perplexity"].value), "peak": watch.peak, "estimate": ways[-1].total,
-    "limit": options.get("ram"), "streamed": ways[-1].streamed,
+    "limit": options["ram"], "streamed": ways[-1].streamed,
 }))
 """
 

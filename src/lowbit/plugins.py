@@ -12,11 +12,14 @@ from typing import Any
 
 from lowbit.errors import UnsupportedError
 
-_ATTRIBUTE = {"methods": "METHOD", "formats": "FORMAT", "metrics": "METRIC", "stats": "STATISTIC"}
+_ATTRIBUTE = {
+    "methods": "METHOD", "formats": "FORMAT", "metrics": "METRIC", "stats": "STATISTIC", "transforms": "TRANSFORM",
+    "corrections": "CORRECTION",
+}  # fmt: skip
 
 
 def names(folder: str) -> list[str]:
-    """Names of the plug-ins in one folder (`methods`, `formats`, `metrics`, `stats`), sorted."""
+    """Names of the plug-ins in one folder (`methods`, `formats`, ...), sorted."""
     files = (Path(__file__).parent / folder).glob("*.py")
     return sorted(file.stem for file in files if not file.stem.startswith("_"))
 

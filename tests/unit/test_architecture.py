@@ -15,13 +15,17 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "lowbit"
 PLUGINS = ("methods", "formats", "metrics", "stats")
+# Their records speak of methods: options, statistics.
+REWRITES = ("transforms", "corrections")
 
 # A unit (top-level module or folder) imports units of a lower layer, and itself. Two units of one layer stay apart.
 LAYERS = (
     ("errors", "_native"),
     ("native", "schemes", "plugins", "budget"),
     ("tensors",),
+    ("blocks",),
     PLUGINS,
+    REWRITES,
     ("stages",),
     ("pipeline", "inspect"),
     ("api",),
@@ -175,7 +179,7 @@ def test_public_names_are_few_sorted_and_there() -> None:
         lowbit.no_such_name  # noqa: B018
 
 
-@pytest.mark.parametrize("folder", [folder for folder in PLUGINS if (PACKAGE / folder).exists()])
+@pytest.mark.parametrize("folder", [folder for folder in (*PLUGINS, *REWRITES) if (PACKAGE / folder).exists()])
 def test_a_plug_in_folder_holds_one_record_per_file(folder: str) -> None:
     from lowbit import plugins
 

@@ -12,6 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from lowbit.blocks import Block
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
@@ -38,6 +39,10 @@ class Method:
         options: frozen dataclass of the method's own options; the command line's flags are made from it.
         needs: names of calibration statistics (files in `stats/`) that `quantize` reads.
         workspace: bytes of temporary memory per weight element, for the memory estimate.
+        prepare: `(stats, scheme, options) -> stats`: work on the statistics that is done once for all weights and pieces
+            which share them (a factorization), before `quantize`.
+        learn: for methods that see a whole block: `(block, options) -> QTensor` of every weight of `block.weights`;
+            `quantize` then serves weights outside of the blocks. None for methods that see one weight.
         supports: `scheme -> None`, or the reason why this method cannot use the scheme.
     """
 
@@ -47,3 +52,5 @@ class Method:
     needs: frozenset[str] = field(default_factory=frozenset)
     workspace: float = 16.0
     supports: Callable[[Scheme], str | None] = lambda scheme: None
+    prepare: Callable[[Stats, Scheme, Any], Stats] = lambda stats, scheme, options: stats
+    learn: Callable[[Block, Any], Mapping[str, QTensor]] | None = None

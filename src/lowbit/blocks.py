@@ -1,0 +1,64 @@
+"""A block of a model as methods and transforms see it: float weights, schemes, and windows that can be run through it.
+
+Plain data and functions: what makes them (a `transformers` module, filled from a checkpoint) is in `stages/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lowbit.schemes import Scheme
+
+Weights = Mapping[str, Tensor]
+
+
+@final
+@dataclass(frozen=True)
+class Site:
+    """Weights that read one and the same input.
+
+    Attributes:
+        weights: names, in the order in which the block uses them.
+        channels: width of the input: columns of each of these weights.
+        foldable: whether a factor per channel can be taken out of the input where it is made (by a norm, or by a linear
+            layer whose outputs reach this input channel by channel), so that the block computes the same.
+    """
+
+    weights: tuple[str, ...]
+    channels: int
+    foldable: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Block:
+    """One block, its calibration windows, and what it should compute.
+
+    Attributes:
+        weights: the weights to quantize, float32, `[outputs, inputs]`, in the order of use.
+        schemes: how each is stored.
+        activations: how the input of each is quantized when the model runs; absent where it is not.
+        sites: weights grouped by their input, in the order of use.
+        windows: number of calibration windows.
+        run: `(indices, weights) -> output`: the block's output for these windows, `[indices, tokens, width]`, float32
+            or bfloat16 as the block computes, with the given weights in the place of its own; inputs are what the
+            quantized blocks before produce. Differentiable with respect to the given weights.
+        target: `indices -> output`: what the float model computes there.
+        nearest: `(name, weight) -> weight`: round-to-nearest under the scheme of `name`, and back to float32.
+        seed: of every choice at random.
+    """
+
+    weights: Weights
+    schemes: Mapping[str, Scheme]
+    sites: Sequence[Site]
+    windows: int
+    run: Callable[[Sequence[int], Weights], Tensor]
+    target: Callable[[Sequence[int]], Tensor]
+    nearest: Callable[[str, Float[Tensor, "rows cols"]], Float[Tensor, "rows cols"]]
+    activations: Mapping[str, Scheme] = field(default_factory=dict)
+    seed: int = 0
