@@ -383,6 +383,59 @@ ErrorSums error(const Grid& grid, Weight weight, const Quantized& quantized) {
     return sums;
 }
 
+// ---- sweep ----
+
+// encode(x, zero) gives code and value, both as far as the scale is left out.
+template <class Encode>
+void sweep_lanes(const Sweep& of, float offset, int64_t lane, Encode encode) {
+    for (int64_t j = 0; j < of.cols; j++) {
+        int64_t at = j * of.lanes + lane;
+        F scale = load_f32(of.scale + at), zero = of.zero ? load_f32(of.zero + at) : set(offset);
+        auto [code, value] = encode(div(load_f32(of.target + at), scale), zero);
+        store_u8(of.codes + at, code);
+        F error = sub(load_f32(of.weight + at), mul(value, scale)), change = sub(error, load_f32(of.error + at));
+        store_f32(of.error + at, error);
+        const float* coupling = of.coupling + j * of.cols;
+        for (int64_t k = j + 1; k < of.cols; k++) {
+            float* target = of.target + k * of.lanes + lane;
+            store_f32(target, add(load_f32(target), mul(set(coupling[k]), change)));
+        }
+    }
+}
+
+struct CodeAndValue {
+    I code;
+    F value;
+};
+
+void sweep(const Sweep& of, const Coder& coder) {
+    auto run = [&](auto encode) {
+        for (int64_t lane = 0; lane < of.lanes; lane += 16) sweep_lanes(of, coder.offset, lane, encode);
+    };
+    auto affine = [&](auto round) {
+        run([&](F x, F z) {
+            F code = min(max(round(x, z), set(0.0f)), set(coder.code_max));
+            return CodeAndValue{to_int(code), sub(code, z)};
+        });
+    };
+    if (coder.levels && coder.levels->count <= 16 && at_most_16(coder.level)) {
+        F value = load_f32(coder.level);
+        run([code_of = Lookup16(*coder.levels), value](F x, F) {
+            I code = code_of(x);
+            return CodeAndValue{code, lookup16(value, code)};
+        });
+    } else if (coder.levels) {
+        run([code_of = Lookup256(*coder.levels), value = coder.level](F x, F) {
+            I code = code_of(x);
+            return CodeAndValue{code, lookup256(value, code)};
+        });
+    } else if (coder.rounding == Rounding::quotient) {
+        affine([](F x, F z) { return add(rint(x), z); });
+    } else {
+        affine([](F x, F z) { return rint(add(x, z)); });
+    }
+}
+
 // ---- pack ----
 
 // Bytes that pack32 and unpack32 may touch from their start, though only 4 * bits count.
@@ -480,6 +533,6 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
-                           dequantize, error,       pack_bits,       unpack_bits,     transpose_words};
+                           dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words};
 
 }  // namespace lowbit

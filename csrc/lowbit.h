@@ -48,6 +48,26 @@ struct Levels {
     int32_t code[256];     // code of each rank
 };
 
+// What `sweep` reads and writes; all but `coupling` [cols, cols] are [cols, lanes], a row of weights per lane.
+struct Sweep {
+    int64_t cols, lanes;   // lanes is a multiple of 16
+    const float* weight;   // what the codes should stand for
+    const float* coupling; // [j, k]: what a change of the error of column j adds to the target of column k > j
+    const float* scale;
+    const float* zero;     // may be null; not read where codes are found by levels
+    float* target;         // in: what each code should be nearest to, but for changes within; out: unspecified
+    float* error;          // in and out: weight minus what its code stands for
+    uint8_t* codes;
+};
+
+// How `sweep` finds codes: as `quantize_affine` does, or as `quantize_levels` does where `levels` is set.
+struct Coder {
+    float offset, code_max;
+    Rounding rounding;
+    const Levels* levels;
+    const float* level;  // 256 entries, read where `levels` is set
+};
+
 struct ErrorSums {
     double squared_error = 0, squared_weight = 0;
     float max_error = 0;
@@ -72,6 +92,10 @@ struct Kernels {
 
     // Sums over w - dequantized (float32), squared and added in float64 in 16 fixed lanes per row.
     ErrorSums (*error)(const Grid&, Weight, const Quantized&);
+
+    // Columns one by one: the code nearest to the target, its error, and what the change of that error adds to the
+    // targets of the columns that follow (GPTQ's inner loop).
+    void (*sweep)(const Sweep&, const Coder&);
 
     // Each row is a dense stream of `bits` per code, least significant bit first, padded with zero bits to 32.
     void (*pack_bits)(const uint8_t* codes, int64_t rows, int64_t cols, int bits, void* words);

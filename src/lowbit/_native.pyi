@@ -41,6 +41,22 @@ def error(
     block_cols: int,
     /,
 ) -> tuple[float, float, float]: ...
+def sweep(
+    target: Tensor,
+    weight: Tensor,
+    error: Tensor,
+    coupling: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    offset: float,
+    code_max: float,
+    round_sum: bool,
+    sorted_levels: Tensor | None,
+    sorted_codes: Tensor | None,
+    levels: Tensor | None,
+    codes: Tensor,
+    /,
+) -> None: ...
 def pack_bits(codes: Tensor, bits: int, words: Tensor, /) -> None: ...
 def unpack_bits(words: Tensor, bits: int, codes: Tensor, /) -> None: ...
 def pack_bits_transposed(codes: Tensor, bits: int, words: Tensor, /) -> None: ...

@@ -45,9 +45,11 @@ class Block:
         activations: how the input of each is quantized when the model runs; absent where it is not.
         sites: weights grouped by their input, in the order of use.
         windows: number of calibration windows.
-        run: `(indices, weights) -> output`: the block's output for these windows, `[indices, tokens, width]`, float32
-            or bfloat16 as the block computes, with the given weights in the place of its own; inputs are what the
-            quantized blocks before produce. Differentiable with respect to the given weights.
+        run: `(indices, weights, factors={}) -> output`: the block's output for these windows, `[indices, tokens,
+            width]`, float32 or bfloat16 as the block computes, with the given weights in the place of its own; inputs
+            are what the quantized blocks before produce. Inputs of the weights named in `activations` are quantized
+            as it says, and where `factors` has the weight (`[inputs]`, float32), divided by these before and multiplied
+            after, as if they were folded. Differentiable with respect to the given weights.
         target: `indices -> output`: what the float model computes there.
         nearest: `(name, weight) -> weight`: round-to-nearest under the scheme of `name`, and back to float32.
         seed: of every choice at random.
@@ -57,7 +59,7 @@ class Block:
     schemes: Mapping[str, Scheme]
     sites: Sequence[Site]
     windows: int
-    run: Callable[[Sequence[int], Weights], Tensor]
+    run: Callable[..., Tensor]
     target: Callable[[Sequence[int]], Tensor]
     nearest: Callable[[str, Float[Tensor, "rows cols"]], Float[Tensor, "rows cols"]]
     activations: Mapping[str, Scheme] = field(default_factory=dict)

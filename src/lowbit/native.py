@@ -10,8 +10,9 @@ Kernels run on the calling thread and release the interpreter lock: give each th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int32, UInt8
@@ -160,6 +161,61 @@ def error(
     _quantized(codes, scale, zero, levels, block_rows, block_cols)
     _check("weight", weight, codes.shape, *WEIGHT_DTYPES)
     return _native.error(weight.detach(), codes, scale, zero, levels, block_rows, block_cols)
+
+
+@final
+@dataclass(frozen=True)
+class Coder:
+    """How `sweep` finds codes: as `quantize_affine` does, or as `quantize_levels` does where `levels` is set.
+
+    Attributes:
+        offset: the zero point where none is given.
+        code_max: the greatest code, 0 to 255.
+        round_sum: whether zero points are added before rounding.
+        levels: ascending values.
+        codes: the code of each.
+        table: the level of each code, NaN where there is none.
+    """
+
+    offset: int = 0
+    code_max: int = 255
+    round_sum: bool = False
+    levels: Float[Tensor, "levels"] | None = None
+    codes: UInt8[Tensor, "levels"] | None = None
+    table: Float[Tensor, "256"] | None = None
+
+
+def sweep(
+    target: Float[Tensor, "cols lanes"],
+    weight: Float[Tensor, "cols lanes"],
+    error: Float[Tensor, "cols lanes"],
+    coupling: Float[Tensor, "cols cols"],
+    scale: Float[Tensor, "cols lanes"],
+    zero: Float[Tensor, "cols lanes"] | None,
+    coder: Coder,
+    *,
+    out: UInt8[Tensor, "cols lanes"],
+) -> None:
+    """Codes column by column, each with the errors of those before: a lane is a row of a weight, lanes come in 16s.
+
+    For j = 0, 1, ...: `out[j]` is the code nearest to `target[j]`; `error[j]` becomes `weight[j]` minus what the code
+    stands for, and `coupling[j, k]` times its change is added to `target[k]` for every k > j. `target` is consumed.
+    """
+    shape = _two(target.shape)
+    if shape[1] % 16:
+        raise ValueError(f"target has {shape[1]} lanes; it must be a multiple of 16")
+    for name, tensor in {"target": target, "weight": weight, "error": error, "scale": scale}.items():
+        _check(name, tensor, shape, torch.float32)
+    _check("coupling", coupling, (shape[0], shape[0]), torch.float32)
+    if zero is not None:
+        _check("zero", zero, shape, torch.float32)
+    if coder.levels is not None:
+        _check("coder.levels", coder.levels, (min(max(coder.levels.numel(), 1), 256),), torch.float32)
+    if (coder.levels is None) != (coder.codes is None) or (coder.levels is None) != (coder.table is None):
+        raise ValueError("levels, codes and table of a coder are given together or not at all")
+    codes = _out(out, shape)
+    rule = (coder.offset, coder.code_max, coder.round_sum, coder.levels, coder.codes, coder.table)
+    _native.sweep(target, weight, error, coupling, scale, zero, *rule, codes)
 
 
 def pack_bits(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
 from lowbit.budget import Estimate, MemoryWatch
 from lowbit.stages import quantize
-from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.stages.calibrate import calibrate, default_length
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
 from lowbit.stages.plan import Plan, Rules, load_plan, make_plan
 from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
+from lowbit.stages.samples import Samples, read_samples
 from lowbit.stages.verify import verify
 from lowbit.stages.write import SHARD_BYTES, open_output
 
@@ -65,11 +67,15 @@ def run(
     clock, text, scores, most = Clock(), request.text and read_text(request.text), None, 0
     with MemoryWatch(request.ram).running() as watch, open_checkpoint(request.model) as source:
         plan = load_plan(request.plan, source) if request.plan else make_plan(source, request.rules)
+        plan, samples = _with_samples(plan, source)
         way = quantize.estimate_memory(plan, request.ram, request.threads)
         if announce:
             announce(plan, way)
         clock.lap("plan")
         with open_output(request.out, source, plan, request.shard_bytes) as output:
+            if samples:
+                calibrate(source, plan, output, way, samples.ids, watch, progress)
+                clock.lap("calibrate")
             quantize.quantize(source, plan, output, way, watch, progress)
             output.finish(source)
             clock.lap("quantize")
@@ -82,6 +88,22 @@ def run(
             write_report(result, request.out)
             watch.check()
     return result
+
+
+def _with_samples(plan: Plan, source: Checkpoint) -> tuple[Plan, Samples | None]:
+    """The windows that the plan is calibrated on, and the plan with their hash: another text is another run."""
+    wanted = plan.calibration
+    if wanted is None:
+        return plan, None
+    samples = read_samples(
+        wanted.sources,
+        source,
+        samples=wanted.samples,
+        length=wanted.length or default_length(source),
+        seed=wanted.seed,
+        sampling=wanted.sampling,
+    )
+    return replace(plan, calibration=replace(wanted, sha256=samples.sha256)), samples
 
 
 def _scores(request: Request, text: Text, original: Path, progress: quantize.Progress) -> tuple[dict[str, Any], int]:

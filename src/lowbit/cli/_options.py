@@ -51,13 +51,26 @@ def _option(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     return {key: value_of(text) for key, _, text in (value.partition("=") for value in values)}
 
 
+def _blocks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    first, colon, last = value.partition(":")
+    if not colon or not first.isdigit() or not last.isdigit() or int(first) >= int(last):
+        raise click.BadParameter(f"{value!r} is not A:B with A below B")
+    return int(first), int(last)
+
+
 def _listed(folder: str) -> str:
     return ", ".join(name.replace("_", "-") for name in plugins.names(folder))
 
 
 _RULES = (
     click.option("--scheme", metavar="S", help="Scheme for every matrix, as int4-g128, nf4-dq, fp8-e4m3, nvfp4."),
-    click.option("--method", default="rtn", show_default=True, metavar="M", help=f"One of {_listed('methods')}."),
+    click.option(
+        "--method", default="rtn", show_default=True, metavar="M",
+        help=f"One of {_listed('methods')}; or steps joined by +, as awq+gptq+eora, of: rotate, {_listed('transforms')} "
+        f"(before a method), {_listed('corrections')} (after it).",
+    ),
     click.option(
         "--format", "form", default="compressed-tensors", show_default=True, metavar="F",
         help=f"One of {_listed('formats')}.",
@@ -69,7 +82,32 @@ _RULES = (
     ),
     click.option(
         "--option", "options", multiple=True, callback=_option, metavar="NAME=VALUE",
-        help="Option of the method, as p=2.4 for mse; repeatable.",
+        help="Option of the method, as p=2.4 for mse, or of a step, as awq.windows=8; repeatable.",
+    ),
+    click.option(
+        "--calibration", "sources", multiple=True, metavar="TEXT",
+        help="Text to learn from: FILE, FILE.jsonl[:FIELD] or hf:NAME[:CONFIG[:SPLIT[:FIELD]]]; repeatable.",
+    ),
+    click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Windows of that text."),
+    click.option(
+        "--sequence-length", "length", type=click.IntRange(8), show_default="2048, or what the model takes",
+        help="Tokens per window.",
+    ),
+    click.option(
+        "--sampling", type=click.Choice(["random", "stratified", "length", "first"]), default="random",
+        show_default=True, help="How windows are chosen.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of every choice at random."),
+    click.option(
+        "--inputs", type=click.Choice(["quantized", "float"]), default="quantized", show_default=True,
+        help="What a sub-layer is calibrated on: what the quantized ones before it produce, or the float model's.",
+    ),
+    click.option(
+        "--compute", "dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True,
+        help="Type in which calibration computes; auto: bfloat16 where model and processor have it.",
+    ),
+    click.option(
+        "--blocks", callback=_blocks, metavar="A:B", help="Quantize these blocks alone, as 0:4; the others stay.",
     ),
     click.option(
         "--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -85,18 +123,15 @@ def rules_options(function: F) -> F:
     return function
 
 
-def make_rules(
-    scheme: str | None,
-    method: str,
-    form: str,
-    skip: tuple[str, ...],
-    sets: list[tuple[str, str]],
-    options: dict[str, Any],
-) -> Rules:
-    """The `Rules` that the options stand for."""
-    from lowbit.stages.plan import Rules
+def make_rules(options: dict[str, Any]) -> Rules:
+    """Take the options of `rules_options` out of a command's options, and make the `Rules` that they stand for."""
+    from lowbit.stages.plan import Calibration, Rules
 
-    return Rules(scheme, method, form, skip, sets, options)
+    names = ("sources", "samples", "length", "sampling", "seed", "inputs", "dtype")
+    text = {name: options.pop(name) for name in names}
+    rules = {name: options.pop(name) for name in ("scheme", "method", "skip", "sets", "options", "blocks")}
+    calibration = Calibration(**text) if text["sources"] else None
+    return Rules(**rules, format=options.pop("form"), calibration=calibration)
 
 
 def cores() -> int:

@@ -22,7 +22,7 @@ def command(model: str, plan_file: Path | None, out: Path | None, as_json: bool,
     from lowbit.stages.write import write_atomic
 
     with open_checkpoint(model) as checkpoint:
-        plan = load_plan(plan_file, checkpoint) if plan_file else make_plan(checkpoint, make_rules(**rules))
+        plan = load_plan(plan_file, checkpoint) if plan_file else make_plan(checkpoint, make_rules(rules))
     if out:
         write_atomic(out, plan.to_json().encode())
     if as_json:

@@ -16,6 +16,7 @@ Examples:
   lowbit quantize ./llama ./llama-w4 --scheme int4-g128
   lowbit quantize ./llama ./llama-nf4 --format bitsandbytes --scheme nf4-dq
   lowbit quantize ./llama ./out --scheme int4-g64-asym --method mse --format gptq-v2 --ram 2GiB
+  lowbit quantize ./llama ./llama-gptq --method gptq --calibration wiki.txt --ram 6GiB
   lowbit quantize ./llama ./out --set 'down_proj=int8-row' --skip 'layers\\.0\\.' --evaluate wiki.txt
 """
 
@@ -39,7 +40,7 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
     """
     from lowbit.pipeline import Request, run
 
-    rules = make_rules(**{key: options.pop(key) for key in ("scheme", "method", "form", "skip", "sets", "options")})
+    rules = make_rules(options)
     request = Request(model, out, rules, plan_file, command=shlex.join(["lowbit", *sys.argv[1:]]), **options)
 
     def announce(plan: Any, way: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.errors import UnsupportedError
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor, Shape
 
@@ -33,17 +34,33 @@ class Weight:
         shape: its shape.
         dtype: float dtype of the original weight (of the dequantized one, where the original is unknown).
         scheme: how it is stored; None where it stays as it is.
+        activations: how a runtime quantizes its inputs, tokens as rows; None where it does not.
+        input_scale: what the activations' scheme stores: the scale of `-tensor`; of NVFP4 the number by which scales are
+            multiplied before they are rounded. None where it stores nothing, or is not calibrated yet.
     """
 
     name: str
     shape: Shape
     dtype: torch.dtype
     scheme: Scheme | None = None
+    activations: Scheme | None = None
+    input_scale: float | None = None
 
     @property
     def module(self) -> str:
         """Name of the module that owns the weight: the name without its last part."""
         return self.name.rpartition(".")[0]
+
+
+def no_activations(scheme: Scheme, weight: Weight) -> Scheme:
+    """What a format says that stores weights alone.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    raise UnsupportedError(
+        f"this format stores weights alone, it cannot say that activations are {scheme}; use --format compressed-tensors"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,8 @@ class Format:
             format, or None where it is another's. `specs` are all stored tensors; `read(name)` loads one (small
             ones only).
         owns: `(weight) -> names` of the stored tensors that belong to a recognised weight.
+        fit_activations: `(scheme, weight) -> scheme` of the inputs of a weight whose own scheme is fitted, as this format
+            declares it; raises `UnsupportedError` with the reason.
     """
 
     about: str
@@ -78,3 +97,4 @@ class Format:
     config: Callable[[Sequence[Weight], Mapping[str, Any]], dict[str, dict[str, Any]]]
     recognise: Callable[[Mapping[str, Any], Mapping[str, Spec], Callable[[str], Tensor]], dict[str, Weight] | None]
     owns: Callable[[Weight], Sequence[str]]
+    fit_activations: Callable[[Scheme, Weight], Scheme] = no_activations

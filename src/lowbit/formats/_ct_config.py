@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -19,7 +19,7 @@ from lowbit.errors import FormatError
 from lowbit.formats import Weight, _linear
 from lowbit.formats._ct_tensors import DTYPES, container, strategy
 from lowbit.formats._linear import SCALE_TYPES, kept_modules
-from lowbit.schemes import Block, Scheme, parse
+from lowbit.schemes import Block, ScaleType, Scheme, parse
 from lowbit.tensors import block_size
 
 METHOD = "compressed-tensors"
@@ -28,7 +28,7 @@ _READ = {
     "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision",
 }  # fmt: skip
 # Modules that torch's class `Linear` does not cover: they are named where they are quantized, and else need no mention.
-_EMBEDDING = re.compile(r"(.*[._])?(embed(ding)?s?(_tokens|_positions|_in)?|wte|wpe)")
+EMBEDDING = re.compile(r"(.*[._])?(embed(ding)?s?(_tokens|_positions|_in)?|wte|wpe)")
 
 
 def quantization_config(weights: Sequence[Weight]) -> dict[str, Any] | None:
@@ -36,7 +36,9 @@ def quantization_config(weights: Sequence[Weight]) -> dict[str, Any] | None:
     groups: dict[str, list[Weight]] = {}
     for weight in weights:
         if weight.scheme:
-            key = json.dumps([container(weight.scheme), _arguments(weight, weight.scheme)])
+            inputs = _input_arguments(weight.activations) if weight.activations else None
+            kind = container(weight.scheme, weight.activations)
+            key = json.dumps([kind, _arguments(weight, weight.scheme), inputs])
             groups.setdefault(key, []).append(weight)
     if not groups:
         return None
@@ -56,8 +58,8 @@ def quantization_config(weights: Sequence[Weight]) -> dict[str, Any] | None:
 
 
 def _group(key: str, targets: list[str]) -> dict[str, Any]:
-    kind, arguments = json.loads(key)
-    activations = {"input_activations": None, "output_activations": None}
+    kind, arguments, inputs = json.loads(key)
+    activations = {"input_activations": inputs, "output_activations": None}
     return {"targets": targets, "weights": arguments, **activations, "format": kind}
 
 
@@ -80,13 +82,32 @@ def _arguments(weight: Weight, scheme: Scheme) -> dict[str, Any]:
     return arguments
 
 
+def _input_arguments(scheme: Scheme) -> dict[str, Any]:
+    """`QuantizationArgs` of activations: scales of tokens and their groups are made at run time, others stored."""
+    word = strategy(scheme)
+    dynamic: bool | str = "local" if scheme.nested else word != "tensor"
+    arguments = {
+        "num_bits": scheme.grid.bits,
+        "type": "int" if scheme.grid.kind == "int" else "float",
+        "symmetric": scheme.zero == "none",
+        "strategy": "token" if word == "channel" else word,
+        "group_size": scheme.block.cols or None,
+        "block_structure": None,
+        "dynamic": dynamic,
+        "actorder": None,
+    }
+    if scheme.scale in ("e8m0", "e4m3"):
+        arguments["scale_dtype"] = str(DTYPES[scheme.scale])
+    return arguments
+
+
 def _targets(members: Sequence[Weight], weights: Sequence[Weight], alone: bool) -> list[str]:
     """What selects exactly these modules: the class where one scheme is alone, else names, numbered ones as patterns.
 
     The class `Linear` never stands beside another group: vLLM tries classes before the parts of a fused module.
     """
     if alone:
-        return ["Linear", *(weight.module for weight in members if _EMBEDDING.fullmatch(weight.module))]
+        return ["Linear", *(weight.module for weight in members if EMBEDDING.fullmatch(weight.module))]
     wanted = {weight.module for weight in members}
     others = {weight.module for weight in weights} - wanted
     forbidden = {_pattern(module) for module in others}
@@ -105,7 +126,7 @@ def _pattern(module: str) -> str:
 
 def _ignored(weights: Sequence[Weight]) -> list[str]:
     """Kept modules that may be Linear, and an output head without a tensor of its own (tied), which is Linear too."""
-    names = [module for module in kept_modules(weights) if module and not _EMBEDDING.fullmatch(module)]
+    names = [module for module in kept_modules(weights) if module and not EMBEDDING.fullmatch(module)]
     if not any(weight.module == "lm_head" for weight in weights):
         names.append("lm_head")
     return names
@@ -114,11 +135,12 @@ def _ignored(weights: Sequence[Weight]) -> list[str]:
 @final
 @dataclass(frozen=True)
 class Group:
-    """One config group as it was read: where it applies, and `QuantizationArgs` of its weights."""
+    """One config group as it was read: where it applies, and `QuantizationArgs` of its weights and their inputs."""
 
     name: str
     targets: Sequence[str]
     weights: Mapping[str, Any]
+    inputs: Mapping[str, Any] | None
 
 
 @final
@@ -188,7 +210,10 @@ def _read_group(name: str, group: Any, default: Any) -> Group:
         )
     if not isinstance(weights, Mapping):
         raise FormatError(f"quantization_config: {name} says nothing of its weights")
-    return Group(name, group["targets"], weights)
+    inputs = group.get("input_activations")
+    if group.get("output_activations") or not isinstance(inputs, Mapping | None):
+        raise FormatError(f"quantization_config: {name} quantizes outputs of modules, which is not read, or no inputs")
+    return Group(name, group["targets"], weights, inputs or None)
 
 
 def _strings(value: Any) -> bool:
@@ -232,3 +257,39 @@ def _read_block(group: Group) -> Block:
         f"{group.name} of quantization_config: strategy {word!r} with group_size {size} "
         f"and block_structure {structure} is not read"
     )
+
+
+def read_activations(group: Group, scale: torch.dtype | None) -> Scheme | None:
+    """The scheme of the inputs of a group's weights; None where they are not quantized.
+
+    Args:
+        group: as it was read.
+        scale: dtype of the stored `input_scale`; None where there is none.
+
+    Raises:
+        FormatError: arguments that are not read.
+    """
+    if group.inputs is None:
+        return None
+    found = {"symmetric": True, "dynamic": False, "group_size": None, "strategy": None, "scale_dtype": None}
+    found |= {key: value for key, value in group.inputs.items() if key in found or key in ("num_bits", "type")}
+    found["strategy"] = found["strategy"] or ("group" if found["group_size"] else "tensor")
+    for scheme in _activation_schemes(found.get("group_size"), SCALE_TYPES.get(scale or torch.float32, "f32")):
+        wanted = {key: value for key, value in _input_arguments(scheme).items() if key in found}
+        if {"scale_dtype": None} | wanted == found:
+            return scheme
+    raise FormatError(
+        f"{group.name} of quantization_config quantizes activations in a way that is not read: {dict(group.inputs)}"
+    )
+
+
+def _activation_schemes(size: Any, scale: ScaleType) -> Iterator[Scheme]:
+    """Every scheme of activations that is read: one stored scale, or scales per token or per group of a token."""
+    yield from map(parse, ("nvfp4", "mxfp4", "mxfp8"))
+    blocks = [Block(1, 0), *([Block(1, size)] if isinstance(size, int) and size > 0 else [])]
+    for name in (*(f"int{bits}" for bits in range(2, 9)), "fp8-e4m3"):
+        grid = parse(name).grid
+        yield Scheme(grid, Block(0, 0), "none", scale)
+        yield from (Scheme(grid, block, "none", "f32") for block in blocks)
+        if grid.kind == "int":
+            yield from (Scheme(grid, block, "int", "f32") for block in blocks)

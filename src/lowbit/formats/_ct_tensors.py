@@ -46,11 +46,11 @@ def strategy(scheme: Scheme) -> Strategy:
     return "block" if block.rows != 1 else "tensor_group" if scheme.nested else "group"
 
 
-def container(scheme: Scheme) -> Container:
-    """The layout in which a scheme is written; unambiguous but for 8-bit integers, for which docs/ give the rule."""
+def container(scheme: Scheme, activations: Scheme | None = None) -> Container:
+    """The layout in which a scheme is written; unambiguous but for integers, for which docs/ give the rule."""
     if scheme.grid.kind == "int":
-        plain = scheme.grid.bits == 8 and strategy(scheme) in ("tensor", "block")
-        return "int-quantized" if plain else "pack-quantized"
+        plain = scheme.grid.bits == 8 and (activations or strategy(scheme) in ("tensor", "block"))
+        return "int-quantized" if plain or (activations and activations.grid.kind == "int") else "pack-quantized"
     if scheme.grid.bits == 4:
         return "nvfp4-pack-quantized" if scheme.nested else "mxfp4-pack-quantized"
     return "mxfp8-quantized" if scheme.scale == "e8m0" else "float-quantized"
@@ -91,7 +91,7 @@ def pack(q: QTensor, into: Mapping[str, Tensor]) -> None:
     Raises:
         FormatError: a value that the layout cannot hold.
     """
-    kind = container(q.scheme)
+    kind = found_container(q.scheme, into)
     if q.group_index is not None:
         raise FormatError(
             "an act-order group index has no place: compressed-tensors dropped `actorder: group` in 0.20; "
@@ -108,7 +108,7 @@ def _pack_codes(q: QTensor, kind: Container, into: Mapping[str, Tensor]) -> None
         native.pack_bits(q.codes, q.scheme.grid.bits, out=into["weight_packed"])
         into["weight_shape"].copy_(torch.tensor(q.shape))
     elif kind == "int-quantized":
-        torch.bitwise_xor(q.codes, 0x80, out=into["weight"].view(torch.uint8))
+        torch.sub(q.codes, _half(q.scheme), out=into["weight"].view(torch.uint8))
     elif "weight" in into:
         into["weight"].view(torch.uint8).copy_(q.codes)
     else:

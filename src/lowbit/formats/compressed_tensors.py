@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from math import ceil
+from math import ceil, inf, prod
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Spec, Weight
 from lowbit.formats import _ct_tensors as tensors_of
-from lowbit.formats._ct_config import Declared, declared, quantization_config, read_scheme
+from lowbit.formats._checks import exact
+from lowbit.formats._ct_config import EMBEDDING, Declared, declared, quantization_config, read_activations, read_scheme
+from lowbit.formats._ct_tensors import DTYPES
 from lowbit.formats._linear import SCALE_TYPES, check_matrix, check_planned, declare, divisor, planned, row_block
 from lowbit.schemes import Block, ScaleType, Scheme
 from lowbit.tensors import QTensor
@@ -29,6 +31,14 @@ _WEIGHT_PARTS = (
 _ACTIVATION_PARTS = (
     "input_scale", "input_zero_point", "input_global_scale", "input_g_idx", "output_scale", "output_zero_point",
 )  # fmt: skip
+# Activations that go with weights, as in the presets of the package.
+_PARTNERS = {
+    "int": ("int", "fp8-e4m3"),
+    "fp8-e4m3": ("fp8-e4m3",),
+    "nvfp4": ("nvfp4",),
+    "mxfp4": ("mxfp4", "mxfp8"),
+    "mxfp8": ("mxfp8",),
+}
 _FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_TYPES}
 
 
@@ -94,11 +104,54 @@ def _other_groups(scheme: Scheme, weight: Weight) -> str:
     return f"use {' or '.join(str(replace(scheme, block=block)) for block in blocks)}"
 
 
+def fit_activations(scheme: Scheme, weight: Weight) -> Scheme:
+    """The scheme of a weight's inputs as compressed-tensors declares it.
+
+    Raises:
+        UnsupportedError: readers have no such activations, or none with weights like this one.
+    """
+    own = planned(weight)
+    if EMBEDDING.fullmatch(weight.module):
+        raise UnsupportedError(f"{weight.name} reads token numbers, there is nothing to quantize in them")
+    partners = _PARTNERS.get(_kind(own), ())
+    if _kind(scheme) not in partners:
+        raise UnsupportedError(
+            f"compressed-tensors' readers run weights in {own} with activations in {' or '.join(partners) or 'no grid'}"
+            f", not {scheme}"
+        )
+    if scheme.nested or scheme.scale == "e8m0":
+        return scheme
+    block = _plain_block(scheme.block, weight.shape[1])
+    if block.rows > 1 or scheme.zero == "float" or (block.rows == 0 and scheme.zero != "none"):
+        raise UnsupportedError(
+            f"{scheme}: activations have a scale per token (int8-row), per group of a token (fp8-e4m3-g128), or one that "
+            "is stored (int8-tensor, symmetric)"
+        )
+    scheme = replace(scheme, block=block, scale="f32" if block.rows else _scale_type(weight.dtype))
+    _check_groups(scheme, weight, _other_groups(scheme, weight))
+    return scheme
+
+
+def _kind(scheme: Scheme) -> str:
+    """Name of the grid, or of the family that fixes more than that."""
+    if scheme.grid.kind == "int":
+        return "int"
+    return str(scheme) if scheme.nested or scheme.scale == "e8m0" else scheme.grid.name
+
+
 def layout(weight: Weight) -> dict[str, Spec]:
     """Full names, dtypes and shapes of the tensors that `pack` fills."""
     scheme = planned(weight)
-    specs = tensors_of.layout(scheme, weight.shape, tensors_of.container(scheme))
-    return {f"{weight.module}.{name}": spec for name, spec in specs.items()}
+    specs = tensors_of.layout(scheme, weight.shape, tensors_of.container(scheme, weight.activations))
+    return {f"{weight.module}.{name}": spec for name, spec in (specs | _input_specs(weight)).items()}
+
+
+def _input_specs(weight: Weight) -> dict[str, Spec]:
+    """The stored scale of a weight's inputs, where they have one."""
+    scheme = weight.activations
+    if scheme and scheme.nested:
+        return {"input_global_scale": Spec(torch.float32, (1,))}
+    return {"input_scale": Spec(DTYPES[scheme.scale], (1,))} if scheme and scheme.block.rows == 0 else {}
 
 
 def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
@@ -110,6 +163,11 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
     check_planned(weight, q)
     with _named(weight):
         tensors_of.pack(q, _local(weight, into))
+    for name, spec in _input_specs(weight).items():
+        if weight.input_scale is None:
+            raise FormatError(f"{weight.module}.{name} needs the scale of its inputs, which calibration finds")
+        scale = exact(f"{weight.module}.{name}", torch.tensor([weight.input_scale]), spec.dtype)
+        into[f"{weight.module}.{name}"].copy_(scale)
 
 
 def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None = None) -> QTensor:
@@ -167,7 +225,27 @@ def _recognised(
         raise FormatError(f"{module}.weight_scale is missing")
     scheme = read_scheme(found.group(module), scale.dtype, f"{module}.weight_global_scale" in specs)
     shape = _shape(module, scheme, specs, read)
-    return Weight(f"{module}.weight", shape, scale.dtype if scale.dtype in SCALE_TYPES else dtype, scheme)
+    weight = Weight(f"{module}.weight", shape, scale.dtype if scale.dtype in SCALE_TYPES else dtype, scheme)
+    stored = specs.get(f"{module}.input_scale")
+    weight = replace(weight, activations=read_activations(found.group(module), stored.dtype if stored else None))
+    return replace(weight, input_scale=_input_scale(weight, specs, read))
+
+
+def _input_scale(weight: Weight, specs: Mapping[str, Spec], read: Callable[[str], Tensor]) -> float | None:
+    """The stored scale of a weight's inputs; None where they have none."""
+    zero = f"{weight.module}.input_zero_point"
+    for name, spec in _input_specs(weight).items():
+        full = f"{weight.module}.{name}"
+        found = specs.get(full)
+        if found is None or (found.dtype, prod(found.shape)) != (spec.dtype, 1):
+            raise FormatError(f"{full} is missing, or is not one number of {spec.dtype}")
+        if zero in specs and read(zero).float().any():
+            raise FormatError(f"{zero} is not 0: asymmetric activations with a stored scale are not read")
+        value = read(full).float().item()
+        if not 0 < value < inf:
+            raise FormatError(f"{full} holds {value}; it must be positive and finite")
+        return value
+    return None
 
 
 def _shape(module: str, scheme: Scheme, specs: Mapping[str, Spec], read: Callable[[str], Tensor]) -> tuple[int, int]:
@@ -220,4 +298,5 @@ FORMAT = Format(
     config=config,
     recognise=recognise,
     owns=owns,
+    fit_activations=fit_activations,
 )

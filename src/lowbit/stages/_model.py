@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lowbit.errors import CheckpointError, LowbitError, UsageError
+from lowbit.stages._activations import round_inputs
 from lowbit.stages._weightfile import one_line, show
 from lowbit.stages.checkpoint import Checkpoint
 
@@ -116,7 +117,7 @@ class Blueprint:
 
     def resident(self) -> PreTrainedModel:
         """The model with all its weights in memory."""
-        return self._build(self.checkpoint.weights.keys())[0]
+        return self._with_rounded_inputs(self._build(self.checkpoint.weights.keys())[0])
 
     def streamed(self) -> PreTrainedModel:
         """The model with few weights in memory: each part is filled just before it runs, and emptied after it."""
@@ -124,7 +125,28 @@ class Blueprint:
         model, _ = self._build(kept)
         for part in self._parts:
             self._stream(model.get_submodule(part.path), part)
+        return self._with_rounded_inputs(model)
+
+    def _with_rounded_inputs(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model, made to quantize activations where the checkpoint says that its runtime does."""
+        if any(weight.activations for weight in self.checkpoint.weights.values()):
+            round_inputs(model, self.checkpoint.weights, self.sources(""))
         return model
+
+    @cached_property
+    def blocks(self) -> dict[str, frozenset[str]]:
+        """Path of every block, in order, and the weights of the checkpoint that fill it."""
+        paths = set(block_paths(self._skeleton))
+        return {part.path: part.sources for part in self._parts if part.path in paths}
+
+    def filled(self, path: str) -> nn.Module:
+        """One block with its weights in memory, on its own."""
+        return self._build(self.blocks[path])[0].get_submodule(path)
+
+    def sources(self, path: str) -> dict[str, frozenset[str]]:
+        """For each parameter of a module, the weights of the checkpoint that it is made of."""
+        parameters = self._skeleton.get_submodule(path).named_parameters()
+        return {name: _sources(parameter) for name, parameter in parameters}
 
     def _stream(self, module: nn.Module, part: _Part) -> None:
         empty = {name: _nothing(tensor) for name, tensor in module.state_dict().items()}

@@ -6,12 +6,12 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from importlib.resources import files
 from math import prod
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 
@@ -20,11 +20,41 @@ from lowbit.errors import LowbitError, UnsupportedError, UsageError
 from lowbit.formats import Format, Spec, Weight
 from lowbit.methods import Method
 from lowbit.schemes import parse
+from lowbit.stages._recipe import Recipe, dotted, parse_recipe
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.tensors import scheme_bytes
 
-VERSION = 1
+VERSION = 2
+OUTSIDE = "mse"  # quantizes what lies outside of the blocks when the others are calibrated
+_BLOCK = re.compile(r"\.(\d+)\.")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@final
+@dataclass(frozen=True)
+class Calibration:
+    """Which windows of text a run is calibrated on.
+
+    Attributes:
+        sources: files or datasets, as `samples.parse_sources` reads them.
+        samples: number of windows.
+        length: tokens per window; None for 2,048, or as many as the model takes.
+        seed: of every choice at random.
+        sampling: how windows are chosen.
+        inputs: `quantized`: each sub-layer sees what the quantized ones before it produce; `float`: what the float
+            model has there.
+        dtype: of the computation; `auto`: bfloat16 where the model has it and the processor computes in it.
+        sha256: of the tokens; empty until they were read.
+    """
+
+    sources: tuple[str, ...]
+    samples: int = 128
+    length: int | None = None
+    seed: int = 0
+    sampling: Literal["random", "stratified", "length", "first"] = "random"
+    inputs: str = "quantized"
+    dtype: str = "auto"
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,11 +63,13 @@ class Rules:
 
     Attributes:
         scheme: name of the scheme for every weight that no other rule names; None for the format's default.
-        method: name of the method.
+        method: name of the method, or a recipe of several steps as `awq+gptq`.
         format: name of the format.
         skip: regular expressions, searched in tensor names: those stay as they are.
         sets: `(regular expression, scheme name or "keep")`, the first match wins over everything else.
-        options: options of the method, by name.
+        options: options of the method by name, those of other steps of a recipe as `step.name`.
+        calibration: text for methods that need it.
+        blocks: first block and the one after the last to quantize; None for all.
     """
 
     scheme: str | None = None
@@ -46,6 +78,8 @@ class Rules:
     skip: Sequence[str] = ()
     sets: Sequence[tuple[str, str]] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    blocks: tuple[int, int] | None = None
 
 
 @final
@@ -75,6 +109,8 @@ class Plan:
     format: str
     entries: tuple[Entry, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str = "rtn"
+    calibration: Calibration | None = None
 
     @cached_property
     def rules(self) -> Format:
@@ -105,7 +141,8 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON, one tensor a line, stable to the byte."""
-        head = {"lowbit_plan": VERSION, "format": self.format, "options": dict(self.options)}
+        head: dict[str, Any] = {"lowbit_plan": VERSION, "format": self.format, "recipe": self.recipe}
+        head |= {"options": dict(self.options), "calibration": self.calibration and asdict(self.calibration)}
         rows = ",\n".join("  " + json.dumps(_row(entry)) for entry in self.entries)
         return json.dumps(head)[:-1] + ', "tensors": [\n' + rows + "\n]}\n"
 
@@ -137,7 +174,10 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
         )
     form: Format = plugins.load("formats", rules.format)
     _check_patterns(checkpoint, rules)
-    method = _load_method(rules.method, rules.options)
+    recipe = parse_recipe(rules.method)
+    options = dotted(rules.options, recipe)
+    if recipe.calibrated and not rules.calibration:
+        raise UsageError(f"method {recipe} learns from text: name some with --calibration FILE")
     model_type = str(checkpoint.config.get("model_type", ""))
     tied = tied_names(checkpoint)
     entries = []
@@ -148,8 +188,17 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
         wanted, reason = _decide(weight, rules, model_type, form.default)
         if wanted != "keep" and weight.name in tied.values():
             raise UnsupportedError(f"{weight.name} is tied to another weight, which no reader would find; keep it")
-        entries.append(_entry(weight, wanted, reason, rules.method, method, form))
-    return Plan(rules.format.replace("_", "-"), tuple(entries), dict(rules.options))
+        method, why = _method_for(weight, recipe)
+        entries.append(_entry(weight, wanted, reason + why, method, form))
+    calibration = rules.calibration if recipe.calibrated else None
+    return Plan(rules.format.replace("_", "-"), tuple(entries), options, str(recipe), calibration)
+
+
+def _method_for(weight: Weight, recipe: Recipe) -> tuple[str, str]:
+    """The method of a weight, and what to say where it is not the recipe's."""
+    if recipe.calibrated and not _BLOCK.search(weight.name):
+        return OUTSIDE, "; outside of the blocks, where no statistics are taken"
+    return recipe.method, ""
 
 
 def tied_names(checkpoint: Checkpoint) -> Mapping[str, str]:
@@ -157,29 +206,10 @@ def tied_names(checkpoint: Checkpoint) -> Mapping[str, str]:
     return checkpoint.tied if checkpoint.config.get("tie_word_embeddings") is True else {}
 
 
-def _load_method(name: str, options: Mapping[str, Any]) -> Method:
-    method: Method = plugins.load("methods", name)
-    method_options(method, name, options)
-    return method
-
-
-def method_options(method: Method, name: str, options: Mapping[str, Any]) -> Any:
-    """The method's options as its dataclass, defaults filled in.
-
-    Raises:
-        UsageError: an option that the method does not have, or a value of the wrong kind.
-    """
-    try:
-        return method.options(**options)
-    except (TypeError, ValueError) as error:
-        known = ", ".join(getattr(method.options, "__dataclass_fields__", {})) or "none"
-        raise UsageError(f"method {name}: {error}; its options are: {known}") from None
-
-
-def _entry(weight: Weight, wanted: str, reason: str, name: str, method: Method, form: Format) -> Entry:
+def _entry(weight: Weight, wanted: str, reason: str, name: str, form: Format) -> Entry:
     if wanted == "keep":
-        return Entry(weight, None, reason)
-    scheme = parse(wanted)
+        return Entry(weight, None, reason.partition("; outside")[0])
+    scheme, method = parse(wanted), _method(name)
     try:
         fitted = form.fit(scheme, weight)
     except UnsupportedError as error:
@@ -198,6 +228,9 @@ def _decide(weight: Weight, rules: Rules, model_type: str, default: str) -> tupl
     for pattern in rules.skip:
         if re.search(pattern, weight.name):
             return "keep", f"--skip {pattern}"
+    number = _BLOCK.search(weight.name)
+    if rules.blocks and number and not rules.blocks[0] <= int(number[1]) < rules.blocks[1]:
+        return "keep", "not among --blocks"
     if weight.dtype not in _FLOATS:
         return "keep", f"not a float weight ({str(weight.dtype).removeprefix('torch.')})"
     if len(weight.shape) != 2:
@@ -206,6 +239,11 @@ def _decide(weight: Weight, rules: Rules, model_type: str, default: str) -> tupl
         if model_type in row.get("model_types", [model_type]) and re.search(row["pattern"], weight.name):
             return "keep", row["reason"]
     return rules.scheme or default, "--scheme" if rules.scheme else "default scheme of the format"
+
+
+def _method(name: str) -> Method:
+    record: Method = plugins.load("methods", name)
+    return record
 
 
 @cache
@@ -241,23 +279,24 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
     try:
         data = json.loads(path.read_text())
         rows, name, options = data["tensors"], data["format"], data["options"]
+        recipe, calibration = data["recipe"], data["calibration"] and Calibration(**data["calibration"])
         if data["lowbit_plan"] != VERSION:
             raise UsageError(f"{path}: plan version {data['lowbit_plan']}, this lowbit reads {VERSION}")
         form: Format = plugins.load("formats", name)
         _check_same(path, rows, checkpoint)
-        entries = [_read_row(row, checkpoint.weights[row["name"]], form, options) for row in rows]
+        dotted(options, parse_recipe(recipe))
+        entries = [_read_row(row, checkpoint.weights[row["name"]], form) for row in rows]
     except LowbitError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
-    return Plan(name, tuple(entries), options)
+    return Plan(name, tuple(entries), options, recipe, calibration)
 
 
-def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, options: Mapping[str, Any]) -> Entry:
+def _read_row(row: Mapping[str, Any], weight: Weight, form: Format) -> Entry:
     if row.get("tied"):
         return Entry(weight, None, row["reason"], row["tied"])
-    name = row["method"] or "rtn"
-    return _entry(weight, row["scheme"] or "keep", row["reason"], name, _load_method(name, options), form)
+    return _entry(weight, row["scheme"] or "keep", row["reason"], row["method"] or "rtn", form)
 
 
 def _check_same(path: Path, rows: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> None:

@@ -21,8 +21,9 @@ from lowbit.formats import Weight
 from lowbit.methods import Method, Stats
 from lowbit.methods._scales import nest
 from lowbit.schemes import Block, Scheme
+from lowbit.stages._recipe import step_options
 from lowbit.stages.checkpoint import Checkpoint
-from lowbit.stages.plan import Entry, Plan, method_options
+from lowbit.stages.plan import Entry, Plan
 from lowbit.stages.write import Output, Record, as_bytes, digest
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
@@ -170,7 +171,7 @@ def _quantize(plan: Plan, entry: Entry, tensor: Tensor, codes: Tensor, elements:
     weight, scheme = entry.weight, entry.weight.scheme
     assert scheme is not None and entry.method is not None
     method: Method = plugins.load("methods", entry.method)
-    options = method_options(method, entry.method, plan.options)
+    options = step_options(method, entry.method, plan.options)
     view = tensor.reshape(codes.shape)
     hasher, error, pieces = xxhash.xxh3_128(), Error(), []
     with _located(weight.name, tensor):

@@ -1,0 +1,38 @@
+"""eora: the low-rank term with the least error at the layer's output, over the calibration inputs."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowbit.corrections import Correction, LowRank
+from lowbit.corrections._lowrank import Factor, Options, approximate, energies, root_of
+from lowbit.methods import Stats
+
+
+def fit(error: Float[Tensor, "rows cols"], stats: Stats, options: Options) -> LowRank:
+    """EoRA (arXiv:2410.21271, section 3): the best `up @ down` in the eigenspace of the inputs' second moment.
+
+    The paper projects the error by `Q sqrt(L)` of `X^T X = Q L Q^T`, cuts its singular values, and projects back by the
+    inverse; `_lowrank` finds the same product without an inverse.
+    """
+    return approximate(error, _root(stats), options)
+
+
+def spectrum(error: Float[Tensor, "rows cols"], stats: Stats) -> Float[Tensor, "rank"]:
+    """What each further rank takes from the loss, largest first: for `_lowrank.ranks`."""
+    return energies(error, _root(stats))
+
+
+def _root(stats: Stats) -> Factor:
+    moment = stats["second_moment"]
+    return root_of(moment) if moment.any() else Factor(torch.ones(len(moment)))
+
+
+CORRECTION = Correction(
+    about="low-rank error, least at the layer's output over the calibration inputs (EoRA)",
+    fit=fit,
+    options=Options,
+    needs=frozenset({"second_moment"}),
+)

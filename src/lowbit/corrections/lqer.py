@@ -1,0 +1,37 @@
+"""lqer: the error's singular value decomposition, each channel weighted by how large its inputs are."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lowbit.corrections import Correction, LowRank
+from lowbit.corrections._lowrank import Factor, Options, approximate, energies
+from lowbit.methods import Stats
+
+
+def fit(error: Float[Tensor, "rows cols"], stats: Stats, options: Options) -> LowRank:
+    """L2QER (LQER, arXiv:2402.02446, section 3.2): the best `up @ down` in `||(error - up @ down) S||`.
+
+    `S` is the diagonal of the mean absolute inputs; the paper divides it by `sqrt(min * max)`, which changes nothing.
+    Channels that are always 0 weigh nothing; where all are, every channel weighs the same (ZeroQuant-V2's LoRC).
+    """
+    return approximate(error, _scale(stats), options)
+
+
+def spectrum(error: Float[Tensor, "rows cols"], stats: Stats) -> Float[Tensor, "rank"]:
+    """What each further rank takes from the loss, largest first: for `_lowrank.ranks`."""
+    return energies(error, _scale(stats))
+
+
+def _scale(stats: Stats) -> Factor:
+    mean = stats["mean_abs"].float()
+    return Factor(mean if mean.any() else mean + 1)
+
+
+CORRECTION = Correction(
+    about="low-rank error, channels weighted by their mean absolute input (L2QER)",
+    fit=fit,
+    options=Options,
+    needs=frozenset({"mean_abs"}),
+)

@@ -1,0 +1,437 @@
+"""The column loop that GPTQ and its relatives share. See `docs/methods/gptq.md`.
+
+With the error D = W - Q of the columns that are done, the next column k is rounded from the target
+
+    T_k = W_k + sum_i D_i F[k, i]
+
+F is strictly lower triangular in the order of rounding for the first pass: H = R R^T with R upper triangular gives
+F[k, i] = R[i, k] / R[k, k] (QuIP, arXiv:2307.13304, section 3.1; equal to GPTQ, theorem 6). Later passes take the whole
+row, F[k, i] = H[i, k] / H[k, k] for i != k: then T_k is where the error D H D^T is least with all other columns as they
+are. Both are one sweep over blocks of columns: a matrix product for the errors of other blocks, a kernel within one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Literal, final
+
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+from lowbit import native
+from lowbit.methods import Stats
+from lowbit.methods._scales import (
+    Affine,
+    Range,
+    _sorted_levels,
+    block_mean,
+    finish,
+    finite_range,
+    fit,
+    global_divisor,
+    regions,
+    residual,
+    round_scales,
+    round_zeros,
+    shares_rows,
+)
+from lowbit.schemes import Scheme
+from lowbit.tensors import QTensor, block_size, level_table
+
+Order = Literal["static", "none", "group", "aware"]
+
+LANES = 128  # rows that are rounded together; a fixed number, so that products round the same however rows are cut
+_WIDEST = 512  # columns of the widest block whose scale is searched or refitted on the way
+_DOUBLE = 4096  # columns up to which the factorization is in float64
+_ASIDE = 2.0**100  # scale of blocks that are zero throughout: no target is large enough to leave 0
+
+
+@final
+@dataclass(frozen=True)
+class Loop:
+    """What the loop does; the options of the methods that use it.
+
+    Attributes:
+        damp: added to the diagonal of the second moment, as a share of its mean.
+        block: columns between two matrix products.
+        order: of rounding; see `docs/methods/gptq.md`.
+        search: whether scales are searched for the least weighted error, else they cover the range.
+        fresh: whether a block's scale is chosen when its first column is reached, from the targets.
+        passes: of coordinate descent after the first.
+        refit: whether these passes also move scales and zero points.
+    """
+
+    damp: float
+    block: int
+    order: Order
+    search: bool
+    fresh: bool
+    passes: int
+    refit: bool
+
+
+# ---- what depends on the inputs alone ----
+
+
+def prepare(stats: Stats, scheme: Scheme, loop: Loop) -> Stats:
+    """Order, factor and scaled rows of the damped second moment, and the damping that was needed (`damp`, a share).
+
+    Where no damping up to 10 times the mean makes it positive definite (it is not finite), the columns are taken as
+    independent and `damp` is infinite.
+    """
+    moment = stats["second_moment"]
+    cols = moment.shape[0]
+    diagonal = moment.diagonal().clone()
+    order = _order(diagonal, scheme, loop.order)
+    damped, upper, damp = _factor(moment, order, loop.damp)
+    feedback = (upper / upper.diagonal()).T.tril(-1).float().contiguous()
+    found = {"order": order, "feedback": feedback, "damp": torch.tensor([damp])}
+    found["curvature"] = damped.diagonal().float().contiguous()
+    if loop.passes:
+        pull = (damped / damped.diagonal()[:, None]).float()
+        pull.fill_diagonal_(0)
+        found["pull"] = pull[order][:, order].contiguous() if _regroups(scheme, loop, cols) else pull
+    assert feedback.shape == (cols, cols)
+    return {**stats, **found}
+
+
+def _factor(moment: Float[Tensor, "cols cols"], order: Int64[Tensor, "cols"], damp: float) -> tuple[Tensor, Tensor, float]:
+    """The damped moment, and R, upper triangular, with R R^T equal to it in this order; the damping as a share."""
+    exact = moment.double() if moment.shape[0] <= _DOUBLE else moment.clone()
+    diagonal = exact.diagonal()
+    mean = diagonal.mean().item() if exact.numel() else 0.0
+    idle = diagonal == 0  # inputs that are always zero: any code does, round-to-nearest's is taken
+    diagonal[idle] = mean or 1.0
+    back = order.flip(0)
+    for share in [damp * 10**i for i in range(12) if damp * 10**i <= 10] or [damp]:
+        trial = exact.clone()
+        trial.diagonal().add_(share * mean)
+        lower, failed = torch.linalg.cholesky_ex(trial[back][:, back])
+        if not failed and lower.diagonal().isfinite().all():
+            return trial, lower.flip(0, 1), share
+    ones = torch.eye(moment.shape[0], dtype=exact.dtype)
+    return ones, ones, inf
+
+
+def _order(diagonal: Float[Tensor, "cols"], scheme: Scheme, order: Order) -> Int64[Tensor, "cols"]:
+    """Columns in the order of rounding: those of the largest inputs first."""
+    cols = len(diagonal)
+    if order == "none":
+        return torch.arange(cols)
+    if order != "aware":
+        return diagonal.argsort(descending=True, stable=True)
+    width = scheme.block.cols or max(cols, 1)
+    parts = [start + part.argsort(descending=True, stable=True) for start, part in _parts(diagonal, width)]
+    largest = torch.stack([part.max() for _, part in _parts(diagonal, width)]) if parts else diagonal
+    return torch.cat([parts[i] for i in largest.argsort(descending=True, stable=True).tolist()] or [torch.arange(0)])
+
+
+def _parts(diagonal: Float[Tensor, "cols"], width: int) -> list[tuple[int, Tensor]]:
+    return [(start, diagonal[start : start + width]) for start in range(0, len(diagonal), width)]
+
+
+# ---- scales ----
+
+
+def choose(
+    weight: Float[Tensor, "rows cols"],
+    ranges: Range,
+    importance: Float[Tensor, "cols"],
+    scheme: Scheme,
+    search: bool,
+    divisor: float,
+) -> Affine:
+    """Scales that cover the ranges; with `search` those of the least error, weighted by column."""
+    best = fit(ranges, scheme, divisor)
+    if not search or shares_rows(scheme):
+        return best
+    low, high = ranges
+    for rows, cols, down, across, block in regions((weight.shape[0], weight.shape[1]), scheme.block):
+        part, at = weight[rows, cols].float().contiguous(), (down, across)
+        found = _search(part, (low[at], high[at]), importance[cols], best[at], scheme, block)
+        best.scales[at] = found.scales
+        if found.zeros is not None and best.zeros is not None:
+            best.zeros[at] = found.zeros
+    return best
+
+
+def _search(
+    weight: Float[Tensor, "rows cols"],
+    ranges: Range,
+    importance: Float[Tensor, "cols"],
+    best: Affine,
+    scheme: Scheme,
+    block: tuple[int, int],
+) -> Affine:
+    def error_of(affine: Affine) -> Tensor:
+        return block_mean(residual(weight, affine, scheme, block).square_().mul_(importance), block)
+
+    least = error_of(best)
+    for ratio in _ratios(scheme):
+        trial = fit(_scaled(ranges, ratio, scheme), scheme, best.divisor)
+        error = error_of(trial)
+        wins = error < least
+        best, least = trial.where(wins, best), torch.where(wins, error, least)
+    return best
+
+
+def _ratios(scheme: Scheme) -> Iterator[float]:
+    """Factors on the range; upwards too on grids of uneven steps, where a larger scale may fit better."""
+    if scheme.scale == "e8m0":
+        yield from (2.0, 0.5)
+    elif scheme.grid.kind == "int":
+        yield from (1 - i / 20 for i in range(1, 11))
+    else:
+        yield from (1 + i / 16 for i in range(-7, 9) if i)
+
+
+def _scaled(ranges: Range, ratio: float, scheme: Scheme) -> Range:
+    """Ranges scaled towards 0, or towards their own middle where the zero point is free."""
+    low, high = ranges
+    if scheme.zero != "float":
+        return low * ratio, high * ratio
+    margin = (high - low) * ((1 - ratio) / 2)
+    return low + margin, high - margin
+
+
+# ---- the loop ----
+
+
+@final
+@dataclass(frozen=True)
+class _Tile:
+    """Some rows on their way, transposed: a lane is a row. Tensors are changed in place.
+
+    Attributes:
+        weight, error, codes: `error` is weight minus what the code stands for, once there is one.
+        scales: as they are stored, by block.
+        zeros: likewise, None where there are none.
+        idle: blocks of nothing but zeros, which stay zeros.
+        group: block of each column.
+    """
+
+    weight: Float[Tensor, "cols lanes"]
+    error: Float[Tensor, "cols lanes"]
+    codes: UInt8[Tensor, "cols lanes"]
+    scales: Float[Tensor, "blocks lanes"]
+    zeros: Float[Tensor, "blocks lanes"] | None
+    idle: Bool[Tensor, "blocks lanes"]
+    group: Int64[Tensor, "cols"]
+
+    def reordered(self, order: Int64[Tensor, "cols"]) -> _Tile:
+        """The same with columns in another order; scales are shared."""
+        taken = {name: getattr(self, name)[order] for name in ("weight", "error", "codes", "group")}
+        return replace(self, **taken)
+
+
+@final
+@dataclass(frozen=True)
+class _Rule:
+    """What all tiles share: scheme, loop, global divisor, and how codes are found."""
+
+    scheme: Scheme
+    loop: Loop
+    divisor: float
+    coder: native.Coder
+
+    @property
+    def unit(self) -> float:
+        return (1 / torch.tensor(self.divisor)).item()
+
+
+def coder_of(scheme: Scheme) -> native.Coder:
+    """The rule by which `encode` finds codes."""
+    grid = scheme.grid
+    if grid.kind == "int":
+        return native.Coder(2 ** (grid.bits - 1), 2**grid.bits - 1, scheme.zero == "float")
+    levels, codes = _sorted_levels(grid)
+    return native.Coder(levels=levels, codes=codes, table=level_table(grid))
+
+
+def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, loop: Loop) -> QTensor:
+    """Round a weight column by column under prepared statistics.
+
+    Raises:
+        WeightError: NaN or Inf, with its place.
+    """
+    ranges = finite_range(weight, stats, scheme)
+    rule = _Rule(scheme, loop, global_divisor(ranges, stats, scheme), coder_of(scheme))
+    wide = block_size((weight.shape[0], weight.shape[1]), scheme.block)[1]
+    order, permuted = stats["order"], _regroups(scheme, loop, weight.shape[1])
+    view, importance = (weight[:, order], stats["curvature"][order]) if permuted else (weight, stats["curvature"])
+    if permuted:
+        ranges = native.block_range(view, *block_size((view.shape[0], view.shape[1]), scheme.block))[:2]
+    affine = choose(view, ranges, importance, scheme, loop.search and not _on_the_way(rule, wide), rule.divisor)
+    idle = (ranges[0] == 0) & (ranges[1] == 0) & (0.0 in scheme.grid.levels)
+    codes = torch.empty(view.shape, dtype=torch.uint8)
+    local = {**stats, "turn": torch.arange(len(order)) if permuted else order, "importance": importance}
+    for start in range(0, view.shape[0], LANES):
+        _tile_of_rows(view[start : start + LANES], start, affine, idle, local, rule, codes)
+    result = finish(view, affine, scheme)
+    index = None
+    if permuted:
+        back = order.argsort()
+        codes, index = codes[:, back], (back // wide).int()
+    return replace(result, codes=codes, group_index=index)
+
+
+def _regroups(scheme: Scheme, loop: Loop, cols: int) -> bool:
+    """Whether blocks are formed in the order of rounding."""
+    return loop.order == "group" and 0 < scheme.block.cols < cols
+
+
+def _on_the_way(rule: _Rule, wide: int) -> bool:
+    """Whether scales are chosen block by block from the targets."""
+    return rule.loop.fresh and rule.loop.order != "static" and _movable(rule.scheme, wide)
+
+
+def _movable(scheme: Scheme, wide: int) -> bool:
+    """Whether a scale belongs to one row and to few enough columns to be changed during a pass."""
+    return scheme.block.rows == 1 and wide <= _WIDEST
+
+
+def _tile_of_rows(
+    rows: Float[Tensor, "rows cols"],
+    start: int,
+    affine: Affine,
+    idle: Bool[Tensor, "down across"],
+    stats: Stats,
+    rule: _Rule,
+    codes: UInt8[Tensor, "all cols"],
+) -> None:
+    """Round up to `LANES` rows; codes and changed scales go to their places."""
+    count, cols = rows.shape
+    high, wide = block_size((codes.shape[0], cols), rule.scheme.block)
+    lane = (start + torch.arange(LANES).clamp(max=count - 1)) // high
+    full = torch.zeros(cols, LANES)
+    full[:, :count] = rows.T
+    zeros = None if affine.zeros is None else affine.zeros[lane].T.contiguous()
+    empty = torch.zeros(cols, LANES, dtype=torch.uint8)
+    group = torch.arange(cols) // wide
+    own = affine.scales[lane].T.contiguous()
+    tile = _Tile(full, torch.zeros_like(full), empty, own, zeros, idle[lane].T.contiguous(), group)
+    tile = _rounded(tile, stats, rule, wide)
+    codes[start : start + count] = tile.codes[:, :count].T
+    if _movable(rule.scheme, wide):
+        affine.scales[start : start + count] = tile.scales[:, :count].T
+        if affine.zeros is not None and tile.zeros is not None:
+            affine.zeros[start : start + count] = tile.zeros[:, :count].T
+
+
+def _rounded(tile: _Tile, stats: Stats, rule: _Rule, wide: int) -> _Tile:
+    """The first pass in the order of rounding, the others in the order of the columns."""
+    turn = stats["turn"]
+    ordered = tile.reordered(turn)
+    fresh = _on_the_way(rule, wide)
+    for at in _segments(ordered.group, rule.loop.block, fresh):
+        target = torch.addmm(ordered.weight[at], stats["feedback"][at, : at.start], ordered.error[: at.start])
+        if fresh:
+            _fit_fresh(ordered, at, target, stats["importance"][turn[at]], rule)
+        _sweep(ordered, at, target, stats["feedback"], rule)
+    tile = ordered.reordered(turn.argsort())
+    refit = rule.loop.refit and _movable(rule.scheme, wide) and rule.scheme.scale != "e8m0"
+    for _ in range(rule.loop.passes):
+        for at in _segments(tile.group, rule.loop.block, refit):
+            target = torch.addmm(tile.weight[at], stats["pull"][at], tile.error)
+            if refit:
+                _refit(tile, at, target, stats, rule)
+            _sweep(tile, at, target, stats["pull"], rule)
+    return tile
+
+
+def _segments(group: Int64[Tensor, "cols"], block: int, by_group: bool) -> Iterator[slice]:
+    """Runs of columns between matrix products: blocks of equal scale, or a fixed number of columns."""
+    sizes = group.unique_consecutive(return_counts=True)[1].tolist() if by_group else []
+    if not by_group:
+        sizes = [block] * (len(group) // block) + [len(group) % block] * (len(group) % block > 0)
+    start = 0
+    for size in sizes:
+        yield slice(start, start + size)
+        start += size
+
+
+def _sweep(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], factors: Tensor, rule: _Rule) -> None:
+    scale = torch.where(tile.idle, _ASIDE, tile.scales * rule.unit)[tile.group[at]]
+    zero = None if tile.zeros is None else tile.zeros[tile.group[at]]
+    coupling = factors[at, at].T.contiguous()
+    native.sweep(target, tile.weight[at], tile.error[at], coupling, scale, zero, rule.coder, out=tile.codes[at])
+
+
+def _fit_fresh(
+    tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], importance: Float[Tensor, "n"], rule: _Rule
+) -> None:
+    """The scale of one block from its targets."""
+    block, rows = int(tile.group[at.start]), target.T.contiguous()
+    low, high, _ = native.block_range(rows, 1, rows.shape[1])
+    scheme = replace(rule.scheme, block=replace(rule.scheme.block, cols=0))
+    found = choose(rows, (low, high), importance, scheme, rule.loop.search, rule.divisor)
+    live = ~tile.idle[block]
+    tile.scales[block] = torch.where(live, found.scales[:, 0], tile.scales[block])
+    if tile.zeros is not None and found.zeros is not None:
+        tile.zeros[block] = torch.where(live, found.zeros[:, 0], tile.zeros[block])
+
+
+def _refit(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], stats: Stats, rule: _Rule) -> None:
+    """Least squares for the scale of one block, and for its zero point, with codes as they are (rounded to storage)."""
+    block, scheme = int(tile.group[at.start]), rule.scheme
+    codes = tile.codes[at]
+    value = codes.float() - tile.zeros[block] if tile.zeros is not None else level_table(scheme.grid)[codes.long()]
+    scale = tile.scales[block] * rule.unit
+    step = _best_step(tile, at, target, value, stats)
+    ones = torch.ones_like(scale)[None]
+    stored = round_scales((scale + step)[None] * rule.divisor, ones, scheme)[0]
+    moved = _move(tile, at, target, value, stored * rule.unit - scale, stats)
+    tile.scales[block] = torch.where(moved, stored, tile.scales[block])
+    if tile.zeros is None:
+        return
+    scale = tile.scales[block]
+    slope = (-scale).expand_as(value)
+    zero = round_zeros((tile.zeros[block] + _best_step(tile, at, target, slope, stats))[None], scheme)[0]
+    moved = _move(tile, at, target, slope, zero - tile.zeros[block], stats)
+    tile.zeros[block] = torch.where(moved, zero, tile.zeros[block])
+
+
+def _products(
+    tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], value: Float[Tensor, "n lanes"], stats: Stats
+) -> tuple[Float[Tensor, "lanes"], Float[Tensor, "lanes"], Float[Tensor, "n lanes"]]:
+    """v^T H D and v^T H v for the direction v within one block, and what v adds to the targets there."""
+    curvature = stats["importance"][at, None]
+    pulled = stats["pull"][at, at] @ value
+    weighted = curvature * value
+    slope = (weighted * (target - tile.weight[at] + tile.error[at])).sum(0)
+    return slope, (weighted * (value + pulled)).sum(0), pulled
+
+
+def _best_step(
+    tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], value: Float[Tensor, "n lanes"], stats: Stats
+) -> Float[Tensor, "lanes"]:
+    """How far along `value` the error is least."""
+    slope, curve, _ = _products(tile, at, target, value, stats)
+    return torch.where(curve > 0, slope / curve, 0.0)
+
+
+def _move(
+    tile: _Tile,
+    at: slice,
+    target: Float[Tensor, "n lanes"],
+    value: Float[Tensor, "n lanes"],
+    step: Float[Tensor, "lanes"],
+    stats: Stats,
+) -> Bool[Tensor, "lanes"]:
+    """Go along `value` where that lessens the error; says where."""
+    slope, curve, pulled = _products(tile, at, target, value, stats)
+    better = step * (2 * slope - step * curve) > 0
+    step = torch.where(better, step, 0.0)
+    tile.error[at] -= step * value
+    target -= step * pulled
+    return better
+
+
+def objection(scheme: Scheme) -> str | None:
+    """Why the loop cannot serve a scheme."""
+    if scheme.block.flat:
+        return "it goes along the columns of a weight, and flat blocks have none; blocks of columns (g64) do"
+    return None

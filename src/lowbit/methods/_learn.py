@@ -1,0 +1,215 @@
+"""Learning with a whole block: weights as groups, their rounding with its derivatives, and the loop around them.
+
+The straight-through estimator is had in closed form: of a weight `w^ = s (q - z)` with `q = clamp(rint(w / s + v) + z)`
+every derivative follows from that of `w^`, which the block's backward pass gives. So no graph is built through the
+rounding, and the block runs in its own type with plain weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import ceil, isfinite
+from typing import Protocol, final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lowbit.blocks import Block
+from lowbit.methods._scales import Affine, finish, finite_range, fit, global_divisor
+from lowbit.schemes import Grid, Scheme
+from lowbit.tensors import QTensor, block_size
+
+Groups = Float[Tensor, "groups width"]
+PerGroup = Float[Tensor, "groups 1"]
+
+_CHECK = 32  # windows on which the start and the end are compared
+CHUNK = 1 << 18  # weights: what the arithmetic on them takes stays in the cache
+
+
+@final
+@dataclass(frozen=True)
+class Grouped:
+    """A weight as rows of scale groups, the last group of each row filled up with zeros.
+
+    Attributes:
+        scheme: how it is stored.
+        shape: of the weight.
+        values: the groups.
+        low: least value of each group, of the weight alone.
+        high: greatest value of each.
+        divisor: of all scales (NVFP4), else 1.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    values: Groups
+    low: PerGroup
+    high: PerGroup
+    divisor: float
+
+    def fit(self, low: PerGroup, high: PerGroup) -> Affine:
+        """Scales and zero points for these ranges, rounded as they are stored; one row per group."""
+        return fit((low, high), self.scheme, self.divisor)
+
+    def split(self, matrix: Tensor) -> Tensor:
+        """A matrix of the weight's shape as groups, tails filled up with zeros."""
+        return _split(matrix, self.values.shape[1])
+
+    def join(self, groups: Tensor) -> Tensor:
+        """Groups as a matrix of the weight's shape; a view."""
+        return groups.view(self.shape[0], -1)[:, : self.shape[1]]
+
+    def store(self, decoded: Groups, affine: Affine) -> QTensor:
+        """The stored form of values that lie on the grid already: encoding them again meets the same codes."""
+        blocks = (self.shape[0], -1)
+        zeros = None if affine.zeros is None else affine.zeros.view(blocks)
+        whole = Affine(affine.scales.view(blocks), zeros, affine.divisor)
+        return finish(self.join(decoded).contiguous(), whole, self.scheme)
+
+
+def grouped(weight: Float[Tensor, "rows cols"], scheme: Scheme) -> Grouped:
+    """A weight in the groups of a scheme whose blocks lie within rows.
+
+    Raises:
+        WeightError: NaN or Inf, with its place.
+    """
+    weight = weight.detach().float().contiguous()
+    low, high = finite_range(weight, {}, scheme)
+    width = min(block_size((weight.shape[0], weight.shape[1]), scheme.block)[1], max(weight.shape[1], 1))
+    divisor = global_divisor((low, high), {}, scheme)
+    shape = (weight.shape[0], weight.shape[1])
+    return Grouped(scheme, shape, _split(weight, width), low.view(-1, 1), high.view(-1, 1), divisor)
+
+
+def _split(matrix: Tensor, width: int) -> Tensor:
+    rows, cols = matrix.shape
+    tail = ceil(cols / width) * width - cols
+    return (pad(matrix, (0, tail)) if tail else matrix).reshape(-1, width)
+
+
+@final
+@dataclass(frozen=True)
+class Rounded:
+    """Weights on their grid, in units of the scale, and what the derivatives need.
+
+    Attributes:
+        exact: the weight over its scale.
+        level: what the grid has in its place: `q - z`.
+        inside: whether the code was not clipped, so that the rounding's derivative is 1.
+    """
+
+    exact: Groups
+    level: Groups
+    inside: Bool[Tensor, "groups width"]
+
+
+def rounded(weight: Groups, shift: Groups | None, scales: PerGroup, zeros: PerGroup | None, scheme: Scheme) -> Rounded:
+    """The nearest levels of weights that are moved by `shift`, in steps between neighbouring levels."""
+    exact = weight / scales
+    if scheme.grid.kind != "int":
+        return _on_table(exact, shift, scheme.grid)
+    moved = exact if shift is None else exact + shift
+    if zeros is None:
+        half = 2.0 ** (scheme.grid.bits - 1)
+        nearest = moved.round()
+        level = nearest.clamp(-half, half - 1)
+    else:
+        nearest = (moved + zeros).round_().sub_(zeros) if scheme.zero == "float" else moved.round()
+        level = nearest.clamp(-zeros, 2.0**scheme.grid.bits - 1 - zeros)
+    return Rounded(exact, level, nearest == level)
+
+
+def _on_table(exact: Groups, shift: Groups | None, grid: Grid) -> Rounded:
+    """For levels at uneven distances: positions between neighbours are linear, beyond the ends as in the last step."""
+    levels = _levels(grid)
+    above = torch.bucketize(exact, levels).clamp_(1, len(levels) - 1)
+    lower = levels[above - 1]
+    position = (exact - lower) / (levels[above] - lower) + (above - 1)
+    nearest = (position if shift is None else position + shift).round_()
+    index = nearest.clamp(0, len(levels) - 1)
+    return Rounded(exact, levels[index.long()], nearest == index)
+
+
+@cache
+def _levels(grid: Grid) -> Float[Tensor, "levels"]:
+    """Distinct finite levels in ascending order."""
+    return torch.tensor(sorted({level + 0.0 for level in grid.levels if isfinite(level)}))
+
+
+def range_slopes(
+    grad: Groups, at: Rounded, scales: PerGroup, zeros: PerGroup | None, top: float
+) -> tuple[PerGroup, PerGroup]:
+    """Derivatives of the loss by the lower and the upper end of each group's range; `grad` is that by `w^`.
+
+    With `w^ = s (q - z)`: by `s` it is `q - z - w / s` (`q - z` where clipped), by `z` it is 0 (`-s` where clipped).
+    `s = (high - low) / top` and `z = -low / s`, where there is a zero point; else the scale follows the greater end,
+    and the first of both is 0.
+    """
+    kept = grad * at.inside
+    by_scale = (grad * at.level).sum(1, keepdim=True) - (kept * at.exact).sum(1, keepdim=True)
+    if zeros is None:
+        return torch.zeros_like(by_scale), by_scale
+    by_zero = (kept.sum(1, keepdim=True, dtype=torch.float32) - grad.sum(1, keepdim=True, dtype=torch.float32)) * scales
+    by_scale = by_scale - by_zero * zeros / scales
+    return -by_scale / top - by_zero / scales, by_scale / top
+
+
+class Learner(Protocol):
+    """What is learned of one weight."""
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The quantized weight, `[rows, cols]`."""
+
+    def step(self, grad: Tensor, progress: float) -> None:
+        """Go against the loss's derivative by that weight; `progress` runs from 0 to 1."""
+
+
+def descend(block: Block, learners: Mapping[str, Learner], iterations: int, batch: int) -> None:
+    """Steps on batches drawn at random, every window once before any comes again; ends early where the loss is NaN.
+
+    The loss is the squared difference from the float block's output; its mean would change no sign.
+    """
+    dtype = block.target([0]).dtype
+    dice = torch.Generator().manual_seed(block.seed)
+    for step, indices in zip(range(iterations), _batches(block.windows, batch, dice), strict=False):
+        leaves = {name: learner.weight(dtype).detach().requires_grad_() for name, learner in learners.items()}
+        output = block.run(indices, leaves)
+        error = output.detach() - block.target(indices)
+        if not error.abs().max().isfinite():
+            return
+        grads = torch.autograd.grad(output, list(leaves.values()), error, allow_unused=True)
+        for learner, grad in zip(learners.values(), grads, strict=True):
+            if grad is not None:
+                learner.step(grad, step / iterations)
+
+
+def _batches(windows: int, batch: int, dice: torch.Generator) -> Iterator[list[int]]:
+    while True:
+        order: list[int] = torch.randperm(windows, generator=dice).tolist()
+        for start in range(0, max(windows - batch, 0) + 1, batch):
+            yield order[start : start + batch]
+
+
+def best_of(block: Block, candidates: Sequence[Mapping[str, QTensor]], batch: int) -> Mapping[str, QTensor]:
+    """The candidate of the least loss on windows spread over all of them; the first where none is less."""
+    losses = [block_loss(block, candidate, batch) for candidate in candidates]
+    least = min(range(len(losses)), key=lambda i: losses[i] if isfinite(losses[i]) else float("inf"))
+    return candidates[least]
+
+
+@torch.no_grad()
+def block_loss(block: Block, weights: Mapping[str, QTensor], batch: int) -> float:
+    """Mean squared difference from the float block's output on at most 32 windows."""
+    windows = list(range(0, block.windows, ceil(block.windows / _CHECK)))
+    dtype = block.target([0]).dtype
+    decoded = {name: weight.dequantize(dtype) for name, weight in weights.items()}
+    total, count = 0.0, 0
+    for start in range(0, len(windows), batch):
+        some = windows[start : start + batch]
+        error = block.run(some, decoded).float() - block.target(some).float()
+        total, count = total + error.square().sum(dtype=torch.float64).item(), count + error.numel()
+    return total / max(count, 1)

@@ -1,0 +1,246 @@
+"""One block of a model on its own: its weights, filled from the checkpoint, and calls that its model would make.
+
+The arguments that a model hands to its blocks besides the hidden state (masks, positions) are recorded once per number
+of windows, with the blocks replaced by recorders, so that no block but the first has to run for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from lowbit.errors import UnsupportedError
+from lowbit.stages._model import Blueprint, refusals
+from lowbit.stages._products import Region
+
+_HIDDEN = "hidden_states"
+
+
+@final
+class _Reached(Exception):
+    """The model called the last block; what follows is not needed."""
+
+
+@final
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call of a block, its hidden state left out."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    named: bool
+
+    def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments for this hidden state."""
+        if self.named:
+            return self.args, {**self.kwargs, _HIDDEN: hidden}
+        return (hidden, *self.args), dict(self.kwargs)
+
+
+@final
+class _Recorder(nn.Module):
+    """Stands in the place of a block: keeps its arguments and answers with a given output."""
+
+    def __init__(self, block: nn.Module, answer: Any, last: bool) -> None:
+        super().__init__()
+        self.block, self._answer, self._last = block, answer, last
+        self.call: Call | None = None
+        self.hidden: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        named = _HIDDEN in kwargs
+        self.hidden = kwargs.pop(_HIDDEN) if named else args[0]
+        self.call = Call(args if named else args[1:], kwargs, named)
+        if self._last:
+            raise _Reached
+        return self._answer
+
+
+@final
+class Entrance:
+    """What stands before the blocks of a model: turns tokens into the first hidden state, and records calls."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        self._blueprint = blueprint
+        self._calls: dict[int, dict[str, Call]] = {}
+        self._first = next(iter(blueprint.blocks))
+        self._model = blueprint.streamed()
+        self._recorder = _replace(self._model, [self._first], None)[self._first]
+
+    def hidden(self, ids: Int64[Tensor, "windows tokens"]) -> Tensor:
+        """The first block's input for these windows, `[windows, tokens, width]`."""
+        self._run(self._model, ids)
+        assert self._recorder.hidden is not None
+        return self._recorder.hidden
+
+    def calls(self, ids: Int64[Tensor, "windows tokens"]) -> dict[str, Call]:
+        """How the model calls each block for so many windows of this length.
+
+        Raises:
+            UnsupportedError: the arguments depend on the tokens.
+        """
+        if len(ids) not in self._calls:
+            self._calls[len(ids)] = self._calls_for(ids)
+        return self._calls[len(ids)]
+
+    def _calls_for(self, ids: Int64[Tensor, "windows tokens"]) -> dict[str, Call]:
+        paths = list(self._blueprint.blocks)
+        hidden, first = self.hidden(ids), self._recorder.call
+        assert first is not None
+        args, kwargs = first.with_hidden(hidden)
+        answer = self._blueprint.filled(paths[0])(*args, **kwargs)
+        model = self._blueprint.streamed()
+        recorders = _replace(model, paths, answer)
+        found: list[dict[str, Call]] = []
+        for tokens in (ids, (ids + 1) % self._blueprint.vocabulary):
+            self._run(model, tokens)
+            found.append({path: recorder.call for path, recorder in recorders.items() if recorder.call})
+        for path in paths:
+            if not _same(found[0][path], found[1][path]):
+                raise UnsupportedError(
+                    f"{path}: the model hands it more of the tokens than the hidden state, which is not calibrated; "
+                    "use a method without calibration"
+                )
+        return found[0]
+
+    def _run(self, model: nn.Module, ids: Tensor) -> None:
+        with refusals(f"{self._blueprint.checkpoint.path} fails on calibration windows"), suppress(_Reached):
+            model(input_ids=ids, use_cache=False)
+
+
+def _replace(model: nn.Module, paths: Sequence[str], answer: Any) -> dict[str, _Recorder]:
+    """Put recorders in the place of blocks; the last one ends the run."""
+    recorders = {path: _Recorder(model.get_submodule(path), answer, path == paths[-1]) for path in paths}
+    for path, recorder in recorders.items():
+        model.set_submodule(path, recorder)
+    return recorders
+
+
+def _same(one: Call, other: Call) -> bool:
+    left, right = tree_leaves((one.args, dict(one.kwargs))), tree_leaves((other.args, dict(other.kwargs)))
+    pairs = zip(left, right, strict=True)
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
+@final
+@dataclass(frozen=True)
+class Place:
+    """Where a weight of the checkpoint stands: a parameter of the block, and a part of it.
+
+    Attributes:
+        parameter: name in the block.
+        expert: index along the first axis of a stack; None where the parameter is a matrix.
+        rows: the part of the rows of that matrix.
+        turned: whether the parameter holds the transposed weight.
+        swapped: whether the weight is stored as `[inputs, outputs]`.
+    """
+
+    parameter: str
+    expert: int | None
+    rows: slice
+    turned: bool
+    swapped: bool = False
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """View of the weight in the parameter, in the checkpoint's layout."""
+        matrix = parameter if self.expert is None else parameter[self.expert]
+        return (matrix.T if self.turned else matrix)[self.rows]
+
+
+@final
+class LiveBlock:
+    """A filled block: what calibration runs, and whose weights it replaces one after the other."""
+
+    def __init__(self, blueprint: Blueprint, path: str, names: Sequence[str]) -> None:
+        self.path = path
+        self.module = blueprint.filled(path).requires_grad_(False)
+        self._parameters = dict(self.module.named_parameters())
+        sources = blueprint.sources(path)
+        self.places = {name: place for name in names if (place := self._find(blueprint, name, sources)) is not None}
+
+    def _find(self, blueprint: Blueprint, name: str, sources: Mapping[str, frozenset[str]]) -> Place | None:
+        """The part of a parameter that equals the weight; None where it is not there as a whole."""
+        shape = blueprint.checkpoint.weights[name].shape
+        for parameter, made_of in sources.items():
+            tensor = self._parameters[parameter]
+            if name in made_of and len(made_of) == 1 and tuple(tensor.shape) == shape:
+                return Place(parameter, None, slice(None), False)
+            if name in made_of and len(shape) == 2:
+                weight = blueprint.checkpoint.dequantized(name, tensor.dtype)
+                return next(
+                    (place for place in _candidates(parameter, tensor, shape) if _holds(place, tensor, weight)), None
+                )
+        return None
+
+    def weight(self, name: str) -> Tensor:
+        """The weight as a view of its parameter, `[outputs, inputs]`: writing to it changes the block."""
+        return self._logical(name, self._parameters[self.places[name].parameter].detach())
+
+    def region(self, name: str) -> Region:
+        """Where the weight lies in memory, in the checkpoint's layout."""
+        place = self.places[name]
+        return Region(name, place.of(self._parameters[place.parameter].detach()))
+
+    def swap(self, name: str) -> None:
+        """Note that a weight is stored as `[inputs, outputs]`."""
+        self.places[name] = replace(self.places[name], swapped=True)
+
+    def tensor(self, parameter: str) -> Tensor:
+        """A parameter of the block, to read and to write."""
+        return self._parameters[parameter].detach()
+
+    def run(self, call: Call, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The block's output, with the given weights (`[outputs, inputs]`) in the place of its own."""
+        args, kwargs = call.with_hidden(hidden)
+        out = functional_call(self.module, self._replaced(weights or {}), args, kwargs)
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    def _replaced(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters that hold the given weights; differentiable."""
+        parameters: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            place = self.places[name]
+            own = self._parameters[place.parameter]
+            if place == Place(place.parameter, None, slice(None), False):
+                parameters[place.parameter] = weight.to(own.dtype)
+                continue
+            merged = parameters.setdefault(place.parameter, own.detach().clone())
+            self._logical(name, merged).copy_(weight)
+        return parameters
+
+    def _logical(self, name: str, parameter: Tensor) -> Tensor:
+        place = self.places[name]
+        view = place.of(parameter)
+        return view.T if place.swapped else view
+
+
+def _candidates(parameter: str, tensor: Tensor, shape: tuple[int, ...]) -> list[Place]:
+    """Every place that a matrix of this shape may have in a parameter that is merged from several."""
+    experts: list[int | None] = list(range(len(tensor))) if tensor.dim() == 3 else [None]
+    places = []
+    for turned in (False, True):
+        high, wide = (tensor.shape[-1], tensor.shape[-2]) if turned else tuple(tensor.shape[-2:])
+        if wide == shape[1]:
+            starts = range(0, high - shape[0] + 1, shape[0])
+            places += [Place(parameter, e, slice(at, at + shape[0]), turned) for e in experts for at in starts]
+    return places
+
+
+def _holds(place: Place, tensor: Tensor, weight: Tensor) -> bool:
+    view = place.of(tensor)
+    return torch.equal(view[:1], weight[:1]) and torch.equal(view, weight)

@@ -1,0 +1,101 @@
+"""Which weights a block multiplies by, and with which inputs: seen by running it, not by names.
+
+A mode of `torch` watches the products of a forward pass. It knows a weight by the memory that a product reads, so that
+linear layers, GPT-2's transposed ones, merged projections and stacked experts are all seen alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# Operations that multiply rows by a weight, and where the weight and the rows stand among the arguments. `linear` has
+# the weight as [outputs, inputs], the others as [inputs, outputs].
+_LINEAR = torch.nn.functional.linear
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    _LINEAR: (0, 1),
+    torch.addmm: (1, 2),
+    torch.mm: (0, 1),
+    torch.matmul: (0, 1),
+    torch.bmm: (0, 1),
+    Tensor.matmul: (0, 1),
+    Tensor.__matmul__: (0, 1),
+    Tensor.mm: (0, 1),
+    Tensor.bmm: (0, 1),
+    Tensor.addmm: (1, 2),
+}
+
+
+@final
+@dataclass(frozen=True)
+class Region:
+    """Memory of one weight inside a parameter, as a view of `[high, wide]` in the layout of the checkpoint."""
+
+    name: str
+    view: Tensor
+
+    @property
+    def start(self) -> int:
+        """Address of its first element."""
+        return self.view.data_ptr()
+
+    @property
+    def last(self) -> int:
+        """Address of its last element."""
+        steps = sum((size - 1) * stride for size, stride in zip(self.view.shape, self.view.stride(), strict=True))
+        return self.start + steps * self.view.element_size()
+
+
+@final
+@dataclass(frozen=True)
+class Product:
+    """One product with weights that read the same rows.
+
+    Attributes:
+        names: the weights.
+        rows: `[n, inputs]`: what they read.
+        swapped: whether the weights are stored as `[inputs, outputs]`.
+    """
+
+    names: tuple[str, ...]
+    rows: Tensor
+    swapped: bool
+
+
+@final
+class Products(TorchFunctionMode):
+    """Calls `seen` before each product with known weights while it is active."""
+
+    def __init__(self, regions: Mapping[str, Region], seen: Callable[[Product], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._regions, self._seen = sorted(regions.values(), key=lambda region: region.start), seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        places = _PRODUCTS.get(func)
+        if places and len(args) > places[1] and isinstance(args[places[1]], Tensor):
+            for product in self._products(args[places[0]], args[places[1]], func is _LINEAR):
+                self._seen(product)
+        return func(*args, **(kwargs or {}))
+
+    def _products(self, rows: Tensor, weight: Tensor, outputs_first: bool) -> list[Product]:
+        """The products that one operation stands for: one, or one per expert of a stack."""
+        matrix = weight if outputs_first else weight.transpose(-1, -2)
+        if matrix.dim() == 2:
+            return self._one(rows.reshape(-1, rows.shape[-1]), matrix)
+        if matrix.dim() != 3 or rows.dim() != 3:
+            return []
+        return [product for x, part in zip(rows, matrix, strict=True) for product in self._one(x, part)]
+
+    def _one(self, rows: Tensor, matrix: Tensor) -> list[Product]:
+        """`rows @ matrix.T`, where the matrix, `[outputs, inputs]`, holds weights that are known."""
+        whole = Region("", matrix)
+        start, last = whole.start, whole.last
+        inside = [region for region in self._regions if start <= region.start and region.last <= last]
+        straight = [region for region in inside if region.view.stride(-1) == matrix.stride(-1)]
+        found = [(straight, False), ([region for region in inside if region not in straight], True)]
+        return [Product(tuple(r.name for r in regions), rows, swapped) for regions, swapped in found if regions]

@@ -1,0 +1,112 @@
+"""Recipes: `rotate+awq+gptq+eora`, the steps that a method's name may be made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from lowbit import plugins
+from lowbit.corrections import Correction
+from lowbit.errors import UsageError
+from lowbit.methods import Method
+from lowbit.transforms import Transform
+
+ROTATE = "rotate"
+
+
+@final
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to a weight, in order.
+
+    Attributes:
+        rotate: whether the model is rotated first.
+        transforms: plug-ins of `transforms/`, applied to the float weights of a block.
+        method: plug-in of `methods/` that makes the codes.
+        corrections: plug-ins of `corrections/`, fitted to what is left.
+    """
+
+    rotate: bool
+    transforms: tuple[str, ...]
+    method: str
+    corrections: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "+".join([*([ROTATE] if self.rotate else []), *self.transforms, self.method, *self.corrections])
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs windows of text."""
+        method: Method = plugins.load("methods", self.method)
+        return bool(self.transforms or self.corrections or method.needs or method.learn)
+
+
+def parse_recipe(text: str) -> Recipe:
+    """The recipe that names joined by `+` stand for; without a method the last transform's own, or `rtn`.
+
+    Raises:
+        UnsupportedError: a name that nothing has.
+        UsageError: names in an order that makes no sense, or two methods.
+    """
+    names = [name.replace("-", "_") for name in text.split("+")]
+    kinds = [_kind(name) for name in names]
+    order = [ROTATE, "transforms", "methods", "corrections"]
+    if [order.index(kind) for kind in kinds] != sorted(order.index(kind) for kind in kinds):
+        raise UsageError(f"method {text!r}: the order is rotate, then transforms, then one method, then corrections")
+    of = {kind: tuple(name for name, own in zip(names, kinds, strict=True) if own == kind) for kind in order}
+    if len(of["methods"]) > 1:
+        raise UsageError(f"method {text!r} names {len(of['methods'])} methods that make codes; name one")
+    return Recipe(
+        bool(of[ROTATE]), of["transforms"], *(of["methods"] or (_follower(of["transforms"]),)), of["corrections"]
+    )
+
+
+def _kind(name: str) -> str:
+    if name == ROTATE:
+        return ROTATE
+    for folder in ("transforms", "corrections"):
+        if name in plugins.names(folder):
+            return folder
+    plugins.load("methods", name)
+    return "methods"
+
+
+def _follower(transforms: tuple[str, ...]) -> str:
+    """The method where none is named."""
+    record: Transform | None = plugins.load("transforms", transforms[-1]) if transforms else None
+    return record.method if record else "rtn"
+
+
+def dotted(options: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Options by `step.name`; a plain name is the method's.
+
+    Raises:
+        UsageError: an option of a step that the recipe does not have, a name or value that the step does not take.
+    """
+    found = {key if "." in key else f"{recipe.method}.{key}": value for key, value in options.items()}
+    steps = {ROTATE: None} if recipe.rotate else {}
+    steps |= {name: plugins.load("transforms", name) for name in recipe.transforms}
+    steps |= {recipe.method: plugins.load("methods", recipe.method)}
+    steps |= {name: plugins.load("corrections", name) for name in recipe.corrections}
+    for key in found:
+        if key.partition(".")[0] not in steps:
+            raise UsageError(f"option {key}: the recipe {recipe} has no step {key.partition('.')[0]}")
+    for name, record in steps.items():
+        if record is not None:
+            step_options(record, name, found)
+    return found
+
+
+def step_options(record: Method | Transform | Correction, name: str, options: Mapping[str, Any]) -> Any:
+    """The options of one step as its dataclass, defaults filled in.
+
+    Raises:
+        UsageError: an option that the step does not have, or a value of the wrong kind.
+    """
+    own = {key.partition(".")[2]: value for key, value in options.items() if key.partition(".")[0] == name}
+    try:
+        return record.options(**own)
+    except (TypeError, ValueError) as error:
+        known = ", ".join(getattr(record.options, "__dataclass_fields__", {})) or "none"
+        raise UsageError(f"method {name}: {error}; its options are: {known}") from None

@@ -1,0 +1,125 @@
+"""Sites: which weights of a block read one input, in which order, found by running the block once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from lowbit.stages._blocks import LiveBlock
+from lowbit.stages._products import Product, Products
+
+_NUMBER = re.compile(r"\d+")
+
+
+@final
+@dataclass(frozen=True)
+class Step:
+    """Sites whose inputs do not depend on each other: calibrated in one pass, quantized together.
+
+    One site as a rule; one per expert where the block has experts.
+
+    Attributes:
+        sites: names of the weights that read one input, for each site.
+        experts: whether the sites are experts, which see some of the tokens each.
+    """
+
+    sites: tuple[tuple[str, ...], ...]
+    experts: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All weights of the step."""
+        return tuple(name for site in self.sites for name in site)
+
+
+@final
+class Found(Exception):
+    """A pass has seen what it was made for; the rest of the block need not run."""
+
+
+def find_steps(live: LiveBlock, names: Sequence[str], run: Callable[[], object]) -> list[Step]:
+    """The steps of a block in the order in which it uses its weights; notes which are stored transposed.
+
+    Args:
+        live: the block; weights that no product reads are left out of the steps.
+        names: the weights to look for.
+        run: runs the block on some tokens.
+    """
+    seen: list[tuple[str, ...]] = []
+
+    def note(product: Product) -> None:
+        if product.names not in seen:
+            seen.append(product.names)
+        for name in product.names:
+            if product.swapped and not live.places[name].swapped:
+                live.swap(name)
+
+    inputs: list[tuple[int, tuple[int, ...]]] = []
+    kept: list[Tensor] = []  # alive, so that no address is used twice
+
+    def watch(product: Product) -> None:
+        address = (product.rows.data_ptr(), tuple(product.rows.shape))
+        new = product.names not in seen
+        note(product)
+        if new:
+            inputs.append(address)
+            kept.append(product.rows)
+
+    with Products({name: live.region(name) for name in names}, watch):
+        run()
+    sites = _share(seen, inputs)
+    return _merge(_with_silent(sites, [name for name in names if name in live.places]))
+
+
+def _share(seen: Sequence[tuple[str, ...]], inputs: Sequence[object]) -> list[tuple[str, ...]]:
+    """Join products that read one tensor, in the order of the first of them."""
+    joined: dict[object, tuple[str, ...]] = {}
+    for names, address in zip(seen, inputs, strict=True):
+        joined[address] = joined.get(address, ()) + names
+    return list(joined.values())
+
+
+def _with_silent(sites: Sequence[tuple[str, ...]], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Add the sites of experts that got no token: like those of an expert that did."""
+    silent = set(names) - {name for site in sites for name in site}
+    found = list(sites)
+    for name in sorted(silent, key=_numbers):
+        like = next((site for site in sites if any(family(other) == family(name) for other in site)), None)
+        if name in silent and like:
+            site = tuple(_renumber(other, _numbers(name)) for other in like)
+            found.append(site)
+            silent -= set(site)
+    return found
+
+
+def _merge(sites: Sequence[tuple[str, ...]]) -> list[Step]:
+    """Sites whose names differ in numbers alone are experts of one step."""
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for site in sites:
+        groups.setdefault(tuple(family(name) for name in site), []).append(site)
+    return [Step(tuple(sorted(group, key=lambda site: _numbers(site[0]))), len(group) > 1) for group in groups.values()]
+
+
+def family(name: str) -> str:
+    """A name without its numbers: `model.layers.3.mlp.experts.7.w1.weight` and its like in all experts."""
+    return _NUMBER.sub("*", name)
+
+
+def _numbers(name: str) -> tuple[int, ...]:
+    return tuple(map(int, _NUMBER.findall(name)))
+
+
+def _renumber(name: str, numbers: tuple[int, ...]) -> str:
+    """`name` with numbers of another; numbers inside of words (`w1`) stay its own."""
+    own, given = list(_NUMBER.finditer(name)), iter(numbers)
+    pieces, at = [], 0
+    for match in own:
+        number = next(given, None)
+        inside = match.start() > 0 and name[match.start() - 1] != "."
+        pieces += [name[at : match.start()], match[0] if inside or number is None else str(number)]
+        at = match.end()
+    return "".join([*pieces, name[at:]])

@@ -1,0 +1,58 @@
+"""Cross moment: the mean over rows of (x_float - x) x^T, how far the float model's inputs differ along the present ones.
+
+GPTAQ (arXiv:2504.02692) names its sum dXXT.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowbit.stats import State, Statistic
+from lowbit.stats.second_moment import STRIPE, chunk_rows, stripes
+
+
+def start(cols: int, seed: int) -> State:
+    """Float64 sums, stripe by stripe, and the number of rows."""
+    sums = {name: torch.zeros(rows.stop - rows.start, cols).double() for name, rows in stripes(cols).items()}
+    return {"count": torch.zeros(1, dtype=torch.float64)} | sums
+
+
+def update(state: State, rows: Float[Tensor, "n cols"], float_rows: Float[Tensor, "n cols"] | None) -> None:
+    """Add the products of these rows: float32 within a chunk, float64 between chunks."""
+    assert float_rows is not None, "a paired statistic"
+    state["count"] += rows.shape[0]
+    size = chunk_rows(rows.shape[1])
+    for chunk, wanted in zip(rows.split(size), float_rows.split(size), strict=True):
+        part = chunk.float()
+        difference = wanted.float() - part
+        for name, at in stripes(rows.shape[1]).items():
+            state[name] += difference[:, at].T @ part
+
+
+def finish(state: State) -> Float[Tensor, "cols cols"]:
+    """The mean, float32; zero where there was no row. The stripes are given up one by one."""
+    count = state["count"].clamp(min=1).item()
+    names = sorted(name for name in state if name != "count")
+    cols = state[names[0]].shape[1] if names else 0
+    moment = torch.empty(cols, cols)
+    for name, at in stripes(cols).items():
+        moment[at] = state.pop(name).div_(count)
+    return moment
+
+
+def nbytes(cols: int) -> int:
+    """The sums in float64; beside them two chunks in float32 and a stripe's product, or the result in float32."""
+    chunks = 3 * 4 * chunk_rows(cols) * cols + 4 * min(STRIPE, cols) * cols
+    return 8 * cols * cols + 8 + max(chunks, 4 * cols * cols)
+
+
+STATISTIC = Statistic(
+    about="difference of the float model's inputs along the present ones",
+    start=start,
+    update=update,
+    finish=finish,
+    nbytes=nbytes,
+    paired=True,
+)

@@ -1,0 +1,62 @@
+"""Second moment of the inputs: the mean over rows of x x^T, the Hessian of a linear layer's squared output error."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowbit.stats import State, Statistic
+
+STRIPE = 512  # rows of the result that are computed at a time
+_CHUNK_ROWS, _CHUNK_ELEMENTS = 4096, 1 << 24
+
+
+def chunk_rows(cols: int) -> int:
+    """Rows that are multiplied in float32 before their products are added in float64."""
+    return max(min(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(cols, 1)), 1)
+
+
+def stripes(cols: int) -> dict[str, slice]:
+    """Names and rows of the stripes in which the result is kept."""
+    return {f"stripe{start:06d}": slice(start, min(start + STRIPE, cols)) for start in range(0, cols, STRIPE)}
+
+
+def start(cols: int, seed: int) -> State:
+    """Float64 sums of the upper block triangle, stripe by stripe, and the number of rows."""
+    sums = {name: torch.zeros(rows.stop - rows.start, cols - rows.start).double() for name, rows in stripes(cols).items()}
+    return {"count": torch.zeros(1, dtype=torch.float64)} | sums
+
+
+def update(state: State, rows: Float[Tensor, "n cols"], float_rows: Float[Tensor, "n cols"] | None) -> None:
+    """Add the products of these rows: float32 within a chunk, float64 between chunks."""
+    state["count"] += rows.shape[0]
+    for chunk in rows.split(chunk_rows(rows.shape[1])):
+        part = chunk.float()
+        for name, at in stripes(rows.shape[1]).items():
+            state[name] += part[:, at].T @ part[:, at.start :]
+
+
+def finish(state: State) -> Float[Tensor, "cols cols"]:
+    """The mean, float32, symmetric to the bit; zero where there was no row. The stripes are given up one by one."""
+    count = state["count"].clamp(min=1).item()
+    names = sorted(name for name in state if name != "count")
+    cols = state[names[0]].shape[1] if names else 0
+    moment = torch.empty(cols, cols)
+    for name, at in stripes(cols).items():
+        moment[at, at.start :] = state.pop(name).div_(count)
+        moment[at.stop :, at] = moment[at, at.stop :].T
+        square = moment[at, at]
+        moment[at, at] = square.triu() + square.triu(1).T
+    return moment
+
+
+def nbytes(cols: int) -> int:
+    """Half the matrix in float64; beside it a chunk in float32 and a stripe's product, or the result in float32."""
+    sums = 8 * sum((rows.stop - rows.start) * (cols - rows.start) for rows in stripes(cols).values())
+    height = min(STRIPE, cols)
+    chunk = 4 * chunk_rows(cols) * cols + 4 * height * cols
+    return sums + 8 + max(chunk, 4 * cols * cols + 16 * height * height)
+
+
+STATISTIC = Statistic(about="second moment of the inputs", start=start, update=update, finish=finish, nbytes=nbytes)
