@@ -99,17 +99,17 @@ NB_MODULE(_native, module) {
         "sweep",
         [](const FloatsOut& target, const Floats& weight, const FloatsOut& error, const Floats& coupling,
            const Floats& scale, const MaybeFloats& zero, float offset, float code_max, bool round_sum,
-           const MaybeFloats& sorted, const std::optional<Bytes>& sorted_codes, const MaybeFloats& level,
+           bool keep_zeros, const MaybeFloats& sorted, const std::optional<Bytes>& sorted_codes, const MaybeFloats& level,
            const Codes& codes) {
             Sweep of{int64_t(target.shape(0)), int64_t(target.shape(1)), weight.data(), coupling.data(),
                      scale.data(), data_or_null(zero), target.data(), error.data(), codes.data()};
             Levels table;
             if (sorted) table = nearest_level(sorted->data(), sorted_codes->data(), int(sorted->shape(0)));
             kernels().sweep(of, {offset, code_max, round_sum ? Rounding::sum : Rounding::quotient,
-                                 sorted ? &table : nullptr, data_or_null(level)});
+                                 sorted ? &table : nullptr, data_or_null(level), keep_zeros});
         },
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), Unlocked());
+        nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), Unlocked());
     module.def(
         "pack_bits",
         [](const Bytes& codes, int bits, const AnyOut& words) {

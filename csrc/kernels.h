@@ -387,13 +387,16 @@ ErrorSums error(const Grid& grid, Weight weight, const Quantized& quantized) {
 
 // encode(x, zero) gives code and value, both as far as the scale is left out.
 template <class Encode>
-void sweep_lanes(const Sweep& of, float offset, int64_t lane, Encode encode) {
+void sweep_lanes(const Sweep& of, const Coder& coder, int64_t lane, Encode encode) {
+    I least = set(coder.keep_zeros ? 1 : 0);
     for (int64_t j = 0; j < of.cols; j++) {
         int64_t at = j * of.lanes + lane;
-        F scale = load_f32(of.scale + at), zero = of.zero ? load_f32(of.zero + at) : set(offset);
-        auto [code, value] = encode(div(load_f32(of.target + at), scale), zero);
+        F weight = load_f32(of.weight + at), scale = load_f32(of.scale + at);
+        M gone = greater(least, both(bits(weight), set(0x7fffffff)));
+        F exact = floats(select(gone, set(0), bits(div(load_f32(of.target + at), scale))));
+        auto [code, value] = encode(exact, of.zero ? load_f32(of.zero + at) : set(coder.offset));
         store_u8(of.codes + at, code);
-        F error = sub(load_f32(of.weight + at), mul(value, scale)), change = sub(error, load_f32(of.error + at));
+        F error = sub(weight, mul(value, scale)), change = sub(error, load_f32(of.error + at));
         store_f32(of.error + at, error);
         const float* coupling = of.coupling + j * of.cols;
         for (int64_t k = j + 1; k < of.cols; k++) {
@@ -410,7 +413,7 @@ struct CodeAndValue {
 
 void sweep(const Sweep& of, const Coder& coder) {
     auto run = [&](auto encode) {
-        for (int64_t lane = 0; lane < of.lanes; lane += 16) sweep_lanes(of, coder.offset, lane, encode);
+        for (int64_t lane = 0; lane < of.lanes; lane += 16) sweep_lanes(of, coder, lane, encode);
     };
     auto affine = [&](auto round) {
         run([&](F x, F z) {

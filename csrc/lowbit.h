@@ -66,6 +66,7 @@ struct Coder {
     Rounding rounding;
     const Levels* levels;
     const float* level;  // 256 entries, read where `levels` is set
+    bool keep_zeros;     // a weight that is 0 has the target 0
 };
 
 struct ErrorSums {

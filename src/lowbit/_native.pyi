@@ -51,6 +51,7 @@ def sweep(
     offset: float,
     code_max: float,
     round_sum: bool,
+    keep_zeros: bool,
     sorted_levels: Tensor | None,
     sorted_codes: Tensor | None,
     levels: Tensor | None,

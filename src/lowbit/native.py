@@ -172,6 +172,7 @@ class Coder:
         offset: the zero point where none is given.
         code_max: the greatest code, 0 to 255.
         round_sum: whether zero points are added before rounding.
+        keep_zeros: whether weights that are 0 have the target 0.
         levels: ascending values.
         codes: the code of each.
         table: the level of each code, NaN where there is none.
@@ -180,6 +181,7 @@ class Coder:
     offset: int = 0
     code_max: int = 255
     round_sum: bool = False
+    keep_zeros: bool = False
     levels: Float[Tensor, "levels"] | None = None
     codes: UInt8[Tensor, "levels"] | None = None
     table: Float[Tensor, "256"] | None = None
@@ -199,7 +201,7 @@ def sweep(
     """Codes column by column, each with the errors of those before: a lane is a row of a weight, lanes come in 16s.
 
     For j = 0, 1, ...: `out[j]` is the code nearest to `target[j]`; `error[j]` becomes `weight[j]` minus what the code
-    stands for, and `coupling[j, k]` times its change is added to `target[k]` for every k > j. `target` is consumed.
+    stands for, and `coupling[j, k]` times its change is added to `target[k]` for every k > j. `target` is used up.
     """
     shape = _two(target.shape)
     if shape[1] % 16:
@@ -214,7 +216,7 @@ def sweep(
     if (coder.levels is None) != (coder.codes is None) or (coder.levels is None) != (coder.table is None):
         raise ValueError("levels, codes and table of a coder are given together or not at all")
     codes = _out(out, shape)
-    rule = (coder.offset, coder.code_max, coder.round_sum, coder.levels, coder.codes, coder.table)
+    rule = (coder.offset, coder.code_max, coder.round_sum, coder.keep_zeros, coder.levels, coder.codes, coder.table)
     _native.sweep(target, weight, error, coupling, scale, zero, *rule, codes)
 
 

@@ -86,6 +86,12 @@ def random_rotation(width: int, seed: int, signs: bool = True) -> Rotation:
     return Rotation(plus - 2 * flips, tuple(factors))
 
 
+def orthogonal_rotation(width: int, seed: int) -> Rotation:
+    """A rotation drawn uniformly from all orthogonal matrices; it costs `width` operations per channel."""
+    generator = torch.Generator().manual_seed(seed)
+    return Rotation(torch.ones(width, dtype=torch.float64), (_orthogonal(width, generator),))
+
+
 def _orthogonal(order: int, generator: torch.Generator) -> Float[Tensor, "order order"]:
     """Uniform over all orthogonal matrices: QR of a Gaussian with the signs of R's diagonal (Mezzadri 2007)."""
     q, r = torch.linalg.qr(torch.randn(order, order, dtype=torch.float64, generator=generator))

@@ -32,7 +32,8 @@ class Small:
         n = x / x.square().mean(-1, keepdim=True).sqrt() * self.norm.double()
 
         def linear(name: str, value: Tensor) -> Tensor:
-            return rounding.get(name, lambda same: same)(value) @ own[name].T
+            seen = rounding[name](value) if name in rounding else value
+            return torch.nn.functional.linear(seen, own[name])
 
         hidden = torch.nn.functional.silu(linear("gate", n)) * linear("up", n)
         return {"gate": n, "up": n, "down": hidden, "out": x + linear("down", hidden)}

@@ -165,6 +165,21 @@ def test_a_weight_that_is_not_a_number_is_named_with_its_place(tmp_path: Path, v
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+def test_pages_are_given_back_behind_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows far smaller than a tensor change no byte; all but the last two windows of a shard are advised twice."""
+    model = write_model(tmp_path / "m", cols=1024)
+    run(request(model, tmp_path / "whole", shard_bytes=10**6))
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(write, "_WINDOW", 1000)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, size, advice: advised.append((start, size)))
+    run(request(model, tmp_path / "out", shard_bytes=10**6))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    stored = (tmp_path / "whole/model.safetensors").stat().st_size
+    twice = sum(size for _, size in {place for place in advised if advised.count(place) == 2})
+    assert stored - 6000 < twice < stored
+    assert max(size for _, size in advised) <= 1000
+
+
 def test_too_little_disk_is_said_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))

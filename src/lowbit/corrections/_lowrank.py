@@ -2,8 +2,8 @@
 
 `E` is the error of a weight, `[rows, cols]`, and `H`, `[cols, cols]`, says how its input is distributed. Over all
 `B A` of rank r, `tr((E - B A) H (E - B A)^T) = ||(E - B A) H^(1/2)||^2` is least for `B = U`, the first r left singular
-vectors of `E H^(1/2)`, and `A = U^T E` (Eckart-Young: `U U^T M` is the best rank-r approximation of any `M`). So no root of `H`
-is ever inverted, and an `H` without full rank is no special case.
+vectors of `E H^(1/2)`, and `A = U^T E` (Eckart-Young: `U U^T M` is the best rank-r approximation of any `M`). So no
+root of `H` is ever inverted, and an `H` without full rank is no special case.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
+import scipy.linalg  # type: ignore[import-untyped]
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -37,45 +38,46 @@ class Options:
             raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Factor:
-    """`H = root @ root.T`; a vector stands for a diagonal root."""
+def approximate(error: Float[Tensor, "rows cols"], moment: Tensor, options: Options) -> LowRank:
+    """The best term of the options' rank (of the smaller side, where that is less), exact in the options' dtype.
 
-    root: Tensor
-
-    def times(self, x: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
-        """`x @ root`."""
-        return x * self.root if self.root.ndim == 1 else x @ self.root
-
-
-def root_of(moment: Float[Tensor, "cols cols"]) -> Factor:
-    """The root of a symmetric matrix that should have no negative eigenvalue; those that rounding made become 0."""
-    values, vectors = torch.linalg.eigh((moment.double() + moment.double().T) / 2)
-    return Factor((vectors * values.clamp(min=0).sqrt()).float())
+    `moment` is `H`; a vector stands for its diagonal.
+    """
+    matrix, weighted = _gram(error, moment)
+    side = len(matrix)
+    least = max(side - options.rank, 0)
+    _, vectors = scipy.linalg.eigh(matrix.numpy(), subset_by_index=(least, side - 1), driver="evr")
+    up = torch.from_numpy(vectors).flip(1)
+    if weighted is not None:  # the vectors are of the other side: carry them over
+        up = torch.linalg.qr(weighted.double() @ up)[0]
+    return _stored(up.float(), up.float().T @ error, error, DTYPES[options.dtype])
 
 
-def approximate(error: Float[Tensor, "rows cols"], factor: Factor, options: Options) -> LowRank:
-    """The best term of the options' rank (of the smaller side, where that is less), exact in the options' dtype."""
-    weighted = factor.times(error)
-    _, vectors = _principal(weighted)
-    up = vectors[:, : options.rank]
-    if weighted.shape[0] > weighted.shape[1]:  # the vectors are of the other side: carry them over
-        up = torch.linalg.qr((weighted @ up).double())[0].float()
-    return _stored(up, up.T @ error, error, DTYPES[options.dtype])
-
-
-def energies(error: Float[Tensor, "rows cols"], factor: Factor) -> Float[Tensor, "rank"]:
+def energies(error: Float[Tensor, "rows cols"], moment: Tensor) -> Float[Tensor, "rank"]:
     """Squared singular values of the weighted error, largest first: what each further rank takes from the loss."""
-    return _principal(factor.times(error))[0]
+    values: Tensor = torch.linalg.eigvalsh(_gram(error, moment)[0]).flip(0).clamp(min=0).float()
+    return values
 
 
-def _principal(matrix: Float[Tensor, "rows cols"]) -> tuple[Float[Tensor, "side"], Float[Tensor, "side side"]]:
-    """Squared singular values, falling, and the singular vectors of the smaller side as columns; both float32."""
-    rows, cols = matrix.shape
-    gram = matrix @ matrix.T if rows <= cols else matrix.T @ matrix
-    values, vectors = torch.linalg.eigh(gram.double())
-    return values.flip(0).clamp(min=0).float(), vectors.flip(1).float()
+def _gram(
+    error: Float[Tensor, "rows cols"], moment: Tensor
+) -> tuple[Float[Tensor, "side side"], Float[Tensor, "rows cols"] | None]:
+    """`M M^T` of `M = E H^(1/2)` in float64; for a tall error `M^T M`, which is smaller, and `M` itself."""
+    if error.shape[0] <= error.shape[1]:
+        moved = error * moment if moment.ndim == 1 else error @ moment
+        return (moved @ error.T).double(), None
+    weighted = error * moment.sqrt() if moment.ndim == 1 else error @ _root(moment)
+    return (weighted.T @ weighted).double(), weighted
+
+
+def _root(moment: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
+    """A matrix that makes `H` with its transpose; eigenvalues that rounding made negative become 0."""
+    root, failed = torch.linalg.cholesky_ex(moment.double())
+    if failed:
+        values, vectors = torch.linalg.eigh(moment.double())
+        root = vectors * values.clamp(min=0).sqrt()
+    result: Tensor = root.float()
+    return result
 
 
 def _stored(

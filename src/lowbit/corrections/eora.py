@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowbit.corrections import Correction, LowRank
-from lowbit.corrections._lowrank import Factor, Options, approximate, energies, root_of
+from lowbit.corrections._lowrank import Options, approximate, energies
 from lowbit.methods import Stats
 
 
@@ -17,17 +17,17 @@ def fit(error: Float[Tensor, "rows cols"], stats: Stats, options: Options) -> Lo
     The paper projects the error by `Q sqrt(L)` of `X^T X = Q L Q^T`, cuts its singular values, and projects back by the
     inverse; `_lowrank` finds the same product without an inverse.
     """
-    return approximate(error, _root(stats), options)
+    return approximate(error, _moment(stats), options)
 
 
 def spectrum(error: Float[Tensor, "rows cols"], stats: Stats) -> Float[Tensor, "rank"]:
     """What each further rank takes from the loss, largest first: for `_lowrank.ranks`."""
-    return energies(error, _root(stats))
+    return energies(error, _moment(stats))
 
 
-def _root(stats: Stats) -> Factor:
-    moment = stats["second_moment"]
-    return root_of(moment) if moment.any() else Factor(torch.ones(len(moment)))
+def _moment(stats: Stats) -> Tensor:
+    moment = stats["second_moment"].float()
+    return moment if moment.any() else torch.ones(len(moment))
 
 
 CORRECTION = Correction(

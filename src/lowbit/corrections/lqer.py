@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowbit.corrections import Correction, LowRank
-from lowbit.corrections._lowrank import Factor, Options, approximate, energies
+from lowbit.corrections._lowrank import Options, approximate, energies
 from lowbit.methods import Stats
 
 
@@ -16,17 +16,17 @@ def fit(error: Float[Tensor, "rows cols"], stats: Stats, options: Options) -> Lo
     `S` is the diagonal of the mean absolute inputs; the paper divides it by `sqrt(min * max)`, which changes nothing.
     Channels that are always 0 weigh nothing; where all are, every channel weighs the same (ZeroQuant-V2's LoRC).
     """
-    return approximate(error, _scale(stats), options)
+    return approximate(error, _moment(stats), options)
 
 
 def spectrum(error: Float[Tensor, "rows cols"], stats: Stats) -> Float[Tensor, "rank"]:
     """What each further rank takes from the loss, largest first: for `_lowrank.ranks`."""
-    return energies(error, _scale(stats))
+    return energies(error, _moment(stats))
 
 
-def _scale(stats: Stats) -> Factor:
+def _moment(stats: Stats) -> Float[Tensor, "cols"]:
     mean = stats["mean_abs"].float()
-    return Factor(mean if mean.any() else mean + 1)
+    return mean.square() if mean.any() else mean + 1
 
 
 CORRECTION = Correction(

@@ -35,8 +35,8 @@ class Weight:
         dtype: float dtype of the original weight (of the dequantized one, where the original is unknown).
         scheme: how it is stored; None where it stays as it is.
         activations: how a runtime quantizes its inputs, tokens as rows; None where it does not.
-        input_scale: what the activations' scheme stores: the scale of `-tensor`; of NVFP4 the number by which scales are
-            multiplied before they are rounded. None where it stores nothing, or is not calibrated yet.
+        input_scale: what the activations' scheme stores: the scale of `-tensor`; of NVFP4 the number by which scales
+            are multiplied before they are rounded. None where it stores nothing, or is not calibrated yet.
     """
 
     name: str
@@ -59,7 +59,7 @@ def no_activations(scheme: Scheme, weight: Weight) -> Scheme:
         UnsupportedError: always.
     """
     raise UnsupportedError(
-        f"this format stores weights alone, it cannot say that activations are {scheme}; use --format compressed-tensors"
+        f"this format stores weights alone, it cannot declare activations in {scheme}; use --format compressed-tensors"
     )
 
 
@@ -84,8 +84,8 @@ class Format:
             format, or None where it is another's. `specs` are all stored tensors; `read(name)` loads one (small
             ones only).
         owns: `(weight) -> names` of the stored tensors that belong to a recognised weight.
-        fit_activations: `(scheme, weight) -> scheme` of the inputs of a weight whose own scheme is fitted, as this format
-            declares it; raises `UnsupportedError` with the reason.
+        fit_activations: `(scheme, weight) -> scheme` of the inputs of a weight whose own scheme is fitted, as this
+            format declares it; raises `UnsupportedError` with the reason.
     """
 
     about: str

@@ -31,6 +31,18 @@ _READ = {
 EMBEDDING = re.compile(r"(.*[._])?(embed(ding)?s?(_tokens|_positions|_in)?|wte|wpe)")
 
 
+# Fields of `QuantizationArgs` that say how activations are computed, as the package fills in what is absent.
+_DEFAULTS: dict[str, Any] = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": None,
+    "group_size": None,
+    "dynamic": False,
+    "scale_dtype": None,
+}
+
+
 def quantization_config(weights: Sequence[Weight]) -> dict[str, Any] | None:
     """The `quantization_config` that declares how these weights are stored; None where all stay as they are."""
     groups: dict[str, list[Weight]] = {}
@@ -271,12 +283,11 @@ def read_activations(group: Group, scale: torch.dtype | None) -> Scheme | None:
     """
     if group.inputs is None:
         return None
-    found = {"symmetric": True, "dynamic": False, "group_size": None, "strategy": None, "scale_dtype": None}
-    found |= {key: value for key, value in group.inputs.items() if key in found or key in ("num_bits", "type")}
+    found = _DEFAULTS | {key: value for key, value in group.inputs.items() if key in _DEFAULTS}
     found["strategy"] = found["strategy"] or ("group" if found["group_size"] else "tensor")
-    for scheme in _activation_schemes(found.get("group_size"), SCALE_TYPES.get(scale or torch.float32, "f32")):
-        wanted = {key: value for key, value in _input_arguments(scheme).items() if key in found}
-        if {"scale_dtype": None} | wanted == found:
+    for scheme in _activation_schemes(found["group_size"], SCALE_TYPES.get(scale or torch.float32, "f32")):
+        arguments = _input_arguments(scheme)
+        if found == _DEFAULTS | {key: arguments[key] for key in _DEFAULTS.keys() & arguments.keys()}:
             return scheme
     raise FormatError(
         f"{group.name} of quantization_config quantizes activations in a way that is not read: {dict(group.inputs)}"

@@ -124,8 +124,8 @@ def fit_activations(scheme: Scheme, weight: Weight) -> Scheme:
     block = _plain_block(scheme.block, weight.shape[1])
     if block.rows > 1 or scheme.zero == "float" or (block.rows == 0 and scheme.zero != "none"):
         raise UnsupportedError(
-            f"{scheme}: activations have a scale per token (int8-row), per group of a token (fp8-e4m3-g128), or one that "
-            "is stored (int8-tensor, symmetric)"
+            f"{scheme}: activations have a scale per token (int8-row), per group of a token (fp8-e4m3-g128), or one "
+            "that is stored (int8-tensor, symmetric)"
         )
     scheme = replace(scheme, block=block, scale="f32" if block.rows else _scale_type(weight.dtype))
     _check_groups(scheme, weight, _other_groups(scheme, weight))

@@ -45,8 +45,8 @@ Order = Literal["static", "none", "group", "aware"]
 
 LANES = 128  # rows that are rounded together; a fixed number, so that products round the same however rows are cut
 _WIDEST = 512  # columns of the widest block whose scale is searched or refitted on the way
+_NARROWEST = 32  # columns of the narrowest block whose scale is refitted: below, it gains little and costs most
 _DOUBLE = 4096  # columns up to which the factorization is in float64
-_ASIDE = 2.0**100  # scale of blocks that are zero throughout: no target is large enough to leave 0
 
 
 @final
@@ -80,40 +80,40 @@ def prepare(stats: Stats, scheme: Scheme, loop: Loop) -> Stats:
     """Order, factor and scaled rows of the damped second moment, and the damping that was needed (`damp`, a share).
 
     Where no damping up to 10 times the mean makes it positive definite (it is not finite), the columns are taken as
-    independent and `damp` is infinite.
+    independent and `damp` is infinite. The second moment itself is left out of the result.
     """
     moment = stats["second_moment"]
     cols = moment.shape[0]
-    diagonal = moment.diagonal().clone()
-    order = _order(diagonal, scheme, loop.order)
-    damped, upper, damp = _factor(moment, order, loop.damp)
-    feedback = (upper / upper.diagonal()).T.tril(-1).float().contiguous()
-    found = {"order": order, "feedback": feedback, "damp": torch.tensor([damp])}
-    found["curvature"] = damped.diagonal().float().contiguous()
+    order = _order(moment.diagonal(), scheme, loop.order)
+    feedback, curvature, damp = _factor(moment, order, loop.damp)
+    found = {"order": order, "feedback": feedback, "curvature": curvature, "damp": torch.tensor([damp])}
     if loop.passes:
-        pull = (damped / damped.diagonal()[:, None]).float()
-        pull.fill_diagonal_(0)
-        found["pull"] = pull[order][:, order].contiguous() if _regroups(scheme, loop, cols) else pull
-    assert feedback.shape == (cols, cols)
-    return {**stats, **found}
+        rows = order if _regroups(scheme, loop, cols) else torch.arange(cols)
+        found["pull"] = moment[rows[:, None], rows].div_(curvature[rows, None]).fill_diagonal_(0)
+        if damp == inf:
+            found["pull"].zero_()
+    return {name: value for name, value in stats.items() if name != "second_moment"} | found
 
 
-def _factor(moment: Float[Tensor, "cols cols"], order: Int64[Tensor, "cols"], damp: float) -> tuple[Tensor, Tensor, float]:
-    """The damped moment, and R, upper triangular, with R R^T equal to it in this order; the damping as a share."""
-    exact = moment.double() if moment.shape[0] <= _DOUBLE else moment.clone()
-    diagonal = exact.diagonal()
-    mean = diagonal.mean().item() if exact.numel() else 0.0
-    idle = diagonal == 0  # inputs that are always zero: any code does, round-to-nearest's is taken
-    diagonal[idle] = mean or 1.0
+def _factor(
+    moment: Float[Tensor, "cols cols"], order: Int64[Tensor, "cols"], damp: float
+) -> tuple[Float[Tensor, "cols cols"], Float[Tensor, "cols"], float]:
+    """F in this order, the damped diagonal as the columns are, and the damping as a share of its mean.
+
+    R comes of the Cholesky factor of the matrix with its axes reversed.
+    """
     back = order.flip(0)
+    reverse = moment[back[:, None], back].to(torch.float64 if len(order) <= _DOUBLE else torch.float32)
+    diagonal = reverse.diagonal().clone()
+    mean = diagonal.mean().item() if len(order) else 0.0
+    diagonal[diagonal == 0] = mean or 1.0  # inputs that are always zero: any code does, round-to-nearest's is taken
     for share in [damp * 10**i for i in range(12) if damp * 10**i <= 10] or [damp]:
-        trial = exact.clone()
-        trial.diagonal().add_(share * mean)
-        lower, failed = torch.linalg.cholesky_ex(trial[back][:, back])
-        if not failed and lower.diagonal().isfinite().all():
-            return trial, lower.flip(0, 1), share
-    ones = torch.eye(moment.shape[0], dtype=exact.dtype)
-    return ones, ones, inf
+        reverse.diagonal().copy_(diagonal + share * mean)
+        lower, failed = torch.linalg.cholesky_ex(reverse)
+        if not failed and lower.isfinite().all():
+            feedback = lower.div_(lower.diagonal().clone()).T.flip(0, 1).tril_(-1).float()
+            return feedback, (diagonal + share * mean)[back.argsort()].float(), share
+    return torch.zeros_like(moment), torch.ones(len(order)), inf
 
 
 def _order(diagonal: Float[Tensor, "cols"], scheme: Scheme, order: Order) -> Int64[Tensor, "cols"]:
@@ -209,7 +209,6 @@ class _Tile:
         weight, error, codes: `error` is weight minus what the code stands for, once there is one.
         scales: as they are stored, by block.
         zeros: likewise, None where there are none.
-        idle: blocks of nothing but zeros, which stay zeros.
         group: block of each column.
     """
 
@@ -218,13 +217,12 @@ class _Tile:
     codes: UInt8[Tensor, "cols lanes"]
     scales: Float[Tensor, "blocks lanes"]
     zeros: Float[Tensor, "blocks lanes"] | None
-    idle: Bool[Tensor, "blocks lanes"]
     group: Int64[Tensor, "cols"]
 
-    def reordered(self, order: Int64[Tensor, "cols"]) -> _Tile:
-        """The same with columns in another order; scales are shared."""
-        taken = {name: getattr(self, name)[order] for name in ("weight", "error", "codes", "group")}
-        return replace(self, **taken)
+    def reorder(self, order: Int64[Tensor, "cols"]) -> None:
+        """Put columns into another order."""
+        for columns in (self.weight, self.error, self.codes, self.group):
+            columns.copy_(columns[order])
 
 
 @final
@@ -246,9 +244,9 @@ def coder_of(scheme: Scheme) -> native.Coder:
     """The rule by which `encode` finds codes."""
     grid = scheme.grid
     if grid.kind == "int":
-        return native.Coder(2 ** (grid.bits - 1), 2**grid.bits - 1, scheme.zero == "float")
+        return native.Coder(2 ** (grid.bits - 1), 2**grid.bits - 1, scheme.zero == "float", True)
     levels, codes = _sorted_levels(grid)
-    return native.Coder(levels=levels, codes=codes, table=level_table(grid))
+    return native.Coder(keep_zeros=0.0 in grid.levels, levels=levels, codes=codes, table=level_table(grid))
 
 
 def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, loop: Loop) -> QTensor:
@@ -265,11 +263,10 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, l
     if permuted:
         ranges = native.block_range(view, *block_size((view.shape[0], view.shape[1]), scheme.block))[:2]
     affine = choose(view, ranges, importance, scheme, loop.search and not _on_the_way(rule, wide), rule.divisor)
-    idle = (ranges[0] == 0) & (ranges[1] == 0) & (0.0 in scheme.grid.levels)
     codes = torch.empty(view.shape, dtype=torch.uint8)
     local = {**stats, "turn": torch.arange(len(order)) if permuted else order, "importance": importance}
     for start in range(0, view.shape[0], LANES):
-        _tile_of_rows(view[start : start + LANES], start, affine, idle, local, rule, codes)
+        _tile_of_rows(view[start : start + LANES], start, affine, local, rule, codes)
     result = finish(view, affine, scheme)
     index = None
     if permuted:
@@ -297,7 +294,6 @@ def _tile_of_rows(
     rows: Float[Tensor, "rows cols"],
     start: int,
     affine: Affine,
-    idle: Bool[Tensor, "down across"],
     stats: Stats,
     rule: _Rule,
     codes: UInt8[Tensor, "all cols"],
@@ -310,10 +306,9 @@ def _tile_of_rows(
     full[:, :count] = rows.T
     zeros = None if affine.zeros is None else affine.zeros[lane].T.contiguous()
     empty = torch.zeros(cols, LANES, dtype=torch.uint8)
-    group = torch.arange(cols) // wide
-    own = affine.scales[lane].T.contiguous()
-    tile = _Tile(full, torch.zeros_like(full), empty, own, zeros, idle[lane].T.contiguous(), group)
-    tile = _rounded(tile, stats, rule, wide)
+    scales = affine.scales[lane].T.contiguous()
+    tile = _Tile(full, torch.zeros_like(full), empty, scales, zeros, torch.arange(cols) // wide)
+    _round(tile, stats, rule, wide)
     codes[start : start + count] = tile.codes[:, :count].T
     if _movable(rule.scheme, wide):
         affine.scales[start : start + count] = tile.scales[:, :count].T
@@ -321,25 +316,24 @@ def _tile_of_rows(
             affine.zeros[start : start + count] = tile.zeros[:, :count].T
 
 
-def _rounded(tile: _Tile, stats: Stats, rule: _Rule, wide: int) -> _Tile:
+def _round(tile: _Tile, stats: Stats, rule: _Rule, wide: int) -> None:
     """The first pass in the order of rounding, the others in the order of the columns."""
     turn = stats["turn"]
-    ordered = tile.reordered(turn)
+    tile.reorder(turn)
     fresh = _on_the_way(rule, wide)
-    for at in _segments(ordered.group, rule.loop.block, fresh):
-        target = torch.addmm(ordered.weight[at], stats["feedback"][at, : at.start], ordered.error[: at.start])
+    for at in _segments(tile.group, rule.loop.block, fresh):
+        target = torch.addmm(tile.weight[at], stats["feedback"][at, : at.start], tile.error[: at.start])
         if fresh:
-            _fit_fresh(ordered, at, target, stats["importance"][turn[at]], rule)
-        _sweep(ordered, at, target, stats["feedback"], rule)
-    tile = ordered.reordered(turn.argsort())
-    refit = rule.loop.refit and _movable(rule.scheme, wide) and rule.scheme.scale != "e8m0"
+            _fit_fresh(tile, at, target, stats["importance"][turn[at]], rule)
+        _sweep(tile, at, target, stats["feedback"], rule)
+    tile.reorder(turn.argsort())
+    refit = rule.loop.refit and wide >= _NARROWEST and _movable(rule.scheme, wide) and rule.scheme.scale != "e8m0"
     for _ in range(rule.loop.passes):
         for at in _segments(tile.group, rule.loop.block, refit):
             target = torch.addmm(tile.weight[at], stats["pull"][at], tile.error)
             if refit:
                 _refit(tile, at, target, stats, rule)
             _sweep(tile, at, target, stats["pull"], rule)
-    return tile
 
 
 def _segments(group: Int64[Tensor, "cols"], block: int, by_group: bool) -> Iterator[slice]:
@@ -354,7 +348,7 @@ def _segments(group: Int64[Tensor, "cols"], block: int, by_group: bool) -> Itera
 
 
 def _sweep(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], factors: Tensor, rule: _Rule) -> None:
-    scale = torch.where(tile.idle, _ASIDE, tile.scales * rule.unit)[tile.group[at]]
+    scale = tile.scales[tile.group[at]] * rule.unit
     zero = None if tile.zeros is None else tile.zeros[tile.group[at]]
     coupling = factors[at, at].T.contiguous()
     native.sweep(target, tile.weight[at], tile.error[at], coupling, scale, zero, rule.coder, out=tile.codes[at])
@@ -368,7 +362,7 @@ def _fit_fresh(
     low, high, _ = native.block_range(rows, 1, rows.shape[1])
     scheme = replace(rule.scheme, block=replace(rule.scheme.block, cols=0))
     found = choose(rows, (low, high), importance, scheme, rule.loop.search, rule.divisor)
-    live = ~tile.idle[block]
+    live = (tile.weight[at] != 0).any(0)
     tile.scales[block] = torch.where(live, found.scales[:, 0], tile.scales[block])
     if tile.zeros is not None and found.zeros is not None:
         tile.zeros[block] = torch.where(live, found.zeros[:, 0], tile.zeros[block])

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, isfinite
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.blocks import Block
+from lowbit.methods._attention import TiledAttention
 from lowbit.methods._scales import Affine, finish, finite_range, fit, global_divisor
 from lowbit.schemes import Grid, Scheme
 from lowbit.tensors import QTensor, block_size
@@ -141,23 +142,24 @@ def _levels(grid: Grid) -> Float[Tensor, "levels"]:
 
 
 def range_slopes(
-    grad: Groups, at: Rounded, scales: PerGroup, zeros: PerGroup | None, top: float
+    grad: Groups, at: Rounded, scales: PerGroup, low: PerGroup | None, top: float
 ) -> tuple[PerGroup, PerGroup]:
     """Derivatives of the loss by the lower and the upper end of each group's range; `grad` is that by `w^`.
 
     With `w^ = s (q - z)`: by `s` it is `q - z - w / s` (`q - z` where clipped), by `z` it is 0 (`-s` where clipped).
-    `s = (high - low) / top` and `z = -low / s`, where there is a zero point; else the scale follows the greater end,
-    and the first of both is 0.
+    `s = (high - low) / top` and `z = -low / s`, where there is a zero point; else (`low` is None) the scale follows
+    the greater end, and both are the derivative by the scale.
     """
     kept = grad * at.inside
     by_scale = (grad * at.level).sum(1, keepdim=True) - (kept * at.exact).sum(1, keepdim=True)
-    if zeros is None:
-        return torch.zeros_like(by_scale), by_scale
-    by_zero = (kept.sum(1, keepdim=True, dtype=torch.float32) - grad.sum(1, keepdim=True, dtype=torch.float32)) * scales
-    by_scale = by_scale - by_zero * zeros / scales
-    return -by_scale / top - by_zero / scales, by_scale / top
+    if low is None:
+        return by_scale, by_scale
+    clipped = grad.sum(1, keepdim=True, dtype=torch.float32) - kept.sum(1, keepdim=True, dtype=torch.float32)
+    by_scale = (by_scale - clipped * low / scales) / top  # by_zero = -clipped * scales
+    return clipped - by_scale, by_scale
 
 
+@runtime_checkable
 class Learner(Protocol):
     """What is learned of one weight."""
 
@@ -177,7 +179,8 @@ def descend(block: Block, learners: Mapping[str, Learner], iterations: int, batc
     dice = torch.Generator().manual_seed(block.seed)
     for step, indices in zip(range(iterations), _batches(block.windows, batch, dice), strict=False):
         leaves = {name: learner.weight(dtype).detach().requires_grad_() for name, learner in learners.items()}
-        output = block.run(indices, leaves)
+        with TiledAttention():
+            output = block.run(indices, leaves)
         error = output.detach() - block.target(indices)
         if not error.abs().max().isfinite():
             return
@@ -206,7 +209,7 @@ def block_loss(block: Block, weights: Mapping[str, QTensor], batch: int) -> floa
     """Mean squared difference from the float block's output on at most 32 windows."""
     windows = list(range(0, block.windows, ceil(block.windows / _CHECK)))
     dtype = block.target([0]).dtype
-    decoded = {name: weight.dequantize(dtype) for name, weight in weights.items()}
+    decoded = {name: weight.dequantize().to(dtype) for name, weight in weights.items()}
     total, count = 0.0, 0
     for start in range(0, len(windows), batch):
         some = windows[start : start + batch]

@@ -74,6 +74,16 @@ class _SignRound:
         self.factors = [torch.ones_like(self.source.low) for _ in range(2)]
         self.affine = self.source.fit(self.source.low, self.source.high)
 
+    @property
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The range that the factors scale: it holds 0, unless the zero point is free."""
+        low, high = self.source.low, self.source.high
+        return (low, high) if self.source.scheme.zero == "float" else (low.clamp(max=0), high.clamp(min=0))
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        low, high = (end * factor for end, factor in zip(self._ends, self.factors, strict=True))
+        return low, high
+
     def _chunks(self) -> list[slice]:
         groups, width = self.shift.shape
         size = max(CHUNK // max(width, 1), 1)
@@ -100,16 +110,17 @@ class _SignRound:
         groups = self.source.split(grad)
         rate, range_rate = (rate * (1 - progress) for rate in self.rates)
         slopes = [self._move(groups[at], at, rate) for at in self._chunks()]
-        lower, upper = (torch.cat(ends) for ends in zip(*slopes, strict=True))
-        ends = (lower * self.source.low, upper * self.source.high) if self.affine.zeros is not None else (upper, upper)
-        for factor, slope in zip(self.factors, ends, strict=True):
-            factor.sub_(slope.sign_(), alpha=range_rate).clamp_(_LEAST, 1)
-        self.affine = self.source.fit(self.source.low * self.factors[0], self.source.high * self.factors[1])
+        for factor, end, parts in zip(self.factors, self._ends, zip(*slopes, strict=True), strict=True):
+            toward = torch.cat(parts).sign_()
+            factor.sub_(toward if self.affine.zeros is None else toward * end.sign(), alpha=range_rate)
+            factor.clamp_(_LEAST, 1)
+        self.affine = self.source.fit(*self._range())
 
     def _move(self, grad: Tensor, at: slice, rate: float) -> tuple[Tensor, Tensor]:
         weight, shift, scales, zeros = self._parts(at)
         now = rounded(weight, shift, scales, zeros, self.source.scheme)
-        slopes = range_slopes(grad, now, scales, zeros, 2.0**self.source.scheme.grid.bits - 1)
+        low = None if zeros is None else self._range()[0][at]
+        slopes = range_slopes(grad, now, scales, low, 2.0**self.source.scheme.grid.bits - 1)
         shift.sub_((grad * now.inside).sign_(), alpha=rate).clamp_(-_REACH, _REACH)
         return slopes
 

@@ -44,9 +44,7 @@ class Options:
 
 def _loop(options: Options) -> _gptq.Loop:
     search = options.scales == "mse"
-    return _gptq.Loop(
-        options.damp, options.block, options.order, search, options.fresh, options.passes, options.refit
-    )
+    return _gptq.Loop(options.damp, options.block, options.order, search, options.fresh, options.passes, options.refit)
 
 
 def prepare(stats: Stats, scheme: Scheme, options: Options) -> Stats:

@@ -6,8 +6,8 @@ of windows, with the blocks replaced by recorders, so that no block but the firs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowbit.errors import UnsupportedError
 from lowbit.stages._model import Blueprint, refusals
-from lowbit.stages._products import Region
+from lowbit.stages._products import Product, Products, Region
 
 _HIDDEN = "hidden_states"
 
@@ -190,10 +190,10 @@ class LiveBlock:
         """The weight as a view of its parameter, `[outputs, inputs]`: writing to it changes the block."""
         return self._logical(name, self._parameters[self.places[name].parameter].detach())
 
-    def region(self, name: str) -> Region:
-        """Where the weight lies in memory, in the checkpoint's layout."""
-        place = self.places[name]
-        return Region(name, place.of(self._parameters[place.parameter].detach()))
+    def _regions(self, replaced: Mapping[str, Tensor]) -> list[Region]:
+        """Where each weight lies in memory, in the checkpoint's layout."""
+        held = {**self._parameters, **replaced}
+        return [Region(name, place.of(held[place.parameter].detach())) for name, place in self.places.items()]
 
     def swap(self, name: str) -> None:
         """Note that a weight is stored as `[inputs, outputs]`."""
@@ -203,10 +203,22 @@ class LiveBlock:
         """A parameter of the block, to read and to write."""
         return self._parameters[parameter].detach()
 
-    def run(self, call: Call, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The block's output, with the given weights (`[outputs, inputs]`) in the place of its own."""
+    def run(
+        self,
+        call: Call,
+        hidden: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+        watch: Callable[[Product], Tensor | None] | None = None,
+    ) -> Tensor:
+        """The block's output, with the given weights (`[outputs, inputs]`) and parameters in the place of its own.
+
+        `watch` sees every product of a weight with its rows, and may return other rows.
+        """
         args, kwargs = call.with_hidden(hidden)
-        out = functional_call(self.module, self._replaced(weights or {}), args, kwargs)
+        replaced = {**(parameters or {}), **self._replaced(weights or {})}
+        with Products(self._regions(replaced), watch) if watch else nullcontext():
+            out = functional_call(self.module, replaced, args, kwargs)
         found: Tensor = out[0] if isinstance(out, tuple) else out
         return found
 

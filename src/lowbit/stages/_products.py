@@ -6,7 +6,7 @@ linear layers, GPT-2's transposed ones, merged projections and stacked experts a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -69,17 +69,21 @@ class Product:
 
 @final
 class Products(TorchFunctionMode):
-    """Calls `seen` before each product with known weights while it is active."""
+    """Calls `seen` before each product with known weights while it is active; rows that it returns replace those read."""
 
-    def __init__(self, regions: Mapping[str, Region], seen: Callable[[Product], None]) -> None:
+    def __init__(self, regions: Iterable[Region], seen: Callable[[Product], Tensor | None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._regions, self._seen = sorted(regions.values(), key=lambda region: region.start), seen
+        self._regions, self._seen = sorted(regions, key=lambda region: region.start), seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         places = _PRODUCTS.get(func)
         if places and len(args) > places[1] and isinstance(args[places[1]], Tensor):
-            for product in self._products(args[places[0]], args[places[1]], func is _LINEAR):
-                self._seen(product)
+            args = list(args)
+            rows = args[places[0]]
+            for product in self._products(rows, args[places[1]], func is _LINEAR):
+                other = self._seen(product)
+                if other is not None and args[places[1]].dim() == 2:
+                    args[places[0]] = other.view(rows.shape)
         return func(*args, **(kwargs or {}))
 
     def _products(self, rows: Tensor, weight: Tensor, outputs_first: bool) -> list[Product]:

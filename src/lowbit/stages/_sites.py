@@ -10,8 +10,9 @@ from typing import final
 from torch import Tensor
 
 from lowbit.stages._blocks import LiveBlock
-from lowbit.stages._products import Product, Products
+from lowbit.stages._products import Product
 
+Site = tuple[str, ...]  # names of the weights that read one input
 _NUMBER = re.compile(r"\d+")
 
 
@@ -27,7 +28,7 @@ class Step:
         experts: whether the sites are experts, which see some of the tokens each.
     """
 
-    sites: tuple[tuple[str, ...], ...]
+    sites: tuple[Site, ...]
     experts: bool
 
     @property
@@ -41,46 +42,26 @@ class Found(Exception):
     """A pass has seen what it was made for; the rest of the block need not run."""
 
 
-def find_steps(live: LiveBlock, names: Sequence[str], run: Callable[[], object]) -> list[Step]:
+def find_steps(live: LiveBlock, run: Callable[[Callable[[Product], None]], object]) -> list[Step]:
     """The steps of a block in the order in which it uses its weights; notes which are stored transposed.
 
     Args:
         live: the block; weights that no product reads are left out of the steps.
-        names: the weights to look for.
-        run: runs the block on some tokens.
+        run: runs the block on some tokens under the given watch.
     """
-    seen: list[tuple[str, ...]] = []
+    seen: dict[tuple[str, ...], tuple[object, Tensor]] = {}  # the rows stay alive: no address is used twice
 
-    def note(product: Product) -> None:
-        if product.names not in seen:
-            seen.append(product.names)
+    def watch(product: Product) -> None:
+        seen.setdefault(product.names, ((product.rows.data_ptr(), tuple(product.rows.shape)), product.rows))
         for name in product.names:
             if product.swapped and not live.places[name].swapped:
                 live.swap(name)
 
-    inputs: list[tuple[int, tuple[int, ...]]] = []
-    kept: list[Tensor] = []  # alive, so that no address is used twice
-
-    def watch(product: Product) -> None:
-        address = (product.rows.data_ptr(), tuple(product.rows.shape))
-        new = product.names not in seen
-        note(product)
-        if new:
-            inputs.append(address)
-            kept.append(product.rows)
-
-    with Products({name: live.region(name) for name in names}, watch):
-        run()
-    sites = _share(seen, inputs)
-    return _merge(_with_silent(sites, [name for name in names if name in live.places]))
-
-
-def _share(seen: Sequence[tuple[str, ...]], inputs: Sequence[object]) -> list[tuple[str, ...]]:
-    """Join products that read one tensor, in the order of the first of them."""
+    run(watch)
     joined: dict[object, tuple[str, ...]] = {}
-    for names, address in zip(seen, inputs, strict=True):
+    for names, (address, _) in seen.items():
         joined[address] = joined.get(address, ()) + names
-    return list(joined.values())
+    return _merge(_with_silent(list(joined.values()), list(live.places)))
 
 
 def _with_silent(sites: Sequence[tuple[str, ...]], names: Sequence[str]) -> list[tuple[str, ...]]:

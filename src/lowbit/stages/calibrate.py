@@ -7,56 +7,43 @@ with round-to-nearest and with `mse`; the best is kept.
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from lowbit import plugins
+from lowbit.blocks import Block
+from lowbit.blocks import Site as BlockSite
 from lowbit.budget import Estimate, MemoryWatch
-from lowbit.methods import Method, Stats
-from lowbit.schemes import Scheme
+from lowbit.methods import Method
+from lowbit.stages._activations import input_scale, rounded
 from lowbit.stages._blocks import Call, Entrance, LiveBlock
+from lowbit.stages._fold import Producer, effective, find_producer
+from lowbit.stages._jobs import Job, Made, error_facts
 from lowbit.stages._model import Blueprint, open_blueprint
-from lowbit.stages._products import Product, Products
-from lowbit.stages._recipe import step_options
-from lowbit.stages._sites import Found, Step, find_steps
+from lowbit.stages._observe import Accumulator, Observer, Seen, Watch, Windows, split_windows
+from lowbit.stages._products import Product
+from lowbit.stages._recipe import Recipe, parse_recipe, step_options
+from lowbit.stages._sites import Found, Site, Step, find_steps
 from lowbit.stages._streams import Kind, Streams
 from lowbit.stages.checkpoint import Checkpoint
-from lowbit.stages.plan import Entry, Plan
-from lowbit.stages.quantize import Progress, _one_torch_thread, _tensor_stats, join, pieces_of, silent
+from lowbit.stages.plan import OUTSIDE, Entry, Plan
+from lowbit.stages.quantize import Progress, one_torch_thread, silent, tensor_stats
 from lowbit.stages.write import WORK, Output, Record, digest
-from lowbit.stats import State, Statistic
 from lowbit.tensors import QTensor
+from lowbit.transforms import Transform
 
-RIVALS = ("rtn", "mse")
-_HELD_SHARE = 16
-_ROWS = 1024
-_TOKENS = 4096
 _LENGTH = 2048
-
-
-@final
-@dataclass(frozen=True)
-class Windows:
-    """Calibration windows: the first `fit` are learned from, the others judge."""
-
-    ids: Int64[Tensor, "windows tokens"]
-    fit: int
-
-    @property
-    def batches(self) -> list[slice]:
-        """Runs of windows that go through a block together; none holds windows of both kinds."""
-        step = max(_TOKENS // self.ids.shape[1], 1)
-        runs = [(0, self.fit), (self.fit, len(self.ids))]
-        return [slice(at, min(at + step, stop)) for start, stop in runs for at in range(start, stop, step)]
+_ABSMAX = "absmax"
 
 
 def default_length(source: Checkpoint) -> int:
@@ -66,49 +53,6 @@ def default_length(source: Checkpoint) -> int:
     return min(longest, _LENGTH) if isinstance(longest, int) and longest > 0 else _LENGTH
 
 
-def split_windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
-    """Keep a sixteenth of the windows, at least one where there are two, for judging."""
-    held = max(len(ids) // _HELD_SHARE, 1) if len(ids) > 1 else 0
-    return Windows(ids, len(ids) - held)
-
-
-@final
-@dataclass(frozen=True)
-class SiteStats:
-    """What calibration saw at one site: the statistics asked for, rows to judge by, and the number of rows."""
-
-    stats: Stats
-    held: Float[Tensor, "n cols"]
-    rows: int
-
-
-@final
-class _Accumulator:
-    """Statistics of one site while rows come in."""
-
-    def __init__(self, needs: Sequence[str], seed: int) -> None:
-        self._kinds: dict[str, Statistic] = {name: plugins.load("stats", name) for name in needs}
-        self._states: dict[str, State] = {}
-        self._held: list[Tensor] = []
-        self._seed, self.rows = seed, 0
-
-    def fit(self, rows: Tensor, reference: Tensor | None) -> None:
-        if not self._states:
-            self._states = {name: kind.start(rows.shape[1], self._seed) for name, kind in self._kinds.items()}
-        for name, kind in self._kinds.items():
-            kind.update(self._states[name], rows, reference if kind.paired else None)
-        self.rows += len(rows)
-
-    def hold(self, rows: Tensor) -> None:
-        self._held.append(rows.clone())
-
-    def finish(self) -> SiteStats:
-        stats = {name: kind.finish(self._states.pop(name)) for name, kind in self._kinds.items() if self._states}
-        held = torch.cat(self._held) if self._held else torch.empty(0, 0)
-        step = max(-(-len(held) // _ROWS), 1)
-        return SiteStats(stats, held[::step].float(), self.rows)
-
-
 @final
 @dataclass(frozen=True)
 class Calibration:
@@ -116,17 +60,13 @@ class Calibration:
 
     source: Checkpoint
     plan: Plan
+    recipe: Recipe
     output: Output
     way: Estimate
     blueprint: Blueprint
     windows: Windows
     streams: Streams
     entrance: Entrance
-
-    def entries(self, path: str) -> list[Entry]:
-        """The entries of one block, in the order of the plan."""
-        inside = self.blueprint.blocks[path]
-        return [entry for entry in self.plan.entries if entry.weight.name in inside]
 
     def call(self, path: str, windows: int) -> Call:
         """How the model calls a block with so many windows."""
@@ -147,36 +87,59 @@ def calibrate(
     Raises:
         WeightError: NaN or Inf in a weight, naming tensor and index.
         CheckpointError: the model cannot be run.
+        UnsupportedError: its blocks cannot be run on their own.
         ResourceError: the disk is full, or the memory limit was passed.
     """
-    blueprint = open_blueprint(source, torch.bfloat16)
+    blueprint = open_blueprint(source, compute_dtype(plan))
     paths = list(blueprint.blocks)
-    names = [{entry.weight.name for entry in plan.entries} & blueprint.blocks[path] for path in paths]
-    done = next((k for k, inside in enumerate(names) if not inside <= output.records.keys()), len(paths))
+    stored = {entry.weight.name for entry in plan.entries if not entry.tied}
+    wanted = [stored & blueprint.blocks[path] for path in paths]
+    done = next((k for k, names in enumerate(wanted) if not names <= output.records.keys()), len(paths))
     if done == len(paths):
         return
     with torch.no_grad():
-        entrance = Entrance(blueprint)
-        width = entrance.hidden(ids[:1]).shape[-1]
-        streams = Streams(output.path / WORK / "hidden", (*ids.shape, width), blueprint.dtype, _kinds(plan))
-        work = Calibration(source, plan, output, way, blueprint, split_windows(ids), streams, entrance)
-        start = streams.latest(done)
+        work = _begin(source, plan, output, way, blueprint, ids)
+        start = work.streams.latest(done)
         if start == 0:
             _enter(work)
         for k in range(start, len(paths)):
             progress("calibrate", k, len(paths))
             watch.check()
             _BlockRun(work, paths[k], k).run()
-            streams.forget(k + 1)
+            work.streams.forget(k + 1)
         progress("calibrate", len(paths), len(paths))
 
 
-def _kinds(plan: Plan) -> tuple[Kind, ...]:
-    """The float stream is kept where a method compares with it."""
-    methods: list[Method] = [plugins.load("methods", name) for name in {e.method for e in plan.entries} if name]
-    paired = any(plugins.load("stats", name).paired for method in methods for name in method.needs)
-    learns = any(method.learn for method in methods)
-    return ("quantized", "float") if paired or learns else ("quantized",)
+def compute_dtype(plan: Plan) -> torch.dtype:
+    """The type in which calibration computes."""
+    assert plan.calibration is not None
+    if plan.calibration.dtype != "auto":
+        found: torch.dtype = getattr(torch, plan.calibration.dtype)
+        return found
+    sources = {entry.weight.dtype for entry in plan.entries if entry.weight.scheme}
+    return torch.bfloat16 if sources == {torch.bfloat16} and computes_bfloat16() else torch.float32
+
+
+def computes_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices by itself."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", info.read_text()) is not None
+
+
+def _begin(
+    source: Checkpoint, plan: Plan, output: Output, way: Estimate, blueprint: Blueprint, ids: Tensor
+) -> Calibration:
+    entrance, recipe = Entrance(blueprint), parse_recipe(plan.recipe)
+    shape = (*ids.shape, entrance.hidden(ids[:1]).shape[-1])
+    streams = Streams(output.path / WORK / "hidden", shape, blueprint.dtype, _kinds(recipe))
+    return Calibration(source, plan, recipe, output, way, blueprint, split_windows(ids), streams, entrance)
+
+
+def _kinds(recipe: Recipe) -> tuple[Kind, ...]:
+    """The float stream is kept where something compares with it."""
+    method: Method = plugins.load("methods", recipe.method)
+    paired = any(plugins.load("stats", name).paired for name in method.needs)
+    return ("quantized", "float") if paired or method.learn or recipe.transforms else ("quantized",)
 
 
 def _enter(work: Calibration) -> None:
@@ -189,192 +152,294 @@ def _enter(work: Calibration) -> None:
 
 @final
 class _BlockRun:
-    """The work on one block."""
+    """The work on one block: transform, learn or quantize step by step, store, and pass on what it computes."""
 
     def __init__(self, work: Calibration, path: str, index: int) -> None:
         self.work, self.path, self.index = work, path, index
-        self.entries = {entry.weight.name: entry for entry in work.entries(path)}
+        inside = work.blueprint.blocks[path]
+        self.entries = {e.weight.name: e for e in work.plan.entries if e.weight.name in inside and not e.tied}
         matrices = [name for name, entry in self.entries.items() if len(entry.weight.shape) == 2]
         self.live = LiveBlock(work.blueprint, path, matrices)
         self.inputs = work.streams.read("quantized", index)
+        self.floats: dict[str, Tensor] = {}  # weights that a transform changed, float32
+        self.made: dict[str, QTensor] = {}
+        self.scales: dict[str, float | None] = {}  # of activations, where they are stored
 
     def run(self) -> None:
         """All of it; weights are committed one by one, the block's outputs at the end."""
         if "float" in self.work.streams.kinds:
             self._forward("float", self.work.streams.read("float", self.index))
-        targets = [name for name, entry in self.entries.items() if entry.weight.scheme]
-        steps = find_steps(self.live, targets, lambda: self._batch(slice(0, 1)))
+        steps = find_steps(self.live, lambda watch: self._batch(slice(0, 1), watch=watch))
+        for name in self.work.recipe.transforms:
+            self._transform(name, steps)
+        reference = self._reference()
+        if self._method().learn:
+            self._learn(steps)
         for at, step in enumerate(steps):
             later = frozenset(name for other in steps[at + 1 :] for name in other.names)
-            self._quantize(step, self._observe(step, later))
-        for name, entry in self.entries.items():
-            if entry.weight.scheme is None:
-                self._keep(entry)
+            self._quantize(step, self._observe(step, later, reference))
+        self._keep()
         self._forward("quantized", self.inputs)
 
-    def _batch(self, batch: slice, inputs: Tensor | None = None) -> Tensor:
+    def _method(self) -> Method:
+        method: Method = plugins.load("methods", self.work.recipe.method)
+        return method
+
+    def _targets(self, names: Sequence[str]) -> list[str]:
+        """Those of the weights that are quantized and not done yet."""
+        return [name for name in names if self.entries[name].weight.scheme and name not in self.made]
+
+    def _weight(self, name: str) -> Tensor:
+        """A weight in float32, `[outputs, inputs]`, as the transforms left it."""
+        if name in self.floats:
+            return self.floats[name]
+        tensor = self.work.source.tensor(name)
+        return (tensor.T if self.live.places[name].swapped else tensor).float().contiguous()
+
+    def _batch(
+        self,
+        batch: slice | Sequence[int],
+        inputs: Tensor | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """The block's output for some windows."""
         hidden = (self.inputs if inputs is None else inputs)[batch]
-        return self.live.run(self.work.call(self.path, len(hidden)), hidden)
+        call = self.work.call(self.path, len(hidden))
+        return self.live.run(call, hidden, weights, parameters, watch or self._rounding())
+
+    def _rounding(self, factors: Mapping[str, Tensor] | None = None) -> Watch | None:
+        """A watch that rounds activations, of the weights that are on their grid by now; None where none is rounded."""
+        rounds = {n: e.weight.activations for n, e in self.entries.items() if e.weight.activations}
+        if not rounds:
+            return None
+
+        def watch(product: Product) -> Tensor | None:
+            scheme, name = rounds.get(product.names[0]), product.names[0]
+            if scheme is None or (factors is None and name not in self.made):
+                return None
+            return rounded(product.rows, scheme, self.scales.get(name), (factors or {}).get(name))
+
+        return watch
 
     def _forward(self, kind: Kind, inputs: Tensor) -> None:
         with self.work.streams.writing(kind, self.index + 1) as outputs:
             for batch in self.work.windows.batches:
                 outputs[batch] = self._batch(batch, inputs)
 
-    def _observe(self, step: Step, later: frozenset[str]) -> dict[tuple[str, ...], SiteStats]:
-        """Statistics of each site of a step."""
-        found = {site: _Accumulator(self._needs(site), self.index) for site in step.sites}
-        site_of = {name: site for site in step.sites for name in site}
-        regions = {name: self.live.region(name) for name in (*step.names, *later)}
-        for batch in self.work.windows.batches:
-            take = _Accumulator.fit if batch.start < self.work.windows.fit else _Accumulator.hold
-            done: set[tuple[str, ...]] = set()
+    def _reference(self) -> LiveBlock | None:
+        """The float block beside the one that is being quantized, where a statistic compares the two."""
+        if not any(plugins.load("stats", name).paired for name in self._method().needs):
+            return None
+        twin = LiveBlock(self.work.blueprint, self.path, list(self.live.places))
+        twin.places = self.live.places
+        for name, _ in twin.module.named_parameters():
+            twin.tensor(name).copy_(self.live.tensor(name))
+        return twin
 
-            def see(product: Product, take: Any = take, done: set[tuple[str, ...]] = done) -> None:
-                if product.names[0] in later:
-                    raise Found
-                site = site_of[product.names[0]]
-                if site not in done:
-                    done.add(site)
-                    rows = (product.rows, None) if take is _Accumulator.fit else (product.rows,)
-                    take(found[site], *rows)
+    def _observe(self, step: Step, later: frozenset[str], reference: LiveBlock | None) -> dict[Site, Seen]:
+        """Statistics of each site of a step that has something to quantize."""
+        sites = {site: Accumulator(self._needs(site), self.index) for site in step.sites if self._targets(site)}
+        observer = Observer(sites, later)
+        for batch in self.work.windows.batches if sites else ():
+            if reference:
+                hidden = self.work.streams.read("float", self.index)[batch]
+                with suppress(Found):
+                    reference.run(self.work.call(self.path, len(hidden)), hidden, watch=observer.reference())
+            rounding, watch = self._rounding(), observer.watch(batch.start >= self.work.windows.fit)
 
-            with suppress(Found), Products(regions, see):
-                self._batch(batch)
-        return {site: each.finish() for site, each in found.items()}
+            def both(product: Product, watch: Watch = watch, rounding: Watch | None = rounding) -> Tensor | None:
+                watch(product)
+                return rounding(product) if rounding else None
 
-    def _needs(self, site: tuple[str, ...]) -> list[str]:
-        methods: list[Method] = [plugins.load("methods", self.entries[name].method or "rtn") for name in site]
-        return sorted({need for method in methods for need in method.needs})
+            with suppress(Found):
+                self._batch(batch, watch=both)
+        return {site: each.finish() for site, each in sites.items()}
 
-    def _quantize(self, step: Step, seen: Mapping[tuple[str, ...], SiteStats]) -> None:
+    def _needs(self, site: Site) -> list[str]:
+        weights = [self.entries[name] for name in self._targets(site)]
+        methods: list[Method] = [plugins.load("methods", entry.method) for entry in weights if entry.method]
+        needs = {need for method in methods for need in method.needs}
+        needs |= {need for name in self.work.recipe.corrections for need in plugins.load("corrections", name).needs}
+        return sorted(needs | ({_ABSMAX} if any(entry.weight.activations for entry in weights) else set()))
+
+    def _quantize(self, step: Step, seen: Mapping[Site, Seen]) -> None:
         """Quantize the weights of a step, put them into the block, and store them."""
-        jobs = [self._job(name, seen[site]) for site in step.sites for name in site]
-        with _one_torch_thread(), ThreadPoolExecutor(self.work.way.threads, "calibrate") as pool:
-            pieces = [(job, pool.submit(job.piece, *at)) for job in jobs for at in job.places()]
+        jobs = [job for site, found in seen.items() for job in self._jobs(site, found)]
+        with one_torch_thread(), ThreadPoolExecutor(self.work.way.threads, "calibrate") as pool:
+            pieces = [(job, pool.submit(job.piece, *place)) for job in jobs for place in job.places()]
             for job in jobs:
                 made = job.choose([future.result() for owner, future in pieces if owner is job])
-                self.live.weight(job.entry.weight.name).copy_(made.qtensor.dequantize())
-                self._commit(job.entry, made)
+                self._settle(job.entry, made)
 
-    def _job(self, name: str, seen: SiteStats) -> _Job:
-        entry, weight = self.entries[name], self.live.weight(name).float()
-        assert entry.weight.scheme is not None and entry.method is not None
-        method: Method = plugins.load("methods", entry.method)
-        options = step_options(method, entry.method, self.work.plan.options)
-        stats = {**method.prepare(seen.stats, entry.weight.scheme, options)}
-        stats |= _tensor_stats(weight, entry.weight.scheme, self.work.way.piece)
-        return _Job(entry, weight, stats, seen.held, options, self.work.way.piece)
+    def _jobs(self, site: Site, seen: Seen) -> list[Job]:
+        """A job for each weight of a site; what a method prepares is shared by those of one scheme."""
+        prepared: dict[Any, Any] = {}
+        jobs = []
+        for name in self._targets(site):
+            entry, weight = self.entries[name], self._weight(name)
+            scheme = entry.weight.scheme
+            assert scheme is not None and entry.method is not None
+            method: Method = plugins.load("methods", entry.method)
+            options = step_options(method, entry.method, self.work.plan.options)
+            if method.learn or not method.needs <= seen.stats.keys():
+                entry, method, options = replace(entry, method=OUTSIDE), plugins.load("methods", OUTSIDE), None
+                options = method.options()
+            key = (entry.method, scheme)
+            if key not in prepared:
+                prepared[key] = method.prepare(seen.stats, scheme, options)
+            if entry.weight.activations:
+                self.scales[name] = input_scale(float(seen.stats[_ABSMAX].max()), entry.weight.activations)
+            stats = {**prepared[key], **tensor_stats(weight, scheme, self.work.way.piece)}
+            jobs.append(Job(entry, weight, stats, seen.held, options, self.work.way.piece))
+        return jobs
 
-    def _commit(self, entry: Entry, made: _Made) -> None:
-        output, plan = self.work.output, self.work.plan
-        source = digest(self.work.source.tensor(entry.weight.name).contiguous())
-        if entry.weight.name in output.records:
+    def _settle(self, entry: Entry, made: Made) -> None:
+        """Put a result into the block, and into the output unless it is there from an earlier run."""
+        name, output = entry.weight.name, self.work.output
+        self.live.weight(name).copy_(made.qtensor.dequantize())
+        self.made[name] = made.qtensor
+        if name in output.records:
             return
+        source = digest(self.work.source.tensor(name).contiguous())
         parts = output.into(entry, mapped=False)
-        plan.rules.pack(entry.weight, made.qtensor, parts)
+        weight = replace(entry.weight, input_scale=self.scales.get(name))
+        self.work.plan.rules.pack(weight, made.qtensor, parts)
         output.store(parts)
-        meant = {name: digest(part.contiguous()) for name, part in made.qtensor.parts()}
-        stored = {name: digest(part) for name, part in parts.items()}
-        output.commit(Record(entry.weight.name, source, meant, stored, made.facts))
+        meant = {part: digest(tensor.contiguous()) for part, tensor in made.qtensor.parts()}
+        stored = {part: digest(tensor) for part, tensor in parts.items()}
+        output.commit(Record(name, source, meant, stored, made.facts))
 
-    def _keep(self, entry: Entry) -> None:
-        output, name = self.work.output, entry.weight.name
-        if entry.tied or name in output.records:
-            return
-        tensor = self.work.source.tensor(name).contiguous()
-        output.store({name: tensor})
-        found = digest(tensor)
-        output.commit(Record(name, found, {"weight": found}, {name: found}, {"method": None, "seconds": 0.0}))
+    def _keep(self) -> None:
+        """Store what is not quantized, changed by a transform or not."""
+        for name, entry in self.entries.items():
+            if entry.weight.scheme or name in self.work.output.records:
+                continue
+            stored = self.work.source.tensor(name).contiguous()
+            source = digest(stored)
+            if name in self.floats:
+                stored = self.floats[name].to(entry.weight.dtype).contiguous()
+            self.work.output.store({name: stored})
+            found = digest(stored)
+            facts = {"method": None, "seconds": 0.0, "folded": name in self.floats}
+            self.work.output.commit(Record(name, source, {"weight": found}, {name: found}, facts))
 
+    # Transforms.
 
-@final
-@dataclass(frozen=True)
-class _Piece:
-    """Candidates for a run of rows: each method's result, and its squared output error."""
+    def _transform(self, name: str, steps: Sequence[Step]) -> None:
+        """Let a transform choose factors for each site in the order of use, and fold them."""
+        transform: Transform = plugins.load("transforms", name)
+        options = step_options(transform, name, self.work.plan.options)
+        sites = {site: Accumulator(sorted(transform.needs), self.index) for step in steps for site in step.sites}
+        observer = Observer(sites, frozenset())
+        for batch in self.work.windows.batches:
+            if batch.start < self.work.windows.fit:
+                self._batch(batch, watch=observer.watch(False))
+        for site, accumulator in sites.items():
+            stats = accumulator.finish().stats
+            producer = self._producer(site) if self._targets(site) and stats else None
+            if producer:
+                block = self._block(steps)
+                where = BlockSite(tuple(self._targets(site)), self._weight(site[0]).shape[1], True)
+                factors = transform.search(where, block, stats, options)
+                if factors is not None:
+                    self._fold(site, producer, factors)
 
-    rows: slice
-    made: Mapping[str, QTensor]
-    errors: Mapping[str, float]
-    power: float
-    seconds: float
+    def _producer(self, site: Site) -> Producer | None:
+        hidden = self.inputs[:1]
 
+        def added(weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
+            return self._batch(slice(0, 1), weights=weights, parameters=parameters) - hidden
 
-@final
-@dataclass(frozen=True)
-class _Made:
-    """The result for one weight, and what the report says of it."""
+        found = find_producer(self.live, site, added)
+        return found if found and all(self._owner(name) for name in found.parameters) else None
 
-    qtensor: QTensor
-    facts: Mapping[str, Any]
+    def _owner(self, parameter: str) -> str | None:
+        """The weight of the checkpoint that is this parameter; None where it is made of several."""
+        sources = self.work.blueprint.sources(self.path)[parameter]
+        return next(iter(sources)) if len(sources) == 1 else None
 
+    def _fold(self, site: Site, producer: Producer, factors: Tensor) -> None:
+        """Divide what makes the input, multiply what reads it; readers take the factors as they were rounded."""
+        exact = factors
+        for parameter in producer.parameters:
+            owner, value = self._owner(parameter), self.live.tensor(parameter)
+            assert owner is not None
+            quantized = bool(self.entries[owner].weight.scheme)
+            whole = self._weight(owner) if value.dim() > 1 else self._vector(owner)
+            new = producer.divided(whole, factors, torch.float32 if quantized else self.entries[owner].weight.dtype)
+            if value.dim() == 1 and parameter == producer.parameters[0]:
+                exact = effective(producer, whole, new, factors)
+            self.floats[owner] = new.float()
+            value.copy_(new)
+        for name in site:
+            self.floats[name] = self._weight(name) * exact
+            self.live.weight(name).copy_(self.floats[name])
 
-@final
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """One weight to quantize, in pieces of rows."""
+    def _vector(self, name: str) -> Tensor:
+        return self.floats[name] if name in self.floats else self.work.source.tensor(name).float()
 
-    entry: Entry
-    weight: Float[Tensor, "rows cols"]
-    stats: Stats
-    held: Float[Tensor, "n cols"]
-    options: Any
-    elements: int
+    # Methods that learn.
 
-    @property
-    def scheme(self) -> Scheme:
-        """Of the weight."""
-        assert self.entry.weight.scheme is not None
-        return self.entry.weight.scheme
+    def _block(self, steps: Sequence[Step]) -> Block:
+        """The block as methods and transforms see it."""
+        sites = [BlockSite(tuple(self._targets(s)), self._weight(s[0]).shape[1]) for step in steps for s in step.sites]
+        names = [name for site in sites for name in site.weights]
+        schemes = {name: self.entries[name].weight.scheme for name in names}
+        activations = {n: self.entries[n].weight.activations for n in names}
+        targets = self.work.streams.read("float", self.index + 1)
 
-    @cached_property
-    def methods(self) -> dict[str, tuple[Method, Any]]:
-        """The method of the plan, and those it is compared with."""
-        assert self.entry.method is not None
-        found: dict[str, tuple[Method, Any]] = {
-            self.entry.method: (plugins.load("methods", self.entry.method), self.options)
+        def run(
+            indices: Sequence[int], weights: Mapping[str, Tensor], factors: Mapping[str, Tensor] | None = None
+        ) -> Tensor:
+            watch = self._rounding(factors or {}) if any(activations.values()) else None
+            return self._batch(list(indices), weights=weights, watch=watch)
+
+        return Block(
+            weights={name: self._weight(name) for name in names},
+            schemes={name: scheme for name, scheme in schemes.items() if scheme},
+            sites=[site for site in sites if site.weights],
+            windows=self.work.windows.fit,
+            run=run,
+            target=lambda indices: targets[list(indices)],
+            nearest=lambda name, weight: self._nearest(name, weight).dequantize(),
+            activations={name: scheme for name, scheme in activations.items() if scheme},
+            seed=self.index,
+        )
+
+    def _nearest(self, name: str, weight: Tensor) -> QTensor:
+        """Round-to-nearest under the plan's scheme."""
+        scheme = self.entries[name].weight.scheme
+        assert scheme is not None
+        rtn: Method = plugins.load("methods", "rtn")
+        return rtn.quantize(weight, tensor_stats(weight, scheme, self.work.way.piece), scheme, rtn.options())
+
+    def _learn(self, steps: Sequence[Step]) -> None:
+        """Learn all weights of the block together; keep the result where it beats round-to-nearest on held-out windows."""
+        method, start = self._method(), time.perf_counter()
+        assert method.learn is not None
+        block = self._block(steps)
+        options = step_options(method, self.work.recipe.method, self.work.plan.options)
+        with torch.enable_grad():
+            learned = dict(method.learn(block, options))
+        nearest = {name: self._nearest(name, weight) for name, weight in block.weights.items()}
+        errors = {kind: self._held_error(block, made) for kind, made in (("learn", learned), ("rtn", nearest))}
+        worse = errors["learn"] > errors["rtn"]
+        shared = {
+            "method": "rtn" if worse else self.work.recipe.method,
+            "against_rtn": min(errors["learn"] / errors["rtn"], 1.0) if errors["rtn"] else None,
+            "seconds": (time.perf_counter() - start) / max(len(learned), 1),
         }
-        for name in RIVALS if self.held.numel() else ():
-            method: Method = plugins.load("methods", name)
-            if name not in found and method.supports(self.scheme) is None:
-                found[name] = (method, method.options())
-        return found
+        for name, qtensor in (nearest if worse else learned).items():
+            facts = shared | error_facts(block.weights[name], qtensor)
+            self._settle(self.entries[name], Made(qtensor, facts))
 
-    def places(self) -> Iterator[tuple[slice, slice]]:
-        """Rows and columns of each piece."""
-        return pieces_of(tuple(self.weight.shape), self.scheme.block, self.elements)
-
-    def piece(self, rows: slice, cols: slice) -> _Piece:
-        """All candidates for some rows."""
-        start, part = time.perf_counter(), self.weight[rows, cols]
-        made = {
-            name: method.quantize(part, self.stats, self.scheme, options)
-            for name, (method, options) in self.methods.items()
-        }
-        errors = {name: self._output_power(q.dequantize() - part) for name, q in made.items()}
-        return _Piece(rows, made, errors, self._output_power(part), time.perf_counter() - start)
-
-    def _output_power(self, part: Float[Tensor, "some cols"]) -> float:
-        return float((self.held @ part.T).square().sum(dtype=torch.float64)) if self.held.numel() else 0.0
-
-    def choose(self, pieces: Sequence[_Piece]) -> _Made:
-        """The candidate with the least output error on held-out rows; the plan's method among equals."""
-        planned = next(iter(self.methods))
-        errors = {name: sum(piece.errors[name] for piece in pieces) for name in self.methods}
-        best = min(errors, key=lambda name: (errors[name], name != planned))
-        parts = [piece.made[best] for piece in pieces]
-        codes = torch.cat([part.codes for part in parts])
-        qtensor = join(self.entry.weight, codes, [(part.scales, part.zeros) for part in parts])
-        power = sum(piece.power for piece in pieces)
-        gap = qtensor.dequantize() - self.weight
-        facts = {
-            "method": best,
-            "relative_error": float(
-                gap.square().sum(dtype=torch.float64) / self.weight.square().sum(dtype=torch.float64)
-            ),
-            "largest_error": float(gap.abs().max()),
-            "output_error": errors[best] / power if power else None,
-            "against_rtn": errors[best] / errors["rtn"] if errors.get("rtn") else None,
-            "seconds": sum(piece.seconds for piece in pieces),
-        }
-        return _Made(qtensor, facts)
+    def _held_error(self, block: Block, made: Mapping[str, QTensor]) -> float:
+        """Squared difference between the block's output and the float model's on windows that nothing learned from."""
+        weights = {name: qtensor.dequantize() for name, qtensor in made.items()}
+        held, total = self.work.windows.held, 0.0
+        for index in held:
+            gap = block.run([index], weights).float() - block.target([index]).float()
+            total += float(gap.square().sum(dtype=torch.float64))
+        return total

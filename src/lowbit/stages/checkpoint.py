@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -45,6 +45,8 @@ class Checkpoint:
         weights: logical weights in file order: quantized ones with their scheme, their stored pieces folded in;
             everything else as it is stored.
         files: stored tensor to the file that holds it.
+        edits: stored tensor to what is read in its place: a function of it, of the same shape. The result may have more
+            digits than `specs` says, which is the dtype in which it is to be stored.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Checkpoint:
     format: str | None
     weights: Mapping[str, Weight]
     files: Mapping[str, WeightFile]
+    edits: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -63,14 +66,15 @@ class Checkpoint:
         pass
 
     def tensor(self, name: str) -> Tensor:
-        """One stored tensor as a view of the mapped file.
+        """One stored tensor as a view of the mapped file, or what is read in its place (`edits`).
 
-        It must not be written to: the file would stay as it is, but the pages would become memory.
+        A view must not be written to: the file would stay as it is, but the pages would become memory.
 
         Raises:
             CheckpointError: no such tensor, or the file changed since it was opened.
         """
-        return _read(self.path, self.files, name)
+        stored = _read(self.path, self.files, name)
+        return self.edits[name](stored) if name in self.edits else stored
 
     def load(self, name: str, codes: Tensor | None = None) -> Tensor | QTensor:
         """One logical weight: the stored tensor, or what its format unpacks from the stored pieces.

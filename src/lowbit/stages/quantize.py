@@ -83,7 +83,7 @@ def quantize(
     total = sum(entry.source_bytes for entry in plan.entries if not entry.tied)
     done = total - sum(entry.source_bytes for entry in todo)
     progress("quantize", done, total)
-    with _one_torch_thread(), ThreadPoolExecutor(way.threads, "quantize") as pool:
+    with one_torch_thread(), ThreadPoolExecutor(way.threads, "quantize") as pool:
         worker = _Worker(checkpoint, plan, output, way)
         for entry in _in_order(pool, worker.run, todo, 2 * way.threads):
             watch.check()
@@ -113,7 +113,7 @@ def _in_order(
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """Workers are the parallelism; torch's own threads would fight them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -175,7 +175,7 @@ def _quantize(plan: Plan, entry: Entry, tensor: Tensor, codes: Tensor, elements:
     view = tensor.reshape(codes.shape)
     hasher, error, pieces = xxhash.xxh3_128(), Error(), []
     with _located(weight.name, tensor):
-        stats = _tensor_stats(view, scheme, elements)
+        stats = tensor_stats(view, scheme, elements)
         for rows, cols in pieces_of(weight.shape, scheme.block, elements):
             part = view[rows, cols]
             hasher.update(as_bytes(part))
@@ -234,7 +234,7 @@ def measure(weight: Tensor, qtensor: QTensor) -> Error:
     return Error(*native.error(weight, qtensor.codes, qtensor.scale_values(), zeros, table, *block))
 
 
-def _tensor_stats(view: Tensor, scheme: Scheme, elements: int) -> Stats:
+def tensor_stats(view: Tensor, scheme: Scheme, elements: int) -> Stats:
     """The range of the whole tensor, where one scale depends on all of it."""
     whole = scheme.block.rows == 0 and not scheme.block.flat
     if not whole and not (scheme.nested and not scheme.nested.offset):

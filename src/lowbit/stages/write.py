@@ -41,6 +41,7 @@ from lowbit.tensors import view_shape
 WORK = ".lowbit"
 SHARD_BYTES = 5 * 10**9
 _ALIGN = 64
+_WINDOW = 32 * 2**20
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
@@ -429,11 +430,18 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @final
 class _File:
-    """A file that is written at offsets, and seen through a mapping; slices are tensors that keep the mapping alive."""
+    """A file that is written at offsets, and seen through a mapping; slices are tensors that keep the mapping alive.
+
+    What `write` wrote goes to the disk while more is written, and leaves the page cache, whose pages then take what
+    comes next. Fresh ones are dear: in a virtual machine the host may have to find each, at ten times a write's cost.
+    """
 
     def __init__(self, path: Path) -> None:
         self._handle = path.open("r+b", buffering=0)
         self._map = mmap.mmap(self._handle.fileno(), 0)
+        self._lock = threading.Lock()
+        self._written: list[tuple[int, int]] = []
+        self._leaving: list[tuple[int, int]] = []
 
     def close(self) -> None:
         """End writing; slices stay."""
@@ -446,10 +454,22 @@ class _File:
         return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=start)
 
     def write(self, data: memoryview, start: int) -> None:
-        """Write all of `data` at an offset; one call writes 2 GiB at most."""
+        """Write all of `data` at an offset."""
         while data:
-            written = os.pwrite(self._handle.fileno(), data, start)
+            written = os.pwrite(self._handle.fileno(), data[:_WINDOW], start)
+            self._let_go(start, written)
             data, start = data[written:], start + written
+
+    def _let_go(self, start: int, nbytes: int) -> None:
+        """Advise twice, a window apart: the first advice starts a dirty page's way to the disk, the second frees it."""
+        with self._lock:
+            self._written.append((start, nbytes))
+            if sum(size for _, size in self._written) < _WINDOW:
+                return
+            places = self._leaving + self._written
+            self._leaving, self._written = self._written, []
+        for place in places:
+            os.posix_fadvise(self._handle.fileno(), *place, os.POSIX_FADV_DONTNEED)
 
 
 def allocate(file: int, nbytes: int, path: Path) -> None:

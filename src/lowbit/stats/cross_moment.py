@@ -1,4 +1,4 @@
-"""Cross moment: the mean over rows of (x_float - x) x^T, how far the float model's inputs differ along the present ones.
+"""Cross moment: the mean over rows of (x_float - x) x^T, the float model's inputs less the present ones, along these.
 
 GPTAQ (arXiv:2504.02692) names its sum dXXT.
 """
@@ -15,7 +15,7 @@ from lowbit.stats.second_moment import STRIPE, chunk_rows, stripes
 
 def start(cols: int, seed: int) -> State:
     """Float64 sums, stripe by stripe, and the number of rows."""
-    sums = {name: torch.zeros(rows.stop - rows.start, cols).double() for name, rows in stripes(cols).items()}
+    sums = {name: torch.zeros(end - first, cols).double() for name, first, end in stripes(cols)}
     return {"count": torch.zeros(1, dtype=torch.float64)} | sums
 
 
@@ -24,21 +24,20 @@ def update(state: State, rows: Float[Tensor, "n cols"], float_rows: Float[Tensor
     assert float_rows is not None, "a paired statistic"
     state["count"] += rows.shape[0]
     size = chunk_rows(rows.shape[1])
-    for chunk, wanted in zip(rows.split(size), float_rows.split(size), strict=True):
+    for chunk, wanted in zip(torch.split(rows, size), torch.split(float_rows, size), strict=True):
         part = chunk.float()
         difference = wanted.float() - part
-        for name, at in stripes(rows.shape[1]).items():
-            state[name] += difference[:, at].T @ part
+        for name, first, end in stripes(rows.shape[1]):
+            state[name] += difference[:, first:end].T @ part
 
 
 def finish(state: State) -> Float[Tensor, "cols cols"]:
     """The mean, float32; zero where there was no row. The stripes are given up one by one."""
     count = state["count"].clamp(min=1).item()
-    names = sorted(name for name in state if name != "count")
-    cols = state[names[0]].shape[1] if names else 0
+    cols = state["stripe000000"].shape[1] if "stripe000000" in state else 0
     moment = torch.empty(cols, cols)
-    for name, at in stripes(cols).items():
-        moment[at] = state.pop(name).div_(count)
+    for name, first, end in stripes(cols):
+        moment[first:end] = state.pop(name).div_(count)
     return moment
 
 

@@ -17,43 +17,42 @@ def chunk_rows(cols: int) -> int:
     return max(min(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(cols, 1)), 1)
 
 
-def stripes(cols: int) -> dict[str, slice]:
-    """Names and rows of the stripes in which the result is kept."""
-    return {f"stripe{start:06d}": slice(start, min(start + STRIPE, cols)) for start in range(0, cols, STRIPE)}
+def stripes(cols: int) -> list[tuple[str, int, int]]:
+    """Name, first row and end of the stripes in which the result is kept."""
+    return [(f"stripe{start:06d}", start, min(start + STRIPE, cols)) for start in range(0, cols, STRIPE)]
 
 
 def start(cols: int, seed: int) -> State:
     """Float64 sums of the upper block triangle, stripe by stripe, and the number of rows."""
-    sums = {name: torch.zeros(rows.stop - rows.start, cols - rows.start).double() for name, rows in stripes(cols).items()}
+    sums = {name: torch.zeros(end - first, cols - first).double() for name, first, end in stripes(cols)}
     return {"count": torch.zeros(1, dtype=torch.float64)} | sums
 
 
 def update(state: State, rows: Float[Tensor, "n cols"], float_rows: Float[Tensor, "n cols"] | None) -> None:
     """Add the products of these rows: float32 within a chunk, float64 between chunks."""
     state["count"] += rows.shape[0]
-    for chunk in rows.split(chunk_rows(rows.shape[1])):
+    for chunk in torch.split(rows, chunk_rows(rows.shape[1])):
         part = chunk.float()
-        for name, at in stripes(rows.shape[1]).items():
-            state[name] += part[:, at].T @ part[:, at.start :]
+        for name, first, end in stripes(rows.shape[1]):
+            state[name] += part[:, first:end].T @ part[:, first:]
 
 
 def finish(state: State) -> Float[Tensor, "cols cols"]:
     """The mean, float32, symmetric to the bit; zero where there was no row. The stripes are given up one by one."""
     count = state["count"].clamp(min=1).item()
-    names = sorted(name for name in state if name != "count")
-    cols = state[names[0]].shape[1] if names else 0
+    cols = state["stripe000000"].shape[1] if "stripe000000" in state else 0
     moment = torch.empty(cols, cols)
-    for name, at in stripes(cols).items():
-        moment[at, at.start :] = state.pop(name).div_(count)
-        moment[at.stop :, at] = moment[at, at.stop :].T
-        square = moment[at, at]
-        moment[at, at] = square.triu() + square.triu(1).T
+    for name, first, end in stripes(cols):
+        at = slice(first, end)
+        moment[at, first:] = state.pop(name).div_(count)
+        moment[end:, at] = moment[at, end:].T
+        moment[at, at] = moment[at, at].triu() + moment[at, at].triu(1).T
     return moment
 
 
 def nbytes(cols: int) -> int:
     """Half the matrix in float64; beside it a chunk in float32 and a stripe's product, or the result in float32."""
-    sums = 8 * sum((rows.stop - rows.start) * (cols - rows.start) for rows in stripes(cols).values())
+    sums = 8 * sum([(end - first) * (cols - first) for _, first, end in stripes(cols)])
     height = min(STRIPE, cols)
     chunk = 4 * chunk_rows(cols) * cols + 4 * height * cols
     return sums + 8 + max(chunk, 4 * cols * cols + 16 * height * height)

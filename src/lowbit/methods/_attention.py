@@ -1,0 +1,121 @@
+"""Causal attention in bfloat16 for learning on a CPU: matrix products of tiles, nothing above the diagonal.
+
+Where it applies, forward and backward take about a third of the time of `scaled_dot_product_attention`'s CPU kernel
+(batch of 8, 8 heads of 32, 512 tokens). Scores are rounded to bfloat16 once more than there, which is why it serves
+gradients and not evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from math import sqrt
+from typing import Any, final
+
+import torch
+from jaxtyping import BFloat16
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+_TILE = 128
+_MOST = 1 << 28  # bytes of probabilities that are kept for the backward pass
+
+Heads = BFloat16[Tensor, "batch heads tokens size"]
+
+
+@final
+class TiledAttention(TorchFunctionMode):
+    """While it is entered, attention that suits runs in tiles; everything else is as it was."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Calls `func`, or `attend` in its place."""
+        if func is scaled_dot_product_attention and _suits(*args, **(kwargs or {})):
+            query, key, value = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(_NAMES))
+            scale = (kwargs or {}).get("scale")
+            return attend(query, key, value, 1 / sqrt(query.shape[-1]) if scale is None else scale)
+        return func(*args, **(kwargs or {}))
+
+
+_NAMES = ("query", "key", "value")
+
+
+def _suits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    plain = is_causal and attn_mask is None and dropout_p == 0 and query.device.type == "cpu"
+    if not plain or query.ndim != 4 or any(part.dtype != torch.bfloat16 for part in (query, key, value)):
+        return False
+    grouped = query.shape[1] % key.shape[1] == 0 if enable_gqa else query.shape[1] == key.shape[1]
+    tokens = query.shape[2]
+    small = query.shape[0] * query.shape[1] * tokens * (tokens + _TILE) <= _MOST
+    return grouped and small and key.shape == value.shape and key.shape[2:] == query.shape[2:]
+
+
+def attend(query: Heads, key: Tensor, value: Tensor, scale: float) -> Heads:
+    """Softmax of the causal scores times the values; heads of the query may share keys and values in runs."""
+    result: Tensor = _Attend.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+@final
+class _Attend(torch.autograd.Function):
+    """Attention with its derivatives; heads that share a key are rows of one product."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Tiles of rows, each against the keys up to its end."""
+        batch, heads, tokens, size = query.shape
+        shared = heads // key.shape[1]
+        rows, keys, values = query.reshape(-1, shared, tokens, size), _flat(key), _flat(value)
+        out, kept = torch.empty_like(rows), []
+        for start, stop in _tiles(tokens):
+            part = rows[:, :, start:stop].reshape(len(rows), -1, size)
+            bias = _mask(start, stop, shared).expand(len(rows), -1, -1)
+            scores = torch.baddbmm(bias, part, keys[:, :stop].mT, alpha=scale).softmax(-1)
+            out[:, :, start:stop] = torch.bmm(scores, values[:, :stop]).view(len(rows), shared, -1, size)
+            kept.append(scores)
+        ctx.save_for_backward(rows, keys, values, *kept)
+        ctx.scale = scale
+        return out.view(batch, heads, tokens, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """The same tiles again, with the kept probabilities."""
+        rows, keys, values, *kept = ctx.saved_tensors
+        count, shared, tokens, size = rows.shape
+        grads = grad.reshape(rows.shape)
+        by_row, by_key, by_value = torch.empty_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
+        for (start, stop), scores in zip(_tiles(tokens), kept, strict=True):
+            part = rows[:, :, start:stop].reshape(count, -1, size)
+            above = grads[:, :, start:stop].reshape(count, -1, size)
+            by_value[:, :stop] += torch.bmm(scores.mT, above)
+            slope = torch._softmax_backward_data(torch.bmm(above, values[:, :stop].mT), scores, -1, scores.dtype)
+            by_row[:, :, start:stop] = torch.bmm(slope, keys[:, :stop]).view(count, shared, -1, size)
+            by_key[:, :stop] += torch.bmm(slope.mT, part)
+        shape = (grad.shape[0], -1, tokens, size)
+        return by_row.mul_(ctx.scale).view(shape), by_key.mul_(ctx.scale).view(shape), by_value.view(shape), None
+
+
+def _flat(heads: Tensor) -> Tensor:
+    return heads.reshape(-1, *heads.shape[2:])
+
+
+def _tiles(tokens: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + _TILE, tokens)) for start in range(0, tokens, _TILE))
+
+
+@cache
+def _mask(start: int, stop: int, shared: int) -> Tensor:
+    """What is added to the scores of rows `start` to `stop`, once for each head that shares the keys."""
+    later = torch.full((stop - start, stop), float("-inf"), dtype=torch.bfloat16).triu(start + 1)
+    return later.repeat(shared, 1)

@@ -1,0 +1,106 @@
+"""Inputs of weights rounded as a runtime rounds them: what a model computes when its activations are quantized too.
+
+A scheme of activations is read with the tokens as rows: `int8-row` is one scale per token, `fp8-e4m3-g128` one per 128
+values of a token, both made when the model runs. Where all tokens share a scale (`-tensor`, the global scale of NVFP4)
+it comes from calibration and is stored with the weight (`Weight.input_scale`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lowbit import native
+from lowbit.errors import UnsupportedError
+from lowbit.formats import Weight
+from lowbit.formats._checks import row_chunks
+from lowbit.methods._scales import Affine, encode, fit, global_divisor, shares_rows
+from lowbit.schemes import Scheme
+from lowbit.tensors import block_size, level_table
+
+
+def input_scale(largest: float, scheme: Scheme) -> float | None:
+    """What to store with a weight whose inputs are at most `largest` in magnitude; None where nothing is stored.
+
+    For one scale of all tokens that scale, exact in the scheme's type; for NVFP4 the number by which the scales of
+    groups are multiplied before they are rounded.
+    """
+    ends = (torch.tensor([[-largest]]), torch.tensor([[largest]]))
+    if scheme.nested:
+        return global_divisor(ends, {}, scheme)
+    return fit(ends, scheme).scales.item() if shares_rows(scheme) else None
+
+
+def rounded(
+    x: Float[Tensor, "*tokens cols"],
+    scheme: Scheme,
+    scale: float | None = None,
+    factors: Float[Tensor, "cols"] | None = None,
+) -> Float[Tensor, "*tokens cols"]:
+    """The inputs on the grid of the scheme, in float32 and rounded once to the dtype of `x`; gradients pass unchanged.
+
+    Args:
+        x: inputs of one weight.
+        scheme: grid and blocks; see the module.
+        scale: what `input_scale` gave. None where the scheme stores none; else it is found from `x`.
+        factors: divide the inputs before and multiply them after.
+
+    NaN and infinities stay in the output, as NaN in all of it.
+    """
+    values = x.detach().reshape(-1, x.shape[-1])
+    out = torch.empty_like(values)
+    if scale is None and values.numel():
+        wide = values if factors is None else values / factors
+        scale = input_scale(wide.abs().amax().float().item(), scheme) if shares_rows(scheme) or scheme.nested else None
+    for rows in row_chunks(*values.shape):
+        part = values[rows].float() if factors is None else values[rows] / factors
+        found = _round_rows(part.contiguous(), scheme, scale)
+        out[rows] = found if factors is None else found * factors
+    result = out.view(x.shape)
+    return x + (result - x).detach() if x.requires_grad else result
+
+
+def _round_rows(x: Float[Tensor, "rows cols"], scheme: Scheme, scale: float | None) -> Float[Tensor, "rows cols"]:
+    block = block_size((x.shape[0], x.shape[1]), scheme.block)
+    low, high, bad = native.block_range(x, *block)
+    if bad >= 0:
+        return torch.full_like(x, torch.nan)
+    if shares_rows(scheme) and scale is not None:
+        affine = Affine(torch.full((1, 1), scale), None)
+    else:
+        affine = fit((low, high), scheme, 1.0 if scale is None else scale)
+    codes = encode(x, affine, scheme, block)
+    return native.dequantize(codes, affine.scales * affine.unit, affine.zeros, level_table(scheme.grid), *block)
+
+
+def round_inputs(model: nn.Module, weights: Mapping[str, Weight], sources: Mapping[str, frozenset[str]]) -> None:
+    """Let a model round the inputs of every module whose weight says so.
+
+    Args:
+        model: its modules' `forward` takes the inputs first.
+        weights: those of the checkpoint, by name.
+        sources: for each parameter of the model, the weights of the checkpoint that it is made of.
+
+    Raises:
+        UnsupportedError: a parameter is made of weights whose inputs are not rounded alike, or is no matrix, so that
+            its module's input need not be the weight's.
+    """
+    for parameter, names in sources.items():
+        kinds = {(weights[name].activations, weights[name].input_scale) for name in names}
+        (scheme, scale), *others = sorted(kinds, key=str) if kinds else [(None, None)]
+        if scheme is None and not others:
+            continue
+        if others or scheme is None or model.get_parameter(parameter).dim() != 2:
+            raise UnsupportedError(
+                f"{parameter} is made of weights that read several inputs, which are quantized when the model runs: "
+                "that cannot be evaluated; quantize weights alone"
+            )
+        model.get_submodule(parameter.rpartition(".")[0]).register_forward_pre_hook(_hook(scheme, scale))
+
+
+def _hook(scheme: Scheme, scale: float | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda module, inputs: (rounded(inputs[0], scheme, scale), *inputs[1:])

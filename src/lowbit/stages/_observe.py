@@ -1,0 +1,125 @@
+"""Observe: statistics of what the weights of a step read, taken while windows run through the block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from lowbit import plugins
+from lowbit.methods import Stats
+from lowbit.stages._products import Product
+from lowbit.stages._sites import Found, Site
+from lowbit.stats import State, Statistic
+
+_HELD_SHARE = 16
+_ROWS = 1024
+_TOKENS = 4096
+
+Watch = Callable[[Product], Tensor | None]
+
+
+@final
+@dataclass(frozen=True)
+class Windows:
+    """Calibration windows: the first `fit` are learned from, the others judge."""
+
+    ids: Int64[Tensor, "windows tokens"]
+    fit: int
+
+    @property
+    def batches(self) -> list[slice]:
+        """Runs of windows that go through a block together; none holds windows of both kinds."""
+        step = max(_TOKENS // self.ids.shape[1], 1)
+        runs = [(0, self.fit), (self.fit, len(self.ids))]
+        return [slice(at, min(at + step, stop)) for start, stop in runs for at in range(start, stop, step)]
+
+    @property
+    def held(self) -> list[int]:
+        """The windows that judge."""
+        return list(range(self.fit, len(self.ids)))
+
+
+def split_windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
+    """Keep a sixteenth of the windows, at least one where there are two, for judging."""
+    held = max(len(ids) // _HELD_SHARE, 1) if len(ids) > 1 else 0
+    return Windows(ids, len(ids) - held)
+
+
+@final
+@dataclass(frozen=True)
+class Seen:
+    """What calibration saw at one site: the statistics asked for, rows to judge by, and the number of rows."""
+
+    stats: Stats
+    held: Float[Tensor, "n cols"]
+    rows: int
+
+
+@final
+class Accumulator:
+    """Statistics of one site while rows come in."""
+
+    def __init__(self, needs: Sequence[str], seed: int) -> None:
+        self._kinds: dict[str, Statistic] = {name: plugins.load("stats", name) for name in needs}
+        self._states: dict[str, State] = {}
+        self._held: list[Tensor] = []
+        self._seed, self.rows = seed, 0
+
+    def take(self, rows: Tensor, reference: Tensor | None, held: bool) -> None:
+        """More rows: to judge by, or to learn from."""
+        if held:
+            self._held.append(rows.clone())
+            return
+        for name, kind in self._kinds.items():
+            state = self._states.setdefault(name, {}) or kind.start(rows.shape[1], self._seed)
+            self._states[name] = state
+            kind.update(state, rows, reference if kind.paired else None)
+        self.rows += len(rows)
+
+    def finish(self) -> Seen:
+        """All that was seen; the rows to judge by are thinned out."""
+        stats = {name: self._kinds[name].finish(self._states.pop(name)) for name in list(self._states)}
+        held = torch.cat(self._held) if self._held else torch.empty(0, 0)
+        self._held = []
+        return Seen(stats, held[:: max(-(-len(held) // _ROWS), 1)].float(), self.rows)
+
+
+@final
+class Observer:
+    """A watch that feeds the products of some sites to their accumulators, and ends the pass when they are past."""
+
+    def __init__(self, sites: Mapping[Site, Accumulator], later: frozenset[str]) -> None:
+        self._of = {name: (site, accumulator) for site, accumulator in sites.items() for name in site}
+        self._later = later
+        self._reference: dict[Site, Tensor] = {}
+
+    def reference(self) -> Watch:
+        """A watch of the float model's pass over the same windows, to be run before."""
+        self._reference = {}
+
+        def watch(product: Product) -> None:
+            if product.names[0] in self._later:
+                raise Found
+            if product.names[0] in self._of:
+                self._reference.setdefault(self._of[product.names[0]][0], product.rows)
+
+        return watch
+
+    def watch(self, held: bool) -> Watch:
+        """A watch of one pass."""
+        done: set[Site] = set()
+
+        def watch(product: Product) -> None:
+            if product.names[0] in self._later:
+                raise Found
+            site, accumulator = self._of.get(product.names[0], (None, None))
+            if site is not None and accumulator is not None and site not in done:
+                done.add(site)
+                accumulator.take(product.rows, self._reference.get(site), held)
+
+        return watch

@@ -1,0 +1,85 @@
+"""SignRound by definition: float64, autograd through `rint` with the straight-through estimator, one group at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def rint(x: Tensor) -> Tensor:
+    """Rounds forward, does nothing backward."""
+    return x + (x.round() - x).detach()
+
+
+def as_half(x: Tensor) -> Tensor:
+    return x + (x.half().double() - x).detach()
+
+
+@dataclass
+class Weight:
+    """One weight with what is learned of it: a shift per element, two factors per group."""
+
+    weight: Tensor
+    bits: int
+    group: int
+    asymmetric: bool
+
+    def __post_init__(self) -> None:
+        self.weight = self.weight.double()
+        rows, cols = self.weight.shape
+        groups = -(-cols // self.group)
+        self.shift = torch.zeros(rows, cols, dtype=torch.float64, requires_grad=True)
+        self.lower = torch.ones(rows, groups, dtype=torch.float64, requires_grad=True)
+        self.upper = torch.ones(rows, groups, dtype=torch.float64, requires_grad=True)
+
+    def parameters(self) -> list[Tensor]:
+        return [self.shift, self.lower, self.upper] if self.asymmetric else [self.shift, self.upper]
+
+    def codes_and_value(self) -> tuple[Tensor, Tensor]:
+        """Codes from 0, and the weight that they stand for."""
+        pairs = [
+            [self._group(row, start) for start in range(0, self.weight.shape[1], self.group)]
+            for row in range(self.weight.shape[0])
+        ]
+        codes, values = ([torch.cat([pair[i] for pair in row]) for row in pairs] for i in range(2))
+        return torch.stack(codes), torch.stack(values)
+
+    def _group(self, row: int, start: int) -> tuple[Tensor, Tensor]:
+        at = (row, slice(start, start + self.group))
+        weight, shift = self.weight[at], self.shift[at]
+        lower, upper = self.lower[row, start // self.group], self.upper[row, start // self.group]
+        top = 2**self.bits - 1
+        if self.asymmetric:
+            low, high = weight.min().clamp(max=0) * lower, weight.max().clamp(min=0) * upper
+            scale = as_half((high - low) / top)
+            zero = rint(-low / scale)
+        else:
+            scale = as_half(weight.abs().max() * upper / (top / 2))
+            zero = torch.tensor(2.0 ** (self.bits - 1), dtype=torch.float64)
+        code = torch.clamp(rint(weight / scale + shift) + zero, 0, top)
+        return code.detach(), scale * (code - zero)
+
+
+def learn(
+    weights: Mapping[str, Weight],
+    run: Callable[[dict[str, Tensor]], Tensor],
+    target: Tensor,
+    iterations: int,
+    rate: float,
+) -> list[float]:
+    """Steps of sign descent on the squared error; the losses before each step."""
+    losses = []
+    for step in range(iterations):
+        loss = (run({name: each.codes_and_value()[1] for name, each in weights.items()}) - target).square().sum()
+        losses.append(loss.item())
+        parameters = [parameter for each in weights.values() for parameter in each.parameters()]
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.data -= rate * (1 - step / iterations) * grad.sign()
+        for each in weights.values():
+            each.shift.data.clamp_(-0.5, 0.5)
+            each.lower.data.clamp_(0, 1)
+            each.upper.data.clamp_(0, 1)
+    return losses

@@ -1,0 +1,228 @@
+"""AutoRound's learning: against its definition, never worse than its start, the same every time, stored as it was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from lowbit.blocks import Block, Weights
+from lowbit.methods import _learn, autoround, rtn
+from lowbit.methods._attention import TiledAttention
+from lowbit.methods.autoround import METHOD, Options, learn
+from lowbit.schemes import Scheme, parse
+from lowbit.tensors import QTensor
+from tests.reference import autoround as reference
+
+WINDOWS, TOKENS, WIDTH, INNER = 12, 16, 24, 40
+SCHEMES = ["int2-g8-asym", "int3-g16", "int4-g7", "int4-row-asym", "int4-g16-fzero", "int8-row", "int1-g8-asym"]
+SCHEMES += ["nf4", "nf4-dq", "fp4-row", "fp8-e4m3-row", "mxfp4", "mxfp8", "nvfp4", "levels[-1,0,0.4]-g16"]
+
+
+def matrices() -> dict[str, Tensor]:
+    dice = torch.Generator().manual_seed(3)
+    shapes = {"up": (INNER, WIDTH), "down": (WIDTH, INNER)}
+    return {name: torch.randn(shape, generator=dice) * 0.2 for name, shape in shapes.items()}
+
+
+def inputs() -> Tensor:
+    dice = torch.Generator().manual_seed(4)
+    mixed = torch.randn(WIDTH, WIDTH, generator=dice) / WIDTH**0.5
+    return torch.randn(WINDOWS, TOKENS, WIDTH, generator=dice) @ mixed
+
+
+def compute(x: Tensor, weights: Weights) -> Tensor:
+    return x + silu(x @ weights["up"].T) @ weights["down"].T
+
+
+def block_of(scheme: str, dtype: torch.dtype = torch.float32, weights: dict[str, Tensor] | None = None) -> Block:
+    kind, hidden = parse(scheme), inputs().to(dtype)
+    weights = matrices() if weights is None else weights
+    wanted = compute(hidden, {name: weight.to(dtype) for name, weight in weights.items()})
+
+    def run(indices: Sequence[int], given: Weights) -> Tensor:
+        return compute(hidden[list(indices)], given)
+
+    def target(indices: Sequence[int]) -> Tensor:
+        return wanted[list(indices)]
+
+    def nearest(name: str, weight: Tensor) -> Tensor:
+        return nearest_of(weight, kind).dequantize()
+
+    return Block(weights, dict.fromkeys(weights, kind), (), WINDOWS, run, target, nearest, seed=7)
+
+
+def nearest_of(weight: Tensor, scheme: Scheme) -> QTensor:
+    return rtn.METHOD.quantize(weight, {}, scheme, rtn.METHOD.options())
+
+
+def loss_of(block: Block, weights: Weights) -> float:
+    everything = range(WINDOWS)
+    return (block.run(everything, weights) - block.target(everything)).double().square().mean().item()
+
+
+@pytest.mark.parametrize("scheme", ["int4-g8", "int3-g16", "int2-g8-asym", "int4-row-asym", "int3-g7-asym"])
+def test_codes_are_those_of_the_definition(scheme: str) -> None:
+    """20 steps in float64 with all windows in each: the definition differentiates through every rounding."""
+    block, kind = block_of(scheme, torch.float64), parse(scheme)
+    slow = {
+        name: reference.Weight(weight, kind.grid.bits, kind.block.cols or weight.shape[1], kind.zero == "int")
+        for name, weight in block.weights.items()
+    }
+    everything = range(WINDOWS)
+    losses = reference.learn(slow, lambda w: block.run(everything, w), block.target(everything), 20, 1 / 20)
+    assert losses[-1] < 0.9 * losses[0]
+    learned = learn(block, Options(iterations=20, batch=WINDOWS))
+    for name, stored in learned.items():
+        codes, value = slow[name].codes_and_value()
+        assert torch.equal(stored.codes.double(), codes)
+        torch.testing.assert_close(stored.dequantize().double(), value.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_loss_ends_below_its_start(scheme: str) -> None:
+    block = block_of(scheme)
+    learned = {name: stored.dequantize() for name, stored in learn(block, Options(iterations=60)).items()}
+    start = {name: nearest_of(weight, parse(scheme)).dequantize() for name, weight in block.weights.items()}
+    assert loss_of(block, learned) < loss_of(block, start) * (0.97 if parse(scheme).grid.bits < 8 else 1)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_stored_is_what_the_loss_saw(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = parse(scheme)
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, weight in matrices().items():
+            learner = autoround._SignRound(weight, kind, Options(lr=0.3))
+            dice = torch.Generator().manual_seed(len(name))
+            for progress in (0.0, 0.2, 0.5):
+                learner.step(torch.randn(weight.shape, generator=dice), progress)
+            stored = learner.result()
+            assert stored.shape == tuple(weight.shape)
+            assert torch.equal(stored.dequantize(dtype), learner.weight(dtype))
+            assert not torch.equal(stored.dequantize(), nearest_of(weight, kind).dequantize())
+
+
+@pytest.mark.parametrize("scheme", ["int3-g16", "int4-g16-asym", "nf4", "mxfp4"])
+def test_zero_stays_zero(scheme: str) -> None:
+    weight = matrices()["up"]
+    weight[::2, ::3] = 0
+    learner = autoround._SignRound(weight, parse(scheme), Options(lr=1.0))
+    for sign in (1, 1, -1, -1, -1):
+        learner.step(torch.full_like(weight, float(sign)), 0.0)
+        assert (learner.result().dequantize()[weight == 0] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 18])
+def test_the_same_seed_gives_the_same_bits(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in pieces: groups do not know of each other."""
+    first = learn(block_of("int3-g8-asym", torch.bfloat16), Options(iterations=25, batch=5))
+    monkeypatch.setattr(autoround, "CHUNK", chunk)
+    again = learn(block_of("int3-g8-asym", torch.bfloat16), Options(iterations=25, batch=5))
+    other = learn(replace(block_of("int3-g8-asym", torch.bfloat16), seed=8), Options(iterations=25, batch=5))
+    for name, stored in first.items():
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(stored.parts(), again[name].parts(), strict=True))
+    assert any(not torch.equal(stored.codes, other[name].codes) for name, stored in first.items())
+
+
+def test_steps_that_only_harm_are_thrown_away() -> None:
+    block = block_of("int4-g8")
+
+    def astray(indices: Sequence[int], weights: Weights) -> Tensor:
+        """Learns against a wrong output, and is judged by the right one."""
+        output = block.run(indices, weights)
+        return 2 * block.target(indices) - output if output.requires_grad else output
+
+    learned = learn(replace(block, run=astray), Options(iterations=30))
+    for name, stored in learned.items():
+        assert torch.equal(stored.codes, nearest_of(block.weights[name], parse("int4-g8")).codes)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_loss_of_nan_ends_the_steps_and_not_the_run(after: int) -> None:
+    block, calls = block_of("int3-g8"), [0]
+
+    def breaks(indices: Sequence[int], weights: Weights) -> Tensor:
+        output = block.run(indices, weights)
+        calls[0] += output.requires_grad
+        return output * float("nan") if output.requires_grad and calls[0] > after else output
+
+    learned = learn(replace(block, run=breaks), Options(iterations=50))
+    assert calls[0] == after + 1
+    assert all(stored.dequantize().isfinite().all() for stored in learned.values())
+    same = all(
+        torch.equal(q.codes, nearest_of(block.weights[name], parse("int3-g8")).codes) for name, q in learned.items()
+    )
+    assert same == (after == 0)
+
+
+def test_a_block_of_zeros_and_a_weight_without_use_are_no_trouble() -> None:
+    weights = {**matrices(), "idle": torch.randn(4, 8)}
+    weights["up"] = torch.zeros_like(weights["up"])
+    learned = learn(block_of("int4-g8", weights=weights), Options(iterations=3))
+    assert (learned["up"].dequantize() == 0).all()
+    assert torch.equal(learned["idle"].codes, nearest_of(weights["idle"], parse("int4-g8")).codes)
+
+
+def test_every_window_comes_once_before_any_comes_again() -> None:
+    batches = _learn._batches(12, 4, torch.Generator().manual_seed(0))
+    for _ in range(3):
+        assert sorted(sum((next(batches) for _ in range(3)), [])) == list(range(12))
+    few = _learn._batches(3, 8, torch.Generator().manual_seed(0))
+    assert sorted(next(few)) == [0, 1, 2]
+
+
+def test_presets() -> None:
+    assert Options().rates(4) == (1 / 200, 1 / 200) and Options().steps == 200
+    assert Options("light").steps == 50 and Options("light").rates(2) == (0.005, 0.005)
+    assert Options("best").rates(4)[0] == 1 / 1000 and Options("best").rates(3)[0] == 2 / 1000
+    assert Options("light", iterations=7).steps == 7 and Options(lr=0.1, minmax_lr=0.2).rates(4) == (0.1, 0.2)
+    for wrong in ({"preset": "fast"}, {"iterations": -1}, {"batch": 0}, {"lr": -1.0}):
+        with pytest.raises(ValueError, match="preset|must be"):
+            Options(**wrong)  # type: ignore[arg-type]
+
+
+def test_blocks_that_span_rows_are_refused() -> None:
+    assert METHOD.supports is not None
+    for scheme in ("int8-tensor", "nf4-flat64", "int4-4x24"):
+        assert "row" in (METHOD.supports(parse(scheme)) or "")
+
+
+@pytest.mark.parametrize(("heads", "shared", "tokens"), [(4, 1, 300), (8, 4, 128), (2, 2, 7)])
+def test_tiled_attention_is_attention(heads: int, shared: int, tokens: int) -> None:
+    """Against float32 on the same bfloat16 numbers, forward and backward."""
+    dice = torch.Generator().manual_seed(1)
+
+    def numbers(count: int) -> Tensor:
+        return torch.randn(2, tokens, count, 16, generator=dice).bfloat16().transpose(1, 2).requires_grad_()
+
+    parts, grad = [numbers(heads), numbers(heads // shared), numbers(heads // shared)], numbers(heads).detach()
+    settings: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "scale": 0.3}
+    with TiledAttention():
+        found = scaled_dot_product_attention(*parts, **settings)
+    exact = [part.detach().float().requires_grad_() for part in parts]
+    wanted = scaled_dot_product_attention(*exact, **settings)
+    assert "Attend" in str(found.grad_fn)
+    pairs = zip(
+        [found, *torch.autograd.grad(found, parts, grad)],
+        [wanted, *torch.autograd.grad(wanted, exact, grad.float())],
+        strict=True,
+    )
+    for ours, theirs in pairs:
+        assert (ours.float() - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_other_attention_is_left_alone() -> None:
+    parts = [torch.randn(1, 2, 5, 8).requires_grad_() for _ in range(3)]
+    short = [part.detach().bfloat16().requires_grad_() for part in parts]
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    with TiledAttention():
+        plain = scaled_dot_product_attention(*parts, is_causal=True)
+        masked = scaled_dot_product_attention(*short, attn_mask=mask)
+        open_ended = scaled_dot_product_attention(*short)
+    assert all("Attend" not in str(found.grad_fn) for found in (plain, masked, open_ended))
+    assert torch.equal(plain, scaled_dot_product_attention(*parts, is_causal=True))
