@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Job = dict[str, Any]
@@ -113,9 +113,17 @@ def gptqmodel(job: Job, clock: Clock) -> Weights:
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in windows(job)]
     with timed(clock, "quantize"):
         model.quantize(rows, batch_size=job["batch"])
+    own = job["out"] + ".own"
     with timed(clock, "save"):
-        model.save(job["out"] + ".own")
-    return {}
+        model.save(own)
+    again = lib.GPTQModel.load(own, device="cpu", dtype=torch.float16)  # the type in which it stores scales
+    stored = load_file(f"{own}/model.safetensors")
+    weights = {name: tensor.float() for name, tensor in stored.items() if name.endswith(".weight")}
+    for name, module in again.model.named_modules():
+        if hasattr(module, "qweight"):
+            module.scales.data = module.scales.data.float()
+            weights[f"{name}.weight"] = module.dequantize_weight().T
+    return weights
 
 
 def auto_round(job: Job, clock: Clock) -> Weights:

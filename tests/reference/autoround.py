@@ -1,4 +1,4 @@
-"""SignRound by definition: float64, autograd through `rint` with the straight-through estimator, one group at a time."""
+"""SignRound by definition: float64, autograd straight through `rint`, one group at a time."""
 
 from __future__ import annotations
 
@@ -69,12 +69,10 @@ def learn(
     target: Tensor,
     iterations: int,
     rate: float,
-) -> list[float]:
-    """Steps of sign descent on the squared error; the losses before each step."""
-    losses = []
+) -> None:
+    """Steps of sign descent on the squared error."""
     for step in range(iterations):
         loss = (run({name: each.codes_and_value()[1] for name, each in weights.items()}) - target).square().sum()
-        losses.append(loss.item())
         parameters = [parameter for each in weights.values() for parameter in each.parameters()]
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.data -= rate * (1 - step / iterations) * grad.sign()
@@ -82,4 +80,3 @@ def learn(
             each.shift.data.clamp_(-0.5, 0.5)
             each.lower.data.clamp_(0, 1)
             each.upper.data.clamp_(0, 1)
-    return losses

@@ -1,10 +1,10 @@
-"""AutoRound's learning: against its definition, never worse than its start, the same every time, stored as it was seen."""
+"""AutoRound: against its definition, never worse than its start, the same every time, stored as it was seen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -37,7 +37,8 @@ def inputs() -> Tensor:
 
 
 def compute(x: Tensor, weights: Weights) -> Tensor:
-    return x + silu(x @ weights["up"].T) @ weights["down"].T
+    output: Tensor = x + silu(x @ weights["up"].T) @ weights["down"].T
+    return output
 
 
 def block_of(scheme: str, dtype: torch.dtype = torch.float32, weights: dict[str, Tensor] | None = None) -> Block:
@@ -68,17 +69,19 @@ def loss_of(block: Block, weights: Weights) -> float:
 
 @pytest.mark.parametrize("scheme", ["int4-g8", "int3-g16", "int2-g8-asym", "int4-row-asym", "int3-g7-asym"])
 def test_codes_are_those_of_the_definition(scheme: str) -> None:
-    """20 steps in float64 with all windows in each: the definition differentiates through every rounding."""
+    """8 steps in float64 with all windows in each: the definition differentiates through every rounding."""
     block, kind = block_of(scheme, torch.float64), parse(scheme)
     slow = {
         name: reference.Weight(weight, kind.grid.bits, kind.block.cols or weight.shape[1], kind.zero == "int")
         for name, weight in block.weights.items()
     }
     everything = range(WINDOWS)
-    losses = reference.learn(slow, lambda w: block.run(everything, w), block.target(everything), 20, 1 / 20)
-    assert losses[-1] < 0.9 * losses[0]
-    learned = learn(block, Options(iterations=20, batch=WINDOWS))
-    for name, stored in learned.items():
+    reference.learn(slow, lambda w: block.run(everything, w), block.target(everything), 8, 1 / 20)
+    options = Options(iterations=8, lr=1 / 20)
+    learners = {name: autoround._SignRound(weight, kind, options) for name, weight in block.weights.items()}
+    _learn.descend(block, learners, options.steps, WINDOWS)
+    for name, learner in learners.items():
+        stored = learner.result()
         codes, value = slow[name].codes_and_value()
         assert torch.equal(stored.codes.double(), codes)
         torch.testing.assert_close(stored.dequantize().double(), value.detach(), rtol=1e-6, atol=1e-7)
@@ -86,10 +89,10 @@ def test_codes_are_those_of_the_definition(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_loss_ends_below_its_start(scheme: str) -> None:
-    block = block_of(scheme)
-    learned = {name: stored.dequantize() for name, stored in learn(block, Options(iterations=60)).items()}
+    block, options = block_of(scheme), Options(iterations=60, lr=0.005, minmax_lr=0.002)
+    learned = {name: stored.dequantize() for name, stored in learn(block, options).items()}
     start = {name: nearest_of(weight, parse(scheme)).dequantize() for name, weight in block.weights.items()}
-    assert loss_of(block, learned) < loss_of(block, start) * (0.97 if parse(scheme).grid.bits < 8 else 1)
+    assert loss_of(block, learned) <= loss_of(block, start) * (0.95 if parse(scheme).grid.bits < 8 else 1)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -135,7 +138,7 @@ def test_steps_that_only_harm_are_thrown_away() -> None:
     def astray(indices: Sequence[int], weights: Weights) -> Tensor:
         """Learns against a wrong output, and is judged by the right one."""
         output = block.run(indices, weights)
-        return 2 * block.target(indices) - output if output.requires_grad else output
+        return 3 * output if output.requires_grad else output
 
     learned = learn(replace(block, run=astray), Options(iterations=30))
     for name, stored in learned.items():
@@ -171,7 +174,7 @@ def test_a_block_of_zeros_and_a_weight_without_use_are_no_trouble() -> None:
 def test_every_window_comes_once_before_any_comes_again() -> None:
     batches = _learn._batches(12, 4, torch.Generator().manual_seed(0))
     for _ in range(3):
-        assert sorted(sum((next(batches) for _ in range(3)), [])) == list(range(12))
+        assert sorted(index for _ in range(3) for index in next(batches)) == list(range(12))
     few = _learn._batches(3, 8, torch.Generator().manual_seed(0))
     assert sorted(next(few)) == [0, 1, 2]
 
@@ -182,8 +185,8 @@ def test_presets() -> None:
     assert Options("best").rates(4)[0] == 1 / 1000 and Options("best").rates(3)[0] == 2 / 1000
     assert Options("light", iterations=7).steps == 7 and Options(lr=0.1, minmax_lr=0.2).rates(4) == (0.1, 0.2)
     for wrong in ({"preset": "fast"}, {"iterations": -1}, {"batch": 0}, {"lr": -1.0}):
-        with pytest.raises(ValueError, match="preset|must be"):
-            Options(**wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"preset|must be"):
+            Options(**wrong)
 
 
 def test_blocks_that_span_rows_are_refused() -> None:
@@ -201,11 +204,12 @@ def test_tiled_attention_is_attention(heads: int, shared: int, tokens: int) -> N
         return torch.randn(2, tokens, count, 16, generator=dice).bfloat16().transpose(1, 2).requires_grad_()
 
     parts, grad = [numbers(heads), numbers(heads // shared), numbers(heads // shared)], numbers(heads).detach()
-    settings: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "scale": 0.3}
+    attention: Any = scaled_dot_product_attention
+    settings = {"is_causal": True, "enable_gqa": True, "scale": 0.3}
     with TiledAttention():
-        found = scaled_dot_product_attention(*parts, **settings)
+        found = attention(*parts, **settings)
     exact = [part.detach().float().requires_grad_() for part in parts]
-    wanted = scaled_dot_product_attention(*exact, **settings)
+    wanted = attention(*exact, **settings)
     assert "Attend" in str(found.grad_fn)
     pairs = zip(
         [found, *torch.autograd.grad(found, parts, grad)],
@@ -219,10 +223,10 @@ def test_tiled_attention_is_attention(heads: int, shared: int, tokens: int) -> N
 def test_other_attention_is_left_alone() -> None:
     parts = [torch.randn(1, 2, 5, 8).requires_grad_() for _ in range(3)]
     short = [part.detach().bfloat16().requires_grad_() for part in parts]
-    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask, attention = torch.ones(5, 5, dtype=torch.bool), cast(Any, scaled_dot_product_attention)
     with TiledAttention():
-        plain = scaled_dot_product_attention(*parts, is_causal=True)
-        masked = scaled_dot_product_attention(*short, attn_mask=mask)
-        open_ended = scaled_dot_product_attention(*short)
+        plain = attention(*parts, is_causal=True)
+        masked = attention(*short, attn_mask=mask)
+        open_ended = attention(*short)
     assert all("Attend" not in str(found.grad_fn) for found in (plain, masked, open_ended))
-    assert torch.equal(plain, scaled_dot_product_attention(*parts, is_causal=True))
+    assert torch.equal(plain, attention(*parts, is_causal=True))

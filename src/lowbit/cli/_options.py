@@ -67,9 +67,13 @@ def _listed(folder: str) -> str:
 _RULES = (
     click.option("--scheme", metavar="S", help="Scheme for every matrix, as int4-g128, nf4-dq, fp8-e4m3, nvfp4."),
     click.option(
+        "--activations", metavar="S",
+        help="Scheme of the inputs too: int8-row or fp8-e4m3-row (a scale per token), int8-tensor (a stored one), nvfp4.",
+    ),
+    click.option(
         "--method", default="rtn", show_default=True, metavar="M",
-        help=f"One of {_listed('methods')}; or steps joined by +, as awq+gptq+eora, of: rotate, {_listed('transforms')} "
-        f"(before a method), {_listed('corrections')} (after it).",
+        help=f"One of {_listed('methods')}; or steps joined by +, as awq+gptq+eora, of: rotate, "
+        f"{_listed('transforms')} (before a method), {_listed('corrections')} (after it).",
     ),
     click.option(
         "--format", "form", default="compressed-tensors", show_default=True, metavar="F",
@@ -129,7 +133,7 @@ def make_rules(options: dict[str, Any]) -> Rules:
 
     names = ("sources", "samples", "length", "sampling", "seed", "inputs", "dtype")
     text = {name: options.pop(name) for name in names}
-    rules = {name: options.pop(name) for name in ("scheme", "method", "skip", "sets", "options", "blocks")}
+    rules = {name: options.pop(name) for name in ("scheme", "method", "skip", "sets", "options", "blocks", "activations")}
     calibration = Calibration(**text) if text["sources"] else None
     return Rules(**rules, format=options.pop("form"), calibration=calibration)
 

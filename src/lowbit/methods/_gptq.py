@@ -95,6 +95,11 @@ def prepare(stats: Stats, scheme: Scheme, loop: Loop) -> Stats:
     return {name: value for name, value in stats.items() if name != "second_moment"} | found
 
 
+def precision(cols: int) -> torch.dtype:
+    """In which a second moment is factored: float64 as long as that costs little memory."""
+    return torch.float64 if cols <= _DOUBLE else torch.float32
+
+
 def _factor(
     moment: Float[Tensor, "cols cols"], order: Int64[Tensor, "cols"], damp: float
 ) -> tuple[Float[Tensor, "cols cols"], Float[Tensor, "cols"], float]:
@@ -103,7 +108,7 @@ def _factor(
     R comes of the Cholesky factor of the matrix with its axes reversed.
     """
     back = order.flip(0)
-    reverse = moment[back[:, None], back].to(torch.float64 if len(order) <= _DOUBLE else torch.float32)
+    reverse = moment[back[:, None], back].to(precision(len(order)))
     diagonal = reverse.diagonal().clone()
     mean = diagonal.mean().item() if len(order) else 0.0
     diagonal[diagonal == 0] = mean or 1.0  # inputs that are always zero: any code does, round-to-nearest's is taken

@@ -87,7 +87,7 @@ def grouped(weight: Float[Tensor, "rows cols"], scheme: Scheme) -> Grouped:
 
 
 def _split(matrix: Tensor, width: int) -> Tensor:
-    rows, cols = matrix.shape
+    cols = matrix.shape[1]
     tail = ceil(cols / width) * width - cols
     return (pad(matrix, (0, tail)) if tail else matrix).reshape(-1, width)
 

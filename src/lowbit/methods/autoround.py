@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,9 @@ from lowbit.methods._scales import finish, finite_range, fit, global_divisor
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
+_FROZEN = ("e8m0",)
 _REACH = 0.5 - 2.0**-12  # a weight that is a level stays this level: an exact zero stays zero
+_MOST = 1.0
 _LEAST = 2.0**-6  # of a range: a range of nothing would have no scale
 
 
@@ -34,7 +36,7 @@ class Options:
         minmax_lr: first step of the factors on each group's range; None: as `lr`.
     """
 
-    preset: Literal["light", "default", "best"] = "default"
+    preset: str = "default"
     iterations: int | None = None
     batch: int = 8
     lr: float | None = None
@@ -69,7 +71,8 @@ class _SignRound:
 
     def __init__(self, weight: Tensor, scheme: Scheme, options: Options) -> None:
         self.source: Grouped = grouped(weight, scheme)
-        self.rates = options.rates(scheme.grid.bits)
+        rate, range_rate = options.rates(scheme.grid.bits)
+        self.rates = (rate, 0.0 if scheme.scale in _FROZEN else range_rate)
         self.shift = torch.zeros_like(self.source.values)
         self.factors = [torch.ones_like(self.source.low) for _ in range(2)]
         self.affine = self.source.fit(self.source.low, self.source.high)
@@ -113,7 +116,7 @@ class _SignRound:
         for factor, end, parts in zip(self.factors, self._ends, zip(*slopes, strict=True), strict=True):
             toward = torch.cat(parts).sign_()
             factor.sub_(toward if self.affine.zeros is None else toward * end.sign(), alpha=range_rate)
-            factor.clamp_(_LEAST, 1)
+            factor.clamp_(_LEAST, _MOST)
         self.affine = self.source.fit(*self._range())
 
     def _move(self, grad: Tensor, at: slice, rate: float) -> tuple[Tensor, Tensor]:

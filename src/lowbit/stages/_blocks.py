@@ -210,14 +210,15 @@ class LiveBlock:
         weights: Mapping[str, Tensor] | None = None,
         parameters: Mapping[str, Tensor] | None = None,
         watch: Callable[[Product], Tensor | None] | None = None,
+        after: Callable[[Product, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The block's output, with the given weights (`[outputs, inputs]`) and parameters in the place of its own.
 
-        `watch` sees every product of a weight with its rows, and may return other rows.
+        `watch` sees every product of a weight with its rows, and may return other rows; `after` may change the result.
         """
         args, kwargs = call.with_hidden(hidden)
         replaced = {**(parameters or {}), **self._replaced(weights or {})}
-        with Products(self._regions(replaced), watch) if watch else nullcontext():
+        with Products(self._regions(replaced), watch, after) if watch else nullcontext():
             out = functional_call(self.module, replaced, args, kwargs)
         found: Tensor = out[0] if isinstance(out, tuple) else out
         return found

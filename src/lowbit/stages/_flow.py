@@ -164,7 +164,7 @@ class _Watch(TorchFunctionMode):
     """Marks of all tensors of a run, and what was learned from them."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._tensors: list[Tensor] = []  # an id is a tensor's only as long as the tensor lives
         self._marks: dict[int, Mark] = {}
         self._axes: dict[str, int] = {}

@@ -18,6 +18,7 @@ from torch import Tensor
 from lowbit import plugins
 from lowbit.methods import Method, Stats
 from lowbit.schemes import Scheme
+from lowbit.stages._observe import Seen
 from lowbit.stages.plan import Entry
 from lowbit.stages.quantize import join, pieces_of
 from lowbit.tensors import QTensor
@@ -52,17 +53,19 @@ class Job:
 
     Attributes:
         entry: of the plan.
+        method: the plan's, or another where calibration did not reach the weight.
         weight: float32, `[outputs, inputs]`.
         stats: prepared for the method.
-        held: rows to judge by; none where no window was held out or none reached the weight.
+        seen: at its site.
         options: of the method.
         elements: of a piece.
     """
 
     entry: Entry
+    method: str
     weight: Float[Tensor, "rows cols"]
     stats: Stats
-    held: Float[Tensor, "n cols"]
+    seen: Seen
     options: Any
     elements: int
 
@@ -75,11 +78,10 @@ class Job:
     @cached_property
     def methods(self) -> dict[str, tuple[Method, Any]]:
         """The method of the plan, and those it is compared with."""
-        assert self.entry.method is not None
-        found = {self.entry.method: (_load(self.entry.method), self.options)}
+        found = {self.method: (_load(self.method), self.options)}
         for name, options in RIVALS.items():
             method = _load(name)
-            if self.held.any() and name not in found and method.supports(self.scheme) is None:
+            if self.seen.held.any() and name not in found and method.supports(self.scheme) is None:
                 found[name] = (method, method.options(**options))
         return found
 
@@ -95,23 +97,32 @@ class Job:
         return Piece(made, errors, self._output_power(part), time.perf_counter() - start)
 
     def _output_power(self, part: Float[Tensor, "some cols"]) -> float:
-        return float((self.held @ part.T).square().sum(dtype=torch.float64)) if self.held.numel() else 0.0
+        held = self.seen.held
+        return float((held @ part.T).square().sum(dtype=torch.float64)) if held.numel() else 0.0
 
     def choose(self, pieces: Sequence[Piece]) -> Made:
         """The candidate with the least output error on held-out rows; the plan's method among equals."""
-        planned = next(iter(self.methods))
         errors = {name: sum(piece.errors[name] for piece in pieces) for name in self.methods}
-        best = min(errors, key=lambda name: (errors[name], name != planned))
+        best = min(errors, key=lambda name: (errors[name], name != self.method))
         qtensor = self._joined([piece.made[best] for piece in pieces])
         power, rtn = sum(piece.power for piece in pieces), errors.get("rtn")
         facts = {
             "method": best,
+            "fallback": self._fallback(best),
+            "rows": self.seen.rows,
+            "starved": self.seen.starved,
             **error_facts(self.weight, qtensor),
             "output_error": errors[best] / power if power else None,
             "against_rtn": errors[best] / rtn if rtn else None,
             "seconds": sum(piece.seconds for piece in pieces),
         }
         return Made(qtensor, facts)
+
+    def _fallback(self, best: str) -> str | None:
+        """Why the method is not the plan's."""
+        if self.method != self.entry.method:
+            return "no calibration row reached it"
+        return None if best == self.method else "less output error on held-out rows"
 
     def _joined(self, parts: Sequence[QTensor]) -> QTensor:
         codes = torch.cat([part.codes for part in parts], 1 if self.scheme.block.flat else 0)

@@ -140,8 +140,8 @@ class Blueprint:
         return {part.path: part.sources for part in self._parts if part.path in paths}
 
     def filled(self, path: str) -> nn.Module:
-        """One block with its weights in memory, on its own."""
-        return self._build(self.blocks[path])[0].get_submodule(path)
+        """One block with its weights in memory, on its own; experts run one after the other, each by its own product."""
+        return self._build(self.blocks[path], experts_implementation="eager")[0].get_submodule(path)
 
     def sources(self, path: str) -> dict[str, frozenset[str]]:
         """For each parameter of a module, the weights of the checkpoint that it is made of."""
@@ -232,7 +232,7 @@ class Blueprint:
             for path in [*blocks, *outside]
         ]
 
-    def _build(self, read: AbstractSet[str]) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    def _build(self, read: AbstractSet[str], **settings: str) -> tuple[PreTrainedModel, dict[str, list[str]]]:
         """A model that has the weights named in `read`, and traces of the others; and what did not fit, by kind."""
         standins = {name: _Standin(self.checkpoint, name, name in read) for name in self.checkpoint.weights}
         # The threads of `from_pretrained` know nothing of inference mode, and tensors of both modes do not go together.
@@ -244,7 +244,7 @@ class Blueprint:
         ):
             loaded: Any = self.kind.from_pretrained(
                 None, config=self.config, state_dict=standins, dtype=self.dtype,
-                ignore_mismatched_sizes=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, output_loading_info=True, **settings,
             )  # fmt: skip
         model, info = loaded
         found = {

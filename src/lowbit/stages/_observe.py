@@ -53,11 +53,19 @@ def split_windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
 @final
 @dataclass(frozen=True)
 class Seen:
-    """What calibration saw at one site: the statistics asked for, rows to judge by, and the number of rows."""
+    """What calibration saw at one site.
+
+    Attributes:
+        stats: the statistics asked for.
+        held: rows to judge by; none where no window was held out or none of its rows got here.
+        rows: number of rows learned from.
+        starved: rows that the router sent to an expert that was then given all tokens; None for others.
+    """
 
     stats: Stats
     held: Float[Tensor, "n cols"]
     rows: int
+    starved: int | None = None
 
 
 @final

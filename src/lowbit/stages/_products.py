@@ -69,22 +69,37 @@ class Product:
 
 @final
 class Products(TorchFunctionMode):
-    """Calls `seen` before each product with known weights while it is active; rows that it returns replace those read."""
+    """Watches the products with known weights while it is active.
 
-    def __init__(self, regions: Iterable[Region], seen: Callable[[Product], Tensor | None]) -> None:
+    Args:
+        regions: the weights.
+        before: called before each product; rows that it returns replace those read.
+        after: called with each product and its result; what it returns replaces the result.
+    """
+
+    def __init__(
+        self,
+        regions: Iterable[Region],
+        before: Callable[[Product], Tensor | None],
+        after: Callable[[Product, Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._regions, self._seen = sorted(regions, key=lambda region: region.start), seen
+        self._regions, self._before, self._after = sorted(regions, key=lambda region: region.start), before, after
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        places = _PRODUCTS.get(func)
+        places, found = _PRODUCTS.get(func), []
         if places and len(args) > places[1] and isinstance(args[places[1]], Tensor):
-            args = list(args)
-            rows = args[places[0]]
-            for product in self._products(rows, args[places[1]], func is _LINEAR):
-                other = self._seen(product)
-                if other is not None and args[places[1]].dim() == 2:
-                    args[places[0]] = other.view(rows.shape)
-        return func(*args, **(kwargs or {}))
+            args, (at, weight) = list(args), places
+            found = self._products(args[at], args[weight], func is _LINEAR)
+            for product in found:
+                rows = self._before(product)
+                if rows is not None and args[weight].dim() == 2:
+                    args[at] = rows.view(args[at].shape)
+        result = func(*args, **(kwargs or {}))
+        for product in found if self._after else ():
+            assert self._after is not None
+            result = self._after(product, result)
+        return result
 
     def _products(self, rows: Tensor, weight: Tensor, outputs_first: bool) -> list[Product]:
         """The products that one operation stands for: one, or one per expert of a stack."""

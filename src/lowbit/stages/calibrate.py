@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from lowbit import plugins
 from lowbit.blocks import Block
 from lowbit.blocks import Site as BlockSite
 from lowbit.budget import Estimate, MemoryWatch
-from lowbit.methods import Method
+from lowbit.methods import Method, Stats
 from lowbit.stages._activations import input_scale, rounded
 from lowbit.stages._blocks import Call, Entrance, LiveBlock
 from lowbit.stages._fold import Producer, effective, find_producer
@@ -44,6 +44,8 @@ from lowbit.transforms import Transform
 
 _LENGTH = 2048
 _ABSMAX = "absmax"
+_CERTAIN = 30.0  # logits: a router that sees it chooses that expert
+_ENOUGH = 4  # rows per input for an expert that got all tokens
 
 
 def default_length(source: Checkpoint) -> int:
@@ -178,6 +180,7 @@ class _BlockRun:
         for at, step in enumerate(steps):
             later = frozenset(name for other in steps[at + 1 :] for name in other.names)
             self._quantize(step, self._observe(step, later, reference))
+        self._unreached()
         self._keep()
         self._forward("quantized", self.inputs)
 
@@ -203,11 +206,12 @@ class _BlockRun:
         weights: Mapping[str, Tensor] | None = None,
         parameters: Mapping[str, Tensor] | None = None,
         watch: Watch | None = None,
+        after: Callable[[Product, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The block's output for some windows."""
         hidden = (self.inputs if inputs is None else inputs)[batch]
         call = self.work.call(self.path, len(hidden))
-        return self.live.run(call, hidden, weights, parameters, watch or self._rounding())
+        return self.live.run(call, hidden, weights, parameters, watch or self._rounding(), after)
 
     def _rounding(self, factors: Mapping[str, Tensor] | None = None) -> Watch | None:
         """A watch that rounds activations, of the weights that are on their grid by now; None where none is rounded."""
@@ -241,21 +245,55 @@ class _BlockRun:
     def _observe(self, step: Step, later: frozenset[str], reference: LiveBlock | None) -> dict[Site, Seen]:
         """Statistics of each site of a step that has something to quantize."""
         sites = {site: Accumulator(self._needs(site), self.index) for site in step.sites if self._targets(site)}
-        observer = Observer(sites, later)
         for batch in self.work.windows.batches if sites else ():
-            if reference:
-                hidden = self.work.streams.read("float", self.index)[batch]
-                with suppress(Found):
-                    reference.run(self.work.call(self.path, len(hidden)), hidden, watch=observer.reference())
-            rounding, watch = self._rounding(), observer.watch(batch.start >= self.work.windows.fit)
+            self._look(batch, Observer(sites, later), reference)
+        seen = {site: each.finish() for site, each in sites.items()}
+        return {**seen, **self._all_tokens(step, seen, later)} if step.experts else seen
 
-            def both(product: Product, watch: Watch = watch, rounding: Watch | None = rounding) -> Tensor | None:
-                watch(product)
-                return rounding(product) if rounding else None
-
+    def _look(
+        self,
+        batch: slice,
+        observer: Observer,
+        reference: LiveBlock | None = None,
+        after: Callable[[Product, Tensor], Tensor] | None = None,
+    ) -> None:
+        """Run a batch of windows, as far as needed, for an observer."""
+        if reference:
+            hidden = self.work.streams.read("float", self.index)[batch]
             with suppress(Found):
-                self._batch(batch, watch=both)
-        return {site: each.finish() for site, each in sites.items()}
+                reference.run(self.work.call(self.path, len(hidden)), hidden, watch=observer.reference())
+        rounding, watch = self._rounding(), observer.watch(batch.start >= self.work.windows.fit)
+
+        def both(product: Product) -> Tensor | None:
+            watch(product)
+            return rounding(product) if rounding else None
+
+        with suppress(Found):
+            self._batch(batch, watch=both, after=after)
+
+    def _all_tokens(self, step: Step, seen: Mapping[Site, Seen], later: frozenset[str]) -> dict[Site, Seen]:
+        """Experts that saw fewer rows than they have inputs: routed to them, one at a time, until they have enough."""
+        few = [site for site in seen if seen[site].rows < self._weight(site[0]).shape[1]]
+        router = next((name for name in self.live.places if self._routes(name, step)), None)
+        found: dict[Site, Seen] = {}
+        for site in few if router else ():
+            accumulator, expert = Accumulator(self._needs(site), self.index), step.sites.index(site)
+
+            def choose(product: Product, result: Tensor, expert: int = expert) -> Tensor:
+                if product.names[0] == router:
+                    result = result.clone()
+                    result[..., expert] = result.amax(-1) + _CERTAIN
+                return result
+
+            for batch in self.work.windows.batches:
+                if accumulator.rows < _ENOUGH * self._weight(site[0]).shape[1] or batch.start >= self.work.windows.fit:
+                    self._look(batch, Observer({site: accumulator}, later), after=choose)
+            found[site] = replace(accumulator.finish(), starved=seen[site].rows)
+        return found
+
+    def _routes(self, name: str, step: Step) -> bool:
+        """Whether a weight has a row for each expert of a step."""
+        return name not in step.names and self.live.weight(name).shape[0] == len(step.sites)
 
     def _needs(self, site: Site) -> list[str]:
         weights = [self.entries[name] for name in self._targets(site)]
@@ -266,39 +304,41 @@ class _BlockRun:
 
     def _quantize(self, step: Step, seen: Mapping[Site, Seen]) -> None:
         """Quantize the weights of a step, put them into the block, and store them."""
-        jobs = [job for site, found in seen.items() for job in self._jobs(site, found)]
+        prepared: dict[Any, Stats] = {}
+        jobs = []
+        for site, found in seen.items():
+            prepared.clear()
+            jobs += [self._job(name, self._weight(name), found, prepared) for name in self._targets(site)]
+        self._quantize_all(jobs)
+
+    def _quantize_all(self, jobs: Sequence[Job]) -> None:
         with one_torch_thread(), ThreadPoolExecutor(self.work.way.threads, "calibrate") as pool:
             pieces = [(job, pool.submit(job.piece, *place)) for job in jobs for place in job.places()]
             for job in jobs:
-                made = job.choose([future.result() for owner, future in pieces if owner is job])
-                self._settle(job.entry, made)
+                self._settle(job.entry, job.choose([future.result() for owner, future in pieces if owner is job]))
 
-    def _jobs(self, site: Site, seen: Seen) -> list[Job]:
-        """A job for each weight of a site; what a method prepares is shared by those of one scheme."""
-        prepared: dict[Any, Any] = {}
-        jobs = []
-        for name in self._targets(site):
-            entry, weight = self.entries[name], self._weight(name)
-            scheme = entry.weight.scheme
-            assert scheme is not None and entry.method is not None
-            method: Method = plugins.load("methods", entry.method)
-            options = step_options(method, entry.method, self.work.plan.options)
-            if method.learn or not method.needs <= seen.stats.keys():
-                entry, method, options = replace(entry, method=OUTSIDE), plugins.load("methods", OUTSIDE), None
-                options = method.options()
-            key = (entry.method, scheme)
-            if key not in prepared:
-                prepared[key] = method.prepare(seen.stats, scheme, options)
-            if entry.weight.activations:
-                self.scales[name] = input_scale(float(seen.stats[_ABSMAX].max()), entry.weight.activations)
-            stats = {**prepared[key], **tensor_stats(weight, scheme, self.work.way.piece)}
-            jobs.append(Job(entry, weight, stats, seen.held, options, self.work.way.piece))
-        return jobs
+    def _job(self, name: str, weight: Tensor, seen: Seen, prepared: dict[Any, Stats] | None = None) -> Job:
+        """The work on one weight; what a method prepares is shared by weights of one scheme at one site."""
+        entry, prepared = self.entries[name], {} if prepared is None else prepared
+        scheme = entry.weight.scheme
+        assert scheme is not None and entry.method is not None
+        method: Method = plugins.load("methods", entry.method)
+        reached = method.needs <= seen.stats.keys() and not method.learn
+        chosen = entry.method if reached else OUTSIDE
+        method = plugins.load("methods", chosen)
+        options = step_options(method, chosen, self.work.plan.options)
+        if (chosen, scheme) not in prepared:
+            prepared[chosen, scheme] = method.prepare(seen.stats, scheme, options)
+        if entry.weight.activations:
+            self.scales[name] = input_scale(float(seen.stats[_ABSMAX].max()), entry.weight.activations)
+        stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, self.work.way.piece)}
+        return Job(entry, chosen, weight, stats, seen, options, self.work.way.piece)
 
     def _settle(self, entry: Entry, made: Made) -> None:
         """Put a result into the block, and into the output unless it is there from an earlier run."""
         name, output = entry.weight.name, self.work.output
-        self.live.weight(name).copy_(made.qtensor.dequantize())
+        if name in self.live.places:
+            self.live.weight(name).copy_(made.qtensor.dequantize())
         self.made[name] = made.qtensor
         if name in output.records:
             return
@@ -310,6 +350,12 @@ class _BlockRun:
         meant = {part: digest(tensor.contiguous()) for part, tensor in made.qtensor.parts()}
         stored = {part: digest(tensor) for part, tensor in parts.items()}
         output.commit(Record(name, source, meant, stored, made.facts))
+
+    def _unreached(self) -> None:
+        """Quantize, without statistics, weights that no product of the block was seen to read."""
+        for name in self._targets(list(self.entries)):
+            weight = self.work.source.tensor(name).float()
+            self._quantize_all([self._job(name, weight, Seen({}, torch.empty(0, 0), 0))])
 
     def _keep(self) -> None:
         """Store what is not quantized, changed by a transform or not."""
@@ -428,6 +474,7 @@ class _BlockRun:
         worse = errors["learn"] > errors["rtn"]
         shared = {
             "method": "rtn" if worse else self.work.recipe.method,
+            "fallback": "round-to-nearest has less error of the block's output on held-out windows" if worse else None,
             "against_rtn": min(errors["learn"] / errors["rtn"], 1.0) if errors["rtn"] else None,
             "seconds": (time.perf_counter() - start) / max(len(learned), 1),
         }

@@ -28,6 +28,7 @@ _STUMBLES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError
 # What transformers' causal models call their output layer. Of two equal tensors it is the one that must not be kept:
 # loaders tie it to the embedding, never the embedding to it.
 _HEAD = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
+_EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte)\.")
 
 
 @final
@@ -118,8 +119,8 @@ class Checkpoint:
         """Alias to the tensor that it is one with.
 
         PyTorch files: names that share storage, tied to the first of them. Safetensors cannot share, so where
-        `config.json` says `tie_word_embeddings`: an output layer that equals the embedding, the first other matrix of
-        `vocab_size` rows, byte for byte (compared on first use); or `lm_head.weight`, where no output layer is stored.
+        `config.json` says `tie_word_embeddings`: an output layer that equals the embedding (a matrix of `vocab_size` rows that is
+        called one, or else the first), byte for byte (compared on first use); or `lm_head.weight`, where no output layer is stored.
         """
         tied = {alias: name for file in set(self.files.values()) for alias, name in file.tied.items()}
         text = self.config.get("text_config")
@@ -128,7 +129,8 @@ class Checkpoint:
             return tied
         tables = [name for name, spec in self.specs.items() if spec.shape[:-1] == (facts.get("vocab_size"),)]
         heads = [name for name in self.weights if _HEAD.fullmatch(name)]
-        embedding = next((name for name in tables if name not in heads), None)
+        others = [name for name in tables if name not in heads]
+        embedding = next((name for name in others if _EMBEDDING.search(name)), next(iter(others), None))
         if embedding and not heads:
             return {"lm_head.weight": embedding}
         return {name: embedding for name in heads if embedding and self._equal(embedding, name)}

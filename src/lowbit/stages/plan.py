@@ -19,13 +19,15 @@ from lowbit import plugins
 from lowbit.errors import LowbitError, UnsupportedError, UsageError
 from lowbit.formats import Format, Spec, Weight
 from lowbit.methods import Method
+from lowbit.methods._scales import shares_rows
 from lowbit.schemes import parse
-from lowbit.stages._recipe import Recipe, dotted, parse_recipe
+from lowbit.stages._recipe import dotted, parse_recipe
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.tensors import scheme_bytes
 
 VERSION = 2
 OUTSIDE = "mse"  # quantizes what lies outside of the blocks when the others are calibrated
+_OUTSIDE = "; outside of the blocks, where no statistics are taken"
 _BLOCK = re.compile(r"\.(\d+)\.")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -70,6 +72,7 @@ class Rules:
         options: options of the method by name, those of other steps of a recipe as `step.name`.
         calibration: text for methods that need it.
         blocks: first block and the one after the last to quantize; None for all.
+        activations: name of the scheme of the weights' inputs, tokens as rows; None where these stay as they are.
     """
 
     scheme: str | None = None
@@ -80,6 +83,7 @@ class Rules:
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
     blocks: tuple[int, int] | None = None
+    activations: str | None = None
 
 
 @final
@@ -156,6 +160,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         "scheme": str(weight.scheme) if weight.scheme else None,
         "method": entry.method,
         "reason": entry.reason,
+        **({"activations": str(weight.activations)} if weight.activations else {}),
         **({"tied": entry.tied} if entry.tied else {}),
     }
 
@@ -176,8 +181,10 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
     _check_patterns(checkpoint, rules)
     recipe = parse_recipe(rules.method)
     options = dotted(rules.options, recipe)
-    if recipe.calibrated and not rules.calibration:
-        raise UsageError(f"method {recipe} learns from text: name some with --calibration FILE")
+    calibrated = recipe.calibrated or _stores_scale(rules.activations)
+    if calibrated and not rules.calibration:
+        what = f"method {recipe}" if recipe.calibrated else f"a stored scale of activations ({rules.activations})"
+        raise UsageError(f"{what} is learned from text: name some with --calibration FILE")
     model_type = str(checkpoint.config.get("model_type", ""))
     tied = tied_names(checkpoint)
     entries = []
@@ -188,17 +195,18 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
         wanted, reason = _decide(weight, rules, model_type, form.default)
         if wanted != "keep" and weight.name in tied.values():
             raise UnsupportedError(f"{weight.name} is tied to another weight, which no reader would find; keep it")
-        method, why = _method_for(weight, recipe)
-        entries.append(_entry(weight, wanted, reason + why, method, form))
-    calibration = rules.calibration if recipe.calibrated else None
+        inside = _BLOCK.search(weight.name) is not None
+        method, why = (recipe.method, "") if inside or not recipe.calibrated else (OUTSIDE, _OUTSIDE)
+        activations = rules.activations if inside else None
+        entries.append(_entry(weight, wanted, reason + why, method, form, activations))
+    calibration = rules.calibration if calibrated else None
     return Plan(rules.format.replace("_", "-"), tuple(entries), options, str(recipe), calibration)
 
 
-def _method_for(weight: Weight, recipe: Recipe) -> tuple[str, str]:
-    """The method of a weight, and what to say where it is not the recipe's."""
-    if recipe.calibrated and not _BLOCK.search(weight.name):
-        return OUTSIDE, "; outside of the blocks, where no statistics are taken"
-    return recipe.method, ""
+def _stores_scale(activations: str | None) -> bool:
+    """Whether the scale of such activations is stored with the weight, found by calibration."""
+    scheme = parse(activations) if activations else None
+    return scheme is not None and (shares_rows(scheme) or scheme.nested is not None)
 
 
 def tied_names(checkpoint: Checkpoint) -> Mapping[str, str]:
@@ -206,9 +214,11 @@ def tied_names(checkpoint: Checkpoint) -> Mapping[str, str]:
     return checkpoint.tied if checkpoint.config.get("tie_word_embeddings") is True else {}
 
 
-def _entry(weight: Weight, wanted: str, reason: str, name: str, form: Format) -> Entry:
+def _entry(
+    weight: Weight, wanted: str, reason: str, name: str, form: Format, activations: str | None = None
+) -> Entry:
     if wanted == "keep":
-        return Entry(weight, None, reason.partition("; outside")[0])
+        return Entry(weight, None, reason.removesuffix(_OUTSIDE))
     scheme, method = parse(wanted), _method(name)
     try:
         fitted = form.fit(scheme, weight)
@@ -217,7 +227,12 @@ def _entry(weight: Weight, wanted: str, reason: str, name: str, form: Format) ->
     objection = method.supports(fitted)
     if objection:
         raise UnsupportedError(f"{weight.name}: method {name} cannot use {fitted}: {objection}")
-    return Entry(replace(weight, scheme=fitted), name, reason)
+    weight = replace(weight, scheme=fitted)
+    try:
+        inputs = form.fit_activations(parse(activations), weight) if activations else None
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{weight.name} {list(weight.shape)}: {error}") from None
+    return Entry(replace(weight, activations=inputs), name, reason)
 
 
 def _decide(weight: Weight, rules: Rules, model_type: str, default: str) -> tuple[str, str]:
@@ -296,7 +311,8 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
 def _read_row(row: Mapping[str, Any], weight: Weight, form: Format) -> Entry:
     if row.get("tied"):
         return Entry(weight, None, row["reason"], row["tied"])
-    return _entry(weight, row["scheme"] or "keep", row["reason"], row["method"] or "rtn", form)
+    scheme, method = row["scheme"] or "keep", row["method"] or "rtn"
+    return _entry(weight, scheme, row["reason"], method, form, row.get("activations"))
 
 
 def _check_same(path: Path, rows: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> None:

@@ -1,10 +1,11 @@
 """Rotate: the same model with its residual stream and its attention values turned, so that outliers are spread.
 
-The result is a view: a `Checkpoint` whose tensors are made when they are read, one at a time. What a rotation must touch
-is found by running the model without weights (`_flow`). With x a row of the stream and R orthogonal, x becomes x R:
-weights that write it get R on their outputs, weights that read it through an RMSNorm with weight s get `W diag(s) R`, and
-the norm's weight becomes 1 (QuaRot, arXiv:2404.00456, sections 3.1 and 4; SliceGPT, arXiv:2401.15024, section 3.2). Values
-of attention are turned head by head between the weight that makes them and the weight that reads them (SpinQuant's R2).
+The result is a view: a `Checkpoint` whose tensors are made when they are read, one at a time. What a rotation must
+touch is found by running the model without weights (`_flow`). With x a row of the stream and R orthogonal, x becomes
+x R: weights that write it get R on their outputs, weights that read it through an RMSNorm with weight s get `W
+diag(s) R`, and the norm's weight becomes 1 (QuaRot, arXiv:2404.00456, sections 3.1 and 4; SliceGPT, arXiv:2401.15024,
+section 3.2). Values of attention are turned head by head between the weight that makes them and the weight that reads
+them (SpinQuant's R2, arXiv:2405.16406, section 3.1).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from lowbit.errors import UnsupportedError, UsageError, VerifyError
 from lowbit.formats import Weight
 from lowbit.rotations import Rotation, hadamard_orders, orthogonal_rotation, random_rotation
-from lowbit.stages._flow import Flow, Norm, Pair, trace
+from lowbit.stages._cayley import Part, learn
+from lowbit.stages._flow import Flow, Pair, trace
 from lowbit.stages._model import Blueprint, _sources, silent_transformers
 from lowbit.stages._weightfile import one_line
 from lowbit.stages.checkpoint import Checkpoint
@@ -42,7 +44,8 @@ class Options:
         kind: random Hadamard matrices, or any orthogonal matrix, uniformly drawn.
         heads: whether values of attention are turned too.
         seed: of signs and matrices.
-        learn: Cayley steps that improve the residual stream's rotation (`learned`).
+        learn: Cayley steps that improve the residual stream's rotation (`_cayley`); 0 for none.
+        group: columns that will share a scale, which the steps look at; 0 for whole rows.
         online: refused; see `_refuse_online`.
     """
 
@@ -50,6 +53,7 @@ class Options:
     heads: bool = True
     seed: int = 0
     learn: int = 0
+    group: int = 128
     online: bool = False
 
 
@@ -62,10 +66,11 @@ class Rotated:
         checkpoint: the view; weights that were touched are read in float32, `specs` and `weights` keep their dtype.
         blueprint: a model over it (its output layer is its own).
         width: of the residual stream.
-        orders: of the Hadamard matrices whose product turns it; empty for another orthogonal matrix.
+        orders: of the Hadamard matrices whose product turns it, or did before steps; empty for another matrix.
         norms: norms whose weight was folded into the weights that read them.
         heads: attention layers whose values are turned.
         untied: the output layer that was one with the embedding and is not any more.
+        learned: what the steps lowered, before and after; None where there were none.
     """
 
     checkpoint: Checkpoint
@@ -75,6 +80,7 @@ class Rotated:
     norms: int
     heads: int
     untied: str | None
+    learned: tuple[float, float] | None
 
 
 @final
@@ -100,8 +106,10 @@ class Edit:
         axis = max(free, key=lambda each: stored.shape[each], default=None)
         size = stored.shape[axis] if axis is not None else 1
         count = max(_PIECE * size // max(stored.numel(), 1), 1)
-        pieces = [(stored, out)] if axis is None else zip(stored.split(count, axis), out.split(count, axis), strict=True)
-        for source, target in pieces:
+        for start in range(0, size, count):
+            source, target = (
+                each if axis is None else each.narrow(axis, start, min(count, size - start)) for each in (stored, out)
+            )
             value = source.double()
             for step in self.steps:
                 value = step.apply(value.movedim(step.axis, -1)).movedim(-1, step.axis)
@@ -127,7 +135,9 @@ def rotate(blueprint: Blueprint, options: Options | None = None, residual: Rotat
         raise UsageError(f"{blueprint.checkpoint.path} is already quantized; rotate the float checkpoint")
     model = _Model.of(blueprint)
     _check(blueprint, model.flow)
-    turn = residual or _draw(model.flow.width, options, 0)
+    start = residual or _draw(model.flow.width, options, 0)
+    better = learn(start, model.parts(), options.learn, options.group, options.seed) if options.learn else None
+    turn = better.rotation if better else start
     pairs = [pair for pair in model.flow.pairs if options.heads and model.whole(*pair.writers, pair.reader)]
     steps = model.stream_steps(turn)
     for number, pair in enumerate(pairs, 1):
@@ -136,7 +146,8 @@ def rotate(blueprint: Blueprint, options: Options | None = None, residual: Rotat
     view, untied = _view(blueprint.checkpoint, model, model.edits(steps))
     folded = sum(norm.parameter is not None for norm in model.flow.norms.values())
     orders = hadamard_orders(turn.width) if options.kind == "hadamard" and residual is None else None
-    return Rotated(view, _over(blueprint, view), turn.width, orders or (), folded, len(pairs), untied)
+    learned = (better.before, better.after) if better else None
+    return Rotated(view, _over(blueprint, view), turn.width, orders or (), folded, len(pairs), untied, learned)
 
 
 def prove(original: Blueprint, rotated: Rotated, streamed: bool = False, tokens: int = 64, seed: int = 0) -> float:
@@ -192,8 +203,8 @@ def _check(blueprint: Blueprint, flow: Flow) -> None:
 
 
 _LAYER_NORM = (
-    "{path} cannot be rotated: {name} a LayerNorm, which takes off the mean of the channels; a rotation needs norms that "
-    "do not (RMSNorm), and to rewrite the norms would need another class of model"
+    "{path} cannot be rotated: {name} a LayerNorm, which takes off the mean of the channels; a rotation needs norms "
+    "that do not (RMSNorm), and to rewrite the norms would need another class of model"
 )
 
 
@@ -207,6 +218,7 @@ class _Model:
         sources: parameter to the weights of the checkpoint that make it.
         shapes: of the parameters.
         stored: weights of the checkpoint, and their shapes.
+        tables: parameters with a row for every token of the vocabulary.
         head: what the checkpoint calls an output layer that is one with the embedding; and the embedding.
     """
 
@@ -214,6 +226,7 @@ class _Model:
     sources: Mapping[str, frozenset[str]]
     shapes: Mapping[str, tuple[int, ...]]
     stored: Mapping[str, tuple[int, ...]]
+    tables: frozenset[str]
     head: tuple[str, str] | None
     checkpoint: Checkpoint
 
@@ -236,7 +249,9 @@ class _Model:
         if hasattr(model.config, "_experts_implementation"):  # the one that does not look at values
             model.set_experts_implementation("batched_mm")
         flow = _trace(blueprint, model.to("meta"))
-        return cls(flow, sources, shapes, stored, _tied_head(model, blueprint.checkpoint, sources), blueprint.checkpoint)
+        tables = frozenset(name for name, shape in shapes.items() if shape[:-1] == (blueprint.vocabulary,))
+        head = _tied_head(model, blueprint.checkpoint, sources)
+        return cls(flow, sources, shapes, stored, tables, head, blueprint.checkpoint)
 
     def whole(self, *names: str) -> bool:
         """Whether each of these parameters is one stored weight, as it is."""
@@ -253,27 +268,39 @@ class _Model:
                 steps[name].append(Step(axis, turn.apply))
         for reader in dict.fromkeys(self.flow.readers):
             target = "" if self.flow.axes.get(reader.name) == reader.axis else reader.name
-            scale = self._scale(self.flow.norms[reader.norm]) if reader.norm else None
             if [step for step in steps[target] if step.axis == reader.axis]:
                 raise UnsupportedError(f"{reader.name} reads the residual stream in two ways; it cannot be rotated")
-            steps[target] += [Step(reader.axis, scale)] if scale else []
+            folded = reader.norm and self.flow.norms[reader.norm].parameter
+            steps[target] += [Step(reader.axis, partial(self._fold, reader.norm))] if folded else []
             steps[target].append(Step(reader.axis, turn.apply))
         for norm in self.flow.norms.values():
             if norm.parameter:
                 steps[norm.parameter] = [Step(-1, partial(torch.full_like, fill_value=float(norm.kind == "weight")))]
         return steps
 
-    def _scale(self, norm: Norm) -> Callable[[Tensor], Tensor] | None:
-        """Multiply by what the norm's weight stands for; it is read when it is needed."""
-        if norm.parameter is None:
+    def factor(self, norm: str | None) -> Tensor | None:
+        """What a norm multiplies its channels by, float64; None where that is nothing."""
+        found = self.flow.norms[norm] if norm else None
+        if found is None or found.parameter is None:
             return None
-        (source,) = self.sources[norm.parameter]
+        (source,) = self.sources[found.parameter]
+        return self.checkpoint.tensor(source).double() + float(found.kind == "one plus weight")
 
-        def apply(value: Tensor) -> Tensor:
-            weight = self.checkpoint.tensor(source).double()
-            return value * (weight if norm.kind == "weight" else 1 + weight)
+    def parts(self) -> list[Part]:
+        """The stored matrices that the stream's rotation turns and that will be rounded: not those of a vocabulary."""
+        readers = {reader.name: reader for reader in self.flow.readers if reader.axis == -1}
+        found = []
+        for name in sorted({*readers, *self.flow.writers} - self.tables):
+            writes = name in self.flow.writers
+            norm = None if writes else readers[name].norm
+            for source in sorted(self.sources[name]):
+                if len(self.stored[source]) == 2 and self.flow.axes[name] == -2:
+                    found.append(Part(partial(self.checkpoint.tensor, source), self.factor(norm), writes))
+        return found
 
-        return apply
+    def _fold(self, norm: str, value: Tensor) -> Tensor:
+        factor = self.factor(norm)  # read when it is needed
+        return value if factor is None else value * factor
 
     def edits(self, steps: Mapping[str, list[Step]]) -> dict[str, Edit]:
         """Steps of parameters as edits of the stored weights that make them."""
@@ -324,7 +351,7 @@ def _pair_steps(pair: Pair, axes: Mapping[str, int], turn: Rotation) -> Iterable
 
     def heads(value: Tensor, start: int, length: int) -> Tensor:
         part = value[..., start : start + length]
-        turned = turn.apply(part.unflatten(-1, (-1, pair.width))).flatten(-2)
+        turned = turn.apply(part.reshape(*part.shape[:-1], -1, pair.width)).flatten(-2)
         return torch.cat([value[..., :start], turned, value[..., start + length :]], -1)
 
     for name in sorted(pair.writers):

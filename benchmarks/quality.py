@@ -1,0 +1,325 @@
+"""Calibrated quantization beside other packages: same model, same windows of tokens, same bits, same evaluator.
+
+    python benchmarks/quality.py --work DIR --model DIR --calibration FILE --text FILE --python llmcompressor=PATH ...
+        [--seeds 0 1 2] [--only REGEX] [--threads 2] [--again] [--summary] [--json]
+
+Every run is a process of its own, one at a time; its seconds, its perplexity and its loss per token are kept in DIR, so
+that the benchmark goes on where it was and repeats nothing. `--again` repeats runs that were timed beside other work,
+`--summary` runs nothing. `--only` selects runs by name, as `gptq:int4-g128` or `^lowbit:`. Packages need not share an
+interpreter: `--python NAME=PATH` names each one's; those of this interpreter are found without it, others are left out.
+
+Seconds are those of calibrating and quantizing alone, the whole process is given apart. Perplexity is that of
+`lowbit evaluate`: peers' weights are written as they compute with them, in float32. Intervals are of the mean over
+seeds of the change in log-perplexity, by the paired block bootstrap of `lowbit evaluate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from math import exp
+from pathlib import Path
+from statistics import median
+from typing import Any, final
+
+import numpy as np
+import torch
+
+from lowbit.metrics import Values
+from lowbit.metrics._blocks import Blocks, make_blocks
+from lowbit.stages._model import open_blueprint
+from lowbit.stages._windows import Windows, cut, encode, read_text
+from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.stages.evaluate import _score
+from lowbit.stages.samples import read_samples
+
+Record = dict[str, Any]
+# Bits, group, and whether zero is in the middle of the grid.
+CELLS = {
+    "int4-g128": (4, 128, True),
+    "int3-g128": (3, 128, True),
+    "int4-g64": (4, 64, True),
+    "int2-g64": (2, 64, False),
+}
+# Methods whose packages take other zero points than the cell's by default: whole ones for AWQ, fractions for HQQ.
+ZEROS = {"awq": "-asym", "hqq": "-fzero"}
+PEERS = {
+    "gptq": ("llmcompressor", "gptqmodel"),
+    "awq": ("llmcompressor", "gptqmodel", "auto-round"),
+    "autoround": ("auto-round",),
+    "hqq": ("hqq",),
+}
+MODULES = {"llmcompressor": "llmcompressor", "gptqmodel": "gptqmodel", "auto-round": "auto_round", "hqq": "hqq"}
+OURS = ("rtn", "mse", "hqq", "gptq", "awq", "awq+gptq", "rotate+gptq", "gptaq", "autoround", "awq+autoround")
+FREE = ("rtn", "mse", "hqq")  # of data
+QUIET = 0.6  # load average below which a time counts
+
+
+@final
+@dataclass(frozen=True)
+class Run:
+    """One quantization."""
+
+    tool: str
+    method: str
+    cell: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.tool}:{self.method}:{self.cell}:{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """All of it but the seed."""
+        return f"{self.tool}:{self.method}"
+
+    @property
+    def scheme(self) -> str:
+        """As lowbit spells it."""
+        symmetric = CELLS[self.cell][2]
+        return self.cell + ZEROS.get(self.method.split("+")[0], "" if symmetric else "-asym")
+
+
+@final
+@dataclass(frozen=True)
+class Bench:
+    """Where everything is."""
+
+    options: argparse.Namespace
+
+    @cached_property
+    def work(self) -> Path:
+        """Folder of results."""
+        path: Path = self.options.work
+        path.mkdir(parents=True, exist_ok=True)
+        return path.resolve()
+
+    @cached_property
+    def interpreters(self) -> dict[str, str]:
+        """Python of each peer that is there."""
+        here = {name: sys.executable for name, module in MODULES.items() if find_spec(module)}
+        return here | dict(pair.split("=", 1) for pair in self.options.python)
+
+    @cached_property
+    def done(self) -> dict[str, Record]:
+        """Results by run, the last of each."""
+        path = self.work / "results.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return {record["run"]: record for record in map(json.loads, lines)}
+
+    def keep(self, record: Record) -> None:
+        """Append a result."""
+        self.done[record["run"]] = record
+        with (self.work / "results.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def runs(self) -> Iterator[Run]:
+        """Those asked for, with peers that are there."""
+        for seed in self.options.seeds:
+            for cell in CELLS:
+                names = [(tool, method) for method, tools in PEERS.items() for tool in tools]
+                names = [pair for pair in names if pair[0] in self.interpreters]
+                for tool, method in names + [("lowbit", method) for method in self.options.ours]:
+                    run = Run(tool, method, cell, seed)
+                    if re.search(self.options.only, str(run)) and (seed == min(self.options.seeds) or not _free(run)):
+                        yield run
+
+    def windows(self, seed: int) -> Path:
+        """Tokens to calibrate on, the same that `lowbit quantize --seed` takes."""
+        path = self.work / f"windows-{seed}.npy"
+        if not path.exists():
+            source, count, length = self.options.calibration, self.options.samples, self.options.length
+            found = read_samples(source, open_checkpoint(self.options.model), samples=count, length=length, seed=seed)
+            np.save(path, found.ids.numpy())
+        return path
+
+    @cached_property
+    def text(self) -> Windows:
+        """What is scored."""
+        checkpoint = open_checkpoint(self.options.model)
+        encoded = encode([checkpoint], read_text(self.options.text), self.options.tokens, False, None)
+        return cut(read_text(self.options.text), encoded, self.options.context, None)
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """What is resampled."""
+        return make_blocks(self.text.counts)
+
+    def losses(self, run: str) -> Values:
+        """Loss per token of a run that is done."""
+        values: Values = np.load(self.work / "losses" / f"{run.replace(':', '_')}.npy")
+        return values
+
+
+def _free(run: Run) -> bool:
+    return run.method in FREE
+
+
+def command(bench: Bench, run: Run, out: Path) -> list[str]:
+    """What to start."""
+    options, (bits, group, symmetric) = bench.options, CELLS[run.cell]
+    if run.tool == "lowbit":
+        line = ["-m", "lowbit", "quantize", options.model, out, "--scheme", run.scheme, "--method", run.method]
+        text = ["--calibration", options.calibration, "--samples", options.samples, "--sequence-length", options.length]
+        line += ["--format", "hqq"] if run.scheme.endswith("fzero") else []
+        line += ["--option", f"iterations={options.iterations}"] if "autoround" in run.method else []
+        line += [] if _free(run) else [*text, "--seed", run.seed]
+        return [sys.executable, *map(str, line), "--threads", str(options.threads)]
+    job = {
+        "tool": run.tool, "method": run.method, "model": str(options.model), "windows": str(bench.windows(run.seed)),
+        "out": str(out), "bits": bits, "group": group, "sym": symmetric and run.method not in ZEROS, "batch": 8,
+        "iterations": options.iterations, "threads": options.threads, "seed": run.seed,
+    }  # fmt: skip
+    # -P: a folder beside the script is no place for its imports.
+    return [bench.interpreters[run.tool], "-P", str(Path(__file__).with_name("_peers.py")), json.dumps(job)]
+
+
+def execute(bench: Bench, run: Run) -> Record:
+    """Quantize in another process, then score."""
+    out = bench.work / "weights" / str(run).replace(":", "_")
+    for path in (out, Path(f"{out}.own")):
+        shutil.rmtree(path, ignore_errors=True)
+    out.parent.mkdir(exist_ok=True)
+    threads = str(bench.options.threads)
+    # gptqmodel's pool of workers must not be smaller than one of its parts, which on two cores it is by default.
+    more = {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
+    load, start = os.getloadavg()[0], time.perf_counter()
+    done = subprocess.run(command(bench, run, out), env=os.environ | more, capture_output=True, text=True, check=False)
+    record = {"run": str(run), **asdict(run), "wall": time.perf_counter() - start, "threads": int(threads)}
+    record |= {"load": load, "quiet": load < QUIET}
+    (bench.work / "logs").mkdir(exist_ok=True)
+    (bench.work / "logs" / f"{out.name}.txt").write_text(done.stdout + done.stderr)
+    if done.returncode:
+        return record | {"error": (done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:300]}
+    if run.tool == "lowbit":
+        stages = json.loads((out / "report.json").read_text())["seconds"]
+        record |= {"seconds": stages, "quantize": stages.get("calibrate", 0.0) + stages["quantize"]}
+    else:
+        facts = json.loads([line for line in done.stdout.splitlines() if line.startswith('{"seconds"')][-1])
+        record |= facts | {"quantize": facts["seconds"]["quantize"]}
+    return record | {"perplexity": score(bench, str(run), out)}
+
+
+def score(bench: Bench, run: str, path: Path) -> float:
+    """Perplexity; the loss per token is kept. The evaluator's own loop: its result has no values per token."""
+    model = open_blueprint(open_checkpoint(path), torch.float32).resident()
+    with torch.inference_mode():
+        values = _score([model], bench.text, 4, lambda *_: None)["nll"]
+    (bench.work / "losses").mkdir(exist_ok=True)
+    np.save(bench.work / "losses" / f"{run.replace(':', '_')}.npy", values)
+    return exp(values.mean())
+
+
+def summarise(bench: Bench) -> Record:
+    """By cell: the median of each tool and method over seeds, and our best against the best of the others."""
+    found: Record = {"original": bench.done["original"]["perplexity"], "cells": {}}
+    good = [record for record in bench.done.values() if "perplexity" in record and "cell" in record]
+    for cell in CELLS:
+        rows: dict[str, Record] = {}
+        for name in sorted({f"{r['tool']}:{r['method']}" for r in good if r["cell"] == cell}):
+            mine = [r for r in good if r["cell"] == cell and f"{r['tool']}:{r['method']}" == name]
+            quiet = [r for r in mine if r["quiet"]]
+            rows[name] = {
+                "perplexity": median(r["perplexity"] for r in mine), "seeds": [r["seed"] for r in mine],
+                "quantize": median(r["quantize"] for r in quiet or mine), "quiet": bool(quiet),
+                "wall": median(r["wall"] for r in quiet or mine),
+            }  # fmt: skip
+        found["cells"][cell] = {"rows": rows, "comparisons": list(compare(bench, cell, rows))}
+    found["errors"] = {r["run"]: r["error"] for r in bench.done.values() if "error" in r}
+    return found
+
+
+def compare(bench: Bench, cell: str, rows: dict[str, Record]) -> Iterator[Record]:
+    """Each of our methods with each peer that has it, and the best of both."""
+    ours, peers = ([name for name in rows if name.startswith("lowbit:") == ours] for ours in (True, False))
+    pairs = [(one, other) for one in ours for other in peers if one.split(":")[1] == other.split(":")[1]]
+    if ours and peers:
+        pairs.append((min(ours, key=lambda n: rows[n]["perplexity"]), min(peers, key=lambda n: rows[n]["perplexity"])))
+    for one, other in pairs:
+        seeds = sorted({*rows[one]["seeds"]} & {*rows[other]["seeds"]})
+        if seeds:
+            runs = [[f"{name}:{cell}:{seed}" for seed in seeds] for name in (one, other)]
+            change = np.mean([bench.losses(a) - bench.losses(b) for a, b in zip(*runs, strict=True)], axis=0)
+            times = {key: rows[one][key] / rows[other][key] for key in ("quantize", "wall")}
+            quiet = rows[one]["quiet"] and rows[other]["quiet"]
+            score = asdict(bench.blocks.change(change))
+            yield {"ours": one, "peer": other, "seeds": seeds, "change": score, "time": times, "quiet": quiet}
+
+
+def show(found: Record) -> None:
+    """Two tables per cell."""
+    print(f"original {found['original']:.3f}")
+    for cell, part in found["cells"].items():
+        print(f"\n{cell:<28} {'perplexity':>10} {'seeds':>6} {'quantize':>9} {'process':>9}")
+        for name, row in sorted(part["rows"].items(), key=lambda item: item[1]["perplexity"]):
+            noise = "" if row["quiet"] else "  (timed beside other work)"
+            seconds = f"{row['quantize']:>8.1f}s {row['wall']:>8.1f}s{noise}"
+            print(f"  {name:<26} {row['perplexity']:>10.3f} {len(row['seeds']):>6} {seconds}")
+        for row in part["comparisons"]:
+            change = row["change"]
+            low, high = (float("nan") if change[end] is None else change[end] for end in ("low", "high"))
+            verdict = f"{change['value']:+.5f} [{low:+.5f}, {high:+.5f}]"
+            times = f"time x{row['time']['quantize']:.2f}, process x{row['time']['wall']:.2f}"
+            noise = "" if row["quiet"] else " (noisy)"
+            print(
+                f"  {row['ours']} - {row['peer']}: log-perplexity {verdict}, {len(row['seeds'])} seeds; {times}{noise}"
+            )
+    for run, error in found["errors"].items():
+        print(f"failed: {run}: {error}")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    for name in ("model", "calibration", "text"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--ours", nargs="+", default=OURS, metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2)
+    for name in ("again", "summary", "json"):
+        parser.add_argument(f"--{name}", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    bench = Bench(arguments())
+    settings = {name: getattr(bench.options, name) for name in ("samples", "length", "context", "tokens", "iterations")}
+    settings |= {name: Path(getattr(bench.options, name)).name for name in ("model", "calibration", "text")}
+    kept = bench.done.get("settings", {}).get("settings", settings)
+    if kept != settings:
+        sys.exit(f"{bench.work} has results of other settings, {kept}; take another folder")
+    torch.set_num_threads(bench.options.threads)
+    if "original" not in bench.done:
+        bench.keep({"run": "settings", "settings": settings})
+        perplexity = score(bench, "original", bench.options.model)
+        bench.keep({"run": "original", "perplexity": perplexity})
+    for run in bench.runs() if not bench.options.summary else ():
+        before = bench.done.get(str(run))
+        if before is None or (bench.options.again and ("error" in before or not before["quiet"])):
+            print(f"{time.strftime('%H:%M:%S')} {run}", file=sys.stderr, flush=True)
+            bench.keep(execute(bench, run))
+    found = summarise(bench)
+    print(json.dumps(found)) if bench.options.json else show(found)
+
+
+if __name__ == "__main__":
+    main()

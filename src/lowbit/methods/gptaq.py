@@ -1,0 +1,87 @@
+"""GPTAQ: GPTQ towards what the float model computes from its own inputs. See `docs/methods/gptaq.md`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowbit.methods import Method, Stats, _gptq
+from lowbit.methods._scales import finite_range
+from lowbit.schemes import Scheme
+from lowbit.tensors import QTensor
+
+
+@final
+@dataclass(frozen=True)
+class Options:
+    """GPTQ's, and how far to follow the float model.
+
+    Attributes:
+        alpha: share of the difference between the float model's inputs and the present ones that is made up for.
+        damp: added to the diagonal of the second moment, as a share of its mean; ten times as much until it factors.
+        block: columns between two matrix products.
+        order: of rounding, as in `gptq`: `static`, `none`, `group` or `aware`.
+        scales: `mse` (searched for the least error, weighted by the inputs) or `range` (cover the weights).
+        passes: of coordinate descent over codes after the first pass.
+        refit: let these passes move scales and zero points as well.
+    """
+
+    alpha: float = 1.0
+    damp: float = 0.01
+    block: int = 128
+    order: Literal["static", "none", "group", "aware"] = "static"
+    scales: Literal["mse", "range"] = "mse"
+    passes: int = 4
+    refit: bool = True
+
+    def __post_init__(self) -> None:
+        if self.damp <= 0 or self.block < 1 or self.passes < 0 or not 0 <= self.alpha <= 1:
+            raise ValueError("alpha must be in [0, 1], damp above 0, block 1 or more, passes 0 or more")
+
+
+def _loop(options: Options) -> _gptq.Loop:
+    search = options.scales == "mse"
+    return _gptq.Loop(options.damp, options.block, options.order, search, True, options.passes, options.refit)
+
+
+def prepare(stats: Stats, scheme: Scheme, options: Options) -> Stats:
+    """As `gptq`; and `shift`, alpha times the regression of the inputs' difference on the inputs."""
+    prepared = _gptq.prepare(stats, scheme, _loop(options))
+    cross = stats["cross_moment"]
+    damped = stats["second_moment"].to(_gptq.precision(len(cross)), copy=True)
+    damped.diagonal().copy_(prepared["curvature"])
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    shift = torch.zeros_like(cross)
+    if not failed and factor.isfinite().all():
+        shift = torch.cholesky_solve(cross.T.to(factor.dtype), factor).T.mul_(options.alpha).float().contiguous()
+    return {name: value for name, value in prepared.items() if name != "cross_moment"} | {"shift": shift}
+
+
+def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: Options) -> QTensor:
+    """Round the weight that comes closest to the float model's output on the present inputs.
+
+    Raises:
+        WeightError: NaN or Inf, with its place.
+    """
+    finite_range(weight, stats, scheme)
+    target = weight.to(torch.float32, copy=True)
+    for start in range(0, len(weight), _gptq.LANES):
+        rows = target[start : start + _gptq.LANES]
+        full = torch.nn.functional.pad(rows, (0, 0, 0, _gptq.LANES - len(rows)))  # products of one shape round alike
+        target[start : start + _gptq.LANES] += (full @ stats["shift"])[: len(rows)] * (rows != 0)
+    return _gptq.quantize(target, stats, scheme, _loop(options))
+
+
+METHOD = Method(
+    about="GPTAQ: GPTQ towards what the float model computes from its own inputs",
+    quantize=quantize,
+    options=Options,
+    needs=frozenset({"second_moment", "cross_moment"}),
+    workspace=48.0,
+    supports=_gptq.objection,
+    prepare=prepare,
+)

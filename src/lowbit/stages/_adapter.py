@@ -1,0 +1,98 @@
+"""Low-rank terms as a PEFT adapter (LoRA) beside a quantized checkpoint: `up @ down` is added to each weight's output.
+
+The layout is that of the `peft` package: `adapter_model.safetensors` with a pair of matrices per weight, and
+`adapter_config.json`. A LoRA adds `B A x * alpha / r`; here alpha is each weight's own rank, so that the factor is 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from lowbit.corrections import LowRank
+from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.stages._weightfile import open_regular, read_json
+from lowbit.stages.write import write_atomic
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def write_adapter(path: Path, terms: Mapping[str, LowRank], base: str, dtype: torch.dtype) -> None:
+    """Write the terms, by name of the weight that each stands beside, into the directory `path`.
+
+    Args:
+        path: directory; it may hold a checkpoint.
+        terms: name of a linear layer's weight to `(down, up)`, whose values should be exact in `dtype`.
+        base: name or directory of the model that the adapter belongs to, as it is told to `peft`.
+        dtype: of the file.
+
+    Raises:
+        UnsupportedError: no terms, or one beside something that is no linear layer's weight.
+    """
+    if not terms:
+        raise UnsupportedError("an adapter needs at least one low-rank term")
+    tensors = {}
+    for name, (down, up) in terms.items():
+        module = _module(name)
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = down.to(dtype).contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = up.to(dtype).contiguous()
+    ranks = {_module(name): len(down) for name, (down, _) in terms.items()}
+    write_atomic(path / WEIGHTS, save(tensors, {"format": "pt"}))
+    write_atomic(path / CONFIG, json.dumps(_config(ranks, base), indent=2).encode() + b"\n")
+
+
+def read_adapter(path: Path) -> dict[str, LowRank]:
+    """The terms of an adapter that `write_adapter` wrote, float32, by name of the weight.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the adapter scales its terms.
+    """
+    config = read_json(path / CONFIG)
+    with open_regular(path / WEIGHTS) as file:
+        tensors = load(file.read())
+    found = {}
+    for name in (name for name in tensors if name.endswith(".lora_A.weight")):
+        module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+        down, up = tensors[name], tensors.get(name.replace(".lora_A.", ".lora_B."))
+        rank = config.get("rank_pattern", {}).get(module, config.get("r"))
+        alpha = config.get("alpha_pattern", {}).get(module, config.get("lora_alpha"))
+        if up is None or up.shape[1] != len(down) or rank != len(down) or alpha != rank:
+            raise CheckpointError(f"{path / WEIGHTS}: the term of {module} is not as {CONFIG} says; write it again")
+        found[f"{module}.weight"] = (down.float(), up.float())
+    return found
+
+
+def _module(name: str) -> str:
+    module, _, last = name.rpartition(".")
+    if last != "weight" or not module:
+        raise UnsupportedError(f"{name} is no weight of a linear layer, and an adapter has no place for its term")
+    return module
+
+
+def _config(ranks: Mapping[str, int], base: str) -> dict[str, Any]:
+    """`adapter_config.json`: the most frequent rank, and the weights that have another by their full names."""
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": usual,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": sorted(ranks),
+        "rank_pattern": others,
+        "alpha_pattern": others,
+    }
