@@ -187,8 +187,7 @@ def command(bench: Bench, run: Run, out: Path) -> list[str]:
 def execute(bench: Bench, run: Run) -> Record:
     """Quantize in another process, then score."""
     out = bench.work / "weights" / str(run).replace(":", "_")
-    for path in (out, Path(f"{out}.own")):
-        shutil.rmtree(path, ignore_errors=True)
+    remove(out)
     out.parent.mkdir(exist_ok=True)
     threads = str(bench.options.threads)
     # gptqmodel's pool of workers must not be smaller than one of its parts, which on two cores it is by default.
@@ -202,12 +201,21 @@ def execute(bench: Bench, run: Run) -> Record:
     if done.returncode:
         return record | {"error": (done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:300]}
     if run.tool == "lowbit":
+        shutil.copy(out / "report.json", bench.work / "logs" / f"{out.name}.json")
         stages = json.loads((out / "report.json").read_text())["seconds"]
         record |= {"seconds": stages, "quantize": stages.get("calibrate", 0.0) + stages["quantize"]}
     else:
-        facts = json.loads([line for line in done.stdout.splitlines() if line.startswith('{"seconds"')][-1])
+        facts = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"'))
         record |= facts | {"quantize": facts["seconds"]["quantize"]}
-    return record | {"perplexity": score(bench, str(run), out)}
+    record["perplexity"] = score(bench, str(run), out)
+    remove(out)
+    return record
+
+
+def remove(out: Path) -> None:
+    """Weights, ours or as a package saved them: what they score is kept, and they would fill the disk."""
+    for path in (out, Path(f"{out}.own")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def score(bench: Bench, run: str, path: Path) -> float:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
 from lowbit.budget import Estimate, MemoryWatch
 from lowbit.stages import quantize
-from lowbit.stages.calibrate import calibrate, default_length
+from lowbit.stages._cost import Cost
+from lowbit.stages._windows import encode
+from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
 from lowbit.stages.plan import Plan, Rules, load_plan, make_plan
 from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
-from lowbit.stages.samples import Samples, read_samples
+from lowbit.stages.samples import Samples, read_samples, similarity
 from lowbit.stages.verify import verify
 from lowbit.stages.write import SHARD_BYTES, open_output
 
@@ -53,13 +55,13 @@ class Request:
 def run(
     request: Request,
     progress: quantize.Progress = quantize.silent,
-    announce: Callable[[Plan, Estimate], None] | None = None,
+    announce: Callable[[Plan, Sequence[Estimate | Cost]], None] | None = None,
 ) -> RunRecord:
     """Carry out a request and write its report into the output directory.
 
     Args:
         progress: called with `(stage, done, total)`.
-        announce: called once with the plan and the memory estimate before anything is written.
+        announce: called once with the plan and the estimates of its stages before anything is written.
 
     Raises:
         LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same request goes on.
@@ -69,12 +71,13 @@ def run(
         plan = load_plan(request.plan, source) if request.plan else make_plan(source, request.rules)
         plan, samples = _with_samples(plan, source)
         way = quantize.estimate_memory(plan, request.ram, request.threads)
+        blocks = prepare(source, plan, samples.ids, request.ram, request.threads) if samples else None
         if announce:
-            announce(plan, way)
+            announce(plan, [way] if blocks is None else [blocks.cost, way])
         clock.lap("plan")
         with open_output(request.out, source, plan, request.shard_bytes) as output:
-            if samples:
-                calibrate(source, plan, output, way, samples.ids, watch, progress)
+            if blocks:
+                calibrate(blocks, output, watch, progress)
                 clock.lap("calibrate")
             quantize.quantize(source, plan, output, way, watch, progress)
             output.finish(source)
@@ -84,7 +87,11 @@ def run(
             if text:
                 scores, most = _scores(request, text, source.path, progress)
                 clock.lap("evaluate")
-            result = make_record(request.command, source, output, way, most, watch, checked, scores, clock.seconds)
+            learned = _calibration(plan, samples, blocks, text, source) if samples and blocks else None
+            most = max(most, blocks.cost.total if blocks else 0)
+            result = make_record(
+                request.command, source, output, way, most, watch, checked, scores, clock.seconds, learned
+            )
             write_report(result, request.out)
             watch.check()
     return result
@@ -104,6 +111,18 @@ def _with_samples(plan: Plan, source: Checkpoint) -> tuple[Plan, Samples | None]
         sampling=wanted.sampling,
     )
     return replace(plan, calibration=replace(wanted, sha256=samples.sha256)), samples
+
+
+def _calibration(
+    plan: Plan, samples: Samples, blocks: Prepared, text: Text | None, source: Checkpoint
+) -> dict[str, Any]:
+    """What the report says of the text that was learned from, and whether it is enough and like the evaluation's."""
+    facts = {**samples.to_dict(), "recipe": plan.recipe, "dtype": str(blocks.blueprint.dtype).removeprefix("torch.")}
+    if text:
+        ids, _ = encode([source], text, samples.ids.numel(), False, None)
+        likeness = similarity(samples.ids, ids, blocks.blueprint.vocabulary)
+        facts |= {"likeness": asdict(likeness), "warnings": [*samples.warnings, *likeness.warnings]}
+    return facts
 
 
 def _scores(request: Request, text: Text, original: Path, progress: quantize.Progress) -> tuple[dict[str, Any], int]:

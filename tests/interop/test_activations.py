@@ -22,6 +22,7 @@ from tests.interop.models import stored, tiny_llama
 
 transformers = pytest.importorskip("transformers")
 quantization = pytest.importorskip("compressed_tensors.quantization")
+compressors = pytest.importorskip("compressed_tensors.compressors")
 
 IDS = torch.arange(40).reshape(2, 20)
 PAIRS = [
@@ -105,3 +106,34 @@ def test_logits_are_those_of_the_package(scheme: str, activations: str, tmp_path
     for module in model.modules():
         module.quantization_enabled = False
     assert (logits(model) - wanted).abs().max() > 0.01 * wanted.std(), "activations make no difference here"
+
+
+# Presets of the package, the schemes that they stand for here, and what is stored for the inputs.
+PRESETS = {
+    "W8A8": ("int8-row-bf16", "int8-row-f32", None),
+    "FP8": ("fp8-e4m3-tensor-bf16", "fp8-e4m3-tensor-bf16", 0.03125),
+    "FP8_DYNAMIC": ("fp8-e4m3-row-bf16", "fp8-e4m3-row", None),
+    "NVFP4": ("nvfp4", "nvfp4", 512.0),
+    "MXFP4": ("mxfp4", "mxfp4", None),
+    "MXFP8": ("mxfp8", "mxfp8", None),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_reads_what_the_package_writes(preset: str, tmp_path: Path) -> None:
+    """Its own presets, saved by its own writer: the declared activations, and their scales where it stores some."""
+    scheme, activations, scale = PRESETS[preset]
+    model = tiny_llama(torch.bfloat16)
+    group = quantization.preset_name_to_scheme(preset, ["Linear"])
+    declared = quantization.QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"])
+    quantization.apply_quantization_config(model, declared)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_scale"):
+            parameter.data.fill_(scale if "input" in name else 0.25)
+    compressor = compressors.ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path)
+    compressor.update_config(str(tmp_path))
+    found = open_checkpoint(tmp_path).weights
+    kinds = {(str(w.scheme), str(w.activations), w.input_scale) for w in found.values() if w.scheme}
+    assert kinds == {(scheme, activations, scale)}

@@ -78,5 +78,5 @@ def learn(
             parameter.data -= rate * (1 - step / iterations) * grad.sign()
         for each in weights.values():
             each.shift.data.clamp_(-0.5, 0.5)
-            each.lower.data.clamp_(0, 1)
-            each.upper.data.clamp_(0, 1)
+            each.lower.data.clamp_(0, 2)
+            each.upper.data.clamp_(0, 2)

@@ -173,6 +173,13 @@ def test_sources_give_their_shares(
         assert (found.ids[: len(last) // 2, -1] >= 2000).any() and (found.ids[len(last) // 2 :, -1] < 2000).any()
 
 
+def test_shares_are_rounded_without_favour(tmp_path: Path, model: Checkpoint) -> None:
+    """60, 28 and 12% of six windows are 3.6, 1.7 and 0.7: Webster gives 3, 2, 1, where d'Hondt gave 4, 2, 0."""
+    a, b = save_two(tmp_path)
+    found = read_samples(f"{a}@60,{b}@28,{a}@12", model, samples=6, length=16)
+    assert [each.windows for each in found.sources] == [3, 2, 1]
+
+
 def test_what_a_source_lacks_the_others_give_and_the_user_is_told(tmp_path: Path, model: Checkpoint) -> None:
     found = read_samples(list(save_two(tmp_path)), model, samples=60, length=25)
     assert [each.windows for each in found.sources] == [40, 20]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.blocks import Block
+from lowbit.blocks import Block, Site
 from lowbit.transforms.smoothquant import TRANSFORM, Options
 from tests.reference.activations import int8_token
 from tests.reference.small_block import SITES, Small, as_block, small, statistics
@@ -38,10 +38,13 @@ def error(block: Block, names: tuple[str, ...], s: Tensor, indices: list[int]) -
     return float((found - block.target(indices)).double().square().mean())
 
 
+@pytest.mark.parametrize("scheme", ["int6-row-f32", "int8-row-f32"])
+@pytest.mark.parametrize("outliers", [(), OUTLIERS], ids=str)
 @pytest.mark.parametrize("site", SITES, ids=str)
-def test_the_search_is_brute_force_over_the_formula(site: object) -> None:
-    model, site = small(OUTLIERS), SITES[0] if site is SITES[0] else SITES[1]
-    block, found = w8a8(model), TRANSFORM.search(site, w8a8(model), statistics(model, site), FEW)
+def test_the_search_is_brute_force_over_the_formula(site: Site, outliers: tuple[int, ...], scheme: str) -> None:
+    model = small(outliers)
+    block = as_block(model, scheme, "int8-row", lambda scheme: int8_token)
+    found = TRANSFORM.search(site, block, statistics(model, site), FEW)
     trials = [slow_factors(model, site.weights, a / 10) for a in range(11)]
     errors = [error(block, site.weights, s / (s.max() * s.min()).sqrt(), [0, 2, 4]) for s in trials]
     best = trials[errors.index(min(errors))]

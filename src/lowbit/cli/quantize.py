@@ -43,10 +43,10 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
     rules = make_rules(options)
     request = Request(model, out, rules, plan_file, command=shlex.join(["lowbit", *sys.argv[1:]]), **options)
 
-    def announce(plan: Any, way: Any) -> None:
+    def announce(plan: Any, ways: Any) -> None:
         if not as_json:
             print_plan(plan, err=True)
-        click.echo(f"memory: at most {way}", err=True)
+        click.echo(f"memory: at most {max(ways, key=lambda way: way.total)}", err=True)
 
     with progress_bars() as progress:
         result = run(request, progress, announce)

@@ -39,10 +39,14 @@ class Method:
         options: frozen dataclass of the method's own options; the command line's flags are made from it.
         needs: names of calibration statistics (files in `stats/`) that `quantize` reads.
         workspace: bytes of temporary memory per weight element, for the memory estimate.
-        prepare: `(stats, scheme, options) -> stats`: work on the statistics that is done once for all weights and pieces
-            which share them (a factorization), before `quantize`.
+        prepare: `(stats, scheme, options) -> stats`: work on the statistics that is done once for all weights and
+            pieces which share them (a factorization), before `quantize`.
         learn: for methods that see a whole block: `(block, options) -> QTensor` of every weight of `block.weights`;
             `quantize` then serves weights outside of the blocks. None for methods that see one weight.
+        prepared: `cols -> ` most bytes that `prepare` holds, what it was given included.
+        work: `(rows, cols) -> ` floating-point operations of `prepare` and `quantize` on one weight, for the estimate of
+            time; 0 where they do not count beside the passes over the block.
+        windows: `options -> ` windows that `learn` runs through a block, in units of a forward pass.
         supports: `scheme -> None`, or the reason why this method cannot use the scheme.
     """
 
@@ -54,3 +58,6 @@ class Method:
     supports: Callable[[Scheme], str | None] = lambda scheme: None
     prepare: Callable[[Stats, Scheme, Any], Stats] = lambda stats, scheme, options: stats
     learn: Callable[[Block, Any], Mapping[str, QTensor]] | None = None
+    prepared: Callable[[int], int] = lambda cols: 0
+    work: Callable[[int, int], float] = lambda rows, cols: 0.0
+    windows: Callable[[Any], int] = lambda options: 0

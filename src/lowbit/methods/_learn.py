@@ -40,8 +40,8 @@ class Grouped:
         scheme: how it is stored.
         shape: of the weight.
         values: the groups.
-        low: least value of each group, of the weight alone.
-        high: greatest value of each.
+        low: least value of each group, of the weight alone; 0 where that is greater, unless zero points are free.
+        high: greatest value of each, 0 where that is less.
         divisor: of all scales (NVFP4), else 1.
     """
 
@@ -52,24 +52,46 @@ class Grouped:
     high: PerGroup
     divisor: float
 
-    def fit(self, low: PerGroup, high: PerGroup) -> Affine:
-        """Scales and zero points for these ranges, rounded as they are stored; one row per group."""
-        return fit((low, high), self.scheme, self.divisor)
+    def fit(self, lower: PerGroup, upper: PerGroup) -> Affine:
+        """Scales and zero points for the ranges times these factors, rounded as they are stored; a row per group."""
+        return fit((self.low * lower, self.high * upper), self.scheme, self.divisor)
+
+    def search(self) -> PerGroup:
+        """Factor on the range of each group with the least squared error when its weights are rounded to nearest."""
+        best, least = torch.ones_like(self.low), torch.full_like(self.low, torch.inf)
+        ratios = (1.0, 0.5, 2.0) if self.scheme.scale == "e8m0" else tuple(1 - step / 100 for step in range(51))
+        for ratio in ratios:
+            affine = self.fit(*[torch.full_like(self.low, ratio)] * 2)
+            error = self.split(self.decode(None, affine, torch.float32)).sub_(self.values)
+            error = error.square_().sum(1, keepdim=True)
+            best, least = torch.where(error < least, ratio, best), torch.minimum(error, least)
+        return best
 
     def split(self, matrix: Tensor) -> Tensor:
         """A matrix of the weight's shape as groups, tails filled up with zeros."""
         return _split(matrix, self.values.shape[1])
 
-    def join(self, groups: Tensor) -> Tensor:
-        """Groups as a matrix of the weight's shape; a view."""
-        return groups.view(self.shape[0], -1)[:, : self.shape[1]]
+    def parts(self, affine: Affine) -> Iterator[tuple[slice, PerGroup, PerGroup | None]]:
+        """Runs of groups that fit the cache, with their scales and zero points."""
+        size = max(CHUNK // max(self.values.shape[1], 1), 1)
+        for start in range(0, len(self.values), size):
+            at = slice(start, start + size)
+            yield at, affine.scales[at] * affine.unit, None if affine.zeros is None else affine.zeros[at]
 
-    def store(self, decoded: Groups, affine: Affine) -> QTensor:
-        """The stored form of values that lie on the grid already: encoding them again meets the same codes."""
-        blocks = (self.shape[0], -1)
-        zeros = None if affine.zeros is None else affine.zeros.view(blocks)
-        whole = Affine(affine.scales.view(blocks), zeros, affine.divisor)
-        return finish(self.join(decoded).contiguous(), whole, self.scheme)
+    def decode(self, shift: Groups | None, affine: Affine, dtype: torch.dtype) -> Tensor:
+        """The quantized weight, `[rows, cols]`, computed in float32 and rounded once; a view."""
+        out = torch.empty(self.values.shape, dtype=dtype)
+        for at, scales, zeros in self.parts(affine):
+            moved = None if shift is None else shift[at]
+            torch.mul(rounded(self.values[at], moved, scales, zeros, self.scheme).level, scales, out=out[at])
+        return out.view(self.shape[0], -1)[:, : self.shape[1]]
+
+    def store(self, shift: Groups | None, affine: Affine) -> QTensor:
+        """The quantized weight as it is stored: values that lie on the grid meet the same codes again."""
+        across = (self.shape[0], -1)
+        zeros = None if affine.zeros is None else affine.zeros.view(across)
+        whole = Affine(affine.scales.view(across), zeros, affine.divisor)
+        return finish(self.decode(shift, affine, torch.float32).contiguous(), whole, self.scheme)
 
 
 def grouped(weight: Float[Tensor, "rows cols"], scheme: Scheme) -> Grouped:
@@ -78,12 +100,20 @@ def grouped(weight: Float[Tensor, "rows cols"], scheme: Scheme) -> Grouped:
     Raises:
         WeightError: NaN or Inf, with its place.
     """
-    weight = weight.detach().float().contiguous()
+    weight, shape = weight.detach().float().contiguous(), (weight.shape[0], weight.shape[1])
     low, high = finite_range(weight, {}, scheme)
-    width = min(block_size((weight.shape[0], weight.shape[1]), scheme.block)[1], max(weight.shape[1], 1))
     divisor = global_divisor((low, high), {}, scheme)
-    shape = (weight.shape[0], weight.shape[1])
+    if scheme.zero != "float":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    width = min(block_size(shape, scheme.block)[1], max(shape[1], 1))
     return Grouped(scheme, shape, _split(weight, width), low.view(-1, 1), high.view(-1, 1), divisor)
+
+
+def within_rows(scheme: Scheme) -> str | None:
+    """Why ranges cannot be learned under a scheme; None where they can."""
+    if scheme.block.flat or scheme.block.rows != 1:
+        return "it learns a range for every group within a row; use a scheme with -gN or -row"
+    return None
 
 
 def _split(matrix: Tensor, width: int) -> Tensor:

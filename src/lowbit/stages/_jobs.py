@@ -6,7 +6,7 @@ The judge is the output error on rows that no method saw: `||X (W - W^)^T||^2` o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
@@ -21,19 +21,33 @@ from lowbit.schemes import Scheme
 from lowbit.stages._observe import Seen
 from lowbit.stages.plan import Entry
 from lowbit.stages.quantize import join, pieces_of
-from lowbit.tensors import QTensor
+from lowbit.tensors import QTensor, view_shape
 
 RIVALS: Mapping[str, Mapping[str, Any]] = {"rtn": {}, "mse": {"steps": 20}}
 
 
 @final
 @dataclass(frozen=True)
-class Piece:
-    """Candidates for a run of rows: each method's result, and its squared output error."""
+class Tally:
+    """Sums over the rows of a candidate: squared output error, squared error, largest error."""
 
+    output: float = 0.0
+    squared: float = 0.0
+    largest: float = 0.0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.output + other.output, self.squared + other.squared, max(self.largest, other.largest))
+
+
+@final
+@dataclass(frozen=True)
+class Piece:
+    """Candidates for a run of rows: each method's result and tally, and those of the weight itself."""
+
+    rows: slice
     made: Mapping[str, QTensor]
-    errors: Mapping[str, float]
-    power: float
+    tallies: Mapping[str, Tally]
+    own: Tally
     seconds: float
 
 
@@ -54,7 +68,8 @@ class Job:
     Attributes:
         entry: of the plan.
         method: the plan's, or another where calibration did not reach the weight.
-        weight: float32, `[outputs, inputs]`.
+        read: some rows of the weight, float32, `[outputs, inputs]`.
+        shape: of the weight.
         stats: prepared for the method.
         seen: at its site.
         options: of the method.
@@ -63,7 +78,8 @@ class Job:
 
     entry: Entry
     method: str
-    weight: Float[Tensor, "rows cols"]
+    read: Callable[[slice], Float[Tensor, "rows cols"]]
+    shape: tuple[int, int]
     stats: Stats
     seen: Seen
     options: Any
@@ -77,7 +93,7 @@ class Job:
 
     @cached_property
     def methods(self) -> dict[str, tuple[Method, Any]]:
-        """The method of the plan, and those it is compared with."""
+        """The method of the job, and those it is compared with."""
         found = {self.method: (_load(self.method), self.options)}
         for name, options in RIVALS.items():
             method = _load(name)
@@ -85,38 +101,42 @@ class Job:
                 found[name] = (method, method.options(**options))
         return found
 
-    def places(self) -> Iterator[tuple[slice, slice]]:
-        """Rows and columns of each piece."""
-        return pieces_of((self.weight.shape[0], self.weight.shape[1]), self.scheme.block, self.elements)
+    def places(self) -> Iterator[slice]:
+        """Rows of each piece."""
+        if self.scheme.block.flat:
+            return iter([slice(0, self.shape[0])])
+        return (rows for rows, _ in pieces_of(self.shape, self.scheme.block, self.elements))
 
-    def piece(self, rows: slice, cols: slice) -> Piece:
+    def piece(self, rows: slice) -> Piece:
         """All candidates for some rows."""
-        start, part = time.perf_counter(), self.weight[rows, cols]
-        made = {name: m.quantize(part, self.stats, self.scheme, options) for name, (m, options) in self.methods.items()}
-        errors = {name: self._output_power(q.dequantize() - part) for name, q in made.items()}
-        return Piece(made, errors, self._output_power(part), time.perf_counter() - start)
+        start, part = time.perf_counter(), self.read(rows)
+        view = part.reshape(view_shape((part.shape[0], part.shape[1]), self.scheme.block))
+        made = {name: m.quantize(view, self.stats, self.scheme, options) for name, (m, options) in self.methods.items()}
+        tallies = {name: self._tally(q.dequantize().view_as(part) - part) for name, q in made.items()}
+        return Piece(rows, made, tallies, self._tally(part), time.perf_counter() - start)
 
-    def _output_power(self, part: Float[Tensor, "some cols"]) -> float:
+    def _tally(self, part: Float[Tensor, "some cols"]) -> Tally:
         held = self.seen.held
-        return float((held @ part.T).square().sum(dtype=torch.float64)) if held.numel() else 0.0
+        output = float((held @ part.T).square().sum(dtype=torch.float64)) if held.numel() else 0.0
+        return Tally(output, float(part.square().sum(dtype=torch.float64)), float(part.abs().max()))
 
-    def choose(self, pieces: Sequence[Piece]) -> Made:
+    def choose(self, pieces: Sequence[Piece]) -> tuple[str, Made]:
         """The candidate with the least output error on held-out rows; the plan's method among equals."""
-        errors = {name: sum(piece.errors[name] for piece in pieces) for name in self.methods}
-        best = min(errors, key=lambda name: (errors[name], name != self.method))
-        qtensor = self._joined([piece.made[best] for piece in pieces])
-        power, rtn = sum(piece.power for piece in pieces), errors.get("rtn")
+        sums = {name: sum((piece.tallies[name] for piece in pieces), Tally()) for name in self.methods}
+        best = min(sums, key=lambda name: (sums[name].output, name != self.method))
+        own, rtn = sum((piece.own for piece in pieces), Tally()), sums.get("rtn", Tally())
         facts = {
             "method": best,
             "fallback": self._fallback(best),
             "rows": self.seen.rows,
             "starved": self.seen.starved,
-            **error_facts(self.weight, qtensor),
-            "output_error": errors[best] / power if power else None,
-            "against_rtn": errors[best] / rtn if rtn else None,
+            "relative_error": sums[best].squared / own.squared if own.squared else 0.0,
+            "largest_error": sums[best].largest,
+            "output_error": sums[best].output / own.output if own.output else None,
+            "against_rtn": sums[best].output / rtn.output if rtn.output else None,
             "seconds": sum(piece.seconds for piece in pieces),
         }
-        return Made(qtensor, facts)
+        return best, Made(self._joined([piece.made[best] for piece in pieces]), facts)
 
     def _fallback(self, best: str) -> str | None:
         """Why the method is not the plan's."""
@@ -125,7 +145,7 @@ class Job:
         return None if best == self.method else "less output error on held-out rows"
 
     def _joined(self, parts: Sequence[QTensor]) -> QTensor:
-        codes = torch.cat([part.codes for part in parts], 1 if self.scheme.block.flat else 0)
+        codes = parts[0].codes if len(parts) == 1 else torch.cat([part.codes for part in parts])
         joined = join(self.entry.weight, codes, [(part.scales, part.zeros) for part in parts])
         return replace(joined, group_index=parts[0].group_index)
 

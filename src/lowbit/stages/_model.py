@@ -176,6 +176,16 @@ class Blueprint:
         return kept + max((part.nbytes for part in self._parts), default=0) + self._reading_bytes
 
     @property
+    def block_bytes(self) -> int:
+        """Most bytes of one block's weights, or of an embedding, which is there at another time."""
+        return max((part.nbytes for part in self._parts), default=0) + self._reading_bytes
+
+    @property
+    def width(self) -> int:
+        """Of the hidden state."""
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
     def _reading_bytes(self) -> int:
         quantized = [weight.shape for weight in self.checkpoint.weights.values() if weight.scheme]
         return _UNPACKING * max((torch.Size(shape).numel() for shape in quantized), default=0)

@@ -18,7 +18,6 @@ from lowbit.stats import State, Statistic
 
 _HELD_SHARE = 16
 _ROWS = 1024
-_TOKENS = 4096
 
 Watch = Callable[[Product], Tensor | None]
 
@@ -26,15 +25,16 @@ Watch = Callable[[Product], Tensor | None]
 @final
 @dataclass(frozen=True)
 class Windows:
-    """Calibration windows: the first `fit` are learned from, the others judge."""
+    """Calibration windows: the first `fit` are learned from, the others judge; `tokens` go through a block at once."""
 
     ids: Int64[Tensor, "windows tokens"]
     fit: int
+    tokens: int
 
     @property
     def batches(self) -> list[slice]:
         """Runs of windows that go through a block together; none holds windows of both kinds."""
-        step = max(_TOKENS // self.ids.shape[1], 1)
+        step = max(self.tokens // self.ids.shape[1], 1)
         runs = [(0, self.fit), (self.fit, len(self.ids))]
         return [slice(at, min(at + step, stop)) for start, stop in runs for at in range(start, stop, step)]
 
@@ -44,10 +44,10 @@ class Windows:
         return list(range(self.fit, len(self.ids)))
 
 
-def split_windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
+def split_windows(ids: Int64[Tensor, "windows tokens"], tokens: int) -> Windows:
     """Keep a sixteenth of the windows, at least one where there are two, for judging."""
     held = max(len(ids) // _HELD_SHARE, 1) if len(ids) > 1 else 0
-    return Windows(ids, len(ids) - held)
+    return Windows(ids, len(ids) - held, tokens)
 
 
 @final
@@ -70,18 +70,24 @@ class Seen:
 
 @final
 class Accumulator:
-    """Statistics of one site while rows come in."""
+    """Statistics of one site while rows come in.
 
-    def __init__(self, needs: Sequence[str], seed: int) -> None:
+    Args:
+        needs: names of the statistics.
+        seed: of statistics that choose at random.
+        held: rows to judge by that may come; they are thinned out evenly.
+    """
+
+    def __init__(self, needs: Sequence[str], seed: int, held: int) -> None:
         self._kinds: dict[str, Statistic] = {name: plugins.load("stats", name) for name in needs}
         self._states: dict[str, State] = {}
         self._held: list[Tensor] = []
-        self._seed, self.rows = seed, 0
+        self._seed, self._step, self.rows = seed, max(-(-held // _ROWS), 1), 0
 
     def take(self, rows: Tensor, reference: Tensor | None, held: bool) -> None:
         """More rows: to judge by, or to learn from."""
         if held:
-            self._held.append(rows.clone())
+            self._held.append(rows[:: self._step].clone())
             return
         for name, kind in self._kinds.items():
             state = self._states.setdefault(name, {}) or kind.start(rows.shape[1], self._seed)
@@ -94,7 +100,7 @@ class Accumulator:
         stats = {name: self._kinds[name].finish(self._states.pop(name)) for name in list(self._states)}
         held = torch.cat(self._held) if self._held else torch.empty(0, 0)
         self._held = []
-        return Seen(stats, held[:: max(-(-len(held) // _ROWS), 1)].float(), self.rows)
+        return Seen(stats, held.float(), self.rows)
 
 
 @final

@@ -147,6 +147,8 @@ class RunRecord:
         verified: None where nothing was compared.
         evaluation: `Evaluation.to_dict()` of `stages/evaluate.py`; None where nothing was evaluated.
         resumed: weights taken over from an interrupted run of the same command.
+        calibration: what was learned from: `Samples.to_dict()`, `recipe`, `dtype`, likeness to the evaluation text;
+            None where nothing was.
     """
 
     command: str
@@ -163,3 +165,4 @@ class RunRecord:
     histograms: tuple[Histogram, ...] = ()
     counts: tuple[Count, ...] = field(default=())
     resumed: int = 0
+    calibration: Mapping[str, Any] | None = None

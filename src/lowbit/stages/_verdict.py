@@ -93,10 +93,23 @@ def _headline(run: RunRecord, quality: Quality | None) -> tuple[str, Tone]:
 def _sentences(run: RunRecord, quality: Quality | None) -> Iterator[str]:
     yield _size_sentence(run)
     yield from _quality_sentences(run, quality)
+    yield from _calibration_sentences(run)
     yield _check_sentence(run)
     peak, limit = run.memory.peak, run.memory.limit
     if limit is not None and peak > limit:
         yield f"Memory went over its limit: {format_size(peak)}, where {format_size(limit)} were allowed."
+
+
+def _calibration_sentences(run: RunRecord) -> Iterator[str]:
+    """Text that was learned from, and warnings about it."""
+    facts = run.calibration
+    if facts:
+        names = ", ".join(source["name"] for source in facts["sources"])
+        yield (
+            f"Method {facts['recipe']} learned from {facts['samples']:,} windows of {facts['length']:,} tokens of "
+            f"{names} (tokens {facts['sha256'][:12]}), computed in {facts['dtype']}."
+        )
+        yield from (f"{warning[:1].upper()}{warning[1:]}." for warning in facts["warnings"])
 
 
 def _check_sentence(run: RunRecord) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,10 +24,12 @@ from torch import Tensor
 from lowbit import plugins
 from lowbit.blocks import Block
 from lowbit.blocks import Site as BlockSite
-from lowbit.budget import Estimate, MemoryWatch
+from lowbit.budget import MemoryWatch
+from lowbit.errors import UnsupportedError
 from lowbit.methods import Method, Stats
 from lowbit.stages._activations import input_scale, rounded
 from lowbit.stages._blocks import Call, Entrance, LiveBlock
+from lowbit.stages._cost import Cost, estimate
 from lowbit.stages._fold import Producer, effective, find_producer
 from lowbit.stages._jobs import Job, Made, error_facts
 from lowbit.stages._model import Blueprint, open_blueprint
@@ -56,6 +59,34 @@ def default_length(source: Checkpoint) -> int:
 
 
 @final
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A calibrated run that was looked at and not begun: made by `prepare`."""
+
+    source: Checkpoint
+    plan: Plan
+    blueprint: Blueprint
+    ids: Int64[Tensor, "windows tokens"]
+    cost: Cost
+
+
+def prepare(
+    source: Checkpoint, plan: Plan, ids: Int64[Tensor, "windows tokens"], ram: int | None, threads: int
+) -> Prepared:
+    """Open the model and estimate what calibrating it takes.
+
+    Raises:
+        CheckpointError: the checkpoint is no causal language model.
+        ResourceError: the limit is too small, with the least that works.
+    """
+    blueprint = open_blueprint(source, compute_dtype(plan))
+    if not blueprint.blocks:
+        raise UnsupportedError(f"{source.path} has no list of blocks to calibrate; use a method without calibration")
+    cost = estimate(plan, parse_recipe(plan.recipe), blueprint, (ids.shape[0], ids.shape[1]), ram, threads)
+    return Prepared(source, plan, blueprint, ids, cost)
+
+
+@final
 @dataclass(frozen=True)
 class Calibration:
     """Everything that stays the same from block to block."""
@@ -64,7 +95,7 @@ class Calibration:
     plan: Plan
     recipe: Recipe
     output: Output
-    way: Estimate
+    way: Cost
     blueprint: Blueprint
     windows: Windows
     streams: Streams
@@ -75,15 +106,7 @@ class Calibration:
         return self.entrance.calls(self.windows.ids[:windows])[path]
 
 
-def calibrate(
-    source: Checkpoint,
-    plan: Plan,
-    output: Output,
-    way: Estimate,
-    ids: Int64[Tensor, "windows tokens"],
-    watch: MemoryWatch,
-    progress: Progress = silent,
-) -> None:
+def calibrate(prepared: Prepared, output: Output, watch: MemoryWatch, progress: Progress = silent) -> None:
     """Quantize every block of the model that `output` does not have yet.
 
     Raises:
@@ -92,15 +115,15 @@ def calibrate(
         UnsupportedError: its blocks cannot be run on their own.
         ResourceError: the disk is full, or the memory limit was passed.
     """
-    blueprint = open_blueprint(source, compute_dtype(plan))
-    paths = list(blueprint.blocks)
+    plan, blueprint = prepared.plan, prepared.blueprint
     stored = {entry.weight.name for entry in plan.entries if not entry.tied}
-    wanted = [stored & blueprint.blocks[path] for path in paths]
-    done = next((k for k, names in enumerate(wanted) if not names <= output.records.keys()), len(paths))
+    wanted = {path: stored & inside for path, inside in blueprint.blocks.items()}
+    paths = _worked_on(plan, wanted)
+    done = next((k for k, path in enumerate(paths) if not wanted[path] <= output.records.keys()), len(paths))
     if done == len(paths):
         return
     with torch.no_grad():
-        work = _begin(source, plan, output, way, blueprint, ids)
+        work = _begin(prepared, output)
         start = work.streams.latest(done)
         if start == 0:
             _enter(work)
@@ -110,6 +133,14 @@ def calibrate(
             _BlockRun(work, paths[k], k).run()
             work.streams.forget(k + 1)
         progress("calibrate", len(paths), len(paths))
+
+
+def _worked_on(plan: Plan, wanted: Mapping[str, AbstractSet[str]]) -> list[str]:
+    """The blocks up to the last one that has something to quantize."""
+    quantized = {entry.weight.name for entry in plan.entries if entry.weight.scheme}
+    paths = list(wanted)
+    last = max((k for k, path in enumerate(paths) if wanted[path] & quantized), default=-1)
+    return paths[: last + 1]
 
 
 def compute_dtype(plan: Plan) -> torch.dtype:
@@ -128,13 +159,12 @@ def computes_bfloat16() -> bool:
     return info.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", info.read_text()) is not None
 
 
-def _begin(
-    source: Checkpoint, plan: Plan, output: Output, way: Estimate, blueprint: Blueprint, ids: Tensor
-) -> Calibration:
-    entrance, recipe = Entrance(blueprint), parse_recipe(plan.recipe)
-    shape = (*ids.shape, entrance.hidden(ids[:1]).shape[-1])
+def _begin(prepared: Prepared, output: Output) -> Calibration:
+    blueprint, ids, cost = prepared.blueprint, prepared.ids, prepared.cost
+    recipe, shape = parse_recipe(prepared.plan.recipe), (ids.shape[0], ids.shape[1], blueprint.width)
     streams = Streams(output.path / WORK / "hidden", shape, blueprint.dtype, _kinds(recipe))
-    return Calibration(source, plan, recipe, output, way, blueprint, split_windows(ids), streams, entrance)
+    windows, entrance = split_windows(ids, cost.tokens), Entrance(blueprint)
+    return Calibration(prepared.source, prepared.plan, recipe, output, cost, blueprint, windows, streams, entrance)
 
 
 def _kinds(recipe: Recipe) -> tuple[Kind, ...]:
@@ -164,7 +194,7 @@ class _BlockRun:
         self.live = LiveBlock(work.blueprint, path, matrices)
         self.inputs = work.streams.read("quantized", index)
         self.floats: dict[str, Tensor] = {}  # weights that a transform changed, float32
-        self.made: dict[str, QTensor] = {}
+        self.made: set[str] = set()
         self.scales: dict[str, float | None] = {}  # of activations, where they are stored
 
     def run(self) -> None:
@@ -172,6 +202,8 @@ class _BlockRun:
         if "float" in self.work.streams.kinds:
             self._forward("float", self.work.streams.read("float", self.index))
         steps = find_steps(self.live, lambda watch: self._batch(slice(0, 1), watch=watch))
+        if self._sees_float():
+            steps = [Step(tuple(site for step in steps for site in step.sites), False)]
         for name in self.work.recipe.transforms:
             self._transform(name, steps)
         reference = self._reference()
@@ -179,10 +211,15 @@ class _BlockRun:
             self._learn(steps)
         for at, step in enumerate(steps):
             later = frozenset(name for other in steps[at + 1 :] for name in other.names)
-            self._quantize(step, self._observe(step, later, reference))
+            self._quantize(self._observe(step, later, reference))
         self._unreached()
         self._keep()
         self._forward("quantized", self.inputs)
+
+    def _sees_float(self) -> bool:
+        """Whether all statistics are of the float block, taken in one pass."""
+        calibration = self.work.plan.calibration
+        return calibration is not None and calibration.inputs == "float"
 
     def _method(self) -> Method:
         method: Method = plugins.load("methods", self.work.recipe.method)
@@ -194,10 +231,7 @@ class _BlockRun:
 
     def _weight(self, name: str) -> Tensor:
         """A weight in float32, `[outputs, inputs]`, as the transforms left it."""
-        if name in self.floats:
-            return self.floats[name]
-        tensor = self.work.source.tensor(name)
-        return (tensor.T if self.live.places[name].swapped else tensor).float().contiguous()
+        return self._reader(name)[0].float().contiguous()
 
     def _batch(
         self,
@@ -244,11 +278,18 @@ class _BlockRun:
 
     def _observe(self, step: Step, later: frozenset[str], reference: LiveBlock | None) -> dict[Site, Seen]:
         """Statistics of each site of a step that has something to quantize."""
-        sites = {site: Accumulator(self._needs(site), self.index) for site in step.sites if self._targets(site)}
-        for batch in self.work.windows.batches if sites else ():
-            self._look(batch, Observer(sites, later), reference)
-        seen = {site: each.finish() for site, each in sites.items()}
+        sites = {site: self._accumulator(self._needs(site)) for site in step.sites if self._targets(site)}
+        seen: dict[Site, Seen] = {}
+        for group in _groups(list(sites), self.work.way.sites):
+            some = {site: sites[site] for site in group}
+            for batch in self.work.windows.batches:
+                self._look(batch, Observer(some, later), reference)
+            seen |= {site: each.finish() for site, each in some.items()}
         return {**seen, **self._all_tokens(step, seen, later)} if step.experts else seen
+
+    def _accumulator(self, needs: Iterable[str]) -> Accumulator:
+        windows = self.work.windows
+        return Accumulator(sorted(needs), self.index, len(windows.held) * windows.ids.shape[1])
 
     def _look(
         self,
@@ -277,7 +318,7 @@ class _BlockRun:
         router = next((name for name in self.live.places if self._routes(name, step)), None)
         found: dict[Site, Seen] = {}
         for site in few if router else ():
-            accumulator, expert = Accumulator(self._needs(site), self.index), step.sites.index(site)
+            accumulator, expert = self._accumulator(self._needs(site)), step.sites.index(site)
 
             def choose(product: Product, result: Tensor, expert: int = expert) -> Tensor:
                 if product.names[0] == router:
@@ -295,31 +336,36 @@ class _BlockRun:
         """Whether a weight has a row for each expert of a step."""
         return name not in step.names and self.live.weight(name).shape[0] == len(step.sites)
 
-    def _needs(self, site: Site) -> list[str]:
+    def _needs(self, site: Site) -> set[str]:
         weights = [self.entries[name] for name in self._targets(site)]
         methods: list[Method] = [plugins.load("methods", entry.method) for entry in weights if entry.method]
         needs = {need for method in methods for need in method.needs}
         needs |= {need for name in self.work.recipe.corrections for need in plugins.load("corrections", name).needs}
-        return sorted(needs | ({_ABSMAX} if any(entry.weight.activations for entry in weights) else set()))
+        return needs | ({_ABSMAX} if any(entry.weight.activations for entry in weights) else set())
 
-    def _quantize(self, step: Step, seen: Mapping[Site, Seen]) -> None:
+    def _quantize(self, seen: Mapping[Site, Seen]) -> None:
         """Quantize the weights of a step, put them into the block, and store them."""
-        prepared: dict[Any, Stats] = {}
-        jobs = []
+        jobs: list[Job] = []
         for site, found in seen.items():
-            prepared.clear()
-            jobs += [self._job(name, self._weight(name), found, prepared) for name in self._targets(site)]
-        self._quantize_all(jobs)
+            prepared: dict[Any, Stats] = {}
+            jobs += [self._job(name, found, prepared) for name in self._targets(site)]
+        self._carry_out(jobs)
 
-    def _quantize_all(self, jobs: Sequence[Job]) -> None:
+    def _carry_out(self, jobs: Sequence[Job]) -> None:
         with one_torch_thread(), ThreadPoolExecutor(self.work.way.threads, "calibrate") as pool:
-            pieces = [(job, pool.submit(job.piece, *place)) for job in jobs for place in job.places()]
-            for job in jobs:
-                self._settle(job.entry, job.choose([future.result() for owner, future in pieces if owner is job]))
+            work = [[pool.submit(job.piece, rows) for rows in job.places()] for job in jobs]
+            for job, futures in zip(jobs, work, strict=True):
+                pieces = [future.result() for future in futures]
+                futures.clear()
+                best, made = job.choose(pieces)
+                for piece in pieces if job.entry.weight.name in self.live.places else ():
+                    rows = self.live.weight(job.entry.weight.name)[piece.rows]
+                    rows.copy_(piece.made[best].dequantize().view_as(rows))
+                self._settle(job.entry, made)
 
-    def _job(self, name: str, weight: Tensor, seen: Seen, prepared: dict[Any, Stats] | None = None) -> Job:
+    def _job(self, name: str, seen: Seen, prepared: dict[Any, Stats]) -> Job:
         """The work on one weight; what a method prepares is shared by weights of one scheme at one site."""
-        entry, prepared = self.entries[name], {} if prepared is None else prepared
+        entry, piece = self.entries[name], self.work.way.piece
         scheme = entry.weight.scheme
         assert scheme is not None and entry.method is not None
         method: Method = plugins.load("methods", entry.method)
@@ -329,17 +375,25 @@ class _BlockRun:
         options = step_options(method, chosen, self.work.plan.options)
         if (chosen, scheme) not in prepared:
             prepared[chosen, scheme] = method.prepare(seen.stats, scheme, options)
-        if entry.weight.activations:
+        if entry.weight.activations and _ABSMAX in seen.stats:
             self.scales[name] = input_scale(float(seen.stats[_ABSMAX].max()), entry.weight.activations)
-        stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, self.work.way.piece)}
-        return Job(entry, chosen, weight, stats, seen, options, self.work.way.piece)
+        view, read = self._reader(name)
+        stats = {**prepared[chosen, scheme], **tensor_stats(view, scheme, piece)}
+        return Job(entry, chosen, read, (view.shape[0], view.shape[1]), stats, seen, options, piece)
+
+    def _reader(self, name: str) -> tuple[Tensor, Callable[[slice], Tensor]]:
+        """A weight as it is kept, `[outputs, inputs]`, and a function that reads rows of it in float32."""
+        if name in self.floats:
+            view = self.floats[name]
+        else:
+            tensor, place = self.work.source.tensor(name), self.live.places.get(name)
+            view = tensor.T.contiguous() if place and place.swapped else tensor
+        return view, lambda rows: view[rows].float()
 
     def _settle(self, entry: Entry, made: Made) -> None:
-        """Put a result into the block, and into the output unless it is there from an earlier run."""
+        """Store a result, unless it is there from an earlier run."""
         name, output = entry.weight.name, self.work.output
-        if name in self.live.places:
-            self.live.weight(name).copy_(made.qtensor.dequantize())
-        self.made[name] = made.qtensor
+        self.made.add(name)
         if name in output.records:
             return
         source = digest(self.work.source.tensor(name).contiguous())
@@ -353,9 +407,8 @@ class _BlockRun:
 
     def _unreached(self) -> None:
         """Quantize, without statistics, weights that no product of the block was seen to read."""
-        for name in self._targets(list(self.entries)):
-            weight = self.work.source.tensor(name).float()
-            self._quantize_all([self._job(name, weight, Seen({}, torch.empty(0, 0), 0))])
+        nothing = Seen({}, torch.empty(0, 0), 0)
+        self._carry_out([self._job(name, nothing, {}) for name in self._targets(list(self.entries))])
 
     def _keep(self) -> None:
         """Store what is not quantized, changed by a transform or not."""
@@ -377,7 +430,7 @@ class _BlockRun:
         """Let a transform choose factors for each site in the order of use, and fold them."""
         transform: Transform = plugins.load("transforms", name)
         options = step_options(transform, name, self.work.plan.options)
-        sites = {site: Accumulator(sorted(transform.needs), self.index) for step in steps for site in step.sites}
+        sites = {site: self._accumulator(transform.needs) for step in steps for site in step.sites}
         observer = Observer(sites, frozenset())
         for batch in self.work.windows.batches:
             if batch.start < self.work.windows.fit:
@@ -480,6 +533,7 @@ class _BlockRun:
         }
         for name, qtensor in (nearest if worse else learned).items():
             facts = shared | error_facts(block.weights[name], qtensor)
+            self.live.weight(name).copy_(qtensor.dequantize())
             self._settle(self.entries[name], Made(qtensor, facts))
 
     def _held_error(self, block: Block, made: Mapping[str, QTensor]) -> float:
@@ -490,3 +544,7 @@ class _BlockRun:
             gap = block.run([index], weights).float() - block.target([index]).float()
             total += float(gap.square().sum(dtype=torch.float64))
         return total
+
+
+def _groups(items: list[Site], size: int) -> list[list[Site]]:
+    return [items[at : at + size] for at in range(0, len(items), size)]

@@ -60,13 +60,14 @@ def make_record(
     source: Checkpoint,
     output: Output,
     way: Estimate,
-    evaluation_memory: int,
+    other_memory: int,
     watch: MemoryWatch,
     verified: Verified,
     evaluation: dict[str, Any] | None,
     seconds: dict[str, float],
+    calibration: dict[str, Any] | None = None,
 ) -> RunRecord:
-    """Everything the report says about a finished run; `evaluation_memory`: bytes planned for evaluation."""
+    """Everything the report says about a finished run; `other_memory`: bytes planned for calibration or evaluation."""
     plan = output.plan
     rows = tuple(_row(plan, entry, output) for entry in plan.entries)
     return RunRecord(
@@ -78,12 +79,13 @@ def make_record(
         result=_result(output),
         rows=rows,
         seconds=seconds,
-        memory=Memory(watch.peak, max(way.total, evaluation_memory), watch.limit),
+        memory=Memory(watch.peak, max(way.total, other_memory), watch.limit),
         verified=Verification(verified.tensors, 0, verified.seconds),
         evaluation=evaluation,
         histograms=tuple(histograms(source, output, rows, way.scratch)),
-        counts=_counts(plan),
+        counts=(*_counts(plan), *_fallbacks(output)),
         resumed=output.resumed,
+        calibration=calibration,
     )
 
 
@@ -141,6 +143,16 @@ def _counts(plan: Plan) -> tuple[Count, ...]:
     """Weights that were not quantized, by reason."""
     kinds = Counter((_kind(entry), entry.reason) for entry in plan.entries if not entry.weight.scheme)
     return tuple(Count(kind, reason, number) for (kind, reason), number in kinds.items())
+
+
+def _fallbacks(output: Output) -> tuple[Count, ...]:
+    """Weights that another method made than the plan's, or on other data, by reason."""
+    facts = [record.facts for record in output.records.values()]
+    reasons = Counter(f"{each['method']}: {each['fallback']}" for each in facts if each.get("fallback"))
+    few = sum(each.get("starved") is not None for each in facts)
+    if few:
+        reasons["experts that saw fewer tokens than they have inputs were calibrated on all tokens"] = few
+    return tuple(Count("fallback", reason, number) for reason, number in reasons.items())
 
 
 def _kind(entry: Entry) -> Any:

@@ -25,10 +25,14 @@ def update(state: State, rows: Float[Tensor, "n cols"], float_rows: Float[Tensor
     state["count"] += rows.shape[0]
     size = chunk_rows(rows.shape[1])
     for chunk, wanted in zip(torch.split(rows, size), torch.split(float_rows, size), strict=True):
-        part = chunk.float()
-        difference = wanted.float() - part
-        for name, first, end in stripes(rows.shape[1]):
-            state[name] += difference[:, first:end].T @ part
+        present = chunk.float()
+        _add(state, wanted.float() - present, present)
+        del present  # before the next is made
+
+
+def _add(state: State, difference: Float[Tensor, "n cols"], rows: Float[Tensor, "n cols"]) -> None:
+    for name, first, end in stripes(rows.shape[1]):
+        state[name] += difference[:, first:end].T @ rows
 
 
 def finish(state: State) -> Float[Tensor, "cols cols"]:
@@ -42,8 +46,8 @@ def finish(state: State) -> Float[Tensor, "cols cols"]:
 
 
 def nbytes(cols: int) -> int:
-    """The sums in float64; beside them two chunks in float32 and a stripe's product, or the result in float32."""
-    chunks = 3 * 4 * chunk_rows(cols) * cols + 4 * min(STRIPE, cols) * cols
+    """The sums in float64; beside them two chunks in float32 and a stripe's product in both, or the result in float32."""
+    chunks = 2 * 4 * chunk_rows(cols) * cols + 12 * min(STRIPE, cols) * cols
     return 8 * cols * cols + 8 + max(chunks, 4 * cols * cols)
 
 

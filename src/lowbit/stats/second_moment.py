@@ -32,9 +32,12 @@ def update(state: State, rows: Float[Tensor, "n cols"], float_rows: Float[Tensor
     """Add the products of these rows: float32 within a chunk, float64 between chunks."""
     state["count"] += rows.shape[0]
     for chunk in torch.split(rows, chunk_rows(rows.shape[1])):
-        part = chunk.float()
-        for name, first, end in stripes(rows.shape[1]):
-            state[name] += part[:, first:end].T @ part[:, first:]
+        _add(state, chunk.float())
+
+
+def _add(state: State, rows: Float[Tensor, "n cols"]) -> None:
+    for name, first, end in stripes(rows.shape[1]):
+        state[name] += rows[:, first:end].T @ rows[:, first:]
 
 
 def finish(state: State) -> Float[Tensor, "cols cols"]:
@@ -51,10 +54,10 @@ def finish(state: State) -> Float[Tensor, "cols cols"]:
 
 
 def nbytes(cols: int) -> int:
-    """Half the matrix in float64; beside it a chunk in float32 and a stripe's product, or the result in float32."""
+    """Half the matrix in float64; beside it a chunk in float32 and a stripe's product in both, or the result in float32."""
     sums = 8 * sum([(end - first) * (cols - first) for _, first, end in stripes(cols)])
     height = min(STRIPE, cols)
-    chunk = 4 * chunk_rows(cols) * cols + 4 * height * cols
+    chunk = 4 * chunk_rows(cols) * cols + 12 * height * cols
     return sums + 8 + max(chunk, 4 * cols * cols + 16 * height * height)
 
 

@@ -28,6 +28,7 @@ class Transform:
         options: frozen dataclass of its own options.
         needs: names of statistics of the site's input that `search` reads.
         method: the method that quantizes after it where the user names none.
+        windows: `options -> ` windows that `search` runs through a block for one site, for the estimate of time.
     """
 
     about: str
@@ -35,5 +36,6 @@ class Transform:
     options: type = NoOptions
     needs: frozenset[str] = field(default_factory=frozenset)
     method: str = "rtn"
+    windows: Callable[[Any], int] = lambda options: 0
 
 
