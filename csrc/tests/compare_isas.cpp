@@ -131,6 +131,37 @@ static void compare_dequantize(const Kernels& kernels, const Grid& grid, Dtype d
         }
 }
 
+// All that a sweep changes, one after the other.
+static void compare_sweep(const Kernels& kernels, int64_t cols, int64_t lanes) {
+    Grid grid{cols, lanes, 1, 1};
+    int64_t count = cols * lanes;
+    auto weight = random_scales(count), target = random_scales(count), error = random_scales(count);
+    auto scale = random_scales(count), zero = random_scales(count), coupling = random_scales(cols * cols);
+    for (size_t i = 0; i < weight.size(); i += 5) weight[i] = 0, target[i] *= -1;
+    auto run = [&](const Coder& coder, const float* z) {
+        compare("sweep", kernels, grid, 9 * count, [&](const Kernels& k, uint8_t* out) {
+            auto t = target, e = error;
+            Sweep of{cols,     lanes,    weight.data(),  coupling.data(), scale.data(), z,
+                     t.data(), e.data(), out + 8 * count};
+            k.sweep(of, coder);
+            if (count == 0) return;
+            std::memcpy(out, t.data(), size_t(4 * count)), std::memcpy(out + 4 * count, e.data(), size_t(4 * count));
+        });
+    };
+    for (bool keep : {false, true}) {
+        for (Rounding rounding : {Rounding::quotient, Rounding::sum})
+            for (const float* z : {static_cast<const float*>(nullptr), static_cast<const float*>(zero.data())})
+                run({8, 15, rounding, nullptr, nullptr, keep}, z);
+        for (int levels : {3, 16, 200}) {
+            std::vector<float> sorted(static_cast<size_t>(levels)), table = level_table(0, levels);
+            std::vector<uint8_t> codes(sorted.size());
+            for (int i = 0; i < levels; i++) sorted[size_t(i)] = table[size_t(i)], codes[size_t(i)] = uint8_t(i);
+            Levels found = nearest_level(sorted.data(), codes.data(), levels);
+            run({0, 255, Rounding::quotient, &found, table.data(), keep}, nullptr);
+        }
+    }
+}
+
 static void compare_pack(const Kernels& kernels, int64_t rows, int64_t cols, int bits) {
     Grid grid{rows, cols, bits, 0};
     int64_t count = rows * cols, size = 4 * rows * words_per_row(cols, bits);
@@ -166,6 +197,8 @@ int main() {
                 for (int bits = 1; bits <= 8; bits++) compare_pack(kernels, rows, cols, bits);
             }
         for (int bits = 1; bits <= 8; bits++) compare_pack(kernels, 37, 5003, bits);
+        for (int64_t cols : {0, 1, 2, 7, 33})
+            for (int64_t lanes : {0, 16, 48}) compare_sweep(kernels, cols, lanes);
         std::printf("%s: done\n", kernels.isa);
     }
     return failures == 0 ? 0 : 1;

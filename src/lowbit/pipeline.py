@@ -66,7 +66,8 @@ def run(
     Raises:
         LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same request goes on.
     """
-    clock, text, scores, most = Clock(), request.text and read_text(request.text), None, 0
+    clock, scores, most = Clock(), None, 0
+    text = read_text(request.text) if request.text else None
     with MemoryWatch(request.ram).running() as watch, open_checkpoint(request.model) as source:
         plan = load_plan(request.plan, source) if request.plan else make_plan(source, request.rules)
         plan, samples = _with_samples(plan, source)

@@ -33,7 +33,8 @@ def matrices() -> dict[str, Tensor]:
 def inputs() -> Tensor:
     dice = torch.Generator().manual_seed(4)
     mixed = torch.randn(WIDTH, WIDTH, generator=dice) / WIDTH**0.5
-    return torch.randn(WINDOWS, TOKENS, WIDTH, generator=dice) @ mixed
+    hidden: Tensor = torch.randn(WINDOWS, TOKENS, WIDTH, generator=dice) @ mixed
+    return hidden
 
 
 def compute(x: Tensor, weights: Weights) -> Tensor:

@@ -26,7 +26,8 @@ def inputs(rows: int, cols: int) -> Tensor:
     """Correlated, of unequal size."""
     dice = torch.Generator().manual_seed(cols)
     mixing = torch.randn(cols, cols, generator=dice) / max(cols, 1) ** 0.5 + torch.eye(cols)
-    return torch.randn(rows, cols, generator=dice) @ mixing * (0.2 + torch.rand(cols, generator=dice))
+    sizes = 0.2 + torch.rand(cols, generator=dice)
+    return torch.randn(rows, cols, generator=dice) @ (mixing * sizes)
 
 
 def moment_of(cols: int) -> Tensor:
@@ -210,13 +211,23 @@ def test_refit_ends_where_the_scale_solves_least_squares(scheme: str) -> None:
 def test_less_error_than_round_to_nearest(scheme: str) -> None:
     """On rows that were not seen."""
     weight, kind = weight_of(64, 128), parse(scheme)
-    seen, held = inputs(3000, 128).split([2000, 1000])
+    seen, held = torch.split(inputs(3000, 128), [2000, 1000])
     moment = seen.T @ seen / 2000
     plain = rtn.METHOD.quantize(weight, {}, kind, rtn.METHOD.options())
     for options in [BARE, *(gptq.Options(order=order) for order in ORDERS)]:  # type: ignore[arg-type]
         q = run(weight, moment, kind, options)
         ours, theirs = (((x.dequantize() - weight) @ held.T).square().sum() for x in (q, plain))
         assert ours < (0.75 if options == BARE else 0.7) * theirs
+
+
+def test_wide_weights_go_through_bfloat16_products() -> None:
+    """Above 2048 columns: nearly the error of the same weight in float32, by the definition of the error."""
+    weight, kind = weight_of(3, 2080), parse("int4-row")
+    seen = inputs(500, 2080)
+    moment = seen.T @ seen / 500
+    plain = loss(rtn.METHOD.quantize(weight, {}, kind, rtn.METHOD.options()), weight, moment)
+    first, last = (loss(run(weight, moment, kind, replace(BARE, passes=n)), weight, moment) for n in (0, 2))
+    assert last < first < 0.3 * plain
 
 
 def test_weights_that_are_zero_stay_zero() -> None:
@@ -230,7 +241,7 @@ def test_weights_that_are_zero_stay_zero() -> None:
 def paired(cols: int) -> tuple[Tensor, Tensor, Stats]:
     """Rows of the float model, present rows, and their statistics."""
     present = inputs(2000, cols)
-    wanted = present + 0.3 * inputs(2000, cols).roll(1, 1) + 0.1 * present.roll(1, 1)
+    wanted = present + 0.3 * present.roll(1, 1) + 0.1 * inputs(2000, cols + 1)[:, 1:]
     cross = (wanted - present).T @ present / 2000
     return wanted, present, {"second_moment": present.T @ present / 2000, "cross_moment": cross}
 
@@ -263,13 +274,12 @@ def test_gptaq_lessens_the_error_to_the_float_models_output() -> None:
 def test_sweep_refuses_what_does_not_fit() -> None:
     block, square = torch.zeros(3, 16), torch.zeros(3, 3)
     codes = torch.zeros(3, 16, dtype=torch.uint8)
+    wide, coder = torch.zeros(3, 20), native.Coder(levels=torch.zeros(2))
     with pytest.raises(ValueError, match="20 lanes"):
-        wide = torch.zeros(3, 20)
         native.sweep(wide, wide, wide, square, wide, None, native.Coder(), out=wide.to(torch.uint8))
     with pytest.raises(ValueError, match="coupling must be contiguous"):
         native.sweep(block, block, block, torch.zeros(3, 6)[:, ::2], block, None, native.Coder(), out=codes)
     with pytest.raises(ValueError, match="together"):
-        coder = native.Coder(levels=torch.zeros(2))
         native.sweep(block, block, block, square, block, None, coder, out=codes)
 
 

@@ -37,6 +37,7 @@ _MODELS: Mapping[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 48},
     "qwen3_moe": {**_EXPERTS, "head_dim": 16},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
@@ -163,6 +164,27 @@ def test_the_proof_finds_an_edit_that_is_missing(tmp_path: Path) -> None:
     broken = replace(turned, blueprint=replace(turned.blueprint, checkpoint=replace(turned.checkpoint, edits=edits)))
     with pytest.raises(VerifyError, match=r"logits differ by \d"):
         prove(original, broken)
+
+
+def noise(checkpoint: Checkpoint) -> float:
+    """Mean over all matrices of the blocks of the largest square in a run of 16 columns over the mean square."""
+    found = []
+    for name, weight in checkpoint.weights.items():
+        if ".layers." in name and len(weight.shape) == 2:
+            value = checkpoint.tensor(name).float()
+            found.append(value.reshape(-1, 16).abs().amax(1).square().mean() / value.square().mean())
+    return float(torch.stack(found).mean())
+
+
+def test_steps_lower_the_noise_and_stay_orthogonal(tmp_path: Path) -> None:
+    original = blueprint_of(tiny("gemma", tmp_path))
+    start = rotate(original, Options(heads=False))
+    turned = rotate(original, Options(heads=False, learn=30, group=16))
+    assert turned.learned is not None
+    assert turned.learned[0] == pytest.approx(noise(start.checkpoint), rel=1e-3)
+    assert turned.learned[1] == pytest.approx(noise(turned.checkpoint), rel=1e-3)
+    assert turned.learned[1] < 0.97 * turned.learned[0]
+    assert prove(original, turned) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["opt", "gpt2", "gpt_neox", "cohere"])

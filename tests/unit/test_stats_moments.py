@@ -37,7 +37,7 @@ def exact(statistic: Statistic, rows: Tensor, wanted: Tensor) -> Tensor:
 @pytest.mark.parametrize(("count", "cols"), [(1, 1), (50, 7), (5000, 3), (90, 600), (20, 1030)])
 def test_the_mean_of_products(statistic: Statistic, dtype: torch.dtype, count: int, cols: int) -> None:
     rows, wanted = rows_of(count, cols, dtype), (rows_of(count, cols) * 1.1 + 0.01).to(dtype)
-    found = taken(statistic, list(rows.split(37)), list(wanted.split(37)), cols)
+    found = taken(statistic, list(torch.split(rows, 37)), list(torch.split(wanted, 37)), cols)
     assert found.dtype == torch.float32 and found.is_contiguous()
     reference = exact(statistic, rows, wanted)
     torch.testing.assert_close(found.double(), reference, rtol=2e-5, atol=2e-6 * float(reference.abs().max()))

@@ -341,7 +341,8 @@ def _reshape_param(mark: Param, name: str, args: Any, result: Tensor) -> Marks:
         last = {-1, -2, len(shape) - 1, len(shape) - 2}
         swap = name in ("t", "T", "mT") or (name in ("transpose", "swapaxes") and set(args[1:]) <= last)
         return [replace(mark, swapped=not mark.swapped)] if swap else [None]
-    kept = min(len(shape), 2, max(result.ndim, 1))
+    picked = name == "__getitem__" and isinstance(args[1], Tensor)  # of a stack, by number
+    kept = min(len(shape) - picked, 2, max(result.ndim, 1))
     return [mark if result.shape[-kept:] == shape[-kept:] else None]
 
 

@@ -210,7 +210,9 @@ class _BlockRun:
         if self._method().learn:
             self._learn(steps)
         for at, step in enumerate(steps):
-            later = frozenset(name for other in steps[at + 1 :] for name in other.names)
+            # Experts run one after the other: the next ones are not past when the second layer of the first is reached.
+            past = [other for other in steps[at + 1 :] if not (step.experts and other.experts)]
+            later = frozenset(name for other in past for name in other.names)
             self._quantize(self._observe(step, later, reference))
         self._unreached()
         self._keep()

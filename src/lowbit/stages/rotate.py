@@ -298,7 +298,7 @@ class _Model:
                     found.append(Part(partial(self.checkpoint.tensor, source), self.factor(norm), writes))
         return found
 
-    def _fold(self, norm: str, value: Tensor) -> Tensor:
+    def _fold(self, norm: str | None, value: Tensor) -> Tensor:
         factor = self.factor(norm)  # read when it is needed
         return value if factor is None else value * factor
 
@@ -329,8 +329,8 @@ def _trace(blueprint: Blueprint, model: nn.Module) -> Flow:
         if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
             raise UnsupportedError(_LAYER_NORM.format(path=path, name="it has")) from error
         raise UnsupportedError(
-            f"{path} cannot be rotated: what its weights do is found by running it without values, and it looks at "
-            f"them ({one_line(error)})"
+            f"{path} cannot be rotated: what its weights do is found by running it without values, which "
+            f"fails ({one_line(error)})"
         ) from error
 
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final, get_args
@@ -477,7 +478,7 @@ def _drawn(path: Path, size: int, rng: np.random.Generator) -> Iterator[tuple[in
 def _examples(source: Source, request: _Request) -> Iterator[tuple[str, Any]]:
     """Examples of a dataset, streamed; a shuffled one draws each from those that are in a buffer."""
     try:
-        import datasets  # type: ignore[import-untyped]
+        datasets = import_module("datasets")
     except ImportError:
         raise UsageError(
             f"reading {source.name} needs the package datasets; install it with: pip install 'lowbit[datasets]'"

@@ -46,8 +46,8 @@ def finish(state: State) -> Float[Tensor, "cols cols"]:
 
 
 def nbytes(cols: int) -> int:
-    """The sums in float64; beside them two chunks in float32 and a stripe's product in both, or the result in float32."""
-    chunks = 2 * 4 * chunk_rows(cols) * cols + 12 * min(STRIPE, cols) * cols
+    """The sums in float64; beside them three chunks and a stripe's product, or the result in float32."""
+    chunks = 3 * 4 * chunk_rows(cols) * cols + 12 * min(STRIPE, cols) * cols
     return 8 * cols * cols + 8 + max(chunks, 4 * cols * cols)
 
 

@@ -54,7 +54,7 @@ def finish(state: State) -> Float[Tensor, "cols cols"]:
 
 
 def nbytes(cols: int) -> int:
-    """Half the matrix in float64; beside it a chunk in float32 and a stripe's product in both, or the result in float32."""
+    """Half the matrix in float64; beside it a chunk and a stripe's product, or the result in float32."""
     sums = 8 * sum([(end - first) * (cols - first) for _, first, end in stripes(cols)])
     height = min(STRIPE, cols)
     chunk = 4 * chunk_rows(cols) * cols + 12 * height * cols

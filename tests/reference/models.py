@@ -1,0 +1,54 @@
+"""Tiny random models of many classes, saved as `transformers` saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+WIDTH = 32
+_SIZES: dict[str, Any] = {
+    "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96, "max_position_embeddings": 64,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+_MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 16},
+    "phi3": {},
+    "gpt2": {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {"num_ln_in_parallel_attn": None, "head_dim": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": _MOE,
+    "mamba": {"state_size": 8},
+}
+
+
+def save_tiny(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of a type with weights that matter and biases and norms that are not trivial; returns it, in eval mode."""
+    config_class: Any = transformers.CONFIG_MAPPING[kind]
+    known = config_class()
+    wanted = {name: value for name, value in {**_SIZES, **SETTINGS[kind]}.items() if value is not None}
+    config = config_class(**{name: value for name, value in wanted.items() if hasattr(known, name)})
+    torch.manual_seed(0)
+    auto: Any = transformers.AutoModelForCausalLM
+    model: Any = auto.from_config(config)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.normal_(0, 0.3) if tensor.dim() > 1 else tensor.mul_(1 + 0.2 * torch.randn_like(tensor)).add_(
+                0.05 * torch.randn_like(tensor)
+            )
+    model = model.to(dtype).eval()
+    model.save_pretrained(path)
+    return model

@@ -1,0 +1,308 @@
+"""The calibrated part of the line on tiny random models of many classes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lowbit.budget import MemoryWatch
+from lowbit.errors import ResourceError, UsageError
+from lowbit.schemes import parse
+from lowbit.stages._fold import find_producer
+from lowbit.stages._jobs import Job
+from lowbit.stages._observe import Accumulator, Observer, Seen
+from lowbit.stages._sites import Step, find_steps
+from lowbit.stages.calibrate import Calibration as Work
+from lowbit.stages.calibrate import Prepared, _begin, _BlockRun, _enter, calibrate, prepare
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
+from lowbit.stages.plan import Calibration, Entry, Rules, make_plan
+from lowbit.stages.quantize import estimate_memory, quantize
+from lowbit.stages.write import Output, open_output
+from tests.reference.models import SETTINGS, save_tiny
+
+# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+IDS = torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(1))
+DENSE = [kind for kind in SETTINGS if kind not in ("gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "mamba")]
+MOE = ["mixtral", "qwen2_moe", "qwen3_moe"]
+
+
+def prepared(source: Checkpoint, method: str = "gptq", scheme: str = "int4-g8", **settings: Any) -> Prepared:
+    rules = Rules(scheme, method, calibration=Calibration(("text",), **settings))
+    return prepare(source, make_plan(source, rules), settings.pop("ids", IDS), None, 1)
+
+
+@contextlib.contextmanager
+def opened(kind: str, folder: Path, method: str = "gptq", **settings: Any) -> Iterator[tuple[Any, Prepared, Output]]:
+    """A tiny model on disk, its run prepared, its output open."""
+    model = save_tiny(kind, folder / "model")
+    source = open_checkpoint(folder / "model")
+    ready = prepared(source, method, **settings)
+    with open_output(folder / "out", source, ready.plan) as output:
+        yield model, ready, output
+
+
+def begun(ready: Prepared, output: Output) -> Work:
+    with torch.no_grad():
+        work = _begin(ready, output)
+        _enter(work)
+    return work
+
+
+def store_rest(ready: Prepared, output: Output) -> None:
+    """What lies outside of the blocks."""
+    rest = estimate_memory(ready.plan, None, 1)
+    quantize(ready.source, ready.plan, output, rest, MemoryWatch(None))
+
+
+def block_of(work: Work, index: int = 0) -> _BlockRun:
+    return _BlockRun(work, list(work.blueprint.blocks)[index], index)
+
+
+def steps_of(run: _BlockRun) -> list[Step]:
+    with torch.no_grad():
+        return find_steps(run.live, lambda watch: run._batch(slice(0, 1), watch=watch))
+
+
+def last(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_every_weight_of_every_class_is_reached(kind: str, tmp_path: Path) -> None:
+    with opened(kind, tmp_path) as (_, ready, output):
+        calibrate(ready, output, MemoryWatch(None))
+        planned = {entry.weight.name for entry in ready.plan.entries if entry.weight.scheme}
+        assert planned or kind == "gpt2", "transposed weights are kept, and nothing else"
+        assert planned <= output.records.keys()
+        missed = {n for n in planned if output.records[n].facts["fallback"] == "no calibration row reached it"}
+    # Mamba's block multiplies the transposed step sizes, with the weight on the left.
+    assert {last(name) for name in missed} == ({"dt_proj"} if kind == "mamba" else set())
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("llama", [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]),
+        ("phi3", [{"qkv_proj"}, {"o_proj"}, {"gate_up_proj"}, {"down_proj"}]),
+        ("gpt_neox", [{"query_key_value"}, {"dense"}, {"dense_h_to_4h"}, {"dense_4h_to_h"}]),
+        ("falcon", [{"query_key_value", "dense_h_to_4h"}, {"dense"}, {"dense_4h_to_h"}]),
+        ("mixtral", [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate"}, {"w1", "w3"}, {"w2"}]),
+    ],
+)
+def test_sublayers_are_found_in_the_order_of_their_use(kind: str, wanted: list[set[str]], tmp_path: Path) -> None:
+    with opened(kind, tmp_path) as (_, ready, output):
+        steps = steps_of(block_of(begun(ready, output)))
+    assert [{last(name) for name in step.names} for step in steps] == wanted
+    experts = [step for step in steps if step.experts]
+    assert [len(step.sites) for step in experts] == ([4, 4] if kind == "mixtral" else [])
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_statistics_are_of_what_each_layer_of_the_float_model_reads(kind: str, tmp_path: Path) -> None:
+    """Oracle: plain hooks on the modules of the whole model."""
+    with opened(kind, tmp_path, dtype="float32") as (model, ready, output), torch.no_grad():
+        read: dict[str, list[Tensor]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(
+                    lambda _, inputs, name=name: read.setdefault(name, []).append(inputs[0].flatten(0, -2))
+                )
+        model(input_ids=IDS, use_cache=False)
+        run = block_of(begun(ready, output))
+        sites = {site: Accumulator(["second_moment"], 0, 24) for step in steps_of(run) for site in step.sites}
+        for batch in run.work.windows.batches:
+            run._look(batch, Observer(sites, frozenset()))
+        fitted = run.work.windows.fit * IDS.shape[1]
+        assert sites
+        modules = {id(p): n.rpartition(".")[0] for n, p in model.named_parameters()}
+        stored = dict(model.named_parameters())
+        for site, accumulator in sites.items():
+            seen = accumulator.finish()
+            name = next((n for n in stored if n.endswith(site[0].removeprefix("model."))), site[0])
+            rows = torch.cat(read[modules[id(stored[name])]])
+            torch.testing.assert_close(
+                seen.stats["second_moment"], rows[:fitted].T @ rows[:fitted] / fitted, rtol=1e-4, atol=1e-5
+            )
+            torch.testing.assert_close(seen.held, rows[fitted:], rtol=1e-4, atol=1e-5)
+
+
+def test_each_block_sees_what_the_quantized_ones_before_produce(tmp_path: Path) -> None:
+    with opened("llama", tmp_path, dtype="float32") as (model, ready, output), torch.no_grad():
+        calibrate(ready, output, MemoryWatch(None))
+        store_rest(ready, output)
+        output.finish(ready.source)
+        written = open_checkpoint(tmp_path / "out")
+        for name, parameter in model.named_parameters():
+            if written.weights[name].scheme:
+                parameter.copy_(written.dequantized(name))
+        hidden: list[Tensor] = []
+        model.model.layers[-1].register_forward_hook(lambda _, inputs, out: hidden.append(out))
+        model(input_ids=IDS, use_cache=False)
+        found = torch.from_file(
+            str(tmp_path / "out/.lowbit/hidden/quantized-2.bin"), size=hidden[0].numel(), dtype=torch.float32
+        )
+    torch.testing.assert_close(found.view_as(hidden[0]), hidden[0], rtol=1e-4, atol=1e-5)
+
+
+PRODUCERS = {
+    "llama": {"q_proj": "input_layernorm", "gate_proj": "post_attention_layernorm", "down_proj": "up_proj"},
+    "gemma2": {"q_proj": "input_layernorm", "gate_proj": "pre_feedforward_layernorm", "down_proj": "up_proj"},
+    "opt": {"q_proj": "self_attn_layer_norm", "out_proj": "v_proj", "fc1": "final_layer_norm", "fc2": "fc1"},
+    "bloom": {"query_key_value": "input_layernorm", "dense_h_to_4h": "post_attention_layernorm"},
+    "falcon": {"query_key_value": "input_layernorm"},
+    "phi3": {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"},
+}
+
+
+@pytest.mark.parametrize("kind", PRODUCERS)
+def test_what_can_take_a_factor_is_found_and_folding_changes_no_output(kind: str, tmp_path: Path) -> None:
+    dice = torch.Generator().manual_seed(0)
+    with opened(kind, tmp_path, method="awq", dtype="float32") as (_, ready, output), torch.no_grad():
+        run = block_of(begun(ready, output))
+        found = {}
+        for step in steps_of(run):
+            for site in step.sites:
+                before, producer = run._batch(slice(0, 4)), run._producer(site)
+                if producer is None:
+                    continue
+                found[last(site[0])] = producer.parameters[0].rpartition(".")[0].rpartition(".")[2]
+                factors = 0.2 + 5 * torch.rand(run._weight(site[0]).shape[1], generator=dice)
+                run._fold(site, producer, factors)
+                gap = (run._batch(slice(0, 4)) - before).norm() / before.norm()
+                assert gap < 1e-5, site
+    # fc1 feeds fc2 through a ReLU, which takes positive factors; a GELU does not.
+    assert found == PRODUCERS[kind]
+
+
+def test_no_producer_where_something_else_reads_the_input(tmp_path: Path) -> None:
+    """The router reads what the experts read; without it in the fold, the output would change."""
+    with opened("mixtral", tmp_path, method="awq", dtype="float32") as (_, ready, output), torch.no_grad():
+        run = block_of(begun(ready, output))
+        site = next(s for step in steps_of(run) if step.experts for s in step.sites)
+        hidden = run.inputs[:1]
+        assert find_producer(run.live, site, lambda w, p: run._batch(slice(0, 1), weights=w, parameters=p) - hidden) is None
+
+
+@pytest.mark.parametrize("kind", MOE)
+def test_experts_that_see_few_tokens_get_all(kind: str, tmp_path: Path) -> None:
+    with opened(kind, tmp_path) as (_, ready, output):
+        short = replace(ready, ids=IDS[:2, :8])
+        calibrate(short, output, MemoryWatch(None))
+        facts = {name: record.facts for name, record in output.records.items() if ".experts." in name}
+    starved = [each for each in facts.values() if each["starved"] is not None]
+    assert starved, "8 tokens over 4 experts are fewer than 32 inputs"
+    assert all(each["rows"] == 8 and each["starved"] <= 8 for each in starved)
+    assert any(each["starved"] < 8 for each in starved)
+    assert all(each["fallback"] != "no calibration row reached it" for each in facts.values())
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "autoround"])
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(method: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    source = open_checkpoint(tmp_path / "model")
+    options = {"iterations": 3} if method == "autoround" else {}
+    rules = Rules("int4-g8", method, calibration=Calibration(("text",)), options=options)
+    ready = prepare(source, make_plan(source, rules), IDS, None, 1)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 1:
+            raise _Stop
+
+    for folder, stops in (("whole", False), ("resumed", True)):
+        if stops:
+            with pytest.raises(_Stop), open_output(tmp_path / folder, source, ready.plan) as output:
+                calibrate(ready, output, MemoryWatch(None), stop)
+        with open_output(tmp_path / folder, source, ready.plan) as output:
+            assert bool(output.resumed) == stops
+            calibrate(ready, output, MemoryWatch(None))
+            store_rest(ready, output)
+    names = [entry.weight.name for entry in ready.plan.entries if entry.weight.scheme]
+    packed = [
+        {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for folder in ("whole", "resumed")
+        for file in [safe_open(next((tmp_path / folder).rglob("model.safetensors*")), "pt")]
+    ]
+    assert names
+    for name, tensor in packed[0].items():
+        assert torch.equal(tensor, packed[1][name]), name
+
+
+def job(weight: Tensor, method: str, held: Tensor) -> Job:
+    entry = Entry(replace_weight(weight), method, "test")
+    seen = Seen({}, held, len(held))
+    shape = (weight.shape[0], weight.shape[1])
+    return Job(entry, method, lambda rows: weight[rows], shape, {}, seen, plugin_options(method), 64)
+
+
+def replace_weight(weight: Tensor) -> Any:
+    from lowbit.formats import Weight
+
+    return Weight("w", tuple(weight.shape), torch.float32, parse("int3-g16-f32"))
+
+
+def plugin_options(method: str) -> Any:
+    from lowbit import plugins
+
+    return plugins.load("methods", method).options()
+
+
+def test_a_method_that_does_worse_on_held_out_rows_is_replaced_and_named() -> None:
+    dice = torch.Generator().manual_seed(0)
+    weight, held = torch.randn(12, 32, generator=dice) ** 3, torch.randn(64, 32, generator=dice)
+    work = job(weight, "rtn", held)
+    best, made = work.choose([work.piece(rows) for rows in work.places()])
+    rounded = plugin_rtn(weight)
+    wanted = ((held @ (made.qtensor.dequantize() - weight).T) ** 2).sum() / ((held @ (rounded - weight).T) ** 2).sum()
+    assert best == "mse" and made.facts["fallback"] == "less output error on held-out rows"
+    assert made.facts["against_rtn"] == pytest.approx(float(wanted), rel=1e-4) and wanted < 1
+    kept = job(weight, "mse", held)
+    assert kept.choose([kept.piece(rows) for rows in kept.places()])[1].facts["fallback"] is None
+
+
+def plugin_rtn(weight: Tensor) -> Tensor:
+    from lowbit.methods import NoOptions, rtn
+
+    return rtn.quantize(weight, {}, parse("int3-g16-f32"), NoOptions()).dequantize()
+
+
+def test_inputs_of_zero_and_a_loss_that_is_not_a_number_end_no_run(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.zero_()
+    model.save_pretrained(tmp_path / "model")
+    source = open_checkpoint(tmp_path / "model")
+    for method in ("gptq", "awq", "autoround"):
+        options = {"iterations": 2} if method == "autoround" else {}
+        rules = Rules("int4-g8", method, calibration=Calibration(("text",)), options=options)
+        ready = prepare(source, make_plan(source, rules), IDS, None, 1)
+        with open_output(tmp_path / method, source, ready.plan) as output:
+            calibrate(ready, output, MemoryWatch(None))
+            assert {e.weight.name for e in ready.plan.entries if e.weight.scheme} <= output.records.keys()
+
+
+def test_a_limit_that_is_too_small_is_refused_with_the_least_that_works(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    source = open_checkpoint(tmp_path / "model")
+    plan = make_plan(source, Rules("int4-g8", "gptq", calibration=Calibration(("text",))))
+    with pytest.raises(ResourceError, match="needs at least"):
+        prepare(source, plan, IDS, 1 << 20, 1)
+
+
+def test_a_method_that_learns_asks_for_text(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    with pytest.raises(UsageError, match="--calibration"):
+        make_plan(open_checkpoint(tmp_path / "model"), Rules("int4-g8", "gptq"))
