@@ -116,13 +116,28 @@ def gptqmodel(job: Job, clock: Clock) -> Weights:
     own = job["out"] + ".own"
     with timed(clock, "save"):
         model.save(own)
-    again = lib.GPTQModel.load(own, device="cpu", dtype=torch.float16)  # the type in which it stores scales
     stored = load_file(f"{own}/model.safetensors")
     weights = {name: tensor.float() for name, tensor in stored.items() if name.endswith(".weight")}
-    for name, module in again.model.named_modules():
+    return weights | (_gptqmodel_awq(stored, job) if job["method"] == "awq" else _gptqmodel_gptq(lib, own))
+
+
+def _gptqmodel_gptq(lib: Any, own: str) -> Weights:
+    """What its layers compute with, in float32; they are loaded in the type in which scales are stored."""
+    weights = {}
+    for name, module in lib.GPTQModel.load(own, device="cpu", dtype=torch.float16).model.named_modules():
         if hasattr(module, "qweight"):
             module.scales.data = module.scales.data.float()
             weights[f"{name}.weight"] = module.dequantize_weight().T
+    return weights
+
+
+def _gptqmodel_awq(stored: Weights, job: Job) -> Weights:
+    """The same by the function that its layers share."""
+    packing: Any = import_module("gptqmodel.quantization.awq.utils.packing_utils")
+    weights = {}
+    for name in [key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")]:
+        codes, zeros, scales = (stored[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
+        weights[f"{name}.weight"] = packing.dequantize_gemm(codes, zeros, scales.float(), job["bits"], job["group"]).T
     return weights
 
 

@@ -7,16 +7,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
+import torch
+
 from lowbit.budget import Estimate, MemoryWatch
 from lowbit.stages import quantize
+from lowbit.stages._adapter import Terms
 from lowbit.stages._cost import Cost
+from lowbit.stages._model import open_blueprint
+from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._windows import encode
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
-from lowbit.stages.plan import Plan, Rules, load_plan, make_plan
+from lowbit.stages.plan import Plan, Rules, load_plan, make_plan, read_recipe
 from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
+from lowbit.stages.rotate import Options as Rotation
+from lowbit.stages.rotate import prove, rotate
 from lowbit.stages.samples import Samples, read_samples, similarity
 from lowbit.stages.verify import verify
 from lowbit.stages.write import SHARD_BYTES, open_output
@@ -68,7 +75,7 @@ def run(
     """
     clock, scores, most = Clock(), None, 0
     text = read_text(request.text) if request.text else None
-    with MemoryWatch(request.ram).running() as watch, open_checkpoint(request.model) as source:
+    with MemoryWatch(request.ram).running() as watch, _open(request) as source:
         plan = load_plan(request.plan, source) if request.plan else make_plan(source, request.rules)
         plan, samples = _with_samples(plan, source)
         way = quantize.estimate_memory(plan, request.ram, request.threads)
@@ -81,12 +88,13 @@ def run(
                 calibrate(blocks, output, watch, progress)
                 clock.lap("calibrate")
             quantize.quantize(source, plan, output, way, watch, progress)
+            adapter = Terms(request.out).finish(str(request.out)) if blocks else None
             output.finish(source)
             clock.lap("quantize")
             checked = verify(source, output, way, progress)
             clock.lap("verify")
             if text:
-                scores, most = _scores(request, text, source.path, progress)
+                scores, most = _scores(request, text, source.path, adapter, progress)
                 clock.lap("evaluate")
             learned = _calibration(plan, samples, blocks, text, source) if samples and blocks else None
             most = max(most, blocks.cost.total if blocks else 0)
@@ -96,6 +104,18 @@ def run(
             write_report(result, request.out)
             watch.check()
     return result
+
+
+def _open(request: Request) -> Checkpoint:
+    """The checkpoint, or a view of it that is rotated where the recipe says so and was proved to compute the same."""
+    source = open_checkpoint(request.model)
+    recipe, options = read_recipe(request.plan) if request.plan else request.rules.recipe()
+    if not recipe.rotate:
+        return source
+    original = open_blueprint(source, torch.float32)
+    rotated = rotate(original, parse_options(Rotation, ROTATE, options))
+    prove(original, rotated, streamed=True)
+    return rotated.checkpoint
 
 
 def _with_samples(plan: Plan, source: Checkpoint) -> tuple[Plan, Samples | None]:
@@ -126,7 +146,9 @@ def _calibration(
     return facts
 
 
-def _scores(request: Request, text: Text, original: Path, progress: quantize.Progress) -> tuple[dict[str, Any], int]:
+def _scores(
+    request: Request, text: Text, original: Path, adapter: Path | None, progress: quantize.Progress
+) -> tuple[dict[str, Any], int]:
     """Original and result on the same tokens, and the anonymous memory that was planned for it."""
     planned: list[int] = []
     scores = evaluate(
@@ -138,5 +160,6 @@ def _scores(request: Request, text: Text, original: Path, progress: quantize.Pro
         ram=request.ram,
         progress=progress,
         announce=lambda way: planned.append(way.total),
+        adapter=adapter,
     )
     return scores.to_dict(), max(planned)

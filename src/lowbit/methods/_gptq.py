@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from math import inf
 from typing import Literal, final
 
@@ -360,7 +361,7 @@ def _round(tile: _Tile, stats: Stats, rule: _Rule, wide: int) -> None:
 
 def _segments(group: Int64[Tensor, "cols"], block: int, by_group: bool) -> Iterator[slice]:
     """Runs of columns between matrix products: blocks of equal scale, or a fixed number of columns."""
-    sizes = group.unique_consecutive(return_counts=True)[1].tolist() if by_group else []
+    sizes = [len(list(run)) for _, run in groupby(group.tolist())] if by_group else []
     if not by_group:
         sizes = [block] * (len(group) // block) + [len(group) % block] * (len(group) % block > 0)
     start = 0
@@ -381,7 +382,8 @@ def _sweep(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], factors: Te
 def _compensated(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], stats: Stats) -> Float[Tensor, "n lanes"]:
     """What the columns of a block would best be, were none of them rounded: each moves those that follow it."""
     weight, within = tile.weight[at], stats["feedback"][at, at].float()
-    return weight + torch.linalg.solve_triangular(within, target - weight, upper=False, unitriangular=True)
+    moved: Tensor = torch.linalg.solve_triangular(within, target - weight, upper=False, unitriangular=True)
+    return weight + moved
 
 
 def _fit_fresh(

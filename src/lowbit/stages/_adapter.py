@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from safetensors.torch import load, save
+from torch import Tensor
 
 from lowbit.corrections import LowRank
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.stages._weightfile import open_regular, read_json
-from lowbit.stages.write import write_atomic
+from lowbit.stages.write import WORK, write_atomic
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER = "adapter"
 _PREFIX = "base_model.model."
 
 
@@ -67,6 +70,47 @@ def read_adapter(path: Path) -> dict[str, LowRank]:
             raise CheckpointError(f"{path / WEIGHTS}: the term of {module} is not as {CONFIG} says; write it again")
         found[f"{module}.weight"] = (down.float(), up.float())
     return found
+
+
+@final
+@dataclass(frozen=True)
+class Terms:
+    """The low-rank terms of a run, each in a file of its own until the adapter is whole.
+
+    Attributes:
+        out: the output directory; the adapter is its folder `adapter`.
+    """
+
+    out: Path
+
+    @property
+    def _folder(self) -> Path:
+        return self.out / WORK / "terms"
+
+    def add(self, name: str, step: str, down: Tensor, up: Tensor) -> None:
+        """Keep the term that one step made for a weight."""
+        write_atomic(
+            self._folder / f"{name}+{step}.safetensors", save({"down": down.contiguous(), "up": up.contiguous()})
+        )
+
+    def collect(self) -> dict[str, LowRank]:
+        """All terms, those of one weight joined."""
+        found: dict[str, list[dict[str, Tensor]]] = {}
+        for path in sorted(self._folder.glob("*.safetensors")):
+            found.setdefault(path.stem.rpartition("+")[0], []).append(load(path.read_bytes()))
+        return {
+            name: (torch.cat([part["down"] for part in parts]), torch.cat([part["up"] for part in parts], 1))
+            for name, parts in found.items()
+        }
+
+    def finish(self, base: str) -> Path | None:
+        """Write the adapter, where there are terms; returns its directory."""
+        terms = self.collect()
+        if not terms:
+            return None
+        exact = all(torch.equal(part, part.bfloat16().float()) for pair in terms.values() for part in pair)
+        write_adapter(self.out / ADAPTER, terms, base, torch.bfloat16 if exact else torch.float32)
+        return self.out / ADAPTER
 
 
 def _module(name: str) -> str:

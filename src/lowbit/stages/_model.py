@@ -329,6 +329,8 @@ def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
+            if checkpoint.config.get("tie_word_embeddings") is False:  # a view may have an output layer of its own
+                part.tie_word_embeddings = False
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, trust_remote_code=trust_remote_code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 from lowbit import plugins
 from lowbit.corrections import Correction
@@ -13,6 +13,7 @@ from lowbit.methods import Method
 from lowbit.transforms import Transform
 
 ROTATE = "rotate"
+T = TypeVar("T")
 
 
 @final
@@ -104,9 +105,14 @@ def step_options(record: Method | Transform | Correction, name: str, options: Ma
     Raises:
         UsageError: an option that the step does not have, or a value of the wrong kind.
     """
+    return parse_options(record.options, name, options)
+
+
+def parse_options(kind: type[T], name: str, options: Mapping[str, Any]) -> T:
+    """The options named `name.*` as this dataclass; raises like `step_options`."""
     own = {key.partition(".")[2]: value for key, value in options.items() if key.partition(".")[0] == name}
     try:
-        return record.options(**own)
+        return kind(**own)
     except (TypeError, ValueError) as error:
-        known = ", ".join(getattr(record.options, "__dataclass_fields__", {})) or "none"
+        known = ", ".join(getattr(kind, "__dataclass_fields__", {})) or "none"
         raise UsageError(f"method {name}: {error}; its options are: {known}") from None

@@ -25,9 +25,11 @@ from lowbit import plugins
 from lowbit.blocks import Block
 from lowbit.blocks import Site as BlockSite
 from lowbit.budget import MemoryWatch
+from lowbit.corrections import Correction
 from lowbit.errors import UnsupportedError
 from lowbit.methods import Method, Stats
 from lowbit.stages._activations import input_scale, rounded
+from lowbit.stages._adapter import Terms
 from lowbit.stages._blocks import Call, Entrance, LiveBlock
 from lowbit.stages._cost import Cost, estimate
 from lowbit.stages._fold import Producer, effective, find_producer
@@ -100,6 +102,7 @@ class Calibration:
     windows: Windows
     streams: Streams
     entrance: Entrance
+    terms: Terms
 
     def call(self, path: str, windows: int) -> Call:
         """How the model calls a block with so many windows."""
@@ -162,9 +165,18 @@ def computes_bfloat16() -> bool:
 def _begin(prepared: Prepared, output: Output) -> Calibration:
     blueprint, ids, cost = prepared.blueprint, prepared.ids, prepared.cost
     recipe, shape = parse_recipe(prepared.plan.recipe), (ids.shape[0], ids.shape[1], blueprint.width)
-    streams = Streams(output.path / WORK / "hidden", shape, blueprint.dtype, _kinds(recipe))
-    windows, entrance = split_windows(ids, cost.tokens), Entrance(blueprint)
-    return Calibration(prepared.source, prepared.plan, recipe, output, cost, blueprint, windows, streams, entrance)
+    return Calibration(
+        prepared.source,
+        prepared.plan,
+        recipe,
+        output,
+        cost,
+        blueprint,
+        split_windows(ids, cost.tokens),
+        Streams(output.path / WORK / "hidden", shape, blueprint.dtype, _kinds(recipe)),
+        Entrance(blueprint),
+        Terms(output.path),
+    )
 
 
 def _kinds(recipe: Recipe) -> tuple[Kind, ...]:
@@ -364,6 +376,22 @@ class _BlockRun:
                     rows = self.live.weight(job.entry.weight.name)[piece.rows]
                     rows.copy_(piece.made[best].dequantize().view_as(rows))
                 self._settle(job.entry, made)
+        for job in jobs:
+            self._correct(job.entry.weight.name, job.seen)
+
+    def _correct(self, name: str, seen: Seen) -> None:
+        """Fit the low-rank terms to what is left of a weight, one after the other, and add them to the block."""
+        whole = None
+        for step in self.work.recipe.corrections:
+            correction: Correction = plugins.load("corrections", step)
+            if name not in self.live.places or not correction.needs <= seen.stats.keys():
+                continue
+            whole = self.live.weight(name).float() if whole is None else whole
+            options = step_options(correction, step, self.work.plan.options)
+            down, up = correction.fit(self._weight(name) - whole, seen.stats, options)
+            self.work.terms.add(name, step, down, up)
+            whole = torch.addmm(whole, up, down)
+            self.live.weight(name).copy_(whole)
 
     def _job(self, name: str, seen: Seen, prepared: dict[Any, Stats]) -> Job:
         """The work on one weight; what a method prepares is shared by weights of one scheme at one site."""
@@ -420,7 +448,8 @@ class _BlockRun:
             stored = self.work.source.tensor(name).contiguous()
             source = digest(stored)
             if name in self.floats:
-                stored = self.floats[name].to(entry.weight.dtype).contiguous()
+                stored = self.floats[name]
+            stored = stored.to(entry.weight.dtype).contiguous()
             self.work.output.store({name: stored})
             found = digest(stored)
             facts = {"method": None, "seconds": 0.0, "folded": name in self.floats}

@@ -48,6 +48,7 @@ class Checkpoint:
         files: stored tensor to the file that holds it.
         edits: stored tensor to what is read in its place: a function of it, of the same shape. The result may have more
             digits than `specs` says, which is the dtype in which it is to be stored.
+        terms: weight to a low-rank pair `(down, up)`, whose product stands beside it (an adapter).
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Checkpoint:
     weights: Mapping[str, Weight]
     files: Mapping[str, WeightFile]
     edits: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    terms: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -98,10 +100,12 @@ class Checkpoint:
 
     def dequantized(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One logical weight as float, in `dtype` or the dtype it had before it was quantized; raises like `load`."""
-        loaded = self.load(name)
-        if isinstance(loaded, QTensor):
-            return loaded.dequantize(dtype or self.weights[name].dtype)
-        return loaded.to(dtype or loaded.dtype)
+        loaded, dtype = self.load(name), dtype or self.weights[name].dtype
+        if name in self.terms:
+            down, up = self.terms[name]
+            whole = loaded.dequantize() if isinstance(loaded, QTensor) else loaded.float()
+            return torch.addmm(whole, up, down).to(dtype)
+        return loaded.dequantize(dtype) if isinstance(loaded, QTensor) else loaded.to(dtype)
 
     @property
     def nbytes(self) -> int:
@@ -119,8 +123,9 @@ class Checkpoint:
         """Alias to the tensor that it is one with.
 
         PyTorch files: names that share storage, tied to the first of them. Safetensors cannot share, so where
-        `config.json` says `tie_word_embeddings`: an output layer that equals the embedding (a matrix of `vocab_size` rows that is
-        called one, or else the first), byte for byte (compared on first use); or `lm_head.weight`, where no output layer is stored.
+        `config.json` says `tie_word_embeddings`: an output layer that equals the embedding (a matrix of `vocab_size`
+        rows that is called one, or else the first), byte for byte (compared on first use); or `lm_head.weight`, where
+        no output layer is stored.
         """
         tied = {alias: name for file in set(self.files.values()) for alias, name in file.tied.items()}
         text = self.config.get("text_config")

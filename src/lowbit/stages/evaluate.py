@@ -18,6 +18,7 @@ from lowbit.budget import MARGIN, MemoryWatch, anonymous_bytes, format_size
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.metrics import Metric, Score, Values
 from lowbit.metrics._blocks import CONFIDENCE, make_blocks
+from lowbit.stages._adapter import read_adapter
 from lowbit.stages._model import Blueprint, open_blueprint, refusals
 from lowbit.stages._windows import Text, Windows, cut, encode, read_text
 from lowbit.stages.checkpoint import open_checkpoint
@@ -148,6 +149,7 @@ def evaluate(
     progress: Progress | None = None,
     announce: Callable[[Way], None] | None = None,
     trust_remote_code: bool = False,
+    adapter: Path | None = None,
 ) -> Evaluation:
     """Score a causal language model on a text; `Conditions` is the protocol, `docs/evaluate.md` has its reasons.
 
@@ -166,6 +168,7 @@ def evaluate(
         progress: called with `("evaluate", windows done, windows)`.
         announce: called once with the memory estimate before models are loaded.
         trust_remote_code: run Python code that a checkpoint brings.
+        adapter: directory of low-rank terms to add to the model's weights.
 
     Raises:
         UsageError: text, context or stride cannot be used, or the two models do not share their tokens.
@@ -174,6 +177,8 @@ def evaluate(
     """
     text = text if isinstance(text, Text) else read_text(Path(text))
     sources = [open_checkpoint(path) for path in (reference, model) if path is not None]
+    if adapter:
+        sources[-1] = replace(sources[-1], terms=read_adapter(adapter))
     blueprints = [open_blueprint(source, dtype, trust_remote_code) for source in sources]
     windows = cut(text, encode(sources, text, tokens, trust_remote_code, ram), context, stride)
     _check(blueprints, windows)

@@ -21,7 +21,7 @@ from lowbit.formats import Format, Spec, Weight
 from lowbit.methods import Method
 from lowbit.methods._scales import shares_rows
 from lowbit.schemes import parse
-from lowbit.stages._recipe import dotted, parse_recipe
+from lowbit.stages._recipe import Recipe, dotted, parse_recipe
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.tensors import scheme_bytes
 
@@ -84,6 +84,11 @@ class Rules:
     calibration: Calibration | None = None
     blocks: tuple[int, int] | None = None
     activations: str | None = None
+
+    def recipe(self) -> tuple[Recipe, dict[str, Any]]:
+        """The steps of the method, and their options by `step.name`; raises `UsageError` where these make no sense."""
+        recipe = parse_recipe(self.method)
+        return recipe, dotted(self.options, recipe)
 
 
 @final
@@ -179,8 +184,7 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
         )
     form: Format = plugins.load("formats", rules.format)
     _check_patterns(checkpoint, rules)
-    recipe = parse_recipe(rules.method)
-    options = dotted(rules.options, recipe)
+    recipe, options = rules.recipe()
     calibrated = recipe.calibrated or _stores_scale(rules.activations)
     if calibrated and not rules.calibration:
         what = f"method {recipe}" if recipe.calibrated else f"a stored scale of activations ({rules.activations})"
@@ -214,9 +218,7 @@ def tied_names(checkpoint: Checkpoint) -> Mapping[str, str]:
     return checkpoint.tied if checkpoint.config.get("tie_word_embeddings") is True else {}
 
 
-def _entry(
-    weight: Weight, wanted: str, reason: str, name: str, form: Format, activations: str | None = None
-) -> Entry:
+def _entry(weight: Weight, wanted: str, reason: str, name: str, form: Format, activations: str | None = None) -> Entry:
     if wanted == "keep":
         return Entry(weight, None, reason.removesuffix(_OUTSIDE))
     scheme, method = parse(wanted), _method(name)
@@ -306,6 +308,16 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
     return Plan(name, tuple(entries), options, recipe, calibration)
+
+
+def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of a saved plan and its options; the rest is left to `load_plan`."""
+    try:
+        data = json.loads(path.read_text())
+        recipe = parse_recipe(data["recipe"])
+        return recipe, dotted(data["options"], recipe)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
 
 
 def _read_row(row: Mapping[str, Any], weight: Weight, form: Format) -> Entry:

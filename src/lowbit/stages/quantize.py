@@ -139,9 +139,9 @@ class _Worker:
         tensor = self.checkpoint.tensor(entry.weight.name)
         facts: dict[str, Any] = {}
         if entry.weight.scheme is None:
-            parts = {entry.weight.name: tensor.contiguous()}
-            source = digest(parts[entry.weight.name])
-            meant = {"weight": source}
+            parts = {entry.weight.name: tensor.to(entry.weight.dtype).contiguous()}
+            source = digest(tensor.contiguous())
+            meant = {"weight": digest(parts[entry.weight.name])}
         else:
             with self.output.codes(entry.weight, self.way.scratch) as codes:
                 assert codes is not None
@@ -161,7 +161,7 @@ def make(checkpoint: Checkpoint, plan: Plan, entry: Entry, piece: int) -> QTenso
     """What the plan means for one weight, in memory."""
     tensor = checkpoint.tensor(entry.weight.name)
     if entry.weight.scheme is None:
-        return tensor
+        return tensor.to(entry.weight.dtype)
     codes = torch.empty(view_shape(entry.weight.shape, entry.weight.scheme.block), dtype=torch.uint8)
     return _quantize(plan, entry, tensor, codes, piece)[1]
 
