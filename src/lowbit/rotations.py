@@ -56,8 +56,8 @@ class Rotation:
         return self.apply(torch.eye(self.width, dtype=torch.float64))
 
     def _through(self, x: Tensor, transposed: bool) -> Tensor:
-        # The last factor turns the fastest axis, the one before it the next; each is moved to the end for its product.
-        out, left = x.reshape(-1, self.width), self.width
+        # The first factor turns the slowest axis, the next one the next; each is moved to the end for its product.
+        out, left = x.contiguous(), self.width  # products of strided batches are many times slower
         for factor in self.factors:
             matrix = (factor.T if transposed else factor).to(x.dtype)
             left //= len(factor)

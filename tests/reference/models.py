@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def save_tiny(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of a type with weights that matter and biases and norms that are not trivial; returns it, in eval mode."""
+    """A model of a type, its biases and norms not trivial; returns it in eval mode."""
     config_class: Any = transformers.CONFIG_MAPPING[kind]
     known = config_class()
     wanted = {name: value for name, value in {**_SIZES, **SETTINGS[kind]}.items() if value is not None}

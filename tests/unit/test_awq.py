@@ -120,6 +120,20 @@ def test_one_window_is_enough() -> None:
     assert TRANSFORM.search(SITES[0], as_block(model, "int3-g16"), statistics(model, SITES[0]), ONE_SET) is not None
 
 
+@pytest.mark.parametrize("duo", [False, True])
+def test_the_estimate_counts_the_windows_that_are_run(duo: bool) -> None:
+    model, options, runs = small(times=20), Options(ratios=5, duo=duo, windows=3), list[int]()
+    block = as_block(model, "int3-g16")
+
+    def run(indices: Sequence[int], weights: Weights) -> Tensor:
+        runs.append(len(indices))
+        out: Tensor = block.run(indices, weights)
+        return out
+
+    assert TRANSFORM.search(SITES[0], replace(block, run=run), statistics(model, SITES[0]), options) is not None
+    assert sum(runs) == TRANSFORM.windows(options)
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="1 or more"):
         Options(ratios=0)

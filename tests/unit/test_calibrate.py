@@ -190,7 +190,10 @@ def test_no_producer_where_something_else_reads_the_input(tmp_path: Path) -> Non
         run = block_of(begun(ready, output))
         site = next(s for step in steps_of(run) if step.experts for s in step.sites)
         hidden = run.inputs[:1]
-        assert find_producer(run.live, site, lambda w, p: run._batch(slice(0, 1), weights=w, parameters=p) - hidden) is None
+        found = find_producer(
+            run.live, site, lambda weights, parameters: run._batch(slice(0, 1), None, weights, parameters) - hidden
+        )
+    assert found is None
 
 
 @pytest.mark.parametrize("kind", MOE)

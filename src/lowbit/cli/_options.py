@@ -68,7 +68,7 @@ _RULES = (
     click.option("--scheme", metavar="S", help="Scheme for every matrix, as int4-g128, nf4-dq, fp8-e4m3, nvfp4."),
     click.option(
         "--activations", metavar="S",
-        help="Scheme of the inputs too: int8-row or fp8-e4m3-row (a scale per token), int8-tensor (a stored one), nvfp4.",
+        help="Scheme of the inputs: int8-row or fp8-e4m3-row (a scale per token), int8-tensor (a stored one), nvfp4.",
     ),
     click.option(
         "--method", default="rtn", show_default=True, metavar="M",
@@ -133,7 +133,8 @@ def make_rules(options: dict[str, Any]) -> Rules:
 
     names = ("sources", "samples", "length", "sampling", "seed", "inputs", "dtype")
     text = {name: options.pop(name) for name in names}
-    rules = {name: options.pop(name) for name in ("scheme", "method", "skip", "sets", "options", "blocks", "activations")}
+    others = ("scheme", "method", "skip", "sets", "options", "blocks", "activations")
+    rules = {name: options.pop(name) for name in others}
     calibration = Calibration(**text) if text["sources"] else None
     return Rules(**rules, format=options.pop("form"), calibration=calibration)
 

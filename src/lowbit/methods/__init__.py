@@ -44,8 +44,8 @@ class Method:
         learn: for methods that see a whole block: `(block, options) -> QTensor` of every weight of `block.weights`;
             `quantize` then serves weights outside of the blocks. None for methods that see one weight.
         prepared: `cols -> ` most bytes that `prepare` holds, what it was given included.
-        work: `(rows, cols) -> ` floating-point operations of `prepare` and `quantize` on one weight, for the estimate of
-            time; 0 where they do not count beside the passes over the block.
+        work: `(rows, cols) -> ` floating-point operations of `prepare` and `quantize` on one weight, for the estimate
+            of time; 0 where they do not count beside the passes over the block.
         windows: `options -> ` windows that `learn` runs through a block, in units of a forward pass.
         supports: `scheme -> None`, or the reason why this method cannot use the scheme.
     """

@@ -105,6 +105,16 @@ def _product_type(cols: int) -> torch.dtype:
     return torch.float32 if cols <= _FULL else torch.bfloat16
 
 
+def prepared_bytes(cols: int) -> int:
+    """Most bytes that `prepare` holds: the moment, its copy in `precision` and the factor of that, and the results."""
+    return (8 + 2 * precision(cols).itemsize) * cols**2
+
+
+def operations(rows: int, cols: int, passes: int) -> float:
+    """Floating-point operations for one weight: a factorization, the loop, and passes over all pairs of columns."""
+    return cols**3 / 3 + (1 + 2 * passes) * rows * cols**2
+
+
 def precision(cols: int) -> torch.dtype:
     """In which a second moment is factored: float64 as long as that costs little memory."""
     return torch.float64 if cols <= _DOUBLE else torch.float32

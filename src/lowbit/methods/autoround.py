@@ -46,18 +46,18 @@ class Options:
     def __post_init__(self) -> None:
         if self.preset not in _PRESETS:
             raise ValueError(f"preset {self.preset!r} is none of {', '.join(_PRESETS)}")
-        if self.steps < 0 or self.batch < 1 or min(self.lr or 0, self.minmax_lr or 0) < 0:
+        if self.total < 0 or self.batch < 1 or min(self.lr or 0, self.minmax_lr or 0) < 0:
             raise ValueError("iterations, lr and minmax_lr must be 0 or more, batch 1 or more")
 
     @property
-    def steps(self) -> int:
+    def total(self) -> int:
         """Iterations, from the preset where they are not given."""
         return _PRESETS[self.preset] if self.iterations is None else self.iterations
 
     def rates(self, bits: int) -> tuple[float, float]:
         """First steps of the rounding and of the ranges."""
-        rate = 0.005 if self.preset == "light" else 1 / max(self.steps, 1)
-        if self.steps >= 1000 and bits <= 3:
+        rate = 0.005 if self.preset == "light" else 1 / max(self.total, 1)
+        if self.total >= 1000 and bits <= 3:
             rate *= 2
         rate = rate if self.lr is None else self.lr
         return rate, rate if self.minmax_lr is None else self.minmax_lr
@@ -118,7 +118,7 @@ def learn(block: Block, options: Options) -> Mapping[str, QTensor]:
         WeightError: NaN or Inf in a weight, with its place.
     """
     learners = {name: _SignRound(weight, block.schemes[name], options) for name, weight in block.weights.items()}
-    descend(block, learners, options.steps, options.batch)
+    descend(block, learners, options.total, options.batch)
     start = {name: quantize(weight, {}, block.schemes[name], options) for name, weight in block.weights.items()}
     end = {name: learner.result() for name, learner in learners.items()}
     return best_of(block, [start, end], options.batch)

@@ -84,4 +84,6 @@ METHOD = Method(
     workspace=48.0,
     supports=_gptq.objection,
     prepare=prepare,
+    prepared=_gptq.prepared_bytes,
+    work=lambda rows, cols: _gptq.operations(rows, cols, Options().passes),
 )

@@ -67,6 +67,8 @@ METHOD = Method(
     options=Options,
     needs=frozenset({"second_moment"}),
     workspace=40.0,
+    prepared=_gptq.prepared_bytes,
+    work=lambda rows, cols: _gptq.operations(rows, cols, Options().passes),
     supports=_gptq.objection,
     prepare=prepare,
 )

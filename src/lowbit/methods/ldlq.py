@@ -55,4 +55,6 @@ METHOD = Method(
     workspace=40.0,
     supports=_gptq.objection,
     prepare=prepare,
+    prepared=_gptq.prepared_bytes,
+    work=lambda rows, cols: _gptq.operations(rows, cols, 0),
 )

@@ -140,7 +140,7 @@ class Blueprint:
         return {part.path: part.sources for part in self._parts if part.path in paths}
 
     def filled(self, path: str) -> nn.Module:
-        """One block with its weights in memory, on its own; experts run one after the other, each by its own product."""
+        """One block with its weights in memory; experts run one after the other, each by products of its own."""
         return self._build(self.blocks[path], experts_implementation="eager")[0].get_submodule(path)
 
     def sources(self, path: str) -> dict[str, frozenset[str]]:

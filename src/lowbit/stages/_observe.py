@@ -111,6 +111,7 @@ class Observer:
         self._of = {name: (site, accumulator) for site, accumulator in sites.items() for name in site}
         self._later = later
         self._reference: dict[Site, Tensor] = {}
+        self.before = True  # whether the pass has not reached the sites yet
 
     def reference(self) -> Watch:
         """A watch of the float model's pass over the same windows, to be run before."""
@@ -127,10 +128,12 @@ class Observer:
     def watch(self, held: bool) -> Watch:
         """A watch of one pass."""
         done: set[Site] = set()
+        self.before = True
 
         def watch(product: Product) -> None:
             if product.names[0] in self._later:
                 raise Found
+            self.before = self.before and product.names[0] not in self._of
             site, accumulator = self._of.get(product.names[0], (None, None))
             if site is not None and accumulator is not None and site not in done:
                 done.add(site)

@@ -30,6 +30,7 @@ from lowbit.errors import UnsupportedError
 from lowbit.methods import Method, Stats
 from lowbit.stages._activations import input_scale, rounded
 from lowbit.stages._adapter import Terms
+from lowbit.stages._attention import Memory, Remembered
 from lowbit.stages._blocks import Call, Entrance, LiveBlock
 from lowbit.stages._cost import Cost, estimate
 from lowbit.stages._fold import Producer, effective, find_producer
@@ -49,6 +50,7 @@ from lowbit.transforms import Transform
 
 _LENGTH = 2048
 _ABSMAX = "absmax"
+_AT_ONCE = 32  # windows that are embedded together
 _CERTAIN = 30.0  # logits: a router that sees it chooses that expert
 _ENOUGH = 4  # rows per input for an expert that got all tokens
 
@@ -190,8 +192,8 @@ def _enter(work: Calibration) -> None:
     """Write the first block's inputs."""
     for kind in work.streams.kinds:
         with work.streams.writing(kind, 0) as hidden:
-            for batch in work.windows.batches:
-                hidden[batch] = work.entrance.hidden(work.windows.ids[batch])
+            for ids, rows in zip(work.windows.ids.split(_AT_ONCE), hidden.split(_AT_ONCE), strict=True):
+                rows.copy_(work.entrance.hidden(ids))
 
 
 @final
@@ -205,6 +207,7 @@ class _BlockRun:
         matrices = [name for name, entry in self.entries.items() if len(entry.weight.shape) == 2]
         self.live = LiveBlock(work.blueprint, path, matrices)
         self.inputs = work.streams.read("quantized", index)
+        self.memory = Memory(work.output.path / WORK / "hidden" / "attention")
         self.floats: dict[str, Tensor] = {}  # weights that a transform changed, float32
         self.made: set[str] = set()
         self.scales: dict[str, float | None] = {}  # of activations, where they are stored
@@ -229,6 +232,7 @@ class _BlockRun:
         self._unreached()
         self._keep()
         self._forward("quantized", self.inputs)
+        self.memory.forget()
 
     def _sees_float(self) -> bool:
         """Whether all statistics are of the float block, taken in one pass."""
@@ -278,7 +282,9 @@ class _BlockRun:
     def _forward(self, kind: Kind, inputs: Tensor) -> None:
         with self.work.streams.writing(kind, self.index + 1) as outputs:
             for batch in self.work.windows.batches:
-                outputs[batch] = self._batch(batch, inputs)
+                known = f"{kind}-{batch.start}" if self.made else f"first-{batch.start}"
+                with Remembered(self.memory, known, lambda: False):
+                    outputs[batch] = self._batch(batch, inputs)
 
     def _reference(self) -> LiveBlock | None:
         """The float block beside the one that is being quantized, where a statistic compares the two."""
@@ -315,7 +321,7 @@ class _BlockRun:
         """Run a batch of windows, as far as needed, for an observer."""
         if reference:
             hidden = self.work.streams.read("float", self.index)[batch]
-            with suppress(Found):
+            with suppress(Found), Remembered(self.memory, f"float-{batch.start}", lambda: True):
                 reference.run(self.work.call(self.path, len(hidden)), hidden, watch=observer.reference())
         rounding, watch = self._rounding(), observer.watch(batch.start >= self.work.windows.fit)
 
@@ -323,7 +329,7 @@ class _BlockRun:
             watch(product)
             return rounding(product) if rounding else None
 
-        with suppress(Found):
+        with suppress(Found), Remembered(self.memory, f"quantized-{batch.start}", lambda: observer.before):
             self._batch(batch, watch=both, after=after)
 
     def _all_tokens(self, step: Step, seen: Mapping[Site, Seen], later: frozenset[str]) -> dict[Site, Seen]:
@@ -546,7 +552,7 @@ class _BlockRun:
         return rtn.quantize(weight, tensor_stats(weight, scheme, self.work.way.piece), scheme, rtn.options())
 
     def _learn(self, steps: Sequence[Step]) -> None:
-        """Learn all weights of the block together; keep the result where it beats round-to-nearest on held-out windows."""
+        """Learn all weights of the block together; kept where that beats round-to-nearest on held-out windows."""
         method, start = self._method(), time.perf_counter()
         assert method.learn is not None
         block = self._block(steps)

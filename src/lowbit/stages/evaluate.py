@@ -21,7 +21,7 @@ from lowbit.metrics._blocks import CONFIDENCE, make_blocks
 from lowbit.stages._adapter import read_adapter
 from lowbit.stages._model import Blueprint, open_blueprint, refusals
 from lowbit.stages._windows import Text, Windows, cut, encode, read_text
-from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 
 __all__ = ["Conditions", "Evaluation", "Text", "Way", "evaluate", "evaluation_bytes", "plan_evaluation", "read_text"]
 
@@ -176,9 +176,7 @@ def evaluate(
         ResourceError: the limit is too small; for the models, with the least that works.
     """
     text = text if isinstance(text, Text) else read_text(Path(text))
-    sources = [open_checkpoint(path) for path in (reference, model) if path is not None]
-    if adapter:
-        sources[-1] = replace(sources[-1], terms=read_adapter(adapter))
+    sources = _open(model, reference, adapter)
     blueprints = [open_blueprint(source, dtype, trust_remote_code) for source in sources]
     windows = cut(text, encode(sources, text, tokens, trust_remote_code, ram), context, stride)
     _check(blueprints, windows)
@@ -196,6 +194,14 @@ def evaluate(
         len(blocks.starts), CONFIDENCE, seed,
     )  # fmt: skip
     return Evaluation(str(model), None if reference is None else str(reference), conditions, scores)
+
+
+def _open(model: str | Path, reference: str | Path | None, adapter: Path | None) -> list[Checkpoint]:
+    """The checkpoints, the reference first; the model with its low-rank terms, where there are any."""
+    found = open_checkpoint(model)
+    if adapter:
+        found = replace(found, terms=read_adapter(adapter))
+    return [found] if reference is None else [open_checkpoint(reference), found]
 
 
 def _check(blueprints: Sequence[Blueprint], windows: Windows) -> None:

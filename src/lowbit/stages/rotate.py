@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, final
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from lowbit.errors import UnsupportedError, UsageError, VerifyError
 from lowbit.formats import Weight
 from lowbit.rotations import Rotation, hadamard_orders, orthogonal_rotation, random_rotation
-from lowbit.stages._cayley import Part, learn
+from lowbit.stages._cayley import Learned, Part, learn
 from lowbit.stages._flow import Flow, Pair, trace
 from lowbit.stages._model import Blueprint, _sources, silent_transformers
 from lowbit.stages._weightfile import one_line
 from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.quantize import one_torch_thread
 
 # Elements of a weight that are turned at a time: each takes a few float64.
 _PIECE = 2**22
@@ -136,7 +137,7 @@ def rotate(blueprint: Blueprint, options: Options | None = None, residual: Rotat
     model = _Model.of(blueprint)
     _check(blueprint, model.flow)
     start = residual or _draw(model.flow.width, options, 0)
-    better = learn(start, model.parts(), options.learn, options.group, options.seed) if options.learn else None
+    better = _learn(start, model.parts(), options) if options.learn else None
     turn = better.rotation if better else start
     pairs = [pair for pair in model.flow.pairs if options.heads and model.whole(*pair.writers, pair.reader)]
     steps = model.stream_steps(turn)
@@ -148,6 +149,11 @@ def rotate(blueprint: Blueprint, options: Options | None = None, residual: Rotat
     orders = hadamard_orders(turn.width) if options.kind == "hadamard" and residual is None else None
     learned = (better.before, better.after) if better else None
     return Rotated(view, _over(blueprint, view), turn.width, orders or (), folded, len(pairs), untied, learned)
+
+
+def _learn(start: Rotation, parts: Sequence[Part], options: Options) -> Learned:
+    with one_torch_thread():  # another number of threads would end in other bits, and a run could not be resumed
+        return learn(start, parts, options.learn, options.group, options.seed)
 
 
 def prove(original: Blueprint, rotated: Rotated, streamed: bool = False, tokens: int = 64, seed: int = 0) -> float:

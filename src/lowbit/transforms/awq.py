@@ -80,4 +80,6 @@ TRANSFORM = Transform(
     options=Options,
     needs=frozenset({"mean_abs"}),
     method="clip",
+    # Besides the candidates: no factors, and on other windows no factors and the best.
+    windows=lambda options: options.windows * (options.ratios * (2 if options.duo else 1) + 3),
 )

@@ -51,4 +51,6 @@ TRANSFORM = Transform(
     search=search,
     options=Options,
     needs=frozenset({"absmax"}),
+    # Besides the candidates: no factors, and on other windows no factors and the best.
+    windows=lambda options: options.windows * (options.strengths + 3),
 )

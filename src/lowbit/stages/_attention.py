@@ -1,0 +1,102 @@
+"""Attention in calibration passes: faster tiles than the CPU kernel's, and results kept from one pass to the next.
+
+The passes over a block for its later steps repeat the attention of the earlier ones: what feeds it is on its grid
+already. So its output is kept in mapped files until the block is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+_TILE = 128
+_HEADS = 8  # that are computed together: their scores stay in the cache
+
+
+@final
+class Memory:
+    """Attention of one block, by pass over a batch and number of the call.
+
+    Args:
+        folder: for the files; they are deleted by `forget`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._known = folder, dict[str, Tensor]()
+
+    def get(self, key: str) -> Tensor | None:
+        """What was kept."""
+        return self._known.get(key)
+
+    def keep(self, key: str, value: Tensor) -> None:
+        """Keep a result."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        room = torch.from_file(str(self._folder / key), shared=True, size=prod(value.shape), dtype=value.dtype)
+        self._known[key] = room.view(value.shape).copy_(value)
+
+    def forget(self) -> None:
+        """Delete all."""
+        for key in self._known:
+            (self._folder / key).unlink()
+        self._known = {}
+
+
+@final
+class Remembered(TorchFunctionMode):
+    """While it is entered, attention is taken from memory, or computed in tiles and kept.
+
+    Args:
+        memory: of the block.
+        key: names the batch and what it reads.
+        final: whether what was computed so far will be the same in later passes.
+    """
+
+    def __init__(self, memory: Memory, key: str, final: Callable[[], bool]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._memory, self._key, self._final, self._calls = memory, key, final, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        key = f"{self._key}-{self._calls}"
+        self._calls += 1
+        known = self._memory.get(key)
+        if known is None:
+            known = attend(*args, **(kwargs or {}))
+            if self._final():
+                self._memory.keep(key, known)
+        return known
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`scaled_dot_product_attention`; causal, in bfloat16 and without a mask it goes in tiles, with float32 scores."""
+    plain = not args and kwargs.get("attn_mask") is None and kwargs.get("is_causal") and not kwargs.get("dropout_p")
+    shared = query.shape[1] // key.shape[1] if query.dim() == 4 else 0
+    same = query.dim() == 4 and query.shape[2] == key.shape[2] and query.dtype == torch.bfloat16
+    if not (plain and same and (shared == 1 or kwargs.get("enable_gqa"))):
+        return scaled_dot_product_attention(query, key, value, *args, **kwargs)
+    scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+    out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
+    rows, result = (each.reshape(-1, *each.shape[2:]) for each in (query, out))
+    keys, values = (each.repeat_interleave(shared, 1).reshape(-1, *each.shape[2:]) for each in (key, value))
+    for at in range(0, len(rows), _HEADS):
+        heads = slice(at, at + _HEADS)
+        _tiles(rows[heads], keys[heads].float().mul_(scale).mT, values[heads], result[heads])
+    return result.view(out.shape)
+
+
+def _tiles(rows: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+    """Some heads: tiles of rows, each against the keys up to its end."""
+    for start in range(0, rows.shape[1], _TILE):
+        stop = min(start + _TILE, rows.shape[1])
+        scores = torch.bmm(rows[:, start:stop].float(), keys[:, :, :stop])
+        later = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
+        scores[:, :, start:].masked_fill_(later, -torch.inf)
+        out[:, start:stop] = torch.bmm(scores.softmax(-1).to(rows.dtype), values[:, :stop])
