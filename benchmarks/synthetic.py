@@ -1,6 +1,7 @@
 """Write a Llama-shaped checkpoint of random bfloat16 weights: real shapes and names, no downloads.
 
     python benchmarks/synthetic.py OUT [--layers 22 --hidden 2048 --mlp 5632 --heads 32 --kv-heads 4 --vocab 32000]
+    python benchmarks/synthetic.py OUT --layers 32 --hidden 4096 --mlp 11008 --kv-heads 32 --distinct 2     7 billion
 
 The default is 1.1 billion parameters, 2.2 GB, in shards of two layers. Weights are normal with a heavy tail
 (one value in a thousand ten times larger), so that quantization errors look like those of trained weights.
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 
 def weight(rows: int, cols: int, generator: torch.Generator) -> torch.Tensor:
@@ -33,11 +35,16 @@ def groups(args: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
         "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden),
         "mlp.down_proj": (hidden, mlp),
     }  # fmt: skip
+    made: list[dict[str, torch.Tensor]] = []
     for first in range(0, args.layers, 2):
         shard: dict[str, torch.Tensor] = {}
         for layer in range(first, min(first + 2, args.layers)):
             prefix = f"model.layers.{layer}"
-            shard |= {f"{prefix}.{name}.weight": weight(*shape, generator) for name, shape in shapes.items()}
+            fresh = layer < args.distinct
+            own = {name: weight(*shape, generator) for name, shape in shapes.items()} if fresh else made[layer % len(made)]
+            if fresh and args.distinct < args.layers:
+                made.append(own)
+            shard |= {f"{prefix}.{name}.weight": tensor for name, tensor in own.items()}
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 shard[f"{prefix}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
         yield shard
@@ -73,6 +80,16 @@ def write(args: argparse.Namespace) -> None:
     document = {"metadata": {"total_size": total}, "weight_map": index}
     (args.out / "model.safetensors.index.json").write_text(json.dumps(document))
     (args.out / "config.json").write_text(json.dumps(config(args), indent=1))
+    write_tokenizer(args.out)
+
+
+def write_tokenizer(path: Path) -> None:
+    """A tokenizer whose tokens are the 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     defaults = {"layers": 22, "hidden": 2048, "mlp": 5632, "heads": 32, "kv-heads": 4, "vocab": 32000}
     for name, value in defaults.items():
         result.add_argument(f"--{name}", type=int, default=value)
+    result.add_argument("--distinct", type=int, default=1 << 30, help="layers after which they repeat; even")
     return result
 
 

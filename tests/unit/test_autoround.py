@@ -148,7 +148,7 @@ def test_steps_that_only_harm_are_thrown_away() -> None:
 
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_loss_of_nan_ends_the_steps_and_not_the_run(after: int) -> None:
-    block, calls = block_of("int3-g8"), [0]
+    block, calls = block_of("int4-g8"), [0]
 
     def breaks(indices: Sequence[int], weights: Weights) -> Tensor:
         output = block.run(indices, weights)
@@ -159,7 +159,7 @@ def test_a_loss_of_nan_ends_the_steps_and_not_the_run(after: int) -> None:
     assert calls[0] == after + 1
     assert all(stored.dequantize().isfinite().all() for stored in learned.values())
     same = all(
-        torch.equal(q.codes, nearest_of(block.weights[name], parse("int3-g8")).codes) for name, q in learned.items()
+        torch.equal(q.codes, nearest_of(block.weights[name], parse("int4-g8")).codes) for name, q in learned.items()
     )
     assert same == (after == 0)
 
@@ -188,6 +188,17 @@ def test_presets() -> None:
     for wrong in ({"preset": "fast"}, {"iterations": -1}, {"batch": 0}, {"lr": -1.0}):
         with pytest.raises(ValueError, match=r"preset|must be"):
             Options(**wrong)
+
+
+def test_ranges_are_searched_where_that_helps() -> None:
+    searched = {name: Options().searches(parse(name)) for name in ("int3-g8", "int4-g8", "int2-g8-asym", "nf4")}
+    assert searched == {"int3-g8": True, "int4-g8": False, "int2-g8-asym": False, "nf4": True}
+    assert Options(search=True).searches(parse("int4-g8")) and not Options(search=False).searches(parse("nf4"))
+    weight = matrices()["up"] ** 3
+    found = _learn.grouped(weight, parse("int3-row"))
+    factors = found.search()
+    whole, best = (found.decode(None, found.fit(f, f), torch.float32) for f in (torch.ones_like(factors), factors))
+    assert ((best - weight).square().sum(1) <= (whole - weight).square().sum(1)).all() and (factors < 1).any()
 
 
 def test_blocks_that_span_rows_are_refused() -> None:

@@ -32,8 +32,8 @@ class Options:
         batch: windows per step.
         lr: first step of the rounding, in steps of the grid; falls linearly to 0. None: the preset's, 1 / iterations.
         minmax_lr: first step of the factors on each group's range; None: as `lr`.
-        search: whether these factors start where rounded weights have the least squared error, instead of at 1; only
-            without zero points, where the ends of a range do not move apart.
+        search: whether these factors start where rounded weights have the least squared error, instead of at 1.
+            None: on tables and up to 3 bits. Never with zero points, where the ends of a range do not move apart.
     """
 
     preset: str = "default"
@@ -41,7 +41,7 @@ class Options:
     batch: int = 8
     lr: float | None = None
     minmax_lr: float | None = None
-    search: bool = True
+    search: bool | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in _PRESETS:
@@ -53,6 +53,11 @@ class Options:
     def total(self) -> int:
         """Iterations, from the preset where they are not given."""
         return _PRESETS[self.preset] if self.iterations is None else self.iterations
+
+    def searches(self, scheme: Scheme) -> bool:
+        """Whether ranges are searched first."""
+        coarse = scheme.grid.kind != "int" or scheme.grid.bits <= 3
+        return scheme.zero == "none" and (coarse if self.search is None else self.search)
 
     def rates(self, bits: int) -> tuple[float, float]:
         """First steps of the rounding and of the ranges."""
@@ -76,8 +81,7 @@ class _SignRound:
         rate, range_rate = options.rates(scheme.grid.bits)
         self._rates = (rate, 0.0 if scheme.scale == "e8m0" else range_rate)  # a power of two has no small step
         self._shift = torch.zeros_like(self._source.values)
-        searched = options.search and scheme.zero == "none"
-        factor = self._source.search() if searched else torch.ones_like(self._source.low)
+        factor = self._source.search() if options.searches(scheme) else torch.ones_like(self._source.low)
         self._factors = [factor, factor.clone()]
         self._affine = self._source.fit(*self._factors)
 
