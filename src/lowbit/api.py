@@ -9,7 +9,7 @@ from typing import Any
 from lowbit.budget import parse_size
 from lowbit.pipeline import Request, run
 from lowbit.stages.checkpoint import open_checkpoint
-from lowbit.stages.plan import Plan, Rules
+from lowbit.stages.plan import Calibration, Plan, Rules
 from lowbit.stages.plan import make_plan as _make_plan
 from lowbit.stages.report import RunRecord
 
@@ -29,6 +29,11 @@ def quantize(
     threads: int = 1,
     evaluate: str | Path | None = None,
     context: int = 512,
+    activations: str | None = None,
+    calibration: str | Sequence[str] | None = None,
+    samples: int = 128,
+    sequence_length: int | None = None,
+    seed: int = 0,
 ) -> RunRecord:
     """Quantize a checkpoint into a directory, verify what was written, evaluate it if a text is given, and report.
 
@@ -38,16 +43,26 @@ def quantize(
         scheme: as `int4-g128`; None for the format's default.
         skip: regular expressions of tensors that stay as they are.
         sets: regular expression to scheme name (or `keep`), first match first; wins over everything.
-        options: options of the method.
+        method: a method, or steps joined by `+` as `awq+gptq`.
+        options: options of the method, those of other steps as `step.name`.
         plan: a saved plan, instead of all rules above.
         ram: anonymous memory allowed, bytes or a size like `4GiB`.
         evaluate: text file to compare original and result on.
         context: tokens per window of that evaluation.
+        activations: scheme of the weights' inputs, as `int8-row`; None leaves them as they are.
+        calibration: text for methods that learn, as `--calibration` takes it, or several.
+        samples: windows of that text.
+        sequence_length: tokens per window; None for 2,048, or as many as the model takes.
+        seed: of every choice at random.
 
     Raises:
         LowbitError: see `lowbit.errors`.
     """
-    rules = Rules(scheme, method, format, skip, tuple((sets or {}).items()), options or {})
+    sources = (calibration,) if isinstance(calibration, str) else tuple(calibration or ())
+    learned = Calibration(sources, samples, sequence_length, seed) if sources else None
+    rules = Rules(
+        scheme, method, format, skip, tuple((sets or {}).items()), options or {}, learned, activations=activations
+    )
     text, saved = evaluate and Path(evaluate), plan and Path(plan)
     limit = parse_size(ram) if isinstance(ram, str) else ram
     return run(Request(str(model), Path(out), rules, saved or None, limit, threads, text or None, context))

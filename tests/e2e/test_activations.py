@@ -1,0 +1,54 @@
+"""Outliers in activations: plain static INT8 fails on them, smoothing them into the weights does not."""
+
+from __future__ import annotations
+
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowbit
+from benchmarks.activations import difference, plant
+from lowbit.pipeline import Request, run
+from lowbit.stages.evaluate import evaluate
+from lowbit.stages.plan import Calibration, Rules
+
+TEXT = Path(lowbit.__file__).parent / "data" / "evaluation.txt"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """To learn from, and to be judged by."""
+    folder, text = tmp_path_factory.mktemp("texts"), TEXT.read_text()
+    learn, judge = folder / "learn.txt", folder / "judge.txt"
+    learn.write_text(text[: len(text) // 2])
+    judge.write_text(text[len(text) // 2 :])
+    return learn, judge
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory, wiki_8m: Path, texts: tuple[Path, Path]) -> Path:
+    """The embedded model with outliers, which computes the same."""
+    out = tmp_path_factory.mktemp("planted") / "model"
+    plant(wiki_8m, out)
+    assert difference(wiki_8m, out, texts[1]) < 1e-5
+    return out
+
+
+@pytest.mark.parametrize(("method", "least", "most"), [("rtn", log(1.1), 20.0), ("smoothquant", -0.005, 0.005)])
+def test_planted_outliers(
+    tmp_path: Path, wiki_8m: Path, planted: Path, texts: tuple[Path, Path], method: str, least: float, most: float
+) -> None:
+    options = {"strengths": 3, "windows": 2} if method == "smoothquant" else {}
+    rules = Rules(
+        "int8",
+        method,
+        activations="int8-tensor",
+        options={f"{method}.{name}": value for name, value in options.items()},
+        calibration=Calibration((str(texts[0]),), samples=16, length=128),
+    )
+    with torch.random.fork_rng():
+        run(Request(str(planted), tmp_path / "out", rules))
+    scores = evaluate(tmp_path / "out", texts[1], reference=wiki_8m, context=256, tokens=6000).scores
+    assert least < scores["log_perplexity_change"].value < most
