@@ -21,18 +21,20 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import expm1
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import save_file
 
 import lowbit
 from lowbit.pipeline import Request, run
+from lowbit.stages._model import open_blueprint
+from lowbit.stages._windows import encode, read_text
+from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.evaluate import evaluate
 from lowbit.stages.plan import Calibration, Rules
 
@@ -75,7 +77,7 @@ LINES = tuple(
 )
 
 
-def readers(names: list[str]) -> Iterator[tuple[str, list[str]]]:
+def readers(names: Collection[str]) -> Iterator[tuple[str, list[str]]]:
     """Every norm of the model with the weights that read it; the last norm where the output layer is its own."""
     for name in names:
         path, _, kind = name.removesuffix(".weight").rpartition(".")
@@ -91,31 +93,31 @@ def plant(model: Path, out: Path, seed: int = 0) -> None:
     Raises:
         ValueError: the model has no norm of a known name.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tied = bool(loaded.config.tie_word_embeddings)
-    tensors: dict[str, Tensor] = {k: v for k, v in loaded.state_dict().items() if not (tied and k == "lm_head.weight")}
-    dice = torch.Generator().manual_seed(seed)
-    norms = list(readers(list(tensors)))
+    with open_checkpoint(model) as source:
+        tensors = {name: source.tensor(name).float() for name in source.weights}
+        config = {**source.config, "dtype": "float32"}
+    norms = list(readers(tensors))
     if not norms:
         raise ValueError(f"{model} has no norm called {' or '.join(READERS)}")
+    dice = torch.Generator().manual_seed(seed)
     for norm, weights in norms:
         at = torch.randperm(len(tensors[norm]), generator=dice)[:CHANNELS]
         tensors[norm][at] *= TIMES
         for weight in weights:
             tensors[weight][:, at] /= TIMES
-    loaded.save_pretrained(out)
-    AutoTokenizer.from_pretrained(model).save_pretrained(out)
+    shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config))
 
 
 @torch.inference_mode()
 def difference(model: Path, copy: Path, text: Path) -> float:
     """Norm of the difference of both models' float32 logits on the text's beginning, relative to the logits'."""
-    ids = AutoTokenizer.from_pretrained(model)(text.read_text()[:4096], return_tensors="pt")["input_ids"][:, :512]
-    first, second = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(input_ids=ids).logits.double()
-        for path in (model, copy)
-    )
-    return float((first - second).norm() / first.norm())
+    with open_checkpoint(model) as first, open_checkpoint(copy) as second:
+        ids = encode([first], read_text(text), 512, False, None)[0].view(1, -1)
+        models = [open_blueprint(each, torch.float32).resident() for each in (first, second)]
+        wanted, found = (each(input_ids=ids, use_cache=False).logits.double() for each in models)
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def measure(name: str, model: Path, line: Line, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -125,9 +127,8 @@ def measure(name: str, model: Path, line: Line, folder: Path, options: argparse.
     rules = Rules(line.scheme, line.method, activations=line.activations, calibration=text)
     run(Request(str(model), out, rules, threads=options.threads))
     seconds = time.perf_counter() - start
-    scores = evaluate(
-        out, options.text, reference=options.model, context=options.context, tokens=options.tokens
-    ).scores
+    same = {"context": options.context, "tokens": options.tokens, "threads": options.threads}
+    scores = evaluate(out, options.text, reference=options.model, **same).scores
     shutil.rmtree(out)
     change = scores["log_perplexity_change"]
     ends = [None if end is None else expm1(end) for end in (change.low, change.high)]

@@ -41,7 +41,11 @@ def groups(args: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
         for layer in range(first, min(first + 2, args.layers)):
             prefix = f"model.layers.{layer}"
             fresh = layer < args.distinct
-            own = {name: weight(*shape, generator) for name, shape in shapes.items()} if fresh else made[layer % len(made)]
+            own = (
+                {name: weight(*shape, generator) for name, shape in shapes.items()}
+                if fresh
+                else made[layer % len(made)]
+            )
             if fresh and args.distinct < args.layers:
                 made.append(own)
             shard |= {f"{prefix}.{name}.weight": tensor for name, tensor in own.items()}

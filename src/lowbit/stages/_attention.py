@@ -59,7 +59,7 @@ class Remembered(TorchFunctionMode):
     """
 
     def __init__(self, memory: Memory, key: str, final: Callable[[], bool]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._memory, self._key, self._final, self._calls = memory, key, final, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -128,7 +128,7 @@ class _Facts:
         self.targets = sum(prod(entry.weight.shape) for entry in self.largest)
         self.experts = max(sum(".experts." in e.weight.name for e in self.largest) // 2, 1)
         self.base = anonymous_bytes() + MARGIN
-        names = self.method.needs | {need for step in (*self.transforms, *self.corrections) for need in step.needs}
+        names = self.method.needs.union(*(step.needs for step in self.transforms), *(c.needs for c in self.corrections))
         self.statistics: list[Statistic] = [plugins.load("stats", name) for name in names]
         self.paired = any(statistic.paired for statistic in self.statistics)
         self.floats = bool(self.method.learn or self.transforms)

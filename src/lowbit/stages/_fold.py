@@ -71,7 +71,8 @@ def find_producer(
 
 def _candidates(block: nn.Module, channels: int) -> Iterator[Producer]:
     """Norms first, then linear layers, those that store an offset last."""
-    norms, linears = [], []
+    norms: list[tuple[str, ...]] = []
+    linears: list[tuple[str, ...]] = []
     for path, module in block.named_modules():
         own = {f"{path}.{name}": tensor for name, tensor in module.named_parameters(recurse=False)}
         if own and all(tensor.shape[0] == channels for tensor in own.values()):

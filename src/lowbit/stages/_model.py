@@ -242,7 +242,7 @@ class Blueprint:
             for path in [*blocks, *outside]
         ]
 
-    def _build(self, read: AbstractSet[str], **settings: str) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    def _build(self, read: AbstractSet[str], **settings: Any) -> tuple[PreTrainedModel, dict[str, list[str]]]:
         """A model that has the weights named in `read`, and traces of the others; and what did not fit, by kind."""
         standins = {name: _Standin(self.checkpoint, name, name in read) for name in self.checkpoint.weights}
         # The threads of `from_pretrained` know nothing of inference mode, and tensors of both modes do not go together.

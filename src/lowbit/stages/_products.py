@@ -83,7 +83,7 @@ class Products(TorchFunctionMode):
         before: Callable[[Product], Tensor | None],
         after: Callable[[Product, Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._regions, self._before, self._after = sorted(regions, key=lambda region: region.start), before, after
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -58,9 +58,8 @@ def parse_recipe(text: str) -> Recipe:
     of = {kind: tuple(name for name, own in zip(names, kinds, strict=True) if own == kind) for kind in order}
     if len(of["methods"]) > 1:
         raise UsageError(f"method {text!r} names {len(of['methods'])} methods that make codes; name one")
-    return Recipe(
-        bool(of[ROTATE]), of["transforms"], *(of["methods"] or (_follower(of["transforms"]),)), of["corrections"]
-    )
+    method = of["methods"][0] if of["methods"] else _follower(of["transforms"])
+    return Recipe(bool(of[ROTATE]), of["transforms"], method, of["corrections"])
 
 
 def _kind(name: str) -> str:

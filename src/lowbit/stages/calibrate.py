@@ -192,7 +192,7 @@ def _enter(work: Calibration) -> None:
     """Write the first block's inputs."""
     for kind in work.streams.kinds:
         with work.streams.writing(kind, 0) as hidden:
-            for ids, rows in zip(work.windows.ids.split(_AT_ONCE), hidden.split(_AT_ONCE), strict=True):
+            for ids, rows in zip(torch.split(work.windows.ids, _AT_ONCE), torch.split(hidden, _AT_ONCE), strict=True):
                 rows.copy_(work.entrance.hidden(ids))
 
 
@@ -439,7 +439,7 @@ class _BlockRun:
         output.store(parts)
         meant = {part: digest(tensor.contiguous()) for part, tensor in made.qtensor.parts()}
         stored = {part: digest(tensor) for part, tensor in parts.items()}
-        output.commit(Record(name, source, meant, stored, made.facts))
+        output.commit(Record(name, source, meant, stored, {**made.facts, "folded": name in self.floats}))
 
     def _unreached(self) -> None:
         """Quantize, without statistics, weights that no product of the block was seen to read."""

@@ -163,7 +163,8 @@ def _kind(entry: Entry) -> Any:
 
 def histograms(source: Checkpoint, output: Output, rows: Iterable[Row], scratch: bool) -> Iterable[Histogram]:
     """Float weights against the grid's levels, for the tensors with the largest relative error, worst first."""
-    made = [(row.outcome.error, row.name) for row in rows if row.outcome]
+    folded = {name for name, record in output.records.items() if record.facts.get("folded")}  # not as in the source
+    made = [(row.outcome.error, row.name) for row in rows if row.outcome and row.name not in folded]
     weights = {entry.weight.name: entry.weight for entry in output.plan.entries}
     written = open_checkpoint(output.path)
     for _, name in sorted(made, reverse=True)[:WORST]:

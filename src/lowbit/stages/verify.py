@@ -88,6 +88,8 @@ def _compare(
         raise VerifyError(f"{written.path}: {name} cannot be read back: {error}") from error
     meant = output.records[name].meant
     wrong = [part for part in meant if part not in found or digest(found[part].contiguous()) != meant[part]]
+    if wrong and output.plan.calibration:  # what was meant is gone with the hidden states
+        raise VerifyError(f"{written.path}: {name} differs from what was meant in its {wrong[0]}")
     if wrong:
         again = _parts(make(source, output.plan, entry, way.piece))
         raise VerifyError(f"{written.path}: {name} differs from what was meant in {_where(wrong[0], found, again)}")

@@ -37,5 +37,3 @@ class Transform:
     needs: frozenset[str] = field(default_factory=frozenset)
     method: str = "rtn"
     windows: Callable[[Any], int] = lambda options: 0
-
-
