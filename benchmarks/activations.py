@@ -1,7 +1,7 @@
 """Weights and activations quantized: a model beside a copy of it that has outliers planted in its activations.
 
     python benchmarks/activations.py --calibration FILE [--model DIR] [--text FILE] [--tokens N]
-        [--samples 64] [--sequence-length 512] [--only REGEX] [--json]
+        [--samples 64] [--sequence-length 512] [--strengths 21] [--only REGEX] [--json]
 
 In the copy six channels of every norm's output are 60 times as large, and the columns of the weights that read them 60
 times as small: the same function, which is proved on the text first, and one that plain INT8 activations destroy. Every
@@ -124,7 +124,8 @@ def measure(name: str, model: Path, line: Line, folder: Path, options: argparse.
     """Quantize, score against the original, and remove what was made."""
     out, start = folder / "out", time.perf_counter()
     text = Calibration((str(options.calibration),), samples=options.samples, length=options.sequence_length)
-    rules = Rules(line.scheme, line.method, activations=line.activations, calibration=text)
+    strengths = {"smoothquant.strengths": options.strengths} if line.method == "smoothquant" else {}
+    rules = Rules(line.scheme, line.method, activations=line.activations, calibration=text, options=strengths)
     run(Request(str(model), out, rules, threads=options.threads))
     seconds = time.perf_counter() - start
     same = {"context": options.context, "tokens": options.tokens, "threads": options.threads}
@@ -169,6 +170,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--strengths", type=int, default=21, help="that smoothquant tries")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """Kill a run at random moments, resume it, and compare every file with an uninterrupted run's.
 
     python benchmarks/resume.py --kills 200 [--model DIR] [--scheme int4-g128] [--json]
+    python benchmarks/resume.py --kills 20 --method gptaq --calibration TEXT --samples 8      hidden states included
 
 A child process quantizes; the parent sends SIGKILL after a random time, at most the time of a whole run. One child
 in two is killed again while it resumes. Children are forked after the imports, so that kills fall into the work and
@@ -23,7 +24,7 @@ import traceback
 from pathlib import Path
 
 from lowbit.pipeline import Request, run
-from lowbit.stages.plan import Rules
+from lowbit.stages.plan import Calibration, Rules
 
 EXCLUDED = ("report.", ".lowbit")  # times and machine differ from run to run
 
@@ -82,13 +83,17 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=embedded)
     parser.add_argument("--scheme", default="int4-g128")
     parser.add_argument("--format", default="compressed-tensors")
+    parser.add_argument("--method", default="rtn")
+    parser.add_argument("--calibration")
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     chance = random.Random(args.seed)
     root = Path(tempfile.mkdtemp(prefix="lowbit-resume-"))
-    rules = Rules(args.scheme, "rtn", args.format)
+    text = Calibration((args.calibration,), args.samples, 128) if args.calibration else None
+    rules = Rules(args.scheme, args.method, args.format, calibration=text)
 
     def request(name: str) -> Request:
         return Request(str(args.model), root / name, rules, threads=2, shard_bytes=2**20)

@@ -53,6 +53,7 @@ class Block:
         target: `indices -> output`: what the float model computes there.
         nearest: `(name, weight) -> weight`: round-to-nearest under the scheme of `name`, and back to float32.
         seed: of every choice at random.
+        threads: in how many `run` may be called at once.
     """
 
     weights: Weights
@@ -64,3 +65,4 @@ class Block:
     nearest: Callable[[str, Float[Tensor, "rows cols"]], Float[Tensor, "rows cols"]]
     activations: Mapping[str, Scheme] = field(default_factory=dict)
     seed: int = 0
+    threads: int = 1

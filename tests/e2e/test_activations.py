@@ -6,13 +6,15 @@ from math import log
 from pathlib import Path
 
 import pytest
-import torch
 
 import lowbit
 from benchmarks.activations import difference, plant
 from lowbit.pipeline import Request, run
 from lowbit.stages.evaluate import evaluate
 from lowbit.stages.plan import Calibration, Rules
+
+# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 TEXT = Path(lowbit.__file__).parent / "data" / "evaluation.txt"
 
@@ -36,19 +38,22 @@ def planted(tmp_path_factory: pytest.TempPathFactory, wiki_8m: Path, texts: tupl
     return out
 
 
-@pytest.mark.parametrize(("method", "least", "most"), [("rtn", log(1.1), 20.0), ("smoothquant", -0.005, 0.005)])
+# Half of the blocks and little text, to be fast; `benchmarks/activations.py` is the same with all of both.
+@pytest.mark.parametrize(("method", "least", "most"), [("rtn", log(1.1), 20.0), ("smoothquant", -0.01, 0.01)])
 def test_planted_outliers(
     tmp_path: Path, wiki_8m: Path, planted: Path, texts: tuple[Path, Path], method: str, least: float, most: float
 ) -> None:
-    options = {"strengths": 3, "windows": 2} if method == "smoothquant" else {}
+    options = {"smoothquant.strengths": 3, "smoothquant.windows": 2} if method == "smoothquant" else {}
     rules = Rules(
         "int8",
         method,
         activations="int8-tensor",
-        options={f"{method}.{name}": value for name, value in options.items()},
+        options=options,
         calibration=Calibration((str(texts[0]),), samples=16, length=128),
+        blocks=(0, 4),
     )
-    with torch.random.fork_rng():
-        run(Request(str(planted), tmp_path / "out", rules))
-    scores = evaluate(tmp_path / "out", texts[1], reference=wiki_8m, context=256, tokens=6000).scores
-    assert least < scores["log_perplexity_change"].value < most
+    run(Request(str(planted), tmp_path / "out", rules))
+    scores = evaluate(tmp_path / "out", texts[1], reference=wiki_8m, context=256, tokens=4000).scores
+    change = scores["log_perplexity_change"].value
+    print(change)
+    assert least < change < most

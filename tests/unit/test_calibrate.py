@@ -18,7 +18,7 @@ from lowbit.errors import ResourceError, UsageError
 from lowbit.schemes import parse
 from lowbit.stages._fold import find_producer
 from lowbit.stages._jobs import Job
-from lowbit.stages._observe import Accumulator, Observer, Seen
+from lowbit.stages._observe import Accumulator, Seen
 from lowbit.stages._sites import Step, find_steps
 from lowbit.stages.calibrate import Calibration as Work
 from lowbit.stages.calibrate import Prepared, _begin, _BlockRun, _enter, calibrate, prepare
@@ -120,8 +120,7 @@ def test_statistics_are_of_what_each_layer_of_the_float_model_reads(kind: str, t
         model(input_ids=IDS, use_cache=False)
         run = block_of(begun(ready, output))
         sites = {site: Accumulator(["second_moment"], 0, 24) for step in steps_of(run) for site in step.sites}
-        for batch in run.work.windows.batches:
-            run._look(batch, Observer(sites, frozenset()))
+        run._look(run.work.windows.batches, sites, frozenset())
         fitted = run.work.windows.fit * IDS.shape[1]
         assert sites
         modules = {id(p): n.rpartition(".")[0] for n, p in model.named_parameters()}

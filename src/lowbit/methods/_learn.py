@@ -8,6 +8,7 @@ rounding, and the block runs in its own type with plain weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, isfinite
@@ -207,17 +208,34 @@ def descend(block: Block, learners: Mapping[str, Learner], iterations: int, batc
     """
     dtype = block.target([0]).dtype
     dice = torch.Generator().manual_seed(block.seed)
-    for step, indices in zip(range(iterations), _batches(block.windows, batch, dice), strict=False):
-        leaves = {name: learner.weight(dtype).detach().requires_grad_() for name, learner in learners.items()}
-        with TiledAttention():
-            output = block.run(indices, leaves)
-        error = output.detach() - block.target(indices)
-        if not error.abs().max().isfinite():
-            return
-        grads = torch.autograd.grad(output, list(leaves.values()), error, allow_unused=True)
-        for learner, grad in zip(learners.values(), grads, strict=True):
-            if grad is not None:
-                learner.step(grad, step / iterations)
+    with ThreadPoolExecutor(block.threads, "learn") as pool:
+        for step, indices in zip(range(iterations), _batches(block.windows, batch, dice), strict=False):
+            leaves = {name: learner.weight(dtype).detach().requires_grad_() for name, learner in learners.items()}
+            # Each worker has windows of its own: waking threads for small products costs more than these take.
+            parts = [indices[at :: block.threads] for at in range(min(block.threads, len(indices)))]
+            found = list(pool.map(lambda part, leaves=leaves: _slopes(block, leaves, part), parts))
+            if any(grads is None for grads in found):
+                return
+            sums = [_sum(grads) for grads in zip(*[grads for grads in found if grads is not None], strict=True)]
+            moves = [(learner, grad) for learner, grad in zip(learners.values(), sums, strict=True) if grad is not None]
+            list(pool.map(lambda move, step=step: move[0].step(move[1], step / iterations), moves))
+
+
+@torch.enable_grad()
+def _slopes(block: Block, leaves: Mapping[str, Tensor], indices: Sequence[int]) -> tuple[Tensor | None, ...] | None:
+    """How the loss on some windows depends on each weight; None where the loss is not finite."""
+    with TiledAttention():
+        output = block.run(indices, leaves)
+    error = output.detach() - block.target(indices)
+    if not error.abs().max().isfinite():
+        return None
+    return torch.autograd.grad(output, list(leaves.values()), error, allow_unused=True)
+
+
+def _sum(grads: Sequence[Tensor | None]) -> Tensor | None:
+    """Sum over the workers, in their order."""
+    known = [grad for grad in grads if grad is not None]
+    return sum(known[1:], known[0]) if known else None
 
 
 def _batches(windows: int, batch: int, dice: torch.Generator) -> Iterator[list[int]]:

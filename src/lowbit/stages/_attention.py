@@ -6,7 +6,9 @@ already. So its output is kept in mapped files until the block is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, final
@@ -88,15 +90,36 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any)
     keys, values = (each.repeat_interleave(shared, 1).reshape(-1, *each.shape[2:]) for each in (key, value))
     for at in range(0, len(rows), _HEADS):
         heads = slice(at, at + _HEADS)
-        _tiles(rows[heads], keys[heads].float().mul_(scale).mT, values[heads], result[heads])
+        _tiles(rows[heads], keys[heads].float().mT, values[heads], result[heads], scale)
     return result.view(out.shape)
 
 
-def _tiles(rows: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+@cache
+def _bias(start: int, stop: int) -> Tensor:
+    """What is added to the scores of rows `start` to `stop`: minus infinity for later tokens."""
+    return torch.full((stop - start, stop), -torch.inf).triu_(start + 1)
+
+
+def _tiles(rows: Tensor, keys: Tensor, values: Tensor, out: Tensor, scale: float) -> None:
     """Some heads: tiles of rows, each against the keys up to its end."""
     for start in range(0, rows.shape[1], _TILE):
         stop = min(start + _TILE, rows.shape[1])
-        scores = torch.bmm(rows[:, start:stop].float(), keys[:, :, :stop])
-        later = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
-        scores[:, :, start:].masked_fill_(later, -torch.inf)
+        tile = rows[:, start:stop].float()
+        bias = _bias(start, stop).expand(len(tile), -1, -1)
+        scores = torch.baddbmm(bias, tile, keys[:, :, :stop], alpha=scale)
         out[:, start:stop] = torch.bmm(scores.softmax(-1).to(rows.dtype), values[:, :stop])
+
+
+@contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Float32 products of values that are exact in bfloat16 run on bfloat16 units: same sums, twice as fast.
+
+    It holds for a process, so all float32 products of the passes over a block in bfloat16 are made of such values.
+    """
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before

@@ -6,6 +6,8 @@ of windows, with the blocks replaced by recorders, so that no block but the firs
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -77,6 +79,7 @@ class Entrance:
     def __init__(self, blueprint: Blueprint) -> None:
         self._blueprint = blueprint
         self._calls: dict[int, dict[str, Call]] = {}
+        self._recording = threading.Lock()
         self._first = next(iter(blueprint.blocks))
         self._model = blueprint.streamed()
         self._recorder = _replace(self._model, [self._first], None)[self._first]
@@ -93,9 +96,10 @@ class Entrance:
         Raises:
             UnsupportedError: the arguments depend on the tokens.
         """
-        if len(ids) not in self._calls:
-            self._calls[len(ids)] = self._calls_for(ids)
-        return self._calls[len(ids)]
+        with self._recording, torch.no_grad():
+            if len(ids) not in self._calls:
+                self._calls[len(ids)] = self._calls_for(ids)
+            return self._calls[len(ids)]
 
     def _calls_for(self, ids: Int64[Tensor, "windows tokens"]) -> dict[str, Call]:
         paths = list(self._blueprint.blocks)
@@ -169,6 +173,7 @@ class LiveBlock:
         self.path = path
         self.module = blueprint.filled(path).requires_grad_(False)
         self._parameters = dict(self.module.named_parameters())
+        self._local = threading.local()
         sources = blueprint.sources(path)
         self.places = {name: place for name in names if (place := self._find(blueprint, name, sources)) is not None}
 
@@ -218,9 +223,18 @@ class LiveBlock:
         """
         args, kwargs = call.with_hidden(hidden)
         replaced = {**(parameters or {}), **self._replaced(weights or {})}
+        module = self._own_module() if replaced else self.module
         with Products(self._regions(replaced), watch, after) if watch else nullcontext():
-            out = functional_call(self.module, replaced, args, kwargs)
+            out = functional_call(module, replaced, args, kwargs) if replaced else module(*args, **kwargs)
         found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    def _own_module(self) -> nn.Module:
+        """This thread's twin of the module, over the same parameters: `functional_call` changes it for a while."""
+        if not hasattr(self._local, "module"):
+            shared = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
+            self._local.module = copy.deepcopy(self.module, shared)
+        found: nn.Module = self._local.module
         return found
 
     def _replaced(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

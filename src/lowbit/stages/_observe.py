@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -85,7 +85,9 @@ class Accumulator:
         self._seed, self._step, self.rows = seed, max(-(-held // _ROWS), 1), 0
 
     def take(self, rows: Tensor, reference: Tensor | None, held: bool) -> None:
-        """More rows: to judge by, or to learn from."""
+        """More rows, and the float model's: to judge by, or to learn from."""
+        if reference is None or reference.shape != rows.shape:  # experts: the float model routes other tokens
+            reference = rows
         if held:
             self._held.append(rows[:: self._step].clone())
             return
@@ -105,38 +107,19 @@ class Accumulator:
 
 @final
 class Observer:
-    """A watch that feeds the products of some sites to their accumulators, and ends the pass when they are past."""
+    """A watch of one pass: keeps what the products of some sites read, and ends the pass when they are past."""
 
-    def __init__(self, sites: Mapping[Site, Accumulator], later: frozenset[str]) -> None:
-        self._of = {name: (site, accumulator) for site, accumulator in sites.items() for name in site}
+    def __init__(self, sites: Iterable[Site], later: frozenset[str]) -> None:
+        self._of = {name: site for site in sites for name in site}
         self._later = later
-        self._reference: dict[Site, Tensor] = {}
+        self.rows: dict[Site, Tensor] = {}
         self.before = True  # whether the pass has not reached the sites yet
 
-    def reference(self) -> Watch:
-        """A watch of the float model's pass over the same windows, to be run before."""
-        self._reference = {}
-
-        def watch(product: Product) -> None:
-            if product.names[0] in self._later:
-                raise Found
-            if product.names[0] in self._of:
-                self._reference.setdefault(self._of[product.names[0]][0], product.rows)
-
-        return watch
-
-    def watch(self, held: bool) -> Watch:
-        """A watch of one pass."""
-        done: set[Site] = set()
-        self.before = True
-
-        def watch(product: Product) -> None:
-            if product.names[0] in self._later:
-                raise Found
-            self.before = self.before and product.names[0] not in self._of
-            site, accumulator = self._of.get(product.names[0], (None, None))
-            if site is not None and accumulator is not None and site not in done:
-                done.add(site)
-                accumulator.take(product.rows, self._reference.get(site), held)
-
-        return watch
+    def __call__(self, product: Product) -> None:
+        """See a product."""
+        if product.names[0] in self._later:
+            raise Found
+        site = self._of.get(product.names[0])
+        if site is not None:
+            self.before = False
+            self.rows.setdefault(site, product.rows)

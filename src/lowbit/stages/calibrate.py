@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from jaxtyping import Int64
@@ -30,7 +31,7 @@ from lowbit.errors import UnsupportedError
 from lowbit.methods import Method, Stats
 from lowbit.stages._activations import input_scale, rounded
 from lowbit.stages._adapter import Terms
-from lowbit.stages._attention import Memory, Remembered
+from lowbit.stages._attention import Memory, Remembered, exact_products
 from lowbit.stages._blocks import Call, Entrance, LiveBlock
 from lowbit.stages._cost import Cost, estimate
 from lowbit.stages._fold import Producer, effective, find_producer
@@ -48,6 +49,7 @@ from lowbit.stages.write import WORK, Output, Record, digest
 from lowbit.tensors import QTensor
 from lowbit.transforms import Transform
 
+T = TypeVar("T")
 _LENGTH = 2048
 _ABSMAX = "absmax"
 _AT_ONCE = 32  # windows that are embedded together
@@ -280,11 +282,36 @@ class _BlockRun:
         return watch
 
     def _forward(self, kind: Kind, inputs: Tensor) -> None:
+        def outputs_of(batch: slice) -> Tensor:
+            known = f"{kind}-{batch.start}" if self.made else f"first-{batch.start}"
+            with Remembered(self.memory, known, lambda: False):
+                return self._batch(batch, inputs)
+
+        batches = self.work.windows.batches
         with self.work.streams.writing(kind, self.index + 1) as outputs:
-            for batch in self.work.windows.batches:
-                known = f"{kind}-{batch.start}" if self.made else f"first-{batch.start}"
-                with Remembered(self.memory, known, lambda: False):
-                    outputs[batch] = self._batch(batch, inputs)
+            for batch, found in zip(batches, self._in_turn(outputs_of, batches), strict=True):
+                outputs[batch] = found
+
+    def _in_turn(self, work: Callable[[slice], T], batches: Sequence[slice]) -> Iterator[T]:
+        """Results of work on each batch, in order, computed by all workers, each on its own batch.
+
+        Small products gain nothing from threads of their own, and waking these costs more than the products.
+        """
+
+        def quietly(batch: slice) -> T:
+            with torch.no_grad():
+                return work(batch)
+
+        threads = self.work.way.threads
+        exact = exact_products(self.work.blueprint.dtype)
+        with exact, one_torch_thread(), ThreadPoolExecutor(threads, "calibrate") as pool:
+            waiting: deque[Future[T]] = deque()
+            for batch in batches:
+                waiting.append(pool.submit(quietly, batch))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def _reference(self) -> LiveBlock | None:
         """The float block beside the one that is being quantized, where a statistic compares the two."""
@@ -302,8 +329,7 @@ class _BlockRun:
         seen: dict[Site, Seen] = {}
         for group in _groups(list(sites), self.work.way.sites):
             some = {site: sites[site] for site in group}
-            for batch in self.work.windows.batches:
-                self._look(batch, Observer(some, later), reference)
+            self._look(self.work.windows.batches, some, later, reference)
             seen |= {site: each.finish() for site, each in some.items()}
         return {**seen, **self._all_tokens(step, seen, later)} if step.experts else seen
 
@@ -313,24 +339,34 @@ class _BlockRun:
 
     def _look(
         self,
-        batch: slice,
-        observer: Observer,
+        batches: Sequence[slice],
+        sites: Mapping[Site, Accumulator],
+        later: frozenset[str],
         reference: LiveBlock | None = None,
         after: Callable[[Product, Tensor], Tensor] | None = None,
     ) -> None:
-        """Run a batch of windows, as far as needed, for an observer."""
-        if reference:
-            hidden = self.work.streams.read("float", self.index)[batch]
-            with suppress(Found), Remembered(self.memory, f"float-{batch.start}", lambda: True):
-                reference.run(self.work.call(self.path, len(hidden)), hidden, watch=observer.reference())
-        rounding, watch = self._rounding(), observer.watch(batch.start >= self.work.windows.fit)
+        """Run batches of windows, as far as needed, and give what the sites read to their accumulators."""
 
-        def both(product: Product) -> Tensor | None:
-            watch(product)
-            return rounding(product) if rounding else None
+        def rows_of(batch: slice) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
+            own, other = Observer(sites, later), Observer(sites, later)
+            if reference:
+                hidden = self.work.streams.read("float", self.index)[batch]
+                with suppress(Found), Remembered(self.memory, f"float-{batch.start}", lambda: True):
+                    reference.run(self.work.call(self.path, len(hidden)), hidden, watch=other)
+            rounding = self._rounding()
 
-        with suppress(Found), Remembered(self.memory, f"quantized-{batch.start}", lambda: observer.before):
-            self._batch(batch, watch=both, after=after)
+            def both(product: Product) -> Tensor | None:
+                own(product)
+                return rounding(product) if rounding else None
+
+            known = f"quantized-{batch.start}" + ("" if after is None else "-routed")
+            with suppress(Found), Remembered(self.memory, known, lambda: own.before and after is None):
+                self._batch(batch, watch=both, after=after)
+            return own.rows, other.rows
+
+        for batch, (rows, references) in zip(batches, self._in_turn(rows_of, batches), strict=True):
+            for site, found in rows.items():
+                sites[site].take(found, references.get(site), batch.start >= self.work.windows.fit)
 
     def _all_tokens(self, step: Step, seen: Mapping[Site, Seen], later: frozenset[str]) -> dict[Site, Seen]:
         """Experts that saw fewer rows than they have inputs: routed to them, one at a time, until they have enough."""
@@ -348,7 +384,7 @@ class _BlockRun:
 
             for batch in self.work.windows.batches:
                 if accumulator.rows < _ENOUGH * self._weight(site[0]).shape[1] or batch.start >= self.work.windows.fit:
-                    self._look(batch, Observer({site: accumulator}, later), after=choose)
+                    self._look([batch], {site: accumulator}, later, after=choose)
             found[site] = replace(accumulator.finish(), starved=seen[site].rows)
         return found
 
@@ -468,10 +504,8 @@ class _BlockRun:
         transform: Transform = plugins.load("transforms", name)
         options = step_options(transform, name, self.work.plan.options)
         sites = {site: self._accumulator(transform.needs) for step in steps for site in step.sites}
-        observer = Observer(sites, frozenset())
-        for batch in self.work.windows.batches:
-            if batch.start < self.work.windows.fit:
-                self._batch(batch, watch=observer.watch(False))
+        fit = [batch for batch in self.work.windows.batches if batch.start < self.work.windows.fit]
+        self._look(fit, sites, frozenset())
         for site, accumulator in sites.items():
             stats = accumulator.finish().stats
             producer = self._producer(site) if self._targets(site) and stats else None
@@ -542,6 +576,7 @@ class _BlockRun:
             nearest=lambda name, weight: self._nearest(name, weight).dequantize(),
             activations={name: scheme for name, scheme in activations.items() if scheme},
             seed=self.index,
+            threads=self.work.way.threads,
         )
 
     def _nearest(self, name: str, weight: Tensor) -> QTensor:
@@ -557,7 +592,7 @@ class _BlockRun:
         assert method.learn is not None
         block = self._block(steps)
         options = step_options(method, self.work.recipe.method, self.work.plan.options)
-        with torch.enable_grad():
+        with one_torch_thread(), torch.enable_grad():
             learned = dict(method.learn(block, options))
         nearest = {name: self._nearest(name, weight) for name, weight in block.weights.items()}
         errors = {kind: self._held_error(block, made) for kind, made in (("learn", learned), ("rtn", nearest))}
