@@ -55,5 +55,4 @@ def test_planted_outliers(
     run(Request(str(planted), tmp_path / "out", rules))
     scores = evaluate(tmp_path / "out", texts[1], reference=wiki_8m, context=256, tokens=4000).scores
     change = scores["log_perplexity_change"].value
-    print(change)
     assert least < change < most

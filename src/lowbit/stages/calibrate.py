@@ -298,6 +298,9 @@ class _BlockRun:
         Small products gain nothing from threads of their own, and waking these costs more than the products.
         """
 
+        for size in {batch.stop - batch.start for batch in batches}:
+            self.work.call(self.path, size)  # recorded before: a recording is a pass of its own
+
         def quietly(batch: slice) -> T:
             with torch.no_grad():
                 return work(batch)

@@ -175,8 +175,7 @@ def evaluate(
         CheckpointError: a checkpoint does not fit its configuration, has no tokenizer, or computes NaN.
         ResourceError: the limit is too small; for the models, with the least that works.
     """
-    text = text if isinstance(text, Text) else read_text(Path(text))
-    sources = _open(model, reference, adapter)
+    text, sources = text if isinstance(text, Text) else read_text(Path(text)), _open(model, reference, adapter)
     blueprints = [open_blueprint(source, dtype, trust_remote_code) for source in sources]
     windows = cut(text, encode(sources, text, tokens, trust_remote_code, ram), context, stride)
     _check(blueprints, windows)
