@@ -116,10 +116,11 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
 
     It holds for a process, so all float32 products of the passes over a block in bfloat16 are made of such values.
     """
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    products: Any = torch.backends.mkldnn
+    before = products.matmul.fp32_precision
     if dtype == torch.bfloat16:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        products.matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        products.matmul.fp32_precision = before
