@@ -46,7 +46,8 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
     def announce(plan: Any, ways: Any) -> None:
         if not as_json:
             print_plan(plan, err=True)
-        click.echo(f"memory: at most {max(ways, key=lambda way: way.total)}", err=True)
+        for way in ways:
+            click.echo(f"memory: at most {way}", err=True)
 
     with progress_bars() as progress:
         result = run(request, progress, announce)

@@ -145,4 +145,5 @@ METHOD = Method(
     workspace=4.0,
     supports=within_rows,
     learn=learn,
+    windows=lambda options: 3 * options.total * options.batch,  # forward, and backward twice as long
 )

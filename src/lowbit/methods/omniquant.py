@@ -111,4 +111,5 @@ METHOD = Method(
     workspace=4.0,
     supports=_objection,
     learn=learn,
+    windows=lambda options: 3 * 128 * options.epochs,  # of 128 windows; forward, and backward twice as long
 )

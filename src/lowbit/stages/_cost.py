@@ -175,9 +175,9 @@ class _Facts:
             searched = (
                 sum(4 * t.windows(step_options(t, n, self.plan.options)) for t, n in self._named()) * self.windows[1]
             )
-            total += 2 * weights * (passes * tokens + learned + searched) / fast
-            total += sum(self._solve(entry, tokens) for entry in entries) / slow
-        return total * _OVERHEAD
+            total += _BESIDE * 2 * weights * (passes * tokens + learned + searched) / fast
+            total += _LOOPS * sum(self._solve(entry, tokens) for entry in entries) / slow
+        return total
 
     def _named(self) -> list[tuple[Transform, str]]:
         return list(zip(self.transforms, self.recipe.transforms, strict=True))
@@ -193,7 +193,8 @@ class _Facts:
 
 
 _PASSES = 3.5  # passes over a block: up to each of its steps, and one for its output
-_OVERHEAD = 1.6  # attention, norms and copies beside the products: measured on models of 8M and 1.1B parameters
+_BESIDE = 4.0  # attention, norms and copies beside the products of a pass: measured on models of 8M and 1.1B parameters
+_LOOPS = 2.0  # what the loops over columns fall short of plain products
 
 
 def rate(dtype: torch.dtype) -> float:
