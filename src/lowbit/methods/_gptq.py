@@ -33,10 +33,12 @@ from lowbit.methods._scales import (
     finite_range,
     fit,
     global_divisor,
-    regions,
+    improve,
+    refine,
     residual,
     round_scales,
     round_zeros,
+    scaled_range,
     shares_rows,
 )
 from lowbit.schemes import Scheme
@@ -173,14 +175,13 @@ def choose(
     best = fit(ranges, scheme, divisor)
     if not search or shares_rows(scheme):
         return best
-    low, high = ranges
-    for rows, cols, down, across, block in regions((weight.shape[0], weight.shape[1]), scheme.block):
-        part, at = weight[rows, cols].float().contiguous(), (down, across)
-        found = _search(part, (low[at], high[at]), importance[cols], best[at], scheme, block)
-        best.scales[at] = found.scales
-        if found.zeros is not None and best.zeros is not None:
-            best.zeros[at] = found.zeros
-    return best
+
+    def searched(
+        part: Float[Tensor, "high wide"], ranges: Range, start: Affine, block: tuple[int, int], cols: slice
+    ) -> Affine:
+        return _search(part, ranges, importance[cols], start, scheme, block)
+
+    return refine(weight, ranges, best, scheme, searched)
 
 
 def _search(
@@ -194,13 +195,8 @@ def _search(
     def error_of(affine: Affine) -> Tensor:
         return block_mean(residual(weight, affine, scheme, block).square_().mul_(importance), block)
 
-    least = error_of(best)
-    for ratio in _ratios(scheme):
-        trial = fit(_scaled(ranges, ratio, scheme), scheme, best.divisor)
-        error = error_of(trial)
-        wins = error < least
-        best, least = trial.where(wins, best), torch.where(wins, error, least)
-    return best
+    trials = (fit(scaled_range(ranges, ratio, scheme), scheme, best.divisor) for ratio in _ratios(scheme))
+    return improve(best, error_of(best), trials, error_of)[0]
 
 
 def _ratios(scheme: Scheme) -> Iterator[float]:
@@ -211,15 +207,6 @@ def _ratios(scheme: Scheme) -> Iterator[float]:
         yield from (1 - i / 20 for i in range(1, 11))
     else:
         yield from (1 + i / 16 for i in range(-7, 9) if i)
-
-
-def _scaled(ranges: Range, ratio: float, scheme: Scheme) -> Range:
-    """Ranges scaled towards 0, or towards their own middle where the zero point is free."""
-    low, high = ranges
-    if scheme.zero != "float":
-        return low * ratio, high * ratio
-    margin = (high - low) * ((1 - ratio) / 2)
-    return low + margin, high - margin
 
 
 # ---- the loop ----

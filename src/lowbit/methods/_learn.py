@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from lowbit.blocks import Block
 from lowbit.methods._attention import TiledAttention
-from lowbit.methods._scales import Affine, finish, finite_range, fit, global_divisor
+from lowbit.methods._scales import Affine, finish, finite_range, fit, global_divisor, nearest
 from lowbit.schemes import Grid, Scheme
 from lowbit.tensors import QTensor, block_size
 
@@ -199,6 +199,21 @@ class Learner(Protocol):
 
     def step(self, grad: Tensor, progress: float) -> None:
         """Go against the loss's derivative by that weight; `progress` runs from 0 to 1."""
+
+    def result(self) -> QTensor:
+        """The weight as it is stored: the very codes that the loss saw."""
+
+
+def learned(block: Block, learners: Mapping[str, Learner], iterations: int, batch: int) -> Mapping[str, QTensor]:
+    """What the learners come to, or round-to-nearest where that has the lower loss.
+
+    Raises:
+        WeightError: NaN or Inf in a weight, with its place.
+    """
+    descend(block, learners, iterations, batch)
+    start = {name: nearest(weight, {}, block.schemes[name]) for name, weight in block.weights.items()}
+    end = {name: learner.result() for name, learner in learners.items()}
+    return best_of(block, [start, end], batch)
 
 
 def descend(block: Block, learners: Mapping[str, Learner], iterations: int, batch: int) -> None:

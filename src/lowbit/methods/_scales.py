@@ -7,7 +7,7 @@ computed, so that what is stored is what was meant.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from math import isfinite
@@ -202,6 +202,54 @@ def finish(weight: Float[Tensor, "rows cols"], affine: Affine, scheme: Scheme) -
     unit = torch.full(scale_shape(blocks, scheme.nested.block), affine.unit)
     scales = QTensor(scheme.nested, blocks, affine.scales.to(_TYPES["e4m3"]).view(torch.uint8), unit)
     return QTensor(scheme, shape, codes, scales, zeros)
+
+
+def nearest(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme) -> QTensor:
+    """Round to nearest: scales from the range of each block, in two passes over the weight.
+
+    Raises:
+        WeightError: NaN or Inf, with its place.
+    """
+    ranges = finite_range(weight, stats, scheme)
+    return finish(weight, fit(ranges, scheme, global_divisor(ranges, stats, scheme)), scheme)
+
+
+def refine(
+    weight: Float[Tensor, "rows cols"],
+    ranges: Range,
+    best: Affine,
+    scheme: Scheme,
+    search: Callable[[Float[Tensor, "high wide"], Range, Affine, tuple[int, int], slice], Affine],
+) -> Affine:
+    """A map improved part by part, in place: `search(part, ranges, best, block, columns)` gives each part's own."""
+    low, high = ranges
+    for rows, cols, down, across, block in regions((weight.shape[0], weight.shape[1]), scheme.block):
+        part, at = weight[rows, cols].float().contiguous(), (down, across)
+        found = search(part, (low[at], high[at]), best[at], block, cols)
+        best.scales[at] = found.scales
+        if found.zeros is not None and best.zeros is not None:
+            best.zeros[at] = found.zeros
+    return best
+
+
+def improve(
+    best: Affine, least: Blocks, trials: Iterable[Affine], error_of: Callable[[Affine], Blocks], margin: float = 0.0
+) -> tuple[Affine, Blocks]:
+    """For every block the map of least error, and that error; a trial wins by more than a share `margin` of it."""
+    for trial in trials:
+        error = error_of(trial)
+        wins = error < least * (1 - margin)
+        best, least = trial.where(wins, best), torch.where(wins, error, least)
+    return best, least
+
+
+def scaled_range(ranges: Range, ratio: float, scheme: Scheme) -> Range:
+    """Ranges scaled towards 0, or towards their own middle where the zero point is free."""
+    low, high = ranges
+    if scheme.zero != "float":
+        return low * ratio, high * ratio
+    margin = (high - low) * ((1 - ratio) / 2)
+    return low + margin, high - margin
 
 
 def nest(scales: Float[Tensor, "down across"], scheme: Scheme) -> QTensor:

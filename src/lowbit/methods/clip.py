@@ -21,8 +21,10 @@ from lowbit.methods._scales import (
     finite_range,
     fit,
     global_divisor,
-    regions,
+    improve,
+    refine,
     residual,
+    scaled_range,
     shares_rows,
 )
 from lowbit.schemes import Scheme
@@ -61,15 +63,14 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, o
     """
     ranges = finite_range(weight, stats, scheme)
     best = fit(ranges, scheme, global_divisor(ranges, stats, scheme))
-    low, high = ranges
-    for rows, cols, down, across, block in regions((weight.shape[0], weight.shape[1]), scheme.block):
-        part, at = weight[rows, cols].float().contiguous(), (down, across)
+
+    def search(
+        part: Float[Tensor, "high wide"], ranges: Range, start: Affine, block: tuple[int, int], cols: slice
+    ) -> Affine:
         tiles = _tiles(stats["second_moment"][cols, cols], block[1])
-        found = _search(part, (low[at], high[at]), best[at], scheme, block, tiles, options)
-        best.scales[at] = found.scales
-        if found.zeros is not None and best.zeros is not None:
-            best.zeros[at] = found.zeros
-    return finish(weight, best, scheme)
+        return _search(part, ranges, start, scheme, block, tiles, options)
+
+    return finish(weight, refine(weight, ranges, best, scheme, search), scheme)
 
 
 def _search(
@@ -82,14 +83,12 @@ def _search(
     options: Options,
 ) -> Affine:
     """The best of `start` and the fits to scaled ranges."""
-    best = start
-    least = _output_error(residual(weight, start, scheme, block), tiles, block)
-    for ratio in _ratios(scheme, options):
-        trial = fit(_scaled(ranges, ratio, scheme), scheme, start.divisor)
-        error = _output_error(residual(weight, trial, scheme, block), tiles, block)
-        wins = error < least * (1 - _MARGIN)
-        best, least = trial.where(wins, best), torch.where(wins, error, least)
-    return best
+
+    def error_of(affine: Affine) -> Blocks:
+        return _output_error(residual(weight, affine, scheme, block), tiles, block)
+
+    trials = (fit(scaled_range(ranges, ratio, scheme), scheme, start.divisor) for ratio in _ratios(scheme, options))
+    return improve(start, error_of(start), trials, error_of, _MARGIN)[0]
 
 
 def _ratios(scheme: Scheme, options: Options) -> Iterator[float]:
@@ -100,15 +99,6 @@ def _ratios(scheme: Scheme, options: Options) -> Iterator[float]:
     step = options.max_shrink / options.steps
     larger = 0 if scheme.grid.kind == "int" else int((_GROWTH - 1) / step)
     yield from (1 - step * i for i in range(-larger, options.steps + 1) if i)
-
-
-def _scaled(ranges: Range, ratio: float, scheme: Scheme) -> Range:
-    """Ranges scaled towards 0, or towards their own middle where the zero point is free."""
-    low, high = ranges
-    if scheme.zero != "float":
-        return low * ratio, high * ratio
-    margin = (high - low) * ((1 - ratio) / 2)
-    return low + margin, high - margin
 
 
 def _tiles(moment: Float[Tensor, "cols cols"], wide: int) -> Tiles:

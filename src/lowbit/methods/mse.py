@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,9 +20,11 @@ from lowbit.methods._scales import (
     finite_range,
     fit,
     global_divisor,
-    regions,
+    improve,
+    refine,
     residual,
     round_zeros,
+    scaled_range,
     shares_rows,
 )
 from lowbit.schemes import Scheme
@@ -66,14 +67,13 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, o
     best = fit(ranges, scheme, divisor)
     if shares_rows(scheme) and "range" in stats:
         return finish(weight, best, scheme)  # a run of rows cannot choose the scale of all
-    low, high = ranges
-    for rows, cols, down, across, block in regions((weight.shape[0], weight.shape[1]), scheme.block):
-        part, at = weight[rows, cols].float().contiguous(), (down, across)
-        found = _search(part, (low[at], high[at]), best[at], scheme, block, options)
-        best.scales[at] = found.scales
-        if found.zeros is not None and best.zeros is not None:
-            best.zeros[at] = found.zeros
-    return finish(weight, best, scheme)
+
+    def search(
+        part: Float[Tensor, "high wide"], ranges: Range, start: Affine, block: tuple[int, int], cols: slice
+    ) -> Affine:
+        return _search(part, ranges, start, scheme, block, options)
+
+    return finish(weight, refine(weight, ranges, best, scheme, search), scheme)
 
 
 def _search(
@@ -89,18 +89,12 @@ def _search(
     def error_of(affine: Affine) -> Blocks:
         return block_mean(residual(weight, affine, scheme, block).abs_().pow_(options.p), block)
 
-    def better(trial: Affine, best: Affine, least: Blocks) -> tuple[Affine, Blocks]:
-        error = error_of(trial)
-        wins = error < least * (1 - _MARGIN)
-        return trial.where(wins, best), torch.where(wins, error, least)
-
-    best, least = start, error_of(start)
-    for ratio in _ratios(scheme, options):
-        trial = fit(_scaled(ranges, ratio, scheme), scheme, start.divisor)
-        best, least = better(trial, best, least)
+    trials = (fit(scaled_range(ranges, ratio, scheme), scheme, start.divisor) for ratio in _ratios(scheme, options))
+    best, least = improve(start, error_of(start), trials, error_of, _MARGIN)
     for shift in _SHIFTS[scheme.zero]:
         assert best.zeros is not None
-        best, least = better(replace(best, zeros=round_zeros(best.zeros + shift, scheme)), best, least)
+        shifted = replace(best, zeros=round_zeros(best.zeros + shift, scheme))
+        best, least = improve(best, least, [shifted], error_of, _MARGIN)
     return best
 
 
@@ -122,15 +116,6 @@ def _ratios(scheme: Scheme, options: Options) -> Iterator[float]:
         step = options.max_shrink / options.steps
         larger = 0 if scheme.grid.kind == "int" else int((_GROWTH - 1) / step)
         yield from (1 - step * i for i in range(-larger, options.steps + 1) if i)
-
-
-def _scaled(ranges: Range, ratio: float, scheme: Scheme) -> Range:
-    """Ranges scaled towards 0, or towards their own middle where the zero point is free."""
-    low, high = ranges
-    if scheme.zero != "float":
-        return low * ratio, high * ratio
-    margin = (high - low) * ((1 - ratio) / 2)
-    return low + margin, high - margin
 
 
 def _objection(scheme: Scheme) -> str | None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lowbit.blocks import Block
 from lowbit.methods import Method, Stats
-from lowbit.methods._learn import best_of, descend, grouped, range_slopes, rounded, within_rows
-from lowbit.methods._scales import finish, finite_range, fit, global_divisor
+from lowbit.methods._learn import grouped, learned, range_slopes, rounded, within_rows
+from lowbit.methods._scales import nearest
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
@@ -82,10 +82,7 @@ def learn(block: Block, options: Options) -> Mapping[str, QTensor]:
     """
     learners = {name: _Clipping(weight, block.schemes[name], options) for name, weight in block.weights.items()}
     steps = options.epochs * max(block.windows // options.batch, 1)
-    descend(block, learners, steps, options.batch)
-    start = {name: quantize(weight, {}, block.schemes[name], options) for name, weight in block.weights.items()}
-    end = {name: learner.result() for name, learner in learners.items()}
-    return best_of(block, [start, end], options.batch)
+    return learned(block, learners, steps, options.batch)
 
 
 def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: Options) -> QTensor:
@@ -94,8 +91,7 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, o
     Raises:
         WeightError: NaN or Inf, with its place.
     """
-    ranges = finite_range(weight, stats, scheme)
-    return finish(weight, fit(ranges, scheme, global_divisor(ranges, stats, scheme)), scheme)
+    return nearest(weight, stats, scheme)
 
 
 def _objection(scheme: Scheme) -> str | None:

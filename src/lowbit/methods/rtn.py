@@ -6,19 +6,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowbit.methods import Method, NoOptions, Stats
-from lowbit.methods._scales import finish, finite_range, fit, global_divisor
+from lowbit.methods._scales import nearest
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
 
 def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: NoOptions) -> QTensor:
-    """Two passes over the weight, one for the ranges and one for the codes.
+    """What `_scales.nearest` makes of the weight.
 
     Raises:
         WeightError: NaN or Inf, with its place.
     """
-    ranges = finite_range(weight, stats, scheme)
-    return finish(weight, fit(ranges, scheme, global_divisor(ranges, stats, scheme)), scheme)
+    return nearest(weight, stats, scheme)
 
 
 METHOD = Method(about="round to nearest: no search, no data, fastest", quantize=quantize, workspace=4.0)

@@ -2,35 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from lowbit.stats import State, Statistic
+from lowbit.stats._mean import mean_of
 
-_ELEMENTS = 2**18  # values that are made float64 at a time
-
-
-def start(cols: int, seed: int) -> State:
-    """Float64 sums and the number of rows."""
-    return {"sum": torch.zeros(cols, dtype=torch.float64), "count": torch.zeros(1, dtype=torch.float64)}
-
-
-def update(state: State, rows: Float[Tensor, "n cols"], float_rows: Float[Tensor, "n cols"] | None) -> None:
-    """Sums in float64: the order of rows seldom changes a bit of the float32 mean."""
-    state["count"] += len(rows)
-    for part in torch.split(rows, max(_ELEMENTS // max(rows.shape[1], 1), 1)):
-        state["sum"] += part.double().square_().sum(0)
-
-
-def finish(state: State) -> Float[Tensor, " cols"]:
-    """The mean; zero where there was no row."""
-    return (state["sum"] / state["count"].clamp(min=1)).float()
-
-
-def nbytes(cols: int) -> int:
-    """The state, one part in float64 twice, and the result."""
-    return 8 * (cols + 1) + 2 * 8 * max(_ELEMENTS, cols) + 2 * 8 * cols
-
-
-STATISTIC = Statistic(about="mean square per channel", start=start, update=update, finish=finish, nbytes=nbytes)
+STATISTIC = mean_of("mean square per channel", Tensor.square_)
