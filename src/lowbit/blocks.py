@@ -25,13 +25,10 @@ class Site:
     Attributes:
         weights: names, in the order in which the block uses them.
         channels: width of the input: columns of each of these weights.
-        foldable: whether a factor per channel can be taken out of the input where it is made (by a norm, or by a linear
-            layer whose outputs reach this input channel by channel), so that the block computes the same.
     """
 
     weights: tuple[str, ...]
     channels: int
-    foldable: bool = False
 
 
 @final
@@ -43,7 +40,6 @@ class Block:
         weights: the weights to quantize, float32, `[outputs, inputs]`, in the order of use.
         schemes: how each is stored.
         activations: how the input of each is quantized when the model runs; absent where it is not.
-        sites: weights grouped by their input, in the order of use.
         windows: number of calibration windows.
         run: `(indices, weights, factors={}) -> output`: the block's output for these windows, `[indices, tokens,
             width]`, float32 or bfloat16 as the block computes, with the given weights in the place of its own; inputs
@@ -58,7 +54,6 @@ class Block:
 
     weights: Weights
     schemes: Mapping[str, Scheme]
-    sites: Sequence[Site]
     windows: int
     run: Callable[..., Tensor]
     target: Callable[[Sequence[int]], Tensor]

@@ -14,7 +14,7 @@ from lowbit.methods.rtn import METHOD as RTN
 from lowbit.schemes import parse
 
 Rounding = Callable[[Tensor], Tensor]
-SITES = (Site(("gate", "up"), 32, foldable=True), Site(("down",), 48, foldable=True))
+SITES = (Site(("gate", "up"), 32), Site(("down",), 48))
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,6 @@ def as_block(
     return Block(
         weights=dict(model.weights),
         schemes=dict.fromkeys(model.weights, kind),
-        sites=SITES,
         windows=len(model.x),
         run=run,
         target=lambda indices: model.inputs(indices, {}, {})["out"].float(),

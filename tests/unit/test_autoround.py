@@ -56,7 +56,7 @@ def block_of(scheme: str, dtype: torch.dtype = torch.float32, weights: dict[str,
     def nearest(name: str, weight: Tensor) -> Tensor:
         return nearest_of(weight, kind).dequantize()
 
-    return Block(weights, dict.fromkeys(weights, kind), (), WINDOWS, run, target, nearest, seed=7)
+    return Block(weights, dict.fromkeys(weights, kind), WINDOWS, run, target, nearest, seed=7)
 
 
 def nearest_of(weight: Tensor, scheme: Scheme) -> QTensor:

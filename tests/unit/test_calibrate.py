@@ -242,8 +242,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(method: str
 def job(weight: Tensor, method: str, held: Tensor) -> Job:
     entry = Entry(replace_weight(weight), method, "test")
     seen = Seen({}, held, len(held))
-    shape = (weight.shape[0], weight.shape[1])
-    return Job(entry, method, lambda rows: weight[rows], shape, {}, seen, plugin_options(method), 64)
+    return Job(entry, method, weight, {}, seen, plugin_options(method), 64)
 
 
 def replace_weight(weight: Tensor) -> Any:

@@ -41,7 +41,7 @@ def block_of(scheme: str, dtype: torch.dtype = torch.float32) -> Block:
         return nearest_of(weight, kind).dequantize()
 
     kinds = dict.fromkeys(weights, kind)
-    return Block(weights, kinds, (), WINDOWS, run, lambda indices: wanted[list(indices)], nearest, seed=7)
+    return Block(weights, kinds, WINDOWS, run, lambda indices: wanted[list(indices)], nearest, seed=7)
 
 
 def nearest_of(weight: Tensor, scheme: Scheme) -> QTensor:

@@ -6,8 +6,8 @@ The judge is the output error on rows that no method saw: `||X (W - W^)^T||^2` o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, final
 
@@ -20,7 +20,7 @@ from lowbit.methods import Method, Stats
 from lowbit.schemes import Scheme
 from lowbit.stages._observe import Seen
 from lowbit.stages.plan import Entry
-from lowbit.stages.quantize import join, pieces_of
+from lowbit.stages.quantize import Error, join, pieces_of
 from lowbit.tensors import QTensor, view_shape
 
 RIVALS: Mapping[str, Mapping[str, Any]] = {"rtn": {}, "mse": {"steps": 20}}
@@ -29,25 +29,24 @@ RIVALS: Mapping[str, Mapping[str, Any]] = {"rtn": {}, "mse": {"steps": 20}}
 @final
 @dataclass(frozen=True)
 class Tally:
-    """Sums over the rows of a candidate: squared output error, squared error, largest error."""
+    """Sums over rows of a candidate: squared error of the output, and the error of the weight."""
 
     output: float = 0.0
-    squared: float = 0.0
-    largest: float = 0.0
+    error: Error = field(default_factory=Error)
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(self.output + other.output, self.squared + other.squared, max(self.largest, other.largest))
+        return Tally(self.output + other.output, self.error + other.error)
 
 
 @final
 @dataclass(frozen=True)
 class Piece:
-    """Candidates for a run of rows: each method's result and tally, and those of the weight itself."""
+    """Candidates for a run of rows: each method's result and tally; squared output of the weight itself."""
 
     rows: slice
     made: Mapping[str, QTensor]
     tallies: Mapping[str, Tally]
-    own: Tally
+    power: float
     seconds: float
 
 
@@ -68,8 +67,7 @@ class Job:
     Attributes:
         entry: of the plan.
         method: the plan's, or another where calibration did not reach the weight.
-        read: some rows of the weight, float32, `[outputs, inputs]`.
-        shape: of the weight.
+        weight: as it is kept, in any float type, `[outputs, inputs]`.
         stats: prepared for the method.
         seen: at its site.
         options: of the method.
@@ -78,8 +76,7 @@ class Job:
 
     entry: Entry
     method: str
-    read: Callable[[slice], Float[Tensor, "rows cols"]]
-    shape: tuple[int, int]
+    weight: Float[Tensor, "rows cols"]
     stats: Stats
     seen: Seen
     options: Any
@@ -103,36 +100,40 @@ class Job:
 
     def places(self) -> Iterator[slice]:
         """Rows of each piece."""
+        rows, cols = self.weight.shape
         if self.scheme.block.flat:
-            return iter([slice(0, self.shape[0])])
-        return (rows for rows, _ in pieces_of(self.shape, self.scheme.block, self.elements))
+            return iter([slice(0, rows)])
+        return (part for part, _ in pieces_of((rows, cols), self.scheme.block, self.elements))
 
     def piece(self, rows: slice) -> Piece:
         """All candidates for some rows."""
-        start, part = time.perf_counter(), self.read(rows)
+        start, part = time.perf_counter(), self.weight[rows].float()
         view = part.reshape(view_shape((part.shape[0], part.shape[1]), self.scheme.block))
         made = {name: m.quantize(view, self.stats, self.scheme, options) for name, (m, options) in self.methods.items()}
-        tallies = {name: self._tally(q.dequantize().view_as(part) - part) for name, q in made.items()}
-        return Piece(rows, made, tallies, self._tally(part), time.perf_counter() - start)
+        tallies = {name: self._tally(part, q) for name, q in made.items()}
+        return Piece(rows, made, tallies, self._output_power(part), time.perf_counter() - start)
 
-    def _tally(self, part: Float[Tensor, "some cols"]) -> Tally:
+    def _tally(self, part: Float[Tensor, "some cols"], made: QTensor) -> Tally:
+        gap = made.dequantize().view_as(part) - part
+        return Tally(self._output_power(gap), Error(_power(gap), _power(part), float(gap.abs().max())))
+
+    def _output_power(self, part: Float[Tensor, "some cols"]) -> float:
         held = self.seen.held
-        output = float((held @ part.T).square().sum(dtype=torch.float64)) if held.numel() else 0.0
-        return Tally(output, float(part.square().sum(dtype=torch.float64)), float(part.abs().max()))
+        return _power(held @ part.T) if held.numel() else 0.0
 
     def choose(self, pieces: Sequence[Piece]) -> tuple[str, Made]:
         """The candidate with the least output error on held-out rows; the plan's method among equals."""
         sums = {name: sum((piece.tallies[name] for piece in pieces), Tally()) for name in self.methods}
         best = min(sums, key=lambda name: (sums[name].output, name != self.method))
-        own, rtn = sum((piece.own for piece in pieces), Tally()), sums.get("rtn", Tally())
+        power, rtn = sum(piece.power for piece in pieces), sums.get("rtn", Tally())
         facts = {
             "method": best,
             "fallback": self._fallback(best),
             "rows": self.seen.rows,
             "starved": self.seen.starved,
-            "relative_error": sums[best].squared / own.squared if own.squared else 0.0,
-            "largest_error": sums[best].largest,
-            "output_error": sums[best].output / own.output if own.output else None,
+            "relative_error": sums[best].error.relative,
+            "largest_error": sums[best].error.largest,
+            "output_error": sums[best].output / power if power else None,
             "against_rtn": sums[best].output / rtn.output if rtn.output else None,
             "seconds": sum(piece.seconds for piece in pieces),
         }
@@ -150,11 +151,9 @@ class Job:
         return replace(joined, group_index=parts[0].group_index)
 
 
-def error_facts(weight: Float[Tensor, "rows cols"], qtensor: QTensor) -> dict[str, float]:
-    """Relative squared and largest error of a result."""
-    gap = qtensor.dequantize() - weight
-    squared, power = (float(each.square().sum(dtype=torch.float64)) for each in (gap, weight))
-    return {"relative_error": squared / power if power else 0.0, "largest_error": float(gap.abs().max())}
+def _power(values: Tensor) -> float:
+    """Sum of squares, in float64."""
+    return float(values.square().sum(dtype=torch.float64))
 
 
 def _load(name: str) -> Method:

@@ -173,7 +173,7 @@ class Blueprint:
         """Most bytes of weights that `streamed` takes at any time."""
         inside = {name for part in self._parts for name in part.sources}
         kept = sum(_filled_bytes(tensor) for tensor in self._skeleton.parameters() if not _sources(tensor) & inside)
-        return kept + max((part.nbytes for part in self._parts), default=0) + self._reading_bytes
+        return kept + self.block_bytes
 
     @property
     def block_bytes(self) -> int:

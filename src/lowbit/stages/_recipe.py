@@ -37,10 +37,24 @@ class Recipe:
         return "+".join([*([ROTATE] if self.rotate else []), *self.transforms, self.method, *self.corrections])
 
     @property
+    def _record(self) -> Method:
+        record: Method = plugins.load("methods", self.method)
+        return record
+
+    @property
     def calibrated(self) -> bool:
         """Whether it needs windows of text."""
-        method: Method = plugins.load("methods", self.method)
-        return bool(self.transforms or self.corrections or method.needs or method.learn)
+        return bool(self.transforms or self.corrections or self._record.needs or self.learns)
+
+    @property
+    def learns(self) -> bool:
+        """Whether its method sees a whole block."""
+        return self._record.learn is not None
+
+    @property
+    def paired(self) -> bool:
+        """Whether its method compares inputs with the float model's."""
+        return any(plugins.load("stats", name).paired for name in self._record.needs)
 
 
 def parse_recipe(text: str) -> Recipe:

@@ -35,7 +35,7 @@ from lowbit.stages._attention import Memory, Remembered, exact_products
 from lowbit.stages._blocks import Call, Entrance, LiveBlock
 from lowbit.stages._cost import Cost, estimate
 from lowbit.stages._fold import Producer, effective, find_producer
-from lowbit.stages._jobs import Job, Made, error_facts
+from lowbit.stages._jobs import Job, Made
 from lowbit.stages._model import Blueprint, open_blueprint
 from lowbit.stages._observe import Accumulator, Observer, Seen, Watch, Windows, split_windows
 from lowbit.stages._products import Product
@@ -44,7 +44,7 @@ from lowbit.stages._sites import Found, Site, Step, find_steps
 from lowbit.stages._streams import Kind, Streams
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import OUTSIDE, Entry, Plan
-from lowbit.stages.quantize import Progress, one_torch_thread, silent, tensor_stats
+from lowbit.stages.quantize import Progress, measure, one_torch_thread, silent, tensor_stats
 from lowbit.stages.write import WORK, Output, Record, digest
 from lowbit.tensors import QTensor
 from lowbit.transforms import Transform
@@ -185,9 +185,7 @@ def _begin(prepared: Prepared, output: Output) -> Calibration:
 
 def _kinds(recipe: Recipe) -> tuple[Kind, ...]:
     """The float stream is kept where something compares with it."""
-    method: Method = plugins.load("methods", recipe.method)
-    paired = any(plugins.load("stats", name).paired for name in method.needs)
-    return ("quantized", "float") if paired or method.learn or recipe.transforms else ("quantized",)
+    return ("quantized", "float") if recipe.paired or recipe.learns or recipe.transforms else ("quantized",)
 
 
 def _enter(work: Calibration) -> None:
@@ -250,8 +248,12 @@ class _BlockRun:
         return [name for name in names if self.entries[name].weight.scheme and name not in self.made]
 
     def _weight(self, name: str) -> Tensor:
-        """A weight in float32, `[outputs, inputs]`, as the transforms left it."""
-        return self._reader(name)[0].float().contiguous()
+        """The same in float32."""
+        return self._kept(name).float().contiguous()
+
+    def _width(self, site: Site) -> int:
+        """Number of inputs of a site."""
+        return self.live.weight(site[0]).shape[1]
 
     def _batch(
         self,
@@ -283,8 +285,7 @@ class _BlockRun:
 
     def _forward(self, kind: Kind, inputs: Tensor) -> None:
         def outputs_of(batch: slice) -> Tensor:
-            known = f"{kind}-{batch.start}" if self.made else f"first-{batch.start}"
-            with Remembered(self.memory, known, lambda: False):
+            with Remembered(self.memory, f"{kind}-{batch.start}", lambda: False):
                 return self._batch(batch, inputs)
 
         batches = self.work.windows.batches
@@ -318,7 +319,7 @@ class _BlockRun:
 
     def _reference(self) -> LiveBlock | None:
         """The float block beside the one that is being quantized, where a statistic compares the two."""
-        if not any(plugins.load("stats", name).paired for name in self._method().needs):
+        if not self.work.recipe.paired:
             return None
         twin = LiveBlock(self.work.blueprint, self.path, list(self.live.places))
         twin.places = self.live.places
@@ -373,7 +374,7 @@ class _BlockRun:
 
     def _all_tokens(self, step: Step, seen: Mapping[Site, Seen], later: frozenset[str]) -> dict[Site, Seen]:
         """Experts that saw fewer rows than they have inputs: routed to them, one at a time, until they have enough."""
-        few = [site for site in seen if seen[site].rows < self._weight(site[0]).shape[1]]
+        few = [site for site in seen if seen[site].rows < self._width(site)]
         router = next((name for name in self.live.places if self._routes(name, step)), None)
         found: dict[Site, Seen] = {}
         for site in few if router else ():
@@ -386,7 +387,7 @@ class _BlockRun:
                 return result
 
             for batch in self.work.windows.batches:
-                if accumulator.rows < _ENOUGH * self._weight(site[0]).shape[1] or batch.start >= self.work.windows.fit:
+                if accumulator.rows < _ENOUGH * self._width(site) or batch.start >= self.work.windows.fit:
                     self._look([batch], {site: accumulator}, later, after=choose)
             found[site] = replace(accumulator.finish(), starved=seen[site].rows)
         return found
@@ -452,18 +453,16 @@ class _BlockRun:
             prepared[chosen, scheme] = method.prepare(seen.stats, scheme, options)
         if entry.weight.activations and _ABSMAX in seen.stats:
             self.scales[name] = input_scale(float(seen.stats[_ABSMAX].max()), entry.weight.activations)
-        view, read = self._reader(name)
-        stats = {**prepared[chosen, scheme], **tensor_stats(view, scheme, piece)}
-        return Job(entry, chosen, read, (view.shape[0], view.shape[1]), stats, seen, options, piece)
+        weight = self._kept(name)
+        stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, piece)}
+        return Job(entry, chosen, weight, stats, seen, options, piece)
 
-    def _reader(self, name: str) -> tuple[Tensor, Callable[[slice], Tensor]]:
-        """A weight as it is kept, `[outputs, inputs]`, and a function that reads rows of it in float32."""
+    def _kept(self, name: str) -> Tensor:
+        """A weight as the transforms left it, in the type in which it is kept, `[outputs, inputs]`."""
         if name in self.floats:
-            view = self.floats[name]
-        else:
-            tensor, place = self.work.source.tensor(name), self.live.places.get(name)
-            view = tensor.T.contiguous() if place and place.swapped else tensor
-        return view, lambda rows: view[rows].float()
+            return self.floats[name]
+        tensor, place = self.work.source.tensor(name), self.live.places.get(name)
+        return tensor.T.contiguous() if place and place.swapped else tensor
 
     def _settle(self, entry: Entry, made: Made) -> None:
         """Store a result, unless it is there from an earlier run."""
@@ -506,15 +505,16 @@ class _BlockRun:
         """Let a transform choose factors for each site in the order of use, and fold them."""
         transform: Transform = plugins.load("transforms", name)
         options = step_options(transform, name, self.work.plan.options)
-        sites = {site: self._accumulator(transform.needs) for step in steps for site in step.sites}
+        wanted = [site for step in steps for site in step.sites if self._targets(site)]
+        sites = {site: self._accumulator(transform.needs) for site in wanted}
         fit = [batch for batch in self.work.windows.batches if batch.start < self.work.windows.fit]
         self._look(fit, sites, frozenset())
         for site, accumulator in sites.items():
             stats = accumulator.finish().stats
-            producer = self._producer(site) if self._targets(site) and stats else None
+            producer = self._producer(site) if stats else None
             if producer:
                 block = self._block(steps)
-                where = BlockSite(tuple(self._targets(site)), self._weight(site[0]).shape[1], True)
+                where = BlockSite(tuple(self._targets(site)), self._width(site))
                 factors = transform.search(where, block, stats, options)
                 if factors is not None:
                     self._fold(site, producer, factors)
@@ -540,7 +540,7 @@ class _BlockRun:
             owner, value = self._owner(parameter), self.live.tensor(parameter)
             assert owner is not None
             quantized = bool(self.entries[owner].weight.scheme)
-            whole = self._weight(owner) if value.dim() > 1 else self._vector(owner)
+            whole = self._weight(owner)
             new = producer.divided(whole, factors, torch.float32 if quantized else self.entries[owner].weight.dtype)
             if value.dim() == 1 and parameter == producer.parameters[0]:
                 exact = effective(producer, whole, new, factors)
@@ -550,15 +550,11 @@ class _BlockRun:
             self.floats[name] = self._weight(name) * exact
             self.live.weight(name).copy_(self.floats[name])
 
-    def _vector(self, name: str) -> Tensor:
-        return self.floats[name] if name in self.floats else self.work.source.tensor(name).float()
-
     # Methods that learn.
 
     def _block(self, steps: Sequence[Step]) -> Block:
         """The block as methods and transforms see it."""
-        sites = [BlockSite(tuple(self._targets(s)), self._weight(s[0]).shape[1]) for step in steps for s in step.sites]
-        names = [name for site in sites for name in site.weights]
+        names = [name for step in steps for name in self._targets(step.names)]
         schemes = {name: self.entries[name].weight.scheme for name in names}
         activations = {n: self.entries[n].weight.activations for n in names}
         targets = self.work.streams.read("float", self.index + 1)
@@ -572,7 +568,6 @@ class _BlockRun:
         return Block(
             weights={name: self._weight(name) for name in names},
             schemes={name: scheme for name, scheme in schemes.items() if scheme},
-            sites=[site for site in sites if site.weights],
             windows=self.work.windows.fit,
             run=run,
             target=lambda indices: targets[list(indices)],
@@ -607,7 +602,8 @@ class _BlockRun:
             "seconds": (time.perf_counter() - start) / max(len(learned), 1),
         }
         for name, qtensor in (nearest if worse else learned).items():
-            facts = shared | error_facts(block.weights[name], qtensor)
+            error = measure(block.weights[name], qtensor)
+            facts = shared | {"relative_error": error.relative, "largest_error": error.largest}
             self.live.weight(name).copy_(qtensor.dequantize())
             self._settle(self.entries[name], Made(qtensor, facts))
 

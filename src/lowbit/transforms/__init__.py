@@ -24,7 +24,8 @@ class Transform:
         about: one line for `--help`.
         search: `(site, block, stats, options) -> factors` of `[channels]`, float32, positive and finite, by which the
             columns of the site's weights are multiplied while the input is divided by them; None to leave the site as
-            it is. Called for foldable sites in the order of use; `block.weights` hold what was folded before.
+            it is. Called in the order of use, for sites where a factor can be folded; `block.weights` hold what was
+            folded before.
         options: frozen dataclass of its own options.
         needs: names of statistics of the site's input that `search` reads.
         method: the method that quantizes after it where the user names none.
