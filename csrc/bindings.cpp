@@ -148,4 +148,19 @@ NB_MODULE(_native, module) {
             unpack_nibbles_high_first(kernels(), bytes.data(), int64_t(codes.shape(0)), codes.data());
         },
         Unlocked());
+    module.def(
+        "causal_softmax",
+        [](const AnyIn& scores, int64_t period, int64_t first, float scale, const AnyOut& out) {
+            Causal of{int64_t(scores.shape(0)), int64_t(scores.shape(1)), period, first, scale};
+            std::vector<float> room(size_t(of.cols) + 16);
+            kernels().softmax(of, weight_of(scores), {out.data(), dtype_of(out.dtype())}, room.data());
+        },
+        Unlocked());
+    module.def(
+        "causal_softmax_slopes",
+        [](const AnyIn& shares, int64_t period, int64_t first, float scale, const AnyOut& slopes) {
+            Causal of{int64_t(shares.shape(0)), int64_t(shares.shape(1)), period, first, scale};
+            kernels().softmax_slopes(of, weight_of(shares), {slopes.data(), dtype_of(slopes.dtype())});
+        },
+        Unlocked());
 }

@@ -532,10 +532,15 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
         for (int64_t j = 0; j < (tall ? cols : rows); j += 8) tall ? block(i, j) : block(j, i);
 }
 
+// ---- softmax ----
+
+#include "softmax.h"
+
 }  // namespace
 
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
-                           dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words};
+                           dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words,
+                           softmax,    softmax_slopes};
 
 }  // namespace lowbit

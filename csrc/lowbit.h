@@ -69,6 +69,12 @@ struct Coder {
     bool keep_zeros;     // a weight that is 0 has the target 0
 };
 
+// Attention scores [rows, cols] where row r sees the columns up to first + r % period.
+struct Causal {
+    int64_t rows, cols, period, first;
+    float scale;  // of the scores, above 0
+};
+
 struct ErrorSums {
     double squared_error = 0, squared_weight = 0;
     float max_error = 0;
@@ -105,6 +111,13 @@ struct Kernels {
     // to[col][row] = from[row][col] for 32-bit words; strides are words from row to row.
     void (*transpose_words)(const void* from, int64_t from_stride, int64_t rows, int64_t cols, void* to,
                             int64_t to_stride);
+
+    // Softmax of scale * scores over the columns that a row sees, 0 beyond; `out` may be `scores`. `room` has place for
+    // the columns, rounded up to 16.
+    void (*softmax)(const Causal&, Weight scores, Output out, float* room);
+
+    // In place, from the derivative by what softmax gave (`shares`, of the same type) that by the scores.
+    void (*softmax_slopes)(const Causal&, Weight shares, Output slopes);
 };
 
 // The table in use: the best that this CPU has, or the one that the environment variable LOWBIT_ISA names (a test

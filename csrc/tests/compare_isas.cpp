@@ -162,6 +162,21 @@ static void compare_sweep(const Kernels& kernels, int64_t cols, int64_t lanes) {
     }
 }
 
+// In place, as attention calls it; of NaN there is one in bfloat16.
+static void compare_softmax(const Kernels& kernels, int64_t rows, int64_t cols, int64_t first, Dtype dtype, bool wild) {
+    Grid grid{rows, cols, 3, first};
+    Causal of{rows, cols, 3, first, 0.3f};
+    int64_t size = rows * cols * int64_t(size_of(dtype));
+    Buffer scores = random_weight(rows * cols, dtype, wild), slopes = random_weight(rows * cols, dtype, wild);
+    compare("softmax", kernels, grid, 2 * size, [&](const Kernels& k, uint8_t* out) {
+        std::vector<float> room(size_t(cols) + 16);
+        if (size == 0) return;
+        std::memcpy(out, scores.at(), size_t(size)), std::memcpy(out + size, slopes.at(), size_t(size));
+        k.softmax(of, {out, dtype}, {out, dtype}, room.data());
+        k.softmax_slopes(of, {out, dtype}, {out + size, dtype});
+    });
+}
+
 static void compare_pack(const Kernels& kernels, int64_t rows, int64_t cols, int bits) {
     Grid grid{rows, cols, bits, 0};
     int64_t count = rows * cols, size = 4 * rows * words_per_row(cols, bits);
@@ -197,6 +212,11 @@ int main() {
                 for (int bits = 1; bits <= 8; bits++) compare_pack(kernels, rows, cols, bits);
             }
         for (int bits = 1; bits <= 8; bits++) compare_pack(kernels, 37, 5003, bits);
+        for (int64_t cols : {0, 1, 5, 16, 31, 33, 64, 100})
+            for (int64_t first : {0, 14, 90}) {
+                compare_softmax(kernels, 7, cols, first, Dtype::f32, false);
+                for (bool wild : {false, true}) compare_softmax(kernels, 7, cols, first, Dtype::bf16, wild);
+            }
         for (int64_t cols : {0, 1, 2, 7, 33})
             for (int64_t lanes : {0, 16, 48}) compare_sweep(kernels, cols, lanes);
         std::printf("%s: done\n", kernels.isa);

@@ -285,6 +285,34 @@ def unpack_nibbles_high_first(
     return codes
 
 
+def causal_softmax(
+    scores: Float[Tensor, "rows cols"], period: int, first: int, scale: float, *, out: Float[Tensor, "rows cols"]
+) -> None:
+    """Softmax of `scale * scores` in float32, where row r sees the columns up to `first + r % period`; 0 beyond.
+
+    `out` may be of another dtype, or the scores themselves. A row that sees NaN or +Inf is NaN in all that it sees.
+    """
+    _check("scores", scores, _two(scores.shape), *WEIGHT_DTYPES)
+    _check("out", out, _two(scores.shape), *WEIGHT_DTYPES)
+    _causal(period, first, scale)
+    _native.causal_softmax(scores, period, first, scale, out)
+
+
+def causal_softmax_slopes(
+    shares: Float[Tensor, "rows cols"], period: int, first: int, scale: float, slopes: Float[Tensor, "rows cols"]
+) -> None:
+    """In place, from the derivative by what `causal_softmax` gave (`shares`) that by the scores, in float32."""
+    _check("shares", shares, _two(shares.shape), *WEIGHT_DTYPES)
+    _check("slopes", slopes, _two(shares.shape), shares.dtype)
+    _causal(period, first, scale)
+    _native.causal_softmax_slopes(shares, period, first, scale, slopes)
+
+
+def _causal(period: int, first: int, scale: float) -> None:
+    if period < 1 or first < 0 or not scale > 0:
+        raise ValueError(f"period {period} must be at least 1, first {first} at least 0, scale {scale} above 0")
+
+
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} is {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}")
