@@ -5,8 +5,9 @@
 
 Every run is a process of its own, one at a time; its seconds, its perplexity and its loss per token are kept in DIR, so
 that the benchmark goes on where it was and repeats nothing. `--again` repeats runs that were timed beside other work,
-`--summary` runs nothing. `--only` selects runs by name, as `gptq:int4-g128` or `^lowbit:`. Packages need not share an
-interpreter: `--python NAME=PATH` names each one's; those of this interpreter are found without it, others are left out.
+`--summary` runs nothing. `--only` selects runs by name, as `gptq:int4-g128`, `^lowbit:`. Options of our methods follow
+after `@`, as in `--ours autoround gptq+tune@tune.target=text`. Packages need not share an interpreter: `--python
+NAME=PATH` names each one's; those of this interpreter are found without it, others are left out.
 
 Seconds are those of calibrating and quantizing alone, the whole process is given apart. Perplexity is that of
 `lowbit evaluate`: peers' weights are written as they compute with them, in float32. Intervals are of the mean over
@@ -62,7 +63,7 @@ PEERS = {
 MODULES = {"llmcompressor": "llmcompressor", "gptqmodel": "gptqmodel", "auto-round": "auto_round", "hqq": "hqq"}
 OURS = ("rtn", "mse", "hqq", "gptq", "awq", "awq+gptq", "rotate+gptq", "gptaq", "autoround", "awq+autoround")
 FREE = ("rtn", "mse", "hqq")  # of data
-QUIET = 0.6  # load average below which a time counts
+QUIET = 0.05  # share of all cores that others, the hypervisor among them, may have had for a time to count
 
 
 @final
@@ -169,10 +170,12 @@ def command(bench: Bench, run: Run, out: Path) -> list[str]:
     """What to start."""
     options, (bits, group, symmetric) = bench.options, CELLS[run.cell]
     if run.tool == "lowbit":
-        line = ["-m", "lowbit", "quantize", options.model, out, "--scheme", run.scheme, "--method", run.method]
+        method, *more = run.method.split("@")
+        line = ["-m", "lowbit", "quantize", options.model, out, "--scheme", run.scheme, "--method", method]
         text = ["--calibration", options.calibration, "--samples", options.samples, "--sequence-length", options.length]
         line += ["--format", "hqq"] if run.scheme.endswith("fzero") else []
-        line += ["--option", f"iterations={options.iterations}"] if "autoround" in run.method else []
+        line += ["--option", f"iterations={options.iterations}"] if "autoround" in method and not more else []
+        line += [part for option in more for part in ("--option", option)]
         line += [] if _free(run) else [*text, "--seed", run.seed]
         return [sys.executable, *map(str, line), "--threads", str(options.threads)]
     job = {
@@ -192,10 +195,12 @@ def execute(bench: Bench, run: Run) -> Record:
     threads = str(bench.options.threads)
     # gptqmodel's pool of workers must not be smaller than one of its parts, which on two cores it is by default.
     more = {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
-    load, start = os.getloadavg()[0], time.perf_counter()
+    others, start = others_time(), time.perf_counter()
     done = subprocess.run(command(bench, run, out), env=os.environ | more, capture_output=True, text=True, check=False)
-    record = {"run": str(run), **asdict(run), "wall": time.perf_counter() - start, "threads": int(threads)}
-    record |= {"load": load, "quiet": load < QUIET}
+    wall = time.perf_counter() - start
+    others = (others_time() - others) / (wall * (os.cpu_count() or 1))
+    record = {"run": str(run), **asdict(run), "wall": wall, "threads": int(threads)}
+    record |= {"others": others, "quiet": others < QUIET}
     (bench.work / "logs").mkdir(exist_ok=True)
     (bench.work / "logs" / f"{out.name}.txt").write_text(done.stdout + done.stderr)
     if done.returncode:
@@ -210,6 +215,13 @@ def execute(bench: Bench, run: Run) -> Record:
     record["perplexity"] = score(bench, str(run), out)
     remove(out)
     return record
+
+
+def others_time() -> float:
+    """Seconds of cores, since the machine started, that neither idled nor worked for this benchmark. Linux."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split()[1:9]]
+    idle, waiting = fields[3:5]
+    return (sum(fields) - idle - waiting) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def remove(out: Path) -> None:
