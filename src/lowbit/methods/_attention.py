@@ -8,7 +8,6 @@ gradients and not evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from math import sqrt
 from typing import Any, final
 
@@ -17,6 +16,8 @@ from jaxtyping import BFloat16
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from lowbit import native
 
 _TILE = 128
 _MOST = 1 << 28  # bytes of probabilities that are kept for the backward pass
@@ -52,8 +53,9 @@ def _suits(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> bool:
-    plain = is_causal and attn_mask is None and dropout_p == 0 and query.device.type == "cpu"
-    if not plain or query.ndim != 4 or any(part.dtype != torch.bfloat16 for part in (query, key, value)):
+    plain = is_causal and attn_mask is None and dropout_p == 0 and (scale is None or scale > 0)
+    here = query.device.type == "cpu" and query.ndim == 4
+    if not plain or not here or any(part.dtype != torch.bfloat16 for part in (query, key, value)):
         return False
     grouped = query.shape[1] % key.shape[1] == 0 if enable_gqa else query.shape[1] == key.shape[1]
     tokens = query.shape[2]
@@ -80,8 +82,9 @@ class _Attend(torch.autograd.Function):
         out, kept = torch.empty_like(rows), []
         for start, stop in _tiles(tokens):
             part = rows[:, :, start:stop].reshape(len(rows), -1, size)
-            bias = _mask(start, stop, shared).expand(len(rows), -1, -1)
-            scores = torch.baddbmm(bias, part, keys[:, :stop].mT, alpha=scale).softmax(-1)
+            scores = torch.bmm(part, keys[:, :stop].mT)
+            flat = scores.view(-1, stop)
+            native.causal_softmax(flat, stop - start, start, scale, out=flat)
             out[:, :, start:stop] = torch.bmm(scores, values[:, :stop]).view(len(rows), shared, -1, size)
             kept.append(scores)
         ctx.save_for_backward(rows, keys, values, *kept)
@@ -90,20 +93,22 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """The same tiles again, with the kept probabilities."""
+        """The same tiles again, with the kept probabilities; sums over tiles are transposed, which is faster."""
         rows, keys, values, *kept = ctx.saved_tensors
         count, shared, tokens, size = rows.shape
         grads = grad.reshape(rows.shape)
-        by_row, by_key, by_value = torch.empty_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
+        by_row = torch.empty_like(rows)
+        by_key, by_value = keys.new_zeros(2, len(keys), size, tokens).unbind()
         for (start, stop), scores in zip(_tiles(tokens), kept, strict=True):
             part = rows[:, :, start:stop].reshape(count, -1, size)
             above = grads[:, :, start:stop].reshape(count, -1, size)
-            by_value[:, :stop] += torch.bmm(above.mT, scores).mT  # this way round it is faster
-            slope = torch._softmax_backward_data(torch.bmm(above, values[:, :stop].mT), scores, -1, scores.dtype)
+            by_value[:, :, :stop].baddbmm_(above.mT, scores)
+            slope = torch.bmm(above, values[:, :stop].mT)
+            native.causal_softmax_slopes(scores.view(-1, stop), stop - start, start, ctx.scale, slope.view(-1, stop))
             by_row[:, :, start:stop] = torch.bmm(slope, keys[:, :stop]).view(count, shared, -1, size)
-            by_key[:, :stop] += torch.bmm(part.mT, slope).mT
+            by_key[:, :, :stop].baddbmm_(part.mT, slope)
         shape = (grad.shape[0], -1, tokens, size)
-        return by_row.mul_(ctx.scale).view(shape), by_key.mul_(ctx.scale).view(shape), by_value.view(shape), None
+        return by_row.view(shape), *(part.mT.contiguous().view(shape) for part in (by_key, by_value)), None
 
 
 def _flat(heads: Tensor) -> Tensor:
@@ -112,10 +117,3 @@ def _flat(heads: Tensor) -> Tensor:
 
 def _tiles(tokens: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + _TILE, tokens)) for start in range(0, tokens, _TILE))
-
-
-@cache
-def _mask(start: int, stop: int, shared: int) -> Tensor:
-    """What is added to the scores of rows `start` to `stop`, once for each head that shares the keys."""
-    later = torch.full((stop - start, stop), float("-inf"), dtype=torch.bfloat16).triu(start + 1)
-    return later.repeat(shared, 1)

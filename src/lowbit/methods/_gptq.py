@@ -403,17 +403,18 @@ def _refit(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], stats: Stat
     codes = tile.codes[at]
     value = codes.float() - tile.zeros[block] if tile.zeros is not None else level_table(scheme.grid)[codes.long()]
     scale = tile.scales[block] * rule.unit
-    step = _best_step(tile, at, target, value, stats)
+    slope, curve, pulled = _products(tile, at, target, value, stats)
     ones = torch.ones_like(scale)[None]
-    stored = round_scales((scale + step)[None] * rule.divisor, ones, scheme)[0]
-    moved = _move(tile, at, target, value, stored * rule.unit - scale, stats)
+    stored = round_scales((scale + _best_step(slope, curve))[None] * rule.divisor, ones, scheme)[0]
+    moved = _move(tile, at, target, value, stored * rule.unit - scale, slope, curve, pulled)
     tile.scales[block] = torch.where(moved, stored, tile.scales[block])
     if tile.zeros is None:
         return
     scale = tile.scales[block]
-    slope = (-scale).expand_as(value)
-    zero = round_zeros((tile.zeros[block] + _best_step(tile, at, target, slope, stats))[None], scheme)[0]
-    moved = _move(tile, at, target, slope, zero - tile.zeros[block], stats)
+    value = (-scale).expand_as(value)
+    slope, curve, pulled = _products(tile, at, target, value, stats)
+    zero = round_zeros((tile.zeros[block] + _best_step(slope, curve))[None], scheme)[0]
+    moved = _move(tile, at, target, value, zero - tile.zeros[block], slope, curve, pulled)
     tile.zeros[block] = torch.where(moved, zero, tile.zeros[block])
 
 
@@ -428,11 +429,8 @@ def _products(
     return slope, (weighted * (value + pulled)).sum(0), pulled
 
 
-def _best_step(
-    tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], value: Float[Tensor, "n lanes"], stats: Stats
-) -> Float[Tensor, "lanes"]:
-    """How far along `value` the error is least."""
-    slope, curve, _ = _products(tile, at, target, value, stats)
+def _best_step(slope: Float[Tensor, "lanes"], curve: Float[Tensor, "lanes"]) -> Float[Tensor, "lanes"]:
+    """How far along a direction the error is least, by what `_products` found."""
     return torch.where(curve > 0, slope / curve, 0.0)
 
 
@@ -442,10 +440,11 @@ def _move(
     target: Float[Tensor, "n lanes"],
     value: Float[Tensor, "n lanes"],
     step: Float[Tensor, "lanes"],
-    stats: Stats,
+    slope: Float[Tensor, "lanes"],
+    curve: Float[Tensor, "lanes"],
+    pulled: Float[Tensor, "n lanes"],
 ) -> Bool[Tensor, "lanes"]:
-    """Go along `value` where that lessens the error; says where."""
-    slope, curve, pulled = _products(tile, at, target, value, stats)
+    """Go along `value` where that lessens the error, by what `_products` found; says where."""
     better = step * (2 * slope - step * curve) > 0
     step = torch.where(better, step, 0.0)
     tile.error[at] -= step * value

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowbit.stats import State, Statistic
 
-STRIPE = 512  # rows of the result that are computed at a time
+STRIPE = 512  # most rows of the result that are computed at a time
 _CHUNK_ROWS, _CHUNK_ELEMENTS = 4096, 1 << 24
 
 
@@ -19,7 +19,8 @@ def chunk_rows(cols: int) -> int:
 
 def stripes(cols: int) -> list[tuple[str, int, int]]:
     """Name, first row and end of the stripes in which the result is kept."""
-    return [(f"stripe{start:06d}", start, min(start + STRIPE, cols)) for start in range(0, cols, STRIPE)]
+    height = min(max(cols // 12 // 64, 1) * 64, STRIPE)
+    return [(f"stripe{start:06d}", start, min(start + height, cols)) for start in range(0, cols, height)]
 
 
 def start(cols: int, seed: int) -> State:
