@@ -45,7 +45,7 @@ class Block:
             width]`, float32 or bfloat16 as the block computes, with the given weights in the place of its own; inputs
             are what the quantized blocks before produce. Inputs of the weights named in `activations` are quantized
             as it says, and where `factors` has the weight (`[inputs]`, float32), divided by these before and multiplied
-            after, as if they were folded. Differentiable with respect to the given weights.
+            after, as if they were folded. Differentiable with respect to the given weights and factors.
         target: `indices -> output`: what the float model computes there.
         nearest: `(name, weight) -> weight`: round-to-nearest under the scheme of `name`, and back to float32.
         seed: of every choice at random.

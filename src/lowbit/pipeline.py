@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 
 from lowbit.budget import Estimate, MemoryWatch
-from lowbit.stages import quantize
+from lowbit.stages import quantize, tune
 from lowbit.stages._adapter import Terms
 from lowbit.stages._cost import Cost
 from lowbit.stages._model import open_blueprint
@@ -19,7 +19,7 @@ from lowbit.stages._windows import encode
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
-from lowbit.stages.plan import Plan, Rules, load_plan, make_plan, read_recipe
+from lowbit.stages.plan import Plan, Rules, as_planned, load_plan, make_plan, read_recipe
 from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
 from lowbit.stages.rotate import Options as Rotation
@@ -62,7 +62,7 @@ class Request:
 def run(
     request: Request,
     progress: quantize.Progress = quantize.silent,
-    announce: Callable[[Plan, Sequence[Estimate | Cost]], None] | None = None,
+    announce: Callable[[Plan, Sequence[Estimate | Cost | tune.Cost]], None] | None = None,
 ) -> RunRecord:
     """Carry out a request and write its report into the output directory.
 
@@ -78,10 +78,14 @@ def run(
     with MemoryWatch(request.ram).running() as watch, _open(request) as source:
         plan = load_plan(request.plan, source) if request.plan else make_plan(source, request.rules)
         plan, samples = _with_samples(plan, source)
+        source = as_planned(source, plan)
         way = quantize.estimate_memory(plan, request.ram, request.threads)
         blocks = prepare(source, plan, samples.ids, request.ram, request.threads) if samples else None
+        costs: list[Estimate | Cost | tune.Cost] = [way]
+        if blocks:
+            costs = [blocks.cost, *tune.estimate(blocks, request.ram), way]
         if announce:
-            announce(plan, [way] if blocks is None else [blocks.cost, way])
+            announce(plan, costs)
         clock.lap("plan")
         with open_output(request.out, source, plan, request.shard_bytes) as output:
             if blocks:
@@ -91,15 +95,18 @@ def run(
             adapter = Terms(request.out).finish(str(request.out)) if blocks else None
             output.finish(source)
             clock.lap("quantize")
+            tuned = tune.tune(blocks, output, watch, progress) if blocks else {}
+            if tuned:
+                clock.lap("tune")
             checked = verify(source, output, way, progress)
             clock.lap("verify")
             if text:
-                scores, most = _scores(request, text, source.path, adapter, progress)
+                scores, most = _scores(request, text, source.path, adapter.path if adapter else None, progress)
                 clock.lap("evaluate")
-            learned = _calibration(plan, samples, blocks, text, source) if samples and blocks else None
-            most = max(most, blocks.cost.total if blocks else 0)
+            learned = _calibration(plan, samples, blocks, text, source, tuned) if samples and blocks else None
+            most = max(most, *(cost.total for cost in costs))
             result = make_record(
-                request.command, source, output, way, most, watch, checked, scores, clock.seconds, learned
+                request.command, source, output, way, most, watch, checked, scores, clock.seconds, learned, adapter
             )
             write_report(result, request.out)
             watch.check()
@@ -135,10 +142,16 @@ def _with_samples(plan: Plan, source: Checkpoint) -> tuple[Plan, Samples | None]
 
 
 def _calibration(
-    plan: Plan, samples: Samples, blocks: Prepared, text: Text | None, source: Checkpoint
+    plan: Plan,
+    samples: Samples,
+    blocks: Prepared,
+    text: Text | None,
+    source: Checkpoint,
+    tuned: Mapping[str, float],
 ) -> dict[str, Any]:
     """What the report says of the text that was learned from, and whether it is enough and like the evaluation's."""
     facts = {**samples.to_dict(), "recipe": plan.recipe, "dtype": str(blocks.blueprint.dtype).removeprefix("torch.")}
+    facts |= {"tuned": tuned} if tuned else {}
     if text:
         ids, _ = encode([source], text, samples.ids.numel(), False, None)
         likeness = similarity(samples.ids, ids, blocks.blueprint.vocabulary)

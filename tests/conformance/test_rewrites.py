@@ -70,10 +70,12 @@ def test_a_correction_is_low_rank_and_lessens_the_error(name: str, shape: tuple[
     error = torch.randn(shape, generator=dice)
     rows = torch.randn(256, shape[1], generator=dice) @ torch.randn(shape[1], shape[1], generator=dice)
     stats = statistics(correction.needs, rows)
-    down, up = correction.fit(error, stats, correction.options(rank=4))
+    term = correction.fit(error, stats, correction.options(rank=4))
+    down, up = term.down, term.up
     rank = min(4, *shape)
     assert down.shape == (rank, shape[1]) and up.shape == (shape[0], rank)
     assert torch.equal(down, down.bfloat16().float()) and torch.equal(up, up.bfloat16().float())
     before, after = (rows @ error.T).square().sum(), (rows @ (error - up @ down).T).square().sum()
     assert after < before
+    assert term.gains.shape == (rank,) and torch.equal(term.gains, term.gains.sort(descending=True).values)
     assert correction.about and is_dataclass(correction.options)

@@ -301,7 +301,7 @@ def test_a_model_rounds_the_inputs_of_the_weights_that_say_so() -> None:
     sources = {"0.weight": frozenset("a"), "0.bias": frozenset[str](), "1.weight": frozenset("b")}
     plain = nn.Sequential(*model.children())(x)
     wanted = model[1](model[0](slow.int8_token(x).float()))  # type: ignore[index]
-    round_inputs(model, weights, sources)
+    round_inputs(model, weights, sources, {})
     found = model(x)
     torch.testing.assert_close(found, wanted)
     assert not torch.allclose(found, plain, rtol=1e-4)
@@ -312,10 +312,10 @@ def test_merged_weights_are_rounded_where_they_agree() -> None:
     weights = {"a": first, "b": replace(first, name="b"), "c": replace(first, activations=None)}
     model, x = two_layers(), inputs(5, 16)
     wanted = model[0](slow.int8_token(x).float())  # type: ignore[index]
-    round_inputs(model, weights, {"0.weight": frozenset("ab")})
+    round_inputs(model, weights, {"0.weight": frozenset("ab")}, {})
     torch.testing.assert_close(model[0](x), wanted)  # type: ignore[index]
     with pytest.raises(UnsupportedError, match=r"0\.weight is made of weights"):
-        round_inputs(model, weights, {"0.weight": frozenset("ac")})
+        round_inputs(model, weights, {"0.weight": frozenset("ac")}, {})
 
 
 def test_stacked_experts_cannot_be_rounded_from_outside() -> None:
@@ -323,4 +323,4 @@ def test_stacked_experts_cannot_be_rounded_from_outside() -> None:
     model.register_parameter("experts", nn.Parameter(torch.zeros(2, 4, 4)))
     weights = {"a": Weight("a", (4, 4), BF16, parse("int8-row"), parse("int8-row"))}
     with pytest.raises(UnsupportedError, match="experts is made of"):
-        round_inputs(model, weights, {"experts": frozenset("a")})
+        round_inputs(model, weights, {"experts": frozenset("a")}, {})

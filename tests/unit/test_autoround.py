@@ -78,7 +78,7 @@ def test_codes_are_those_of_the_definition(scheme: str) -> None:
     }
     everything = range(WINDOWS)
     reference.learn(slow, lambda w: block.run(everything, w), block.target(everything), 8, 1 / 20)
-    options = Options(iterations=8, lr=1 / 20, search=False)
+    options = Options(iterations=8, lr=1 / 20, minmax_lr=1 / 20, search=False)
     learners = {name: autoround._SignRound(weight, kind, options) for name, weight in block.weights.items()}
     _learn.descend(block, learners, options.total, WINDOWS)
     for name, learner in learners.items():
@@ -181,9 +181,9 @@ def test_every_window_comes_once_before_any_comes_again() -> None:
 
 
 def test_presets() -> None:
-    assert Options().rates(4) == (1 / 200, 1 / 200) and Options().total == 200
+    assert Options().rates(4) == (3 / 200, 1 / 200) and Options().total == 200
     assert Options("light").total == 50 and Options("light").rates(2) == (0.005, 0.005)
-    assert Options("best").rates(4)[0] == 1 / 1000 and Options("best").rates(3)[0] == 2 / 1000
+    assert Options("best").rates(4) == (3 / 1000, 1 / 1000) and Options("best").rates(3) == (3 / 1000, 2 / 1000)
     assert Options("light", iterations=7).total == 7 and Options(lr=0.1, minmax_lr=0.2).rates(4) == (0.1, 0.2)
     for wrong in ({"preset": "fast"}, {"iterations": -1}, {"batch": 0}, {"lr": -1.0}):
         with pytest.raises(ValueError, match=r"preset|must be"):

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from lowbit import plugins
-from lowbit.corrections import Correction
-from lowbit.corrections._lowrank import Spectrum, ranks
-from lowbit.corrections.eora import spectrum as eora_spectrum
-from lowbit.corrections.lqer import spectrum as lqer_spectrum
+from lowbit.corrections import Correction, Term
+from lowbit.corrections._lowrank import ranks
 from lowbit.errors import UsageError
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 16), (16, 1)]
@@ -29,10 +27,10 @@ def problem(rows: int, cols: int, samples: int = 400) -> tuple[Tensor, Tensor, d
 
 def fit(name: str, error: Tensor, stats: Mapping[str, Tensor], rank: int, dtype: str = "f32") -> tuple[Tensor, Tensor]:
     correction: Correction = plugins.load("corrections", name)
-    down, up = correction.fit(error, stats, correction.options(rank=rank, dtype=dtype))
-    assert down.shape == (rank, error.shape[1])
-    assert up.shape == (error.shape[0], rank)
-    return down, up
+    term = correction.fit(error, stats, correction.options(rank=rank, dtype=dtype))
+    assert term.down.shape == (rank, error.shape[1])
+    assert term.up.shape == (error.shape[0], rank)
+    return term.down, term.up
 
 
 def root(moment: Tensor) -> Tensor:
@@ -120,54 +118,87 @@ def test_no_error_needs_no_term(name: str) -> None:
 def test_a_rank_beyond_the_weight_is_the_weights() -> None:
     error, _, stats = problem(6, 9)
     correction: Correction = plugins.load("corrections", "eora")
-    down, up = correction.fit(error, stats, correction.options(rank=64, dtype="f32"))
-    assert down.shape == (6, 9)
-    torch.testing.assert_close(up @ down, error, atol=1e-6, rtol=1e-3)
+    term = correction.fit(error, stats, correction.options(rank=64, dtype="f32"))
+    assert term.down.shape == (6, 9)
+    torch.testing.assert_close(term.up @ term.down, error, atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("options", "text"), [({"rank": 0}, "rank 0"), ({"dtype": "int4"}, "int4")])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"rank": 0}, "rank 0"),
+        ({"dtype": "int4"}, "int4"),
+        ({"budget": 0.0}, "budget 0"),
+        ({"budget": float("nan")}, "budget nan"),
+        ({"rank": 8, "budget": 0.25}, "both"),
+    ],
+)
 def test_options_are_checked(options: dict[str, object], text: str) -> None:
     with pytest.raises((ValueError, UsageError), match=text):
         plugins.load("corrections", "lqer").options(**options)
 
 
-def by_hand(spectra: Mapping[str, Spectrum], budget: int) -> float:
-    """Least loss over every choice of two ranks within the budget."""
-    (_, one), (_, two) = spectra.items()
-    choices = [
-        float(one.energies[i:].sum() + two.energies[j:].sum())
-        for i in range(len(one.energies) + 1)
-        for j in range(len(two.energies) + 1)
-        if i * one.nbytes + j * two.nbytes <= budget
-    ]
-    return min(choices)
+def fitted(name: str, rows: int, cols: int, rank: int, dtype: str = "f32") -> tuple[Tensor, Tensor, Term]:
+    """An error, the root of its norm, and a term of it."""
+    error, _, stats = problem(rows, cols)
+    correction: Correction = plugins.load("corrections", name)
+    norm = root(stats["second_moment"]) if name == "eora" else torch.diag(stats["mean_abs"].double())
+    return error, norm, correction.fit(error, stats, correction.options(rank=rank, dtype=dtype))
 
 
-def test_ranks_by_budget_are_the_best_where_ranks_cost_the_same() -> None:
-    first, _, stats = problem(24, 40)
-    second, _, other = problem(40, 24)
-    spectra = {
-        "first": Spectrum(lqer_spectrum(first, stats), 2 * 64),
-        "second": Spectrum(eora_spectrum(second, other), 2 * 64),
-    }
-    for budget in (0, 127, 128, 1000, 4000):
-        chosen = ranks(spectra, budget)
-        assert sum(chosen[name] * spectra[name].nbytes for name in chosen) <= budget
-        lost = sum(float(spectra[name].energies[rank:].sum()) for name, rank in chosen.items())
-        assert lost == pytest.approx(by_hand(spectra, budget), rel=1e-5)
+@pytest.mark.parametrize("name", ["eora", "lqer"])
+def test_gains_are_what_ranks_take_from_the_loss_and_the_first_ranks_are_the_best(name: str) -> None:
+    error, norm, term = fitted(name, 24, 40, 12, "bf16")
+    none = least(error, norm, 0)
+    assert term.nbytes == 2 * (24 + 40)
+    for rank in (0, 1, 5, 12):
+        first = term.first(rank)
+        lost = loss(error, (first.down, first.up), norm)
+        assert lost == pytest.approx(least(error, norm, rank), rel=1e-3, abs=1e-6 * none)
+        assert none - float(first.gains.sum()) == pytest.approx(lost, rel=1e-3, abs=1e-6 * none)
+
+
+def by_hand(errors: Mapping[str, tuple[Tensor, Tensor]], budget: int, itemsize: int) -> float:
+    """Least loss over every choice of ranks for three weights within the budget, by singular values."""
+    one, two, three = (
+        [(rank * itemsize * sum(error.shape), least(error, norm, rank)) for rank in range(min(error.shape) + 1)]
+        for error, norm in errors.values()
+    )
+    return min(x[1] + y[1] + z[1] for x in one for y in two for z in three if x[0] + y[0] + z[0] <= budget)
+
+
+@pytest.mark.parametrize("budget", [0, 127, 128, 1000, 2500])
+def test_ranks_by_budget_are_the_best_of_all(budget: int) -> None:
+    """Where a rank of each costs the same, greed is exact."""
+    found = {f"{rows}": fitted("eora", rows, cols, 12) for rows, cols in ((12, 20), (20, 12), (16, 16))}
+    chosen = ranks({name: term for name, (*_, term) in found.items()}, budget)
+    assert sum(chosen[name] * term.nbytes for name, (*_, term) in found.items()) <= budget
+    lost = sum(least(error, norm, chosen[name]) for name, (error, norm, _) in found.items())
+    errors = {name: (error, norm) for name, (error, norm, _) in found.items()}
+    assert lost == pytest.approx(by_hand(errors, budget, 4), rel=1e-5)
+
+
+def bare(gains: list[float], nbytes: int) -> Term:
+    return Term(torch.zeros(len(gains), 3), torch.zeros(2, len(gains)), torch.tensor(gains), nbytes)
 
 
 def test_a_rank_that_does_not_fit_leaves_room_for_cheaper_ones() -> None:
-    spectra = {"wide": Spectrum(torch.tensor([100.0, 90.0]), 60), "thin": Spectrum(torch.tensor([1.0, 0.5, 0.0]), 10)}
-    assert ranks(spectra, 85) == {"wide": 1, "thin": 2}
-    assert ranks(spectra, 20) == {"wide": 0, "thin": 2}
-    assert ranks(spectra, 1000) == {"wide": 2, "thin": 2}  # a rank that takes nothing is not bought
+    terms = {"wide": bare([100.0, 90.0], 60), "thin": bare([1.0, 0.5, 0.0], 10)}
+    assert ranks(terms, 85) == {"wide": 1, "thin": 2}
+    assert ranks(terms, 20) == {"wide": 0, "thin": 2}
+    assert ranks(terms, 1000) == {"wide": 2, "thin": 2}  # a rank that takes nothing is not bought
 
 
-@pytest.mark.parametrize("module", ["eora", "lqer"])
-def test_a_spectrum_says_what_each_rank_takes(module: str) -> None:
-    error, _, stats = problem(24, 40)
-    energies = (eora_spectrum if module == "eora" else lqer_spectrum)(error, stats)
-    whitening = root(stats["second_moment"]) if module == "eora" else torch.diag(stats["mean_abs"].double())
-    lost = loss(error, fit(module, error, stats, 7), whitening)
-    assert float(energies[7:].sum()) == pytest.approx(lost, rel=1e-4)
+def test_a_budget_is_bits_per_weight() -> None:
+    options = plugins.load("corrections", "eora").options(budget=0.25)
+    assert options.even(4096, 4096) == 32  # 32 * 16 * 8192 bits for 4096 * 4096 weights
+    assert options.most(4096, 4096) == 128
+    assert (options.even(32, 32), options.most(32, 32)) == (0, 1)
+    assert plugins.load("corrections", "eora").options(budget=0.25, dtype="f32").even(4096, 4096) == 16
+
+
+def test_svdquant_takes_the_largest_part_of_the_weight() -> None:
+    weight, _, _ = problem(24, 40)
+    down, up = fit("svdquant", weight, {}, 5)
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    torch.testing.assert_close((up @ down).double(), left[:, :5] * values[:5] @ right[:5], atol=1e-7, rtol=1e-4)

@@ -56,7 +56,7 @@ def test_transposed_layers_of_gpt2_are_kept_with_a_reason(tmp_path: Path) -> Non
     extra = {"transformer.h.0.attn.c_attn.weight": torch.ones(64, 128)}
     plan = make_plan(write_model(tmp_path / "m", extra, model_type="gpt2"), Rules("int4-g128"))
     entry = next(entry for entry in plan.entries if "c_attn" in entry.weight.name)
-    assert entry.weight.scheme is None and "transposed" in entry.reason
+    assert entry.weight.scheme is None and "transposed" in entry.reason and "gptq" in entry.reason
 
 
 def test_set_wins_over_skip_and_defaults(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lowbit.methods import Method
+from lowbit.plugins import load, names
 from lowbit.schemes import parse
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Entry, Rules, make_plan
@@ -60,6 +62,21 @@ def test_pieces_give_what_the_whole_gives(tmp_path: Path, scheme: str) -> None:
         assert torch.equal(part, right[name]), name
     error = (small.dequantize() - weight).square().sum() / weight.square().sum()
     assert error < 0.75
+
+
+@pytest.mark.parametrize("name", [name for name in names("methods") if load("methods", name).into])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_codes_go_into_the_memory_that_is_given(name: str, scheme: str) -> None:
+    """The buffer is full of another code before; with and without it the result is the same."""
+    method: Method = load("methods", name)
+    assert method.into
+    weight = torch.randn(view_shape((45, 96), parse(scheme).block), generator=torch.Generator().manual_seed(3))
+    stats, memory = {"range": torch.stack([weight.min(), weight.max()])}, torch.full(weight.shape, 255).byte()
+    found = method.into(weight, stats, parse(scheme), method.options(), memory)
+    wanted = method.quantize(weight, stats, parse(scheme), method.options())
+    assert found.codes.data_ptr() == memory.data_ptr() != wanted.codes.data_ptr()
+    for (_, left), (_, right) in zip(found.parts(), wanted.parts(), strict=True):
+        assert torch.equal(left, right)
 
 
 @pytest.mark.parametrize("scheme", ["int4-g32", "int4-g48-asym", "nf4-flat64", "mxfp4"])

@@ -17,6 +17,7 @@ import pytest
 
 import lowbit
 from lowbit.stages import _charts, _words
+from lowbit.stages._records import TermsRecord
 from lowbit.stages._verdict import BANDS, judge, position
 from lowbit.stages.report import Count, Histogram, Memory, Outcome, RunRecord, Verification, write_report
 from tests.conftest import ROOT
@@ -300,6 +301,17 @@ def test_kept_tensors_are_listed_by_reason_and_folded(tmp_path: Path) -> None:
     assert "| not a matrix | 10 | 2.812 KiB |" in markdown
 
 
+def test_low_rank_terms_are_counted_beside_the_codes(tmp_path: Path) -> None:
+    ranks = {"a.weight": 24, "b.weight": 3, "c.weight": 7}
+    write_report(make_run(adapter=TermsRecord("out/adapter", 3 * 2**20, 0.25, ranks)), tmp_path)
+    said = "3 MiB in an adapter, 0.25 bits per quantized weight, ranks 3 to 24, median 7 in 3 tensors"
+    assert f"| low-rank terms | {said} |" in (tmp_path / "report.md").read_text()
+    assert "ranks 3 to 24" in Page((tmp_path / "report.html").read_text()).text
+    assert json.loads((tmp_path / "report.json").read_text())["adapter"]["ranks"] == ranks
+    write_report(make_run(), tmp_path)
+    assert "low-rank" not in (tmp_path / "report.md").read_text()
+
+
 def test_fallback_names_both_methods(tmp_path: Path) -> None:
     row = make_rows(1)[2]
     assert row.outcome is not None
@@ -464,3 +476,31 @@ def test_charts_compile_without_warnings() -> None:
     for name, spec in _charts.draw(make_run()).items():
         svg = compiler.vegalite_to_svg(spec | {"width": 300}, vl_version="6.4")
         assert svg.count("<path") > 3, name
+
+
+LEARNED: dict[str, Any] = {
+    "sources": [{"name": "train.txt"}, {"name": "chats.jsonl"}], "recipe": "awq+gptq+tune", "samples": 1024,
+    "length": 512, "sha256": "0123456789abcdef", "dtype": "bfloat16", "warnings": ["few tokens"], "folded": 24,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tuned", "wanted", "absent"),
+    [
+        ({"before": 0.125, "after": 0.0625, "fixed": 0.0}, "held-out windows fell from 0.125 to 0.0625 nats", "can be"),
+        ({"before": 0.125, "after": 0.0625, "fixed": 3.0}, "3 quantized tensors have no scales that can", "left out"),
+        (
+            {"before": 0.125, "after": 0.125, "fixed": 0.0},
+            "did not lower the loss on held-out windows, and was left out",
+            "fell",
+        ),
+        (None, "24 tensors were rescaled before", "tuned"),
+    ],
+)
+def test_the_report_tells_what_was_learned_from(tuned: Any, wanted: str, absent: str) -> None:
+    sentences = " ".join(judge(make_run(calibration={**LEARNED, "tuned": tuned})).sentences)
+    assert wanted in sentences
+    assert absent not in sentences
+    learned = "awq+gptq+tune learned from 1,024 windows of 512 tokens of train.txt, chats.jsonl (tokens 0123456789ab)"
+    assert learned in sentences
+    assert "Few tokens." in sentences

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,30 +15,71 @@ from safetensors.torch import load_file, save_file
 
 from lowbit.budget import MemoryWatch
 from lowbit.errors import VerifyError
+from lowbit.formats import Weight
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules, make_plan
 from lowbit.stages.quantize import estimate_memory, quantize
 from lowbit.stages.verify import verify
-from lowbit.stages.write import open_output
+from lowbit.stages.write import Output, open_output
+from lowbit.tensors import QTensor
 
 NAME = "layers.0.proj.weight"
 
 
-def write_model(path: Path) -> Path:
+def write_model(path: Path, layers: int = 1) -> Path:
     path.mkdir()
     generator = torch.Generator().manual_seed(0)
-    tensors = {NAME: torch.randn(64, 128, generator=generator), "norm.weight": torch.ones(128)}
+    names = [f"layers.{i}.proj.weight" for i in range(layers)]
+    tensors = {name: torch.randn(64, 128, generator=generator) for name in names} | {"norm.weight": torch.ones(128)}
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path / "model.safetensors")
     (path / "config.json").write_text('{"model_type": "made-up"}')
     return path
 
 
-def damage(out: Path, stored: str, element: int) -> None:
-    """Change one element of a stored tensor, as a packer with a mistake would."""
-    tensors = load_file(out / "model.safetensors")
-    flat = tensors[stored].reshape(-1)
+def header_of(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its data begins."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), 8 + size
+
+
+def damage(path: Path, stored: str, element: int) -> None:
+    """Change one element of a stored tensor in place."""
+    flat = load_file(path)[stored].reshape(-1)
     flat[element] = flat[element] * 2 + 1 if flat.is_floating_point() else flat[element] ^ 1
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    header, begin = header_of(path)
+    with path.open("r+b") as file:
+        file.seek(begin + header[stored]["data_offsets"][0])
+        file.write(flat.view(torch.uint8).numpy().tobytes())
+
+
+def rewrite_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the header of a safetensors file, padded to its old length."""
+    header, begin = header_of(path)
+    change(header)
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(begin - 8)
+    assert len(text) == begin - 8
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(text)
+
+
+@contextmanager
+def opened(
+    tmp_path: Path, rules: Rules, workers: int = 2
+) -> Iterator[tuple[Callable[[], None], Callable[[], int], Output]]:
+    """A run in its two steps: quantize and finish; verify, which gives the number of weights."""
+    model = tmp_path / "m" if (tmp_path / "m").exists() else write_model(tmp_path / "m")
+    with open_checkpoint(model) as source:
+        plan = make_plan(source, rules)
+        way = estimate_memory(plan, None, workers)
+        with open_output(tmp_path / "out", source, plan) as output:
+
+            def make() -> None:
+                quantize(source, plan, output, way, MemoryWatch(None))
+                output.finish(source)
+
+            yield make, lambda: verify(source, output, way).tensors, output
 
 
 @pytest.mark.parametrize(
@@ -47,33 +93,98 @@ def damage(out: Path, stored: str, element: int) -> None:
         ("int4-g128", "compressed-tensors", "norm.weight", 9, "element 9 of its weight: 3.0 is stored, 1.0 was meant"),
     ],
 )
-@pytest.mark.parametrize("healthy", [False, True])
+@pytest.mark.parametrize("when", ["between", "unmarked", "never"])
 def test_a_changed_element_fails_the_run_by_name(
-    tmp_path: Path, scheme: str, form: str, stored: str, element: int, words: str, healthy: bool
-) -> None:
-    with open_checkpoint(write_model(tmp_path / "m")) as source:
-        plan = make_plan(source, Rules(scheme, format=form))
-        way = estimate_memory(plan, None, 2)
-        with open_output(tmp_path / "out", source, plan) as output:
-            quantize(source, plan, output, way, MemoryWatch(None))
-            output.finish(source)
-            if healthy:
-                assert verify(source, output, way).tensors == 2
-                return
-            damage(tmp_path / "out", stored, element)
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, form: str, stored: str, element: int, words: str,
+    when: str,
+) -> None:  # fmt: skip
+    """It changes between writing and reading back, or later in a weight that the journal does not say was compared."""
+
+    def write_badly(output: Output, name: str, data: memoryview, at: int = 0) -> None:
+        write(output, name, data, at)
+        if name == stored and when == "between":
+            damage(tmp_path / "out/.lowbit/model.safetensors.partial", stored, element)
+
+    write = Output.write
+    monkeypatch.setattr(Output, "write", write_badly)
+    with opened(tmp_path, Rules(scheme, format=form)) as (make, check, output):
+        if when == "between":
             with pytest.raises(VerifyError, match=words) as caught:
-                verify(source, output, way)
-            assert (NAME in str(caught.value)) != (stored == "norm.weight")
+                make()
+            assert (stored if stored == "norm.weight" else NAME) not in output.records
+        else:
+            make()
+            assert check() == 2
+        if when == "unmarked":
+            output.records = {name: replace(record, verified=False) for name, record in output.records.items()}
+            damage(tmp_path / "out/model.safetensors", stored, element)
+            with pytest.raises(VerifyError, match=words) as caught:
+                check()
+        assert when == "never" or (NAME in str(caught.value)) != (stored == "norm.weight")
+
+
+def test_what_a_packer_got_wrong_is_not_journalled(tmp_path: Path) -> None:
+    with opened(tmp_path, Rules("int4-g128")) as (make, _, output):
+        rules = output.plan.rules
+
+        def pack(weight: Weight, value: QTensor, into: Mapping[str, torch.Tensor]) -> None:
+            rules.pack(weight, value, into)
+            into["layers.0.proj.weight_packed"][-1] = 0
+
+        vars(output.plan)["rules"] = replace(rules, pack=pack)
+        with pytest.raises(VerifyError, match=rf"{NAME} differs from what was meant in element 80\d\d of its codes"):
+            make()
+        assert NAME not in output.records
+
+
+def test_bytes_that_change_after_the_mark_are_found_when_the_run_is_given_again(tmp_path: Path) -> None:
+    """No later stage of the same run reads them again; the journal's digests of what was stored still tell."""
+    with opened(tmp_path, Rules("int4-g128")) as (make, check, output):
+        make()
+        whole = (tmp_path / "out/model.safetensors").read_bytes()
+        damage(tmp_path / "out/model.safetensors", f"{NAME}_packed", 5)
+        assert output.reading > 0 and check() == 2
+    with opened(tmp_path, Rules("int4-g128")) as (make, check, output):
+        assert output.resumed == 1 and NAME not in output.records
+        make()
+        assert check() == 2
+    assert (tmp_path / "out/model.safetensors").read_bytes() == whole
+
+
+def swap(header: dict[str, Any]) -> None:
+    first, second = (header[f"layers.{i}.proj.weight_packed"] for i in (0, 1))
+    first["data_offsets"], second["data_offsets"] = second["data_offsets"], first["data_offsets"]
+
+
+def retype(header: dict[str, Any]) -> None:
+    header["layers.0.proj.weight_scale"]["dtype"] = "F16"
+    header["__metadata__"]["format"] = "p"
+
+
+@pytest.mark.parametrize("change", [swap, retype])
+def test_a_header_that_says_something_else_is_found(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    write_model(tmp_path / "m", layers=2)
+    with opened(tmp_path, Rules("int4-g128")) as (make, check, _):
+        make()
+        rewrite_header(tmp_path / "out/model.safetensors", change)
+        with pytest.raises(VerifyError, match="finds other tensors than were written"):
+            check()
+
+
+def test_a_configuration_that_declares_another_scheme_is_found(tmp_path: Path) -> None:
+    with opened(tmp_path, Rules("int4-g128", format="gptq")) as (make, check, _):
+        make()
+        for file in ("config.json", "quantize_config.json"):
+            text = (tmp_path / "out" / file).read_text()
+            (tmp_path / "out" / file).write_text(text.replace('"sym": true', '"sym": false'))
+        with pytest.raises(VerifyError, match=NAME):
+            check()
 
 
 def test_a_tensor_too_many_is_not_overlooked(tmp_path: Path) -> None:
-    with open_checkpoint(write_model(tmp_path / "m")) as source:
-        plan = make_plan(source, Rules("int4-g128"))
-        way = estimate_memory(plan, None, 1)
-        with open_output(tmp_path / "out", source, plan) as output:
-            quantize(source, plan, output, way, MemoryWatch(None))
-            output.finish(source)
-            tensors = load_file(tmp_path / "out/model.safetensors") | {"stray": torch.ones(1)}
-            save_file(tensors, tmp_path / "out/model.safetensors")
-            with pytest.raises(VerifyError, match="stray is there and was not meant"):
-                verify(source, output, way)
+    with opened(tmp_path, Rules("int4-g128"), workers=1) as (make, check, _):
+        make()
+        tensors = load_file(tmp_path / "out/model.safetensors") | {"stray": torch.ones(1)}
+        save_file(tensors, tmp_path / "out/model.safetensors")
+        with pytest.raises(VerifyError, match="stray is there and was not meant"):
+            check()

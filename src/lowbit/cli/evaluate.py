@@ -25,6 +25,7 @@ Examples:
 @click.argument("model")
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 file to evaluate on.")
 @click.option("--reference", metavar="ORIGINAL", help="Checkpoint to compare with, on the same tokens.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Low-rank terms to add to MODEL, as OUT/adapter.")
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window.")
 @click.option("--stride", type=click.IntRange(1), help="Tokens between windows' begins.  [default: context]")
 @click.option("--tokens", type=click.IntRange(1), help="Use at most this many tokens of the text.")

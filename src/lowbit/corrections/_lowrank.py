@@ -10,53 +10,30 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import final
 
 import scipy.linalg  # type: ignore[import-untyped]
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowbit.corrections import LowRank
-
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+from lowbit.corrections import LowRank, Options, Term
 
 
-@final
-@dataclass(frozen=True)
-class Options:
-    """Options of every low-rank correction."""
-
-    rank: int = 32
-    dtype: str = "bf16"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank {self.rank}: a low-rank term needs a rank of at least 1; leave the correction out")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
-
-
-def approximate(error: Float[Tensor, "rows cols"], moment: Tensor, options: Options) -> LowRank:
+def approximate(matrix: Float[Tensor, "rows cols"], moment: Tensor, options: Options) -> Term:
     """The best term of the options' rank (of the smaller side, where that is less), exact in the options' dtype.
 
-    `moment` is `H`; a vector stands for its diagonal.
+    `moment` is `H`; a vector stands for its diagonal. What a rank takes from the loss is its squared singular value.
     """
-    matrix, weighted = _gram(error, moment)
-    side = len(matrix)
-    least = max(side - options.rank, 0)
-    _, vectors = scipy.linalg.eigh(matrix.numpy(), subset_by_index=(least, side - 1), driver="evr")
+    square, weighted = _gram(matrix, moment)
+    side, (rows, cols) = len(square), matrix.shape
+    least = max(side - options.most(rows, cols), 0)
+    values, vectors = scipy.linalg.eigh(square.numpy(), subset_by_index=(least, side - 1), driver="evr")
     up = torch.from_numpy(vectors).flip(1)
     if weighted is not None:  # the vectors are of the other side: carry them over
         up = torch.linalg.qr(weighted.double() @ up)[0]
-    return _stored(up.float(), up.float().T @ error, error, DTYPES[options.dtype])
-
-
-def energies(error: Float[Tensor, "rows cols"], moment: Tensor) -> Float[Tensor, "rank"]:
-    """Squared singular values of the weighted error, largest first: what each further rank takes from the loss."""
-    values: Tensor = torch.linalg.eigvalsh(_gram(error, moment)[0]).flip(0).clamp(min=0).float()
-    return values
+    down, up = _stored(up.float(), up.float().T @ matrix, matrix, options.storage)
+    gains = torch.from_numpy(values).flip(0).clamp(min=0).float()
+    return Term(down, up, gains, (rows + cols) * options.storage.itemsize)
 
 
 def _gram(
@@ -98,35 +75,21 @@ def _stored(
     return fitted.to(dtype).float(), rounded
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Spectrum:
-    """What ranks bring to one weight, and cost.
+def ranks(terms: Mapping[str, Term], budget: int) -> dict[str, int]:
+    """A rank for each term, up to its own, under a budget in bytes: always the next that takes most loss per byte.
 
-    Attributes:
-        energies: what each further rank takes from the loss, falling (`energies`).
-        nbytes: of one rank: `(rows + cols) * itemsize`.
+    Greedy; optimal up to the last rank that did not fit, since what a rank brings only falls. What gets nothing has
+    rank 0.
     """
-
-    energies: Float[Tensor, "rank"]
-    nbytes: int
-
-
-def ranks(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]:
-    """A rank for each weight under a budget in bytes: always the next rank that takes most loss per byte.
-
-    Greedy; optimal up to the last rank that did not fit, since what a rank brings only falls. Weights that get nothing
-    have rank 0.
-    """
-    chosen = dict.fromkeys(spectra, 0)
-    queue = [(-float(s.energies[0]) / s.nbytes, name) for name, s in spectra.items() if len(s.energies)]
+    chosen = dict.fromkeys(terms, 0)
+    queue = [(-float(term.gains[0]) / term.nbytes, name) for name, term in terms.items() if len(term.gains)]
     heapq.heapify(queue)
     while queue:
         gain, name = heapq.heappop(queue)
-        spectrum = spectra[name]
-        if spectrum.nbytes > budget or gain >= 0:
+        term = terms[name]
+        if term.nbytes > budget or gain >= 0:
             continue
-        budget, chosen[name] = budget - spectrum.nbytes, chosen[name] + 1
-        if chosen[name] < len(spectrum.energies):
-            heapq.heappush(queue, (-float(spectrum.energies[chosen[name]]) / spectrum.nbytes, name))
+        budget, chosen[name] = budget - term.nbytes, chosen[name] + 1
+        if chosen[name] < len(term.gains):
+            heapq.heappush(queue, (-float(term.gains[chosen[name]]) / term.nbytes, name))
     return chosen

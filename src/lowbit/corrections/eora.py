@@ -6,23 +6,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowbit.corrections import Correction, LowRank
-from lowbit.corrections._lowrank import Options, approximate, energies
+from lowbit.corrections import Correction, Options, Term
+from lowbit.corrections._lowrank import approximate
 from lowbit.methods import Stats
 
 
-def fit(error: Float[Tensor, "rows cols"], stats: Stats, options: Options) -> LowRank:
+def fit(error: Float[Tensor, "rows cols"], stats: Stats, options: Options) -> Term:
     """EoRA (arXiv:2410.21271, section 3): the best `up @ down` in the eigenspace of the inputs' second moment.
 
     The paper projects the error by `Q sqrt(L)` of `X^T X = Q L Q^T`, cuts its singular values, and projects back by the
     inverse; `_lowrank` finds the same product without an inverse.
     """
     return approximate(error, _moment(stats), options)
-
-
-def spectrum(error: Float[Tensor, "rows cols"], stats: Stats) -> Float[Tensor, "rank"]:
-    """What each further rank takes from the loss, largest first: for `_lowrank.ranks`."""
-    return energies(error, _moment(stats))
 
 
 def _moment(stats: Stats) -> Tensor:
@@ -33,6 +28,5 @@ def _moment(stats: Stats) -> Tensor:
 CORRECTION = Correction(
     about="low-rank error, least at the layer's output over the calibration inputs (EoRA)",
     fit=fit,
-    options=Options,
     needs=frozenset({"second_moment"}),
 )

@@ -5,23 +5,18 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from lowbit.corrections import Correction, LowRank
-from lowbit.corrections._lowrank import Options, approximate, energies
+from lowbit.corrections import Correction, Options, Term
+from lowbit.corrections._lowrank import approximate
 from lowbit.methods import Stats
 
 
-def fit(error: Float[Tensor, "rows cols"], stats: Stats, options: Options) -> LowRank:
+def fit(error: Float[Tensor, "rows cols"], stats: Stats, options: Options) -> Term:
     """L2QER (LQER, arXiv:2402.02446, section 3.2): the best `up @ down` in `||(error - up @ down) S||`.
 
     `S` is the diagonal of the mean absolute inputs; the paper divides it by `sqrt(min * max)`, which changes nothing.
     Channels that are always 0 weigh nothing; where all are, every channel weighs the same (ZeroQuant-V2's LoRC).
     """
     return approximate(error, _moment(stats), options)
-
-
-def spectrum(error: Float[Tensor, "rows cols"], stats: Stats) -> Float[Tensor, "rank"]:
-    """What each further rank takes from the loss, largest first: for `_lowrank.ranks`."""
-    return energies(error, _moment(stats))
 
 
 def _moment(stats: Stats) -> Float[Tensor, "cols"]:
@@ -32,6 +27,5 @@ def _moment(stats: Stats) -> Float[Tensor, "cols"]:
 CORRECTION = Correction(
     about="low-rank error, channels weighted by their mean absolute input (L2QER)",
     fit=fit,
-    options=Options,
     needs=frozenset({"mean_abs"}),
 )

@@ -37,6 +37,8 @@ class Weight:
         activations: how a runtime quantizes its inputs, tokens as rows; None where it does not.
         input_scale: what the activations' scheme stores: the scale of `-tensor`; of NVFP4 the number by which scales
             are multiplied before they are rounded. None where it stores nothing, or is not calibrated yet.
+        swapped: whether the model holds its transpose, `[inputs, outputs]` (GPT-2's `Conv1D`); `shape`, and all that
+            formats and methods see, is `[outputs, inputs]`.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Weight:
     scheme: Scheme | None = None
     activations: Scheme | None = None
     input_scale: float | None = None
+    swapped: bool = False
 
     @property
     def module(self) -> str:
@@ -86,6 +89,7 @@ class Format:
         owns: `(weight) -> names` of the stored tensors that belong to a recognised weight.
         fit_activations: `(scheme, weight) -> scheme` of the inputs of a weight whose own scheme is fitted, as this
             format declares it; raises `UnsupportedError` with the reason.
+        swaps: whether its readers put a weight `[outputs, inputs]` into the place of a `Conv1D`.
     """
 
     about: str
@@ -98,3 +102,4 @@ class Format:
     recognise: Callable[[Mapping[str, Any], Mapping[str, Spec], Callable[[str], Tensor]], dict[str, Weight] | None]
     owns: Callable[[Weight], Sequence[str]]
     fit_activations: Callable[[Scheme, Weight], Scheme] = no_activations
+    swaps: bool = False

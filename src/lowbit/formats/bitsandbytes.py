@@ -339,4 +339,5 @@ FORMAT = Format(
     config=config,
     recognise=recognise,
     owns=owns,
+    swaps=True,
 )

@@ -48,4 +48,5 @@ FORMAT = Format(
     config=partial(_gptq.config, format="gptq"),
     recognise=recognise,
     owns=_gptq.owns,
+    swaps=True,
 )

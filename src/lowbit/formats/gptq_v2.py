@@ -29,4 +29,5 @@ FORMAT = Format(
     config=partial(_gptq.config, format="gptq_v2"),
     recognise=recognise,
     owns=_gptq.owns,
+    swaps=True,
 )

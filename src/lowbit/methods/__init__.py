@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowbit.blocks import Block
@@ -47,6 +47,8 @@ class Method:
         work: `(rows, cols) -> ` floating-point operations of `prepare` and `quantize` on one weight, for the estimate
             of time; 0 where they do not count beside the passes over the block.
         windows: `options -> ` windows that `learn` runs through a block, in units of a forward pass.
+        into: `quantize` with one more argument, memory for the codes of the result; for methods so fast that copying
+            codes counts.
         supports: `scheme -> None`, or the reason why this method cannot use the scheme.
     """
 
@@ -61,3 +63,4 @@ class Method:
     prepared: Callable[[int], int] = lambda cols: 0
     work: Callable[[int, int], float] = lambda rows, cols: 0.0
     windows: Callable[[Any], int] = lambda options: 0
+    into: Callable[[Float[Tensor, "rows cols"], Stats, Scheme, Any, UInt8[Tensor, "rows cols"]], QTensor] | None = None

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 from math import ceil, isfinite
 from typing import Protocol, final, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -131,12 +132,18 @@ class Rounded:
     Attributes:
         exact: the weight over its scale.
         level: what the grid has in its place: `q - z`.
-        inside: whether the code was not clipped, so that the rounding's derivative is 1.
+        place: where the weight was rounded to, before it was clipped.
+        clipped: the same after.
     """
 
     exact: Groups
     level: Groups
-    inside: Bool[Tensor, "groups width"]
+    place: Groups
+    clipped: Groups
+
+    def kept(self, grad: Groups) -> Groups:
+        """The derivative by the weight in units of the scale: that by the level, where the code was not clipped."""
+        return grad.masked_fill(self.place != self.clipped, 0.0)
 
 
 def rounded(weight: Groups, shift: Groups | None, scales: PerGroup, zeros: PerGroup | None, scheme: Scheme) -> Rounded:
@@ -144,15 +151,14 @@ def rounded(weight: Groups, shift: Groups | None, scales: PerGroup, zeros: PerGr
     exact = weight / scales
     if scheme.grid.kind != "int":
         return _on_table(exact, shift, scheme.grid)
-    moved = exact if shift is None else exact + shift
+    place = exact.clone() if shift is None else exact + shift
     if zeros is None:
         half = 2.0 ** (scheme.grid.bits - 1)
-        nearest = moved.round()
-        level = nearest.clamp(-half, half - 1)
+        level = place.round_().clamp(-half, half - 1)
     else:
-        nearest = (moved + zeros).round_().sub_(zeros) if scheme.zero == "float" else moved.round()
-        level = nearest.clamp(-zeros, 2.0**scheme.grid.bits - 1 - zeros)
-    return Rounded(exact, level, nearest == level)
+        place = place.add_(zeros).round_().sub_(zeros) if scheme.zero == "float" else place.round_()
+        level = place.clamp(-zeros, 2.0**scheme.grid.bits - 1 - zeros)
+    return Rounded(exact, level, place, level)
 
 
 def _on_table(exact: Groups, shift: Groups | None, grid: Grid) -> Rounded:
@@ -161,9 +167,9 @@ def _on_table(exact: Groups, shift: Groups | None, grid: Grid) -> Rounded:
     above = torch.bucketize(exact, levels).clamp_(1, len(levels) - 1)
     lower = levels[above - 1]
     position = (exact - lower) / (levels[above] - lower) + (above - 1)
-    nearest = (position if shift is None else position + shift).round_()
-    index = nearest.clamp(0, len(levels) - 1)
-    return Rounded(exact, levels[index.long()], nearest == index)
+    place = (position if shift is None else position + shift).round_()
+    index = place.clamp(0, len(levels) - 1)
+    return Rounded(exact, levels[index.long()], place, index)
 
 
 @cache
@@ -173,19 +179,20 @@ def _levels(grid: Grid) -> Float[Tensor, "levels"]:
 
 
 def range_slopes(
-    grad: Groups, at: Rounded, scales: PerGroup, low: PerGroup | None, top: float
+    grad: Groups, kept: Groups, at: Rounded, scales: PerGroup, low: PerGroup | None, top: float
 ) -> tuple[PerGroup, PerGroup]:
-    """Derivatives of the loss by the lower and the upper end of each group's range; `grad` is that by `w^`.
+    """Derivatives of the loss by the lower and the upper end of each group's range.
+
+    `grad` is that by `w^`, `kept` the same where no code was clipped.
 
     With `w^ = s (q - z)`: by `s` it is `q - z - w / s` (`q - z` where clipped), by `z` it is 0 (`-s` where clipped).
     `s = (high - low) / top` and `z = -low / s`, where there is a zero point; else (`low` is None) the scale follows
     the greater end, and both are the derivative by the scale.
     """
-    kept = grad * at.inside
     by_scale = (grad * at.level).sum(1, keepdim=True) - (kept * at.exact).sum(1, keepdim=True)
     if low is None:
         return by_scale, by_scale
-    clipped = grad.sum(1, keepdim=True, dtype=torch.float32) - kept.sum(1, keepdim=True, dtype=torch.float32)
+    clipped = grad.sum(1, keepdim=True) - kept.sum(1, keepdim=True)
     by_scale = (by_scale - clipped * low / scales) / top  # by_zero = -clipped * scales
     return clipped - by_scale, by_scale
 
@@ -221,19 +228,29 @@ def descend(block: Block, learners: Mapping[str, Learner], iterations: int, batc
 
     The loss is the squared difference from the float block's output; its mean would change no sign.
     """
-    dtype = block.target([0]).dtype
+    dtype, names = block.target([0]).dtype, sorted(learners, key=lambda name: -block.weights[name].numel())
     dice = torch.Generator().manual_seed(block.seed)
+
+    def leaf(name: str) -> Tensor:
+        return learners[name].weight(dtype).detach().requires_grad_()
+
+    def move(name: str, grads: Sequence[Tensor | None], progress: float) -> Tensor:
+        known = [grad for grad in grads if grad is not None]
+        if known:
+            learners[name].step(sum(known[1:], known[0]), progress)
+        return leaf(name)
+
     with ThreadPoolExecutor(block.threads, "learn") as pool:
+        leaves = dict(zip(names, pool.map(leaf, names), strict=True))
         for step, indices in zip(range(iterations), _batches(block.windows, batch, dice), strict=False):
-            leaves = {name: learner.weight(dtype).detach().requires_grad_() for name, learner in learners.items()}
             # Each worker has windows of its own: waking threads for small products costs more than these take.
             parts = [indices[at :: block.threads] for at in range(min(block.threads, len(indices)))]
-            found = list(pool.map(lambda part, leaves=leaves: _slopes(block, leaves, part), parts))
-            if any(grads is None for grads in found):
+            found = list(pool.map(_slopes, repeat(block), repeat(leaves), parts))
+            grads = [each for each in found if each is not None]
+            if len(grads) < len(found):
                 return
-            sums = [_sum(grads) for grads in zip(*[grads for grads in found if grads is not None], strict=True)]
-            moves = [(learner, grad) for learner, grad in zip(learners.values(), sums, strict=True) if grad is not None]
-            list(pool.map(lambda move, step=step: move[0].step(move[1], step / iterations), moves))
+            by_weight = zip(*grads, strict=True)
+            leaves = dict(zip(names, pool.map(move, names, by_weight, repeat(step / iterations)), strict=True))
 
 
 @torch.enable_grad()
@@ -245,12 +262,6 @@ def _slopes(block: Block, leaves: Mapping[str, Tensor], indices: Sequence[int]) 
     if not error.abs().max().isfinite():
         return None
     return torch.autograd.grad(output, list(leaves.values()), error, allow_unused=True)
-
-
-def _sum(grads: Sequence[Tensor | None]) -> Tensor | None:
-    """Sum over the workers, in their order."""
-    known = [grad for grad in grads if grad is not None]
-    return sum(known[1:], known[0]) if known else None
 
 
 def _batches(windows: int, batch: int, dice: torch.Generator) -> Iterator[list[int]]:
@@ -267,15 +278,20 @@ def best_of(block: Block, candidates: Sequence[Mapping[str, QTensor]], batch: in
     return candidates[least]
 
 
-@torch.no_grad()
 def block_loss(block: Block, weights: Mapping[str, QTensor], batch: int) -> float:
     """Mean squared difference from the float block's output on at most 32 windows."""
     windows = list(range(0, block.windows, ceil(block.windows / _CHECK)))
     dtype = block.target([0]).dtype
     decoded = {name: weight.dequantize().to(dtype) for name, weight in weights.items()}
-    total, count = 0.0, 0
-    for start in range(0, len(windows), batch):
-        some = windows[start : start + batch]
-        error = block.run(some, decoded).float() - block.target(some).float()
-        total, count = total + error.square().sum(dtype=torch.float64).item(), count + error.numel()
-    return total / max(count, 1)
+
+    @torch.no_grad()
+    def error_of(some: Sequence[int]) -> tuple[float, int]:
+        with TiledAttention():
+            error = block.run(some, decoded).float() - block.target(some).float()
+        return error.square().sum(dtype=torch.float64).item(), error.numel()
+
+    size = ceil(batch / block.threads)  # together they hold as much as one batch
+    parts = [windows[start : start + size] for start in range(0, len(windows), size)]
+    with ThreadPoolExecutor(block.threads, "learn") as pool:
+        found = list(pool.map(error_of, parts))
+    return sum(total for total, _ in found) / max(sum(count for _, count in found), 1)

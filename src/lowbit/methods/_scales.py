@@ -156,17 +156,21 @@ def round_zeros(zeros: Blocks, scheme: Scheme) -> Blocks:
 
 
 def encode(
-    weight: Float[Tensor, "rows cols"], affine: Affine, scheme: Scheme, block: tuple[int, int]
+    weight: Float[Tensor, "rows cols"],
+    affine: Affine,
+    scheme: Scheme,
+    block: tuple[int, int],
+    out: UInt8[Tensor, "rows cols"] | None = None,
 ) -> UInt8[Tensor, "rows cols"]:
-    """The codes nearest to the weight; `block` is the size of one block in elements."""
+    """The codes nearest to the weight, in `out` where it is given; `block` is the size of one block in elements."""
     grid, scales = scheme.grid, affine.scales * affine.unit
     if grid.kind == "int":
         offset, top = 2 ** (grid.bits - 1), 2**grid.bits - 1
         fractional = scheme.zero == "float"
-        return native.quantize_affine(weight, scales, affine.zeros, offset, top, *block, round_sum=fractional)
+        return native.quantize_affine(weight, scales, affine.zeros, offset, top, *block, round_sum=fractional, out=out)
     if grid.name in _FP8:
-        return native.quantize_fp8(weight, scales, _FP8[grid.name], *block)
-    return native.quantize_levels(weight, scales, *_sorted_levels(grid), *block)
+        return native.quantize_fp8(weight, scales, _FP8[grid.name], *block, out=out)
+    return native.quantize_levels(weight, scales, *_sorted_levels(grid), *block, out=out)
 
 
 def residual(
@@ -186,15 +190,20 @@ def block_mean(values: Float[Tensor, "rows cols"], block: tuple[int, int]) -> Bl
     return means.mean(1) if block[0] > 1 else means[:, 0]
 
 
-def finish(weight: Float[Tensor, "rows cols"], affine: Affine, scheme: Scheme) -> QTensor:
-    """The weight encoded under these scales and zero points.
+def finish(
+    weight: Float[Tensor, "rows cols"],
+    affine: Affine,
+    scheme: Scheme,
+    out: UInt8[Tensor, "rows cols"] | None = None,
+) -> QTensor:
+    """The weight encoded under these scales and zero points, its codes in `out` where that is given.
 
     Double quantization with an offset is left to `nest`: the result then has float32 scales and no nested scheme.
     """
     shape = (weight.shape[0], weight.shape[1])
     if scheme.nested and scheme.nested.offset:
         scheme = replace(scheme, nested=None)
-    codes = encode(weight, affine, scheme, block_size(shape, scheme.block))
+    codes = encode(weight, affine, scheme, block_size(shape, scheme.block), out)
     zeros = affine.zeros.to(torch.uint8) if affine.zeros is not None and scheme.zero == "int" else affine.zeros
     if scheme.nested is None:
         return QTensor(scheme, shape, codes, affine.scales, zeros)
@@ -204,14 +213,16 @@ def finish(weight: Float[Tensor, "rows cols"], affine: Affine, scheme: Scheme) -
     return QTensor(scheme, shape, codes, scales, zeros)
 
 
-def nearest(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme) -> QTensor:
-    """Round to nearest: scales from the range of each block, in two passes over the weight.
+def nearest(
+    weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, out: UInt8[Tensor, "rows cols"] | None = None
+) -> QTensor:
+    """Round to nearest: scales from the range of each block, in two passes over the weight; codes go to `out`, if any.
 
     Raises:
         WeightError: NaN or Inf, with its place.
     """
     ranges = finite_range(weight, stats, scheme)
-    return finish(weight, fit(ranges, scheme, global_divisor(ranges, stats, scheme)), scheme)
+    return finish(weight, fit(ranges, scheme, global_divisor(ranges, stats, scheme)), scheme, out)
 
 
 def refine(

@@ -62,7 +62,8 @@ class _Clipping:
         low, slopes = source.low * factors[0], []
         for at, scales, zeros in source.parts(self._affine):
             now = rounded(source.values[at], None, scales, zeros, source.scheme)
-            ends = range_slopes(groups[at], now, scales, low[at] if has_zero else None, self._top)
+            kept = now.kept(groups[at])
+            ends = range_slopes(groups[at], kept, now, scales, low[at] if has_zero else None, self._top)
             slopes.append(torch.stack(ends))
         whole = torch.stack([source.low, source.high]) if has_zero else torch.ones_like(factors)
         self._logits.grad = torch.cat(slopes, 1) * whole * factors * (1 - factors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowbit.methods import Method, NoOptions, Stats
@@ -11,13 +11,19 @@ from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
 
-def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: NoOptions) -> QTensor:
+def quantize(
+    weight: Float[Tensor, "rows cols"],
+    stats: Stats,
+    scheme: Scheme,
+    options: NoOptions,
+    out: UInt8[Tensor, "rows cols"] | None = None,
+) -> QTensor:
     """What `_scales.nearest` makes of the weight.
 
     Raises:
         WeightError: NaN or Inf, with its place.
     """
-    return nearest(weight, stats, scheme)
+    return nearest(weight, stats, scheme, out)
 
 
-METHOD = Method(about="round to nearest: no search, no data, fastest", quantize=quantize, workspace=4.0)
+METHOD = Method(about="round to nearest: no search, no data, fastest", quantize=quantize, workspace=4.0, into=quantize)

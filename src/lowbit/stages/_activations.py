@@ -61,7 +61,23 @@ def rounded(
         found = _round_rows(part.contiguous(), scheme, scale)
         out[rows] = found if factors is None else found * factors
     result = out.view(x.shape)
+    if factors is not None and factors.requires_grad:
+        return x + (result - x).detach() + _pulled(values, (out - values).detach(), scheme, factors).view(x.shape)
     return x + (result - x).detach() if x.requires_grad else result
+
+
+def _pulled(x: Tensor, error: Tensor, scheme: Scheme, factors: Tensor) -> Tensor:
+    """Nothing, with the derivatives by the factors of `s round(x / s)`, the rounding's own taken for 1.
+
+    An input moves by its error with its own factor, and by as much against that of the input that sets its scale.
+    """
+    high, wide = block_size((x.shape[0], x.shape[1]), scheme.block)
+    move = factors.log() - factors.log().detach()
+    if high != 1 or x.shape[1] % wide:
+        return (error * move).to(x.dtype)
+    top = (x / factors.detach()).abs().view(len(x), -1, wide).argmax(-1)
+    top += torch.arange(0, x.shape[1], wide)
+    return (error * (move - move[top].repeat_interleave(wide, 1))).to(x.dtype)
 
 
 def _round_rows(x: Float[Tensor, "rows cols"], scheme: Scheme, scale: float | None) -> Float[Tensor, "rows cols"]:
@@ -77,30 +93,56 @@ def _round_rows(x: Float[Tensor, "rows cols"], scheme: Scheme, scale: float | No
     return native.dequantize(codes, affine.scales * affine.unit, affine.zeros, level_table(scheme.grid), *block)
 
 
-def round_inputs(model: nn.Module, weights: Mapping[str, Weight], sources: Mapping[str, frozenset[str]]) -> None:
+def round_inputs(
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    sources: Mapping[str, frozenset[str]],
+    terms: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
     """Let a model round the inputs of every module whose weight says so.
 
     Args:
         model: its modules' `forward` takes the inputs first.
         weights: those of the checkpoint, by name.
         sources: for each parameter of the model, the weights of the checkpoint that it is made of.
+        terms: low-rank pairs `(down, up)` beside weights; they read the inputs before these are rounded.
 
     Raises:
         UnsupportedError: a parameter is made of weights whose inputs are not rounded alike, or is no matrix, so that
-            its module's input need not be the weight's.
+            its module's input need not be the weight's; or of several of which one has a low-rank term.
     """
     for parameter, names in sources.items():
         kinds = {(weights[name].activations, weights[name].input_scale) for name in names}
         (scheme, scale), *others = sorted(kinds, key=str) if kinds else [(None, None)]
         if scheme is None and not others:
             continue
-        if others or scheme is None or model.get_parameter(parameter).dim() != 2:
+        pairs = [terms[name] for name in names if name in terms]
+        single = model.get_parameter(parameter).dim() == 2 and (len(names) == 1 or not pairs)
+        if others or scheme is None or not single:
             raise UnsupportedError(
                 f"{parameter} is made of weights that read several inputs, which are quantized when the model runs: "
                 "that cannot be evaluated; quantize weights alone"
             )
-        model.get_submodule(parameter.rpartition(".")[0]).register_forward_pre_hook(_hook(scheme, scale))
+        module = model.get_submodule(parameter.rpartition(".")[0])
+        for pair in pairs:
+            _add_branch(module, *pair)
+        module.register_forward_pre_hook(_hook(scheme, scale))
 
 
 def _hook(scheme: Scheme, scale: float | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     return lambda module, inputs: (rounded(inputs[0], scheme, scale), *inputs[1:])
+
+
+def _add_branch(module: nn.Module, down: Tensor, up: Tensor) -> None:
+    """Let a module add `up @ down` times its inputs, as they are when its hooks begin."""
+    thin: list[Tensor] = []
+
+    def read(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        thin.append(inputs[0] @ down.T.to(inputs[0].dtype))
+
+    def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        found = thin.pop()
+        return output + found @ up.T.to(found.dtype)
+
+    module.register_forward_pre_hook(read)
+    module.register_forward_hook(add)

@@ -74,6 +74,16 @@ def read_adapter(path: Path) -> dict[str, LowRank]:
 
 @final
 @dataclass(frozen=True)
+class Adapter:
+    """An adapter that was written: its directory, bytes of its terms, and their ranks by weight."""
+
+    path: Path
+    nbytes: int
+    ranks: Mapping[str, int]
+
+
+@final
+@dataclass(frozen=True)
 class Terms:
     """The low-rank terms of a run, each in a file of its own until the adapter is whole.
 
@@ -103,14 +113,17 @@ class Terms:
             for name, parts in found.items()
         }
 
-    def finish(self, base: str) -> Path | None:
-        """Write the adapter, where there are terms; returns its directory."""
+    def finish(self, base: str) -> Adapter | None:
+        """Write the adapter, where there are terms, in the smallest dtype that has their values."""
         terms = self.collect()
         if not terms:
             return None
-        exact = all(torch.equal(part, part.bfloat16().float()) for pair in terms.values() for part in pair)
-        write_adapter(self.out / ADAPTER, terms, base, torch.bfloat16 if exact else torch.float32)
-        return self.out / ADAPTER
+        parts = [part for pair in terms.values() for part in pair]
+        fits = (d for d in (torch.bfloat16, torch.float16) if all(torch.equal(p, p.to(d).float()) for p in parts))
+        dtype = next(fits, torch.float32)
+        write_adapter(self.out / ADAPTER, terms, base, dtype)
+        ranks = {name: len(down) for name, (down, _) in terms.items()}
+        return Adapter(self.out / ADAPTER, dtype.itemsize * sum(part.numel() for part in parts), ranks)
 
 
 def _module(name: str) -> str:

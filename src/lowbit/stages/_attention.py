@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, final
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from lowbit import native
 
 _TILE = 128
 _HEADS = 8  # that are computed together: their scores stay in the cache
@@ -82,9 +83,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any)
     plain = not args and kwargs.get("attn_mask") is None and kwargs.get("is_causal") and not kwargs.get("dropout_p")
     shared = query.shape[1] // key.shape[1] if query.dim() == 4 else 0
     same = query.dim() == 4 and query.shape[2] == key.shape[2] and query.dtype == torch.bfloat16
-    if not (plain and same and (shared == 1 or kwargs.get("enable_gqa"))):
-        return scaled_dot_product_attention(query, key, value, *args, **kwargs)
     scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+    if not (plain and same and scale > 0 and (shared == 1 or kwargs.get("enable_gqa"))):
+        return scaled_dot_product_attention(query, key, value, *args, **kwargs)
     out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
     rows, result = (each.reshape(-1, *each.shape[2:]) for each in (query, out))
     keys, values = (each.repeat_interleave(shared, 1).reshape(-1, *each.shape[2:]) for each in (key, value))
@@ -94,20 +95,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any)
     return result.view(out.shape)
 
 
-@cache
-def _bias(start: int, stop: int) -> Tensor:
-    """What is added to the scores of rows `start` to `stop`: minus infinity for later tokens."""
-    return torch.full((stop - start, stop), -torch.inf).triu_(start + 1)
-
-
 def _tiles(rows: Tensor, keys: Tensor, values: Tensor, out: Tensor, scale: float) -> None:
     """Some heads: tiles of rows, each against the keys up to its end."""
     for start in range(0, rows.shape[1], _TILE):
         stop = min(start + _TILE, rows.shape[1])
         tile = rows[:, start:stop].float()
-        bias = _bias(start, stop).expand(len(tile), -1, -1)
-        scores = torch.baddbmm(bias, tile, keys[:, :, :stop], alpha=scale)
-        out[:, start:stop] = torch.bmm(scores.softmax(-1).to(rows.dtype), values[:, :stop])
+        scores = torch.bmm(tile, keys[:, :, :stop])
+        shares = torch.empty_like(scores, dtype=rows.dtype)
+        native.causal_softmax(scores.view(-1, stop), stop - start, start, scale, out=shares.view(-1, stop))
+        out[:, start:stop] = torch.bmm(shares, values[:, :stop])
 
 
 @contextmanager

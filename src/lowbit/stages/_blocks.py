@@ -179,15 +179,16 @@ class LiveBlock:
 
     def _find(self, blueprint: Blueprint, name: str, sources: Mapping[str, frozenset[str]]) -> Place | None:
         """The part of a parameter that equals the weight; None where it is not there as a whole."""
-        shape = blueprint.checkpoint.weights[name].shape
+        weight = blueprint.checkpoint.weights[name]
+        shape = weight.shape[::-1] if weight.swapped else weight.shape
         for parameter, made_of in sources.items():
             tensor = self._parameters[parameter]
             if name in made_of and len(made_of) == 1 and tuple(tensor.shape) == shape:
                 return Place(parameter, None, slice(None), False)
             if name in made_of and len(shape) == 2:
-                weight = blueprint.checkpoint.dequantized(name, tensor.dtype)
+                whole = blueprint.checkpoint.dequantized(name, tensor.dtype)
                 return next(
-                    (place for place in _candidates(parameter, tensor, shape) if _holds(place, tensor, weight)), None
+                    (place for place in _candidates(parameter, tensor, shape) if _holds(place, tensor, whole)), None
                 )
         return None
 
@@ -224,7 +225,8 @@ class LiveBlock:
         args, kwargs = call.with_hidden(hidden)
         replaced = {**(parameters or {}), **self._replaced(weights or {})}
         module = self._own_module() if replaced else self.module
-        with Products(self._regions(replaced), watch, after) if watch else nullcontext():
+        watched = watch is not None or after is not None
+        with Products(self._regions(replaced), watch, after) if watched else nullcontext():
             out = functional_call(module, replaced, args, kwargs) if replaced else module(*args, **kwargs)
         found: Tensor = out[0] if isinstance(out, tuple) else out
         return found

@@ -140,22 +140,26 @@ class _Facts:
 
     def cost(self, tokens: int, piece: int, threads: int, sites: int) -> Cost:
         """Of one way of working."""
-        block = self.blueprint.block_bytes * (2 if self.paired else 1) + 4 * self.targets * self.floats
+        block = self.blueprint.block_bytes * (2 if self.paired else 1) + 4 * self.targets * self.floats + self._terms()
         if self.method.learn:
             block += int(self.method.workspace * self.targets)
+        back = max((t.batch(step_options(t, n, self.plan.options)) for t, n in self._named()), default=0)
+        block += 12 * self.targets * bool(back)  # weights as they are rounded, their derivatives, and one more
         batch = max(tokens, self.windows[1])
         held = sum(statistic.nbytes(self.wide) for statistic in self.statistics)
         prepared = self.method.prepared(self.wide)
         weight = max((prod(entry.weight.shape) for entry in self.largest), default=0)
         parts = int((self.method.workspace + _RIVALS) * min(piece, weight)) * threads
+        parts += 3 * sum(sorted(prod(entry.weight.shape) for entry in self.largest)[-3:])
         streams = 2 if self.paired or self.floats else 1
         hidden = prod(self.windows) * self.blueprint.width * self.blueprint.dtype.itemsize
         return Cost(
             self.base,
             block,
-            batch * self.blueprint.token_bytes(self.windows[1]) * (3 if self.method.learn else 1),
+            max(batch * (3 if self.method.learn else 1), 3 * back * self.windows[1])
+            * self.blueprint.token_bytes(self.windows[1]),
             max(sites * (held + _JUDGE * self.wide), prepared + _JUDGE * self.wide),
-            parts + 3 * sum(sorted(prod(entry.weight.shape) for entry in self.largest)[-3:]),
+            max(parts, self._fitting()),
             2 * streams * hidden,
             0.0,
             batch,
@@ -163,6 +167,22 @@ class _Facts:
             threads,
             sites,
         )
+
+    def _terms(self) -> int:
+        """Bytes of the largest block's low-rank terms, and of a step's weights without those that come before codes."""
+        shapes = [entry.weight.shape for entry in self.largest]
+        options = (step_options(c, n, self.plan.options) for c, n in self._corrections())
+        ranks: int = sum(each.most(rows, cols) * (rows + cols) for each in options for rows, cols in shapes)
+        step = sorted(map(prod, shapes))[-3 if self.experts == 1 else 0 :]
+        return 4 * (ranks + sum(step) * any(correction.before for correction in self.corrections))
+
+    def _fitting(self) -> int:
+        """Bytes while a term is fitted: the error three times, and three matrices of its smaller side in float64."""
+        shapes = [entry.weight.shape for entry in self.largest if self.corrections]
+        return max((12 * rows * cols + 24 * min(rows, cols) ** 2 for rows, cols in shapes), default=0)
+
+    def _corrections(self) -> list[tuple[Correction, str]]:
+        return list(zip(self.corrections, self.recipe.corrections, strict=True))
 
     def seconds(self, way: Cost) -> float:
         """From the multiplications of forward passes, statistics and methods, and the rates of this machine."""
@@ -189,7 +209,8 @@ class _Facts:
         """Multiplications for one weight outside of the forward passes."""
         rows, cols = entry.weight.shape[0], entry.weight.shape[-1]
         second = any(name in ("second_moment", "cross_moment") for name in self.method.needs)
-        return second * tokens * cols**2 / 2 + self.method.work(rows, cols)
+        terms = len(self.corrections) * (4 * min(rows, cols) ** 3 + 2 * rows * cols**2)
+        return second * tokens * cols**2 / 2 + self.method.work(rows, cols) + terms
 
 
 _PASSES = 3.5  # passes over a block: up to each of its steps, and one for its output

@@ -67,11 +67,12 @@ class Job:
     Attributes:
         entry: of the plan.
         method: the plan's, or another where calibration did not reach the weight.
-        weight: as it is kept, in any float type, `[outputs, inputs]`.
+        weight: what the codes are made of, in any float type, `[outputs, inputs]`.
         stats: prepared for the method.
         seen: at its site.
         options: of the method.
         elements: of a piece.
+        whole: the weight that the codes and the low-rank terms beside them stand for: `weight` and these terms.
     """
 
     entry: Entry
@@ -81,6 +82,7 @@ class Job:
     seen: Seen
     options: Any
     elements: int
+    whole: Float[Tensor, "rows cols"]
 
     @property
     def scheme(self) -> Scheme:
@@ -107,15 +109,15 @@ class Job:
 
     def piece(self, rows: slice) -> Piece:
         """All candidates for some rows."""
-        start, part = time.perf_counter(), self.weight[rows].float()
+        start, part, whole = time.perf_counter(), self.weight[rows].float(), self.whole[rows].float()
         view = part.reshape(view_shape((part.shape[0], part.shape[1]), self.scheme.block))
         made = {name: m.quantize(view, self.stats, self.scheme, options) for name, (m, options) in self.methods.items()}
-        tallies = {name: self._tally(part, q) for name, q in made.items()}
-        return Piece(rows, made, tallies, self._output_power(part), time.perf_counter() - start)
+        tallies = {name: self._tally(part, whole, q) for name, q in made.items()}
+        return Piece(rows, made, tallies, self._output_power(whole), time.perf_counter() - start)
 
-    def _tally(self, part: Float[Tensor, "some cols"], made: QTensor) -> Tally:
+    def _tally(self, part: Float[Tensor, "some cols"], whole: Float[Tensor, "some cols"], made: QTensor) -> Tally:
         gap = made.dequantize().view_as(part) - part
-        return Tally(self._output_power(gap), Error(_power(gap), _power(part), float(gap.abs().max())))
+        return Tally(self._output_power(gap), Error(_power(gap), _power(whole), float(gap.abs().max())))
 
     def _output_power(self, part: Float[Tensor, "some cols"]) -> float:
         held = self.seen.held

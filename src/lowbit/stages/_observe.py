@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -107,10 +107,10 @@ class Accumulator:
 
 @final
 class Observer:
-    """A watch of one pass: keeps what the products of some sites read, and ends the pass when they are past."""
+    """A watch of one pass: keeps what the products of some sites read, and ends the pass when all are seen or past."""
 
-    def __init__(self, sites: Iterable[Site], later: frozenset[str]) -> None:
-        self._of = {name: site for site in sites for name in site}
+    def __init__(self, sites: Collection[Site], later: frozenset[str]) -> None:
+        self._count, self._of = len(sites), {name: site for site in sites for name in site}
         self._later = later
         self.rows: dict[Site, Tensor] = {}
         self.before = True  # whether the pass has not reached the sites yet
@@ -123,3 +123,5 @@ class Observer:
         if site is not None:
             self.before = False
             self.rows.setdefault(site, product.rows)
+            if len(self.rows) == self._count:
+                raise Found

@@ -80,11 +80,12 @@ class Products(TorchFunctionMode):
     def __init__(
         self,
         regions: Iterable[Region],
-        before: Callable[[Product], Tensor | None],
+        before: Callable[[Product], Tensor | None] | None,
         after: Callable[[Product, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self._regions, self._before, self._after = sorted(regions, key=lambda region: region.start), before, after
+        self._regions = sorted(((region.start, region.last, region) for region in regions), key=lambda known: known[0])
+        self._before, self._after = before, after
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         places, found = _PRODUCTS.get(func), []
@@ -92,7 +93,7 @@ class Products(TorchFunctionMode):
             args, (at, weight) = list(args), places
             found = self._products(args[at], args[weight], func is _LINEAR)
             for product in found:
-                rows = self._before(product)
+                rows = self._before(product) if self._before else None
                 if rows is not None and args[weight].dim() == 2:
                     args[at] = rows.view(args[at].shape)
         result = func(*args, **(kwargs or {}))
@@ -114,7 +115,7 @@ class Products(TorchFunctionMode):
         """`rows @ matrix.T`, where the matrix, `[outputs, inputs]`, holds weights that are known."""
         whole = Region("", matrix)
         start, last = whole.start, whole.last
-        inside = [region for region in self._regions if start <= region.start and region.last <= last]
+        inside = [region for first, end, region in self._regions if start <= first and end <= last]
         straight = [region for region in inside if region.view.stride(-1) == matrix.stride(-1)]
         found = [(straight, False), ([region for region in inside if region not in straight], True)]
         return [Product(tuple(r.name for r in regions), rows, swapped) for regions, swapped in found if regions]

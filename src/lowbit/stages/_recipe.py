@@ -1,4 +1,4 @@
-"""Recipes: `rotate+awq+gptq+eora`, the steps that a method's name may be made of."""
+"""Recipes: `rotate+awq+gptq+tune`, the steps that a method's name may be made of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowbit.errors import UsageError
 from lowbit.methods import Method
 from lowbit.transforms import Transform
 
-ROTATE = "rotate"
+ROTATE, TUNE = "rotate", "tune"  # steps that are stages of their own
 T = TypeVar("T")
 
 
@@ -25,16 +25,19 @@ class Recipe:
         rotate: whether the model is rotated first.
         transforms: plug-ins of `transforms/`, applied to the float weights of a block.
         method: plug-in of `methods/` that makes the codes.
-        corrections: plug-ins of `corrections/`, fitted to what is left.
+        corrections: plug-ins of `corrections/`: low-rank terms beside the codes.
+        tune: whether scales and norms are tuned last.
     """
 
     rotate: bool
     transforms: tuple[str, ...]
     method: str
     corrections: tuple[str, ...]
+    tune: bool = False
 
     def __str__(self) -> str:
-        return "+".join([*([ROTATE] if self.rotate else []), *self.transforms, self.method, *self.corrections])
+        steps = [*([ROTATE] if self.rotate else []), *self.transforms, self.method, *self.corrections]
+        return "+".join([*steps, *([TUNE] if self.tune else [])])
 
     @property
     def _record(self) -> Method:
@@ -44,7 +47,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it needs windows of text."""
-        return bool(self.transforms or self.corrections or self._record.needs or self.learns)
+        return bool(self.transforms or self.corrections or self._record.needs or self.learns or self.tune)
 
     @property
     def learns(self) -> bool:
@@ -66,19 +69,27 @@ def parse_recipe(text: str) -> Recipe:
     """
     names = [name.replace("-", "_") for name in text.split("+")]
     kinds = [_kind(name) for name in names]
-    order = [ROTATE, "transforms", "methods", "corrections"]
+    order = [ROTATE, "transforms", "methods", "corrections", TUNE]
     if [order.index(kind) for kind in kinds] != sorted(order.index(kind) for kind in kinds):
-        raise UsageError(f"method {text!r}: the order is rotate, then transforms, then one method, then corrections")
+        raise UsageError(f"method {text!r}: the order is rotate, transforms, one method, corrections, tune")
     of = {kind: tuple(name for name, own in zip(names, kinds, strict=True) if own == kind) for kind in order}
     if len(of["methods"]) > 1:
         raise UsageError(f"method {text!r} names {len(of['methods'])} methods that make codes; name one")
     method = of["methods"][0] if of["methods"] else _follower(of["transforms"])
-    return Recipe(bool(of[ROTATE]), of["transforms"], method, of["corrections"])
+    recipe = Recipe(bool(of[ROTATE]), of["transforms"], method, of["corrections"], bool(of[TUNE]))
+    if recipe.tune and recipe.corrections:
+        raise UsageError(f"method {text!r}: {TUNE} would move scales from under their low-rank terms; leave one out")
+    if recipe.learns and recipe.corrections:
+        raise UsageError(
+            f"method {text!r}: {method} learns the weights of a block together, and low-rank terms are fitted to one "
+            "weight after the other; name another method, or leave the correction out"
+        )
+    return recipe
 
 
 def _kind(name: str) -> str:
-    if name == ROTATE:
-        return ROTATE
+    if name in (ROTATE, TUNE):
+        return name
     for folder in ("transforms", "corrections"):
         if name in plugins.names(folder):
             return folder
@@ -99,7 +110,7 @@ def dotted(options: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
         UsageError: an option of a step that the recipe does not have, a name or value that the step does not take.
     """
     found = {key if "." in key else f"{recipe.method}.{key}": value for key, value in options.items()}
-    steps = {ROTATE: None} if recipe.rotate else {}
+    steps: dict[str, Any] = {name: None for name, there in ((ROTATE, recipe.rotate), (TUNE, recipe.tune)) if there}
     steps |= {name: plugins.load("transforms", name) for name in recipe.transforms}
     steps |= {recipe.method: plugins.load("methods", recipe.method)}
     steps |= {name: plugins.load("corrections", name) for name in recipe.corrections}
@@ -109,7 +120,20 @@ def dotted(options: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     for name, record in steps.items():
         if record is not None:
             step_options(record, name, found)
+    _check_budget(found, recipe)
     return found
+
+
+def _check_budget(options: Mapping[str, Any], recipe: Recipe) -> None:
+    """A budget is spent when all errors of a block are known: on the last term that is fitted to them."""
+    for at, name in enumerate(recipe.corrections, 1):
+        record: Correction = plugins.load("corrections", name)
+        if step_options(record, name, options).budget is None:
+            continue
+        if record.before:
+            raise UsageError(f"option {name}.budget: {name} comes before the codes and their errors; give it a rank")
+        if at < len(recipe.corrections):
+            raise UsageError(f"option {name}.budget: corrections follow {name}, and fit what it leaves; give it a rank")
 
 
 def step_options(record: Method | Transform | Correction, name: str, options: Mapping[str, Any]) -> Any:

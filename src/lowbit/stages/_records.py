@@ -116,7 +116,7 @@ class Memory:
 @final
 @dataclass(frozen=True)
 class Verification:
-    """Weights read back and compared, those that differed, and the seconds it took."""
+    """Weights read back and compared, those that differed, and the seconds it took: of workers, their share of them."""
 
     tensors: int
     mismatches: int
@@ -135,6 +135,20 @@ class Count:
 
 @final
 @dataclass(frozen=True)
+class TermsRecord:
+    """The low-rank terms beside the weights: their adapter, its bytes, those as bits per quantized weight, the ranks.
+
+    `ranks` is by name of the weight; those that got no term are absent.
+    """
+
+    path: str
+    bytes: int
+    bits: float
+    ranks: Mapping[str, int]
+
+
+@final
+@dataclass(frozen=True)
 class RunRecord:
     """Everything the report says, and nothing else.
 
@@ -149,6 +163,7 @@ class RunRecord:
         resumed: weights taken over from an interrupted run of the same command.
         calibration: what was learned from: `Samples.to_dict()`, `recipe`, `dtype`, likeness to the evaluation text;
             None where nothing was.
+        adapter: None where no low-rank terms were made.
     """
 
     command: str
@@ -166,3 +181,4 @@ class RunRecord:
     counts: tuple[Count, ...] = field(default=())
     resumed: int = 0
     calibration: Mapping[str, Any] | None = None
+    adapter: TermsRecord | None = None

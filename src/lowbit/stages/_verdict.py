@@ -5,7 +5,7 @@ Quality is judged by one number only, the mean KL divergence from the original, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf, isfinite, log
 from typing import Literal, final
@@ -13,7 +13,7 @@ from typing import Literal, final
 from lowbit.budget import format_size
 from lowbit.stages._quality import Interval, Quality, read_quality
 from lowbit.stages._records import RunRecord
-from lowbit.stages._words import bits, growth, limits, percent, short, span
+from lowbit.stages._words import bits, duration, growth, limits, percent, short, span
 
 Tone = Literal["good", "fair", "poor", "bad", "unknown"]
 
@@ -109,14 +109,31 @@ def _calibration_sentences(run: RunRecord) -> Iterator[str]:
             f"Method {facts['recipe']} learned from {facts['samples']:,} windows of {facts['length']:,} tokens of "
             f"{names} (tokens {facts['sha256'][:12]}), computed in {facts['dtype']}."
         )
+        if facts.get("folded"):
+            yield f"{facts['folded']:,} tensors were rescaled before, so that the model computes the same."
+        yield from _tuning_sentences(facts.get("tuned"))
         yield from (f"{warning[:1].upper()}{warning[1:]}." for warning in facts["warnings"])
+
+
+def _tuning_sentences(tuned: Mapping[str, float] | None) -> Iterator[str]:
+    """What moving scales and norms brought on windows that it did not see."""
+    if tuned and tuned["after"] < tuned["before"]:
+        yield (
+            "Scales and norms were tuned end to end: the loss on held-out windows fell from "
+            f"{short(tuned['before'])} to {short(tuned['after'])} nats per token."
+        )
+        if tuned["fixed"]:
+            yield f"{tuned['fixed']:,.0f} quantized tensors have no scales that can be moved."
+    elif tuned:
+        yield "Tuning scales and norms end to end did not lower the loss on held-out windows, and was left out."
 
 
 def _check_sentence(run: RunRecord) -> str:
     checked = run.verified
     if not checked:
         return "What was written has not been read back."
-    read = f"All {checked.tensors:,} stored tensors were read back and compared with what was meant"
+    took = f"in {duration(checked.seconds)}"
+    read = f"All {checked.tensors:,} stored tensors were read back and compared with what was meant {took}"
     return f"{read}: {checked.mismatches:,} of them DIFFER." if checked.mismatches else f"{read}; all are equal."
 
 

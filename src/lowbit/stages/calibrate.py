@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,9 @@ from lowbit import plugins
 from lowbit.blocks import Block
 from lowbit.blocks import Site as BlockSite
 from lowbit.budget import MemoryWatch
-from lowbit.corrections import Correction
+from lowbit.corrections import Correction, Term
+from lowbit.corrections import Options as TermOptions
+from lowbit.corrections._lowrank import ranks
 from lowbit.errors import UnsupportedError
 from lowbit.methods import Method, Stats
 from lowbit.stages._activations import input_scale, rounded
@@ -35,21 +36,24 @@ from lowbit.stages._attention import Memory, Remembered, exact_products
 from lowbit.stages._blocks import Call, Entrance, LiveBlock
 from lowbit.stages._cost import Cost, estimate
 from lowbit.stages._fold import Producer, effective, find_producer
-from lowbit.stages._jobs import Job, Made
+from lowbit.stages._jobs import Job
 from lowbit.stages._model import Blueprint, open_blueprint
 from lowbit.stages._observe import Accumulator, Observer, Seen, Watch, Windows, split_windows
+from lowbit.stages._pages import kept_pages
 from lowbit.stages._products import Product
 from lowbit.stages._recipe import Recipe, parse_recipe, step_options
 from lowbit.stages._sites import Found, Site, Step, find_steps
+from lowbit.stages._store import Value, store
 from lowbit.stages._streams import Kind, Streams
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import OUTSIDE, Entry, Plan
 from lowbit.stages.quantize import Progress, measure, one_torch_thread, silent, tensor_stats
-from lowbit.stages.write import WORK, Output, Record, digest
+from lowbit.stages.write import WORK, Output
 from lowbit.tensors import QTensor
 from lowbit.transforms import Transform
 
 T = TypeVar("T")
+After = Callable[[Product, Tensor], Tensor]
 _LENGTH = 2048
 _ABSMAX = "absmax"
 _AT_ONCE = 32  # windows that are embedded together
@@ -211,6 +215,8 @@ class _BlockRun:
         self.floats: dict[str, Tensor] = {}  # weights that a transform changed, float32
         self.made: set[str] = set()
         self.scales: dict[str, float | None] = {}  # of activations, where they are stored
+        self.terms: dict[str, dict[str, Term]] = {}  # beside weights, by step of the recipe
+        self.open: dict[str, Term] = {}  # those whose ranks the block's budget will choose
 
     def run(self) -> None:
         """All of it; weights are committed one by one, the block's outputs at the end."""
@@ -230,6 +236,7 @@ class _BlockRun:
             later = frozenset(name for other in past for name in other.names)
             self._quantize(self._observe(step, later, reference))
         self._unreached()
+        self._spend()
         self._keep()
         self._forward("quantized", self.inputs)
         self.memory.forget()
@@ -262,12 +269,27 @@ class _BlockRun:
         weights: Mapping[str, Tensor] | None = None,
         parameters: Mapping[str, Tensor] | None = None,
         watch: Watch | None = None,
-        after: Callable[[Product, Tensor], Tensor] | None = None,
+        after: After | None = None,
     ) -> Tensor:
         """The block's output for some windows."""
         hidden = (self.inputs if inputs is None else inputs)[batch]
         call = self.work.call(self.path, len(hidden))
-        return self.live.run(call, hidden, weights, parameters, watch or self._rounding(), after)
+        return self.live.run(call, hidden, weights, parameters, watch or self._rounding(), self._beside(after))
+
+    def _beside(self, after: After | None) -> After | None:
+        """Adds to each product what the low-rank terms make of its rows, which are not rounded, then calls `after`."""
+        if not self.terms:
+            return after
+
+        def add(product: Product, result: Tensor) -> Tensor:
+            heights = [len(self.live.weight(name)) for name in product.names]
+            for name, part in zip(product.names, torch.split(result, heights, -1), strict=True):
+                for term in self.terms.get(name, {}).values():
+                    thin = product.rows @ term.down.T.to(result.dtype)
+                    part.add_((thin @ term.up.T.to(result.dtype)).view(part.shape))
+            return after(product, result) if after else result
+
+        return add
 
     def _rounding(self, factors: Mapping[str, Tensor] | None = None) -> Watch | None:
         """A watch that rounds activations, of the weights that are on their grid by now; None where none is rounded."""
@@ -284,38 +306,40 @@ class _BlockRun:
         return watch
 
     def _forward(self, kind: Kind, inputs: Tensor) -> None:
-        def outputs_of(batch: slice) -> Tensor:
+        def pass_on(batch: slice) -> None:
             with Remembered(self.memory, f"{kind}-{batch.start}", lambda: False):
-                return self._batch(batch, inputs)
+                outputs[batch] = self._batch(batch, inputs)
 
-        batches = self.work.windows.batches
         with self.work.streams.writing(kind, self.index + 1) as outputs:
-            for batch, found in zip(batches, self._in_turn(outputs_of, batches), strict=True):
-                outputs[batch] = found
+            self._in_turn(pass_on, self.work.windows.batches)
 
-    def _in_turn(self, work: Callable[[slice], T], batches: Sequence[slice]) -> Iterator[T]:
-        """Results of work on each batch, in order, computed by all workers, each on its own batch.
+    def _in_turn(
+        self, work: Callable[[slice], T], batches: Sequence[slice], take: Callable[[slice, T], None] | None = None
+    ) -> None:
+        """Work on each batch by all workers, each on its own batch; then `take` what was found, in order.
 
         Small products gain nothing from threads of their own, and waking these costs more than the products.
         """
-
         for size in {batch.stop - batch.start for batch in batches}:
             self.work.call(self.path, size)  # recorded before: a recording is a pass of its own
 
-        def quietly(batch: slice) -> T:
+        def quietly(batch: slice, before: Future[None] | None) -> None:
             with torch.no_grad():
-                return work(batch)
+                found = work(batch)
+                if take:
+                    wait([before] if before else [])  # a worker that had it began it before
+                    take(batch, found)
 
-        threads = self.work.way.threads
-        exact = exact_products(self.work.blueprint.dtype)
+        exact, threads = exact_products(self.work.blueprint.dtype), self.work.way.threads
         with exact, one_torch_thread(), ThreadPoolExecutor(threads, "calibrate") as pool:
-            waiting: deque[Future[T]] = deque()
+            futures: list[Future[None]] = []
             for batch in batches:
-                waiting.append(pool.submit(quietly, batch))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                futures.append(pool.submit(quietly, batch, futures[-1] if futures else None))
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _reference(self) -> LiveBlock | None:
         """The float block beside the one that is being quantized, where a statistic compares the two."""
@@ -347,7 +371,7 @@ class _BlockRun:
         sites: Mapping[Site, Accumulator],
         later: frozenset[str],
         reference: LiveBlock | None = None,
-        after: Callable[[Product, Tensor], Tensor] | None = None,
+        after: After | None = None,
     ) -> None:
         """Run batches of windows, as far as needed, and give what the sites read to their accumulators."""
 
@@ -368,9 +392,12 @@ class _BlockRun:
                 self._batch(batch, watch=both, after=after)
             return own.rows, other.rows
 
-        for batch, (rows, references) in zip(batches, self._in_turn(rows_of, batches), strict=True):
-            for site, found in rows.items():
-                sites[site].take(found, references.get(site), batch.start >= self.work.windows.fit)
+        def take(batch: slice, found: tuple[dict[Site, Tensor], dict[Site, Tensor]]) -> None:
+            rows, references = found
+            for site in rows:
+                sites[site].take(rows[site], references.get(site), batch.start >= self.work.windows.fit)
+
+        self._in_turn(rows_of, batches, take)
 
     def _all_tokens(self, step: Step, seen: Mapping[Site, Seen], later: frozenset[str]) -> dict[Site, Seen]:
         """Experts that saw fewer rows than they have inputs: routed to them, one at a time, until they have enough."""
@@ -401,7 +428,7 @@ class _BlockRun:
         methods: list[Method] = [plugins.load("methods", entry.method) for entry in weights if entry.method]
         needs = {need for method in methods for need in method.needs}
         needs |= {need for name in self.work.recipe.corrections for need in plugins.load("corrections", name).needs}
-        return needs | ({_ABSMAX} if any(entry.weight.activations for entry in weights) else set())
+        return needs | ({_ABSMAX} if self._rounds(site) else set())
 
     def _quantize(self, seen: Mapping[Site, Seen]) -> None:
         """Quantize the weights of a step, put them into the block, and store them."""
@@ -421,23 +448,47 @@ class _BlockRun:
                 for piece in pieces if job.entry.weight.name in self.live.places else ():
                     rows = self.live.weight(job.entry.weight.name)[piece.rows]
                     rows.copy_(piece.made[best].dequantize().view_as(rows))
-                self._settle(job.entry, made)
+                self._settle(job.entry, made.qtensor, made.facts)
         for job in jobs:
             self._correct(job.entry.weight.name, job.seen)
 
-    def _correct(self, name: str, seen: Seen) -> None:
-        """Fit the low-rank terms to what is left of a weight, one after the other, and add them to the block."""
-        whole = None
+    def _corrections(self, name: str, seen: Seen, before: bool) -> Iterator[tuple[str, Correction, TermOptions]]:
+        """The corrections of the recipe that a weight gets before its codes are made, or after, with their options."""
         for step in self.work.recipe.corrections:
             correction: Correction = plugins.load("corrections", step)
-            if name not in self.live.places or not correction.needs <= seen.stats.keys():
-                continue
-            whole = self.live.weight(name).float() if whole is None else whole
-            options = step_options(correction, step, self.work.plan.options)
-            down, up = correction.fit(self._weight(name) - whole, seen.stats, options)
-            self.work.terms.add(name, step, down, up)
-            whole = torch.addmm(whole, up, down)
-            self.live.weight(name).copy_(whole)
+            reached = name in self.live.places and seen.rows and correction.needs <= seen.stats.keys()
+            if reached and correction.before == before:
+                yield step, correction, step_options(correction, step, self.work.plan.options)
+
+    def _put(self, name: str, step: str, term: Term) -> None:
+        """Place a term beside its weight, for good."""
+        self.terms.setdefault(name, {})[step] = term
+        if len(term.gains):
+            self.work.terms.add(name, step, term.down, term.up)
+
+    def _correct(self, name: str, seen: Seen) -> None:
+        """Fit the low-rank terms to what is left of a weight, one after the other."""
+        for step, correction, options in self._corrections(name, seen, before=False):
+            left = self._weight(name) - self.live.weight(name).float()
+            for term in self.terms.get(name, {}).values():
+                left.addmm_(term.up, term.down, alpha=-1)
+            term = correction.fit(left, seen.stats, options)
+            if options.budget is None:
+                self._put(name, step, term)
+            else:  # the steps that follow see it with the rank that it has where all have the same
+                self.open[name] = term
+                self.terms.setdefault(name, {})[step] = term.first(options.even(*left.shape))
+
+    def _spend(self) -> None:
+        """Distribute the block's share of the budget over the terms that were left open."""
+        if not self.open:
+            return
+        step = self.work.recipe.corrections[-1]
+        budget = step_options(plugins.load("corrections", step), step, self.work.plan.options).budget
+        weights = sum(len(term.up) * term.down.shape[1] for term in self.open.values())
+        for name, rank in ranks(self.open, int(budget * weights / 8)).items():
+            self._put(name, step, self.open[name].first(rank))
+        self.memory.forget()  # attention was of the ranks before
 
     def _job(self, name: str, seen: Seen, prepared: dict[Any, Stats]) -> Job:
         """The work on one weight; what a method prepares is shared by weights of one scheme at one site."""
@@ -451,33 +502,43 @@ class _BlockRun:
         options = step_options(method, chosen, self.work.plan.options)
         if (chosen, scheme) not in prepared:
             prepared[chosen, scheme] = method.prepare(seen.stats, scheme, options)
-        if entry.weight.activations and _ABSMAX in seen.stats:
-            self.scales[name] = input_scale(float(seen.stats[_ABSMAX].max()), entry.weight.activations)
-        weight = self._kept(name)
+        self._scale_input(name, seen)
+        whole = self._kept(name)
+        weight = self._residual(name, whole, seen)
         stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, piece)}
-        return Job(entry, chosen, weight, stats, seen, options, piece)
+        return Job(entry, chosen, weight, stats, seen, options, piece, whole)
+
+    def _scale_input(self, name: str, seen: Seen) -> None:
+        """The scale by which a weight's inputs are rounded, where it is stored."""
+        scheme = self.entries[name].weight.activations
+        if scheme and _ABSMAX in seen.stats:
+            self.scales[name] = input_scale(float(seen.stats[_ABSMAX].max()), scheme)
+
+    def _residual(self, name: str, whole: Tensor, seen: Seen) -> Tensor:
+        """What is left of a weight when the terms that come before its codes are taken out of it."""
+        for step, correction, options in self._corrections(name, seen, before=True):
+            left = whole.float()
+            term = correction.fit(left, seen.stats, options)
+            self._put(name, step, term)
+            whole = torch.addmm(left, term.up, term.down, alpha=-1)
+        return whole
 
     def _kept(self, name: str) -> Tensor:
         """A weight as the transforms left it, in the type in which it is kept, `[outputs, inputs]`."""
         if name in self.floats:
             return self.floats[name]
         tensor, place = self.work.source.tensor(name), self.live.places.get(name)
-        return tensor.T.contiguous() if place and place.swapped else tensor
+        turned = place is not None and place.swapped and not self.entries[name].weight.swapped
+        return tensor.T.contiguous() if turned else tensor
 
-    def _settle(self, entry: Entry, made: Made) -> None:
-        """Store a result, unless it is there from an earlier run."""
+    def _settle(self, entry: Entry, value: Value, facts: Mapping[str, Any]) -> None:
+        """Store a result, unless it is there from an earlier run; read back in mapped files, which cost no memory."""
         name, output = entry.weight.name, self.work.output
         self.made.add(name)
-        if name in output.records:
-            return
-        source = digest(self.work.source.tensor(name).contiguous())
-        parts = output.into(entry, mapped=False)
-        weight = replace(entry.weight, input_scale=self.scales.get(name))
-        self.work.plan.rules.pack(weight, made.qtensor, parts)
-        output.store(parts)
-        meant = {part: digest(tensor.contiguous()) for part, tensor in made.qtensor.parts()}
-        stored = {part: digest(tensor) for part, tensor in parts.items()}
-        output.commit(Record(name, source, meant, stored, {**made.facts, "folded": name in self.floats}))
+        if name not in output.records:
+            entry = replace(entry, weight=replace(entry.weight, input_scale=self.scales.get(name)))
+            facts = {**facts, "folded": name in self.floats}
+            store(output, entry, value, self.work.source.tensor(name), facts, scratch=True)
 
     def _unreached(self) -> None:
         """Quantize, without statistics, weights that no product of the block was seen to read."""
@@ -487,17 +548,10 @@ class _BlockRun:
     def _keep(self) -> None:
         """Store what is not quantized, changed by a transform or not."""
         for name, entry in self.entries.items():
-            if entry.weight.scheme or name in self.work.output.records:
-                continue
-            stored = self.work.source.tensor(name).contiguous()
-            source = digest(stored)
-            if name in self.floats:
-                stored = self.floats[name]
-            stored = stored.to(entry.weight.dtype).contiguous()
-            self.work.output.store({name: stored})
-            found = digest(stored)
-            facts = {"method": None, "seconds": 0.0, "folded": name in self.floats}
-            self.work.output.commit(Record(name, source, {"weight": found}, {name: found}, facts))
+            if not entry.weight.scheme:
+                value = self.floats.get(name, self.work.source.tensor(name))
+                facts = {"method": None, "seconds": 0.0}
+                self._settle(entry, value.to(entry.weight.dtype).contiguous(), facts)
 
     # Transforms.
 
@@ -588,33 +642,53 @@ class _BlockRun:
         """Learn all weights of the block together; kept where that beats round-to-nearest on held-out windows."""
         method, start = self._method(), time.perf_counter()
         assert method.learn is not None
+        self._scale_inputs(steps)
         block = self._block(steps)
         options = step_options(method, self.work.recipe.method, self.work.plan.options)
-        with one_torch_thread(), torch.enable_grad():
+        with one_torch_thread(), kept_pages(), torch.enable_grad():
             learned = dict(method.learn(block, options))
         nearest = {name: self._nearest(name, weight) for name, weight in block.weights.items()}
         errors = {kind: self._held_error(block, made) for kind, made in (("learn", learned), ("rtn", nearest))}
-        worse = errors["learn"] > errors["rtn"]
+        worse = not errors["learn"] <= errors["rtn"]  # NaN is no less than anything
         shared = {
             "method": "rtn" if worse else self.work.recipe.method,
             "fallback": "round-to-nearest has less error of the block's output on held-out windows" if worse else None,
-            "against_rtn": min(errors["learn"] / errors["rtn"], 1.0) if errors["rtn"] else None,
+            "against_rtn": 1.0 if worse else errors["learn"] / errors["rtn"] if errors["rtn"] else None,
             "seconds": (time.perf_counter() - start) / max(len(learned), 1),
         }
         for name, qtensor in (nearest if worse else learned).items():
             error = measure(block.weights[name], qtensor)
             facts = shared | {"relative_error": error.relative, "largest_error": error.largest}
             self.live.weight(name).copy_(qtensor.dequantize())
-            self._settle(self.entries[name], Made(qtensor, facts))
+            self._settle(self.entries[name], qtensor, facts)
+
+    def _scale_inputs(self, steps: Sequence[Step]) -> None:
+        """Scales of inputs that all tokens share, from what the weights of a block that learns read before it does."""
+        sites = {site: self._accumulator([_ABSMAX]) for step in steps for site in step.sites if self._rounds(site)}
+        if sites:
+            self._look(self.work.windows.batches, sites, frozenset())
+            self.memory.forget()  # attention was of weights that will change
+        for site, accumulator in sites.items():
+            seen = accumulator.finish()
+            for name in self._targets(site):
+                self._scale_input(name, seen)
+
+    def _rounds(self, site: Site) -> bool:
+        """Whether inputs of a site will be rounded."""
+        return any(self.entries[name].weight.activations for name in self._targets(site))
 
     def _held_error(self, block: Block, made: Mapping[str, QTensor]) -> float:
         """Squared difference between the block's output and the float model's on windows that nothing learned from."""
         weights = {name: qtensor.dequantize() for name, qtensor in made.items()}
-        held, total = self.work.windows.held, 0.0
-        for index in held:
-            gap = block.run([index], weights).float() - block.target([index]).float()
-            total += float(gap.square().sum(dtype=torch.float64))
-        return total
+        found: list[float] = []
+
+        def error_of(window: slice) -> float:
+            gap = block.run([window.start], weights).float() - block.target([window.start]).float()
+            return float(gap.square().sum(dtype=torch.float64))
+
+        held = [slice(index, index + 1) for index in self.work.windows.held]
+        self._in_turn(error_of, held, lambda _, error: found.append(error))
+        return sum(found)
 
 
 def _groups(items: list[Site], size: int) -> list[list[Site]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from importlib.resources import files as package
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn, final
@@ -99,13 +101,18 @@ class Checkpoint:
             _reraise(self.files[next(iter(pieces))].path, self.files, name, self.format, error)
 
     def dequantized(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One logical weight as float, in `dtype` or the dtype it had before it was quantized; raises like `load`."""
+        """One weight as the model holds it, in `dtype` or the dtype it had before it was quantized; raises like `load`.
+
+        Its low-rank term is in it, unless the runtime rounds the weight's inputs: the term reads them as they are.
+        """
         loaded, dtype = self.load(name), dtype or self.weights[name].dtype
-        if name in self.terms:
+        if name in self.terms and self.weights[name].activations is None:
             down, up = self.terms[name]
             whole = loaded.dequantize() if isinstance(loaded, QTensor) else loaded.float()
-            return torch.addmm(whole, up, down).to(dtype)
-        return loaded.dequantize(dtype) if isinstance(loaded, QTensor) else loaded.to(dtype)
+            found = torch.addmm(whole, up, down).to(dtype)
+        else:
+            found = loaded.dequantize(dtype) if isinstance(loaded, QTensor) else loaded.to(dtype)
+        return found.T.contiguous() if self.weights[name].swapped else found
 
     @property
     def nbytes(self) -> int:
@@ -168,8 +175,21 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if not files:
         raise CheckpointError(f"{path} holds no tensors")
     specs = {name: file.slots[name].spec for name, file in files.items()}
-    name, weights = _recognise(path, config, specs, files)
+    name, found = _recognise(path, config, specs, files)
+    weights = {each: replace(w, swapped=True) if w.scheme and swapped(config, w) else w for each, w in found.items()}
     return Checkpoint(path, config, specs, tuple(shards), extras, name, weights, files)
+
+
+def swapped(config: Mapping[str, Any], weight: Weight) -> bool:
+    """Whether the class of the model that `config.json` names holds this weight as `[inputs, outputs]`."""
+    rows = (row for row in _swapped_rows() if config.get("model_type") in row["model_types"])
+    return len(weight.shape) == 2 and any(re.search(row["pattern"], weight.name) for row in rows)
+
+
+@cache
+def _swapped_rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = tomllib.loads(package("lowbit").joinpath("arch/swapped.toml").read_text())["swapped"]
+    return rows
 
 
 def _read(path: Path, files: Mapping[str, WeightFile], name: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from importlib.resources import files
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
+from torch import Tensor
 
 from lowbit import plugins
 from lowbit.errors import LowbitError, UnsupportedError, UsageError
@@ -22,12 +23,14 @@ from lowbit.methods import Method
 from lowbit.methods._scales import shares_rows
 from lowbit.schemes import parse
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe
-from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.checkpoint import Checkpoint, swapped
 from lowbit.tensors import scheme_bytes
 
 VERSION = 2
 OUTSIDE = "mse"  # quantizes what lies outside of the blocks when the others are calibrated
 _OUTSIDE = "; outside of the blocks, where no statistics are taken"
+_SWAPPED = "transposed linear layer (Conv1D)"
+_SWAPPING = "readers of this format know no such layer, those of gptq, gptq_v2 and bitsandbytes do"
 _BLOCK = re.compile(r"\.(\d+)\.")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -96,7 +99,8 @@ class Rules:
 class Entry:
     """One weight of the plan: how it is stored (`weight.scheme`, None: as it is), by which method, and why.
 
-    `tied` names the weight whose storage this one shares: it is stored once, under that name.
+    `tied` names the weight whose storage this one shares: it is stored once, under that name. Where `weight.swapped`,
+    it is the transpose of what the checkpoint holds (`as_planned`).
     """
 
     weight: Weight
@@ -160,7 +164,7 @@ def _row(entry: Entry) -> dict[str, Any]:
     weight = entry.weight
     return {
         "name": weight.name,
-        "shape": list(weight.shape),
+        "shape": list(weight.shape[::-1] if weight.swapped else weight.shape),  # as the checkpoint has it
         "dtype": str(weight.dtype).removeprefix("torch."),
         "scheme": str(weight.scheme) if weight.scheme else None,
         "method": entry.method,
@@ -196,13 +200,16 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
         if weight.name in tied:
             entries.append(Entry(weight, None, f"shares the storage of {tied[weight.name]}", tied[weight.name]))
             continue
+        swap = swapped(checkpoint.config, weight)
         wanted, reason = _decide(weight, rules, model_type, form.default)
+        if swap and not form.swaps and wanted != "keep" and not reason.startswith("--set"):
+            wanted, reason = "keep", f"{_SWAPPED}; {_SWAPPING}"
         if wanted != "keep" and weight.name in tied.values():
             raise UnsupportedError(f"{weight.name} is tied to another weight, which no reader would find; keep it")
         inside = _BLOCK.search(weight.name) is not None
         method, why = (recipe.method, "") if inside or not recipe.calibrated else (OUTSIDE, _OUTSIDE)
         activations = rules.activations if inside else None
-        entries.append(_entry(weight, wanted, reason + why, method, form, activations))
+        entries.append(_entry(weight, wanted, reason + why, method, form, activations, swap))
     calibration = rules.calibration if calibrated else None
     return Plan(rules.format.replace("_", "-"), tuple(entries), options, str(recipe), calibration)
 
@@ -218,10 +225,39 @@ def tied_names(checkpoint: Checkpoint) -> Mapping[str, str]:
     return checkpoint.tied if checkpoint.config.get("tie_word_embeddings") is True else {}
 
 
-def _entry(weight: Weight, wanted: str, reason: str, name: str, form: Format, activations: str | None = None) -> Entry:
+def as_planned(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+    """The checkpoint with every weight as the plan quantizes it: a view, in which some are transposed."""
+    chosen = {entry.weight.name for entry in plan.entries if entry.weight.swapped}
+    if not chosen:
+        return checkpoint
+    weights = {
+        name: replace(weight, shape=weight.shape[::-1], swapped=True) if name in chosen else weight
+        for name, weight in checkpoint.weights.items()
+    }
+    edits = {name: _transposed(checkpoint.edits.get(name)) for name in chosen}
+    return replace(checkpoint, weights=weights, edits={**checkpoint.edits, **edits})
+
+
+def _transposed(edit: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: (edit(tensor) if edit else tensor).T.contiguous()
+
+
+def _entry(
+    weight: Weight,
+    wanted: str,
+    reason: str,
+    name: str,
+    form: Format,
+    activations: str | None = None,
+    swap: bool = False,
+) -> Entry:
+    """The entry of one weight; `swap`: the model holds it as `[inputs, outputs]`, and formats store the transpose."""
     if wanted == "keep":
         return Entry(weight, None, reason.removesuffix(_OUTSIDE))
     scheme, method = parse(wanted), _method(name)
+    if swap and not form.swaps:
+        raise UnsupportedError(f"{weight.name} is a {_SWAPPED}; {_SWAPPING}")
+    weight = replace(weight, shape=weight.shape[::-1], swapped=True) if swap else weight
     try:
         fitted = form.fit(scheme, weight)
     except UnsupportedError as error:
@@ -302,7 +338,8 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
         form: Format = plugins.load("formats", name)
         _check_same(path, rows, checkpoint)
         dotted(options, parse_recipe(recipe))
-        entries = [_read_row(row, checkpoint.weights[row["name"]], form) for row in rows]
+        weights = checkpoint.weights
+        entries = [_read_row(r, weights[r["name"]], form, swapped(checkpoint.config, weights[r["name"]])) for r in rows]
     except LowbitError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -320,11 +357,11 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
         raise UsageError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
 
 
-def _read_row(row: Mapping[str, Any], weight: Weight, form: Format) -> Entry:
+def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, swap: bool) -> Entry:
     if row.get("tied"):
         return Entry(weight, None, row["reason"], row["tied"])
     scheme, method = row["scheme"] or "keep", row["method"] or "rtn"
-    return _entry(weight, scheme, row["reason"], method, form, row.get("activations"))
+    return _entry(weight, scheme, row["reason"], method, form, row.get("activations"), swap)
 
 
 def _check_same(path: Path, rows: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> None:

@@ -22,9 +22,10 @@ from lowbit.methods import Method, Stats
 from lowbit.methods._scales import nest
 from lowbit.schemes import Block, Scheme
 from lowbit.stages._recipe import step_options
+from lowbit.stages._store import Value, store
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan
-from lowbit.stages.write import Output, Record, as_bytes, digest
+from lowbit.stages.write import Output, as_bytes
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
 Progress = Callable[[str, int, int], None]
@@ -65,9 +66,14 @@ def estimate_memory(plan: Plan, limit: int | None, threads: int) -> Estimate:
         limit=limit,
         threads=threads,
         element_bytes=max((method.workspace for method in methods), default=0.0),
-        buffers=max((prod(e.weight.shape) + plan.stored_bytes(e) for e in plan.entries if e.weight.scheme), default=0),
+        buffers=max((_buffers(plan, entry) for entry in plan.entries if entry.weight.scheme), default=0),
         fixed=16 * max(scales, default=0),
     )
+
+
+def _buffers(plan: Plan, entry: Entry) -> int:
+    """Bytes of a weight's codes, as they are made and as they are read back, and of what is stored."""
+    return 2 * prod(entry.weight.shape) + plan.stored_bytes(entry)
 
 
 def quantize(
@@ -134,27 +140,20 @@ class _Worker:
     way: Estimate
 
     def run(self, entry: Entry) -> None:
-        """Read, quantize, pack, store, journal."""
+        """Read, quantize, store."""
         start = time.perf_counter()
-        tensor = self.checkpoint.tensor(entry.weight.name)
-        facts: dict[str, Any] = {}
-        if entry.weight.scheme is None:
-            parts = {entry.weight.name: tensor.to(entry.weight.dtype).contiguous()}
-            source = digest(tensor.contiguous())
-            meant = {"weight": digest(parts[entry.weight.name])}
-        else:
-            with self.output.codes(entry.weight, self.way.scratch) as codes:
-                assert codes is not None
-                source, qtensor, error = _quantize(self.plan, entry, tensor, codes, self.way.piece)
-                parts = self.output.into(entry, mapped=self.way.scratch)
-                self.plan.rules.pack(entry.weight, qtensor, parts)
-                meant = {name: digest(part.contiguous()) for name, part in qtensor.parts()}
-            facts = {"relative_error": error.relative, "largest_error": error.largest}
-        if not (self.way.scratch and entry.weight.scheme):
-            self.output.store(parts)
-        stored = {name: digest(part) for name, part in parts.items()}
-        facts |= {"method": entry.method, "seconds": time.perf_counter() - start}
-        self.output.commit(Record(entry.weight.name, source, meant, stored, facts))
+        tensor, facts = self.checkpoint.tensor(entry.weight.name), dict[str, Any]()
+        source: Tensor | str = tensor
+        value: Value
+        with self.output.codes(entry.weight, self.way.scratch) as codes:
+            if codes is None:
+                value = tensor.to(entry.weight.dtype).contiguous()
+            else:
+                source, value, error = _quantize(self.plan, entry, tensor, codes, self.way.piece)
+                facts = {"relative_error": error.relative, "largest_error": error.largest}
+            facts |= {"method": entry.method, "seconds": time.perf_counter() - start}
+            scratch, workers = self.way.scratch, self.way.threads
+            store(self.output, entry, value, source, facts, scratch=scratch, workers=workers)
 
 
 def make(checkpoint: Checkpoint, plan: Plan, entry: Entry, piece: int) -> QTensor | Tensor:
@@ -179,8 +178,11 @@ def _quantize(plan: Plan, entry: Entry, tensor: Tensor, codes: Tensor, elements:
         for rows, cols in pieces_of(weight.shape, scheme.block, elements):
             part = view[rows, cols]
             hasher.update(as_bytes(part))
-            piece = method.quantize(part, stats, scheme, options)
-            codes[rows, cols] = piece.codes
+            if method.into:
+                piece = method.into(part, stats, scheme, options, codes[rows, cols])
+            else:
+                piece = method.quantize(part, stats, scheme, options)
+                codes[rows, cols] = piece.codes
             error += measure(part, piece)
             pieces.append((piece.scales, piece.zeros))
     return hasher.hexdigest(), join(weight, codes, pieces), error

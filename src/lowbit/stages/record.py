@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowbit import __version__
 from lowbit.budget import PIECE, Estimate, MemoryWatch
+from lowbit.stages._adapter import Adapter
 from lowbit.stages._records import (
     Count,
     Histogram,
@@ -27,6 +28,7 @@ from lowbit.stages._records import (
     Row,
     RunRecord,
     Source,
+    TermsRecord,
     Verification,
 )
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
@@ -66,6 +68,7 @@ def make_record(
     evaluation: dict[str, Any] | None,
     seconds: dict[str, float],
     calibration: dict[str, Any] | None = None,
+    adapter: Adapter | None = None,
 ) -> RunRecord:
     """Everything the report says about a finished run; `other_memory`: bytes planned for calibration or evaluation."""
     plan = output.plan
@@ -85,8 +88,14 @@ def make_record(
         histograms=tuple(histograms(source, output, rows, way.scratch)),
         counts=(*_counts(plan), *_fallbacks(output)),
         resumed=output.resumed,
-        calibration=calibration,
+        calibration=calibration and {**calibration, "folded": _folded(output)},
+        adapter=_terms(plan, adapter) if adapter else None,
     )
+
+
+def _terms(plan: Plan, adapter: Adapter) -> TermsRecord:
+    count = sum(prod(entry.weight.shape) for entry in plan.entries if entry.weight.scheme)
+    return TermsRecord(str(adapter.path), adapter.nbytes, 8 * adapter.nbytes / count, adapter.ranks)
 
 
 def machine() -> Machine:
@@ -153,6 +162,11 @@ def _fallbacks(output: Output) -> tuple[Count, ...]:
     if few:
         reasons["experts that saw fewer tokens than they have inputs were calibrated on all tokens"] = few
     return tuple(Count("fallback", reason, number) for reason, number in reasons.items())
+
+
+def _folded(output: Output) -> int:
+    """Tensors that a transform changed."""
+    return sum(bool(record.facts.get("folded")) for record in output.records.values())
 
 
 def _kind(entry: Entry) -> Any:

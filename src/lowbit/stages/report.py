@@ -37,6 +37,7 @@ from lowbit.stages._records import (
     Row,
     RunRecord,
     Source,
+    TermsRecord,
     Verification,
 )
 from lowbit.stages._verdict import BANDS, Verdict, judge, position
@@ -169,6 +170,7 @@ def _facts(run: RunRecord) -> dict[str, Any]:
         "errors": [row for _, row in sorted(made, key=lambda pair: -pair[0])[:_WORST]],
         "rows": run.rows[:_LISTED],
         "scored": any(row.outcome.against_rtn is not None for _, row in made if row.outcome),
+        "terms": _terms(run.adapter) if run.adapter else "",
         "kept": _kept(run.rows),
         "other": [count for count in run.counts if count.kind in ("padded", "fallback")],
         "measures": _measures(quality) if quality else [],
@@ -185,6 +187,14 @@ def _title(run: RunRecord) -> str:
     schemes = Counter(row.scheme for row in run.rows if row.scheme)
     most = [scheme for scheme, _ in schemes.most_common(3)]
     return f"{name} in {', '.join(most)}{' and more' if len(schemes) > 3 else ''}" if most else name
+
+
+def _terms(adapter: TermsRecord) -> str:
+    """Bits per weight, and how ranks are spread."""
+    found = sorted(adapter.ranks.values())
+    least, most = found[0], found[-1]
+    ranks = f"rank {least}" if least == most else f"ranks {least} to {most}, median {found[len(found) // 2]}"
+    return f"{words.bits(adapter.bits)} bits per quantized weight, {ranks} in {len(found):,} tensors"
 
 
 def _grids(run: RunRecord) -> list[tuple[str, str, str]]:

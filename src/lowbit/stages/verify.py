@@ -1,59 +1,69 @@
-"""Verify: what was written is read back through the format's reader and compared with what was meant.
+"""Verify: what was written is what was meant, and the finished result is read as it was written.
 
-Reading goes another way than writing: the safetensors package must accept every file and find the planned tensors in
-it, then the checkpoint is opened like any other, recognised by `config.json`, and unpacked by its format. Parts of
-each `QTensor` are compared by their digests, which the journal took before packing; where one differs, the weight is
-made again and the first differing element is named.
+Each weight was read back and compared as soon as it was stored (`_store`). Here the safetensors package must accept
+every file and find the planned tensors in it, then the checkpoint is opened like any other and recognised by
+`config.json`. A weight that it declares as the plan does is one that was compared. Every other, and what the journal
+does not say to have been compared, is read and compared now.
 """
 
 from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from lowbit.budget import Estimate
-from lowbit.errors import LowbitError, VerifyError
+from lowbit.errors import VerifyError
+from lowbit.stages._store import compare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Entry, Plan
 from lowbit.stages.quantize import Progress, make, silent
-from lowbit.stages.write import Output, digest
-from lowbit.tensors import QTensor
+from lowbit.stages.write import Output
 
 
 @final
 @dataclass(frozen=True)
 class Verified:
-    """Outcome: how many weights were compared, and how long it took in seconds."""
+    """Outcome: how many weights were compared, and seconds: of this stage, and of a worker's reading back before it."""
 
     tensors: int
     seconds: float
 
 
 def verify(source: Checkpoint, output: Output, way: Estimate, progress: Progress = silent) -> Verified:
-    """Read every weight of a finished output back and compare it with what was meant.
+    """Open a finished output as any checkpoint and compare with what was meant what was not compared yet.
 
     Raises:
-        VerifyError: a weight differs, naming tensor and element.
+        VerifyError: a weight differs, naming tensor and element, or a file is not read as it was written.
     """
-    start = time.perf_counter()
-    entries = [entry for entry in output.plan.entries if not entry.tied]
+    start, plan = time.perf_counter(), output.plan
+    entries = [entry for entry in plan.entries if not entry.tied]
     with open_checkpoint(output.path) as written, ThreadPoolExecutor(way.threads, "verify") as pool:
-        _check_names(output.plan, written)
-        _check_headers(output)
+        _check_names(plan, written)
+        _check_headers(output, written)
+        todo = [entry for entry in entries if not _compared(output, written, entry)]
 
-        def compare(entry: Entry) -> None:
-            with output.codes(entry.weight, way.scratch) as codes:
-                _compare(source, written, output, entry, codes, way)
+        def check(entry: Entry) -> None:
+            name, learned = entry.weight.name, plan.calibration  # what was learned is gone with the hidden states
+            with output.codes(entry.weight, way.scratch, "check") as codes:
+                again = lambda: None if learned else make(source, plan, entry, way.piece)
+                compare(output.path, name, output.records[name].meant, lambda: written.load(name, codes), again)
 
-        for done, _ in enumerate(pool.map(compare, entries), 1):
-            progress("verify", done, len(entries))
-    return Verified(len(entries), time.perf_counter() - start)
+        for done, _ in enumerate(pool.map(check, todo), 1):
+            progress("verify", done, len(todo))
+    return Verified(len(entries), output.reading + time.perf_counter() - start)
+
+
+def _compared(output: Output, written: Checkpoint, entry: Entry) -> bool:
+    """Whether a weight was compared as the weight that the finished checkpoint declares.
+
+    Some formats do not say of which float type it was; no part of it depends on that.
+    """
+    declared = replace(written.weights[entry.weight.name], dtype=entry.weight.dtype, input_scale=None)
+    return output.records[entry.weight.name].verified and declared == entry.weight
 
 
 def _check_names(plan: Plan, written: Checkpoint) -> None:
@@ -63,8 +73,8 @@ def _check_names(plan: Plan, written: Checkpoint) -> None:
         raise VerifyError(f"{written.path}: {name} {where}; the result cannot be trusted, delete it and run again")
 
 
-def _check_headers(output: Output) -> None:
-    """The owner of the container must read every header as it was meant."""
+def _check_headers(output: Output, written: Checkpoint) -> None:
+    """The owner of the container must read every header as it was meant, and tensors lie where they were compared."""
     for shard in output.shards:
         path = output.path / shard.file
         try:
@@ -73,36 +83,6 @@ def _check_headers(output: Output) -> None:
                 found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         except SafetensorError as error:
             raise VerifyError(f"{path}: the safetensors package refuses what was written: {error}") from error
-        if found != {name: spec.shape for name, (_, spec) in shard.offsets.items()}:
+        places = {name: (written.files[name].slots[name].start, written.specs[name]) for name in found}
+        if found != {name: spec.shape for name, (_, spec) in shard.offsets.items()} or places != shard.offsets:
             raise VerifyError(f"{path}: the safetensors package finds other tensors than were written")
-
-
-def _compare(
-    source: Checkpoint, written: Checkpoint, output: Output, entry: Entry, codes: Tensor | None, way: Estimate
-) -> None:
-    """Compare one weight's parts with the journal's digests; only a mismatch costs more than a read."""
-    name = entry.weight.name
-    try:
-        found = _parts(written.load(name, codes))
-    except LowbitError as error:
-        raise VerifyError(f"{written.path}: {name} cannot be read back: {error}") from error
-    meant = output.records[name].meant
-    wrong = [part for part in meant if part not in found or digest(found[part].contiguous()) != meant[part]]
-    if wrong and output.plan.calibration:  # what was meant is gone with the hidden states
-        raise VerifyError(f"{written.path}: {name} differs from what was meant in its {wrong[0]}")
-    if wrong:
-        again = _parts(make(source, output.plan, entry, way.piece))
-        raise VerifyError(f"{written.path}: {name} differs from what was meant in {_where(wrong[0], found, again)}")
-
-
-def _parts(value: QTensor | Tensor) -> dict[str, Tensor]:
-    return dict(value.parts()) if isinstance(value, QTensor) else {"weight": value}
-
-
-def _where(part: str, found: dict[str, Tensor], again: dict[str, Tensor]) -> str:
-    """The first differing element of one part, with both values."""
-    if part not in found or found[part].numel() != again[part].numel():
-        return f"its {part}: missing, or of another shape"
-    left, right = found[part].reshape(-1), again[part].reshape(-1)
-    index = int((left.view(torch.uint8) != right.view(torch.uint8)).nonzero()[0]) // left.element_size()
-    return f"element {index} of its {part}: {left[index].item()} is stored, {right[index].item()} was meant"

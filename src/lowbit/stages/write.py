@@ -4,6 +4,7 @@ Every shard's header is known before the first tensor (`Plan.layout`), so a shar
 file under `OUT/.lowbit/` in which tensors are packed in place; when its last tensor is in, it is synced and renamed.
 The journal has a line per finished tensor with checksums of what was read, meant and stored. On resume the stored
 bytes are checked against it, so a line that outlived its data (power loss) costs one tensor, never correctness.
+`_store` says in which order a tensor is written, read back and journalled.
 
 safetensors files are written here and not through the `safetensors` package because that needs all tensors of a
 shard in memory at once; they are read back, in `verify`, through the package.
@@ -19,6 +20,7 @@ import os
 import shutil
 import struct
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ from lowbit import __version__
 from lowbit.budget import format_size
 from lowbit.errors import JournalError, ResourceError
 from lowbit.formats import Spec, Weight
+from lowbit.stages._safetensors import read_safetensors
+from lowbit.stages._weightfile import WeightFile
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan
 from lowbit.tensors import view_shape
@@ -41,7 +45,8 @@ from lowbit.tensors import view_shape
 WORK = ".lowbit"
 SHARD_BYTES = 5 * 10**9
 _ALIGN = 64
-_WINDOW = 32 * 2**20
+_WINDOW = 16 * 2**20
+_CHANCES = 6  # windows after which a page that is still not clean stays
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
@@ -82,6 +87,7 @@ class Record:
         meant: digest of each part of the `QTensor` (or of the kept tensor) that was meant.
         stored: digest of each tensor in the file.
         facts: numbers for the report (error, seconds, method).
+        verified: whether what is stored was read back and was what was meant.
     """
 
     name: str
@@ -89,6 +95,7 @@ class Record:
     meant: Mapping[str, str]
     stored: Mapping[str, str]
     facts: Mapping[str, Any]
+    verified: bool = False
 
 
 def make_shards(plan: Plan, limit: int = SHARD_BYTES) -> list[Shard]:
@@ -129,52 +136,85 @@ def _shard(file: str, specs: Mapping[str, Spec]) -> Shard:
 class Output:
     """The output directory of one run: hands out tensors to fill, and remembers what is finished.
 
-    Made by `open_output`. `into` and `commit` may be called from several threads.
+    Made by `open_output`. All but `close` and `finish` may be called from several threads. `reading`: seconds
+    of this run that reading back took, as they were given to `commit`.
     """
 
     def __init__(
         self, path: Path, plan: Plan, shards: Sequence[Shard], journal: int, records: dict[str, Record]
     ) -> None:
         self.path, self.plan, self.records = path, plan, records
-        self.resumed = len(records)
+        self.resumed, self.reading = len(records), 0.0
         self._journal, self._lock, self._local = journal, threading.Lock(), threading.local()
         self._shard_of = {name: shard for shard in shards for name in shard.offsets}
         self._files: dict[str, _File] = {}
+        self._headers: dict[str, WeightFile] = {}
         self._left = {shard.file: set(shard.offsets) for shard in shards}
         self.shards = shards
 
     def into(self, entry: Entry, mapped: bool) -> dict[str, Tensor]:
-        """Room for the stored tensors of one weight: this thread's buffer, for `store`, or views of the mapped shard.
+        """Room for the stored tensors of one weight: this thread's buffer, for `write`, or views of the mapped shard.
 
         Raises:
             ResourceError: the disk is full.
         """
         layout = self.plan.layout(entry)
-        if mapped:
-            return {name: self._view(name) for name in layout}
+        return {name: self._view(name) for name in layout} if mapped else self._room(layout)
+
+    def _room(self, layout: Mapping[str, Spec]) -> dict[str, Tensor]:
         sizes = [prod(spec.shape) * spec.dtype.itemsize for spec in layout.values()]
         starts = [sum(-(-size // _ALIGN) * _ALIGN for size in sizes[:i]) for i in range(len(sizes) + 1)]
         room = self._buffer("packed", starts[-1])
         parts = zip(layout.items(), starts, sizes, strict=False)
         return {name: room[at : at + n].view(spec.dtype).view(spec.shape) for (name, spec), at, n in parts}
 
-    def store(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write stored tensors to their places; pages made by writing cost a fraction of those made by a mapping.
+    def write(self, name: str, data: memoryview, at: int = 0) -> None:
+        """Write bytes of a stored tensor from byte `at` on; pages made so cost a fraction of those made by a mapping.
 
         Raises:
             ResourceError: the disk is full.
         """
+        shard = self._shard_of[name]
         with disk_errors(self.path):
-            for name, tensor in tensors.items():
-                shard = self._shard_of[name]
-                self._file(shard).write(as_bytes(tensor), shard.offsets[name][0])
+            self._file(shard).write(data, shard.offsets[name][0] + at)
 
-    def commit(self, record: Record) -> None:
-        """Journal one finished weight; when it completes a shard, sync the shard and give it its name."""
-        fields = {key: getattr(record, key) for key in ("source", "meant", "stored", "facts")}
+    def read(self, entry: Entry, mapped: bool) -> dict[str, Tensor]:
+        """The stored tensors of one weight, where and as the file's header says; in this thread's buffer, or mapped.
+
+        Raises:
+            CheckpointError: the header is damaged.
+        """
+        weight, shard = entry.weight, self._shard_of[next(iter(self.plan.layout(entry)))]
+        header, names = self._header(shard), self.plan.rules.owns(weight) if weight.scheme else [weight.name]
+        found = {name: header.slots[name] for name in names if name in header.slots}
+        if mapped:
+            return {name: header.tensor(name) for name in found}
+        room = self._room({name: slot.spec for name, slot in found.items()})
+        for name, tensor in room.items():
+            self._file(shard).read(as_bytes(tensor), found[name].start)
+        return room
+
+    def read_bytes(self, name: str, at: int, nbytes: int) -> memoryview:
+        """Some bytes of one stored tensor in this thread's buffer; raises like `read`."""
+        shard, room = self._shard_of[name], as_bytes(self._buffer("packed", nbytes))
+        self._file(shard).read(room, self._header(shard).slots[name].start + at)
+        return room
+
+    def let_go(self, name: str, nbytes: int, at: int = 0) -> None:
+        """Say of bytes of a stored tensor that they were read back, so that their pages may leave the page cache."""
+        shard = self._shard_of[name]
+        self._file(shard).let_go(shard.offsets[name][0] + at, nbytes)
+
+    def commit(self, record: Record, reading: float = 0.0) -> None:
+        """Journal one finished weight; when it completes a shard, sync the shard and give it its name.
+
+        `reading`: seconds that reading it back took.
+        """
+        fields = {key: getattr(record, key) for key in ("source", "meant", "stored", "facts", "verified")}
         line = json.dumps({"tensor": record.name, **fields})
         with self._lock:
             self.records[record.name] = record
+            self.reading += reading
             append(self._journal, line)
         self.settle(record)
 
@@ -208,20 +248,20 @@ class Output:
                 os.replace(self.path / shard.file, self._partial(shard))
 
     @contextmanager
-    def codes(self, weight: Weight, scratch: bool) -> Iterator[Tensor | None]:
+    def codes(self, weight: Weight, scratch: bool, name: str = "codes") -> Iterator[Tensor | None]:
         """A buffer for the codes of a weight (None for a kept one): memory, or a mapped file if the limit is small.
 
-        Each thread has one buffer that grows to its largest weight: fresh pages for every weight cost more than the
-        packing does. What was in it is gone when the thread asks again.
+        Each thread has one buffer of a name that grows to its largest weight: fresh pages for every weight cost more
+        than the packing does. What was in it is gone when the thread asks again.
         """
         if weight.scheme is None:
             yield None
             return
         shape = view_shape(weight.shape, weight.scheme.block)
         if not scratch:
-            yield self._buffer("codes", prod(shape)).view(shape)
+            yield self._buffer(name, prod(shape)).view(shape)
             return
-        path = self.path / WORK / "scratch" / f"{weight.name}.codes"
+        path = self.path / WORK / "scratch" / f"{weight.name}.{name}"
         path.parent.mkdir(exist_ok=True)
         with path.open("w+b") as file:
             allocate(file.fileno(), prod(shape), path)
@@ -249,6 +289,14 @@ class Output:
                 self._files[shard.file] = self._open(shard)
             return self._files[shard.file]
 
+    def _header(self, shard: Shard) -> WeightFile:
+        """What the file says of itself."""
+        path = self._file(shard).path
+        with self._lock:
+            if shard.file not in self._headers:
+                self._headers[shard.file] = read_safetensors(path)
+            return self._headers[shard.file]
+
     def _open(self, shard: Shard) -> _File:
         final_path, partial = self.path / shard.file, self._partial(shard)
         path = final_path if final_path.exists() else partial
@@ -261,6 +309,7 @@ class Output:
     def _drop(self, shard: Shard) -> None:
         with self._lock:
             file = self._files.pop(shard.file, None)
+            self._headers.pop(shard.file, None)
         if file:
             file.close()
 
@@ -432,16 +481,17 @@ def disk_errors(path: Path) -> Iterator[None]:
 class _File:
     """A file that is written at offsets, and seen through a mapping; slices are tensors that keep the mapping alive.
 
-    What `write` wrote goes to the disk while more is written, and leaves the page cache, whose pages then take what
-    comes next. Fresh ones are dear: in a virtual machine the host may have to find each, at ten times a write's cost.
+    What was let go goes to the disk while more is written, and leaves the page cache, whose pages then take what comes
+    next. Fresh ones are dear: in a virtual machine the host may have to find each, at ten times a write's cost.
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._handle = path.open("r+b", buffering=0)
         self._map = mmap.mmap(self._handle.fileno(), 0)
         self._lock = threading.Lock()
         self._written: list[tuple[int, int]] = []
-        self._leaving: list[tuple[int, int]] = []
+        self._leaving: deque[list[tuple[int, int]]] = deque(maxlen=_CHANCES)
 
     def close(self) -> None:
         """End writing; slices stay."""
@@ -456,18 +506,25 @@ class _File:
     def write(self, data: memoryview, start: int) -> None:
         """Write all of `data` at an offset."""
         while data:
-            written = os.pwrite(self._handle.fileno(), data[:_WINDOW], start)
-            self._let_go(start, written)
+            written = os.pwrite(self._handle.fileno(), data, start)
             data, start = data[written:], start + written
 
-    def _let_go(self, start: int, nbytes: int) -> None:
-        """Advise twice, a window apart: the first advice starts a dirty page's way to the disk, the second frees it."""
+    def read(self, room: memoryview, start: int) -> None:
+        """Fill all of `room` from an offset on."""
+        while room:
+            count = os.preadv(self._handle.fileno(), [room], start)
+            if not count:
+                raise JournalError(f"{self.path} ends at byte {start}; something else has shortened it")
+            room, start = room[count:], start + count
+
+    def let_go(self, start: int, nbytes: int) -> None:
+        """Advise with every window: the first advice starts a dirty page's way to the disk, a later one frees it."""
         with self._lock:
-            self._written.append((start, nbytes))
+            self._written += [(start, nbytes)] if nbytes else []  # to the system 0 is all that follows
             if sum(size for _, size in self._written) < _WINDOW:
                 return
-            places = self._leaving + self._written
-            self._leaving, self._written = self._written, []
+            self._leaving.append(self._written)
+            self._written, places = [], [place for window in self._leaving for place in window]
         for place in places:
             os.posix_fadvise(self._handle.fileno(), *place, os.POSIX_FADV_DONTNEED)
 

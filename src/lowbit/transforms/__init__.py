@@ -30,6 +30,7 @@ class Transform:
         needs: names of statistics of the site's input that `search` reads.
         method: the method that quantizes after it where the user names none.
         windows: `options -> ` windows that `search` runs through a block for one site, for the estimate of time.
+        batch: `options -> ` windows that go back through the block at once, for the estimate of memory; 0 for none.
     """
 
     about: str
@@ -38,3 +39,4 @@ class Transform:
     needs: frozenset[str] = field(default_factory=frozenset)
     method: str = "rtn"
     windows: Callable[[Any], int] = lambda options: 0
+    batch: Callable[[Any], int] = lambda options: 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -61,6 +61,18 @@ def choose(site: Site, block: Block, candidates: Iterable[Factors], windows: int
     if best is not None and confirm and error_of(best, confirm) >= error_of(ones, confirm):
         return None
     return best
+
+
+def smoothing(site: Site, block: Block, inputs: Factors, strengths: int) -> Iterator[Factors]:
+    """`x**a / w**(1 - a)` (Xiao et al., arXiv:2211.10438, equation 4), a from 0 to 1; nothing for inputs of 0.
+
+    x and w are the greatest magnitudes of a channel among the inputs and the weights that read it.
+    """
+    weights = torch.stack([block.weights[name].abs().amax(0) for name in site.weights]).amax(0)
+    if inputs.isfinite().all() and inputs.any() and weights.any():
+        x, w = floored(inputs), floored(weights)
+        powers = (i / (strengths - 1) for i in range(strengths))
+        yield from (balanced(x**a / w ** (1 - a)) for a in powers)
 
 
 def balanced(factors: Factors) -> Factors:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-import torch
-
 from lowbit.blocks import Block, Site
 from lowbit.methods import Stats
 from lowbit.transforms import Transform
-from lowbit.transforms._search import Factors, balanced, choose, floored
+from lowbit.transforms._search import Factors, choose, smoothing
 
 
 @final
@@ -32,18 +30,9 @@ class Options:
 
 
 def search(site: Site, block: Block, stats: Stats, options: Options) -> Factors | None:
-    """`x**a / w**(1 - a)` (Xiao et al., arXiv:2211.10438, equation 4) for the a with the least error of the output.
-
-    x and w are the greatest magnitudes of a channel among the inputs and the weights that read it. None where no a
-    is better than no smoothing.
-    """
-    inputs = stats["absmax"].float()
-    weights = torch.stack([block.weights[name].abs().amax(0) for name in site.weights]).amax(0)
-    if not (inputs.isfinite().all() and inputs.any() and weights.any()):
-        return None
-    x, w = floored(inputs), floored(weights)
-    powers = (i / (options.strengths - 1) for i in range(options.strengths))
-    return choose(site, block, (balanced(x**a / w ** (1 - a)) for a in powers), options.windows)
+    """The smoothing whose strength has the least error of the output; None where none is better than no smoothing."""
+    candidates = list(smoothing(site, block, stats["absmax"].float(), options.strengths))
+    return choose(site, block, candidates, options.windows) if candidates else None
 
 
 TRANSFORM = Transform(

@@ -1,0 +1,135 @@
+"""Store: a finished weight is packed, written, read back, compared with what was meant, and journalled, in that order.
+
+What is read back comes from the system's pages of the file, from where the header in the file says. It overwrites what
+was packed, and the format's reader unpacks it into memory that the method did not see.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from lowbit.errors import LowbitError, VerifyError
+from lowbit.stages.plan import Entry
+from lowbit.stages.write import Output, Record, as_bytes, digest
+from lowbit.tensors import QTensor
+
+Value = QTensor | Tensor
+_RUN = 4 * 2**20  # bytes: little enough to be in the processor's cache from writing to reading
+
+
+def store(
+    output: Output,
+    entry: Entry,
+    value: Value,
+    source: Tensor | str,
+    facts: Mapping[str, Any],
+    *,
+    scratch: bool,
+    workers: int = 1,
+) -> None:
+    """Finish one weight.
+
+    Args:
+        value: what was meant: contiguous, in the type that is stored, where the weight is not quantized.
+        source: what was read, or its digest.
+        facts: for the report; to its `seconds` those of packing and writing are added.
+        scratch: packed and read back in mapped files, for little memory, and not in this thread's buffers.
+        workers: threads that do this at the same time.
+
+    Raises:
+        FormatError: a value that the format cannot store.
+        ResourceError: the disk is full.
+        VerifyError: what was stored is not what was meant, naming tensor and element.
+    """
+    start, name = time.perf_counter(), entry.weight.name
+    if isinstance(value, Tensor):
+        meant, reading = _copy(output, entry, value)
+        stored = {name: meant["weight"]}
+    else:
+        meant = {part: digest(tensor.contiguous()) for part, tensor in value.parts()}
+        stored, reading = _pack(output, entry, value, meant, scratch)
+    read = source if isinstance(source, str) else meant["weight"] if source is value else digest(source.contiguous())
+    facts = {**facts, "seconds": facts["seconds"] + time.perf_counter() - start - reading}
+    output.commit(Record(name, read, meant, stored, facts, True), reading / workers)
+
+
+def _copy(output: Output, entry: Entry, value: Tensor) -> tuple[dict[str, str], float]:
+    """Write what is not quantized, some bytes at a time, each read back at once; returns its digest, and seconds."""
+    name, data = entry.weight.name, as_bytes(value)
+    meant, found, reading = xxhash.xxh3_128(), xxhash.xxh3_128(), 0.0
+    for at in range(0, len(data), _RUN):
+        run = data[at : at + _RUN]
+        meant.update(run)
+        output.write(name, run, at)
+        start = time.perf_counter()
+        found.update(output.read_bytes(name, at, len(run)))
+        reading += time.perf_counter() - start
+        output.let_go(name, len(run), at)
+    digests = {"weight": meant.hexdigest()}
+    if found.hexdigest() != digests["weight"]:
+        compare(output.path, name, digests, lambda: output.read(entry, True)[name], lambda: value)
+    return digests, reading
+
+
+def _pack(
+    output: Output, entry: Entry, value: QTensor, meant: Mapping[str, str], scratch: bool
+) -> tuple[dict[str, str], float]:
+    """Pack, write and read back; returns the digest of each stored tensor, and seconds of reading."""
+    parts = output.into(entry, mapped=scratch)
+    output.plan.rules.pack(entry.weight, value, parts)
+    for name, part in () if scratch else parts.items():
+        output.write(name, as_bytes(part))
+    stored = {name: digest(part) for name, part in parts.items()}
+    start = time.perf_counter()
+    with output.codes(entry.weight, scratch, "check") as codes:
+        find = lambda: output.plan.rules.unpack(entry.weight, output.read(entry, scratch), codes)
+        compare(output.path, entry.weight.name, meant, find, lambda: value)
+    reading = time.perf_counter() - start
+    for name, part in parts.items():
+        output.let_go(name, part.nbytes)
+    return stored, reading
+
+
+def compare(
+    path: Path, name: str, meant: Mapping[str, str], find: Callable[[], Value], again: Callable[[], Value | None]
+) -> None:
+    """Read one weight and compare the digests of its parts with those that were meant.
+
+    Args:
+        find: reads it.
+        again: makes it, where that can be done, so that the first element that differs is named.
+
+    Raises:
+        VerifyError: it cannot be read, or a part differs.
+    """
+    try:
+        found = parts_of(find())
+    except LowbitError as error:
+        raise VerifyError(f"{path}: {name} cannot be read back: {error}") from error
+    digests = {part: digest(tensor.contiguous()) for part, tensor in found.items()}
+    wrong = [part for part in {**meant, **digests} if digests.get(part) != meant.get(part)]
+    if wrong:
+        value = again()
+        where = f"its {wrong[0]}" if value is None else _where(wrong[0], found, parts_of(value))
+        raise VerifyError(f"{path}: {name} differs from what was meant in {where}")
+
+
+def parts_of(value: Value) -> dict[str, Tensor]:
+    """The tensors of a weight by name, as the journal has their digests."""
+    return dict(value.parts()) if isinstance(value, QTensor) else {"weight": value}
+
+
+def _where(part: str, found: dict[str, Tensor], meant: dict[str, Tensor]) -> str:
+    """The first differing element of one part, with both values."""
+    if part not in found or part not in meant or found[part].numel() != meant[part].numel():
+        return f"its {part}: missing, not meant, or of another shape"
+    left, right = found[part].reshape(-1), meant[part].reshape(-1)
+    index = int((left.view(torch.uint8) != right.view(torch.uint8)).nonzero()[0]) // left.element_size()
+    return f"element {index} of its {part}: {left[index].item()} is stored, {right[index].item()} was meant"
