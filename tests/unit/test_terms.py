@@ -91,6 +91,7 @@ def gap(found: Tensor, wanted: Tensor) -> float:
 
 CASES: dict[str, tuple[str, dict[str, Any], Rounding]] = {
     "fixed": ("gptq+lqer+eora", {"options": {"lqer.rank": 2, "eora.rank": 3}}, lambda x: x),
+    "learned": ("autoround+eora", {"options": {"iterations": 8, "eora.rank": 3}}, lambda x: x),
     "budget": ("gptq+eora", {"options": {"eora.budget": 2.0}}, lambda x: x),
     "before": ("gptq+svdquant+eora", {"options": {"svdquant.rank": 4, "eora.rank": 2}}, lambda x: x),
     "rounded": ("smoothquant+rtn+svdquant", {"options": {"svdquant.rank": 8}}, int8_token),
@@ -166,7 +167,7 @@ def test_a_budget_is_kept_in_every_block_and_spent(budget: float, tmp_path: Path
     [
         ("rtn+svdquant", {"svdquant.budget": 0.5}, "before the codes"),
         ("rtn+lqer+eora", {"lqer.budget": 0.5}, "corrections follow lqer"),
-        ("autoround+eora", {}, "weights of a block together"),
+        ("autoround+svdquant", {}, "weights of a block together"),
     ],
 )
 def test_what_a_recipe_cannot_do_is_said(method: str, options: dict[str, Any], text: str) -> None:

@@ -79,10 +79,11 @@ def parse_recipe(text: str) -> Recipe:
     recipe = Recipe(bool(of[ROTATE]), of["transforms"], method, of["corrections"], bool(of[TUNE]))
     if recipe.tune and recipe.corrections:
         raise UsageError(f"method {text!r}: {TUNE} would move scales from under their low-rank terms; leave one out")
-    if recipe.learns and recipe.corrections:
+    first = [name for name in recipe.corrections if plugins.load("corrections", name).before]
+    if recipe.learns and first:
         raise UsageError(
-            f"method {text!r}: {method} learns the weights of a block together, and low-rank terms are fitted to one "
-            "weight after the other; name another method, or leave the correction out"
+            f"method {text!r}: {method} learns the weights of a block together, and {first[0]} changes one weight "
+            "before its codes are made; name another method, or a correction of what the codes left"
         )
     return recipe
 

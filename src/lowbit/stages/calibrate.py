@@ -230,6 +230,7 @@ class _BlockRun:
         reference = self._reference()
         if self._method().learn:
             self._learn(steps)
+            self._mend(steps)
         for at, step in enumerate(steps):
             # Experts run one after the other: the next ones are not past when the second layer of the first is reached.
             past = [other for other in steps[at + 1 :] if not (step.experts and other.experts)]
@@ -478,6 +479,18 @@ class _BlockRun:
             else:  # the steps that follow see it with the rank that it has where all have the same
                 self.open[name] = term
                 self.terms.setdefault(name, {})[step] = term.first(options.even(*left.shape))
+
+    def _mend(self, steps: Sequence[Step]) -> None:
+        """Terms for weights that were learned together: step by step, each on what the terms before it mended."""
+        needs = {need for name in self.work.recipe.corrections for need in plugins.load("corrections", name).needs}
+        self.memory.forget()  # attention was of other weights
+        for step in steps if self.work.recipe.corrections else ():
+            sites = {site: self._accumulator(needs) for site in step.sites if self.made.intersection(site)}
+            self._look(self.work.windows.batches, sites, frozenset())
+            for site, accumulator in sites.items():
+                seen = accumulator.finish()
+                for name in (name for name in site if name in self.made):
+                    self._correct(name, seen)
 
     def _spend(self) -> None:
         """Distribute the block's share of the budget over the terms that were left open."""
