@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,11 @@ def format_size(count: int | float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
+
+
+def format_sum(parts: Mapping[str, int]) -> str:
+    """Named sizes, added up: `process 1 GiB + block 2 MiB`."""
+    return " + ".join(f"{name} {format_size(size)}" for name, size in parts.items())
 
 
 def anonymous_bytes() -> int:

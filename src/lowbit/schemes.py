@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from math import inf
 from typing import Literal, get_args
 
@@ -25,6 +26,7 @@ from lowbit.errors import UsageError
 Zero = Literal["none", "int", "float"]
 ScaleType = Literal["f16", "bf16", "f32", "e8m0", "e4m3"]
 SCALE_BITS: dict[ScaleType, int] = {"f16": 16, "bf16": 16, "f32": 32, "e8m0": 8, "e4m3": 8}
+FLOATS: dict[ScaleType, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ def _block(text: str) -> Block | None:
     return Block(int(match["r"]), int(match["c"]))
 
 
+@cache
 def parse(name: str) -> Scheme:
     """The scheme that a short name stands for, as `int4-g128-asym`.
 

@@ -16,7 +16,7 @@ from lowbit.budget import MemoryWatch
 from lowbit.errors import UnsupportedError
 from lowbit.stages._model import open_blueprint
 from lowbit.stages.calibrate import calibrate, prepare
-from lowbit.stages.checkpoint import Checkpoint, _swapped_rows, open_checkpoint, swapped
+from lowbit.stages.checkpoint import Checkpoint, arch_rows, open_checkpoint, swapped
 from lowbit.stages.plan import Calibration, Plan, Rules, as_planned, load_plan, make_plan
 from lowbit.stages.quantize import estimate_memory, quantize
 from lowbit.stages.verify import verify
@@ -48,7 +48,7 @@ def test_the_table_has_every_model_that_uses_the_layer() -> None:
     assert spec and spec.origin
     files = Path(spec.origin).parent.glob("models/*/modeling_*.py")
     users = {path.parent.name for path in files if re.search(r"pytorch_utils import .*\bConv1D\b", path.read_text())}
-    types = {name.replace("-gpt", "") for row in _swapped_rows() for name in row["model_types"]}
+    types = {name.replace("-gpt", "") for row in arch_rows("swapped") for name in row["model_types"]}
     assert users <= types
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lowbit.methods import Stats
+from lowbit.schemes import FLOATS, ScaleType
 
 LowRank = tuple[Float[Tensor, "rank cols"], Float[Tensor, "rows rank"]]
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _RANK = 32
 _MOST = 4  # times the even rank: what one weight of a block may get of the budget
 
@@ -46,13 +46,13 @@ class Options:
             raise ValueError(f"rank {self.rank}: a low-rank term needs a rank of at least 1; leave the correction out")
         if self.budget is not None and not (isfinite(self.budget) and self.budget > 0):
             raise ValueError(f"budget {self.budget}: it is bits per weight, more than 0; leave the correction out")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.dtype not in FLOATS:
+            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(FLOATS)}")
 
     @property
     def storage(self) -> torch.dtype:
         """The dtype of the adapter."""
-        return DTYPES[self.dtype]
+        return FLOATS[cast(ScaleType, self.dtype)]
 
     def even(self, rows: int, cols: int) -> int:
         """The rank of a weight where all have the same: the rank asked for, or the same bits per weight."""

@@ -19,8 +19,7 @@ from lowbit import native
 from lowbit.errors import FormatError
 from lowbit.formats import Spec
 from lowbit.formats._checks import below, exact, finite, row_chunks, stored
-from lowbit.formats._linear import FLOATS
-from lowbit.schemes import ScaleType, Scheme
+from lowbit.schemes import FLOATS, ScaleType, Scheme
 from lowbit.tensors import QTensor, Shape, block_size, scale_shape
 
 Container = Literal[

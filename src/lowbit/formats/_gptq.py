@@ -23,7 +23,6 @@ from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Spec, Weight
 from lowbit.formats._checks import exact, finite, stored
 from lowbit.formats._linear import (
-    FLOATS,
     SCALE_TYPES,
     check_matrix,
     check_planned,
@@ -34,7 +33,7 @@ from lowbit.formats._linear import (
     planned,
     row_block,
 )
-from lowbit.schemes import Scheme, parse
+from lowbit.schemes import FLOATS, Scheme, parse
 from lowbit.tensors import QTensor, block_size, scale_shape
 
 BITS = (2, 3, 4, 8)

@@ -9,10 +9,9 @@ import torch
 
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Weight
-from lowbit.schemes import Block, ScaleType, Scheme
+from lowbit.schemes import FLOATS, Block, ScaleType, Scheme
 from lowbit.tensors import QTensor
 
-FLOATS: dict[ScaleType, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 SCALE_TYPES: dict[torch.dtype, ScaleType] = {dtype: name for name, dtype in FLOATS.items()}
 
 

@@ -16,7 +16,6 @@ from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Spec, Weight
 from lowbit.formats._checks import below, exact, finite, row_chunks, stored
 from lowbit.formats._linear import (
-    FLOATS,
     SCALE_TYPES,
     check_matrix,
     check_planned,
@@ -26,7 +25,7 @@ from lowbit.formats._linear import (
     row_block,
     skipped_modules,
 )
-from lowbit.schemes import Block, Scheme, parse
+from lowbit.schemes import FLOATS, Block, Scheme, parse
 from lowbit.tensors import QTensor, scale_shape, view_shape
 
 

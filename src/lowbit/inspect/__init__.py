@@ -12,8 +12,7 @@ from lowbit.formats import Format, Weight
 from lowbit.inspect.facts import Finding, Inspection, TensorFacts
 from lowbit.inspect.provenance import declared, made_by, methods
 from lowbit.inspect.sanity import check_plain, check_quantized
-from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
-from lowbit.stages.plan import _keep_rows
+from lowbit.stages.checkpoint import Checkpoint, arch_row, open_checkpoint
 from lowbit.tensors import QTensor, scheme_bytes
 
 __all__ = ["Finding", "Inspection", "TensorFacts", "inspect"]
@@ -99,8 +98,7 @@ def _kind(weight: Weight, config: Mapping[str, object]) -> str:
     """`quantized`, or what a weight that stayed is: the first words of the plan's reason to keep such, or its rank."""
     if weight.scheme:
         return "quantized"
-    model_type = config.get("model_type", "")
-    for row in _keep_rows():
-        if model_type in row.get("model_types", [model_type]) and re.search(row["pattern"], weight.name):
-            return re.split(r"[:,(]| of ", row["reason"])[0].strip()
+    row = arch_row("keep", config, weight)
+    if row:
+        return re.split(r"[:,(]| of ", row["reason"])[0].strip()
     return {0: "scalar", 1: "vector", 2: "matrix"}.get(len(weight.shape), f"{len(weight.shape)}-D")

@@ -20,18 +20,13 @@ from torch import Tensor
 from lowbit import native
 from lowbit.errors import WeightError
 from lowbit.methods import Stats
-from lowbit.schemes import Block, Grid, ScaleType, Scheme
+from lowbit.schemes import FLOATS, Block, Grid, ScaleType, Scheme
 from lowbit.tensors import QTensor, block_size, level_table, scale_shape, view_shape
 
 Blocks = Float[Tensor, "down across"]
 Range = tuple[Blocks, Blocks]
 
-_TYPES: dict[ScaleType, torch.dtype] = {
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "f32": torch.float32,
-    "e4m3": torch.float8_e4m3fn,
-}
+_TYPES: dict[ScaleType, torch.dtype] = {**FLOATS, "e4m3": torch.float8_e4m3fn}
 _FP8: dict[str, Literal["e4m3fn", "e5m2"]] = {"fp8-e4m3": "e4m3fn", "fp8-e5m2": "e5m2"}
 _LARGEST = torch.finfo(torch.float32).max
 _DIVISOR_LIMIT = 2.0**126  # the reciprocal of a global divisor stays a normal float32

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit import plugins
-from lowbit.budget import MARGIN, PIECE, anonymous_bytes, format_size
+from lowbit.budget import MARGIN, PIECE, anonymous_bytes, format_size, format_sum
 from lowbit.corrections import Correction
 from lowbit.errors import ResourceError
 from lowbit.methods import Method
@@ -69,12 +69,11 @@ class Cost:
 
     def __str__(self) -> str:
         parts = {"process": self.base, "block": self.block, "statistics": self.statistics}
-        parts["activations" if self.activations > self.workspace else "working memory"] = self.total - sum(
-            parts.values()
-        )
-        shown = " + ".join(f"{name} {format_size(size)}" for name, size in parts.items())
+        last = "activations" if self.activations > self.workspace else "working memory"
+        parts[last] = self.total - sum(parts.values())
         minutes = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
-        return f"{format_size(self.total)} = {shown}; {format_size(self.disk)} of disk while it runs; about {minutes}"
+        disk = f"{format_size(self.disk)} of disk while it runs"
+        return f"{format_size(self.total)} = {format_sum(parts)}; {disk}; about {minutes}"
 
 
 def estimate(

@@ -235,7 +235,8 @@ class _BlockRun:
             # Experts run one after the other: the next ones are not past when the second layer of the first is reached.
             past = [other for other in steps[at + 1 :] if not (step.experts and other.experts)]
             later = frozenset(name for other in past for name in other.names)
-            self._quantize(self._observe(step, later, reference))
+            sites = [site for site in step.sites if self._targets(site)]
+            self._quantize(self._observe(step, sites, later, reference))
         self._unreached()
         self._spend()
         self._keep()
@@ -352,15 +353,30 @@ class _BlockRun:
             twin.tensor(name).copy_(self.live.tensor(name))
         return twin
 
-    def _observe(self, step: Step, later: frozenset[str], reference: LiveBlock | None) -> dict[Site, Seen]:
-        """Statistics of each site of a step that has something to quantize."""
-        sites = {site: self._accumulator(self._needs(site)) for site in step.sites if self._targets(site)}
+    def _observe(
+        self,
+        step: Step,
+        sites: Sequence[Site],
+        later: frozenset[str] = frozenset(),
+        reference: LiveBlock | None = None,
+    ) -> dict[Site, Seen]:
+        """Statistics of some sites of a step, of as many at once as memory allows."""
         seen: dict[Site, Seen] = {}
-        for group in _groups(list(sites), self.work.way.sites):
-            some = {site: sites[site] for site in group}
-            self._look(self.work.windows.batches, some, later, reference)
-            seen |= {site: each.finish() for site, each in some.items()}
+        for group in _groups(sites, self.work.way.sites):
+            seen |= self._gather({site: self._needs(site) for site in group}, None, later, reference)
         return {**seen, **self._all_tokens(step, seen, later)} if step.experts else seen
+
+    def _gather(
+        self,
+        needs: Mapping[Site, Iterable[str]],
+        batches: Sequence[slice] | None = None,
+        later: frozenset[str] = frozenset(),
+        reference: LiveBlock | None = None,
+    ) -> dict[Site, Seen]:
+        """The statistics that each site needs, in one pass over all batches, or some."""
+        found = {site: self._accumulator(names) for site, names in needs.items()}
+        self._look(self.work.windows.batches if batches is None else batches, found, later, reference)
+        return {site: each.finish() for site, each in found.items()}
 
     def _accumulator(self, needs: Iterable[str]) -> Accumulator:
         windows = self.work.windows
@@ -482,13 +498,9 @@ class _BlockRun:
 
     def _mend(self, steps: Sequence[Step]) -> None:
         """Terms for weights that were learned together: step by step, each on what the terms before it mended."""
-        needs = {need for name in self.work.recipe.corrections for need in plugins.load("corrections", name).needs}
-        self.memory.forget()  # attention was of other weights
         for step in steps if self.work.recipe.corrections else ():
-            sites = {site: self._accumulator(needs) for site in step.sites if self.made.intersection(site)}
-            self._look(self.work.windows.batches, sites, frozenset())
-            for site, accumulator in sites.items():
-                seen = accumulator.finish()
+            sites = [site for site in step.sites if self.made.intersection(site)]
+            for site, seen in self._observe(step, sites).items():
                 for name in (name for name in site if name in self.made):
                     self._correct(name, seen)
 
@@ -572,17 +584,14 @@ class _BlockRun:
         """Let a transform choose factors for each site in the order of use, and fold them."""
         transform: Transform = plugins.load("transforms", name)
         options = step_options(transform, name, self.work.plan.options)
-        wanted = [site for step in steps for site in step.sites if self._targets(site)]
-        sites = {site: self._accumulator(transform.needs) for site in wanted}
+        needs = {site: transform.needs for step in steps for site in step.sites if self._targets(site)}
         fit = [batch for batch in self.work.windows.batches if batch.start < self.work.windows.fit]
-        self._look(fit, sites, frozenset())
-        for site, accumulator in sites.items():
-            stats = accumulator.finish().stats
-            producer = self._producer(site) if stats else None
+        for site, seen in self._gather(needs, fit).items():
+            producer = self._producer(site) if seen.stats else None
             if producer:
                 block = self._block(steps)
                 where = BlockSite(tuple(self._targets(site)), self._width(site))
-                factors = transform.search(where, block, stats, options)
+                factors = transform.search(where, block, seen.stats, options)
                 if factors is not None:
                     self._fold(site, producer, factors)
 
@@ -677,14 +686,12 @@ class _BlockRun:
 
     def _scale_inputs(self, steps: Sequence[Step]) -> None:
         """Scales of inputs that all tokens share, from what the weights of a block that learns read before it does."""
-        sites = {site: self._accumulator([_ABSMAX]) for step in steps for site in step.sites if self._rounds(site)}
-        if sites:
-            self._look(self.work.windows.batches, sites, frozenset())
-            self.memory.forget()  # attention was of weights that will change
-        for site, accumulator in sites.items():
-            seen = accumulator.finish()
+        needs = {site: [_ABSMAX] for step in steps for site in step.sites if self._rounds(site)}
+        seen = self._gather(needs) if needs else {}
+        for site, found in seen.items():
             for name in self._targets(site):
-                self._scale_input(name, seen)
+                self._scale_input(name, found)
+        self.memory.forget()  # attention was of weights that will change
 
     def _rounds(self, site: Site) -> bool:
         """Whether inputs of a site will be rounded."""
@@ -704,5 +711,5 @@ class _BlockRun:
         return sum(found)
 
 
-def _groups(items: list[Site], size: int) -> list[list[Site]]:
+def _groups(items: Sequence[Site], size: int) -> list[Sequence[Site]]:
     return [items[at : at + size] for at in range(0, len(items), size)]

@@ -182,13 +182,20 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 def swapped(config: Mapping[str, Any], weight: Weight) -> bool:
     """Whether the class of the model that `config.json` names holds this weight as `[inputs, outputs]`."""
-    rows = (row for row in _swapped_rows() if config.get("model_type") in row["model_types"])
-    return len(weight.shape) == 2 and any(re.search(row["pattern"], weight.name) for row in rows)
+    return len(weight.shape) == 2 and arch_row("swapped", config, weight) is not None
+
+
+def arch_row(table: str, config: Mapping[str, Any], weight: Weight) -> dict[str, Any] | None:
+    """The first row of `arch/TABLE.toml` that is for a model and a weight; without `model_types` it is for any."""
+    kind = str(config.get("model_type", ""))
+    rows = (row for row in arch_rows(table) if kind in row.get("model_types", [kind]))
+    return next((row for row in rows if re.search(row["pattern"], weight.name)), None)
 
 
 @cache
-def _swapped_rows() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = tomllib.loads(package("lowbit").joinpath("arch/swapped.toml").read_text())["swapped"]
+def arch_rows(table: str) -> list[dict[str, Any]]:
+    """The rows of `arch/TABLE.toml`, in order."""
+    rows: list[dict[str, Any]] = tomllib.loads(package("lowbit").joinpath(f"arch/{table}.toml").read_text())[table]
     return rows
 
 

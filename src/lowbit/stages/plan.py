@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
-from importlib.resources import files
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, final
@@ -23,7 +21,7 @@ from lowbit.methods import Method
 from lowbit.methods._scales import shares_rows
 from lowbit.schemes import parse
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe
-from lowbit.stages.checkpoint import Checkpoint, swapped
+from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
 from lowbit.tensors import scheme_bytes
 
 VERSION = 2
@@ -193,7 +191,6 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
     if calibrated and not rules.calibration:
         what = f"method {recipe}" if recipe.calibrated else f"a stored scale of activations ({rules.activations})"
         raise UsageError(f"{what} is learned from text: name some with --calibration FILE")
-    model_type = str(checkpoint.config.get("model_type", ""))
     tied = tied_names(checkpoint)
     entries = []
     for weight in checkpoint.weights.values():
@@ -201,7 +198,7 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
             entries.append(Entry(weight, None, f"shares the storage of {tied[weight.name]}", tied[weight.name]))
             continue
         swap = swapped(checkpoint.config, weight)
-        wanted, reason = _decide(weight, rules, model_type, form.default)
+        wanted, reason = _decide(weight, rules, checkpoint.config, form.default)
         if swap and not form.swaps and wanted != "keep" and not reason.startswith("--set"):
             wanted, reason = "keep", f"{_SWAPPED}; {_SWAPPING}"
         if wanted != "keep" and weight.name in tied.values():
@@ -273,7 +270,7 @@ def _entry(
     return Entry(replace(weight, activations=inputs), name, reason)
 
 
-def _decide(weight: Weight, rules: Rules, model_type: str, default: str) -> tuple[str, str]:
+def _decide(weight: Weight, rules: Rules, config: Mapping[str, Any], default: str) -> tuple[str, str]:
     """Scheme name or `keep`, and the reason."""
     for pattern, scheme in rules.sets:
         if re.search(pattern, weight.name):
@@ -288,21 +285,15 @@ def _decide(weight: Weight, rules: Rules, model_type: str, default: str) -> tupl
         return "keep", f"not a float weight ({str(weight.dtype).removeprefix('torch.')})"
     if len(weight.shape) != 2:
         return "keep", f"not a matrix ({len(weight.shape)}-D)"
-    for row in _keep_rows():
-        if model_type in row.get("model_types", [model_type]) and re.search(row["pattern"], weight.name):
-            return "keep", row["reason"]
+    row = arch_row("keep", config, weight)
+    if row:
+        return "keep", row["reason"]
     return rules.scheme or default, "--scheme" if rules.scheme else "default scheme of the format"
 
 
 def _method(name: str) -> Method:
     record: Method = plugins.load("methods", name)
     return record
-
-
-@cache
-def _keep_rows() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = tomllib.loads(files("lowbit").joinpath("arch/keep.toml").read_text())["keep"]
-    return rows
 
 
 def _check_patterns(checkpoint: Checkpoint, rules: Rules) -> None:

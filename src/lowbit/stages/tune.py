@@ -16,27 +16,28 @@ from typing import final
 import torch
 from jaxtyping import Float, Int64
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div, pad
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lowbit.budget import MARGIN, MemoryWatch, anonymous_bytes, format_size
+from lowbit.budget import MARGIN, MemoryWatch, anonymous_bytes, format_size, format_sum
 from lowbit.errors import ResourceError, UnsupportedError
+from lowbit.schemes import FLOATS
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._observe import split_windows
 from lowbit.stages._recipe import TUNE, parse_options, parse_recipe
 from lowbit.stages._store import store
 from lowbit.stages.calibrate import Prepared
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
+from lowbit.stages.plan import Entry
 from lowbit.stages.quantize import Progress, measure, silent
 from lowbit.stages.write import WORK, Output, write_atomic
 from lowbit.tensors import QTensor, block_size, view_shape
 
 _TOKENS = 2048  # that go through the model at once
 _MOST = 0.5  # change of a value, relative to itself
-_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _TUNED = "tuned"
 
 
@@ -82,8 +83,7 @@ class Cost:
 
     def __str__(self) -> str:
         parts = {"process": self.base, "both models": self.models, "activations": self.activations}
-        shown = " + ".join(f"{name} {format_size(size)}" for name, size in parts.items())
-        return f"{format_size(self.total)} = {shown}, for tuning"
+        return f"{format_size(self.total)} = {format_sum(parts)}, for tuning"
 
 
 def estimate(prepared: Prepared, limit: int | None) -> list[Cost]:
@@ -133,15 +133,17 @@ def tune(prepared: Prepared, output: Output, watch: MemoryWatch, progress: Progr
         if not state.exists():
             tuned, found = _learn(prepared, written, watch, progress)
             write_atomic(state, save(tuned, {key: repr(value) for key, value in found.items()}))
-        for name, values in load_file(state).items():
-            if not output.records[name].facts.get(_TUNED):
-                _replace(prepared, written, output, name, values)
-    with safe_open(state, "pt") as file:
-        return {key: float(value) for key, value in file.metadata().items()}
+        entries = {entry.weight.name: entry for entry in prepared.plan.entries}
+        with safe_open(state, "pt") as file:
+            for name in list(file.keys()):  # this is no dict: it cannot be iterated over itself
+                if not output.records[name].facts.get(_TUNED):
+                    _replace(prepared, written, output, entries[name], file.get_tensor(name))
+            return {key: float(value) for key, value in file.metadata().items()}
 
 
-def _replace(prepared: Prepared, written: Checkpoint, output: Output, name: str, values: Tensor) -> None:
+def _replace(prepared: Prepared, written: Checkpoint, output: Output, entry: Entry, values: Tensor) -> None:
     """Store a weight again, with other scales, or another vector."""
+    name = entry.weight.name
     record, value = output.records[name], written.load(name)
     facts = {**record.facts, _TUNED: True}
     if isinstance(value, QTensor):
@@ -151,7 +153,6 @@ def _replace(prepared: Prepared, written: Checkpoint, output: Output, name: str,
             facts |= {"relative_error": error.relative, "largest_error": error.largest}
     else:
         value = values
-    entry = next(entry for entry in prepared.plan.entries if entry.weight.name == name)
     output.forget(record)
     store(output, entry, value, record.source, facts, scratch=False)
 
@@ -163,11 +164,8 @@ class _Scaled:
     def __init__(self, weight: QTensor) -> None:
         self.scales = weight.scale_values()
         self.move = torch.zeros_like(self.scales, requires_grad=True)
-        self._dtype, self._shape = _DTYPES[weight.scheme.scale], weight.shape
-        (rows, cols), (high, wide) = (
-            view_shape(weight.shape, weight.scheme.block),
-            block_size(weight.shape, weight.scheme.block),
-        )
+        self._dtype, self._shape, block = FLOATS[weight.scheme.scale], weight.shape, weight.scheme.block
+        (rows, cols), (high, wide) = view_shape(weight.shape, block), block_size(weight.shape, block)
         (down, across), self._cut = self.scales.shape, (slice(0, rows), slice(0, cols))
         whole = pad(weight.dequantize().view(rows, cols), (0, across * wide - cols, 0, down * high - rows))
         self._values = whole.view(down, high, across, wide)
@@ -213,7 +211,7 @@ def _movable(value: QTensor | Tensor) -> _Movable | None:
     """What can be moved of a weight; None for matrices that are not quantized, and for scales without small steps."""
     if isinstance(value, Tensor):
         return _Vector(value) if value.dim() == 1 and value.is_floating_point() else None
-    plain = value.scheme.scale in _DTYPES and not value.scheme.nested and value.group_index is None
+    plain = value.scheme.scale in FLOATS and not value.scheme.nested and value.group_index is None
     return _Scaled(value) if plain else None
 
 
