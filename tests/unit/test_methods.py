@@ -398,9 +398,9 @@ def test_mse_refuses_senseless_options(wrong: dict[str, Any]) -> None:
 # ---- hqq ----
 
 
-def l1(weight: Tensor, decoded: Tensor) -> Tensor:
-    """Mean error of each group of 64."""
-    return (decoded - weight).abs().view(-1, 64).double().mean(1)
+def lost(weight: Tensor, decoded: Tensor, bits: int = 4) -> Tensor:
+    """What hqq judges by, of each group of 64: the mean error, below 4 bits that of its square."""
+    return (decoded - weight).double().abs().pow(1 if bits >= 4 else 2).view(-1, 64).mean(1)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -410,13 +410,14 @@ def test_hqq_keeps_the_best_point_of_the_published_walk(bits: int, size: float) 
     start = rtn.quantize(weight, {}, scheme, ROUND)
     found = hqq.quantize(weight, {}, scheme, hqq.Options())
     assert isinstance(found.scales, Tensor) and torch.equal(found.scales, start.scale_values())
-    for row, error in enumerate(l1(weight, found.dequantize())):
+    for row, error in enumerate(lost(weight, found.dequantize(), bits)):
         part, scale = weight[row].numpy(), effective(start)[row, 0].item()
         assert start.zeros is not None
         first = start.zeros[row, 0].item()
         walk = slow.half_quadratic(part, scale, round(first) if bits == 4 else first, bits)
         errors = [
-            np.abs(slow.encode(part, scale, zero, scheme)[1] - part).astype(float).mean() for zero in [first, *walk]
+            (np.abs(slow.encode(part, scale, zero, scheme)[1] - part).astype(float) ** (1 if bits >= 4 else 2)).mean()
+            for zero in [first, *walk]
         ]
         assert error <= min(errors) * 1.002  # float32 and float64 walks part a little where a weight sits on a tie
 
@@ -425,8 +426,9 @@ def test_hqq_keeps_the_best_point_of_the_published_walk(bits: int, size: float) 
     "name", ["int4-g64-fzero", "int4-g64-fzero-bf16", "int3-g64-fzero", "int4-g64-asym", "int1-g64-fzero"]
 )
 def test_hqq_is_never_worse_than_rtn(name: str) -> None:
-    weight = heavy(20, 256, seed=5)
-    errors = [l1(weight, m.quantize(weight, {}, parse(name), m.METHOD.options()).dequantize()) for m in (hqq, rtn)]
+    weight, scheme = heavy(20, 256, seed=5), parse(name)
+    found = [m.quantize(weight, {}, scheme, m.METHOD.options()).dequantize() for m in (hqq, rtn)]
+    errors = [lost(weight, decoded, scheme.grid.bits) for decoded in found]
     assert (errors[0] <= errors[1] * (1 + 1e-6)).all()
     assert errors[0].sum() < (0.999 if "asym" not in name else 1.0001) * errors[1].sum()
 

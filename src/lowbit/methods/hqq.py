@@ -68,7 +68,7 @@ def _solve(
     """The best zero point of each block, as it is stored."""
     best, last = _descend(weight, start, scheme, block, options)
     stored = [start, *(replace(start, zeros=round_zeros(zeros, scheme)) for zeros in (best, last))]
-    errors = torch.stack([block_mean(residual(weight, trial, scheme, block).abs_(), block) for trial in stored])
+    errors = torch.stack([_loss(residual(weight, trial, scheme, block), scheme, block) for trial in stored])
     zeros = torch.stack([trial.zeros for trial in stored if trial.zeros is not None])
     return zeros.gather(0, errors.argmin(0, keepdim=True))[0]
 
@@ -87,11 +87,16 @@ def _descend(
     best, least, beta = zeros, torch.full_like(zeros, torch.inf), options.beta
     for _ in range(options.iterations):
         error = residual(weight, replace(start, zeros=zeros), scheme, block)
-        size = block_mean(error.abs(), block)
+        size = _loss(error, scheme, block)
         best, least = torch.where(size < least, zeros, best), torch.minimum(size, least)
         zeros = zeros + block_mean(_kept(error, options.lp_norm, beta), block) / start.scales
         beta *= options.kappa
     return best, zeros
+
+
+def _loss(error: Float[Tensor, "rows cols"], scheme: Scheme, block: tuple[int, int]) -> Blocks:
+    """What zero points are judged by: the package's mean |e|; below 4 bits mean e^2, of which outputs suffer there."""
+    return block_mean(error.abs() if scheme.grid.bits >= 4 else error.square(), block)
 
 
 def _kept(error: Float[Tensor, "rows cols"], p: float, beta: float) -> Float[Tensor, "rows cols"]:
