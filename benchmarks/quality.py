@@ -11,7 +11,8 @@ NAME=PATH` names each one's; those of this interpreter are found without it, oth
 
 Seconds are those of calibrating and quantizing alone, the whole process is given apart. Perplexity is that of
 `lowbit evaluate`: peers' weights are written as they compute with them, in float32. Intervals are of the mean over
-seeds of the change in log-perplexity, by the paired block bootstrap of `lowbit evaluate`.
+seeds of the change in log-perplexity, by the paired block bootstrap of `lowbit evaluate`. The divergence KL(original ||
+quantized), a sharper judge near the original, is in millinats per token, of the text's first 65,536.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from math import exp
+from math import exp, nan
 from pathlib import Path
 from statistics import median
 from typing import Any, final
@@ -36,8 +37,8 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from lowbit.metrics import Values
-from lowbit.metrics._blocks import Blocks, make_blocks
+from lowbit.metrics import Score
+from lowbit.metrics._blocks import make_blocks
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._windows import Windows, cut, encode, read_text
 from lowbit.stages.checkpoint import open_checkpoint
@@ -63,6 +64,7 @@ PEERS = {
 MODULES = {"llmcompressor": "llmcompressor", "gptqmodel": "gptqmodel", "auto-round": "auto_round", "hqq": "hqq"}
 OURS = ("rtn", "mse", "hqq", "gptq", "awq", "awq+gptq", "rotate+gptq", "gptaq", "autoround", "awq+autoround")
 FREE = ("rtn", "mse", "hqq")  # of data
+DIVERGENCE = 2**16  # tokens
 QUIET = 0.05  # share of all cores that others, the hypervisor among them, may have had for a time to count
 
 
@@ -144,22 +146,26 @@ class Bench:
             np.save(path, found.ids.numpy())
         return path
 
-    @cached_property
-    def text(self) -> Windows:
-        """What is scored."""
-        checkpoint = open_checkpoint(self.options.model)
-        encoded = encode([checkpoint], read_text(self.options.text), self.options.tokens, False, None)
-        return cut(read_text(self.options.text), encoded, self.options.context, None)
+    def _text(self, tokens: int | None) -> Windows:
+        text = read_text(self.options.text)
+        encoded = encode([open_checkpoint(self.options.model)], text, tokens, False, None)
+        return cut(text, encoded, self.options.context, None)
 
     @cached_property
-    def blocks(self) -> Blocks:
-        """What is resampled."""
-        return make_blocks(self.text.counts)
+    def texts(self) -> dict[str, Windows]:
+        """What is scored: for the loss, and for the divergence."""
+        tokens = self.options.tokens
+        return {"nll": self._text(tokens), "kl": self._text(min(tokens or DIVERGENCE, DIVERGENCE))}
 
-    def losses(self, run: str) -> Values:
-        """Loss per token of a run that is done."""
-        values: Values = np.load(self.work / "losses" / f"{run.replace(':', '_')}.npy")
-        return values
+    def values(self, run: str, kind: str) -> Path:
+        """File of a run's value per token."""
+        return self.work / "losses" / f"{run.replace(':', '_')}{'' if kind == 'nll' else '.' + kind}.npy"
+
+    def change(self, ours: Sequence[str], theirs: Sequence[str], kind: str) -> Score | None:
+        """Mean, over runs that have such values, of paired differences; None where none has."""
+        pairs = [(self.values(a, kind), self.values(b, kind)) for a, b in zip(ours, theirs, strict=True)]
+        found = [np.load(a) - np.load(b) for a, b in pairs if a.exists() and b.exists()]
+        return make_blocks(self.texts[kind].counts).change(np.mean(found, axis=0)) if found else None
 
 
 def _free(run: Run) -> bool:
@@ -212,7 +218,7 @@ def execute(bench: Bench, run: Run) -> Record:
     else:
         facts = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"'))
         record |= facts | {"quantize": facts["seconds"]["quantize"]}
-    record["perplexity"] = score(bench, str(run), out)
+    record |= score(bench, str(run), out)
     remove(out)
     return record
 
@@ -230,14 +236,22 @@ def remove(out: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def score(bench: Bench, run: str, path: Path) -> float:
-    """Perplexity; the loss per token is kept. The evaluator's own loop: its result has no values per token."""
-    model = open_blueprint(open_checkpoint(path), torch.float32).resident()
-    with torch.inference_mode():
-        values = _score([model], bench.text, 4, lambda *_: None)["nll"]
+def score(bench: Bench, run: str, path: Path) -> Record:
+    """Perplexity, and mean divergence from the original; the values per token are kept.
+
+    The evaluator's own loop: its result has no values per token.
+    """
+    original, model = (
+        open_blueprint(open_checkpoint(each), torch.float32).resident() for each in (bench.options.model, path)
+    )
     (bench.work / "losses").mkdir(exist_ok=True)
-    np.save(bench.work / "losses" / f"{run.replace(':', '_')}.npy", values)
-    return exp(values.mean())
+    means = {}
+    for kind, models in (("nll", [model]), ("kl", [original, model])):
+        with torch.inference_mode():
+            values = _score(models, bench.texts[kind], 4, lambda *_: None)[kind]
+        np.save(bench.values(run, kind), values)
+        means[kind] = float(values.mean())
+    return {"perplexity": exp(means["nll"]), "kl": means["kl"]}
 
 
 def summarise(bench: Bench) -> Record:
@@ -251,6 +265,7 @@ def summarise(bench: Bench) -> Record:
             quiet = [r for r in mine if r["quiet"]]
             rows[name] = {
                 "perplexity": median(r["perplexity"] for r in mine), "seeds": [r["seed"] for r in mine],
+                "kl": median([r["kl"] for r in mine if "kl" in r] or [nan]),
                 "quantize": median(r["quantize"] for r in quiet or mine), "quiet": bool(quiet),
                 "wall": median(r["wall"] for r in quiet or mine),
             }  # fmt: skip
@@ -269,33 +284,40 @@ def compare(bench: Bench, cell: str, rows: dict[str, Record]) -> Iterator[Record
         seeds = sorted({*rows[one]["seeds"]} & {*rows[other]["seeds"]})
         if seeds:
             runs = [[f"{name}:{cell}:{seed}" for seed in seeds] for name in (one, other)]
-            change = np.mean([bench.losses(a) - bench.losses(b) for a, b in zip(*runs, strict=True)], axis=0)
+            scores = {kind: bench.change(runs[0], runs[1], kind) for kind in bench.texts}
             times = {key: rows[one][key] / rows[other][key] for key in ("quantize", "wall")}
             quiet = rows[one]["quiet"] and rows[other]["quiet"]
-            score = asdict(bench.blocks.change(change))
-            yield {"ours": one, "peer": other, "seeds": seeds, "change": score, "time": times, "quiet": quiet}
+            change = {kind: asdict(score) for kind, score in scores.items() if score}
+            yield {"ours": one, "peer": other, "seeds": seeds, "change": change, "time": times, "quiet": quiet}
 
 
 def show(found: Record) -> None:
     """Two tables per cell."""
     print(f"original {found['original']:.3f}")
     for cell, part in found["cells"].items():
-        print(f"\n{cell:<28} {'perplexity':>10} {'seeds':>6} {'quantize':>9} {'process':>9}")
+        print(f"\n{cell:<28} {'perplexity':>10} {'KL/1000':>8} {'seeds':>6} {'quantize':>9} {'process':>9}")
         for name, row in sorted(part["rows"].items(), key=lambda item: item[1]["perplexity"]):
             noise = "" if row["quiet"] else "  (timed beside other work)"
             seconds = f"{row['quantize']:>8.1f}s {row['wall']:>8.1f}s{noise}"
-            print(f"  {name:<26} {row['perplexity']:>10.3f} {len(row['seeds']):>6} {seconds}")
+            print(f"  {name:<26} {row['perplexity']:>10.3f} {1000 * row['kl']:>8.3f} {len(row['seeds']):>6} {seconds}")
         for row in part["comparisons"]:
-            change = row["change"]
-            low, high = (float("nan") if change[end] is None else change[end] for end in ("low", "high"))
-            verdict = f"{change['value']:+.5f} [{low:+.5f}, {high:+.5f}]"
             times = f"time x{row['time']['quantize']:.2f}, process x{row['time']['wall']:.2f}"
             noise = "" if row["quiet"] else " (noisy)"
             print(
-                f"  {row['ours']} - {row['peer']}: log-perplexity {verdict}, {len(row['seeds'])} seeds; {times}{noise}"
+                f"  {row['ours']} - {row['peer']}: {verdict(row['change'])}, {len(row['seeds'])} seeds; {times}{noise}"
             )
     for run, error in found["errors"].items():
         print(f"failed: {run}: {error}")
+
+
+def verdict(change: Record) -> str:
+    """Differences with their intervals, in thousandths."""
+    words = {"nll": "log-perplexity", "kl": "KL"}
+    parts = []
+    for kind, row in change.items():
+        low, high = (1000 * (nan if row[end] is None else row[end]) for end in ("low", "high"))
+        parts.append(f"{words[kind]} {1000 * row['value']:+.2f} [{low:+.2f}, {high:+.2f}] / 1000")
+    return "; ".join(parts)
 
 
 def arguments() -> argparse.Namespace:
@@ -330,8 +352,7 @@ def main() -> None:
     torch.set_num_threads(bench.options.threads)
     if "original" not in bench.done:
         bench.keep({"run": "settings", "settings": settings})
-        perplexity = score(bench, "original", bench.options.model)
-        bench.keep({"run": "original", "perplexity": perplexity})
+        bench.keep({"run": "original", **score(bench, "original", bench.options.model)})
     for run in bench.runs() if not bench.options.summary else ():
         before = bench.done.get(str(run))
         if before is None or (bench.options.again and ("error" in before or not before["quiet"])):

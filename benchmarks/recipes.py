@@ -82,8 +82,9 @@ def summarise(blocks: Blocks, found: dict[str, Values], first: dict[str, Values]
 
 def show(recipe: str, scores: dict[str, Score]) -> str:
     """A recipe and a line for each of its numbers."""
-    ends = lambda score: "" if score.low is None else f" [{score.low:+.5f}, {score.high:+.5f}]"
-    return "\n".join([recipe, *(f"  {name:<15} {each.value:+.5f}{ends(each)}" for name, each in scores.items())])
+    lines = [f"  {name:<15} {each.value:+.5f}" for name, each in scores.items()]
+    ends = ["" if each.low is None else f" [{each.low:+.5f}, {each.high:+.5f}]" for each in scores.values()]
+    return "\n".join([recipe, *map("".join, zip(lines, ends, strict=True))])
 
 
 def arguments() -> argparse.Namespace:
