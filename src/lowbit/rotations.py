@@ -45,24 +45,17 @@ class Rotation:
 
     def apply(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """`x @ matrix()`, in the dtype of `x`."""
-        return self._through(x * self.signs.to(x.dtype), transposed=False)
-
-    def undo(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-        """`x @ matrix().T`, the inverse of `apply`."""
-        return self._through(x, transposed=True) * self.signs.to(x.dtype)
+        # The first factor turns the slowest axis, the next one the next; each is moved to the end for its product.
+        out, left = (x * self.signs.to(x.dtype)).contiguous(), self.width  # products of strided batches are slow
+        for factor in self.factors:
+            left //= len(factor)
+            turned = out.reshape(-1, len(factor), left).transpose(1, 2)
+            out = torch.matmul(turned, factor.to(x.dtype)).transpose(1, 2)
+        return out.reshape(x.shape)
 
     def matrix(self) -> Float[Tensor, "width width"]:
         """The whole matrix, float64."""
         return self.apply(torch.eye(self.width, dtype=torch.float64))
-
-    def _through(self, x: Tensor, transposed: bool) -> Tensor:
-        # The first factor turns the slowest axis, the next one the next; each is moved to the end for its product.
-        out, left = x.contiguous(), self.width  # products of strided batches are many times slower
-        for factor in self.factors:
-            matrix = (factor.T if transposed else factor).to(x.dtype)
-            left //= len(factor)
-            out = torch.matmul(out.reshape(-1, len(factor), left).transpose(1, 2), matrix).transpose(1, 2)
-        return out.reshape(x.shape)
 
 
 def random_rotation(width: int, seed: int, signs: bool = True) -> Rotation:

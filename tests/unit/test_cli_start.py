@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -48,3 +49,14 @@ def test_help_names_every_command() -> None:
     text = python(MAIN, "--help")
     files = (Path(__file__).resolve().parents[2] / "src" / "lowbit" / "cli").glob("[!_]*.py")
     assert all(f"\n  {file.stem} " in text for file in files), text
+
+
+def test_the_help_of_quantize_names_every_scheme_method_and_format() -> None:
+    from lowbit import plugins
+    from lowbit.schemes import families
+
+    text = " ".join(python(MAIN, "quantize", "--help").split())
+    grids = [name for name in families() if not re.fullmatch(r"int[2-7]", name)]
+    folders = ("methods", "transforms", "corrections", "formats")
+    plugged = [name.replace("_", "-") for folder in folders for name in plugins.names(folder)]
+    assert not [name for name in [*grids, *plugged, "rotate", "tune"] if not re.search(rf"\b{name}\b", text)]

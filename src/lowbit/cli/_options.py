@@ -73,7 +73,7 @@ _RULES = (
     click.option(
         "--method", default="rtn", show_default=True, metavar="M",
         help=f"One of {_listed('methods')}; or steps joined by +, as awq+gptq+eora, of: rotate, "
-        f"{_listed('transforms')} (before a method), {_listed('corrections')} (after it).",
+        f"{_listed('transforms')} (before a method), {_listed('corrections')} (after it), tune (last).",
     ),
     click.option(
         "--format", "form", default="compressed-tensors", show_default=True, metavar="F",

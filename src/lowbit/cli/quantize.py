@@ -11,7 +11,13 @@ import click
 
 from lowbit.cli._options import Size, cores, make_rules, print_plan, progress_bars, rules_options
 
-_EXAMPLES = """\b
+_EPILOG = """\b
+Schemes are GRID[-BLOCK][-OPTION...], as int4-g128-asym:
+  GRID    int1 to int8, nf4, fp4, fp8-e4m3, fp8-e5m2, mxfp4, mxfp8, nvfp4
+  BLOCK   what shares a scale: tensor, row, gN (N weights of a row), RxC (rows by columns)
+  OPTION  asym, fzero (whole or fractional zero points), dq (8-bit scales), f16, bf16, f32 (type of scales)
+
+\b
 Examples:
   lowbit quantize ./llama ./llama-w4 --scheme int4-g128
   lowbit quantize ./llama ./llama-nf4 --format bitsandbytes --scheme nf4-dq
@@ -21,7 +27,7 @@ Examples:
 """
 
 
-@click.command(epilog=_EXAMPLES)
+@click.command(epilog=_EPILOG)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @rules_options

@@ -308,11 +308,6 @@ def _check_patterns(checkpoint: Checkpoint, rules: Rules) -> None:
             raise UsageError(f"{flag} {pattern!r} matches no tensor of {checkpoint.path}")
 
 
-def save_plan(plan: Plan, path: Path) -> None:
-    """Write the plan as JSON."""
-    path.write_text(plan.to_json())
-
-
 def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
     """A saved, perhaps edited, plan for this checkpoint.
 
