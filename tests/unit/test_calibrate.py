@@ -22,18 +22,24 @@ from transformers.pytorch_utils import Conv1D
 from lowbit.budget import MemoryWatch
 from lowbit.errors import ResourceError, UsageError
 from lowbit.schemes import parse
+from lowbit.stages import _learn
 from lowbit.stages._adapter import Terms
 from lowbit.stages._fold import find_producer
+from lowbit.stages._gather import Gatherer
 from lowbit.stages._jobs import Job
 from lowbit.stages._observe import Accumulator, Observer, Seen
+from lowbit.stages._passes import Passes
 from lowbit.stages._products import Product
 from lowbit.stages._sites import Found, Step, find_steps
-from lowbit.stages.calibrate import Calibration as Work
-from lowbit.stages.calibrate import Prepared, _begin, _BlockRun, _enter, calibrate, prepare
+from lowbit.stages._state import Calibration as Work
+from lowbit.stages._state import State
+from lowbit.stages._transform import fold, producer_of, transform
+from lowbit.stages.calibrate import Prepared, _begin, _enter, calibrate, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Calibration, Entry, Rules, as_planned, make_plan
 from lowbit.stages.quantize import estimate_memory, quantize
 from lowbit.stages.write import Output, open_output
+from lowbit.transforms import awq
 from tests.reference.models import SETTINGS, save_tiny
 
 # Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
@@ -75,13 +81,15 @@ def store_rest(ready: Prepared, output: Output) -> None:
     quantize(ready.source, ready.plan, output, rest, MemoryWatch(None))
 
 
-def block_of(work: Work, index: int = 0) -> _BlockRun:
-    return _BlockRun(work, list(work.blueprint.blocks)[index], index)
+def block_of(work: Work) -> tuple[State, Passes]:
+    """The first block."""
+    state = State(work, next(iter(work.blueprint.blocks)))
+    return state, Passes(work, state, 0)
 
 
-def steps_of(run: _BlockRun) -> list[Step]:
+def steps_of(state: State, passes: Passes) -> list[Step]:
     with torch.no_grad():
-        return find_steps(run.live, lambda watch: run._batch(slice(0, 1), watch=watch))
+        return find_steps(state.live, lambda watch: passes.batch(slice(0, 1), watch=watch))
 
 
 def last(name: str) -> str:
@@ -112,7 +120,7 @@ def test_every_weight_of_every_class_is_reached(kind: str, tmp_path: Path) -> No
 )
 def test_sublayers_are_found_in_the_order_of_their_use(kind: str, wanted: list[set[str]], tmp_path: Path) -> None:
     with opened(kind, tmp_path) as (_, ready, output):
-        steps = steps_of(block_of(begun(ready, output)))
+        steps = steps_of(*block_of(begun(ready, output)))
     assert [{last(name) for name in step.names} for step in steps] == wanted
     experts = [step for step in steps if step.experts]
     assert [len(step.sites) for step in experts] == ([4, 4] if kind == "mixtral" else [])
@@ -129,10 +137,11 @@ def test_statistics_are_of_what_each_layer_of_the_float_model_reads(kind: str, t
                     lambda _, inputs, name=name: read.setdefault(name, []).append(inputs[0].flatten(0, -2))
                 )
         model(input_ids=IDS, use_cache=False)
-        run = block_of(begun(ready, output))
-        sites = {site: Accumulator(["second_moment"], 0, 24) for step in steps_of(run) for site in step.sites}
-        run._look(run.work.windows.batches, sites, frozenset())
-        fitted = run.work.windows.fit * IDS.shape[1]
+        work = begun(ready, output)
+        state, passes = block_of(work)
+        sites = {site: Accumulator(["second_moment"], 0, 24) for step in steps_of(state, passes) for site in step.sites}
+        Gatherer(work, state, passes).look(work.windows.batches, sites, frozenset())
+        fitted = work.windows.fit * IDS.shape[1]
         assert sites
         modules = {id(p): n.rpartition(".")[0] for n, p in model.named_parameters()}
         stored = dict(model.named_parameters())
@@ -179,17 +188,17 @@ PRODUCERS = {
 def test_what_can_take_a_factor_is_found_and_folding_changes_no_output(kind: str, tmp_path: Path) -> None:
     dice = torch.Generator().manual_seed(0)
     with opened(kind, tmp_path, method="awq", dtype="float32") as (_, ready, output), torch.no_grad():
-        run = block_of(begun(ready, output))
+        state, passes = block_of(begun(ready, output))
         found = {}
-        for step in steps_of(run):
+        for step in steps_of(state, passes):
             for site in step.sites:
-                before, producer = run._batch(slice(0, 4)), run._producer(site)
+                before, producer = passes.batch(slice(0, 4)), producer_of(site, state, passes)
                 if producer is None:
                     continue
                 found[last(site[0])] = producer.parameters[0].rpartition(".")[0].rpartition(".")[2]
-                factors = 0.2 + 5 * torch.rand(run._weight(site[0]).shape[1], generator=dice)
-                run._fold(site, producer, factors)
-                gap = (run._batch(slice(0, 4)) - before).norm() / before.norm()
+                factors = 0.2 + 5 * torch.rand(state.width(site), generator=dice)
+                fold(site, producer, factors, state)
+                gap = (passes.batch(slice(0, 4)) - before).norm() / before.norm()
                 assert gap < 1e-5, site
     # fc1 feeds fc2 through a ReLU, which takes positive factors; a GELU does not.
     assert found == PRODUCERS[kind]
@@ -198,18 +207,36 @@ def test_what_can_take_a_factor_is_found_and_folding_changes_no_output(kind: str
 def test_no_producer_where_something_else_reads_the_input(tmp_path: Path) -> None:
     """The router reads what the experts read; without it in the fold, the output would change."""
     with opened("mixtral", tmp_path, method="awq", dtype="float32") as (_, ready, output), torch.no_grad():
-        run = block_of(begun(ready, output))
-        site = next(s for step in steps_of(run) if step.experts for s in step.sites)
-        hidden = run.inputs[:1]
+        state, passes = block_of(begun(ready, output))
+        site = next(s for step in steps_of(state, passes) if step.experts for s in step.sites)
+        hidden = passes.inputs[:1]
         found = find_producer(
-            run.live, site, lambda weights, parameters: run._batch(slice(0, 1), None, weights, parameters) - hidden
+            state.live, site, lambda weights, parameters: passes.batch(slice(0, 1), None, weights, parameters) - hidden
         )
     assert found is None
 
 
+def test_attention_that_was_kept_is_forgotten_when_values_are_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where q, k and v are not quantized, attention is kept when `o_proj` is looked at, which then divides `v_proj`."""
+    twice = replace(awq.TRANSFORM, search=lambda site, *_: torch.full((site.channels,), 2.0))
+    monkeypatch.setattr(awq, "TRANSFORM", twice)
+    with opened("opt", tmp_path, method="awq", dtype="float32") as (_, ready, output), torch.no_grad():
+        work = begun(ready, output)
+        state, passes = block_of(work)
+        state.made = {name for name in state.entries if last(name) in ("q_proj", "k_proj", "v_proj")}
+        transform("awq", steps_of(state, passes), work, state, passes, Gatherer(work, state, passes))
+        assert any(last(name) == "v_proj" for name in state.floats)
+        passes.forward("quantized")
+        for batch in work.windows.batches:
+            torch.testing.assert_close(work.streams.read("quantized", 1)[batch], passes.batch(batch))
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
 @pytest.mark.parametrize("kind", MOE)
-def test_experts_that_see_few_tokens_get_all(kind: str, tmp_path: Path) -> None:
-    with opened(kind, tmp_path) as (_, ready, output):
+def test_experts_that_see_few_tokens_get_all(kind: str, inputs: str, tmp_path: Path) -> None:
+    with opened(kind, tmp_path, inputs=inputs) as (_, ready, output):
         short = replace(ready, ids=IDS[:2, :8])
         calibrate(short, output, MemoryWatch(None))
         facts = {name: record.facts for name, record in output.records.items() if ".experts." in name}
@@ -332,19 +359,20 @@ def test_a_pass_ends_when_all_its_sites_were_read() -> None:
 def test_batches_are_taken_in_order_by_workers_that_end_in_another(tmp_path: Path) -> None:
     with opened("llama", tmp_path) as (_, ready, output):
         work = begun(replace(ready, cost=replace(ready.cost, threads=4)), output)
-        run, batches, taken = block_of(work), [slice(i, i + 1) for i in range(8)], list[tuple[int, Tensor]]()
+        (_, passes), taken = block_of(work), list[tuple[int, Tensor]]()
 
         def slowest_first(batch: slice) -> Tensor:
             time.sleep(0.02 * (3 - batch.start % 4))
             return IDS[batch]
 
-        run._in_turn(slowest_first, batches, lambda batch, found: taken.append((batch.start, found)))
+        batches = [slice(i, i + 1) for i in range(8)]
+        passes.in_turn(slowest_first, batches, lambda batch, found: taken.append((batch.start, found)))
         assert [at for at, _ in taken] == list(range(8)) and torch.equal(torch.cat([found for _, found in taken]), IDS)
 
 
 def test_a_failure_ends_a_pass(tmp_path: Path) -> None:
     with opened("llama", tmp_path) as (_, ready, output):
-        run, begun_by = block_of(begun(ready, output)), list[int]()
+        (_, passes), begun_by = block_of(begun(ready, output)), list[int]()
 
         def fail(batch: slice) -> None:
             begun_by.append(batch.start)
@@ -352,7 +380,7 @@ def test_a_failure_ends_a_pass(tmp_path: Path) -> None:
             raise _Stop
 
         with pytest.raises(_Stop):
-            run._in_turn(fail, [slice(i % 8, i % 8 + 1) for i in range(50)])
+            passes.in_turn(fail, [slice(i % 8, i % 8 + 1) for i in range(50)])
         assert len(begun_by) < 10
 
 
@@ -398,7 +426,7 @@ def test_a_block_whose_error_is_not_a_number_is_rounded_to_nearest(
     nearest: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors = itertools.cycle([float("nan"), nearest])
-    monkeypatch.setattr(_BlockRun, "_held_error", lambda run, block, made: next(errors))
+    monkeypatch.setattr(_learn, "_held_error", lambda *_: next(errors))
     _, output = learned(tmp_path, "int4-g8")
     facts = [record.facts for name, record in output.records.items() if name.endswith("proj.weight")]
     assert facts and all(each["method"] == "rtn" and each["fallback"] and each["against_rtn"] == 1 for each in facts)

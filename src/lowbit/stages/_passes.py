@@ -1,0 +1,144 @@
+"""Passes: windows run through a block by all workers, its activations rounded, low-rank terms beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar, final
+
+import torch
+from torch import Tensor
+
+from lowbit.blocks import Block
+from lowbit.stages._activations import rounded
+from lowbit.stages._attention import Memory, Remembered, exact_products
+from lowbit.stages._observe import Watch
+from lowbit.stages._products import Product
+from lowbit.stages._sites import Step
+from lowbit.stages._state import Calibration, State
+from lowbit.stages._streams import Kind
+from lowbit.stages.quantize import one_torch_thread
+from lowbit.stages.write import WORK
+
+T = TypeVar("T")
+After = Callable[[Product, Tensor], Tensor]
+
+
+@final
+class Passes:
+    """Runs windows through one block, as it is by now."""
+
+    def __init__(self, work: Calibration, state: State, index: int) -> None:
+        self._work, self._state, self.index = work, state, index
+        self.inputs = work.streams.read("quantized", index)  # what the quantized blocks before it produce
+        self.memory = Memory(work.output.path / WORK / "hidden" / "attention")
+
+    def batch(
+        self,
+        batch: slice | Sequence[int],
+        inputs: Tensor | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+        watch: Watch | None = None,
+        after: After | None = None,
+    ) -> Tensor:
+        """The block's output for some windows."""
+        live, hidden = self._state.live, (self.inputs if inputs is None else inputs)[batch]
+        call = self._work.call(live.path, len(hidden))
+        return live.run(call, hidden, weights, parameters, watch or self.rounding(), self._beside(after))
+
+    def _beside(self, after: After | None) -> After | None:
+        """Adds to each product what the low-rank terms make of its rows, which are not rounded, then calls `after`."""
+        live, terms = self._state.live, self._state.terms
+        if not terms:
+            return after
+
+        def add(product: Product, result: Tensor) -> Tensor:
+            heights = [len(live.weight(name)) for name in product.names]
+            for name, part in zip(product.names, torch.split(result, heights, -1), strict=True):
+                for term in terms.get(name, {}).values():
+                    thin = product.rows @ term.down.T.to(result.dtype)
+                    part.add_((thin @ term.up.T.to(result.dtype)).view(part.shape))
+            return after(product, result) if after else result
+
+        return add
+
+    def rounding(self, factors: Mapping[str, Tensor] | None = None) -> Watch | None:
+        """A watch that rounds activations, of the weights that are on their grid by now; None where none is rounded."""
+        state = self._state
+        rounds = {n: e.weight.activations for n, e in state.entries.items() if e.weight.activations}
+        if not rounds:
+            return None
+
+        def watch(product: Product) -> Tensor | None:
+            scheme, name = rounds.get(product.names[0]), product.names[0]
+            if scheme is None or (factors is None and name not in state.made):
+                return None
+            return rounded(product.rows, scheme, state.scales.get(name), (factors or {}).get(name))
+
+        return watch
+
+    def forward(self, kind: Kind) -> None:
+        """Write what the block makes of all windows of a stream."""
+        inputs = self._work.streams.read(kind, self.index)
+
+        def pass_on(batch: slice) -> None:
+            with Remembered(self.memory, f"{kind}-{batch.start}", lambda: False):
+                outputs[batch] = self.batch(batch, inputs)
+
+        with self._work.streams.writing(kind, self.index + 1) as outputs:
+            self.in_turn(pass_on, self._work.windows.batches)
+
+    def in_turn(
+        self, work: Callable[[slice], T], batches: Sequence[slice], take: Callable[[slice, T], None] | None = None
+    ) -> None:
+        """Work on each batch by all workers, each on its own batch; then `take` what was found, in order.
+
+        Small products gain nothing from threads of their own, and waking these costs more than the products.
+        """
+        for size in {batch.stop - batch.start for batch in batches}:
+            self._work.call(self._state.live.path, size)  # recorded before: a recording is a pass of its own
+
+        def quietly(batch: slice, before: Future[None] | None) -> None:
+            with torch.no_grad():
+                found = work(batch)
+                if take:
+                    wait([before] if before else [])  # a worker that had it began it before
+                    take(batch, found)
+
+        exact, threads = exact_products(self._work.blueprint.dtype), self._work.way.threads
+        with exact, one_torch_thread(), ThreadPoolExecutor(threads, "calibrate") as pool:
+            futures: list[Future[None]] = []
+            for batch in batches:
+                futures.append(pool.submit(quietly, batch, futures[-1] if futures else None))
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def view(self, steps: Sequence[Step]) -> Block:
+        """The block as methods that learn and transforms see it."""
+        work, entries = self._work, self._state.entries
+        names = [name for step in steps for name in self._state.targets(step.names)]
+        schemes = {name: entries[name].weight.scheme for name in names}
+        activations = {name: entries[name].weight.activations for name in names}
+        targets = work.streams.read("float", self.index + 1)
+
+        def run(
+            indices: Sequence[int], weights: Mapping[str, Tensor], factors: Mapping[str, Tensor] | None = None
+        ) -> Tensor:
+            watch = self.rounding(factors or {}) if any(activations.values()) else None
+            return self.batch(list(indices), weights=weights, watch=watch)
+
+        return Block(
+            weights={name: self._state.weight(name) for name in names},
+            schemes={name: scheme for name, scheme in schemes.items() if scheme},
+            windows=work.windows.fit,
+            run=run,
+            target=lambda indices: targets[list(indices)],
+            nearest=lambda name, weight: self._state.nearest(name, weight).dequantize(),
+            activations={name: scheme for name, scheme in activations.items() if scheme},
+            seed=self.index,
+            threads=work.way.threads,
+        )

@@ -1,0 +1,131 @@
+"""What a calibrated run knows: what stays the same from block to block, and the state of the block in work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from torch import Tensor
+
+from lowbit import plugins
+from lowbit.corrections import Correction, Term
+from lowbit.methods import Method
+from lowbit.stages._activations import input_scale
+from lowbit.stages._adapter import Terms
+from lowbit.stages._blocks import Call, Entrance, LiveBlock
+from lowbit.stages._cost import Cost
+from lowbit.stages._model import Blueprint
+from lowbit.stages._observe import Seen, Windows
+from lowbit.stages._recipe import Recipe, step_options
+from lowbit.stages._sites import Site
+from lowbit.stages._store import Value, store
+from lowbit.stages._streams import Streams
+from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.plan import Entry, Plan
+from lowbit.stages.quantize import tensor_stats
+from lowbit.stages.write import Output
+from lowbit.tensors import QTensor
+from lowbit.transforms import Transform
+
+ABSMAX = "absmax"
+
+
+@final
+@dataclass(frozen=True)
+class Calibration:
+    """Everything that stays the same from block to block."""
+
+    source: Checkpoint
+    plan: Plan
+    recipe: Recipe
+    output: Output
+    way: Cost
+    blueprint: Blueprint
+    windows: Windows
+    streams: Streams
+    entrance: Entrance
+    terms: Terms
+
+    def call(self, path: str, windows: int) -> Call:
+        """How the model calls a block with so many windows."""
+        return self.entrance.calls(self.windows.ids[:windows])[path]
+
+    def options(self, record: Method | Transform | Correction, name: str) -> Any:
+        """The options of one step of the recipe."""
+        return step_options(record, name, self.plan.options)
+
+
+@final
+class State:
+    """The block in work: its weights as they are by now, and what was made of them."""
+
+    def __init__(self, work: Calibration, path: str) -> None:
+        inside = work.blueprint.blocks[path]
+        self.entries = {e.weight.name: e for e in work.plan.entries if e.weight.name in inside and not e.tied}
+        matrices = [name for name, entry in self.entries.items() if len(entry.weight.shape) == 2]
+        self.live = LiveBlock(work.blueprint, path, matrices)
+        self.floats: dict[str, Tensor] = {}  # weights that a transform changed, float32
+        self.made: set[str] = set()
+        self.scales: dict[str, float | None] = {}  # of activations, where they are stored
+        self.terms: dict[str, dict[str, Term]] = {}  # beside weights, by step of the recipe
+        self._work = work
+
+    def targets(self, names: Sequence[str]) -> list[str]:
+        """Those of the weights that are quantized and not done yet."""
+        return [name for name in names if self.entries[name].weight.scheme and name not in self.made]
+
+    def rounds(self, site: Site) -> bool:
+        """Whether inputs of a site will be rounded."""
+        return any(self.entries[name].weight.activations for name in self.targets(site))
+
+    def width(self, site: Site) -> int:
+        """Number of inputs of a site."""
+        return self.live.weight(site[0]).shape[1]
+
+    def owner(self, parameter: str) -> str | None:
+        """The weight of the checkpoint that is this parameter; None where it is made of several."""
+        sources = self._work.blueprint.sources(self.live.path)[parameter]
+        return next(iter(sources)) if len(sources) == 1 else None
+
+    def kept(self, name: str) -> Tensor:
+        """A weight as the transforms left it, in the type in which it is kept, `[outputs, inputs]`."""
+        if name in self.floats:
+            return self.floats[name]
+        tensor, place = self._work.source.tensor(name), self.live.places.get(name)
+        turned = place is not None and place.swapped and not self.entries[name].weight.swapped
+        return tensor.T.contiguous() if turned else tensor
+
+    def weight(self, name: str) -> Tensor:
+        """The same in float32."""
+        return self.kept(name).float().contiguous()
+
+    def nearest(self, name: str, weight: Tensor) -> QTensor:
+        """Round-to-nearest under the plan's scheme."""
+        scheme = self.entries[name].weight.scheme
+        assert scheme is not None
+        rtn: Method = plugins.load("methods", "rtn")
+        return rtn.quantize(weight, tensor_stats(weight, scheme, self._work.way.piece), scheme, rtn.options())
+
+    def scale_input(self, name: str, seen: Seen) -> None:
+        """Find the scale by which a weight's inputs are rounded, where it is stored."""
+        scheme = self.entries[name].weight.activations
+        if scheme and ABSMAX in seen.stats:
+            self.scales[name] = input_scale(float(seen.stats[ABSMAX].max()), scheme)
+
+    def settle(self, entry: Entry, value: Value, facts: Mapping[str, Any]) -> None:
+        """Store a result, unless it is there from an earlier run; read back in mapped files, which cost no memory."""
+        name, output = entry.weight.name, self._work.output
+        self.made.add(name)
+        if name not in output.records:
+            entry = replace(entry, weight=replace(entry.weight, input_scale=self.scales.get(name)))
+            facts = {**facts, "folded": name in self.floats}
+            store(output, entry, value, self._work.source.tensor(name), facts, scratch=True)
+
+    def settle_rest(self) -> None:
+        """Store what is not quantized, changed by a transform or not."""
+        for name, entry in self.entries.items():
+            if not entry.weight.scheme:
+                value = self.floats.get(name, self._work.source.tensor(name))
+                facts = {"method": None, "seconds": 0.0}
+                self.settle(entry, value.to(entry.weight.dtype).contiguous(), facts)

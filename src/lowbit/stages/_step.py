@@ -1,0 +1,62 @@
+"""Quantize the weights of one step on what calibration saw: a job for each, pieces of all jobs on all workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from lowbit import plugins
+from lowbit.methods import Method, Stats
+from lowbit.stages._jobs import Job
+from lowbit.stages._observe import Seen
+from lowbit.stages._sites import Site
+from lowbit.stages._state import Calibration, State
+from lowbit.stages._terms import Corrections
+from lowbit.stages.plan import OUTSIDE
+from lowbit.stages.quantize import one_torch_thread, tensor_stats
+
+
+def quantize_step(seen: Mapping[Site, Seen], work: Calibration, state: State, corrections: Corrections) -> None:
+    """Quantize the weights of some sites, put them into the block, store them, and correct what they left."""
+    jobs: list[Job] = []
+    for site, found in seen.items():
+        prepared: dict[Any, Stats] = {}
+        jobs += [_job(name, found, prepared, work, state, corrections) for name in state.targets(site)]
+    _carry_out(jobs, work.way.threads, state)
+    for job in jobs:
+        corrections.correct(job.entry.weight.name, job.seen)
+
+
+def _job(
+    name: str, seen: Seen, prepared: dict[Any, Stats], work: Calibration, state: State, corrections: Corrections
+) -> Job:
+    """The work on one weight; what a method prepares is shared by weights of one scheme at one site."""
+    entry, piece = state.entries[name], work.way.piece
+    scheme = entry.weight.scheme
+    assert scheme is not None and entry.method is not None
+    method: Method = plugins.load("methods", entry.method)
+    reached = method.needs <= seen.stats.keys() and not method.learn
+    chosen = entry.method if reached else OUTSIDE
+    method = plugins.load("methods", chosen)
+    options = work.options(method, chosen)
+    if (chosen, scheme) not in prepared:
+        prepared[chosen, scheme] = method.prepare(seen.stats, scheme, options)
+    state.scale_input(name, seen)
+    whole = state.kept(name)
+    weight = corrections.residual(name, whole, seen)
+    stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, piece)}
+    return Job(entry, chosen, weight, stats, seen, options, piece, whole)
+
+
+def _carry_out(jobs: Sequence[Job], threads: int, state: State) -> None:
+    with one_torch_thread(), ThreadPoolExecutor(threads, "calibrate") as pool:
+        work = [[pool.submit(job.piece, rows) for rows in job.places()] for job in jobs]
+        for job, futures in zip(jobs, work, strict=True):
+            pieces = [future.result() for future in futures]
+            futures.clear()
+            best, made = job.choose(pieces)
+            for piece in pieces if job.entry.weight.name in state.live.places else ():
+                rows = state.live.weight(job.entry.weight.name)[piece.rows]
+                rows.copy_(piece.made[best].dequantize().view_as(rows))
+            state.settle(job.entry, made.qtensor, made.facts)
