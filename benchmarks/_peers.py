@@ -158,7 +158,7 @@ def auto_round(job: Job, clock: Clock) -> Weights:
 
 
 def hqq(job: Job, clock: Clock) -> Weights:
-    """HQQ, which takes no data."""
+    """HQQ, which takes no data. Its layers hold scales and zero points in the type of the model: so they are taken."""
     quantizer: Any = import_module("hqq.core.quantize").Quantizer
     with timed(clock, "load"):
         model, _ = load(job)
@@ -169,6 +169,7 @@ def hqq(job: Job, clock: Clock) -> Weights:
                 module.weight.data, nbits=job["bits"], group_size=job["group"], axis=1, device="cpu"
             )
     for name, (codes, meta) in found.items():
+        codes, meta = quantizer.to_inplace(codes, meta | {"compute_dtype": model.dtype}, "cpu")
         weights[f"{name}.weight"] = quantizer.dequantize(codes, meta | {"compute_dtype": torch.float32})
     return weights
 

@@ -26,6 +26,7 @@ class Weight:
     bits: int
     group: int
     asymmetric: bool
+    signed: bool = False
 
     def __post_init__(self) -> None:
         self.weight = self.weight.double()
@@ -56,6 +57,10 @@ class Weight:
             low, high = weight.min().clamp(max=0) * lower, weight.max().clamp(min=0) * upper
             scale = as_half((high - low) / top)
             zero = rint(-low / scale)
+        elif self.signed:
+            largest = weight[weight.abs().argmax()]
+            scale = as_half(-largest * upper / 2 ** (self.bits - 1))
+            zero = torch.tensor(2.0 ** (self.bits - 1), dtype=torch.float64)
         else:
             scale = as_half(weight.abs().max() * upper / (top / 2))
             zero = torch.tensor(2.0 ** (self.bits - 1), dtype=torch.float64)

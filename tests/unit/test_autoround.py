@@ -68,17 +68,18 @@ def loss_of(block: Block, weights: Weights) -> float:
     return (block.run(everything, weights) - block.target(everything)).double().square().mean().item()
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("scheme", ["int4-g8", "int3-g16", "int2-g8-asym", "int4-row-asym", "int3-g7-asym"])
-def test_codes_are_those_of_the_definition(scheme: str) -> None:
+def test_codes_are_those_of_the_definition(scheme: str, signed: bool) -> None:
     """8 steps in float64 with all windows in each: the definition differentiates through every rounding."""
     block, kind = block_of(scheme, torch.float64), parse(scheme)
     slow = {
-        name: reference.Weight(weight, kind.grid.bits, kind.block.cols or weight.shape[1], kind.zero == "int")
+        name: reference.Weight(weight, kind.grid.bits, kind.block.cols or weight.shape[1], kind.zero == "int", signed)
         for name, weight in block.weights.items()
     }
     everything = range(WINDOWS)
     reference.learn(slow, lambda w: block.run(everything, w), block.target(everything), 8, 1 / 20)
-    options = Options(iterations=8, lr=1 / 20, minmax_lr=1 / 20, search=False)
+    options = Options(iterations=8, lr=1 / 20, minmax_lr=1 / 20, search=False, signed=signed)
     learners = {name: autoround._SignRound(weight, kind, options) for name, weight in block.weights.items()}
     _learn.descend(block, learners, options.total, WINDOWS)
     for name, learner in learners.items():
@@ -155,7 +156,7 @@ def test_a_loss_of_nan_ends_the_steps_and_not_the_run(after: int) -> None:
         calls[0] += output.requires_grad
         return output * float("nan") if output.requires_grad and calls[0] > after else output
 
-    learned = learn(replace(block, run=breaks), Options(iterations=50))
+    learned = learn(replace(block, run=breaks), Options(iterations=50, signed=False))
     assert calls[0] == after + 1
     assert all(stored.dequantize().isfinite().all() for stored in learned.values())
     same = all(
@@ -188,6 +189,18 @@ def test_presets() -> None:
     for wrong in ({"preset": "fast"}, {"iterations": -1}, {"batch": 0}, {"lr": -1.0}):
         with pytest.raises(ValueError, match=r"preset|must be"):
             Options(**wrong)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_negative_scale_puts_the_largest_weight_at_the_end_of_the_grid(bits: int) -> None:
+    weight = matrices()["up"]
+    source = _learn.grouped(weight, parse(f"int{bits}-g8-f32"), signed=True)
+    ones = torch.ones_like(source.low)
+    stored = source.store(None, source.fit(ones, ones))
+    groups, codes = weight.reshape(-1, 8), stored.codes.reshape(-1, 8)
+    at = groups.abs().argmax(1, keepdim=True)
+    assert (codes.gather(1, at) == 0).all() and (stored.scale_values() < 0).any() and (stored.scale_values() > 0).any()
+    torch.testing.assert_close(stored.dequantize().reshape(-1, 8).gather(1, at), groups.gather(1, at))
 
 
 def test_ranges_are_searched_where_that_helps() -> None:

@@ -102,7 +102,10 @@ def _few(q: QTensor, codes: Codes) -> Iterator[Fact]:
 
 
 def _scales(q: QTensor, scales: Float[Tensor, "down across"]) -> Iterator[Fact]:
-    """Scales that are not finite, zero or negative. A zero scale loses its block, unless the block held one value."""
+    """Scales that are not finite, zero or negative. A zero scale loses its block, unless the block held one value.
+
+    Of symmetric integers a negative one only says which end of the range the level without a counterpart is.
+    """
     bad, zero, negative = ~torch.isfinite(scales), scales == 0, scales < 0
     if bad.any():
         yield "error", _some("scales are NaN or Inf", bad)
@@ -114,7 +117,7 @@ def _scales(q: QTensor, scales: Float[Tensor, "down across"]) -> Iterator[Fact]:
             if lost
             else ("note", f"{text}, over blocks of one code")
         )
-    if negative.any():
+    if negative.any() and not (q.scheme.grid.kind == "int" and q.zeros is None):
         yield "note", _some("scales are negative", negative)
 
 

@@ -22,8 +22,8 @@ from torch.nn.functional import pad
 
 from lowbit.blocks import Block
 from lowbit.methods._attention import TiledAttention
-from lowbit.methods._scales import Affine, finish, finite_range, fit, global_divisor, nearest
-from lowbit.schemes import Grid, Scheme
+from lowbit.methods._scales import Affine, finish, finite_range, fit, global_divisor, nearest, round_scales
+from lowbit.schemes import FLOATS, Grid, Scheme
 from lowbit.tensors import QTensor, block_size
 
 Groups = Float[Tensor, "groups width"]
@@ -45,6 +45,8 @@ class Grouped:
         low: least value of each group, of the weight alone; 0 where that is greater, unless zero points are free.
         high: greatest value of each, 0 where that is less.
         divisor: of all scales (NVFP4), else 1.
+        signs: of the scales as they are stored, where these may be negative. A group with -1 is turned over here, so
+            that of symmetric integers the level that has no counterpart, `-2**(bits - 1)`, is its greatest magnitude.
     """
 
     scheme: Scheme
@@ -53,10 +55,15 @@ class Grouped:
     low: PerGroup
     high: PerGroup
     divisor: float
+    signs: PerGroup | None = None
 
     def fit(self, lower: PerGroup, upper: PerGroup) -> Affine:
         """Scales and zero points for the ranges times these factors, rounded as they are stored; a row per group."""
-        return fit((self.low * lower, self.high * upper), self.scheme, self.divisor)
+        low, high = self.low * lower, self.high * upper
+        if self.signs is None:
+            return fit((low, high), self.scheme, self.divisor)
+        largest = torch.maximum(-low, high)
+        return Affine(round_scales(largest / 2.0 ** (self.scheme.grid.bits - 1), largest, self.scheme), None)
 
     def search(self) -> PerGroup:
         """Factor on the range of each group with the least squared error when its weights are rounded to nearest."""
@@ -71,7 +78,8 @@ class Grouped:
 
     def split(self, matrix: Tensor) -> Tensor:
         """A matrix of the weight's shape as groups, tails filled up with zeros."""
-        return _split(matrix, self.values.shape[1])
+        groups = _split(matrix, self.values.shape[1])
+        return groups if self.signs is None else groups * self.signs
 
     def parts(self, affine: Affine) -> Iterator[tuple[slice, PerGroup, PerGroup | None]]:
         """Runs of groups that fit the cache, with their scales and zero points."""
@@ -85,19 +93,23 @@ class Grouped:
         out = torch.empty(self.values.shape, dtype=dtype)
         for at, scales, zeros in self.parts(affine):
             moved = None if shift is None else shift[at]
-            torch.mul(rounded(self.values[at], moved, scales, zeros, self.scheme).level, scales, out=out[at])
+            stored = scales if self.signs is None else scales * self.signs[at]
+            torch.mul(rounded(self.values[at], moved, scales, zeros, self.scheme).level, stored, out=out[at])
         return out.view(self.shape[0], -1)[:, : self.shape[1]]
 
     def store(self, shift: Groups | None, affine: Affine) -> QTensor:
         """The quantized weight as it is stored: values that lie on the grid meet the same codes again."""
         across = (self.shape[0], -1)
         zeros = None if affine.zeros is None else affine.zeros.view(across)
-        whole = Affine(affine.scales.view(across), zeros, affine.divisor)
+        scales = affine.scales if self.signs is None else affine.scales * self.signs
+        whole = Affine(scales.view(across), zeros, affine.divisor)
         return finish(self.decode(shift, affine, torch.float32).contiguous(), whole, self.scheme)
 
 
-def grouped(weight: Float[Tensor, "rows cols"], scheme: Scheme) -> Grouped:
+def grouped(weight: Float[Tensor, "rows cols"], scheme: Scheme, signed: bool = False) -> Grouped:
     """A weight in the groups of a scheme whose blocks lie within rows.
+
+    `signed`: scales may be negative, where the scheme has symmetric integers and scales of a type with a sign.
 
     Raises:
         WeightError: NaN or Inf, with its place.
@@ -108,7 +120,14 @@ def grouped(weight: Float[Tensor, "rows cols"], scheme: Scheme) -> Grouped:
     if scheme.zero != "float":
         low, high = low.clamp(max=0), high.clamp(min=0)
     width = min(block_size(shape, scheme.block)[1], max(shape[1], 1))
-    return Grouped(scheme, shape, _split(weight, width), low.view(-1, 1), high.view(-1, 1), divisor)
+    values, low, high = _split(weight, width), low.view(-1, 1), high.view(-1, 1)
+    whole = scheme.grid.kind == "int" and scheme.grid.bits > 1 and scheme.zero == "none"
+    if not signed or not whole or scheme.nested or scheme.scale not in FLOATS:
+        return Grouped(scheme, shape, values, low, high, divisor)
+    turned = high > -low
+    signs = torch.where(turned, -1.0, 1.0)
+    low, high = torch.where(turned, -high, low), torch.where(turned, -low, high)
+    return Grouped(scheme, shape, values * signs, low, high, divisor, signs)
 
 
 def within_rows(scheme: Scheme) -> str | None:

@@ -35,6 +35,8 @@ class Options:
         minmax_lr: first step of the factors on each group's range; None: the preset's, 1 / iterations.
         search: whether these factors start where rounded weights have the least squared error, instead of at 1.
             None: on tables and up to 3 bits. Never with zero points, where the ends of a range do not move apart.
+        signed: whether scales of symmetric integers may be negative: the steps of the grid are then smaller by
+            1 / 2**bits, as the level that has no counterpart is where a group's largest weight is.
     """
 
     preset: str = "default"
@@ -43,6 +45,7 @@ class Options:
     lr: float | None = None
     minmax_lr: float | None = None
     search: bool | None = None
+    signed: bool = True
 
     def __post_init__(self) -> None:
         if self.preset not in _PRESETS:
@@ -76,7 +79,7 @@ class _SignRound:
     """Shifts `V` and range factors of one weight (arXiv:2309.05516, equations 3 and 4), moved by signs."""
 
     def __init__(self, weight: Tensor, scheme: Scheme, options: Options) -> None:
-        self._source = grouped(weight, scheme)
+        self._source = grouped(weight, scheme, options.signed)
         self._top = 2.0**scheme.grid.bits - 1
         rate, range_rate = options.rates(scheme.grid.bits)
         self._rates = (rate, 0.0 if scheme.scale == "e8m0" else range_rate)  # a power of two has no small step
