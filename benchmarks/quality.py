@@ -36,6 +36,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
+from torch import nn
 
 from lowbit.metrics import Score
 from lowbit.metrics._blocks import make_blocks
@@ -146,6 +147,11 @@ class Bench:
             np.save(path, found.ids.numpy())
         return path
 
+    @cached_property
+    def original(self) -> nn.Module:
+        """The model itself, float32."""
+        return open_blueprint(open_checkpoint(self.options.model), torch.float32).resident()
+
     def _text(self, tokens: int | None) -> Windows:
         text = read_text(self.options.text)
         encoded = encode([open_checkpoint(self.options.model)], text, tokens, False, None)
@@ -241,12 +247,10 @@ def score(bench: Bench, run: str, path: Path) -> Record:
 
     The evaluator's own loop: its result has no values per token.
     """
-    original, model = (
-        open_blueprint(open_checkpoint(each), torch.float32).resident() for each in (bench.options.model, path)
-    )
+    model = open_blueprint(open_checkpoint(path), torch.float32).resident()
     (bench.work / "losses").mkdir(exist_ok=True)
     means = {}
-    for kind, models in (("nll", [model]), ("kl", [original, model])):
+    for kind, models in (("nll", [model]), ("kl", [bench.original, model])):
         with torch.inference_mode():
             values = _score(models, bench.texts[kind], 4, lambda *_: None)[kind]
         np.save(bench.values(run, kind), values)

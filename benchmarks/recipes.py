@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import lowbit
 from lowbit.metrics import Blocks, Score, Values
@@ -55,21 +56,20 @@ def quantize(options: argparse.Namespace, recipe: str, seed: int, out: Path) -> 
 
 
 @torch.inference_mode()
-def score(options: argparse.Namespace, windows: Windows, out: Path) -> dict[str, Values]:
+def score(original: nn.Module, windows: Windows, out: Path) -> dict[str, Values]:
     """Divergence and change of the loss for every scored token."""
-    adapter = out / ADAPTER if (out / ADAPTER).exists() else None
-    models = [open_blueprint(source, torch.float32).resident() for source in _open(out, options.model, adapter)]
-    found = _score(models, windows, 4, lambda *_: None)
+    (made,) = _open(out, None, out / ADAPTER if (out / ADAPTER).exists() else None)
+    found = _score([original, open_blueprint(made, torch.float32).resident()], windows, 4, lambda *_: None)
     return {"kl": found["kl"], "change": found["nll"] - found["reference_nll"]}
 
 
-def measure(options: argparse.Namespace, windows: Windows, recipe: str) -> dict[str, Values]:
+def measure(options: argparse.Namespace, original: nn.Module, windows: Windows, recipe: str) -> dict[str, Values]:
     """Values per token of one recipe, the mean over seeds."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in options.seeds:
             quantize(options, recipe, seed, Path(folder) / "out")
-            found.append(score(options, windows, Path(folder) / "out"))
+            found.append(score(original, windows, Path(folder) / "out"))
             shutil.rmtree(Path(folder) / "out")
     return {name: np.mean([each[name] for each in found], axis=0) for name in found[0]}
 
@@ -108,13 +108,12 @@ def main() -> None:
     """Measure the recipes one after the other; print each as it is done, or JSON at the end."""
     options = arguments()
     torch.set_num_threads(options.threads)
-    text = read_text(options.text)
-    windows = cut(
-        text, encode([open_checkpoint(options.model)], text, options.tokens, False, None), options.context, None
-    )
+    source, text = open_checkpoint(options.model), read_text(options.text)
+    original = open_blueprint(source, torch.float32).resident()
+    windows = cut(text, encode([source], text, options.tokens, False, None), options.context, None)
     blocks, first, rows = make_blocks(windows.counts), None, []
     for recipe in options.recipes:
-        found = measure(options, windows, recipe)
+        found = measure(options, original, windows, recipe)
         first = first or found
         scores = summarise(blocks, found, first)
         row: dict[str, Any] = {"recipe": recipe, "scores": {name: asdict(each) for name, each in scores.items()}}

@@ -75,7 +75,7 @@ class Scheme:
 
     def __str__(self) -> str:
         family = _family_of(self)
-        default = _FAMILIES[family].scheme if family in _FAMILIES else Scheme(self.grid, _LEVELS_BLOCK)
+        default = FAMILIES[family] if family in FAMILIES else Scheme(self.grid, _LEVELS_BLOCK)
         parts = [family, str(self.block) if self.block != default.block or family not in _FIXED else ""]
         parts.append({"none": "", "int": "asym", "float": "fzero"}[self.zero])
         parts.append("dq" if self.nested and not default.nested else "")
@@ -138,33 +138,21 @@ E2M1 = _float_grid("e2m1", 2, 1, 1, 0x7)
 _TENSOR, _ROW, _LEVELS_BLOCK = Block(0, 0), Block(1, 0), Block(1, 64)
 
 
-@dataclass(frozen=True)
-class _Family:
-    """The scheme a grid's bare name stands for, and one line on what it is."""
-
-    scheme: Scheme
-    about: str
-
-
-def _families() -> dict[str, _Family]:
-    table = {
-        f"int{bits}": _Family(Scheme(_int_grid(bits), Block(1, 128)), f"{bits}-bit integers") for bits in range(1, 9)
+def _families() -> dict[str, Scheme]:
+    table = {f"int{bits}": Scheme(_int_grid(bits), Block(1, 128)) for bits in range(1, 8)}
+    return table | {
+        "int8": Scheme(_int_grid(8), _ROW),
+        "nf4": Scheme(Grid("nf4", "levels", 4, _NF4), Block(1, 64), scale="f32"),
+        "fp4": Scheme(Grid("fp4", "levels", 4, _fp4_levels()), Block(1, 64), scale="f32"),
+        "fp8-e4m3": Scheme(E4M3, _ROW, scale="f32"),
+        "fp8-e5m2": Scheme(E5M2, _ROW, scale="f32"),
+        "mxfp4": Scheme(E2M1, Block(1, 32), scale="e8m0"),
+        "mxfp8": Scheme(E4M3, Block(1, 32), scale="e8m0"),
+        "nvfp4": Scheme(E2M1, Block(1, 16), scale="e4m3", nested=Scheme(E4M3, _TENSOR, scale="f32")),
     }
-    table["int8"] = _Family(Scheme(_int_grid(8), _ROW), "8-bit integers, a scale per row")
-    table["nf4"] = _Family(Scheme(Grid("nf4", "levels", 4, _NF4), Block(1, 64), scale="f32"), "QLoRA's normal float")
-    table["fp4"] = _Family(
-        Scheme(Grid("fp4", "levels", 4, _fp4_levels()), Block(1, 64), scale="f32"), "bitsandbytes' 4-bit float"
-    )
-    table["fp8-e4m3"] = _Family(Scheme(E4M3, _ROW, scale="f32"), "8-bit float, 3 mantissa bits")
-    table["fp8-e5m2"] = _Family(Scheme(E5M2, _ROW, scale="f32"), "8-bit float, 2 mantissa bits")
-    table["mxfp4"] = _Family(Scheme(E2M1, Block(1, 32), scale="e8m0"), "OCP microscaling FP4")
-    table["mxfp8"] = _Family(Scheme(E4M3, Block(1, 32), scale="e8m0"), "OCP microscaling FP8 E4M3")
-    nested = Scheme(E4M3, _TENSOR, scale="f32")
-    table["nvfp4"] = _Family(Scheme(E2M1, Block(1, 16), scale="e4m3", nested=nested), "NVIDIA FP4, FP8 scales")
-    return table
 
 
-_FAMILIES = _families()
+FAMILIES = _families()  # the scheme that a grid's bare name stands for
 _FIXED = {"mxfp4", "mxfp8", "nvfp4"}  # the block is part of the name
 DOUBLE = Scheme(Grid("dynamic8", "levels", 8, dynamic_map()), Block(1, 256, flat=True), scale="f32", offset=True)
 
@@ -173,11 +161,6 @@ def _family_of(scheme: Scheme) -> str:
     """The bare grid name under which a scheme is spelled."""
     fixed = {("e2m1", "e8m0"): "mxfp4", ("fp8-e4m3", "e8m0"): "mxfp8", ("e2m1", "e4m3"): "nvfp4"}
     return fixed.get((scheme.grid.name, scheme.scale), scheme.grid.name)
-
-
-def families() -> dict[str, str]:
-    """Bare grid names and what each is, for `--help` and the documentation."""
-    return {name: family.about for name, family in _FAMILIES.items()}
 
 
 def levels_grid(values: tuple[float, ...]) -> Grid:
@@ -200,10 +183,10 @@ def _base(name: str) -> tuple[Scheme, list[str]]:
         except ValueError as error:
             raise UsageError(f"scheme {name!r}: {error}") from None
         return Scheme(levels_grid(values), _LEVELS_BLOCK), [part for part in table[2].split("-") if part]
-    for family in sorted(_FAMILIES, key=len, reverse=True):
+    for family in sorted(FAMILIES, key=len, reverse=True):
         if name == family or name.startswith(family + "-"):
-            return _FAMILIES[family].scheme, [part for part in name[len(family) :].split("-") if part]
-    raise UsageError(f"no scheme is called {name!r}; grids are: {', '.join(_FAMILIES)} (see `lowbit quantize --help`)")
+            return FAMILIES[family], [part for part in name[len(family) :].split("-") if part]
+    raise UsageError(f"no scheme is called {name!r}; grids are: {', '.join(FAMILIES)} (see `lowbit quantize --help`)")
 
 
 def _block(text: str) -> Block | None:

@@ -53,10 +53,10 @@ def test_help_names_every_command() -> None:
 
 def test_the_help_of_quantize_names_every_scheme_method_and_format() -> None:
     from lowbit import plugins
-    from lowbit.schemes import families
+    from lowbit.schemes import FAMILIES
 
     text = " ".join(python(MAIN, "quantize", "--help").split())
-    grids = [name for name in families() if not re.fullmatch(r"int[2-7]", name)]
+    grids = [name for name in FAMILIES if not re.fullmatch(r"int[2-7]", name)]
     folders = ("methods", "transforms", "corrections", "formats")
     plugged = [name.replace("_", "-") for folder in folders for name in plugins.names(folder)]
     assert not [name for name in [*grids, *plugged, "rotate", "tune"] if not re.search(rf"\b{name}\b", text)]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, UsageError
-from lowbit.schemes import DOUBLE, Block, Scheme, dynamic_map, families, parse
+from lowbit.schemes import DOUBLE, FAMILIES, Block, Scheme, dynamic_map, parse
 from lowbit.tensors import QTensor, block_size, level_table, scale_shape, scheme_bytes, view_shape
 from tests.reference.grids import E2M1
 from tests.reference.qtensors import random_qtensor, slow_dequantize
 
 NAMES = [
-    *families(),
+    *FAMILIES,
     *(f"int{bits}-{block}" for bits in range(1, 9) for block in ("tensor", "row", "g32", "flat64", "128x128")),
     "int4-g128-asym", "int4-g64-fzero", "int3-row-asym-bf16", "int8-g128", "int4-g64-dq", "nf4-dq", "nf4-flat64-dq",
     "fp4-flat128", "nf4-row-f16", "fp8-e4m3-tensor", "fp8-e5m2-128x128", "fp8-e4m3-bf16", "levels[-1,-0.25,0,0.5]",

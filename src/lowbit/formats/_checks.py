@@ -40,9 +40,8 @@ def finite(name: str, tensor: Tensor) -> Tensor:
         FormatError: it does; the text has the first such element.
     """
     # A sum is finite only where everything in it is; to look at each number takes twenty times as long.
-    wrong = [] if isfinite(tensor.sum(dtype=torch.float32).item()) else (~tensor.isfinite()).nonzero().tolist()
-    if wrong:
-        index = wrong[0]
+    suspect = not isfinite(tensor.sum(dtype=torch.float32).item())
+    for index in (~tensor.isfinite()).nonzero()[:1].tolist() if suspect else ():
         raise FormatError(f"{name} holds {tensor[tuple(index)].item()} at {index}; it must be finite")
     return tensor
 

@@ -78,8 +78,11 @@ class Grouped:
 
     def split(self, matrix: Tensor) -> Tensor:
         """A matrix of the weight's shape as groups, tails filled up with zeros."""
-        groups = _split(matrix, self.values.shape[1])
-        return groups if self.signs is None else groups * self.signs
+        return self._turned(_split(matrix, self.values.shape[1]))
+
+    def _turned(self, groups: Tensor, at: slice = slice(None)) -> Tensor:
+        """What is turned over with the values of some groups, or back: weights, their derivatives, scales."""
+        return groups if self.signs is None else groups * self.signs[at]
 
     def parts(self, affine: Affine) -> Iterator[tuple[slice, PerGroup, PerGroup | None]]:
         """Runs of groups that fit the cache, with their scales and zero points."""
@@ -93,16 +96,15 @@ class Grouped:
         out = torch.empty(self.values.shape, dtype=dtype)
         for at, scales, zeros in self.parts(affine):
             moved = None if shift is None else shift[at]
-            stored = scales if self.signs is None else scales * self.signs[at]
-            torch.mul(rounded(self.values[at], moved, scales, zeros, self.scheme).level, stored, out=out[at])
+            level = rounded(self.values[at], moved, scales, zeros, self.scheme).level
+            torch.mul(level, self._turned(scales, at), out=out[at])
         return out.view(self.shape[0], -1)[:, : self.shape[1]]
 
     def store(self, shift: Groups | None, affine: Affine) -> QTensor:
         """The quantized weight as it is stored: values that lie on the grid meet the same codes again."""
         across = (self.shape[0], -1)
         zeros = None if affine.zeros is None else affine.zeros.view(across)
-        scales = affine.scales if self.signs is None else affine.scales * self.signs
-        whole = Affine(scales.view(across), zeros, affine.divisor)
+        whole = Affine(self._turned(affine.scales).view(across), zeros, affine.divisor)
         return finish(self.decode(shift, affine, torch.float32).contiguous(), whole, self.scheme)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import final
 
@@ -217,8 +218,9 @@ _BESIDE = 2.7  # attention, norms and copies beside the products of a pass: meas
 _LOOPS = 2.0  # what the loops over columns fall short of plain products
 
 
+@cache
 def rate(dtype: torch.dtype) -> float:
-    """Multiplications and additions per second of a matrix product on all threads of torch, measured now."""
+    """Multiplications and additions per second of a matrix product on all threads of torch, measured once."""
     side = 1024
     left, right = torch.ones(side, side, dtype=dtype), torch.ones(side, side, dtype=dtype)
     best = min(_timed(left, right) for _ in range(4))
