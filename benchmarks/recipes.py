@@ -8,8 +8,9 @@ calibrated on the same windows (`--calibration`, `--samples`, `--sequence-length
 against the original on the same tokens. Recipes that quantize a part (`--blocks 0:2`) are scored so.
 
 Printed are the divergence KL(original || quantized) in nats per token with its 95% interval, the change of log
-perplexity, and both less those of the first recipe, paired by token; over seeds, the mean for each token. The figures
-in docs/methods/ that name no other script are this one's.
+perplexity, and both less those of the first recipe, paired by token; over seeds, the mean for each token. And, of the
+weights quantized, the output error on calibration rows that were held out over that of `rtn`, the geometric mean. The
+figures in docs/methods/ that name no other script are this one's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
@@ -63,15 +65,24 @@ def score(original: nn.Module, windows: Windows, out: Path) -> dict[str, Values]
     return {"kl": found["kl"], "change": found["nll"] - found["reference_nll"]}
 
 
-def measure(options: argparse.Namespace, original: nn.Module, windows: Windows, recipe: str) -> dict[str, Values]:
-    """Values per token of one recipe, the mean over seeds."""
-    found = []
+def held_out(out: Path) -> list[float]:
+    """Each weight's output error over that of `rtn`; nothing where no rows were held out."""
+    outcomes = [row["outcome"] for row in json.loads((out / "report.json").read_text())["rows"] if row["outcome"]]
+    return [each["against_rtn"] for each in outcomes if each.get("against_rtn")]
+
+
+def measure(
+    options: argparse.Namespace, original: nn.Module, windows: Windows, recipe: str
+) -> tuple[dict[str, Values], list[float]]:
+    """Values per token of one recipe, the mean over seeds, and output errors on rows held out."""
+    found, errors = [], list[float]()
     with tempfile.TemporaryDirectory() as folder:
         for seed in options.seeds:
             quantize(options, recipe, seed, Path(folder) / "out")
             found.append(score(original, windows, Path(folder) / "out"))
+            errors += held_out(Path(folder) / "out")
             shutil.rmtree(Path(folder) / "out")
-    return {name: np.mean([each[name] for each in found], axis=0) for name in found[0]}
+    return {name: np.mean([each[name] for each in found], axis=0) for name in found[0]}, errors
 
 
 def summarise(blocks: Blocks, found: dict[str, Values], first: dict[str, Values]) -> dict[str, Score]:
@@ -113,9 +124,10 @@ def main() -> None:
     windows = cut(text, encode([source], text, options.tokens, False, None), options.context, None)
     blocks, first, rows = make_blocks(windows.counts), None, []
     for recipe in options.recipes:
-        found = measure(options, original, windows, recipe)
+        found, errors = measure(options, original, windows, recipe)
         first = first or found
         scores = summarise(blocks, found, first)
+        scores |= {"held out / rtn": Score(geometric_mean(errors))} if errors else {}
         row: dict[str, Any] = {"recipe": recipe, "scores": {name: asdict(each) for name, each in scores.items()}}
         rows.append(row)
         print(show(recipe, scores), file=sys.stderr if options.json else sys.stdout, flush=True)

@@ -140,12 +140,13 @@ def assert_contract(name: str, kind: Scheme, shape: tuple[int, int]) -> None:
 
 
 def assert_storable(q: QTensor) -> None:
-    """Scales and zero points are positive, finite and exact in the type that stores them."""
+    """Scales are finite, not 0 and exact in the type that stores them; negative for symmetric integers at most."""
     scales = q.scale_values() if isinstance(q.scales, Tensor) else q.scales.scale_values()
     kind = q.scheme.scale if isinstance(q.scales, Tensor) else "f32"
-    assert scales.isfinite().all() and (scales > 0).all() and (q.scale_values() > 0).all()
+    whole = q.scheme.grid.kind == "int" and q.scheme.grid.bits > 1 and q.zeros is None and q.scheme.nested is None
+    assert scales.isfinite().all() and (scales != 0).all() and (whole or (q.scale_values() > 0).all())
     if kind != "f32":
-        assert set(scales.flatten().tolist()) <= values_of(kind)
+        assert set(scales.abs().flatten().tolist()) <= values_of(kind)
     if q.scheme.zero == "int":
         assert q.zeros is not None and q.zeros.dtype == torch.uint8
         assert (q.zeros.int() < 2**q.scheme.grid.bits).all()

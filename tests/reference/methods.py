@@ -125,13 +125,20 @@ def norm(part: FloatArray, decoded: FloatArray, p: float) -> float:
     return float((np.abs(part.astype(np.float64) - decoded.astype(np.float64)) ** p).sum())
 
 
-def shrink_search(part: FloatArray, scheme: Scheme, p: float) -> float:
+def signed_scale(low: float, high: float, scheme: Scheme) -> float:
+    """As llama.cpp's Q4_0, for any number of bits: the value furthest from 0 becomes the least level."""
+    furthest = low if -low >= high else high
+    return -float(np.sign(furthest)) * stored(abs(float(F(furthest) / F(2 ** (scheme.grid.bits - 1)))), 1.0, scheme)
+
+
+def shrink_search(part: FloatArray, scheme: Scheme, p: float, signed: bool = False) -> float:
     """Least error of one block over 101 ranges from the whole one down to a fifth of it, as GPTQ's `mse` option."""
     least, low, high = np.inf, float(part.min()), float(part.max())
     for step in range(101):
         ratio = 1 - 0.8 * step / 100
         down, up = float(F(low * ratio)), float(F(high * ratio))
-        scale = stored(plain_scale(down, up, scheme), max(-down, up), scheme)
+        plain = stored(plain_scale(down, up, scheme), max(-down, up), scheme)
+        scale = signed_scale(down, up, scheme) if signed else plain
         decoded = encode(part, scale, stored_zero(down, scale, scheme), scheme)[1]
         least = min(least, norm(part, decoded, p))
     return least

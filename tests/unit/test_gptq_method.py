@@ -166,6 +166,24 @@ def test_moments_that_say_nothing_leave_round_to_nearest(value: float) -> None:
         assert torch.equal(gptq.quantize(weight, stats, kind, options).codes, plain.codes)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_scales_of_either_sign_put_the_furthest_weight_at_the_end_of_the_grid(order: str) -> None:
+    """One search among ranges as they are: where a sign wins, a scale is a stored fraction of the furthest weight."""
+    weight, moment, kind = weight_of(40, 64), moment_of(64), parse("int3-g16-f32")
+    options = gptq.Options(order=order, passes=0, fresh=False)  # type: ignore[arg-type]
+    for signed in (True, False):
+        q = run(weight, moment, kind, replace(options, signed=signed))
+        columns = moment.diagonal().argsort(descending=True) if order == "group" else torch.arange(64)
+        parts = weight[:, columns].view(40, 4, 16)
+        furthest = parts.gather(2, parts.abs().argmax(2, keepdim=True))[..., 0]
+        ratios = torch.tensor([1 - i / 20 for i in range(11)])
+        ends = -furthest[..., None] * ratios / 4 if signed else furthest.abs()[..., None] * ratios / 3.5
+        near = ((q.scale_values()[..., None] - ends).abs() < 1e-6).any(2)
+        covering = (q.scale_values() - furthest.abs() / 3.5).abs() < 1e-6
+        assert (near | covering).all() and (q.scale_values() < 0).any() == signed
+        assert torch.equal(q.dequantize(), defined(q, weight, moment, order))
+
+
 @pytest.mark.parametrize("scheme", ["int4-g32", "int2-g32-asym", "int3-g32-fzero", "nf4-row", "int4-4x24"])
 def test_every_pass_lessens_the_error(scheme: str) -> None:
     weight, moment, kind = weight_of(20, 64), moment_of(64), parse(scheme)

@@ -317,12 +317,14 @@ def test_rtn_is_that_of_compressed_tensors(name: str, ours: str) -> None:
 )
 def test_mse_finds_what_the_slow_search_finds(name: str, p: float) -> None:
     scheme, weight = parse(name), heavy(4, 41, seed=3)
-    q = mse.quantize(weight, {}, scheme, mse.Options(p=p))
-    decoded = q.dequantize().numpy()
-    for rows, cols in slow.cut((4, 41), scheme):
-        part = weight[rows, cols].numpy()
-        found = slow.norm(part, decoded[rows, cols], p)
-        assert found <= slow.shrink_search(part, scheme, p) * (1 + 1e-4)
+    for signed in (True, False):
+        q = mse.quantize(weight, {}, scheme, mse.Options(p=p, signed=signed))
+        decoded, turns = q.dequantize().numpy(), signed and name in ("int4-g16-f32", "int3-g9", "int2-2x8")
+        assert (effective(q) < 0).any() == turns
+        for rows, cols in slow.cut((4, 41), scheme):
+            part = weight[rows, cols].numpy()
+            found = slow.norm(part, decoded[rows, cols], p)
+            assert found <= slow.shrink_search(part, scheme, p, turns) * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("name", [*SCHEMES, "levels[-1,-0.3,0,0.2,0.5]-tensor"])

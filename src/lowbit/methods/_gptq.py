@@ -26,9 +26,11 @@ from lowbit import native
 from lowbit.methods import Stats
 from lowbit.methods._scales import (
     Affine,
+    Blocks,
     Range,
     _sorted_levels,
     block_mean,
+    candidates,
     finish,
     finite_range,
     fit,
@@ -38,7 +40,6 @@ from lowbit.methods._scales import (
     residual,
     round_scales,
     round_zeros,
-    scaled_range,
     shares_rows,
 )
 from lowbit.schemes import Scheme
@@ -66,6 +67,7 @@ class Loop:
         fresh: whether a block's scale is chosen when its first column is reached, from the targets.
         passes: of coordinate descent after the first.
         refit: whether these passes also move scales and zero points.
+        signed: whether searched scales may be negative.
     """
 
     damp: float
@@ -75,6 +77,7 @@ class Loop:
     fresh: bool
     passes: int
     refit: bool
+    signed: bool
 
 
 # ---- what depends on the inputs alone ----
@@ -168,35 +171,24 @@ def choose(
     ranges: Range,
     importance: Float[Tensor, "cols"],
     scheme: Scheme,
-    search: bool,
+    loop: Loop,
     divisor: float,
 ) -> Affine:
-    """Scales that cover the ranges; with `search` those of the least error, weighted by column."""
+    """Scales that cover the ranges; with `loop.search` those of the least error, weighted by column."""
     best = fit(ranges, scheme, divisor)
-    if not search or shares_rows(scheme):
+    if not loop.search or shares_rows(scheme):
         return best
 
     def searched(
         part: Float[Tensor, "high wide"], ranges: Range, start: Affine, block: tuple[int, int], cols: slice
     ) -> Affine:
-        return _search(part, ranges, importance[cols], start, scheme, block)
+        def error_of(affine: Affine) -> Blocks:
+            return block_mean(residual(part, affine, scheme, block).square_().mul_(importance[cols]), block)
+
+        trials = candidates(ranges, scheme, divisor, _ratios(scheme), loop.signed)
+        return improve(start, error_of(start), trials, error_of)[0]
 
     return refine(weight, ranges, best, scheme, searched)
-
-
-def _search(
-    weight: Float[Tensor, "rows cols"],
-    ranges: Range,
-    importance: Float[Tensor, "cols"],
-    best: Affine,
-    scheme: Scheme,
-    block: tuple[int, int],
-) -> Affine:
-    def error_of(affine: Affine) -> Tensor:
-        return block_mean(residual(weight, affine, scheme, block).square_().mul_(importance), block)
-
-    trials = (fit(scaled_range(ranges, ratio, scheme), scheme, best.divisor) for ratio in _ratios(scheme))
-    return improve(best, error_of(best), trials, error_of)[0]
 
 
 def _ratios(scheme: Scheme) -> Iterator[float]:
@@ -281,7 +273,8 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, l
     view, importance = (weight[:, order], stats["curvature"][order]) if permuted else (weight, stats["curvature"])
     if permuted:
         ranges = native.block_range(view, *block_size((view.shape[0], view.shape[1]), scheme.block))[:2]
-    affine = choose(view, ranges, importance, scheme, loop.search and not _on_the_way(rule, wide), rule.divisor)
+    first = replace(loop, search=loop.search and not _on_the_way(rule, wide))
+    affine = choose(view, ranges, importance, scheme, first, rule.divisor)
     codes = torch.empty(view.shape, dtype=torch.uint8)
     local = {**stats, "turn": torch.arange(len(order)) if permuted else order, "importance": importance}
     for start in range(0, view.shape[0], LANES):
@@ -390,7 +383,7 @@ def _fit_fresh(
     block, rows = int(tile.group[at.start]), weight.T.contiguous()
     low, high, _ = native.block_range(rows, 1, rows.shape[1])
     scheme = replace(rule.scheme, block=replace(rule.scheme.block, cols=0))
-    found = choose(rows, (low, high), importance, scheme, rule.loop.search, rule.divisor)
+    found = choose(rows, (low, high), importance, scheme, rule.loop, rule.divisor)
     live = (tile.weight[at] != 0).any(0)
     tile.scales[block] = torch.where(live, found.scales[:, 0], tile.scales[block])
     if tile.zeros is not None and found.zeros is not None:
@@ -405,7 +398,8 @@ def _refit(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], stats: Stat
     scale = tile.scales[block] * rule.unit
     slope, curve, pulled = _products(tile, at, target, value, stats)
     ones = torch.ones_like(scale)[None]
-    stored = round_scales((scale + _best_step(slope, curve))[None] * rule.divisor, ones, scheme)[0]
+    sign = torch.where(scale < 0, -1.0, 1.0)
+    stored = sign * round_scales((sign * (scale + _best_step(slope, curve)))[None] * rule.divisor, ones, scheme)[0]
     moved = _move(tile, at, target, value, stored * rule.unit - scale, slope, curve, pulled)
     tile.scales[block] = torch.where(moved, stored, tile.scales[block])
     if tile.zeros is None:

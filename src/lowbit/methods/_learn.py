@@ -22,8 +22,8 @@ from torch.nn.functional import pad
 
 from lowbit.blocks import Block
 from lowbit.methods._attention import TiledAttention
-from lowbit.methods._scales import Affine, finish, finite_range, fit, global_divisor, nearest, round_scales
-from lowbit.schemes import FLOATS, Grid, Scheme
+from lowbit.methods._scales import Affine, finish, finite_range, fit, global_divisor, nearest, round_scales, takes_signs
+from lowbit.schemes import Grid, Scheme
 from lowbit.tensors import QTensor, block_size
 
 Groups = Float[Tensor, "groups width"]
@@ -111,7 +111,7 @@ class Grouped:
 def grouped(weight: Float[Tensor, "rows cols"], scheme: Scheme, signed: bool = False) -> Grouped:
     """A weight in the groups of a scheme whose blocks lie within rows.
 
-    `signed`: scales may be negative, where the scheme has symmetric integers and scales of a type with a sign.
+    `signed`: scales may be negative, where the scheme allows it.
 
     Raises:
         WeightError: NaN or Inf, with its place.
@@ -123,8 +123,7 @@ def grouped(weight: Float[Tensor, "rows cols"], scheme: Scheme, signed: bool = F
         low, high = low.clamp(max=0), high.clamp(min=0)
     width = min(block_size(shape, scheme.block)[1], max(shape[1], 1))
     values, low, high = _split(weight, width), low.view(-1, 1), high.view(-1, 1)
-    whole = scheme.grid.kind == "int" and scheme.grid.bits > 1 and scheme.zero == "none"
-    if not signed or not whole or scheme.nested or scheme.scale not in FLOATS:
+    if not signed or not takes_signs(scheme):
         return Grouped(scheme, shape, values, low, high, divisor)
     turned = high > -low
     signs = torch.where(turned, -1.0, 1.0)

@@ -121,6 +121,20 @@ def fit(ranges: Range, scheme: Scheme, divisor: float = 1.0) -> Affine:
     return Affine(round_scales(wanted, largest, scheme), None, divisor)
 
 
+def takes_signs(scheme: Scheme) -> bool:
+    """Whether scales may be negative: for integers whose least level has no counterpart, in a type with a sign."""
+    whole = scheme.grid.kind == "int" and scheme.grid.bits > 1 and scheme.zero == "none"
+    return whole and not scheme.nested and scheme.scale in FLOATS
+
+
+def fit_signed(ranges: Range, scheme: Scheme) -> Affine:
+    """Scales of either sign: the end of each range that is further from 0 is the level `-2**(bits - 1)`."""
+    low, high = ranges[0].clamp(max=0), ranges[1].clamp(min=0)
+    largest = torch.maximum(-low, high)
+    scales = round_scales(largest / 2.0 ** (scheme.grid.bits - 1), largest, scheme)
+    return Affine(torch.where(high > -low, -scales, scales), None)
+
+
 def round_scales(scales: Blocks, largest: Blocks, scheme: Scheme) -> Blocks:
     """Scales in the type that stores them: nearest, ties to even, never 0 nor infinite; 1 where a block is all zero.
 
@@ -247,6 +261,15 @@ def improve(
         wins = error < least * (1 - margin)
         best, least = trial.where(wins, best), torch.where(wins, error, least)
     return best, least
+
+
+def candidates(
+    ranges: Range, scheme: Scheme, divisor: float, ratios: Iterable[float], signed: bool
+) -> Iterator[Affine]:
+    """Fits to the ranges times each ratio; with `signed`, if the scheme allows it, signed ones, and to them whole."""
+    if signed and takes_signs(scheme):
+        return (fit_signed(scaled_range(ranges, ratio, scheme), scheme) for ratio in (1.0, *ratios))
+    return (fit(scaled_range(ranges, ratio, scheme), scheme, divisor) for ratio in ratios)
 
 
 def scaled_range(ranges: Range, ratio: float, scheme: Scheme) -> Range:

@@ -17,6 +17,7 @@ from lowbit.methods._scales import (
     Affine,
     Blocks,
     Range,
+    candidates,
     finish,
     finite_range,
     fit,
@@ -24,7 +25,6 @@ from lowbit.methods._scales import (
     improve,
     refine,
     residual,
-    scaled_range,
     shares_rows,
 )
 from lowbit.schemes import Scheme
@@ -45,10 +45,12 @@ class Options:
     Attributes:
         steps: ranges between the whole one and the most shrunk.
         max_shrink: share of the range that the last one takes away, in (0, 1).
+        signed: whether scales of symmetric integers may be negative, as in `autoround`.
     """
 
     steps: int = 20
     max_shrink: float = 0.5
+    signed: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.max_shrink < 1:
@@ -87,7 +89,7 @@ def _search(
     def error_of(affine: Affine) -> Blocks:
         return _output_error(residual(weight, affine, scheme, block), tiles, block)
 
-    trials = (fit(scaled_range(ranges, ratio, scheme), scheme, start.divisor) for ratio in _ratios(scheme, options))
+    trials = candidates(ranges, scheme, start.divisor, _ratios(scheme, options), options.signed)
     return improve(start, error_of(start), trials, error_of, _MARGIN)[0]
 
 

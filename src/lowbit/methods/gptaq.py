@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, final
 
 import torch
@@ -28,6 +28,7 @@ class Options:
         scales: `mse` (searched for the least error, weighted by the inputs) or `range` (cover the weights).
         passes: of coordinate descent over codes after the first pass.
         refit: let these passes move scales and zero points as well.
+        signed: whether searched scales of symmetric integers may be negative, as in `autoround`.
     """
 
     alpha: float = 1.0
@@ -37,6 +38,7 @@ class Options:
     scales: Literal["mse", "range"] = "mse"
     passes: int = 4
     refit: bool = True
+    signed: bool = True
 
     def __post_init__(self) -> None:
         if self.damp <= 0 or self.block < 1 or self.passes < 0 or not 0 <= self.alpha <= 1:
@@ -44,8 +46,9 @@ class Options:
 
 
 def _loop(options: Options) -> _gptq.Loop:
-    search = options.scales == "mse"
-    return _gptq.Loop(options.damp, options.block, options.order, search, True, options.passes, options.refit)
+    given = asdict(options)
+    del given["alpha"]
+    return _gptq.Loop(search=given.pop("scales") == "mse", fresh=True, **given)
 
 
 def prepare(stats: Stats, scheme: Scheme, options: Options) -> Stats:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, final
 
 from jaxtyping import Float
@@ -27,6 +27,7 @@ class Options:
         fresh: choose a block's scale when its first column is reached, from the compensated weight (not in `static`).
         passes: of coordinate descent over codes after the first pass.
         refit: let these passes move scales and zero points as well.
+        signed: whether searched scales of symmetric integers may be negative, as in `autoround`.
     """
 
     damp: float = 0.01
@@ -36,6 +37,7 @@ class Options:
     fresh: bool = True
     passes: int = 4
     refit: bool = True
+    signed: bool = True
 
     def __post_init__(self) -> None:
         if self.damp <= 0 or self.block < 1 or self.passes < 0:
@@ -43,8 +45,8 @@ class Options:
 
 
 def _loop(options: Options) -> _gptq.Loop:
-    search = options.scales == "mse"
-    return _gptq.Loop(options.damp, options.block, options.order, search, options.fresh, options.passes, options.refit)
+    given = asdict(options)
+    return _gptq.Loop(search=given.pop("scales") == "mse", **given)
 
 
 def prepare(stats: Stats, scheme: Scheme, options: Options) -> Stats:

@@ -30,7 +30,7 @@ class Options:
 
 
 def _loop(options: Options) -> _gptq.Loop:
-    return _gptq.Loop(options.damp, 128, "none", search=False, fresh=False, passes=0, refit=False)
+    return _gptq.Loop(options.damp, 128, "none", search=False, fresh=False, passes=0, refit=False, signed=False)
 
 
 def prepare(stats: Stats, scheme: Scheme, options: Options) -> Stats:

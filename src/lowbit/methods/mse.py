@@ -16,6 +16,7 @@ from lowbit.methods._scales import (
     Blocks,
     Range,
     block_mean,
+    candidates,
     finish,
     finite_range,
     fit,
@@ -24,7 +25,6 @@ from lowbit.methods._scales import (
     refine,
     residual,
     round_zeros,
-    scaled_range,
     shares_rows,
 )
 from lowbit.schemes import Scheme
@@ -45,11 +45,13 @@ class Options:
         steps: ratios between the whole range and the most shrunk one.
         max_shrink: share of the range that the last ratio takes away, in (0, 1).
         p: the error is the sum of |w - w^|**p over a block.
+        signed: whether scales of symmetric integers may be negative, as in `autoround`.
     """
 
     steps: int = 100
     max_shrink: float = 0.8
     p: float = 2.0
+    signed: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.max_shrink < 1 or not 0 < self.p < inf:
@@ -89,7 +91,7 @@ def _search(
     def error_of(affine: Affine) -> Blocks:
         return block_mean(residual(weight, affine, scheme, block).abs_().pow_(options.p), block)
 
-    trials = (fit(scaled_range(ranges, ratio, scheme), scheme, start.divisor) for ratio in _ratios(scheme, options))
+    trials = candidates(ranges, scheme, start.divisor, _ratios(scheme, options), options.signed)
     best, least = improve(start, error_of(start), trials, error_of, _MARGIN)
     for shift in _SHIFTS[scheme.zero]:
         assert best.zeros is not None
