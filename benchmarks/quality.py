@@ -3,11 +3,12 @@
     python benchmarks/quality.py --work DIR --model DIR --calibration FILE --text FILE --python llmcompressor=PATH ...
         [--seeds 0 1 2] [--only REGEX] [--threads 2] [--again] [--summary] [--json]
 
-Every run is a process of its own, one at a time; its seconds, its perplexity and its loss per token are kept in DIR, so
-that the benchmark goes on where it was and repeats nothing. `--again` repeats runs that were timed beside other work,
-`--summary` runs nothing. `--only` selects runs by name, as `gptq:int4-g128`, `^lowbit:`. Options of our methods follow
-after `@`, as in `--ours autoround gptq+tune@tune.target=text`. Packages need not share an interpreter: `--python
-NAME=PATH` names each one's; those of this interpreter are found without it, others are left out.
+Every run is a process of its own, one at a time; its seconds, its perplexity and its mean loss per window are kept in
+DIR/results.jsonl, so that the benchmark goes on where it was and repeats nothing. Those of the README's table are in
+benchmarks/results/quality. `--again` repeats runs that were timed beside other work, `--summary` runs nothing. `--only`
+selects runs by name, as `gptq:int4-g128`, `^lowbit:`. Options of our methods follow after `@`, as in `--ours autoround
+gptq+tune@tune.target=text`. Packages need not share an interpreter: `--python NAME=PATH` names each one's; those of
+this interpreter are found without it, others are left out.
 
 Seconds are those of calibrating and quantizing alone, the whole process is given apart. Perplexity is that of
 `lowbit evaluate`: peers' weights are written as they compute with them, in float32. Intervals are of the mean over
@@ -163,15 +164,11 @@ class Bench:
         tokens = self.options.tokens
         return {"nll": self._text(tokens), "kl": self._text(min(tokens or DIVERGENCE, DIVERGENCE))}
 
-    def values(self, run: str, kind: str) -> Path:
-        """File of a run's value per token."""
-        return self.work / "losses" / f"{run.replace(':', '_')}{'' if kind == 'nll' else '.' + kind}.npy"
-
-    def change(self, ours: Sequence[str], theirs: Sequence[str], kind: str) -> Score | None:
-        """Mean, over runs that have such values, of paired differences; None where none has."""
-        pairs = [(self.values(a, kind), self.values(b, kind)) for a, b in zip(ours, theirs, strict=True)]
-        found = [np.load(a) - np.load(b) for a, b in pairs if a.exists() and b.exists()]
-        return make_blocks(self.texts[kind].counts).change(np.mean(found, axis=0)) if found else None
+    def change(self, ours: Sequence[str], theirs: Sequence[str], kind: str) -> Score:
+        """Mean over runs of paired differences."""
+        means = [np.array([self.done[run]["windows"][kind] for run in runs]) for runs in (ours, theirs)]
+        counts = self.texts[kind].counts
+        return make_blocks(counts).change(np.repeat((means[0] - means[1]).mean(0), counts))
 
 
 def _free(run: Run) -> bool:
@@ -224,7 +221,7 @@ def execute(bench: Bench, run: Run) -> Record:
     else:
         facts = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"'))
         record |= facts | {"quantize": facts["seconds"]["quantize"]}
-    record |= score(bench, str(run), out)
+    record |= score(bench, out)
     remove(out)
     return record
 
@@ -242,20 +239,21 @@ def remove(out: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def score(bench: Bench, run: str, path: Path) -> Record:
-    """Perplexity, and mean divergence from the original; the values per token are kept.
+def score(bench: Bench, path: Path) -> Record:
+    """Perplexity, and mean divergence from the original; both means of each window too.
 
     The evaluator's own loop: its result has no values per token.
     """
     model = open_blueprint(open_checkpoint(path), torch.float32).resident()
-    (bench.work / "losses").mkdir(exist_ok=True)
-    means = {}
+    means, windows = {}, {}
     for kind, models in (("nll", [model]), ("kl", [bench.original, model])):
+        text = bench.texts[kind]
         with torch.inference_mode():
-            values = _score(models, bench.texts[kind], 4, lambda *_: None)[kind]
-        np.save(bench.values(run, kind), values)
+            values = _score(models, text, 4, lambda *_: None)[kind]
         means[kind] = float(values.mean())
-    return {"perplexity": exp(means["nll"]), "kl": means["kl"]}
+        parts = np.split(values, np.cumsum(text.counts)[:-1])
+        windows[kind] = [round(float(part.mean()), 6) for part in parts]
+    return {"perplexity": exp(means["nll"]), "kl": means["kl"], "windows": windows}
 
 
 def summarise(bench: Bench) -> Record:
@@ -269,7 +267,7 @@ def summarise(bench: Bench) -> Record:
             quiet = [r for r in mine if r["quiet"]]
             rows[name] = {
                 "perplexity": median(r["perplexity"] for r in mine), "seeds": [r["seed"] for r in mine],
-                "kl": median([r["kl"] for r in mine if "kl" in r] or [nan]),
+                "kl": median(r["kl"] for r in mine),
                 "quantize": median(r["quantize"] for r in quiet or mine), "quiet": bool(quiet),
                 "wall": median(r["wall"] for r in quiet or mine),
             }  # fmt: skip
@@ -291,7 +289,7 @@ def compare(bench: Bench, cell: str, rows: dict[str, Record]) -> Iterator[Record
             scores = {kind: bench.change(runs[0], runs[1], kind) for kind in bench.texts}
             times = {key: rows[one][key] / rows[other][key] for key in ("quantize", "wall")}
             quiet = rows[one]["quiet"] and rows[other]["quiet"]
-            change = {kind: asdict(score) for kind, score in scores.items() if score}
+            change = {kind: asdict(score) for kind, score in scores.items()}
             yield {"ours": one, "peer": other, "seeds": seeds, "change": change, "time": times, "quiet": quiet}
 
 
@@ -356,7 +354,7 @@ def main() -> None:
     torch.set_num_threads(bench.options.threads)
     if "original" not in bench.done:
         bench.keep({"run": "settings", "settings": settings})
-        bench.keep({"run": "original", **score(bench, "original", bench.options.model)})
+        bench.keep({"run": "original", **score(bench, bench.options.model)})
     for run in bench.runs() if not bench.options.summary else ():
         before = bench.done.get(str(run))
         if before is None or (bench.options.again and ("error" in before or not before["quiet"])):

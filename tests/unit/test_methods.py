@@ -399,6 +399,8 @@ def test_mse_refuses_senseless_options(wrong: dict[str, Any]) -> None:
 
 # ---- hqq ----
 
+PUBLISHED = hqq.Options(ranges=1)
+
 
 def lost(weight: Tensor, decoded: Tensor, bits: int = 4) -> Tensor:
     """What hqq judges by, of each group of 64: the mean error, below 4 bits that of its square."""
@@ -410,7 +412,7 @@ def lost(weight: Tensor, decoded: Tensor, bits: int = 4) -> Tensor:
 def test_hqq_keeps_the_best_point_of_the_published_walk(bits: int, size: float) -> None:
     weight, scheme = heavy(6, 64, seed=bits, size=size), parse(f"int{bits}-g64-fzero-f32")
     start = rtn.quantize(weight, {}, scheme, ROUND)
-    found = hqq.quantize(weight, {}, scheme, hqq.Options())
+    found = hqq.quantize(weight, {}, scheme, PUBLISHED)
     assert isinstance(found.scales, Tensor) and torch.equal(found.scales, start.scale_values())
     for row, error in enumerate(lost(weight, found.dequantize(), bits)):
         part, scale = weight[row].numpy(), effective(start)[row, 0].item()
@@ -429,10 +431,31 @@ def test_hqq_keeps_the_best_point_of_the_published_walk(bits: int, size: float) 
 )
 def test_hqq_is_never_worse_than_rtn(name: str) -> None:
     weight, scheme = heavy(20, 256, seed=5), parse(name)
-    found = [m.quantize(weight, {}, scheme, m.METHOD.options()).dequantize() for m in (hqq, rtn)]
-    errors = [lost(weight, decoded, scheme.grid.bits) for decoded in found]
-    assert (errors[0] <= errors[1] * (1 + 1e-6)).all()
-    assert errors[0].sum() < (0.999 if "asym" not in name else 1.0001) * errors[1].sum()
+    plain = lost(weight, rtn.quantize(weight, {}, scheme, ROUND).dequantize(), scheme.grid.bits)
+    for options in [PUBLISHED] + [hqq.Options()] * (scheme.grid.bits < 4):
+        errors = lost(weight, hqq.quantize(weight, {}, scheme, options).dequantize(), scheme.grid.bits)
+        assert (errors <= plain * (1 + 1e-6)).all()
+        assert errors.sum() < (0.999 if "asym" not in name else 1.0001) * plain.sum()
+
+
+@pytest.mark.parametrize("name", ["int4-g64-fzero", "int2-g64-fzero-f32", "int3-g64-asym"])
+def test_hqq_takes_the_scale_of_the_range_with_the_least_squares(name: str) -> None:
+    weight, scheme = heavy(20, 64, seed=7), parse(name)
+    found, shrunk = hqq.quantize(weight, {}, scheme, hqq.Options(ranges=8)), 0
+    for row, scale in enumerate(effective(found)[:, 0].tolist()):
+        part = weight[row].numpy()
+        low, high = (float(part.min()), float(part.max())) if scheme.zero == "float" else (min(*part, 0), max(*part, 0))
+        errors = {}
+        for ratio in (1 - i / 16 for i in range(8)):
+            margin = (high - low) * (1 - ratio) / 2
+            ends = (low + margin, high - margin) if scheme.zero == "float" else (low * ratio, high * ratio)
+            trial = slow.stored(slow.plain_scale(*map(float, ends), scheme), 1.0, scheme)
+            zero = slow.stored_zero(float(ends[0]), trial, scheme)
+            errors[trial] = slow.norm(part, slow.encode(part, trial, zero, scheme)[1], 2)
+        nearest = min(errors, key=lambda trial: abs(trial - scale))
+        assert nearest == pytest.approx(scale, rel=1e-3) and errors[nearest] <= min(errors.values()) * (1 + 1e-3)
+        shrunk += scale < 0.99 * max(errors)
+    assert shrunk > 5
 
 
 @pytest.mark.parametrize("size", [1e-3, 0.02, 1.0, 100.0])
@@ -458,7 +481,7 @@ def assert_not_above_the_package(weight: Tensor, kind: str) -> None:
     dtype = torch.float16 if kind == "f16" else torch.float32
     scale, zero = (meta[part].to(dtype).float() for part in ("scale", "zero"))
     theirs = ((codes.float() - zero) * scale).reshape(weight.shape)
-    ours = hqq.quantize(weight, {}, parse(f"int4-g64-fzero-{kind}"), hqq.Options()).dequantize()
+    ours = hqq.quantize(weight, {}, parse(f"int4-g64-fzero-{kind}"), PUBLISHED).dequantize()
     for p in (1.0, 0.7):  # what the package watches, and what it minimises
         errors = [(decoded - weight).abs().double().pow(p).mean().item() for decoded in (ours, theirs)]
         assert errors[0] <= errors[1]
@@ -474,10 +497,10 @@ def test_hqq_says_what_it_needs(name: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"iterations": 0}, {"lp_norm": 1.1}, {"lp_norm": 0.0}, {"beta": 0.0}, {"kappa": 0.9}]
+    "wrong", [{"iterations": 0}, {"ranges": 0}, {"lp_norm": 1.1}, {"lp_norm": 0.0}, {"beta": 0.0}, {"kappa": 0.9}]
 )
 def test_hqq_refuses_senseless_options(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="iterations must be 1 or more"):
+    with pytest.raises(ValueError, match="must be 1 or more, lp_norm"):
         hqq.Options(**wrong)
 
 

@@ -13,11 +13,14 @@ from lowbit.methods import Method, Stats
 from lowbit.methods._scales import (
     Affine,
     Blocks,
+    Range,
     block_mean,
+    candidates,
     finish,
     finite_range,
     fit,
-    regions,
+    improve,
+    refine,
     residual,
     round_zeros,
     shares_rows,
@@ -29,48 +32,64 @@ from lowbit.tensors import QTensor
 @final
 @dataclass(frozen=True)
 class Options:
-    """The published defaults.
+    """The published defaults, but for the ranges.
 
     Attributes:
+        ranges: tried for the scale, from the whole one down to half of it; 1: the whole one, as published.
         iterations: updates of every zero point.
         lp_norm: p of the norm whose proximal operator shrinks the error, in (0, 1].
         beta: weight of the quadratic term at the start.
         kappa: its growth per iteration, 1 or more.
     """
 
+    ranges: int = 16
     iterations: int = 20
     lp_norm: float = 0.7
     beta: float = 10.0
     kappa: float = 1.01
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or not 0 < self.lp_norm <= 1 or self.beta <= 0 or self.kappa < 1:
-            raise ValueError("iterations must be 1 or more, lp_norm in (0, 1], beta above 0, kappa 1 or more")
+        if min(self.ranges, self.iterations) < 1 or not 0 < self.lp_norm <= 1 or self.beta <= 0 or self.kappa < 1:
+            raise ValueError("ranges, iterations and kappa must be 1 or more, lp_norm in (0, 1], beta above 0")
 
 
 def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: Options) -> QTensor:
-    """Scales of round-to-nearest; for every block the zero point of the least mean error met on the way.
+    """For every block the scale of the best range, and the zero point of the least mean error met on the way.
 
     Raises:
         WeightError: NaN or Inf, with its place.
     """
-    affine = fit(finite_range(weight, stats, scheme), scheme)
-    assert affine.zeros is not None
-    for rows, cols, down, across, block in regions((weight.shape[0], weight.shape[1]), scheme.block):
-        part = weight[rows, cols].float().contiguous()
-        affine.zeros[down, across] = _solve(part, affine[down, across], scheme, block, options)
-    return finish(weight, affine, scheme)
+    ranges = finite_range(weight, stats, scheme)
+
+    def search(
+        part: Float[Tensor, "high wide"], ranges: Range, start: Affine, block: tuple[int, int], cols: slice
+    ) -> Affine:
+        return _solve(part, ranges, start, scheme, block, options)
+
+    return finish(weight, refine(weight, ranges, fit(ranges, scheme), scheme, search), scheme)
 
 
 def _solve(
-    weight: Float[Tensor, "rows cols"], start: Affine, scheme: Scheme, block: tuple[int, int], options: Options
-) -> Blocks:
-    """The best zero point of each block, as it is stored."""
-    best, last = _descend(weight, start, scheme, block, options)
-    stored = [start, *(replace(start, zeros=round_zeros(zeros, scheme)) for zeros in (best, last))]
-    errors = torch.stack([_loss(residual(weight, trial, scheme, block), scheme, block) for trial in stored])
-    zeros = torch.stack([trial.zeros for trial in stored if trial.zeros is not None])
-    return zeros.gather(0, errors.argmin(0, keepdim=True))[0]
+    weight: Float[Tensor, "rows cols"],
+    ranges: Range,
+    start: Affine,
+    scheme: Scheme,
+    block: tuple[int, int],
+    options: Options,
+) -> Affine:
+    """The best range's scale and the best zero point of each block, as they are stored."""
+
+    def error_of(affine: Affine) -> Blocks:
+        return _loss(residual(weight, affine, scheme, block), scheme, block)
+
+    shrunk = candidates(ranges, scheme, 1.0, (1 - i / (2 * options.ranges) for i in range(1, options.ranges)), False)
+
+    def squares_of(affine: Affine) -> Blocks:
+        return block_mean(residual(weight, affine, scheme, block).square_(), block)
+
+    best, _ = improve(start, squares_of(start), shrunk, squares_of)
+    walked = _descend(weight, best, scheme, block, options)
+    return improve(best, error_of(best), (replace(best, zeros=round_zeros(z, scheme)) for z in walked), error_of)[0]
 
 
 def _descend(
