@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lowbit.blocks import Site
 from lowbit.budget import MemoryWatch
 from lowbit.errors import ResourceError, UsageError
 from lowbit.schemes import parse
@@ -33,7 +35,7 @@ from lowbit.stages._products import Product
 from lowbit.stages._sites import Found, Step, find_steps
 from lowbit.stages._state import Calibration as Work
 from lowbit.stages._state import State
-from lowbit.stages._transform import fold, producer_of, transform
+from lowbit.stages._transform import fold, joined, producer_of, transform
 from lowbit.stages.calibrate import Prepared, _begin, _enter, calibrate, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Calibration, Entry, Rules, as_planned, make_plan
@@ -202,6 +204,44 @@ def test_what_can_take_a_factor_is_found_and_folding_changes_no_output(kind: str
                 assert gap < 1e-5, site
     # fc1 feeds fc2 through a ReLU, which takes positive factors; a GELU does not.
     assert found == PRODUCERS[kind]
+
+
+@pytest.mark.parametrize("kind", MOE)
+def test_a_norm_takes_the_factors_of_all_experts_and_their_router(kind: str, tmp_path: Path) -> None:
+    dice = torch.Generator().manual_seed(0)
+    with opened(kind, tmp_path, method="awq", dtype="float32") as (_, ready, output), torch.no_grad():
+        state, passes = block_of(begun(ready, output))
+        (site, names), *others = [
+            pair for pair in joined(steps_of(state, passes), state).items() if ".experts." in "".join(pair[1])
+        ]
+        assert {last(name) for name in site} >= {"gate"} and not any(".experts." in name for name in site)
+        readers = {name for name in state.live.places if re.search(r"experts\.\d\.(w1|w3|gate_proj|up_proj)", name)}
+        assert readers == {name for name in names if ".experts." in name} and len(others) == len(readers) / 2
+        before, producer = passes.batch(slice(0, 4)), producer_of(names, state, passes)
+        assert producer and producer.parameters == ("post_attention_layernorm.weight",)
+        fold(names, producer, 0.2 + 5 * torch.rand(state.width(names), generator=dice), state)
+        assert (passes.batch(slice(0, 4)) - before).norm() < 1e-5 * before.norm()
+
+
+def test_transforms_reach_experts_and_change_their_router_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def twice(site: Site, *_: object) -> Tensor:
+        asked.append(tuple(last(name) for name in site.weights))
+        return torch.full((site.channels,), 2.0)
+
+    monkeypatch.setattr(awq, "TRANSFORM", replace(awq.TRANSFORM, search=twice))
+    with opened("mixtral", tmp_path, method="awq", dtype="float32") as (_, ready, output), torch.no_grad():
+        work = begun(ready, output)
+        state, passes = block_of(work)
+        transform("awq", steps_of(state, passes), work, state, passes, Gatherer(work, state, passes))
+        for name in state.floats:
+            power = {"post_attention_layernorm": 0.5, "w1": 2.0, "w3": 2.0, "gate": 2.0}.get(last(name))
+            assert power is None or torch.equal(state.floats[name], work.source.tensor(name) * power)
+    assert {"w1", "w3", "gate", "post_attention_layernorm"} <= {last(name) for name in state.floats}
+    assert ("w1", "w3") * 4 in asked, "the router is not quantized, but changed"
 
 
 def test_no_producer_where_something_else_reads_the_input(tmp_path: Path) -> None:

@@ -449,7 +449,7 @@ def test_hqq_takes_the_scale_of_the_range_with_the_least_squares(name: str) -> N
         for ratio in (1 - i / 16 for i in range(8)):
             margin = (high - low) * (1 - ratio) / 2
             ends = (low + margin, high - margin) if scheme.zero == "float" else (low * ratio, high * ratio)
-            trial = slow.stored(slow.plain_scale(*map(float, ends), scheme), 1.0, scheme)
+            trial = slow.stored(slow.plain_scale(float(ends[0]), float(ends[1]), scheme), 1.0, scheme)
             zero = slow.stored_zero(float(ends[0]), trial, scheme)
             errors[trial] = slow.norm(part, slow.encode(part, trial, zero, scheme)[1], 2)
         nearest = min(errors, key=lambda trial: abs(trial - scale))

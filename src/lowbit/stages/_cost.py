@@ -145,6 +145,7 @@ class _Facts:
             block += int(self.method.workspace * self.targets)
         back = max((t.batch(step_options(t, n, self.plan.options)) for t, n in self._named()), default=0)
         block += 12 * self.targets * bool(back)  # weights as they are rounded, their derivatives, and one more
+        block += 4 * self.targets * bool(self.transforms and self.experts > 1)  # all experts rounded for a candidate
         batch = max(tokens, self.windows[1])
         held = sum(statistic.nbytes(self.wide) for statistic in self.statistics)
         prepared = self.method.prepared(self.wide)

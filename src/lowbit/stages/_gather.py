@@ -96,7 +96,7 @@ class Gatherer:
         """Experts that saw fewer rows than they have inputs: routed to them, one at a time, until they have enough."""
         width, windows = self._state.width, self._work.windows
         few = [site for site in step.sites if site in seen and seen[site].rows < width(site)]
-        router = next((name for name in self._state.live.places if self._routes(name, step)), None)
+        router = self._state.router(step)
         found: dict[Site, Seen] = {}
         for site in few if router else ():
             accumulator, expert = self._accumulator(self._needs(site)), step.sites.index(site)
@@ -112,10 +112,6 @@ class Gatherer:
                     self.look([batch], {site: accumulator}, later, after=choose)
             found[site] = replace(accumulator.finish(), starved=seen[site].rows)
         return found
-
-    def _routes(self, name: str, step: Step) -> bool:
-        """Whether a weight has a row for each expert of a step."""
-        return name not in step.names and self._state.live.weight(name).shape[0] == len(step.sites)
 
     def _needs(self, site: Site) -> set[str]:
         weights = [self._state.entries[name] for name in self._state.targets(site)]

@@ -18,7 +18,7 @@ from lowbit.stages._cost import Cost
 from lowbit.stages._model import Blueprint
 from lowbit.stages._observe import Seen, Windows
 from lowbit.stages._recipe import Recipe, step_options
-from lowbit.stages._sites import Site
+from lowbit.stages._sites import Site, Step
 from lowbit.stages._store import Value, store
 from lowbit.stages._streams import Streams
 from lowbit.stages.checkpoint import Checkpoint
@@ -82,6 +82,12 @@ class State:
     def width(self, site: Site) -> int:
         """Number of inputs of a site."""
         return self.live.weight(site[0]).shape[1]
+
+    def router(self, step: Step) -> str | None:
+        """The weight that has a row for each expert of a step."""
+        rows = len(step.sites) if step.experts else 0
+        names = (name for name in self.live.places if name not in step.names)
+        return next((name for name in names if self.live.weight(name).shape[0] == rows), None)
 
     def owner(self, parameter: str) -> str | None:
         """The weight of the checkpoint that is this parameter; None where it is made of several."""

@@ -23,16 +23,30 @@ def transform(
     """Let a transform choose factors for each site in the order of use, and fold them."""
     record: Transform = plugins.load("transforms", name)
     options = work.options(record, name)
-    needs = {site: record.needs for step in steps for site in step.sites if state.targets(site)}
+    readers = {site: names for site, names in joined(steps, state).items() if state.targets(names)}
     fit = [batch for batch in work.windows.batches if batch.start < work.windows.fit]
-    for site, seen in gatherer.gather(needs, fit).items():
-        producer = producer_of(site, state, passes) if seen.stats else None
+    for site, seen in gatherer.gather(dict.fromkeys(readers, record.needs), fit).items():
+        names = readers[site]
+        producer = producer_of(names, state, passes) if seen.stats else None
         if producer:
-            where = BlockSite(tuple(state.targets(site)), state.width(site))
+            where = BlockSite(tuple(state.targets(names)), state.width(names))
             factors = record.search(where, passes.view(steps), seen.stats, options)
             if factors is not None:
-                fold(site, producer, factors, state)
+                fold(names, producer, factors, state)
     passes.memory.forget()  # attention may be of values that were divided since
+
+
+def joined(steps: Sequence[Step], state: State) -> dict[Site, Site]:
+    """All weights that read one input, by the site at which it is seen: that of a router is that of its experts too."""
+    found: dict[Site, Site] = {}
+    for step in steps:
+        router = state.router(step)
+        at = next((site for site in found if router in site and found[site] == site), None)
+        if at and state.width(at) == state.width(step.sites[0]):
+            found[at] = at + step.names
+        else:
+            found |= {site: site for site in step.sites}
+    return found
 
 
 def producer_of(site: Site, state: State, passes: Passes) -> Producer | None:
