@@ -34,6 +34,7 @@ def quantize(
     samples: int = 128,
     sequence_length: int | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> RunRecord:
     """Quantize a checkpoint into a directory, verify what was written, evaluate it if a text is given, and report.
 
@@ -54,12 +55,13 @@ def quantize(
         samples: windows of that text.
         sequence_length: tokens per window; None for 2,048, or as many as the model takes.
         seed: of every choice at random.
+        device: where blocks of a model run while they are calibrated, as `cuda`.
 
     Raises:
         LowbitError: see `lowbit.errors`.
     """
     sources = (calibration,) if isinstance(calibration, str) else tuple(calibration or ())
-    learned = Calibration(sources, samples, sequence_length, seed) if sources else None
+    learned = Calibration(sources, samples, sequence_length, seed, device=device) if sources else None
     rules = Rules(
         scheme, method, format, skip, tuple((sets or {}).items()), options or {}, learned, activations=activations
     )

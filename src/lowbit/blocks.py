@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lowbit.schemes import Scheme
 
 Weights = Mapping[str, Tensor]
+CPU = torch.device("cpu")
 
 
 @final
@@ -50,6 +52,7 @@ class Block:
         nearest: `(name, weight) -> weight`: round-to-nearest under the scheme of `name`, and back to float32.
         seed: of every choice at random.
         threads: in how many `run` may be called at once.
+        device: where it runs; weights given to `run` may be there or not, all that is given here is on the processor.
     """
 
     weights: Weights
@@ -61,3 +64,4 @@ class Block:
     activations: Mapping[str, Scheme] = field(default_factory=dict)
     seed: int = 0
     threads: int = 1
+    device: torch.device = CPU

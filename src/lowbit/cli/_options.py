@@ -111,6 +111,10 @@ _RULES = (
         help="Type in which calibration computes; auto: bfloat16 where model and processor have it.",
     ),
     click.option(
+        "--device", default="cpu", show_default=True,
+        help="Where blocks run, as cpu, cuda, cuda:1; codes are made on the processor.",
+    ),
+    click.option(
         "--blocks", callback=_blocks, metavar="A:B", help="Quantize these blocks alone, as 0:4; the others stay.",
     ),
     click.option(
@@ -131,8 +135,12 @@ def make_rules(options: dict[str, Any]) -> Rules:
     """Take the options of `rules_options` out of a command's options, and make the `Rules` that they stand for."""
     from lowbit.stages.plan import Calibration, Rules
 
-    names = ("sources", "samples", "length", "sampling", "seed", "inputs", "dtype")
+    names = ("sources", "samples", "length", "sampling", "seed", "inputs", "dtype", "device")
     text = {name: options.pop(name) for name in names}
+    if not text["sources"] and text["device"] != "cpu":
+        raise click.UsageError(
+            f"--device {text['device']} is for --calibration; what needs no text is done on the processor"
+        )
     others = ("scheme", "method", "skip", "sets", "options", "blocks", "activations")
     rules = {name: options.pop(name) for name in others}
     calibration = Calibration(**text) if text["sources"] else None

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowbit.blocks import Block
+from lowbit.blocks import CPU, Block
 from lowbit.methods._attention import TiledAttention
 from lowbit.methods._scales import Affine, finish, finite_range, fit, global_divisor, nearest, round_scales, takes_signs
 from lowbit.schemes import Grid, Scheme
@@ -93,7 +93,7 @@ class Grouped:
 
     def decode(self, shift: Groups | None, affine: Affine, dtype: torch.dtype) -> Tensor:
         """The quantized weight, `[rows, cols]`, computed in float32 and rounded once; a view."""
-        out = torch.empty(self.values.shape, dtype=dtype)
+        out = torch.empty_like(self.values, dtype=dtype)
         for at, scales, zeros in self.parts(affine):
             moved = None if shift is None else shift[at]
             level = rounded(self.values[at], moved, scales, zeros, self.scheme).level
@@ -103,13 +103,15 @@ class Grouped:
     def store(self, shift: Groups | None, affine: Affine) -> QTensor:
         """The quantized weight as it is stored: values that lie on the grid meet the same codes again."""
         across = (self.shape[0], -1)
-        zeros = None if affine.zeros is None else affine.zeros.view(across)
-        whole = Affine(self._turned(affine.scales).view(across), zeros, affine.divisor)
-        return finish(self.decode(shift, affine, torch.float32).contiguous(), whole, self.scheme)
+        zeros = None if affine.zeros is None else affine.zeros.view(across).cpu()
+        whole = Affine(self._turned(affine.scales).view(across).cpu(), zeros, affine.divisor)
+        return finish(self.decode(shift, affine, torch.float32).cpu().contiguous(), whole, self.scheme)
 
 
-def grouped(weight: Float[Tensor, "rows cols"], scheme: Scheme, signed: bool = False) -> Grouped:
-    """A weight in the groups of a scheme whose blocks lie within rows.
+def grouped(
+    weight: Float[Tensor, "rows cols"], scheme: Scheme, signed: bool = False, device: torch.device = CPU
+) -> Grouped:
+    """A weight in the groups of a scheme whose blocks lie within rows, on a device.
 
     `signed`: scales may be negative, where the scheme allows it.
 
@@ -122,7 +124,7 @@ def grouped(weight: Float[Tensor, "rows cols"], scheme: Scheme, signed: bool = F
     if scheme.zero != "float":
         low, high = low.clamp(max=0), high.clamp(min=0)
     width = min(block_size(shape, scheme.block)[1], max(shape[1], 1))
-    values, low, high = _split(weight, width), low.view(-1, 1), high.view(-1, 1)
+    values, low, high = _split(weight, width).to(device), low.view(-1, 1).to(device), high.view(-1, 1).to(device)
     if not signed or not takes_signs(scheme):
         return Grouped(scheme, shape, values, low, high, divisor)
     turned = high > -low
@@ -183,7 +185,7 @@ def rounded(weight: Groups, shift: Groups | None, scales: PerGroup, zeros: PerGr
 
 def _on_table(exact: Groups, shift: Groups | None, grid: Grid) -> Rounded:
     """For levels at uneven distances: positions between neighbours are linear, beyond the ends as in the last step."""
-    levels = _levels(grid)
+    levels = _levels(grid).to(exact.device)
     above = torch.bucketize(exact, levels).clamp_(1, len(levels) - 1)
     lower = levels[above - 1]
     position = (exact - lower) / (levels[above] - lower) + (above - 1)

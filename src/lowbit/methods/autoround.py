@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowbit.blocks import Block
+from lowbit.blocks import CPU, Block
 from lowbit.methods import Method, Stats
 from lowbit.methods._learn import grouped, learned, range_slopes, rounded, within_rows
 from lowbit.methods._scales import nearest
@@ -78,8 +78,8 @@ _PRESETS = {"light": 50, "default": 200, "best": 1000}
 class _SignRound:
     """Shifts `V` and range factors of one weight (arXiv:2309.05516, equations 3 and 4), moved by signs."""
 
-    def __init__(self, weight: Tensor, scheme: Scheme, options: Options) -> None:
-        self._source = grouped(weight, scheme, options.signed)
+    def __init__(self, weight: Tensor, scheme: Scheme, options: Options, device: torch.device = CPU) -> None:
+        self._source = grouped(weight, scheme, options.signed, device)
         self._top = 2.0**scheme.grid.bits - 1
         rate, range_rate = options.rates(scheme.grid.bits)
         self._rates = (rate, 0.0 if scheme.scale == "e8m0" else range_rate)  # a power of two has no small step
@@ -126,7 +126,8 @@ def learn(block: Block, options: Options) -> Mapping[str, QTensor]:
     Raises:
         WeightError: NaN or Inf in a weight, with its place.
     """
-    learners = {name: _SignRound(weight, block.schemes[name], options) for name, weight in block.weights.items()}
+    parts = ((name, weight, block.schemes[name]) for name, weight in block.weights.items())
+    learners = {name: _SignRound(weight, scheme, options, block.device) for name, weight, scheme in parts}
     return learned(block, learners, options.total, options.batch)
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowbit.blocks import Block
+from lowbit.blocks import CPU, Block
 from lowbit.methods import Method, Stats
 from lowbit.methods._learn import grouped, learned, range_slopes, rounded, within_rows
 from lowbit.methods._scales import nearest
@@ -44,10 +44,10 @@ class Options:
 class _Clipping:
     """Logits of two factors on the range of each group of one weight (arXiv:2308.13137, equation 2)."""
 
-    def __init__(self, weight: Tensor, scheme: Scheme, options: Options) -> None:
-        self._source = grouped(weight, scheme)
+    def __init__(self, weight: Tensor, scheme: Scheme, options: Options, device: torch.device = CPU) -> None:
+        self._source = grouped(weight, scheme, device=device)
         self._top = 2.0**scheme.grid.bits - 1
-        self._logits = torch.full((2, len(self._source.low), 1), _START)
+        self._logits = torch.full((2, len(self._source.low), 1), _START, device=device)
         self._adam = torch.optim.AdamW([self._logits], lr=options.lr, weight_decay=0)
         self._affine = self._source.fit(*self._logits.sigmoid())
 
@@ -81,7 +81,8 @@ def learn(block: Block, options: Options) -> Mapping[str, QTensor]:
     Raises:
         WeightError: NaN or Inf in a weight, with its place.
     """
-    learners = {name: _Clipping(weight, block.schemes[name], options) for name, weight in block.weights.items()}
+    parts = ((name, weight, block.schemes[name]) for name, weight in block.weights.items())
+    learners = {name: _Clipping(weight, scheme, options, block.device) for name, weight, scheme in parts}
     steps = options.epochs * max(block.windows // options.batch, 1)
     return learned(block, learners, steps, options.batch)
 

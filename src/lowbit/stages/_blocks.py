@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowbit.errors import UnsupportedError
 from lowbit.stages._model import Blueprint, refusals
@@ -45,6 +45,11 @@ class Call:
         if self.named:
             return self.args, {**self.kwargs, _HIDDEN: hidden}
         return (hidden, *self.args), dict(self.kwargs)
+
+    def on(self, device: torch.device) -> Call:
+        """The same arguments there."""
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (self.args, dict(self.kwargs)))
+        return Call(args, kwargs, self.named)
 
 
 @final
@@ -74,10 +79,13 @@ class _Recorder(nn.Module):
 
 @final
 class Entrance:
-    """What stands before the blocks of a model: turns tokens into the first hidden state, and records calls."""
+    """What stands before the blocks of a model: turns tokens into the first hidden state, and records calls.
 
-    def __init__(self, blueprint: Blueprint) -> None:
-        self._blueprint = blueprint
+    It runs on the processor; `device` is where the blocks are called.
+    """
+
+    def __init__(self, blueprint: Blueprint, device: torch.device) -> None:
+        self._blueprint, self._device = blueprint, device
         self._calls: dict[int, dict[str, Call]] = {}
         self._recording = threading.Lock()
         self._first = next(iter(blueprint.blocks))
@@ -119,7 +127,7 @@ class Entrance:
                     f"{path}: the model hands it more of the tokens than the hidden state, which is not calibrated; "
                     "use a method without calibration"
                 )
-        return found[0]
+        return {path: call.on(self._device) for path, call in found[0].items()}
 
     def _run(self, model: nn.Module, ids: Tensor) -> None:
         with refusals(f"{self._blueprint.checkpoint.path} fails on calibration windows"), suppress(_Reached):
@@ -167,15 +175,17 @@ class Place:
 
 @final
 class LiveBlock:
-    """A filled block: what calibration runs, and whose weights it replaces one after the other."""
+    """A filled block on its device: what calibration runs, and whose weights it replaces one after the other."""
 
-    def __init__(self, blueprint: Blueprint, path: str, names: Sequence[str]) -> None:
+    def __init__(self, blueprint: Blueprint, path: str, names: Sequence[str], device: torch.device) -> None:
         self.path = path
         self.module = blueprint.filled(path).requires_grad_(False)
         self._parameters = dict(self.module.named_parameters())
         self._local = threading.local()
         sources = blueprint.sources(path)
         self.places = {name: place for name in names if (place := self._find(blueprint, name, sources)) is not None}
+        self.device = device
+        self._parameters = dict(self.module.to(device).named_parameters())
 
     def _find(self, blueprint: Blueprint, name: str, sources: Mapping[str, frozenset[str]]) -> Place | None:
         """The part of a parameter that equals the weight; None where it is not there as a whole."""
@@ -221,15 +231,17 @@ class LiveBlock:
         """The block's output, with the given weights (`[outputs, inputs]`) and parameters in the place of its own.
 
         `watch` sees every product of a weight with its rows, and may return other rows; `after` may change the result.
+        What is given may be elsewhere than the block; the output is where `hidden` is.
         """
-        args, kwargs = call.with_hidden(hidden)
-        replaced = {**(parameters or {}), **self._replaced(weights or {})}
+        args, kwargs = call.with_hidden(hidden.to(self.device))
+        moved = {name: tensor.to(self.device) for name, tensor in (parameters or {}).items()}
+        replaced = moved | self._replaced(weights or {})
         module = self._own_module() if replaced else self.module
         watched = watch is not None or after is not None
         with Products(self._regions(replaced), watch, after) if watched else nullcontext():
             out = functional_call(module, replaced, args, kwargs) if replaced else module(*args, **kwargs)
         found: Tensor = out[0] if isinstance(out, tuple) else out
-        return found
+        return found.to(hidden.device)
 
     def _own_module(self) -> nn.Module:
         """This thread's twin of the module, over the same parameters: `functional_call` changes it for a while."""
@@ -246,7 +258,7 @@ class LiveBlock:
             place = self.places[name]
             own = self._parameters[place.parameter]
             if place == Place(place.parameter, None, slice(None), False):
-                parameters[place.parameter] = weight.to(own.dtype)
+                parameters[place.parameter] = weight.to(own)
                 continue
             merged = parameters.setdefault(place.parameter, own.detach().clone())
             self._logical(name, merged).copy_(weight)

@@ -187,7 +187,8 @@ class _Facts:
 
     def seconds(self, way: Cost) -> float:
         """From the multiplications of forward passes, statistics and methods, and the rates of this machine."""
-        fast, slow = rate(self.blueprint.dtype), rate(torch.float32)
+        device = self.plan.calibration.device if self.plan.calibration else "cpu"
+        fast, slow = rate(self.blueprint.dtype, device), rate(torch.float32)
         tokens, total = prod(self.windows), 0.0
         for entries in self.blocks:
             weights = sum(prod(entry.weight.shape) for entry in entries)
@@ -220,15 +221,15 @@ _LOOPS = 2.0  # what the loops over columns fall short of plain products
 
 
 @cache
-def rate(dtype: torch.dtype) -> float:
+def rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """Multiplications and additions per second of a matrix product on all threads of torch, measured once."""
     side = 1024
-    left, right = torch.ones(side, side, dtype=dtype), torch.ones(side, side, dtype=dtype)
+    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     best = min(_timed(left, right) for _ in range(4))
     return 2 * side**3 / best
 
 
 def _timed(left: Tensor, right: Tensor) -> float:
     start = time.perf_counter()
-    left @ right
+    (left @ right)[0, 0].item()  # a device answers before it has done its work
     return time.perf_counter() - start

@@ -37,7 +37,7 @@ class Producer:
 
     def divided(self, value: Tensor, factors: Float[Tensor, "channels"], dtype: torch.dtype) -> Tensor:
         """A parameter that makes the input divided by factors, as it is stored in `dtype`."""
-        shaped = factors.view(-1, *[1] * (value.dim() - 1))
+        shaped = factors.to(value.device).view(-1, *[1] * (value.dim() - 1))
         return ((value.float() + self.offset) / shaped - self.offset).to(dtype)
 
 
@@ -54,7 +54,7 @@ def find_producer(
     channels = live.weight(readers[0]).shape[1]
     dice = torch.Generator().manual_seed(0)
     factors = 2.0 ** torch.randint(-1, 2, (channels,), generator=dice)
-    scaled = {name: live.weight(name).float() * factors for name in readers}
+    scaled = {name: live.weight(name).float() * factors.to(live.device) for name in readers}
     before = run({}, {}).float()
     own = {live.places[name].parameter for name in readers}
     for producer in _candidates(live.module, channels):

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lowbit import plugins
+from lowbit.blocks import CPU
 from lowbit.methods import Stats
 from lowbit.stages._products import Product
 from lowbit.stages._sites import Found, Site
@@ -89,20 +90,25 @@ class Accumulator:
         if reference is None or reference.shape != rows.shape:  # experts: the float model routes other tokens
             reference = rows
         if held:
-            self._held.append(rows[:: self._step].clone())
+            self._held.append(rows[:: self._step].to("cpu", copy=True))
             return
         for name, kind in self._kinds.items():
-            state = self._states.setdefault(name, {}) or kind.start(rows.shape[1], self._seed)
+            place = rows.device if kind.anywhere else CPU
+            state = self._states.setdefault(name, {}) or _on(place, kind.start(rows.shape[1], self._seed))
             self._states[name] = state
-            kind.update(state, rows, reference if kind.paired else None)
+            kind.update(state, rows.to(place), reference.to(place) if kind.paired else None)
         self.rows += len(rows)
 
     def finish(self) -> Seen:
         """All that was seen; the rows to judge by are thinned out."""
-        stats = {name: self._kinds[name].finish(self._states.pop(name)) for name in list(self._states)}
+        stats = {name: self._kinds[name].finish(_on(CPU, self._states.pop(name))) for name in list(self._states)}
         held = torch.cat(self._held) if self._held else torch.empty(0, 0)
         self._held = []
         return Seen(stats, held.float(), self.rows)
+
+
+def _on(place: torch.device, state: State) -> State:
+    return {name: tensor.to(place) for name, tensor in state.items()}
 
 
 @final

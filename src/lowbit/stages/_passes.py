@@ -57,8 +57,8 @@ class Passes:
             heights = [len(live.weight(name)) for name in product.names]
             for name, part in zip(product.names, torch.split(result, heights, -1), strict=True):
                 for term in terms.get(name, {}).values():
-                    thin = product.rows @ term.down.T.to(result.dtype)
-                    part.add_((thin @ term.up.T.to(result.dtype)).view(part.shape))
+                    thin = product.rows @ term.down.T.to(result)
+                    part.add_((thin @ term.up.T.to(result)).view(part.shape))
             return after(product, result) if after else result
 
         return add
@@ -74,7 +74,8 @@ class Passes:
             scheme, name = rounds.get(product.names[0]), product.names[0]
             if scheme is None or (factors is None and name not in state.made):
                 return None
-            return rounded(product.rows, scheme, state.scales.get(name), (factors or {}).get(name))
+            rows = product.rows.cpu()
+            return rounded(rows, scheme, state.scales.get(name), (factors or {}).get(name)).to(product.rows.device)
 
         return watch
 
@@ -141,4 +142,5 @@ class Passes:
             activations={name: scheme for name, scheme in activations.items() if scheme},
             seed=self.index,
             threads=work.way.threads,
+            device=work.device,
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from lowbit import plugins
@@ -47,6 +48,12 @@ class Calibration:
     entrance: Entrance
     terms: Terms
 
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        assert self.plan.calibration is not None
+        return torch.device(self.plan.calibration.device)
+
     def call(self, path: str, windows: int) -> Call:
         """How the model calls a block with so many windows."""
         return self.entrance.calls(self.windows.ids[:windows])[path]
@@ -64,7 +71,7 @@ class State:
         inside = work.blueprint.blocks[path]
         self.entries = {e.weight.name: e for e in work.plan.entries if e.weight.name in inside and not e.tied}
         matrices = [name for name, entry in self.entries.items() if len(entry.weight.shape) == 2]
-        self.live = LiveBlock(work.blueprint, path, matrices)
+        self.live = LiveBlock(work.blueprint, path, matrices, work.device)
         self.floats: dict[str, Tensor] = {}  # weights that a transform changed, float32
         self.made: set[str] = set()
         self.scales: dict[str, float | None] = {}  # of activations, where they are stored

@@ -39,7 +39,7 @@ class Corrections:
         """Fit the terms that come after a weight's codes to what is left of it, one after the other."""
         beside = self._state.terms
         for step, correction, options in self._reaching(name, seen, before=False):
-            left = self._state.weight(name) - self._state.live.weight(name).float()
+            left = self._state.weight(name) - self._state.live.weight(name).to("cpu", torch.float32)
             for term in beside.get(name, {}).values():
                 left.addmm_(term.up, term.down, alpha=-1)
             term = correction.fit(left, seen.stats, options)

@@ -8,8 +8,9 @@ with round-to-nearest and with `mse`; the best is kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -19,7 +20,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lowbit.budget import MemoryWatch
-from lowbit.errors import UnsupportedError
+from lowbit.errors import ResourceError, UnsupportedError, UsageError
 from lowbit.stages._adapter import Terms
 from lowbit.stages._blocks import Entrance, LiveBlock
 from lowbit.stages._cost import Cost, estimate
@@ -71,7 +72,9 @@ def prepare(
     Raises:
         CheckpointError: the checkpoint is no causal language model.
         ResourceError: the limit is too small, with the least that works.
+        UsageError: the device is not there.
     """
+    _check_device(plan)
     blueprint = open_blueprint(source, compute_dtype(plan))
     if not blueprint.blocks:
         raise UnsupportedError(f"{source.path} has no list of blocks to calibrate; use a method without calibration")
@@ -95,7 +98,7 @@ def calibrate(prepared: Prepared, output: Output, watch: MemoryWatch, progress: 
     done = next((k for k, path in enumerate(paths) if not wanted[path] <= output.records.keys()), len(paths))
     if done == len(paths):
         return
-    with torch.no_grad():
+    with torch.no_grad(), _device_memory():
         work = _begin(prepared, output)
         start = work.streams.latest(done)
         if start == 0:
@@ -106,6 +109,24 @@ def calibrate(prepared: Prepared, output: Output, watch: MemoryWatch, progress: 
             _run_block(work, paths[k], k)
             work.streams.forget(k + 1)
         progress("calibrate", len(paths), len(paths))
+
+
+def _check_device(plan: Plan) -> None:
+    name = plan.calibration.device if plan.calibration else "cpu"
+    try:
+        torch.empty(1, device=torch.device(name)).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--device {name}: torch {torch.__version__} cannot use it ({reason})") from error
+
+
+@contextmanager
+def _device_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ResourceError(f"a block and its windows do not fit the device ({reason}); take --device cpu") from error
 
 
 def _worked_on(plan: Plan, wanted: Mapping[str, AbstractSet[str]]) -> list[str]:
@@ -123,7 +144,8 @@ def compute_dtype(plan: Plan) -> torch.dtype:
         found: torch.dtype = getattr(torch, plan.calibration.dtype)
         return found
     sources = {entry.weight.dtype for entry in plan.entries if entry.weight.scheme}
-    return torch.bfloat16 if sources == {torch.bfloat16} and computes_bfloat16() else torch.float32
+    fast = plan.calibration.device != "cpu" or computes_bfloat16()
+    return torch.bfloat16 if sources == {torch.bfloat16} and fast else torch.float32
 
 
 def computes_bfloat16() -> bool:
@@ -134,6 +156,8 @@ def computes_bfloat16() -> bool:
 
 def _begin(prepared: Prepared, output: Output) -> Calibration:
     blueprint, ids, cost = prepared.blueprint, prepared.ids, prepared.cost
+    calibration = prepared.plan.calibration
+    assert calibration is not None
     recipe, shape = parse_recipe(prepared.plan.recipe), (ids.shape[0], ids.shape[1], blueprint.width)
     return Calibration(
         prepared.source,
@@ -144,7 +168,7 @@ def _begin(prepared: Prepared, output: Output) -> Calibration:
         blueprint,
         split_windows(ids, cost.tokens),
         Streams(output.path / WORK / "hidden", shape, blueprint.dtype, _kinds(recipe)),
-        Entrance(blueprint),
+        Entrance(blueprint, torch.device(calibration.device)),
         Terms(output.path),
     )
 
@@ -194,7 +218,7 @@ def _run_block(work: Calibration, path: str, index: int) -> None:
 
 def _twin(live: LiveBlock, blueprint: Blueprint) -> LiveBlock:
     """The float block beside the one that is being quantized, for statistics that compare the two."""
-    twin = LiveBlock(blueprint, live.path, list(live.places))
+    twin = LiveBlock(blueprint, live.path, list(live.places), live.device)
     twin.places = live.places
     for name, _ in twin.module.named_parameters():
         twin.tensor(name).copy_(live.tensor(name))

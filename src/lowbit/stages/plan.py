@@ -47,6 +47,7 @@ class Calibration:
         inputs: `quantized`: each sub-layer sees what the quantized ones before it produce; `float`: what the float
             model has there.
         dtype: of the computation; `auto`: bfloat16 where the model has it and the processor computes in it.
+        device: of `torch`, where blocks run, are observed and learned; codes are made on the processor.
         sha256: of the tokens; empty until they were read.
     """
 
@@ -57,6 +58,7 @@ class Calibration:
     sampling: Literal["random", "stratified", "length", "first"] = "random"
     inputs: str = "quantized"
     dtype: str = "auto"
+    device: str = "cpu"
     sha256: str = ""
 
 

@@ -27,6 +27,7 @@ class Statistic:
         finish: `state -> value`; may reuse the state's memory.
         nbytes: `cols -> ` most bytes held at any time, `update`'s and `finish`'s temporaries included.
         paired: whether `update` needs `float_rows`.
+        anywhere: whether `update` works wherever state and rows are; if not, they are brought to the processor.
     """
 
     about: str
@@ -35,3 +36,4 @@ class Statistic:
     finish: Callable[[State], Tensor]
     nbytes: Callable[[int], int]
     paired: bool = False
+    anywhere: bool = False

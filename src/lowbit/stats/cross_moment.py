@@ -58,4 +58,5 @@ STATISTIC = Statistic(
     finish=finish,
     nbytes=nbytes,
     paired=True,
+    anywhere=True,
 )

@@ -62,4 +62,6 @@ def nbytes(cols: int) -> int:
     return sums + 8 + max(chunk, 4 * cols * cols + 16 * height * height)
 
 
-STATISTIC = Statistic(about="second moment of the inputs", start=start, update=update, finish=finish, nbytes=nbytes)
+STATISTIC = Statistic(
+    about="second moment of the inputs", start=start, update=update, finish=finish, nbytes=nbytes, anywhere=True
+)
