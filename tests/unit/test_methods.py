@@ -432,7 +432,7 @@ def test_hqq_keeps_the_best_point_of_the_published_walk(bits: int, size: float) 
 def test_hqq_is_never_worse_than_rtn(name: str) -> None:
     weight, scheme = heavy(20, 256, seed=5), parse(name)
     plain = lost(weight, rtn.quantize(weight, {}, scheme, ROUND).dequantize(), scheme.grid.bits)
-    for options in [PUBLISHED] + [hqq.Options()] * (scheme.grid.bits < 4):
+    for options in (PUBLISHED, hqq.Options()):
         errors = lost(weight, hqq.quantize(weight, {}, scheme, options).dequantize(), scheme.grid.bits)
         assert (errors <= plain * (1 + 1e-6)).all()
         assert errors.sum() < (0.999 if "asym" not in name else 1.0001) * plain.sum()

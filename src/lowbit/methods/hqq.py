@@ -35,21 +35,23 @@ class Options:
     """The published defaults, but for the ranges.
 
     Attributes:
-        ranges: tried for the scale, from the whole one down to half of it; 1: the whole one, as published.
+        ranges: tried for the scale, from the whole one down to half of it; 1: the whole one, as published. None: 16
+            below 4 bits, else 1.
         iterations: updates of every zero point.
         lp_norm: p of the norm whose proximal operator shrinks the error, in (0, 1].
         beta: weight of the quadratic term at the start.
         kappa: its growth per iteration, 1 or more.
     """
 
-    ranges: int = 16
+    ranges: int | None = None
     iterations: int = 20
     lp_norm: float = 0.7
     beta: float = 10.0
     kappa: float = 1.01
 
     def __post_init__(self) -> None:
-        if min(self.ranges, self.iterations) < 1 or not 0 < self.lp_norm <= 1 or self.beta <= 0 or self.kappa < 1:
+        least = min(1 if self.ranges is None else self.ranges, self.iterations)
+        if least < 1 or not 0 < self.lp_norm <= 1 or self.beta <= 0 or self.kappa < 1:
             raise ValueError("ranges, iterations and kappa must be 1 or more, lp_norm in (0, 1], beta above 0")
 
 
@@ -82,7 +84,8 @@ def _solve(
     def error_of(affine: Affine) -> Blocks:
         return _loss(residual(weight, affine, scheme, block), scheme, block)
 
-    shrunk = candidates(ranges, scheme, 1.0, (1 - i / (2 * options.ranges) for i in range(1, options.ranges)), False)
+    count = options.ranges or (16 if scheme.grid.bits < 4 else 1)
+    shrunk = candidates(ranges, scheme, 1.0, (1 - i / (2 * count) for i in range(1, count)), False)
 
     def squares_of(affine: Affine) -> Blocks:
         return block_mean(residual(weight, affine, scheme, block).square_(), block)
