@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ IDS = torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(1))
 
 def start(folder: Path) -> None:
     """Build the device and make it known."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where ninja is
     source = Path(__file__).with_name("device.cpp")
     load("simulated_device", [str(source)], ["-O0"], build_directory=str(folder), is_python_module=False)
     rename_privateuse1_backend(NAME)
