@@ -32,17 +32,18 @@ class Memory:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._known = folder, dict[str, Tensor]()
+        self._folder, self._known = folder, dict[str, tuple[Tensor, torch.device]]()
 
     def get(self, key: str) -> Tensor | None:
-        """What was kept."""
-        return self._known.get(key)
+        """What was kept, where it was."""
+        known = self._known.get(key)
+        return known and known[0].to(known[1])
 
     def keep(self, key: str, value: Tensor) -> None:
         """Keep a result."""
         self._folder.mkdir(parents=True, exist_ok=True)
         room = torch.from_file(str(self._folder / key), shared=True, size=prod(value.shape), dtype=value.dtype)
-        self._known[key] = room.view(value.shape).copy_(value)
+        self._known[key] = room.view(value.shape).copy_(value), value.device
 
     def forget(self) -> None:
         """Delete all."""
@@ -71,7 +72,6 @@ class Remembered(TorchFunctionMode):
         key = f"{self._key}-{self._calls}"
         self._calls += 1
         known = self._memory.get(key)
-        known = None if known is None else known.to(args[0].device)
         if known is None:
             known = attend(*args, **(kwargs or {}))
             if self._final():
@@ -84,9 +84,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any)
     plain = not args and kwargs.get("attn_mask") is None and kwargs.get("is_causal") and not kwargs.get("dropout_p")
     shared = query.shape[1] // key.shape[1] if query.dim() == 4 else 0
     same = query.dim() == 4 and query.shape[2] == key.shape[2] and query.dtype == torch.bfloat16
-    plain = plain and query.device.type == "cpu"
+    here = query.device.type == "cpu"
     scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-    if not (plain and same and scale > 0 and (shared == 1 or kwargs.get("enable_gqa"))):
+    if not (plain and same and here and scale > 0 and (shared == 1 or kwargs.get("enable_gqa"))):
         return scaled_dot_product_attention(query, key, value, *args, **kwargs)
     out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
     rows, result = (each.reshape(-1, *each.shape[2:]) for each in (query, out))
