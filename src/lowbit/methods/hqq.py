@@ -84,13 +84,12 @@ def _solve(
     def error_of(affine: Affine) -> Blocks:
         return _loss(residual(weight, affine, scheme, block), scheme, block)
 
-    count = options.ranges or (16 if scheme.grid.bits < 4 else 1)
-    shrunk = candidates(ranges, scheme, 1.0, (1 - i / (2 * count) for i in range(1, count)), False)
-
     def squares_of(affine: Affine) -> Blocks:
         return block_mean(residual(weight, affine, scheme, block).square_(), block)
 
-    best, _ = improve(start, squares_of(start), shrunk, squares_of)
+    count = options.ranges or (16 if scheme.grid.bits < 4 else 1)
+    shrunk = candidates(ranges, scheme, 1.0, (1 - i / (2 * count) for i in range(1, count)), False)
+    best = improve(start, squares_of(start), shrunk, squares_of)[0] if count > 1 else start
     walked = _descend(weight, best, scheme, block, options)
     return improve(best, error_of(best), (replace(best, zeros=round_zeros(z, scheme)) for z in walked), error_of)[0]
 
