@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lowbit.schemes import Scheme
@@ -27,10 +27,19 @@ class Site:
     Attributes:
         weights: names, in the order in which the block uses them.
         channels: width of the input: columns of each of these weights.
+        made_of: for each channel what it is made of; channels of one origin take one factor. None: each its own.
     """
 
     weights: tuple[str, ...]
     channels: int
+    made_of: Int64[Tensor, "channels"] | None = None
+
+    def tied(self, factors: Float[Tensor, "channels"]) -> Float[Tensor, "channels"]:
+        """Factors with the geometric mean of each origin's channels in the place of all of them."""
+        if self.made_of is None:
+            return factors
+        sums = torch.zeros(int(self.made_of.max()) + 1).index_add_(0, self.made_of, factors.log())
+        return (sums / self.made_of.bincount()).exp()[self.made_of]
 
 
 @final

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowbit.blocks import Site
+from lowbit.blocks import Site as BlockSite
 from lowbit.budget import MemoryWatch
 from lowbit.errors import ResourceError, UsageError
 from lowbit.schemes import parse
@@ -176,14 +176,20 @@ def test_each_block_sees_what_the_quantized_ones_before_produce(tmp_path: Path) 
 
 
 PRODUCERS = {
-    "llama": {"q_proj": "input_layernorm", "gate_proj": "post_attention_layernorm", "down_proj": "up_proj"},
-    "gemma2": {"q_proj": "input_layernorm", "gate_proj": "pre_feedforward_layernorm", "down_proj": "up_proj"},
+    "llama": {
+        "q_proj": "input_layernorm", "o_proj": "v_proj", "gate_proj": "post_attention_layernorm",
+        "down_proj": "up_proj",
+    },
+    "gemma2": {
+        "q_proj": "input_layernorm", "o_proj": "v_proj", "gate_proj": "pre_feedforward_layernorm",
+        "down_proj": "up_proj",
+    },
     "opt": {"q_proj": "self_attn_layer_norm", "out_proj": "v_proj", "fc1": "final_layer_norm", "fc2": "fc1"},
     "bloom": {"query_key_value": "input_layernorm", "dense_h_to_4h": "post_attention_layernorm"},
     "falcon": {"query_key_value": "input_layernorm"},
     "gpt2": {"c_attn": "ln_1", "c_fc": "ln_2"},
     "phi3": {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", PRODUCERS)
@@ -198,8 +204,8 @@ def test_what_can_take_a_factor_is_found_and_folding_changes_no_output(kind: str
                 if producer is None:
                     continue
                 found[last(site[0])] = producer.parameters[0].rpartition(".")[0].rpartition(".")[2]
-                factors = 0.2 + 5 * torch.rand(state.width(site), generator=dice)
-                fold(site, producer, factors, state)
+                where = BlockSite(site, state.width(site), producer.made_of)
+                fold(site, producer, where.tied(0.2 + 5 * torch.rand(where.channels, generator=dice)), state)
                 gap = (passes.batch(slice(0, 4)) - before).norm() / before.norm()
                 assert gap < 1e-5, site
     # fc1 feeds fc2 through a ReLU, which takes positive factors; a GELU does not.
@@ -228,7 +234,7 @@ def test_transforms_reach_experts_and_change_their_router_with_them(
 ) -> None:
     asked: list[tuple[str, ...]] = []
 
-    def twice(site: Site, *_: object) -> Tensor:
+    def twice(site: BlockSite, *_: object) -> Tensor:
         asked.append(tuple(last(name) for name in site.weights))
         return torch.full((site.channels,), 2.0)
 
@@ -242,6 +248,22 @@ def test_transforms_reach_experts_and_change_their_router_with_them(
             assert power is None or torch.equal(state.floats[name], work.source.tensor(name) * power)
     assert {"w1", "w3", "gate", "post_attention_layernorm"} <= {last(name) for name in state.floats}
     assert ("w1", "w3") * 4 in asked, "the router is not quantized, but changed"
+
+
+def test_values_that_a_group_of_queries_shares_take_one_factor(tmp_path: Path) -> None:
+    with opened("llama", tmp_path, method="awq", dtype="float32") as (_, ready, output), torch.no_grad():
+        state, passes = block_of(begun(ready, output))
+        site = next(s for step in steps_of(state, passes) for s in step.sites if last(s[0]) == "o_proj")
+        producer = producer_of(site, state, passes)
+    # Four heads of 8 channels read two heads of values: head 1 reads what head 0 does.
+    wanted = [8 * (head // 2) + channel for head in range(4) for channel in range(8)]
+    assert producer and producer.made_of is not None and producer.made_of.tolist() == wanted
+    factors = torch.arange(1.0, 33)
+    slow = [
+        torch.tensor([f for f, origin in zip(factors, wanted, strict=True) if origin == own]).log().mean().exp()
+        for own in wanted
+    ]
+    torch.testing.assert_close(BlockSite(site, 32, producer.made_of).tied(factors), torch.stack(slow))
 
 
 def test_no_producer_where_something_else_reads_the_input(tmp_path: Path) -> None:

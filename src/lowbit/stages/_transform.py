@@ -29,7 +29,7 @@ def transform(
         names = readers[site]
         producer = producer_of(names, state, passes) if seen.stats else None
         if producer:
-            where = BlockSite(tuple(state.targets(names)), state.width(names))
+            where = BlockSite(tuple(state.targets(names)), state.width(names), producer.made_of)
             factors = record.search(where, passes.view(steps), seen.stats, options)
             if factors is not None:
                 fold(names, producer, factors, state)

@@ -54,7 +54,7 @@ def choose(site: Site, block: Block, candidates: Iterable[Factors], windows: int
 
     ones = torch.ones(site.channels)
     best, least = None, error_of(ones, search)
-    for factors in candidates:
+    for factors in map(site.tied, candidates):
         error = error_of(factors, search)
         if error < least:  # never so for NaN
             best, least = factors, error
