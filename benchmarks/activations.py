@@ -114,7 +114,7 @@ def plant(model: Path, out: Path, seed: int = 0) -> None:
 def difference(model: Path, copy: Path, text: Path) -> float:
     """Norm of the difference of both models' float32 logits on the text's beginning, relative to the logits'."""
     with open_checkpoint(model) as first, open_checkpoint(copy) as second:
-        ids = encode([first], read_text(text), 512, False, None)[0].view(1, -1)
+        ids = encode([first], read_text(text), 512, None)[0].view(1, -1)
         models = [open_blueprint(each, torch.float32).resident() for each in (first, second)]
         wanted, found = (each(input_ids=ids, use_cache=False).logits.double() for each in models)
     return float((found - wanted).norm() / wanted.norm())

@@ -155,7 +155,7 @@ class Bench:
 
     def _text(self, tokens: int | None) -> Windows:
         text = read_text(self.options.text)
-        encoded = encode([open_checkpoint(self.options.model)], text, tokens, False, None)
+        encoded = encode([open_checkpoint(self.options.model)], text, tokens, None)
         return cut(text, encoded, self.options.context, None)
 
     @cached_property

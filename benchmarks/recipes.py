@@ -121,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     source, text = open_checkpoint(options.model), read_text(options.text)
     original = open_blueprint(source, torch.float32).resident()
-    windows = cut(text, encode([source], text, options.tokens, False, None), options.context, None)
+    windows = cut(text, encode([source], text, options.tokens, None), options.context, None)
     blocks, first, rows = make_blocks(windows.counts), None, []
     for recipe in options.recipes:
         found, errors = measure(options, original, windows, recipe)

@@ -35,6 +35,7 @@ def quantize(
     sequence_length: int | None = None,
     seed: int = 0,
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> RunRecord:
     """Quantize a checkpoint into a directory, verify what was written, evaluate it if a text is given, and report.
 
@@ -56,6 +57,7 @@ def quantize(
         sequence_length: tokens per window; None for 2,048, or as many as the model takes.
         seed: of every choice at random.
         device: where blocks of a model run while they are calibrated, as `cuda`.
+        trust_remote_code: run Python code that the checkpoint brings.
 
     Raises:
         LowbitError: see `lowbit.errors`.
@@ -67,7 +69,19 @@ def quantize(
     )
     text, saved = evaluate and Path(evaluate), plan and Path(plan)
     limit = parse_size(ram) if isinstance(ram, str) else ram
-    return run(Request(str(model), Path(out), rules, saved or None, limit, threads, text or None, context))
+    return run(
+        Request(
+            str(model),
+            Path(out),
+            rules,
+            saved or None,
+            limit,
+            threads,
+            text or None,
+            context,
+            trust_remote_code=trust_remote_code,
+        )
+    )
 
 
 def make_plan(model: str | Path, *, sets: Mapping[str, str] | None = None, **rules: Any) -> Plan:

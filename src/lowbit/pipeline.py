@@ -15,7 +15,7 @@ from lowbit.stages._adapter import Terms
 from lowbit.stages._cost import Cost
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._recipe import ROTATE, parse_options
-from lowbit.stages._windows import encode
+from lowbit.stages._windows import cut, encode
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
@@ -44,6 +44,7 @@ class Request:
         tokens: how many tokens to evaluate at most; None for all.
         shard_bytes: largest output file.
         command: the command line, for the report.
+        trust_remote_code: run Python code that the checkpoint brings.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Request:
     tokens: int | None = None
     shard_bytes: int = SHARD_BYTES
     command: str = ""
+    trust_remote_code: bool = False
 
 
 def run(
@@ -79,6 +81,8 @@ def run(
         plan = load_plan(request.plan, source) if request.plan else make_plan(source, request.rules)
         plan, samples = _with_samples(plan, source)
         source = as_planned(source, plan)
+        if text:  # one that cannot be used is refused now, not after hours of calibration
+            cut(text, encode([source], text, request.tokens, request.ram), request.context, None)
         way = quantize.estimate_memory(plan, request.ram, request.threads)
         blocks = prepare(source, plan, samples.ids, request.ram, request.threads) if samples else None
         costs: list[Estimate | Cost | tune.Cost] = [way]
@@ -115,7 +119,7 @@ def run(
 
 def _open(request: Request) -> Checkpoint:
     """The checkpoint, or a view of it that is rotated where the recipe says so and was proved to compute the same."""
-    source = open_checkpoint(request.model)
+    source = open_checkpoint(request.model, request.trust_remote_code)
     recipe, options = read_recipe(request.plan) if request.plan else request.rules.recipe()
     if not recipe.rotate:
         return source
@@ -153,7 +157,7 @@ def _calibration(
     facts = {**samples.to_dict(), "recipe": plan.recipe, "dtype": str(blocks.blueprint.dtype).removeprefix("torch.")}
     facts |= {"tuned": tuned} if tuned else {}
     if text:
-        ids, _ = encode([source], text, samples.ids.numel(), False, None)
+        ids, _ = encode([source], text, samples.ids.numel(), None)
         likeness = similarity(samples.ids, ids, blocks.blueprint.vocabulary)
         facts |= {"likeness": asdict(likeness), "warnings": [*samples.warnings, *likeness.warnings]}
     return facts
@@ -174,5 +178,6 @@ def _scores(
         progress=progress,
         announce=lambda way: planned.append(way.total),
         adapter=adapter,
+        trust_remote_code=request.trust_remote_code,
     )
     return scores.to_dict(), max(planned)

@@ -138,3 +138,11 @@ def test_kills_at_random_moments_leave_identical_results(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["kills"] >= 6 and not result["differing"]
+
+
+def test_a_text_that_cannot_be_evaluated_is_refused_before_the_work(tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("Too short.")
+    done = lowbit("quantize", MODEL, tmp_path / "out", "--evaluate", text)
+    assert done.returncode == 2 and "fewer than one window of 512" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -37,6 +37,7 @@ Examples:
 @click.option("--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per evaluation window.")
 @click.option("--tokens", type=click.IntRange(1), help="Evaluate on at most this many tokens.")
 @click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True, help="Largest output file.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **options: Any) -> None:
     """Quantize MODEL (a directory, file or hub name) into the directory OUT.

@@ -307,11 +307,11 @@ def block_paths(model: nn.Module) -> list[str]:
     return [f"{path}.{name}" for name, _ in blocks.named_children()]
 
 
-def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> Blueprint:
+def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype) -> Blueprint:
     """Find the configuration and the class of a checkpoint's model.
 
     Raises:
-        UsageError: the model brings its own code and `trust_remote_code` is not set.
+        UsageError: the model needs the code that it brings, and is not trusted.
         CheckpointError: no usable `config.json`, or no causal language model of `transformers`.
     """
     root = _root(checkpoint)
@@ -323,10 +323,10 @@ def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
 
     with (
         silent_transformers(),
-        _own_code(checkpoint, trust_remote_code),
+        _own_code(checkpoint),
         refusals(f"{root} is no causal language model"),
     ):
-        config = AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(root, trust_remote_code=checkpoint.trusted, local_files_only=True)
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
@@ -334,24 +334,24 @@ def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
                 part.tie_word_embeddings = False
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=trust_remote_code
+                config, trust_remote_code=checkpoint.trusted
             )
     return Blueprint(checkpoint, config, dtype, type(model))
 
 
-def open_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with a checkpoint.
 
     Raises:
-        UsageError: it brings its own code and `trust_remote_code` is not set.
+        UsageError: it needs the code that it brings, and is not trusted.
         CheckpointError: there is none, or it cannot be used.
     """
     from transformers import AutoTokenizer
 
     root = _root(checkpoint)
-    with silent_transformers(), _own_code(checkpoint, trust_remote_code), refusals(f"{root} has no usable tokenizer"):
+    with silent_transformers(), _own_code(checkpoint), refusals(f"{root} has no usable tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            root, trust_remote_code=trust_remote_code, local_files_only=True
+            root, trust_remote_code=checkpoint.trusted, local_files_only=True
         )
     return tokenizer
 
@@ -361,12 +361,12 @@ def _root(checkpoint: Checkpoint) -> Path:
 
 
 @contextmanager
-def _own_code(checkpoint: Checkpoint, trusted: bool) -> Iterator[None]:
+def _own_code(checkpoint: Checkpoint) -> Iterator[None]:
     """Say of a checkpoint with code of its own, which failed without it, how to run that code."""
     try:
         yield
     except CheckpointError:
-        if trusted or "auto_map" not in checkpoint.config:
+        if checkpoint.trusted or "auto_map" not in checkpoint.config:
             raise
         raise UsageError(
             f"{checkpoint.path} needs the Python code that it brings; read that code, then add --trust-remote-code"

@@ -78,7 +78,7 @@ def read_text(path: Path) -> Text:
 
 
 def encode(
-    sources: Sequence[Checkpoint], text: Text, limit: int | None, trust: bool, ram: int | None
+    sources: Sequence[Checkpoint], text: Text, limit: int | None, ram: int | None
 ) -> tuple[Int64[Tensor, "tokens"], tuple[str, ...]]:
     """Token ids of the whole text, which must be the same by each checkpoint's tokenizer, and its special tokens."""
     if not text.content:
@@ -89,7 +89,7 @@ def encode(
             f"--ram {format_size(ram)} is too little: splitting {text.name} into tokens takes up to "
             f"{format_size(need)}; limit it with --tokens, or take a shorter text"
         )
-    found = [_encode_one(source, text, limit, trust) for source in sources]
+    found = [_encode_one(source, text, limit) for source in sources]
     for ids, _ in found[1:]:
         if not torch.equal(ids, found[0][0]):
             raise UsageError(
@@ -99,10 +99,8 @@ def encode(
     return found[0]
 
 
-def _encode_one(
-    source: Checkpoint, text: Text, limit: int | None, trust: bool
-) -> tuple[Int64[Tensor, "tokens"], tuple[str, ...]]:
-    tokenizer = open_tokenizer(source, trust)
+def _encode_one(source: Checkpoint, text: Text, limit: int | None) -> tuple[Int64[Tensor, "tokens"], tuple[str, ...]]:
+    tokenizer = open_tokenizer(source)
     with silent_transformers(), refusals(f"the tokenizer of {source.path} fails on {text.name}"):
         special = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])
         for content in (_beginning(text, limit), text.content):

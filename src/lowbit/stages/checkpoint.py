@@ -51,6 +51,7 @@ class Checkpoint:
         edits: stored tensor to what is read in its place: a function of it, of the same shape. The result may have more
             digits than `specs` says, which is the dtype in which it is to be stored.
         terms: weight to a low-rank pair `(down, up)`, whose product stands beside it (an adapter).
+        trusted: whether Python code that it brings may be run.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Checkpoint:
     files: Mapping[str, WeightFile]
     edits: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     terms: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    trusted: bool = False
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -152,10 +154,11 @@ class Checkpoint:
         return same and torch.equal(self.tensor(one).view(torch.uint8), self.tensor(other).view(torch.uint8))
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, trust_remote_code: bool = False) -> Checkpoint:
     """Open a local directory, a single weight file, or a model of the hub by its name (downloaded to the hub's cache).
 
-    Time and memory depend on the number of tensors, not on their size.
+    Time and memory depend on the number of tensors, not on their size. `trust_remote_code`: Python code that the
+    checkpoint brings may be run, where its model or tokenizer need it.
 
     Raises:
         UsageError: no such file, directory or model, or a kind of file that is not read.
@@ -177,7 +180,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     specs = {name: file.slots[name].spec for name, file in files.items()}
     name, found = _recognise(path, config, specs, files)
     weights = {each: replace(w, swapped=True) if w.scheme and swapped(config, w) else w for each, w in found.items()}
-    return Checkpoint(path, config, specs, tuple(shards), extras, name, weights, files)
+    return Checkpoint(path, config, specs, tuple(shards), extras, name, weights, files, trusted=trust_remote_code)
 
 
 def swapped(config: Mapping[str, Any], weight: Weight) -> bool:

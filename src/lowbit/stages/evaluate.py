@@ -175,9 +175,10 @@ def evaluate(
         CheckpointError: a checkpoint does not fit its configuration, has no tokenizer, or computes NaN.
         ResourceError: the limit is too small; for the models, with the least that works.
     """
-    text, sources = text if isinstance(text, Text) else read_text(Path(text)), _open(model, reference, adapter)
-    blueprints = [open_blueprint(source, dtype, trust_remote_code) for source in sources]
-    windows = cut(text, encode(sources, text, tokens, trust_remote_code, ram), context, stride)
+    text = text if isinstance(text, Text) else read_text(Path(text))
+    sources = _open(model, reference, adapter, trust_remote_code)
+    blueprints = [open_blueprint(source, dtype) for source in sources]
+    windows = cut(text, encode(sources, text, tokens, ram), context, stride)
     _check(blueprints, windows)
     with MemoryWatch(ram).running() as watch, _threads(threads), torch.inference_mode():
         way = plan_evaluation(blueprints, context, len(windows.ids), batch, ram)
@@ -195,12 +196,12 @@ def evaluate(
     return Evaluation(str(model), None if reference is None else str(reference), conditions, scores)
 
 
-def _open(model: str | Path, reference: str | Path | None, adapter: Path | None) -> list[Checkpoint]:
+def _open(model: str | Path, reference: str | Path | None, adapter: Path | None, trust: bool) -> list[Checkpoint]:
     """The checkpoints, the reference first; the model with its low-rank terms, where there are any."""
-    found = open_checkpoint(model)
+    found = open_checkpoint(model, trust)
     if adapter:
         found = replace(found, terms=read_adapter(adapter))
-    return [found] if reference is None else [open_checkpoint(reference), found]
+    return [found] if reference is None else [open_checkpoint(reference, trust), found]
 
 
 def _check(blueprints: Sequence[Blueprint], windows: Windows) -> None:

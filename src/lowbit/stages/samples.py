@@ -197,7 +197,6 @@ def read_samples(
     length: int = 512,
     seed: int = 0,
     sampling: Sampling = "random",
-    trust: bool = False,
 ) -> Samples:
     """Windows of tokens to calibrate on. Less text than asked for gives fewer windows, and a warning.
 
@@ -213,7 +212,6 @@ def read_samples(
         length: tokens per window.
         seed: of the choice.
         sampling: how windows are chosen.
-        trust: run Python code that the checkpoint's tokenizer brings.
 
     Raises:
         UsageError: a source that cannot be read, or text for no window at all.
@@ -222,7 +220,7 @@ def read_samples(
     given = [source] if isinstance(source, str | Path) else source
     sources = [each for one in given for each in ([Source(str(one))] if isinstance(one, Path) else parse_sources(one))]
     _check(sources, samples, length, sampling)
-    tokenizer = open_tokenizer(checkpoint, trust)
+    tokenizer = open_tokenizer(checkpoint)
     with silent_transformers(), refusals(f"the tokenizer of {checkpoint.path} fails on the calibration text"):
         special = tuple(map(str, tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])))
         reader = _Reader(tokenizer, str(checkpoint.path))

@@ -136,7 +136,7 @@ def tune(prepared: Prepared, output: Output, watch: MemoryWatch, progress: Progr
     if not parse_recipe(prepared.plan.recipe).tune:
         return {}
     state = output.path / WORK / "tuned.safetensors"
-    with open_checkpoint(output.path) as written:
+    with open_checkpoint(output.path, prepared.source.trusted) as written:
         if not state.exists():
             tuned, found = _learn(prepared, written, watch, progress)
             write_atomic(state, save(tuned, {key: repr(value) for key, value in found.items()}))
