@@ -185,10 +185,18 @@ PRODUCERS = {
         "down_proj": "up_proj",
     },
     "opt": {"q_proj": "self_attn_layer_norm", "out_proj": "v_proj", "fc1": "final_layer_norm", "fc2": "fc1"},
-    "bloom": {"query_key_value": "input_layernorm", "dense_h_to_4h": "post_attention_layernorm"},
-    "falcon": {"query_key_value": "input_layernorm"},
+    "bloom": {
+        "query_key_value": "input_layernorm", "dense": "query_key_value", "dense_h_to_4h": "post_attention_layernorm",
+    },
+    "falcon": {"query_key_value": "input_layernorm", "dense": "query_key_value"},
+    "gpt_neox": {
+        "query_key_value": "input_layernorm", "dense": "query_key_value", "dense_h_to_4h": "post_attention_layernorm",
+    },
     "gpt2": {"c_attn": "ln_1", "c_fc": "ln_2"},
-    "phi3": {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"},
+    "phi3": {
+        "qkv_proj": "input_layernorm", "o_proj": "qkv_proj", "gate_up_proj": "post_attention_layernorm",
+        "down_proj": "gate_up_proj",
+    },
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 What can take a factor is found by running the block, not by names: a norm, or a linear layer whose outputs reach the
 input channel by channel, is changed by powers of two (exact in floating point), the readers by the inverse; if the
 block's output stays, it can. Where queries share values in groups, several inputs of attention's output layer are made
-of one value; they take one factor together.
+of one value; they take one factor together. Of a merged layer the values, or the half that is not gated, take them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Producer:
     Attributes:
         parameters: names in the block.
         offset: what the module adds to its weight before it multiplies (Gemma's norms: 1).
-        made_of: for each input the producer's channel that it is made of; None where they are one and the same.
+        made_of: for each input the producer's channel that it is made of; None where they are one and the same. The
+            producer's other channels are left alone.
     """
 
     parameters: tuple[str, ...]
@@ -68,7 +69,7 @@ def find_producer(
     own = {live.places[name].parameter for name in readers}
     for producer in _candidates(live.module, channels):
         if own.isdisjoint(producer.parameters):
-            factors = drawn if producer.made_of is None else drawn[producer.made_of]
+            factors = drawn if producer.made_of is None else drawn[producer.made_of.unique(return_inverse=True)[1]]
             scaled = {name: live.weight(name).float() * factors.to(live.device) for name in readers}
             changed = {
                 name: producer.divided(live.tensor(name), factors, live.tensor(name).dtype)
@@ -81,28 +82,45 @@ def find_producer(
 
 
 def _candidates(block: nn.Module, channels: int) -> Iterator[Producer]:
-    """Norms first, then linear layers, those that store an offset, last those whose channels are used repeatedly."""
+    """Norms first, then linear layers, those that store an offset, last those with fewer or more channels."""
     norms: list[tuple[str, ...]] = []
     linears: list[tuple[str, ...]] = []
-    shared: list[tuple[tuple[str, ...], int]] = []
+    others: list[tuple[tuple[str, ...], int]] = []
     for path, module in block.named_modules():
         own = {f"{path}.{name}": tensor for name, tensor in module.named_parameters(recurse=False)}
         if own and all(tensor.shape[0] == channels for tensor in own.values()):
             vectors = all(tensor.dim() == 1 for tensor in own.values())
             (norms if vectors else linears).append(tuple(own))
-        elif own and isinstance(module, nn.Linear) and module.out_features < channels:
-            shared += [(tuple(own), module.out_features)] if channels % module.out_features == 0 else []
+        elif own and isinstance(module, nn.Linear):
+            others.append((tuple(own), module.out_features))
     yield from (Producer(names) for names in norms)
     yield from (Producer(names) for names in linears)
     yield from (Producer(names, 1.0) for names in norms if len(names) == 1)
-    yield from (Producer(names, made_of=made) for names, outputs in shared for made in _groups(outputs, channels))
+    yield from (Producer(names, made_of=made) for names, outputs in others for made in _origins(outputs, channels))
 
 
-def _groups(outputs: int, channels: int) -> Iterator[Int64[Tensor, "inputs"]]:
-    """Ways in which heads of values can be handed to groups of queries, by the width of a head, widest first."""
-    for width in range(outputs, _LEAST_HEAD - 1, -1):
-        if outputs % width == 0:
-            yield torch.arange(outputs).view(-1, width).repeat_interleave(channels // outputs, 0).flatten()
+def _origins(outputs: int, channels: int) -> Iterator[Int64[Tensor, "inputs"]]:
+    """Ways in which inputs can be made of a layer's last channels: of heads of values, each for a group of queries.
+
+    A layer of more channels than inputs has merged gate and up, or query, key and value, these head by head or not.
+    """
+    halves = [channels] if outputs == 2 * channels else []
+    for values in [*halves, (outputs - channels) // 2 if outputs > channels else outputs]:
+        for width in _widths(values) if values < channels else [values]:
+            if values and channels % values == 0:
+                yield outputs - values + _heads(values, width).repeat_interleave(channels // values, 0).flatten()
+    for width in _widths(channels) if outputs == 3 * channels else ():
+        heads = _heads(channels, width)
+        yield (heads + 2 * width * torch.arange(1, len(heads) + 1)[:, None]).flatten()
+
+
+def _heads(channels: int, width: int) -> Int64[Tensor, "heads width"]:
+    return torch.arange(channels).view(-1, width)
+
+
+def _widths(channels: int) -> list[int]:
+    """Widths that a head may have, widest first."""
+    return [width for width in range(channels, _LEAST_HEAD - 1, -1) if channels % width == 0]
 
 
 def effective(
