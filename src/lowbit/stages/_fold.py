@@ -64,12 +64,12 @@ def find_producer(
     """
     channels = live.weight(readers[0]).shape[1]
     dice = torch.Generator().manual_seed(0)
-    drawn = 2.0 ** torch.randint(-1, 2, (channels,), generator=dice)
+    drawn = 2.0 ** torch.randint(-1, 2, (3 * channels,), generator=dice)  # a merged layer has no more
     before = run({}, {}).float()
     own = {live.places[name].parameter for name in readers}
     for producer in _candidates(live.module, channels):
         if own.isdisjoint(producer.parameters):
-            factors = drawn if producer.made_of is None else drawn[producer.made_of.unique(return_inverse=True)[1]]
+            factors = drawn[:channels] if producer.made_of is None else drawn[producer.made_of]
             scaled = {name: live.weight(name).float() * factors.to(live.device) for name in readers}
             changed = {
                 name: producer.divided(live.tensor(name), factors, live.tensor(name).dtype)
