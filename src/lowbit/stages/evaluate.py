@@ -196,7 +196,9 @@ def evaluate(
     return Evaluation(str(model), None if reference is None else str(reference), conditions, scores)
 
 
-def _open(model: str | Path, reference: str | Path | None, adapter: Path | None, trust: bool = False) -> list[Checkpoint]:
+def _open(
+    model: str | Path, reference: str | Path | None, adapter: Path | None, trust: bool = False
+) -> list[Checkpoint]:
     """The checkpoints, the reference first; the model with its low-rank terms, where there are any."""
     found = open_checkpoint(model, trust)
     if adapter:
