@@ -173,8 +173,8 @@ def difference(one: QTensor, other: QTensor, elements: int = _SAMPLE) -> Error:
 
 def _error(wanted: Tensor, found: Tensor) -> Error:
     gap = found - wanted
-    squares = (float(each.square().sum(dtype=torch.float64)) for each in (gap, wanted))
-    return Error(*squares, float(gap.abs().max()) if gap.numel() else 0.0)
+    squared, power = (float(each.square().sum(dtype=torch.float64)) for each in (gap, wanted))
+    return Error(squared, power, float(gap.abs().max()) if gap.numel() else 0.0)
 
 
 @final
@@ -253,7 +253,15 @@ class Changer:
         made = carried(q if before[0] == after[0] else self._copy(q), target.scheme, rounding)
         if before != after and not rounding and difference(q, made).largest:
             raise UnsupportedError(f"its values are others in {target.scheme}")
-        self.goal.form.pack(target, made, self._room(self.goal.form.layout(target)))
+        parts = self._room(self.goal.form.layout(target))
+        self.goal.form.pack(target, made, parts)
+        if made.group_index is not None:
+            codes = self.rooms.get("again", made.codes.numel()).view(made.codes.shape)
+            index = self.goal.form.unpack(target, parts, codes).group_index
+            if index is None or not torch.equal(index, made.group_index):
+                raise UnsupportedError(
+                    "its columns are in groups of an order of their own (act-order), with no place here"
+                )
         return made
 
     def _copy(self, q: QTensor) -> QTensor:

@@ -161,7 +161,7 @@ def _buffers(source: Checkpoint, goal: Goal, weight: Weight, again: bool) -> int
     stored = sum(
         prod(source.specs[piece].shape) * source.specs[piece].dtype.itemsize for piece in source.pieces(weight.name)
     )
-    return count * (7 if again else 3) + 2 * max(stored, count)
+    return count * (8 if again else 4) + 2 * max(stored, count)
 
 
 def _fixed(goal: Goal, weight: Weight) -> int:
