@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,14 +22,12 @@ from pathlib import Path
 
 import lowbit
 
-sys.path.insert(0, str(Path(__file__).parent))
-import synthetic
-
 
 def make(root: Path, args: argparse.Namespace) -> Path:
     """A Llama-shaped checkpoint in the format to convert from."""
     sizes = ["--layers", str(args.layers), "--vocab", "512", "--distinct", "2", "--hidden", str(args.hidden)]
-    synthetic.write(synthetic.parser().parse_args([str(root / "float"), *sizes]))
+    script = Path(__file__).with_name("synthetic.py")
+    subprocess.run([sys.executable, str(script), str(root / "float"), *sizes], check=True)
     lowbit.quantize(root / "float", root / "in", scheme=args.scheme, format=args.source, threads=args.threads)
     shutil.rmtree(root / "float")
     return root / "in"

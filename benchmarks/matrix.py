@@ -102,8 +102,12 @@ def values(path: Path) -> dict[str, Tensor]:
 def equal(one: Path, other: Path) -> bool:
     """Whether two checkpoints stand for the same weights, to the bit."""
     left, right = values(one), values(other)
-    bits = lambda tensor: tensor.contiguous().view(torch.uint8)
     return left.keys() == right.keys() and all(torch.equal(bits(left[name]), bits(right[name])) for name in left)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor."""
+    return tensor.contiguous().view(torch.uint8)
 
 
 def attempt(root: Path, source: str, scheme: str, target: str) -> Result:
