@@ -158,7 +158,7 @@ def _stored(values: Float[Tensor, "..."], dtype: torch.dtype, what: str, roundin
     wrong = (~found.isfinite() | ((found == 0) & (values != 0))) if rounding else found != values
     if bool(wrong.any()):
         value, name = values[wrong][0].item(), str(dtype).removeprefix("torch.")
-        raise UnsupportedError(f"the {what} {value:.9g} is no {name}, which is the type here")
+        raise UnsupportedError(f"the {what} {value:.9g} is no {name}, in which it would be stored")
     return found
 
 

@@ -179,9 +179,9 @@ def refuse(conversion: Conversion) -> None:
     if not lost or conversion.goal.lossy:
         return
     first, error = lost[0], max(change.error.relative for change in lost)
-    others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    others = f" and {len(lost) - 1} more would not stay as they are" if lost[1:] else " would not stay as it is"
     raise UnsupportedError(
-        f"{first.before.name} ({first.before.scheme}){others} would not stay as they are in {conversion.goal.format}: "
+        f"{first.before.name} ({first.before.scheme}){others} in {conversion.goal.format}: "
         f"{first.why}; with --lossy the relative squared error is {words.short(error)} at most"
     )
 
