@@ -35,9 +35,9 @@ from lowbit.stages.quantize import quantize_weight
 from lowbit.tensors import view_shape
 
 SCHEMES = (
-    "int2-g64", "int3-g128", "int4-g32", "int4-g64", "int4-g128", "int4-row", "int8-g128", "int8-row", "int4-g64-asym",
-    "int4-g128-asym", "int8-g64-asym", "int4-g64-fzero", "int8-g64-fzero", "nf4-g64", "nf4-g64-dq", "fp4-g64",
-    "fp8-e4m3-tensor", "fp8-e4m3-row", "fp8-e4m3-128x128", "mxfp4", "mxfp8", "nvfp4",
+    "int2-g64", "int3-g128", "int4-g32", "int4-g128", "int4-row", "int8-g128", "int8-row", "int4-g64-asym",
+    "int8-g64-asym", "int4-g64-fzero", "nf4-g64", "nf4-g64-dq", "fp4-g64", "fp8-e4m3-tensor", "fp8-e4m3-row",
+    "fp8-e4m3-128x128", "mxfp4", "mxfp8", "nvfp4",
 )  # fmt: skip
 NAMES = [f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "down")]
 SHAPE = (128, 256)
@@ -63,11 +63,13 @@ def packed(form: Format, name: str, seed: int, scheme: str, act_order: bool, dty
     values = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) / 20
     codes = torch.empty(view_shape(SHAPE, weight.scheme.block), dtype=torch.uint8)
     _, q, _ = quantize_weight({}, Entry(weight, "rtn", ""), values, codes, 1 << 20)
-    if act_order:
+    if act_order and q.scales.shape[1] > 1:
         order = torch.randperm(SHAPE[1], generator=torch.Generator().manual_seed(seed))
         q = replace(q, group_index=(order % q.scales.shape[1]).int())
     into = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in form.layout(weight).items()}
     form.pack(weight, q, into)
+    if act_order and form.unpack(weight, into, None).group_index is None:
+        raise UnsupportedError("there is no place for the order, or one group only")
     return into
 
 
@@ -127,7 +129,7 @@ def attempt(root: Path, source: str, scheme: str, target: str) -> Result:
     if not equal(start, back):
         raise SystemExit(f"{source} {scheme} to {target} and back gave other weights")
     same = (back / "model.safetensors").read_bytes() == (start / "model.safetensors").read_bytes()
-    return Result(source, scheme, target, "lossless" if same else "lossless*", "", named(done))
+    return Result(source, scheme, target, "lossless" if same or target == "float" else "lossless*", "", named(done))
 
 
 def named(done: Converted) -> str:
@@ -146,7 +148,8 @@ def held(form: Format, dtype: torch.dtype) -> list[str]:
 
 def results(dtype: torch.dtype) -> list[Result]:
     """All conversions."""
-    found, formats = [], [name.replace("_", "-") for name in plugins.names("formats")]
+    found: list[Result] = []
+    formats = [name.replace("_", "-") for name in plugins.names("formats")]
     for source in formats:
         form: Format = plugins.load("formats", source)
         for scheme in held(form, dtype):
@@ -160,6 +163,7 @@ def results(dtype: torch.dtype) -> list[Result]:
                     except LowbitError as error:
                         print(f"{source} {scheme}: {error}", file=sys.stderr)
                         continue
+                    print(source, scheme, "act-order" if act_order else "", file=sys.stderr, flush=True)
                     name = f"{scheme}, act-order" if act_order else scheme
                     found += [attempt(root, source, name, target) for target in [*formats, "float"] if target != source]
     return found

@@ -327,6 +327,9 @@ class Changer:
         for grids in asked:
             choices = [self._first(each, schemes) for schemes in grids for each in (weight, bare)]
             known = list(dict.fromkeys(choice for choice in choices if choice))
+            own = [choice for choice in known if choice[0].scheme and choice[0].scheme.grid == weight.scheme.grid]
+            if own:
+                return own[0]
             if len(known) > 1:
                 q = self.load(weight)
                 return min(known, key=lambda choice: self._sampled(q, choice[0]))
