@@ -331,3 +331,18 @@ def test_schemes_of_others_are_read(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in", "bitsandbytes", {NAME: scheme})
     done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="bitsandbytes")
     assert done.lossless and torch.equal(dequantized(tmp_path / "out"), dequantized(tmp_path / "in"))
+
+
+def test_the_order_that_compressed_tensors_declared_is_declared_to_readers_of_gptq(tmp_path: Path) -> None:
+    """Without `desc_act` some readers do not look at g_idx."""
+    start = tmp_path / "in"
+    meant = write_checkpoint(start, "compressed-tensors", {NAME: "int4-g64"})[NAME]
+    tensors, config = load_file(start / "model.safetensors"), json.loads((start / "config.json").read_text())
+    order = scattered(meant).group_index
+    assert order is not None
+    save_file(tensors | {NAME.replace("weight", "weight_g_idx"): order}, start / "model.safetensors")
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    (start / "config.json").write_text(json.dumps(config))
+    assert lowbit.convert(start, tmp_path / "out", format="gptq").lossless
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["desc_act"] is True
+    assert torch.equal(dequantized(tmp_path / "out"), slow_dequantize(scattered(meant)))

@@ -95,23 +95,28 @@ def model_dtype(source: Checkpoint) -> torch.dtype | None:
 
 
 def targets(
-    weight: Weight, form: Format, dtypes: Sequence[torch.dtype], schemes: Iterable[Scheme]
-) -> tuple[list[Weight], str]:
-    """The weight in each scheme that the format fits to these, in order; and why it does not take the first.
+    weight: Weight, form: Format, dtypes: Sequence[torch.dtype], schemes: Iterable[Scheme], reasons: list[str]
+) -> Iterator[Weight]:
+    """The weight in each scheme that the format fits to these, in order, each once.
 
-    The type of a model decides in which type some formats store scales: `dtypes` are tried in order.
+    `reasons` gets what the format says of those that it does not take. The type of a model decides in which
+    type some formats store scales: `dtypes` are tried in order.
     """
     if weight.swapped and not form.swaps:
-        return [], "its layer is a transposed one (Conv1D), which readers of this format do not know"
-    found, reasons = dict[Weight, None](), list[str]()
+        reasons.append("its layer is a transposed one (Conv1D), which readers of this format do not know")
+        return
+    seen = set()
     for scheme in schemes:
         for dtype in dtypes:
             bare = replace(weight, dtype=dtype, scheme=None, activations=None, input_scale=None)
             try:
-                found[_with_inputs(weight, replace(bare, scheme=form.fit(scheme, bare)), form)] = None
+                found = _with_inputs(weight, replace(bare, scheme=form.fit(scheme, bare)), form)
             except UnsupportedError as error:
-                reasons += [] if found else [str(error)]
-    return list(found), reasons[0] if reasons else ""
+                reasons.append(str(error))
+                continue
+            if found not in seen:
+                seen.add(found)
+                yield found
 
 
 def _with_inputs(weight: Weight, target: Weight, form: Format) -> Weight:
@@ -200,11 +205,11 @@ class Changer:
         """Float types to store a weight in, the model's first."""
         return list(dict.fromkeys([self.dtype or weight.dtype, weight.dtype]))
 
-    def targets(self, weight: Weight) -> tuple[list[Weight], str]:
-        """What the weight may become with the codes that it has, and why it cannot be as it is."""
+    def targets(self, weight: Weight, reasons: list[str]) -> Iterator[Weight]:
+        """What the weight may become with the codes that it has; `reasons` gets why it cannot be as it is."""
         assert weight.scheme is not None
         wanted = [parse(self.goal.scheme)] if self.goal.scheme else variants(weight.scheme)
-        return targets(weight, self.goal.form, self.dtypes(weight), wanted)
+        return targets(weight, self.goal.form, self.dtypes(weight), wanted, reasons)
 
     def load(self, weight: Weight) -> QTensor:
         """The weight, its codes in this thread's room where they are not a view of the file."""
@@ -220,17 +225,17 @@ class Changer:
         Raises:
             FormatError: the weight is damaged.
         """
-        found, reason = self.targets(weight)
-        q = self.load(weight) if found else None
-        for target in found:
-            assert q is not None and target.scheme is not None
+        q, reasons, tried = None, list[str](), list[Weight]()
+        for target in self.targets(weight, reasons):
+            q = q or self.load(weight)
+            tried.append(target)
             try:
                 made = self.checked(q, target)
             except (UnsupportedError, FormatError) as error:
-                reason = reason or str(error)
+                reasons.append(str(error))
                 continue
-            return Change(weight, Entry(target, CARRY, _spelling(made, weight) + self._cast(target, found)))
-        return reason
+            return Change(weight, Entry(target, CARRY, _spelling(made, weight) + self._cast(target, tried)))
+        return reasons[0]
 
     def _cast(self, target: Weight, others: Sequence[Weight]) -> str:
         """A warning where the format has a type for the scales of such a model, and this is another."""
@@ -300,7 +305,7 @@ class Changer:
     def _rounded(self, weight: Weight, why: str) -> Change | None:
         """The codes as they are, scales and zero points rounded to what the target has."""
         q = self.load(weight)
-        for target in (each for each in self.targets(weight)[0] if each.scheme and each.scheme.grid == q.scheme.grid):
+        for target in (each for each in self.targets(weight, []) if each.scheme and each.scheme.grid == q.scheme.grid):
             try:
                 error = difference(q, self.checked(q, target, rounding=True))
             except (UnsupportedError, FormatError):
@@ -339,7 +344,7 @@ class Changer:
 
     def _first(self, weight: Weight, schemes: Sequence[Scheme]) -> tuple[Weight, str] | None:
         """The first scheme that the target holds, and what quantizes in it."""
-        for target in targets(weight, self.goal.form, self.dtypes(weight)[:1], schemes)[0]:
+        for target in targets(weight, self.goal.form, self.dtypes(weight)[:1], schemes, []):
             assert target.scheme is not None
             for name in METHODS:
                 method: Method = plugins.load("methods", name)
