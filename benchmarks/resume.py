@@ -2,6 +2,7 @@
 
     python benchmarks/resume.py --kills 200 [--model DIR] [--scheme int4-g128] [--json]
     python benchmarks/resume.py --kills 20 --method gptaq --calibration TEXT --samples 8      hidden states included
+    python benchmarks/resume.py --kills 20 --format gptq --convert compressed-tensors         kills a conversion
 
 A child process quantizes; the parent sends SIGKILL after a random time, at most the time of a whole run. One child
 in two is killed again while it resumes. Children are forked after the imports, so that kills fall into the work and
@@ -21,22 +22,36 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit.pipeline import Request, run
+from lowbit.pipeline import Request, run, run_conversion
+from lowbit.stages._changes import Goal
 from lowbit.stages.plan import Calibration, Rules
 
 EXCLUDED = ("report.", ".lowbit")  # times and machine differ from run to run
 
 
-def child(request: Request) -> int:
+@dataclass(frozen=True)
+class Conversion:
+    """Of a quantized checkpoint into a format."""
+
+    model: str
+    out: Path
+    format: str
+
+
+def child(request: Request | Conversion) -> int:
     """Start the run in a forked process; returns its id."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        run(request)
+        if isinstance(request, Request):
+            run(request)
+        else:
+            run_conversion(request.model, request.out, Goal(request.format, lossy=True), threads=2, shard_bytes=2**20)
         code = 0
     finally:
         if code:
@@ -55,7 +70,7 @@ def files_of(path: Path) -> dict[str, str]:
     }
 
 
-def finish(request: Request) -> float:
+def finish(request: Request | Conversion) -> float:
     """Run to the end; returns seconds.
 
     Raises:
@@ -68,7 +83,7 @@ def finish(request: Request) -> float:
     return time.perf_counter() - start
 
 
-def interrupt(request: Request, longest: float, chance: random.Random) -> bool:
+def interrupt(request: Request | Conversion, longest: float, chance: random.Random) -> bool:
     """Start a run and kill it after a random time; returns whether it was still running."""
     pid = child(request)
     time.sleep(chance.uniform(0, longest))
@@ -85,6 +100,7 @@ def main() -> int:
     parser.add_argument("--format", default="compressed-tensors")
     parser.add_argument("--method", default="rtn")
     parser.add_argument("--calibration")
+    parser.add_argument("--convert", metavar="F", help="quantize once, and kill its conversion into this format")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -95,9 +111,13 @@ def main() -> int:
     text = Calibration((args.calibration,), args.samples, 128) if args.calibration else None
     rules = Rules(args.scheme, args.method, args.format, calibration=text)
 
-    def request(name: str) -> Request:
+    def request(name: str) -> Request | Conversion:
+        if args.convert and name != "quantized":
+            return Conversion(str(root / "quantized"), root / name, args.convert)
         return Request(str(args.model), root / name, rules, threads=2, shard_bytes=2**20)
 
+    if args.convert:
+        finish(request("quantized"))
     longest = finish(request("whole"))
     wanted = files_of(root / "whole")
     hits, runs, differing = 0, 0, []

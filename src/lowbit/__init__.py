@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowbit.api import make_plan, quantize
+    from lowbit.api import convert, make_plan, quantize
     from lowbit.errors import LowbitError
     from lowbit.schemes import Scheme, parse
     from lowbit.stages.checkpoint import open_checkpoint
@@ -26,6 +26,7 @@ _HOMES = {
     "LowbitError": "errors",
     "QTensor": "tensors",
     "Scheme": "schemes",
+    "convert": "api",
     "evaluate": "stages.evaluate",
     "make_plan": "api",
     "open_checkpoint": "stages.checkpoint",
@@ -37,6 +38,7 @@ __all__ = [
     "LowbitError",
     "QTensor",
     "Scheme",
+    "convert",
     "evaluate",
     "make_plan",
     "open_checkpoint",

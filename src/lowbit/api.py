@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.budget import parse_size
-from lowbit.pipeline import Request, run
+from lowbit.pipeline import Request, run, run_conversion
+from lowbit.stages._changes import Goal
 from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.stages.convert import Converted
 from lowbit.stages.plan import Calibration, Plan, Rules
 from lowbit.stages.plan import make_plan as _make_plan
 from lowbit.stages.report import RunRecord
@@ -82,6 +84,34 @@ def quantize(
             trust_remote_code=trust_remote_code,
         )
     )
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: str,
+    scheme: str | None = None,
+    lossy: bool = False,
+    ram: int | str | None = None,
+    threads: int = 1,
+) -> Converted:
+    """Convert a checkpoint into another format, weight by weight, and verify what was written.
+
+    Args:
+        model: directory, file or hub name of a checkpoint in any format that is read.
+        out: new or empty directory, or one with an unfinished run of the same call: it goes on.
+        format: of the result, or `float` for dequantized weights.
+        scheme: of every quantized weight; of `float` the type (f16, bf16, f32). None for what is nearest.
+        lossy: whether weights may change; without it nothing is written unless every value stays to the bit.
+        ram: anonymous memory allowed, bytes or a size like `4GiB`.
+
+    Raises:
+        UnsupportedError: values would change, naming a weight and the reason.
+        LowbitError: see `lowbit.errors`.
+    """
+    limit = parse_size(ram) if isinstance(ram, str) else ram
+    return run_conversion(str(model), Path(out), Goal(format, scheme, lossy), limit, threads)
 
 
 def make_plan(model: str | Path, *, sets: Mapping[str, str] | None = None, **rules: Any) -> Plan:

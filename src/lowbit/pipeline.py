@@ -1,4 +1,4 @@
-"""The straight line: checkpoint -> plan -> quantize -> write -> verify -> evaluate -> report."""
+"""The straight line: checkpoint -> plan -> quantize -> write -> verify -> evaluate -> report; and that of `convert`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, final
 import torch
 
 from lowbit.budget import Estimate, MemoryWatch
-from lowbit.stages import quantize, tune
+from lowbit.stages import convert, quantize, tune
 from lowbit.stages._adapter import Terms
+from lowbit.stages._changes import Goal
 from lowbit.stages._cost import Cost
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._recipe import ROTATE, parse_options
@@ -26,7 +27,7 @@ from lowbit.stages.rotate import Options as Rotation
 from lowbit.stages.rotate import prove, rotate
 from lowbit.stages.samples import Samples, read_samples, similarity
 from lowbit.stages.verify import verify
-from lowbit.stages.write import SHARD_BYTES, open_output
+from lowbit.stages.write import SHARD_BYTES, open_output, refuse_foreign
 
 
 @final
@@ -115,6 +116,49 @@ def run(
             write_report(result, request.out)
             watch.check()
     return result
+
+
+def run_conversion(
+    model: str,
+    out: Path,
+    goal: Goal,
+    ram: int | None = None,
+    threads: int = 1,
+    shard_bytes: int = SHARD_BYTES,
+    progress: quantize.Progress = quantize.silent,
+    announce: Callable[[convert.Converted, Estimate], None] | None = None,
+) -> convert.Converted:
+    """Convert a checkpoint into another format: checkpoint -> check -> write -> verify.
+
+    Args:
+        announce: called once, before anything is written or refused, with what will be done, and the estimate.
+
+    Raises:
+        LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same call goes on.
+    """
+    clock = Clock()
+    refuse_foreign(out)
+    with MemoryWatch(ram).running() as watch, open_checkpoint(model) as source:
+        folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+        conversion = convert.plan_conversion(source, goal, folder, ram, threads, progress)
+        result = convert.summary(conversion, out)
+        if announce:
+            announce(result, conversion.way)
+        convert.refuse(conversion)
+        clock.lap("check")
+        with open_output(out, source, conversion.plan, shard_bytes) as output:
+            convert.convert(conversion, output, watch, progress)
+            convert.finish(conversion, output)
+            clock.lap("convert")
+            checked = verify(source, output, conversion.way, progress, convert.remake(conversion))
+            clock.lap("verify")
+            watch.check()
+        memory = (watch.peak, conversion.way.total, watch.limit)
+        largest = max((record.facts["largest_error"] for record in output.records.values()), default=0.0)
+        return replace(
+            result, largest=largest, verified=checked.tensors, resumed=output.resumed, seconds=clock.seconds,
+            memory=memory,
+        )  # fmt: skip
 
 
 def _open(request: Request) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""The same hostile checkpoints given to `lowbit quantize`: one sentence, exit code 1 or 2, and no output directory."""
+"""The same hostile checkpoints given to commands that write: one sentence, exit code 1 or 2, no output directory."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ import pytest
 from lowbit import cli
 from tests.hostile.cases import CASES, Case
 
+COMMANDS = {
+    "quantize": ["--scheme", "int8-row"],
+    "convert": ["--format", "compressed-tensors", "--lossy", "--threads", "1"],
+}
 
+
+@pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id.replace(" ", "-"))
 def test_the_command_refuses_it(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    case: Case, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    command = ["lowbit", "quantize", str(case.build(tmp_path)), str(out), "--scheme", "int8-row"]
+    command = ["lowbit", name, str(case.build(tmp_path)), str(out), *COMMANDS[name]]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     text = capsys.readouterr().err
     assert stopped.value.code in (1, 2)
-    assert text.startswith("lowbit: ") and text.count("\n") == 1, text
+    lines = [line for line in text.splitlines() if not line.startswith("check: ")]  # how far it came
+    assert len(lines) == 1 and lines[0].startswith("lowbit: "), text
     assert not out.exists()

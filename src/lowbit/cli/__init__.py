@@ -12,6 +12,7 @@ from lowbit import __version__
 
 _COMMANDS = {
     "quantize": "Quantize a checkpoint, verify it, measure it, report.",
+    "convert": "Take a checkpoint into another format, lossless where it holds the weights.",
     "plan": "Show which tensor would get which scheme, and why.",
     "evaluate": "Perplexity, and divergence from a reference, with intervals.",
     "inspect": "Tell what a checkpoint is and whether it is sound.",

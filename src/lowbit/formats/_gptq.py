@@ -201,13 +201,24 @@ def config(weights: Sequence[Weight], source: Mapping[str, Any], format: str) ->
         "checkpoint_format": format,
         "format": format,
         **dict(common),
-        "desc_act": bool(declared(source).get("desc_act", False)),
+        "desc_act": _act_order(declared(source)),
         "lm_head": any(_is_head(weight.module) for weight in chosen),
         "pack_dtype": "int32",
     }
     dynamic = _dynamic(weights, dict(common))
     quantization |= {"dynamic": dynamic} if dynamic else {}
     return {"config.json": declare(source, quantization), "quantize_config.json": quantization}
+
+
+def _act_order(found: Mapping[str, Any]) -> bool:
+    """Whether the source declares groups in an order of their own: without that, some readers do not look at g_idx.
+
+    It says so as gptq does, or as compressed-tensors did.
+    """
+    groups = found.get("config_groups")
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
+    orders = [each.get("actorder") for each in weights if isinstance(each, Mapping)]
+    return bool(found.get("desc_act", False)) or "group" in orders
 
 
 def _parameters(scheme: Scheme) -> dict[str, Any]:

@@ -82,8 +82,11 @@ def skipped_modules(weights: Sequence[Weight]) -> list[str]:
 
 
 def declare(source: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The source's config.json with this `quantization_config` in place of any it had."""
+    """The source's config.json with this `quantization_config` in place of any it had, in its part for the text too."""
     document = {key: value for key, value in source.items() if key != "quantization_config"}
+    text = document.get("text_config")
+    if isinstance(text, Mapping):
+        document["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
     return {**document, "quantization_config": dict(quantization)} if quantization else document
 
 

@@ -96,11 +96,19 @@ class Checkpoint:
         if weight is None or weight.scheme is None or self.format is None:
             return self.tensor(name)
         form: Format = plugins.load("formats", self.format)
-        pieces = {piece: self.tensor(piece) for piece in form.owns(weight) if piece in self.specs}
+        pieces = {piece: self.tensor(piece) for piece in self.pieces(name)}
         try:
             return form.unpack(weight, pieces, codes)
         except (LowbitError, *_STUMBLES) as error:
             _reraise(self.files[next(iter(pieces))].path, self.files, name, self.format, error)
+
+    def pieces(self, name: str) -> list[str]:
+        """Names of the stored tensors of one weight."""
+        weight = self.weights.get(name)
+        if weight is None or weight.scheme is None or self.format is None:
+            return [name]
+        form: Format = plugins.load("formats", self.format)
+        return [piece for piece in form.owns(weight) if piece in self.specs]
 
     def dequantized(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One weight as the model holds it, in `dtype` or the dtype it had before it was quantized; raises like `load`.

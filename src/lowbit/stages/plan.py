@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbit import plugins
 from lowbit.errors import LowbitError, UnsupportedError, UsageError
-from lowbit.formats import Format, Spec, Weight
+from lowbit.formats import Format, Spec, Weight, _float
 from lowbit.methods import Method
 from lowbit.methods._scales import shares_rows
 from lowbit.schemes import parse
@@ -128,7 +128,7 @@ class Plan:
     @cached_property
     def rules(self) -> Format:
         """The format's record."""
-        record: Format = plugins.load("formats", self.format)
+        record: Format = _float.FORMAT if self.format == _float.NAME else plugins.load("formats", self.format)
         return record
 
     def layout(self, entry: Entry) -> dict[str, Spec]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 import xxhash
@@ -29,6 +30,8 @@ from lowbit.stages.write import Output, as_bytes
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -91,28 +94,24 @@ def quantize(
     progress("quantize", done, total)
     with one_torch_thread(), ThreadPoolExecutor(way.threads, "quantize") as pool:
         worker = _Worker(checkpoint, plan, output, way)
-        for entry in _in_order(pool, worker.run, todo, 2 * way.threads):
+        for entry, _ in as_done(pool, worker.run, todo, 2 * way.threads):
             watch.check()
             done += entry.source_bytes
             progress("quantize", done, total)
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Entry], None], items: list[Entry], ahead: int
-) -> Iterator[Entry]:
+def as_done(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[tuple[T, R]]:
     """Run `work` over the items, at most `ahead` submitted at a time; yield each as it ends; an error stops all."""
-    running: dict[Future[None], Entry] = {}
+    running: dict[Future[R], T] = {}
     queue = iter(items)
     try:
         while True:
-            while len(running) < ahead and (item := next(queue, None)) is not None:
+            for item in islice(queue, ahead - len(running)):
                 running[pool.submit(work, item)] = item
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                entry = running.pop(future)
-                future.result()
-                yield entry
+                yield running.pop(future), future.result()
     finally:
         for future in running:
             future.cancel()
@@ -149,7 +148,7 @@ class _Worker:
             if codes is None:
                 value = tensor.to(entry.weight.dtype).contiguous()
             else:
-                source, value, error = _quantize(self.plan, entry, tensor, codes, self.way.piece)
+                source, value, error = quantize_weight(self.plan.options, entry, tensor, codes, self.way.piece)
                 facts = {"relative_error": error.relative, "largest_error": error.largest}
             facts |= {"method": entry.method, "seconds": time.perf_counter() - start}
             scratch, workers = self.way.scratch, self.way.threads
@@ -162,15 +161,23 @@ def make(checkpoint: Checkpoint, plan: Plan, entry: Entry, piece: int) -> QTenso
     if entry.weight.scheme is None:
         return tensor.to(entry.weight.dtype)
     codes = torch.empty(view_shape(entry.weight.shape, entry.weight.scheme.block), dtype=torch.uint8)
-    return _quantize(plan, entry, tensor, codes, piece)[1]
+    return quantize_weight(plan.options, entry, tensor, codes, piece)[1]
 
 
-def _quantize(plan: Plan, entry: Entry, tensor: Tensor, codes: Tensor, elements: int) -> tuple[str, QTensor, Error]:
-    """Run the method over pieces of a weight; returns the digest of the input, the result and its error."""
+def quantize_weight(
+    chosen: Mapping[str, Any], entry: Entry, tensor: Tensor, codes: Tensor, elements: int
+) -> tuple[str, QTensor, Error]:
+    """Run the entry's method over pieces of a weight; returns the digest of the input, the result and its error.
+
+    Args:
+        chosen: options of the method, as a plan has them.
+        codes: room for those of the result.
+        elements: of a piece.
+    """
     weight, scheme = entry.weight, entry.weight.scheme
     assert scheme is not None and entry.method is not None
     method: Method = plugins.load("methods", entry.method)
-    options = step_options(method, entry.method, plan.options)
+    options = step_options(method, entry.method, chosen)
     view = tensor.reshape(codes.shape)
     hasher, error, pieces = xxhash.xxh3_128(), Error(), []
     with _located(weight.name, tensor):

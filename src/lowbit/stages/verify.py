@@ -9,6 +9,7 @@ does not say to have been compared, is read and compared now.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import final
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from lowbit.budget import Estimate
 from lowbit.errors import VerifyError
-from lowbit.stages._store import compare
+from lowbit.stages._store import Value, compare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Entry, Plan
 from lowbit.stages.quantize import Progress, make, silent
@@ -33,8 +34,16 @@ class Verified:
     seconds: float
 
 
-def verify(source: Checkpoint, output: Output, way: Estimate, progress: Progress = silent) -> Verified:
+def verify(
+    source: Checkpoint,
+    output: Output,
+    way: Estimate,
+    progress: Progress = silent,
+    remake: Callable[[Entry], Value] | None = None,
+) -> Verified:
     """Open a finished output as any checkpoint and compare with what was meant what was not compared yet.
+
+    `remake` makes a weight again, to name the first element that differs; None for what the plan's methods make.
 
     Raises:
         VerifyError: a weight differs, naming tensor and element, or a file is not read as it was written.
@@ -46,10 +55,16 @@ def verify(source: Checkpoint, output: Output, way: Estimate, progress: Progress
         _check_headers(output, written)
         todo = [entry for entry in entries if not _compared(output, written, entry)]
 
+        def made(entry: Entry) -> Value | None:
+            if remake:
+                return remake(entry)
+            # what was learned is gone with the hidden states
+            return None if plan.calibration else make(source, plan, entry, way.piece)
+
         def check(entry: Entry) -> None:
-            name, learned = entry.weight.name, plan.calibration  # what was learned is gone with the hidden states
+            name = entry.weight.name
             with output.codes(entry.weight, way.scratch, "check") as codes:
-                again = lambda: None if learned else make(source, plan, entry, way.piece)
+                again = lambda: made(entry)
                 compare(output.path, name, output.records[name].meant, lambda: written.load(name, codes), again)
 
         for done, _ in enumerate(pool.map(check, todo), 1):
@@ -62,8 +77,9 @@ def _compared(output: Output, written: Checkpoint, entry: Entry) -> bool:
 
     Some formats do not say of which float type it was; no part of it depends on that.
     """
-    declared = replace(written.weights[entry.weight.name], dtype=entry.weight.dtype, input_scale=None)
-    return output.records[entry.weight.name].verified and declared == entry.weight
+    declared, meant = written.weights[entry.weight.name], entry.weight
+    scale = declared.input_scale if meant.input_scale is not None else None  # a plan made before calibration has none
+    return output.records[meant.name].verified and replace(declared, dtype=meant.dtype, input_scale=scale) == meant
 
 
 def _check_names(plan: Plan, written: Checkpoint) -> None:

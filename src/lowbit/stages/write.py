@@ -60,6 +60,16 @@ def digest(tensor: Tensor) -> str:
     return xxhash.xxh3_128_hexdigest(as_bytes(tensor))
 
 
+def source_digest(checkpoint: Checkpoint, name: str) -> str:
+    """Digest of what a weight was read from: its tensor, or the stored pieces of a quantized one, in order."""
+    found, hasher = [checkpoint.tensor(piece) for piece in checkpoint.pieces(name)], xxhash.xxh3_128()
+    if len(found) == 1:
+        return digest(found[0].contiguous())
+    for piece in found:
+        hasher.update(as_bytes(piece.contiguous()))
+    return hasher.hexdigest()
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor as flat bytes, not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -362,7 +372,7 @@ def open_output(path: Path, checkpoint: Checkpoint, plan: Plan, shard_bytes: int
         ResourceError: not enough disk space.
     """
     shards = make_shards(plan, shard_bytes)
-    _refuse_foreign(path)
+    refuse_foreign(path)
     with disk_errors(path):
         (path / WORK).mkdir(parents=True, exist_ok=True)
         journal = os.open(path / WORK / "journal.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -377,7 +387,8 @@ def open_output(path: Path, checkpoint: Checkpoint, plan: Plan, shard_bytes: int
             os.close(journal)
 
 
-def _refuse_foreign(path: Path) -> None:
+def refuse_foreign(path: Path) -> None:
+    """Raise `JournalError` where `path` is a file, or holds something else than a run."""
     if path.exists() and not path.is_dir():
         raise JournalError(f"{path} is a file; name a directory that is new, empty, or holds an unfinished run")
     if path.is_dir() and any(path.iterdir()) and not (path / WORK / "journal.jsonl").exists():
@@ -442,7 +453,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
 def _keep_intact(output: Output, checkpoint: Checkpoint) -> None:
     """Compare journalled weights with input and files: another input is refused, damaged weights are forgotten."""
     for record in list(output.records.values()):
-        if digest(checkpoint.tensor(record.name).contiguous()) != record.source:
+        if source_digest(checkpoint, record.name) != record.source:
             raise JournalError(
                 f"{output.path} holds a run over another input: {record.name} has changed since; name another directory"
             )

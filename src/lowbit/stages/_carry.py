@@ -1,0 +1,217 @@
+"""Carry: a quantized weight on another scheme with the same codes, the same values to the bit, or a reason why not.
+
+What may change is how a value is spelled: the type of the scales where it has them exactly, a zero point where it says
+nothing new, the blocks where each new one lies within an old one, the grid where it has every level that is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import copysign
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from lowbit import native
+from lowbit.errors import UnsupportedError, UsageError
+from lowbit.formats._checks import row_chunks
+from lowbit.formats._linear import row_block
+from lowbit.schemes import FAMILIES, FLOATS, Block, Grid, Scheme, Zero, parse
+from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
+
+_ZEROS: dict[Zero, tuple[Zero, ...]] = {
+    "none": ("none", "int", "float"),
+    "int": ("int", "none", "float"),
+    "float": ("float", "none", "int"),
+}
+_GROUPS = (1024, 512, 256, 128, 64, 32, 16)
+_NOWHERE = 255
+
+
+def variants(scheme: Scheme) -> Iterator[Scheme]:
+    """Schemes that may hold the values of a tensor in `scheme`, those that change least first; `carried` decides."""
+    plain = replace(scheme, nested=None, scale="f32")
+    bases = [scheme, plain] if scheme.nested or scheme.scale == "e8m0" else [scheme]
+    for grid in [scheme.grid, *wider(scheme.grid)]:
+        for block in [scheme.block, *finer(scheme.block)]:
+            for zero in _ZEROS[scheme.zero] if grid.kind == "int" else ("none",):
+                found = [replace(base, grid=grid, block=block, zero=zero) for base in bases]
+                yield from (each for each in found if each == scheme or spelled(each))
+
+
+def spelled(scheme: Scheme) -> bool:
+    """Whether a scheme has a name: what has none is no scheme of any format."""
+    try:
+        return parse(str(scheme)) == scheme
+    except UsageError:
+        return False
+
+
+def wider(grid: Grid) -> Iterator[Grid]:
+    """Grids of more bits that have all levels of this one, fewest bits first."""
+    if grid.kind != "levels":
+        others = {scheme.grid for scheme in FAMILIES.values() if scheme.grid.bits > grid.bits}
+        for other in sorted(others, key=lambda each: (each.bits, each.name)):
+            if other.kind == grid.kind and {*map(_key, grid.levels)} <= {*map(_key, other.levels)}:
+                yield other
+
+
+def finer(block: Block) -> Iterator[Block]:
+    """Blocks that lie within these, largest first."""
+    if block == Block(0, 0):
+        yield Block(1, 0)
+    size = block.cols or max(_GROUPS) + 1
+    yield from (Block(1, group) for group in _GROUPS if group < size and (not block.cols or size % group == 0))
+
+
+def carried(q: QTensor, scheme: Scheme, rounding: bool = False) -> QTensor:
+    """The same codes under another scheme; codes are shared with `q`, or changed in place where the grid has others.
+
+    Args:
+        q: as it was read.
+        scheme: of the result.
+        rounding: scales and zero points that the scheme does not have become the nearest that it has.
+
+    Raises:
+        UnsupportedError: the values do not fit, with the first that does not.
+    """
+    index = _blocks_within(q, scheme)
+    scales, zeros = _scales(q, scheme, index, rounding), _zeros(q, scheme, index, rounding)
+    codes = _codes(q, scheme).view(view_shape(q.shape, scheme.block))
+    return QTensor(scheme, q.shape, codes, scales, zeros, q.offset, q.group_index)
+
+
+def _blocks_within(q: QTensor, scheme: Scheme) -> Int64[Tensor, "blocks"] | None:
+    """For each block of the scheme, in order, the block of `q` that it lies in; None where they are the same."""
+    old, new = q.scheme.block, scheme.block
+    same_size = old.flat == new.flat and block_size(q.shape, old) == block_size(q.shape, new)
+    if same_size or row_block(old, q.shape[-1]) == row_block(new, q.shape[-1]):
+        return None
+    first, last = _corners(q.shape, new)
+    index, end = _block_of(q.shape, old, *first), _block_of(q.shape, old, *last)
+    whole = old.flat or block_size(q.shape, old)[1] >= q.shape[-1]
+    inside = (index == end) & ((first[0] == last[0]) | torch.tensor(whole or not new.flat))
+    if not bool(inside.all()):
+        raise UnsupportedError(f"its blocks ({old}) are not whole blocks of {new}")
+    if q.group_index is not None:
+        raise UnsupportedError(f"its columns are in groups of {old} in an order of their own (act-order)")
+    plain = torch.equal(index, torch.arange(len(index))) and len(index) == _count(q.shape, old)
+    return None if plain else index
+
+
+def _count(shape: Shape, block: Block) -> int:
+    down, across = scale_shape(shape, block)
+    return down * across
+
+
+def _corners(shape: Shape, block: Block) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Row and column of the first and of the last element of each block, blocks in order."""
+    rows, cols = view_shape(shape, Block(1, 0))
+    (high, wide), (down, across) = block_size(shape, block), scale_shape(shape, block)
+    if block.flat:
+        first = torch.arange(across) * wide
+        last = (first + wide).clamp(max=rows * cols) - 1
+        return (first // cols, first % cols), (last // cols, last % cols)
+    top, left = torch.arange(down) * high, torch.arange(across) * wide
+    bottom, right = (top + high).clamp(max=rows) - 1, (left + wide).clamp(max=cols) - 1
+    grids = [torch.meshgrid(*pair, indexing="ij") for pair in ((top, left), (bottom, right))]
+    one, other = ((row.reshape(-1), col.reshape(-1)) for row, col in grids)
+    return one, other
+
+
+def _block_of(shape: Shape, block: Block, row: Tensor, col: Tensor) -> Tensor:
+    """Number of the block that an element lies in."""
+    high, wide = block_size(shape, block)
+    if block.flat:
+        return (row * shape[-1] + col) // wide
+    return (row // high) * scale_shape(shape, block)[1] + col // wide
+
+
+def _scales(q: QTensor, scheme: Scheme, index: Tensor | None, rounding: bool) -> Tensor | QTensor:
+    blocks = scale_shape(q.shape, scheme.block)
+    if isinstance(q.scales, QTensor) and scheme.nested:
+        if scheme.nested != q.scales.scheme or index is not None:
+            raise UnsupportedError("its scales are quantized themselves, in another way or other blocks")
+        inner = q.scales
+        return replace(inner, shape=blocks, codes=inner.codes.view(view_shape(blocks, scheme.nested.block)))
+    if scheme.nested:
+        raise UnsupportedError(f"its scales are not quantized, those of {scheme} are")
+    values = _spread(q.scale_values(), index, blocks)
+    dtype = FLOATS.get(scheme.scale)
+    return values if dtype is None else _stored(values, dtype, "scale", rounding)
+
+
+def _spread(values: Tensor, index: Tensor | None, blocks: Shape) -> Tensor:
+    found = values.reshape(-1) if index is None else values.reshape(-1)[index]
+    return found.reshape(blocks)
+
+
+def _stored(values: Float[Tensor, "..."], dtype: torch.dtype, what: str, rounding: bool) -> Float[Tensor, "..."]:
+    """Values as a type has them.
+
+    Raises:
+        UnsupportedError: it has not; where they may be rounded, only where one becomes infinite, or 0.
+    """
+    found = values.to(dtype).float()
+    wrong = (~found.isfinite() | ((found == 0) & (values != 0))) if rounding else found != values
+    if bool(wrong.any()):
+        value, name = values[wrong][0].item(), str(dtype).removeprefix("torch.")
+        raise UnsupportedError(f"the {what} {value:.9g} is no {name}, in which it would be stored")
+    return found
+
+
+def _zeros(q: QTensor, scheme: Scheme, index: Tensor | None, rounding: bool) -> Tensor | None:
+    blocks, half = scale_shape(q.shape, scheme.block), _half(q.scheme.grid)
+    values = torch.full(blocks, half) if q.zeros is None else _spread(q.zeros.float(), index, blocks)
+    if scheme.zero == "float":
+        return _stored(values, FLOATS.get(scheme.scale, torch.float32), "zero point", rounding)
+    if scheme.zero == "none":
+        if q.zeros is not None and bool((values != half).any()):
+            raise UnsupportedError(f"its zero points are not all {half:g}, as those of a symmetric scheme are")
+        return None
+    whole = values.round().clamp(0, 2**scheme.grid.bits - 1)
+    if not rounding and not torch.equal(whole, values):
+        value = values[whole != values][0].item()
+        raise UnsupportedError(f"the zero point {value:.9g} is no whole number from 0 to {2**scheme.grid.bits - 1}")
+    return whole.to(torch.uint8)
+
+
+def _half(grid: Grid) -> float:
+    return float(2 ** (grid.bits - 1)) if grid.kind == "int" else 0.0
+
+
+def _codes(q: QTensor, scheme: Scheme) -> UInt8[Tensor, "rows cols"]:
+    """Codes of the same values; those of integers with a zero point count from 0 on every grid."""
+    old, new = q.scheme.grid, scheme.grid
+    if old == new or (scheme.zero != "none" and old.kind == new.kind == "int" and new.bits >= old.bits):
+        return q.codes
+    known = {_key(level): code for code, level in enumerate(new.levels) if abs(level) != float("inf")}
+    table = torch.tensor([known.get(_key(level), _NOWHERE) for level in old.levels], dtype=torch.uint8)
+    absent = [code for code, level in enumerate(old.levels) if abs(level) != float("inf") and _key(level) not in known]
+    if absent:
+        raise UnsupportedError(f"{new.name} has no level {old.levels[absent[0]]:g}, which {old.name} has")
+    for rows in row_chunks(*q.codes.shape):
+        q.codes[rows] = table[q.codes[rows].int()]
+    return q.codes
+
+
+def _key(level: float) -> tuple[float, float]:
+    """A level with its sign, which 0 has too."""
+    return level, copysign(1.0, level)
+
+
+def floats(q: QTensor, start: int, stop: int) -> Float[Tensor, "rows cols"]:
+    """Rows of what `q` stands for, as `q.dequantize()` has them, without the rest."""
+    rows, cols = view_shape(q.shape, Block(1, 0))
+    codes, (high, wide) = q.codes.view(rows, cols)[start:stop], block_size(q.shape, q.scheme.block)
+    down, across = (torch.arange(start, stop) // high)[:, None], torch.arange(scale_shape(q.shape, q.scheme.block)[1])
+    if q.scheme.block.flat:
+        across, down, wide = torch.arange(start * cols, stop * cols).view(codes.shape) // wide, torch.tensor(0), 1
+    elif q.group_index is not None:
+        across, wide = q.group_index.long(), 1
+    scales, zeros = q.scale_values()[down, across], None if q.zeros is None else q.zeros[down, across].float()
+    out = torch.empty(codes.shape)
+    native.dequantize(codes, scales, zeros, level_table(q.scheme.grid), 1, wide, out=out)
+    return out if q.offset is None else out + q.offset

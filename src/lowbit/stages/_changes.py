@@ -1,0 +1,439 @@
+"""Changes: what each weight of a checkpoint becomes in another format, found by doing it on the weights.
+
+A quantized weight is tried on the schemes that the target fits to its own, those that change least first, with the
+codes that it has: the first that holds every value is lossless. Where none does, its values are rounded onto the
+nearest scheme, and the error is measured.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from math import prod
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lowbit import plugins
+from lowbit.errors import FormatError, UnsupportedError
+from lowbit.formats import Format, Spec, Weight, _float
+from lowbit.formats._linear import row_block
+from lowbit.methods import Method
+from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
+from lowbit.stages._carry import carried, floats, spelled, variants
+from lowbit.stages._rooms import Rooms
+from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.plan import Entry, Plan
+from lowbit.stages.quantize import Error, quantize_weight
+from lowbit.tensors import QTensor, view_shape
+
+COPY, CARRY, ROUND, FLOAT = None, "carry", "round", "dequantize"
+METHODS = ("mse", "rtn")  # what quantizes again, the first that supports the scheme
+_GROUPS = (1024, 512, 256, 128, 64, 32, 16)
+_SMALL = 1e-4  # relative squared error of rounded scales below which no other way is tried
+_SAMPLE = 1 << 18
+_ALIGN = 64
+_DTYPES: Mapping[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+
+
+@final
+@dataclass(frozen=True)
+class Goal:
+    """What was asked for.
+
+    Attributes:
+        format: name of a format, or `float`.
+        scheme: of every quantized weight, or of `float` the type (f16, bf16, f32); None for the nearest.
+        lossy: whether weights may change.
+    """
+
+    format: str
+    scheme: str | None = None
+    lossy: bool = False
+
+    @property
+    def form(self) -> Format:
+        """The format's record."""
+        found: Format = _float.FORMAT if self.format == _float.NAME else plugins.load("formats", self.format)
+        return found
+
+
+@final
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one weight.
+
+    Attributes:
+        before: the weight as it was read.
+        entry: what is written; its method is `carry`, `round`, `dequantize`, or the one that quantizes again.
+        lossless: whether every value stays, to the bit, and what runtimes do with its inputs.
+        error: of its values.
+        why: the reason, where something changes.
+    """
+
+    before: Weight
+    entry: Entry
+    lossless: bool = True
+    error: Error = field(default_factory=Error)
+    why: str = ""
+
+
+def model_dtype(source: Checkpoint) -> torch.dtype | None:
+    """The float type of the model: as `config.json` declares it, else that of most weights that are not quantized."""
+    text = source.config.get("text_config")
+    places = [source.config, text if isinstance(text, Mapping) else {}]
+    words = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
+    found = [_DTYPES[word] for word in words if isinstance(word, str) and word in _DTYPES]
+    counts: Counter[torch.dtype] = Counter()
+    for weight in source.weights.values():
+        if weight.scheme is None and weight.dtype in _DTYPES.values():
+            counts[weight.dtype] += prod(weight.shape)
+    return found[0] if found else counts.most_common(1)[0][0] if counts else None
+
+
+def targets(
+    weight: Weight, form: Format, dtypes: Sequence[torch.dtype], schemes: Iterable[Scheme], reasons: list[str]
+) -> Iterator[Weight]:
+    """The weight in each scheme that the format fits to these, in order, each once.
+
+    `reasons` gets what the format says of those that it does not take. The type of a model decides in which
+    type some formats store scales: `dtypes` are tried in order.
+    """
+    if weight.swapped and not form.swaps:
+        reasons.append("its layer is a transposed one (Conv1D), which readers of this format do not know")
+        return
+    seen = set()
+    for scheme in schemes:
+        for dtype in dtypes:
+            bare = replace(weight, dtype=dtype, scheme=None, activations=None, input_scale=None)
+            try:
+                found = _with_inputs(weight, replace(bare, scheme=form.fit(scheme, bare)), form)
+            except UnsupportedError as error:
+                reasons.append(str(error))
+                continue
+            if found not in seen:
+                seen.add(found)
+                yield found
+
+
+def _with_inputs(weight: Weight, target: Weight, form: Format) -> Weight:
+    """The target with the activations of the weight.
+
+    Raises:
+        UnsupportedError: the format declares none such.
+    """
+    wanted, scale = weight.activations, weight.input_scale
+    if wanted is None:
+        return target
+    fitted = form.fit_activations(wanted, target)
+    dtype = FLOATS.get(fitted.scale, torch.float32)
+    if replace(fitted, scale=wanted.scale) != wanted:
+        raise UnsupportedError(f"its inputs are rounded to {wanted}, which would become {fitted}")
+    if scale is not None and torch.tensor(scale).to(dtype).item() != scale:
+        raise UnsupportedError(f"the scale of its inputs, {scale:.9g}, is none of {fitted.scale}")
+    return replace(target, activations=fitted, input_scale=scale)
+
+
+def nearest(scheme: Scheme, cols: int) -> Iterator[list[list[Scheme]]]:
+    """Schemes to quantize again in: for a number of bits, own first, then more, then fewer, a list for each grid.
+
+    Each list is in the order in which it is tried: blocks like the weight's own, then smaller, then larger.
+    """
+    grids = dict.fromkeys([scheme.grid, *(family.grid for family in FAMILIES.values())])
+    own = scheme.grid.bits
+    for bits in [*range(own, 9), *range(own - 1, 0, -1)]:
+        yield [_on_grid(scheme, grid.name, cols) for grid in grids if grid.bits == bits]
+
+
+def _on_grid(scheme: Scheme, grid: str, cols: int) -> list[Scheme]:
+    """The families of a grid with blocks and zero points as in `scheme`, or as near as can be."""
+    families = [family for family in FAMILIES.values() if family.grid.name == grid]
+    plain = row_block(scheme.block, cols)
+    size = plain.cols or cols
+    sizes = [group for group in _GROUPS if group < size] + [group for group in reversed(_GROUPS) if group >= size]
+    blocks = dict.fromkeys([scheme.block, *(Block(1, group) for group in sizes), Block(1, 0), Block(0, 0)])
+    zeros = ("int", "float", "none") if scheme.zero != "none" else ("none", "int", "float")
+    found = []
+    for family in families:
+        kinds = zeros if family.grid.kind == "int" else ("none",)
+        wanted = [replace(family, block=block, zero=zero, scale=scale)  # type: ignore[arg-type]
+                  for scale in dict.fromkeys((scheme.scale if scheme.scale in FLOATS else family.scale, family.scale))
+                  for block in blocks for zero in kinds]  # fmt: skip
+        found += [family] if family.nested or family.scale == "e8m0" else [each for each in wanted if spelled(each)]
+    return list(dict.fromkeys([*([scheme] if scheme.grid.name == grid else []), *found]))
+
+
+def difference(one: QTensor, other: QTensor, elements: int = _SAMPLE) -> Error:
+    """Of what two tensors of one shape stand for."""
+    rows, cols = view_shape(one.shape, Block(1, 0))
+    step, error = max(elements // max(cols, 1), 1), Error()
+    for at in range(0, rows, step):
+        left, right = floats(one, at, min(at + step, rows)), floats(other, at, min(at + step, rows))
+        error += _error(left, right)
+    return error
+
+
+def _error(wanted: Tensor, found: Tensor) -> Error:
+    gap = found - wanted
+    squared, power = (float(each.square().sum(dtype=torch.float64)) for each in (gap, wanted))
+    return Error(squared, power, float(gap.abs().max()) if gap.numel() else 0.0)
+
+
+@final
+@dataclass(frozen=True)
+class Changer:
+    """Finds what weights become, and makes it; called from several threads.
+
+    Attributes:
+        source: the checkpoint.
+        goal: what was asked for.
+        dtype: float type of the model.
+        rooms: memory.
+        piece: elements that a method takes at a time.
+    """
+
+    source: Checkpoint
+    goal: Goal
+    dtype: torch.dtype | None
+    rooms: Rooms
+    piece: int
+
+    def dtypes(self, weight: Weight) -> list[torch.dtype]:
+        """Float types to store a weight in, the model's first."""
+        return list(dict.fromkeys([self.dtype or weight.dtype, weight.dtype]))
+
+    def targets(self, weight: Weight, reasons: list[str]) -> Iterator[Weight]:
+        """What the weight may become with the codes that it has; `reasons` gets why it cannot be as it is."""
+        assert weight.scheme is not None
+        wanted = [parse(self.goal.scheme)] if self.goal.scheme else variants(weight.scheme)
+        return targets(weight, self.goal.form, self.dtypes(weight), wanted, reasons)
+
+    def load(self, weight: Weight) -> QTensor:
+        """The weight, its codes in this thread's room where they are not a view of the file."""
+        assert weight.scheme is not None
+        codes = self.rooms.get("codes", prod(weight.shape)).view(view_shape(weight.shape, weight.scheme.block))
+        found = self.source.load(weight.name, codes)
+        assert isinstance(found, QTensor)
+        return found
+
+    def lossless(self, weight: Weight) -> Change | str:
+        """The change that keeps every value, or why there is none.
+
+        Raises:
+            FormatError: the weight is damaged.
+        """
+        q, reasons, tried = None, list[str](), list[Weight]()
+        for target in self.targets(weight, reasons):
+            q = q or self.load(weight)
+            tried.append(target)
+            try:
+                made = self.checked(q, target)
+            except (UnsupportedError, FormatError) as error:
+                reasons.append(str(error))
+                continue
+            return Change(weight, Entry(target, CARRY, _spelling(made, weight) + self._cast(target, tried)))
+        return reasons[0]
+
+    def _cast(self, target: Weight, others: Sequence[Weight]) -> str:
+        """A warning where the format has a type for the scales of such a model, and this is another."""
+        assert target.scheme is not None
+        usual = [each for each in others if each.dtype == self.dtype != target.dtype and each.scheme]
+        alike = [each for each in usual if replace(each.scheme, scale=target.scheme.scale) == target.scheme]  # type: ignore[type-var]
+        if not alike:
+            return ""
+        return f"; scales stay {target.scheme.scale}, which readers may cast to the model's {_name(alike[0].dtype)}"
+
+    def checked(self, q: QTensor, target: Weight, rounding: bool = False) -> QTensor:
+        """The same codes as the target has them, which its format packs.
+
+        Raises:
+            UnsupportedError, FormatError: it does not.
+        """
+        assert target.scheme is not None
+        before = (q.scheme.grid, q.scheme.zero, row_block(q.scheme.block, q.shape[-1]))
+        after = (target.scheme.grid, target.scheme.zero, row_block(target.scheme.block, q.shape[-1]))
+        made = carried(q if before[0] == after[0] else self._copy(q), target.scheme, rounding)
+        if before != after and not rounding and difference(q, made).largest:
+            raise UnsupportedError(f"its values are others in {target.scheme}")
+        parts = self._room(self.goal.form.layout(target))
+        self.goal.form.pack(target, made, parts)
+        if made.group_index is not None:
+            codes = self.rooms.get("again", made.codes.numel()).view(made.codes.shape)
+            index = self.goal.form.unpack(target, parts, codes).group_index
+            if index is None or not torch.equal(index, made.group_index):
+                raise UnsupportedError(
+                    "its columns are in groups of an order of their own (act-order), with no place here"
+                )
+        return made
+
+    def _copy(self, q: QTensor) -> QTensor:
+        """The same with codes of its own, which may be changed."""
+        codes = self.rooms.get("made", q.codes.numel()).view(q.codes.shape)
+        return replace(q, codes=codes.copy_(q.codes))
+
+    def _room(self, layout: Mapping[str, Spec]) -> dict[str, Tensor]:
+        sizes = [prod(spec.shape) * spec.dtype.itemsize for spec in layout.values()]
+        starts = [0, *accumulate(-(-size // _ALIGN) * _ALIGN for size in sizes)]
+        room = self.rooms.get("packed", starts[-1])
+        parts = zip(layout.items(), starts, sizes, strict=False)
+        return {name: room[at : at + n].view(spec.dtype).view(spec.shape) for (name, spec), at, n in parts}
+
+    def lossy(self, weight: Weight, why: str) -> Change:
+        """The change with the least error that the target holds; `why` there is none without.
+
+        Raises:
+            UnsupportedError: the target holds nothing like it.
+        """
+        bare = replace(weight, activations=None, input_scale=None)
+        if weight.activations:
+            found = self.lossless(bare)
+            if isinstance(found, Change):
+                return replace(found, before=weight, lossless=False, why=f"its inputs are no longer rounded: {why}")
+        rounded = self._rounded(weight, why) or (self._rounded(bare, why) if weight.activations else None)
+        if rounded and rounded.error.relative < _SMALL:
+            return rounded
+        again = self._again(weight, why)
+        if rounded and (again is None or rounded.error.relative <= again.error.relative):
+            return rounded
+        if again is None:
+            raise UnsupportedError(f"{weight.name}: {why}")
+        return again
+
+    def _rounded(self, weight: Weight, why: str) -> Change | None:
+        """The codes as they are, scales and zero points rounded to what the target has."""
+        q = self.load(weight)
+        for target in (each for each in self.targets(weight, []) if each.scheme and each.scheme.grid == q.scheme.grid):
+            try:
+                error = difference(q, self.checked(q, target, rounding=True))
+            except (UnsupportedError, FormatError):
+                continue
+            return Change(
+                weight, Entry(target, ROUND, "codes as they are, scales or zero points rounded"), False, error, why
+            )
+        return None
+
+    def _again(self, weight: Weight, why: str) -> Change | None:
+        """Quantized again: of the grids with the bits nearest to its own, the one with the least error."""
+        chosen = self._choose(weight)
+        if chosen is None:
+            return None
+        target, method = chosen
+        entry = Entry(target, method, "quantized again")
+        error = self.quantized(self.load(weight), entry)[1]
+        return Change(weight, entry, False, error, why)
+
+    def _choose(self, weight: Weight) -> tuple[Weight, str] | None:
+        assert weight.scheme is not None
+        bare = replace(weight, activations=None, input_scale=None)
+        asked = [[[parse(self.goal.scheme)]]] if self.goal.scheme else nearest(weight.scheme, weight.shape[-1])
+        for grids in asked:
+            choices = [self._first(each, schemes) for schemes in grids for each in (weight, bare)]
+            known = list(dict.fromkeys(choice for choice in choices if choice))
+            own = [choice for choice in known if choice[0].scheme and choice[0].scheme.grid == weight.scheme.grid]
+            if own:
+                return own[0]
+            if len(known) > 1:
+                q = self.load(weight)
+                return min(known, key=lambda choice: self._sampled(q, choice[0]))
+            if known:
+                return known[0]
+        return None
+
+    def _first(self, weight: Weight, schemes: Sequence[Scheme]) -> tuple[Weight, str] | None:
+        """The first scheme that the target holds, and what quantizes in it."""
+        for target in targets(weight, self.goal.form, self.dtypes(weight)[:1], schemes, []):
+            assert target.scheme is not None
+            for name in METHODS:
+                method: Method = plugins.load("methods", name)
+                if method.supports(target.scheme) is None:
+                    return target, name
+        return None
+
+    def _sampled(self, q: QTensor, target: Weight) -> float:
+        """Relative error of round to nearest on the first rows."""
+        rows, cols = view_shape(q.shape, Block(1, 0))
+        part = floats(q, 0, min(max(_SAMPLE // 4 // max(cols, 1), 1), rows))
+        sample = replace(target, shape=tuple(part.shape))
+        assert sample.scheme is not None
+        codes = torch.empty(view_shape(sample.shape, sample.scheme.block), dtype=torch.uint8)
+        return quantize_weight({}, Entry(sample, "rtn", ""), part, codes, self.piece)[2].relative
+
+    def quantized(self, q: QTensor, entry: Entry) -> tuple[QTensor, Error]:
+        """What `q` stands for, quantized again as the entry says."""
+        assert entry.weight.scheme is not None
+        values = self.rooms.get("values", 4 * prod(q.shape)).view(torch.float32).view(view_shape(q.shape, Block(1, 0)))
+        self._fill(q, values)
+        shape = view_shape(q.shape, entry.weight.scheme.block)
+        codes = self.rooms.get("made", prod(q.shape)).view(shape)
+        _, made, error = quantize_weight({}, entry, values.view(q.shape), codes, self.piece)
+        return made, error
+
+    def _fill(self, q: QTensor, out: Tensor) -> Error:
+        """Rows of `q` into `out`, in its type; returns what rounding to that changes."""
+        rows, cols = out.shape
+        step, error = max(_SAMPLE // max(cols, 1), 1), Error()
+        for at in range(0, rows, step):
+            values, part = floats(q, at, min(at + step, rows)), out[at : at + step]
+            part.copy_(values)
+            error += Error() if out.dtype == torch.float32 else _error(values, part.float())
+        return error
+
+    def made_float(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, Error]:
+        """The weight as the model holds it, in a float type, and what that changes."""
+        rows, cols = view_shape(weight.shape, Block(1, 0))
+        out = self.rooms.get("values", prod(weight.shape) * dtype.itemsize).view(dtype).view(rows, cols)
+        error = self._fill(self.load(weight), out)
+        return out.T.contiguous() if weight.swapped else out.view(weight.shape), error
+
+    def to_float(self, weight: Weight) -> Change:
+        """The float type that has every value, else the model's own, and the error in that."""
+        named = FLOATS.get(self.goal.scheme) if self.goal.scheme else None  # type: ignore[call-overload]
+        if self.goal.scheme and named is None:
+            raise UnsupportedError(f"--scheme {self.goal.scheme}: {_float.NAME} holds f16, bf16 or f32")
+        choices, shape = [named] if named else self.dtypes(weight), weight.shape
+        made = [(dtype, self.made_float(weight, dtype)[1]) for dtype in choices]
+        dtype, error = next((each for each in made if not each[1].largest), made[0])
+        target = Weight(weight.name, shape[::-1] if weight.swapped else shape, dtype)
+        why = "" if not error.largest else f"{_name(dtype)} does not have its values; --scheme f32 does"
+        why = why or ("its inputs are no longer rounded" if weight.activations else "")
+        return Change(weight, Entry(target, FLOAT, "dequantized"), not why, error, why)
+
+    def value(self, weight: Weight, entry: Entry) -> tuple[QTensor | Tensor, Error]:
+        """What a change stores."""
+        target = entry.weight
+        if weight.scheme is None:
+            return self.source.tensor(weight.name).contiguous(), Error()
+        if target.scheme is None:
+            return self.made_float(weight, target.dtype)
+        q = self.load(weight)
+        if entry.method == CARRY:
+            return carried(q, target.scheme), Error()
+        if entry.method == ROUND:
+            made = carried(q, target.scheme, rounding=True)
+            return made, difference(q, made)
+        return self.quantized(q, entry)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _spelling(made: QTensor, weight: Weight) -> str:
+    """What is spelled otherwise in a weight whose codes are carried over."""
+    old, new = weight.scheme, made.scheme
+    assert old is not None
+    words = ["codes as they are"] if old.grid == new.grid else [f"codes of {new.grid.name}, which has its levels"]
+    words += [f"scales in {new.scale}, exact"] if old.scale != new.scale and not new.nested else []
+    words += ["quantized scales written out"] if old.nested and not new.nested else []
+    words += ["zero points respelled"] if old.zero != new.zero else []
+    if row_block(old.block, made.shape[-1]) != row_block(new.block, made.shape[-1]):
+        words.append(f"each scale of {old.block} repeated for {new.block}")
+    return "; ".join(words)
+
+
+def plan_of(goal: Goal, changes: Sequence[Change]) -> Plan:
+    """The plan that is carried out."""
+    return Plan(goal.format.replace("_", "-"), tuple(change.entry for change in changes), {}, "convert")

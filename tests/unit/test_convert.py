@@ -1,0 +1,348 @@
+"""Conversion: what is lossless and why, what is refused and how, what is carried along."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lowbit
+from lowbit.errors import FormatError, JournalError, ResourceError, UnsupportedError
+from lowbit.schemes import Scheme, parse
+from lowbit.stages._adapter import read_adapter, write_adapter
+from lowbit.stages._carry import carried, floats, variants
+from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.stages.convert import Converted, Group
+from lowbit.tensors import QTensor
+from tests.reference.checkpoints import NAMES, SHAPE, scattered, write_checkpoint
+from tests.reference.qtensors import random_qtensor, slow_dequantize
+
+NAME = NAMES[0]
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def dequantized(path: Path, name: str = NAME) -> Tensor:
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.dequantized(name, torch.float32)
+
+
+def changed(done: Converted) -> Group:
+    """What happened to the quantized weights."""
+    (found,) = (group for group in done.groups if group.before)
+    return found
+
+
+def whole_zeros(q: QTensor) -> QTensor:
+    assert q.zeros is not None
+    return replace(q, zeros=q.zeros.round().clamp(0, 15))
+
+
+def scales_of(values: list[float]) -> Any:
+    """Every scale one of these, in turn."""
+
+    def change(q: QTensor) -> QTensor:
+        assert isinstance(q.scales, Tensor)
+        return replace(q, scales=torch.tensor(values).repeat(q.scales.numel())[: q.scales.numel()].view(q.scales.shape))
+
+    return change
+
+
+@pytest.mark.parametrize("shape", [(6, 64), (32, 96), (5, 128)])
+@pytest.mark.parametrize(
+    "scheme",
+    ["int4-g32", "int3-row-asym", "int4-g32-fzero", "int8-tensor", "int4-16x32-asym", "nf4-flat64", "fp8-e4m3-4x32",
+     "mxfp4", "nvfp4", "int4-flat48-asym", "nf4-g64-dq"],
+)  # fmt: skip
+def test_rows_are_those_of_the_slow_definition(scheme: str, shape: tuple[int, int]) -> None:
+    q = random_qtensor(parse(scheme), shape)
+    q = scattered(q) if scheme == "int4-g32" and shape[1] % 32 == 0 else q
+    wanted = slow_dequantize(q)
+    found = torch.cat([floats(q, at, min(at + 4, shape[0])) for at in range(0, shape[0], 4)])
+    assert torch.equal(bits_of(found), bits_of(wanted))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "into"),
+    [
+        ("int4-row", "int4-g32"), ("int4-tensor-asym", "int4-g32-asym"), ("fp8-e4m3-16x32", "fp8-e4m3-g32"),
+        ("int4-g64", "int4-flat32"), ("nf4-flat64", "nf4-g32"), ("nf4-flat128", "nf4-row"), ("int3-g64", "int8-g64"),
+        ("int3-g64-asym", "int5-g64-asym"), ("int4-g64", "int4-g64-asym"), ("int4-g64-asym", "int4-g64-fzero"),
+        ("mxfp4", "mxfp8"), ("mxfp4", "fp8-e4m3-g32"), ("nvfp4", "fp8-e4m3-g16"), ("nf4-g64-dq", "nf4-g64"),
+        ("int4-g64-bf16", "int4-g64-f32"), ("int8-tensor", "int8-16x64"),
+    ],
+)  # fmt: skip
+def test_values_stay_to_the_bit(scheme: str, into: str) -> None:
+    q = random_qtensor(parse(scheme), (32, 128))
+    wanted = slow_dequantize(q)
+    target = replace(parse(into), scale="f32") if parse(into).scale not in ("e8m0",) else parse(into)
+    made = carried(q, target)
+    assert made.scheme == target
+    assert torch.equal(bits_of(slow_dequantize(made)), bits_of(wanted))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "into", "words"),
+    [
+        ("int4-g32", "int4-g64", "not whole blocks"),
+        ("int4-g32", "int4-row", "not whole blocks"),
+        ("int4-16x32", "int4-flat64", "not whole blocks"),
+        ("int4-g64-asym", "int4-g64", "zero points are not all 8"),
+        ("int4-g64-fzero", "int4-g64-asym", "no whole number from 0 to 15"),
+        ("int4-g64", "int3-g64", "no level -8"),
+        ("nf4-g64", "int4-g64-f32", "no level"),
+        ("int4-g64-f32", "int4-g64-f16", "is no float16"),
+        ("int4-g64", "int4-g64-bf16", "is no bfloat16"),
+        ("nvfp4", "mxfp4", "not whole blocks"),
+        ("fp8-e4m3-g16-f32", "nvfp4", "not quantized"),
+    ],
+)
+def test_what_does_not_fit_is_said(scheme: str, into: str, words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        carried(random_qtensor(parse(scheme), (32, 128)), parse(into))
+
+
+def test_act_order_goes_into_no_other_blocks() -> None:
+    q = scattered(random_qtensor(parse("int4-g64"), (32, 128)))
+    with pytest.raises(UnsupportedError, match="act-order"):
+        carried(q, parse("int4-g32"))
+
+
+@pytest.mark.parametrize("scheme", ["int4-g128", "int3-g64-asym", "nf4-g64-dq", "nvfp4", "fp8-e4m3-tensor"])
+def test_schemes_are_tried_from_the_least_change_on(scheme: str) -> None:
+    found = list(variants(parse(scheme)))
+    assert found[0] == parse(scheme)
+    assert all(parse(str(each)) == each for each in found)
+    assert len(set(found)) == len(found) < 500
+
+
+def test_bfloat16_scales_go_into_float16_where_they_are_exact(tmp_path: Path) -> None:
+    write_checkpoint(
+        tmp_path / "in", "compressed-tensors", {NAME: "int4-g64"}, BF16, scales_of([0.0123291015625, 2.0**-16])
+    )
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq")
+    assert done.lossless and "scales in f16, exact" in str(done.groups)
+    assert torch.equal(dequantized(tmp_path / "out"), dequantized(tmp_path / "in"))
+    back = lowbit.convert(tmp_path / "out", tmp_path / "back", format="compressed-tensors")
+    assert back.lossless and "int4-g64-bf16" in str(back.groups)
+
+
+def test_bfloat16_scales_that_float16_does_not_have_are_refused_and_rounded_when_asked(tmp_path: Path) -> None:
+    write_checkpoint(
+        tmp_path / "in", "compressed-tensors", {NAME: "int4-g64"}, BF16, scales_of([1.0, 2.0**-18 + 2.0**-25])
+    )
+    with pytest.raises(UnsupportedError, match=r"the scale 3\.8444\d*e-06 is no float16.*--lossy"):
+        lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq")
+    assert not (tmp_path / "out").exists()
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq", lossy=True)
+    wanted, found = dequantized(tmp_path / "in").double(), dequantized(tmp_path / "out").double()
+    assert changed(done).method == "round"
+    assert done.error == pytest.approx(float((found - wanted).square().sum() / wanted.square().sum()), rel=1e-6)
+    assert done.largest == float((found - wanted).abs().max()) > 0
+
+
+def test_float_zero_points_that_happen_to_be_whole_are_integers(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in", "hqq", {NAME: "int4-g64"}, change=whole_zeros)
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq_v2")
+    assert done.lossless and changed(done).after == "int4-g64-asym"
+    write_checkpoint(tmp_path / "other", "hqq", {NAME: "int4-g64"})
+    with pytest.raises(UnsupportedError, match="zero points are integers"):
+        lowbit.convert(tmp_path / "other", tmp_path / "nowhere", format="gptq_v2")
+
+
+def test_requantizing_has_the_error_that_it_says(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in", "bitsandbytes", {NAME: "nf4-g64"})
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq", lossy=True)
+    wanted, found = dequantized(tmp_path / "in").double(), dequantized(tmp_path / "out").double()
+    assert changed(done).method == "mse" and changed(done).after == "int4-g64"
+    assert done.error == pytest.approx(float((found - wanted).square().sum() / wanted.square().sum()), rel=1e-5)
+    assert done.largest == pytest.approx(float((found - wanted).abs().max()), rel=1e-6)
+    assert 0 < done.error < 0.1
+
+
+def test_a_scheme_that_is_asked_for_is_made(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in", "gptq", {NAME: "int4-g64"})
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="compressed-tensors", scheme="int8-g64")
+    assert done.lossless and changed(done).after == "int8-g64", "4 bits are levels of 8"
+    with pytest.raises(UnsupportedError, match="int3"):
+        lowbit.convert(tmp_path / "in", tmp_path / "no", format="compressed-tensors", scheme="int3-g64")
+    done = lowbit.convert(tmp_path / "in", tmp_path / "three", format="gptq", scheme="int3-g64", lossy=True)
+    assert changed(done).after == "int3-g64" and done.error > 0
+
+
+def test_act_order_is_kept_where_there_is_a_place_and_else_refused(tmp_path: Path) -> None:
+    settings = {"quantization_config": {"desc_act": True}}
+    write_checkpoint(tmp_path / "in", "gptq", {NAME: "int4-g64"}, change=scattered, config=settings)
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq_v2")
+    assert done.lossless
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["desc_act"] is True
+    assert torch.equal(dequantized(tmp_path / "out"), dequantized(tmp_path / "in"))
+    for other in ("compressed-tensors", "hqq"):
+        with pytest.raises(UnsupportedError, match="act-order"):
+            lowbit.convert(tmp_path / "in", tmp_path / other, format=other)
+
+
+@pytest.mark.parametrize("scheme", ["f32", None, "bf16"])
+def test_dequantized_weights_say_whether_their_type_holds_them(scheme: str | None, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in", "gptq", {NAME: "int4-g64"})
+    if scheme != "f32":
+        with pytest.raises(UnsupportedError, match="does not have its values; --scheme f32 does"):
+            lowbit.convert(tmp_path / "in", tmp_path / "out", format="float", scheme=scheme)
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="float", scheme=scheme, lossy=scheme != "f32")
+    dtype = {"f32": torch.float32, None: F16, "bf16": BF16}[scheme]
+    stored = load_file(tmp_path / "out/model.safetensors")[NAME]
+    wanted = dequantized(tmp_path / "in")
+    assert stored.dtype == dtype and torch.equal(bits_of(stored), bits_of(wanted.to(dtype)))
+    assert done.lossless == (scheme == "f32") and done.largest == float((stored.float() - wanted).abs().max())
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+
+
+def test_powers_of_two_are_exact_in_half_precision(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in", "gptq", {NAME: "int4-g64"}, change=scales_of([0.5, 0.125]))
+    assert lowbit.convert(tmp_path / "in", tmp_path / "out", format="float").lossless
+
+
+def test_a_float_checkpoint_is_copied(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    tensors = {NAME: torch.randn(SHAPE).bfloat16(), "ids": torch.arange(4)}
+    save_file(tensors, tmp_path / "in/model.safetensors", {"format": "pt"})
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq")
+    assert done.lossless and done.largest == 0 and not any(group.before for group in done.groups)
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def activated(path: Path, scheme: str, inputs: str, scale: float | None = None) -> None:
+    write_checkpoint(path, "compressed-tensors", {NAME: scheme}, inputs=(parse(inputs), scale))
+
+
+@pytest.mark.parametrize(("inputs", "scale"), [("int8-row", None), ("int8-tensor", 0.25)])
+def test_activations_are_carried_or_refused(inputs: str, scale: float | None, tmp_path: Path) -> None:
+    activated(tmp_path / "in", "int8-row", inputs, scale)
+    done = lowbit.convert(tmp_path / "in", tmp_path / "same", format="compressed-tensors")
+    assert done.lossless
+    with open_checkpoint(tmp_path / "in") as before, open_checkpoint(tmp_path / "same") as after:
+        assert after.weights[NAME] == before.weights[NAME] and after.weights[NAME].input_scale == scale
+    with pytest.raises(UnsupportedError, match=r"inputs are no longer rounded.*cannot declare activations"):
+        lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq")
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq", lossy=True)
+    assert done.largest == 0 and not done.lossless
+    assert torch.equal(dequantized(tmp_path / "in"), dequantized(tmp_path / "out"))
+
+
+def test_configuration_and_files_are_carried_and_outdated_ones_are_not(tmp_path: Path) -> None:
+    start = tmp_path / "in"
+    write_checkpoint(start, "gptq", {NAME: "int4-g64"}, config={"text_config": {"quantization_config": {"x": 1}}})
+    for name in ("tokenizer.json", "report.html", "lowbit-plan.json"):
+        (start / name).write_text("{}")
+    down, up = torch.ones(2, SHAPE[1]), torch.full((SHAPE[0], 2), 0.5)
+    write_adapter(start / "adapter", {NAME: (down, up)}, str(start), BF16)
+    assert (start / "quantize_config.json").exists()
+    lowbit.convert(start, tmp_path / "out", format="compressed-tensors")
+    names = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert {"tokenizer.json", "lowbit-plan.json", "adapter/adapter_model.safetensors"} <= names
+    assert not {"quantize_config.json", "report.html"} & names
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors" and config["model_type"] == "llama"
+    assert config["text_config"] == {}
+    assert torch.equal(read_adapter(tmp_path / "out/adapter")[NAME][1], up)
+    owner = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    assert owner["base_model_name_or_path"] == str(tmp_path / "out")
+
+
+def test_transposed_layers_stay_where_readers_know_them(tmp_path: Path) -> None:
+    name, settings = "transformer.h.0.attn.c_attn.weight", {"model_type": "gpt2"}
+    meant = write_checkpoint(tmp_path / "in", "gptq", {name: "int4-g64"}, config=settings)[name]
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq_v2")
+    assert done.lossless and torch.equal(dequantized(tmp_path / "out", name), slow_dequantize(meant).T)
+    with pytest.raises(UnsupportedError, match="Conv1D"):
+        lowbit.convert(tmp_path / "in", tmp_path / "no", format="compressed-tensors", lossy=True)
+    lowbit.convert(tmp_path / "in", tmp_path / "floats", format="float", scheme="f32")
+    assert torch.equal(load_file(tmp_path / "floats/model.safetensors")[name], slow_dequantize(meant).T)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"format": "no-such"}, UnsupportedError, "no format is called"),
+        ({"format": "gptq", "scheme": "int99"}, lowbit.LowbitError, "no scheme is called"),
+        ({"format": "float", "scheme": "int4"}, UnsupportedError, "f16, bf16 or f32"),
+        ({"format": "gptq_v2", "ram": "1MiB"}, ResourceError, "at least"),
+    ],
+)
+def test_mistakes_end_before_anything_is_written(
+    options: dict[str, Any], error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "in", "gptq", {NAME: "int4-g64"})
+    with pytest.raises(error, match=words):
+        lowbit.convert(tmp_path / "in", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_weight_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in", "gptq", dict.fromkeys(NAMES, "int4-g64"))
+    tensors = load_file(tmp_path / "in/model.safetensors")
+    tensors[NAMES[1].replace("weight", "scales")][0, 3] = float("nan")
+    save_file(tensors, tmp_path / "in/model.safetensors")
+    with pytest.raises(FormatError, match=r"down_proj\.scales holds nan"):
+        lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq_v2", lossy=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_with_something_else_and_the_input_itself_are_left_alone(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in", "gptq", {NAME: "int4-g64"})
+    before = sorted((file.name, file.read_bytes()) for file in (tmp_path / "in").iterdir())
+    with pytest.raises(JournalError, match="holds something else"):
+        lowbit.convert(tmp_path / "in", tmp_path / "in", format="gptq_v2")
+    assert sorted((file.name, file.read_bytes()) for file in (tmp_path / "in").iterdir()) == before
+
+
+def test_memory_that_is_short_is_made_up_for_by_files_without_a_name(tmp_path: Path) -> None:
+    """The least limit that is offered: everything large in scratch files, and the same bytes come out."""
+    write_checkpoint(tmp_path / "in", "bitsandbytes", {NAME: "nf4-g64"}, shape=(512, 1024))
+    with pytest.raises(ResourceError, match="at least"):
+        lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq", lossy=True, ram="1MiB")
+    lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq", lossy=True)
+    from lowbit.budget import MARGIN, anonymous_bytes
+
+    ram = anonymous_bytes() + MARGIN + 32 * (1 << 19) + (1 << 20)
+    lowbit.convert(tmp_path / "in", tmp_path / "small", format="gptq", lossy=True, ram=ram)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "small"))
+    assert one == other
+    assert {file.name for file in tmp_path.iterdir()} == {"in", "out", "small"}
+
+
+def test_schemes_of_others_are_read(tmp_path: Path) -> None:
+    """A map of double quantization that is not the usual one has no name, and goes over as it is."""
+    nested = parse("nf4-g64-dq").nested
+    assert nested is not None
+    own = replace(nested, grid=replace(nested.grid, name="dynamic8-of-file", levels=tuple(sorted(
+        {*nested.grid.levels[:-1], 0.99}))))  # fmt: skip
+    scheme: Scheme = replace(parse("nf4-flat64-dq"), nested=own)
+    write_checkpoint(tmp_path / "in", "bitsandbytes", {NAME: scheme})
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="bitsandbytes")
+    assert done.lossless and torch.equal(dequantized(tmp_path / "out"), dequantized(tmp_path / "in"))
+
+
+def test_the_order_that_compressed_tensors_declared_is_declared_to_readers_of_gptq(tmp_path: Path) -> None:
+    """Without `desc_act` some readers do not look at g_idx."""
+    start = tmp_path / "in"
+    meant = write_checkpoint(start, "compressed-tensors", {NAME: "int4-g64"})[NAME]
+    tensors, config = load_file(start / "model.safetensors"), json.loads((start / "config.json").read_text())
+    order = scattered(meant).group_index
+    assert order is not None
+    save_file(tensors | {NAME.replace("weight", "weight_g_idx"): order}, start / "model.safetensors")
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    (start / "config.json").write_text(json.dumps(config))
+    assert lowbit.convert(start, tmp_path / "out", format="gptq").lossless
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["desc_act"] is True
+    assert torch.equal(dequantized(tmp_path / "out"), slow_dequantize(scattered(meant)))
