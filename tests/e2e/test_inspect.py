@@ -40,6 +40,7 @@ KINDS = [
     ("bitsandbytes", "nf4-g64", 4, 32, 0, 64),
     ("bitsandbytes", "fp4-g64", 4, 32, 0, 64),
     ("hqq", "int4-g64-fzero", 4, 16, 16, 64),
+    ("awq", "int4-g32-asym", 4, 16, 4, 32),
 ]
 
 

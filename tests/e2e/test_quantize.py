@@ -53,6 +53,7 @@ LINES = [
     ("bitsandbytes", "nf4-dq", "rtn", 0.012),
     ("bitsandbytes", "int8-row", "rtn", 2e-4),
     ("hqq", "int4-g64-fzero", "hqq", 0.015),
+    ("awq", "int4-g128-asym", "rtn", 0.015),
 ]
 
 

@@ -146,13 +146,17 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     qweight, qzeros, scales, *index = parts.values()
     codes = native.unpack_bits_transposed(qweight.contiguous(), bits, weight.shape[1], out=codes)
     scales = finite(f"{weight.module}.scales", scales.T.float()).contiguous()
-    zeros = _zeros(weight, native.unpack_bits(qzeros.contiguous(), bits, weight.shape[0]), offset)
+    zeros = zero_points(weight, native.unpack_bits(qzeros.contiguous(), bits, weight.shape[0]), offset)
     q = QTensor(scheme, weight.shape, codes, scales, zeros)
     return replace(q, group_index=_group_index(weight, q, index[0])) if index else q
 
 
-def _zeros(weight: Weight, raw: UInt8[Tensor, "groups rows"], offset: int) -> UInt8[Tensor, "rows groups"] | None:
-    """Zero points of an asymmetric weight; None for a symmetric one, whose zero points must all be the middle."""
+def zero_points(weight: Weight, raw: UInt8[Tensor, "groups rows"], offset: int) -> UInt8[Tensor, "rows groups"] | None:
+    """Zero points of an asymmetric weight; None for a symmetric one, whose zero points must all be the middle.
+
+    Raises:
+        FormatError: a symmetric weight with another zero point, or one that readers of gptq v1 disagree on.
+    """
     scheme = planned(weight)
     name, last = f"{weight.module}.qzeros", 2**scheme.grid.bits - 1
     if scheme.zero == "none":

@@ -1,0 +1,82 @@
+"""Makes the files `NAME.json` that `test_owners.py` reads, each with the package that owns the format.
+
+`python -m tests.golden.make NAME`, with that package installed (the line in `MAKERS` says which). A file holds a small
+checkpoint: its configuration, its tensors, and the weights that the owner says they mean.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODULE = "model.layers.0.mlp.up_proj"
+F16 = torch.float16
+
+
+def case(config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """One checkpoint as JSON."""
+    return {"config": config, "tensors": _dump(tensors), "weights": _dump(weights)}
+
+
+def _dump(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: [str(t.dtype).removeprefix("torch."), list(t.shape), _hex(t)] for name, t in tensors.items()}
+
+
+def _hex(tensor: Tensor) -> str:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes().hex()
+
+
+def affine(rows: int, cols: int, size: int, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Random scales and zero points `[rows, groups]`, float16, and the weight `[rows, cols]` that lies on their grid."""
+    dice = torch.Generator().manual_seed(rows + cols + size)
+    codes = torch.randint(2**bits, (rows, cols), generator=dice)
+    zeros = torch.randint(2**bits, (rows, cols // size), generator=dice)
+    scales = (torch.rand(zeros.shape, generator=dice) / 50 + 0.01).half()
+    weight = (codes - zeros.repeat_interleave(size, 1)) * scales.float().repeat_interleave(size, 1)
+    return scales, zeros, weight.half().float()
+
+
+def _without_init(package: str) -> None:
+    """Let modules of a package be imported alone: its `__init__` asks for versions of others that are long gone."""
+    spec = find_spec(package)
+    assert spec and spec.submodule_search_locations
+    sys.modules[package] = types.ModuleType(package)
+    sys.modules[package].__path__ = list(spec.submodule_search_locations)
+
+
+def awq() -> list[dict[str, Any]]:
+    _without_init("awq")
+    _without_init("awq.modules")
+    _without_init("awq.modules.linear")
+    cases = []
+    for version, size, rows, cols in [("gemm", 32, 32, 64), ("gemv", 64, 8, 128)]:
+        scales, zeros, weight = affine(rows, cols, size)
+        linear = torch.nn.Linear(cols, rows, bias=False)
+        linear.weight.data = weight
+        kind = getattr(import_module(f"awq.modules.linear.{version}"), f"WQLinear_{version.upper()}")
+        parts = (scales.T, zeros.T) if version == "gemm" else (scales, zeros)
+        made = kind.from_linear(linear, 4, size, scales=parts[0].contiguous(), zeros=parts[1].contiguous())
+        declared = {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": version}
+        tensors = {f"{MODULE}.{name}": tensor for name, tensor in made.named_buffers()}
+        cases.append(case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": weight.half()}))
+    return cases
+
+
+MAKERS: dict[str, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
+    "awq": ("autoawq 0.2.9", awq),
+}
+
+if __name__ == "__main__":
+    (name,) = sys.argv[1:]
+    package, make = MAKERS[name]
+    lines = ",\n".join(json.dumps(each) for each in make())
+    Path(__file__).with_name(f"{name}.json").write_text(f'{{"made_by": "{package}", "cases": [\n{lines}\n]}}\n')
