@@ -54,6 +54,8 @@ LINES = [
     ("bitsandbytes", "int8-row", "rtn", 2e-4),
     ("hqq", "int4-g64-fzero", "hqq", 0.015),
     ("awq", "int4-g128-asym", "rtn", 0.015),
+    ("fp8", "fp8-e4m3-128x128", "rtn", 1e-3),
+    ("fbgemm_fp8", "fp8-e4m3-row", "rtn", 1e-3),
 ]
 
 

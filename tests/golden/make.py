@@ -36,7 +36,7 @@ def _hex(tensor: Tensor) -> str:
 
 
 def affine(rows: int, cols: int, size: int, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Random scales and zero points `[rows, groups]`, float16, and the weight `[rows, cols]` that lies on their grid."""
+    """Random scales and zero points `[rows, groups]`, and the weight `[rows, cols]` that lies on their grid."""
     dice = torch.Generator().manual_seed(rows + cols + size)
     codes = torch.randint(2**bits, (rows, cols), generator=dice)
     zeros = torch.randint(2**bits, (rows, cols // size), generator=dice)
@@ -71,8 +71,41 @@ def awq() -> list[dict[str, Any]]:
     return cases
 
 
+def fp8() -> list[dict[str, Any]]:
+    """Blocks of 32 x 32, to keep the file small, with float32 scales and with powers of two."""
+    made = import_module("transformers.integrations.finegrained_fp8")
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    cases = []
+    for scale in ("float", "ue8m0"):
+        options = {"weight_block_size": [32, 32], "scale_fmt": scale}
+        quantizer = types.SimpleNamespace(
+            quantization_config=import_module("transformers").FineGrainedFP8Config(**options)
+        )
+        tensors = made.Fp8Quantize(quantizer).convert({f"{MODULE}.weight": weight})
+        parts = tensors[f"{MODULE}.weight"], tensors[f"{MODULE}.weight_scale_inv"]
+        found = made.Fp8Dequantize(quantizer)._dequantize_one(*parts, torch.bfloat16)
+        declared = {"quant_method": "fp8", "activation_scheme": "dynamic", **options}
+        cases.append(case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": found}))
+    return cases
+
+
+def bitnet() -> list[dict[str, Any]]:
+    made = import_module("transformers.integrations.bitnet")
+    ternary = torch.randint(-1, 2, (16, 24), generator=torch.Generator().manual_seed(0)).float()
+    scale = torch.tensor([0.0371], dtype=torch.bfloat16)
+    cases = []
+    for kind in ("autobitlinear", "bitlinear"):
+        tensors = {f"{MODULE}.weight": made.pack_weights(ternary.clone()), f"{MODULE}.weight_scale": scale}
+        found = ternary * scale.float() if kind == "autobitlinear" else ternary / scale.float()
+        declared = {"quant_method": "bitnet", "linear_class": kind, "quantization_mode": "offline"}
+        cases.append(case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": found}))
+    return cases
+
+
 MAKERS: dict[str, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
     "awq": ("autoawq 0.2.9", awq),
+    "fp8": ("transformers 5.23.0", fp8),
+    "bitnet": ("transformers 5.23.0", bitnet),
 }
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit import plugins
 from lowbit.formats import Format
+from lowbit.inspect import inspect
 from tests.golden.make import MAKERS
 from tests.interop.models import bits_of, recognised, unpacked
 
@@ -22,7 +24,7 @@ CASES = [
     for number, each in enumerate(json.loads((HERE / f"{name}.json").read_text())["cases"])
 ]
 # Layouts that are read and never written: they have another that says the same.
-READ_ONLY = {"awq-1"}
+READ_ONLY = {"awq-1", "fp8-1", "bitnet-1"}
 
 
 def tensors_of(dumped: dict[str, Any]) -> dict[str, Tensor]:
@@ -48,6 +50,17 @@ def test_means_what_the_owner_says(name: str, case: dict[str, Any]) -> None:
     for key, weight in weights.items():
         found = unpacked(form, weight, tensors).dequantize(wanted[key].dtype)
         assert torch.equal(bits_of(found), bits_of(wanted[key])), key
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_is_told(name: str, case: dict[str, Any], tmp_path: Path) -> None:
+    """`lowbit inspect` names the format and finds nothing wrong."""
+    save_file(tensors_of(case["tensors"]), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(case["config"]))
+    found = inspect(tmp_path)
+    assert found.sound, found.findings
+    assert (found.format, found.declared) == (name, case["config"].get("quantization_config"))
+    assert {facts.name for facts in found.tensors if facts.scheme} == case["weights"].keys()
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)

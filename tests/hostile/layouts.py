@@ -58,4 +58,155 @@ AWQ = [
     _lies({"version": "gemv"}, "groups of 32 do not divide rows of 16"),
 ]
 
-CASES = AWQ
+E4M3 = torch.float8_e4m3fn
+
+
+def _fp8(declared: Mapping[str, Any] | None = None, method: str = "fp8", **changes: Tensor | None) -> Build:
+    """FP8 of [64, 96] in blocks of 32 x 32."""
+    parts: dict[str, Tensor | None] = {
+        "weight": torch.zeros(64, 96, dtype=E4M3),
+        "weight_scale_inv": torch.ones(2, 3),
+    }
+    usual = {"quant_method": method, "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    return checkpoint(usual | dict(declared or {}), {**parts, **changes})
+
+
+def _static(**changes: Tensor | None) -> Build:
+    scale = torch.tensor(1.0)
+    parts = {"weight_scale_inv": None, "weight_scale": scale, "input_scale": scale}
+    return _fp8({"activation_scheme": "static", "weight_block_size": None}, **{**parts, **changes})
+
+
+FP8 = [
+    Case("fp8 scale nan", _fp8(weight_scale_inv=torch.full((2, 3), NAN)), (SHARD, "m.weight_scale_inv", "nan"), "fp8"),
+    Case("fp8 scale infinite", _fp8(weight_scale_inv=torch.full((2, 3), INF)), ("m.weight_scale_inv", "inf"), "fp8"),
+    Case("fp8 code nan", _fp8(weight=torch.full((64, 96), NAN).to(E4M3)), (SHARD, "m.weight", "NaN at [0, 0]"), "fp8"),
+    Case("fp8 without scales", _fp8(weight_scale_inv=None), (SHARD, "m.weight", "without a scale"), "fp8"),
+    Case("fp8 scales alone", _fp8(weight=None), ("m.weight is missing",), "fp8"),
+    Case("fp8 codes bytes", _fp8(weight=torch.zeros(64, 96, dtype=torch.uint8)), ("m.weight", "uint8"), "fp8"),
+    Case("fp8 codes of three axes", _fp8(weight=torch.zeros(2, 32, 96).to(E4M3)), ("m.weight", "[2, 32, 96]"), "fp8"),
+    Case("fp8 scales integers", _fp8(weight_scale_inv=torch.ones(2, 3).int()), ("m.weight_scale_inv", "int32"), "fp8"),
+    Case("fp8 scales too few", _fp8(weight_scale_inv=torch.ones(2, 2)), ("m.weight_scale_inv", "[2, 2]"), "fp8"),
+    Case(
+        "fp8 exponent nan",
+        _fp8(weight_scale_inv=torch.full((2, 3), 255, dtype=torch.uint8)),
+        ("m.weight_scale_inv", "nan"),
+        "fp8",
+    ),
+    Case("fp8 blocks of one side", _fp8({"weight_block_size": [128]}), ("weight_block_size", "[128]"), "fp8"),
+    Case("fp8 blocks of nothing", _fp8({"weight_block_size": [0, 128]}), ("weight_block_size", "[0, 128]"), "fp8"),
+    Case("fp8 blocks a text", _fp8({"weight_block_size": "128"}), ("weight_block_size", "'128'"), "fp8"),
+    Case("fp8 activations by magic", _fp8({"activation_scheme": "magic"}), ("activation_scheme", "'magic'"), "fp8"),
+    Case("fp8 scales of nothing named", _static(weight_scale=torch.ones(7)), ("m.weight_scale", "[7]"), "fp8"),
+    Case("fp8 without input scale", _static(input_scale=None), ("m.input_scale", "missing"), "fp8"),
+    Case("fp8 input scale negative", _static(input_scale=torch.tensor(-1.0)), ("m.input_scale", "positive"), "fp8"),
+    Case("fp8 input scales two", _static(input_scale=torch.ones(2)), ("m.input_scale", "not one"), "fp8"),
+]
+
+
+def _rows(**changes: Tensor | None) -> Build:
+    """fbgemm_fp8 of [64, 96]."""
+    parts = {"weight_scale_inv": None, "weight_scale": torch.ones(64, 1)}
+    return _fp8(None, "fbgemm_fp8", **{**parts, **changes})
+
+
+ROWS = [
+    Case(
+        "fbgemm scale nan", _rows(weight_scale=torch.full((64, 1), NAN)), (SHARD, "m.weight_scale", "nan"), "fbgemm_fp8"
+    ),
+    Case(
+        "fbgemm scale infinite", _rows(weight_scale=torch.full((64, 1), INF)), ("m.weight_scale", "inf"), "fbgemm_fp8"
+    ),
+    Case("fbgemm code nan", _rows(weight=torch.full((64, 96), NAN).to(E4M3)), ("m.weight", "NaN"), "fbgemm_fp8"),
+    Case("fbgemm without scales", _rows(weight_scale=None), ("m.weight", "weight_scale beside"), "fbgemm_fp8"),
+    Case("fbgemm scales alone", _rows(weight=None), ("m.weight",), "fbgemm_fp8"),
+    Case(
+        "fbgemm scales of a column", _rows(weight_scale=torch.ones(1, 96)), ("m.weight_scale", "[1, 96]"), "fbgemm_fp8"
+    ),
+    Case(
+        "fbgemm scales halves",
+        _rows(weight_scale=torch.ones(64, 1).half()),
+        ("m.weight_scale", "float16"),
+        "fbgemm_fp8",
+    ),
+    Case("fbgemm scales empty", _rows(weight_scale=torch.ones(0, 1)), ("m.weight_scale", "[0, 1]"), "fbgemm_fp8"),
+    Case("fbgemm codes bytes", _rows(weight=torch.zeros(64, 96).byte()), ("m.weight",), "fbgemm_fp8"),
+    Case(
+        "fbgemm codes of three axes",
+        _rows(weight=torch.zeros(2, 32, 96).to(E4M3)),
+        ("m.weight", "3 axes"),
+        "fbgemm_fp8",
+    ),
+    Case("fbgemm codes e5m2", _rows(weight=torch.zeros(64, 96).to(torch.float8_e5m2)), ("m.weight",), "fbgemm_fp8"),
+]
+
+
+def _bitnet(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """BitNet of [64, 96]."""
+    parts: dict[str, Tensor | None] = {
+        "weight": torch.full((16, 96), 0b01010101, dtype=torch.uint8),
+        "weight_scale": torch.ones(1, dtype=torch.bfloat16),
+    }
+    usual = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+    return checkpoint(usual | dict(declared or {}), {**parts, **changes})
+
+
+def _one(value: float, *shape: int) -> Tensor:
+    return torch.full(shape or (1,), value, dtype=torch.bfloat16)
+
+
+BITNET = [
+    Case("bitnet scale nan", _bitnet(weight_scale=_one(NAN)), (SHARD, "m.weight_scale", "nan"), "bitnet"),
+    Case("bitnet scale infinite", _bitnet(weight_scale=_one(INF)), (SHARD, "m.weight_scale", "inf"), "bitnet"),
+    Case(
+        "bitnet divides by zero",
+        _bitnet({"linear_class": "bitlinear"}, weight_scale=_one(0.0)),
+        ("m.weight_scale", "reciprocal", "inf"),
+        "bitnet",
+    ),
+    Case("bitnet scales two", _bitnet(weight_scale=_one(1.0, 2)), (SHARD, "m.weight_scale", "[2]"), "bitnet"),
+    Case("bitnet scale an integer", _bitnet(weight_scale=torch.ones(1).int()), ("m.weight_scale", "int32"), "bitnet"),
+    Case(
+        "bitnet divides by float32",
+        _bitnet({"linear_class": "bitlinear"}, weight_scale=torch.ones(1)),
+        ("m.weight_scale", "float32"),
+        "bitnet",
+    ),
+    Case("bitnet without scale", _bitnet(weight_scale=None), ("m.weight_scale is missing",), "bitnet"),
+    Case("bitnet scale alone", _bitnet(weight=None), ("m.weight is missing",), "bitnet"),
+    Case(
+        "bitnet fourth level",
+        _bitnet(weight=torch.full((16, 96), 0b11010101, dtype=torch.uint8)),
+        (SHARD, "m.weight", "code 3", "end at 2"),
+        "bitnet",
+    ),
+    Case("bitnet codes signed", _bitnet(weight=torch.zeros(16, 96).char()), (SHARD, "m.weight", "int8"), "bitnet"),
+    Case("bitnet codes of one axis", _bitnet(weight=torch.zeros(96).byte()), ("m.weight", "[96]"), "bitnet"),
+    Case("bitnet of another kind", _bitnet({"linear_class": "superlinear"}), ("superlinear",), "bitnet"),
+]
+
+
+def _auto_round(**declared: Any) -> Build:
+    usual = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int"}
+    return _awq({"packing_format": "auto_round:auto_awq", **usual, **declared})
+
+
+AUTO_ROUND = [
+    Case("auto-round packed by nobody", _auto_round(packing_format="auto_round:abra"), ("'auto_round:abra'",)),
+    Case("auto-round packed by a number", _auto_round(packing_format=4), ("packing_format 4",)),
+    Case("auto-round rotated", _auto_round(rotation_config={"a": 1}), ("rotation_config", "rotated")),
+    Case("auto-round of floats", _auto_round(data_type="fp"), ("'fp'",)),
+    Case("auto-round with 8-bit inputs", _auto_round(act_bits=8), ("8-bit activations",)),
+    Case("auto-round extra a list", _auto_round(extra_config=[1]), ("extra_config",)),
+    Case("auto-round extra of numbers", _auto_round(extra_config={"m": 4}), ("extra_config",)),
+    Case("auto-round extra no expression", _auto_round(extra_config={"(": {"bits": 4}}), ("'('",)),
+    Case("auto-round with other bits", _auto_round(extra_config={"m": {"bits": 3}}), ("m: awq with 3 bits",)),
+    Case("auto-round bits a text", _auto_round(bits="4"), ("'4' bits",)),
+    Case(
+        "auto-round floats of 6 bits",
+        _auto_round(packing_format="auto_round:llm_compressor", data_type="mx_fp", bits=6),
+        ("6-bit mx_fp",),
+    ),
+]
+
+CASES = AWQ + FP8 + ROWS + BITNET + AUTO_ROUND

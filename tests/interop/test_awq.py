@@ -1,6 +1,6 @@
 """Files of the format `awq`, opened by auto-round, gptqmodel and transformers, and theirs by ours.
 
-auto-round's module computes on CPUs and runs wherever the tests do; transformers and gptqmodel where the latter is there.
+auto-round's module computes on CPUs and runs wherever the tests do, the others where gptqmodel is there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The embedded model through the whole line, opened by the program that owns the format: the same weights to the bit."""
+"""The embedded model through the whole line, opened by the owner of the format: the same weights to the bit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,26 @@ def with_awq(path: Path) -> dict[str, Tensor]:
     return {f"{each}.weight": utils.dequantize_gemm(*parts[each], 4, 128).T for each in modules}
 
 
+def with_transformers(path: Path) -> dict[str, Tensor]:
+    """The state of the model; FP8 is dequantized where there is no GPU."""
+    transformers = pytest.importorskip("transformers")
+    with torch.compiler.set_stance("force_eager"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
+def with_bitnet(path: Path) -> dict[str, Tensor]:
+    """`autobitlinear` multiplies what its ternary weights give by the scale."""
+    state = with_transformers(path)
+    scaled = {name.removesuffix("_scale"): scale for name, scale in state.items() if name.endswith("weight_scale")}
+    return {name: state[name] * scale for name, scale in scaled.items()}
+
+
 READERS: dict[str, tuple[str, Callable[[Path], dict[str, Tensor]]]] = {
     "awq": ("int4-g128-asym", with_awq),
+    "fp8": ("fp8-e4m3-128x128", with_transformers),
+    "bitnet": ("levels[-1,0,1]-tensor", with_bitnet),
 }
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lowbit import plugins
 from lowbit.errors import UnsupportedError
 from lowbit.formats import Format, Weight
 from lowbit.schemes import parse
+from tests.interop.models import recognised, unpacked
 
 MODULE = "model.layers.0.mlp.up_proj"
 
@@ -44,6 +46,9 @@ def declaration(name: str, weights: list[Weight], key: str = "quantization_confi
         ("awq", "int4-g128-asym", (64, 128), "int4-g128-asym"),
         ("awq", "int4-flat128-bf16", (64, 256), "int4-g128"),
         ("awq", "int4-g96", (64, 96), "int4-row"),
+        ("fp8", "fp8-e4m3-128x128-bf16", (128, 256), "fp8-e4m3-128x128"),
+        ("fbgemm_fp8", "fp8-e4m3-g128-f16", (60, 128), "fp8-e4m3-row"),
+        ("bitnet", "levels[1,0,-1]-tensor", (64, 128), "levels[-1,0,1]-tensor-bf16"),
     ],
 )
 def test_fit_says_how_it_is_stored(name: str, scheme: str, shape: tuple[int, int], fitted: str) -> None:
@@ -62,6 +67,14 @@ def test_fit_says_how_it_is_stored(name: str, scheme: str, shape: tuple[int, int
         ("awq", "int4-g64", (60, 128), "8 outputs in a word, and this has 60"),
         ("awq", "int4-g128", (64, 192), "use g64"),
         ("awq", "int4-g64", (64,), "--skip"),
+        ("fp8", "fp8-e4m3-row", (128, 128), "fbgemm_fp8"),
+        ("fp8", "mxfp8", (128, 128), "fp8-e4m3-128x128"),
+        ("fp8", "fp8-e4m3-128x128", (128, 192), "multiples of 128"),
+        ("fbgemm_fp8", "fp8-e5m2-row", (128, 128), "fp8-e4m3-row"),
+        ("fbgemm_fp8", "fp8-e4m3-128x128", (256, 256), "--format fp8"),
+        ("bitnet", "int2-tensor", (64, 128), "levels"),
+        ("bitnet", "levels[-1,0,1]-row", (64, 128), "levels"),
+        ("bitnet", "levels[-1,0,1]-tensor", (66, 128), "four quarters"),
     ],
 )
 def test_fit_refuses_with_what_works(name: str, scheme: str, shape: tuple[int, ...], reason: str) -> None:
@@ -89,3 +102,58 @@ def test_awq_declares_one_scheme() -> None:
     assert (symmetric["group_size"], symmetric["zero_point"]) == (-1, False)
     with pytest.raises(UnsupportedError, match="int4-g64-asym, int4-row; use one"):
         form_of("awq").config([*weights, weight("awq", "int4-row", "x")], {})
+
+
+@pytest.mark.parametrize("name", ["fp8", "fbgemm_fp8", "bitnet"])
+def test_the_output_head_stays(name: str) -> None:
+    form = form_of(name)
+    with pytest.raises(UnsupportedError, match="output head"):
+        form.fit(parse(form.default), weight(module="lm_head", shape=(128, 128)))
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "declared"),
+    [
+        (
+            "fp8",
+            "fp8-e4m3-128x128",
+            {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+        ),
+        ("fbgemm_fp8", "fp8-e4m3-row", {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
+        (
+            "bitnet",
+            "levels[-1,0,1]-tensor",
+            {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
+        ),
+    ],
+)
+def test_declarations(name: str, scheme: str, declared: dict[str, Any]) -> None:
+    weights = [weight(name, scheme, shape=(128, 128)), weight(module="model.layers.1.b")]
+    skipped = {"modules_to_not_convert": ["lm_head", "model.layers.1.b"]}
+    assert declaration(name, weights) == declared | skipped
+
+
+def read_fp8(declared: dict[str, Any], **parts: Tensor) -> Weight:
+    tensors = {f"{MODULE}.{name}": tensor for name, tensor in parts.items()}
+    config = {"quantization_config": {"quant_method": "fp8", **declared}, "dtype": "float16"}
+    found = recognised(form_of("fp8"), config, tensors)
+    assert found is not None
+    (each,) = found.values()
+    q = unpacked(form_of("fp8"), each, tensors)
+    assert torch.equal(q.dequantize(), parts["weight"].float() * 0.25)
+    return each
+
+
+def test_fp8_with_a_scale_per_tensor_or_row_as_vllm_has_it() -> None:
+    codes, scale = torch.randn(8, 16).to(torch.float8_e4m3fn), torch.tensor(0.25)
+    found = read_fp8({"activation_scheme": "static"}, weight=codes, weight_scale=scale, input_scale=scale / 2)
+    assert (str(found.scheme), str(found.activations), found.input_scale, found.dtype) == (
+        "fp8-e4m3-tensor",
+        "fp8-e4m3-tensor",
+        0.125,
+        torch.float16,
+    )
+    found = read_fp8({"activation_scheme": "dynamic"}, weight=codes, weight_scale=scale.expand(8, 1).contiguous())
+    assert (str(found.scheme), str(found.activations)) == ("fp8-e4m3-row", "fp8-e4m3-row")
+    found = read_fp8({"weight_block_size": [8, 4]}, weight=codes, weight_scale_inv=scale.expand(1, 4).contiguous())
+    assert (str(found.scheme), str(found.activations)) == ("fp8-e4m3-8x4", "fp8-e4m3-g4")

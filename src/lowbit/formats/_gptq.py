@@ -265,7 +265,7 @@ def _checkpoint_format(quantization: Mapping[str, Any]) -> str:
 
 
 def _recognised(module: str, quantization: Mapping[str, Any], specs: Mapping[str, Spec]) -> Weight:
-    parameters = {**quantization, **_override(module, quantization.get("dynamic") or {})}
+    parameters = {**quantization, **override(module, quantization.get("dynamic") or {})}
     bits, group, sym = (parameters.get(key) for key in ("bits", "group_size", "sym"))
     if bits not in BITS or not isinstance(group, int) or not (group == -1 or group > 0):
         raise FormatError(f"{module}: gptq with {bits!r} bits and group_size {group!r} is not read")
@@ -289,7 +289,7 @@ def _shape(module: str, bits: int, specs: Mapping[str, Spec]) -> tuple[int, int]
     return words[1], cols
 
 
-def _override(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any]:
+def override(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any]:
     """Parameters of the first rule of `dynamic` that matches a module."""
     for rule, parameters in dynamic.items():
         try:

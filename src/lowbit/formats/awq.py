@@ -19,7 +19,7 @@ from lowbit import native
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Spec, Weight
 from lowbit.formats._checks import CHUNK, exact, finite, stored
-from lowbit.formats._gptq import Read, zero_points
+from lowbit.formats._gptq import Read, override, zero_points
 from lowbit.formats._linear import (
     SCALE_TYPES,
     check_matrix,
@@ -183,7 +183,7 @@ def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, di
         return {"config.json": declare(source, None)}
     if len(schemes) > 1:
         raise UnsupportedError(
-            f"awq declares one scheme for a whole model, and these are {', '.join(schemes)}; use one, or --format gptq_v2"
+            f"awq declares one scheme for a model, and these are {', '.join(schemes)}; use one, or --format gptq_v2"
         )
     (scheme,) = schemes.values()
     quantization = {
@@ -215,6 +215,7 @@ def recognise(config: Mapping[str, Any], specs: Mapping[str, Spec], read: Read) 
 
 
 def _recognised(module: str, quantization: Mapping[str, Any], version: str, specs: Mapping[str, Spec]) -> Weight:
+    quantization = {**quantization, **override(module, quantization.get("dynamic") or {})}  # auto-round has several
     bits, group = quantization.get("bits"), quantization.get("group_size")
     if bits != _BITS or not isinstance(group, int) or not (group == -1 or group > 0):
         raise FormatError(f"{module}: awq with {bits!r} bits and group_size {group!r} is not read")
