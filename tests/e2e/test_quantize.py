@@ -56,6 +56,8 @@ LINES = [
     ("awq", "int4-g128-asym", "rtn", 0.015),
     ("fp8", "fp8-e4m3-128x128", "rtn", 1e-3),
     ("fbgemm_fp8", "fp8-e4m3-row", "rtn", 1e-3),
+    ("mlx", "int4-g64-min", "rtn", 0.015),
+    ("modelopt", "nvfp4", "rtn", 0.012),
 ]
 
 

@@ -102,10 +102,71 @@ def bitnet() -> list[dict[str, Any]]:
     return cases
 
 
+def mlx() -> list[dict[str, Any]]:
+    """Dequantized in float32, in which a product and a sum are rounded as they are here."""
+    core: Any = import_module("mlx.core")
+    weight = core.random.normal((4, 128), key=core.random.key(0))
+    cases = []
+    for bits, size, dtype in [
+        (2, 64, "float32"),
+        (3, 32, "float16"),
+        (4, 64, "float16"),
+        (6, 128, "float32"),
+        (8, 32, "float16"),
+    ]:
+        parts = core.quantize(weight.astype(getattr(core, dtype)), group_size=size, bits=bits)
+        packed, scales, biases = parts
+        found = core.dequantize(
+            packed, scales.astype(core.float32), biases.astype(core.float32), group_size=size, bits=bits
+        )
+        tensors = {
+            f"{MODULE}.{name}": torch.from_numpy(import_module("numpy").array(part))
+            for name, part in zip(("weight", "scales", "biases"), parts, strict=True)
+        }
+        meant = {f"{MODULE}.weight": torch.from_numpy(import_module("numpy").array(found))}
+        cases.append(case({"quantization": {"group_size": size, "bits": bits, "mode": "affine"}}, tensors, meant))
+    return cases
+
+
+def modelopt() -> list[dict[str, Any]]:
+    """NVFP4 by `NVFP4QTensor`, with a scale for the inputs and without; declared as the export converts it."""
+    root = "modelopt.torch.quantization"
+    for package in ("modelopt", "modelopt.torch", root, f"{root}.backends", f"{root}.qtensor", "modelopt.torch.export"):
+        _without_init(package)
+    for unused in ("config", "utils.layerwise_calib", "utils.shared_input", "backends.utils", "extensions"):
+        sys.modules[f"{root}.{unused}"] = _Unused(unused)
+    for unused in ("modelopt.torch.utils", "modelopt.torch.utils.network"):
+        sys.modules[unused] = _Unused(unused)
+    kind = import_module(f"{root}.qtensor.nvfp4_tensor").NVFP4QTensor
+    convert = import_module("modelopt.torch.export.convert_hf_config").convert_hf_quant_config_format
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    cases = []
+    for algorithm in ("NVFP4", "W4A16_NVFP4"):
+        made, scale, double = kind.quantize(weight.clone(), 16)
+        meant = made.dequantize(scale=scale, double_scale=double, block_sizes={-1: 16})
+        parts = {"weight": made._quantized_data, "weight_scale": scale, "weight_scale_2": double}
+        parts |= {"input_scale": torch.tensor(0.004)} if algorithm == "NVFP4" else {}
+        declared = convert({"quantization": {"quant_algo": algorithm, "exclude_modules": ["lm_head"]}})
+        tensors = {f"{MODULE}.{name}": tensor for name, tensor in parts.items()}
+        cases.append(case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": meant}))
+    return cases
+
+
+class _Unused(types.ModuleType):
+    """A module of which nothing is needed but that names can be imported from it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return dict
+
+
 MAKERS: dict[str, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
     "awq": ("autoawq 0.2.9", awq),
     "fp8": ("transformers 5.23.0", fp8),
     "bitnet": ("transformers 5.23.0", bitnet),
+    "mlx": ("mlx 0.32.4", mlx),
+    "modelopt": ("nvidia-modelopt 0.47.0", modelopt),
 }
 
 if __name__ == "__main__":

@@ -209,4 +209,89 @@ AUTO_ROUND = [
     ),
 ]
 
-CASES = AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
+
+def _mlx(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """MLX of [16, 128], 4 bits in groups of 64."""
+    parts: dict[str, Tensor | None] = {
+        "weight": torch.zeros(16, 16, dtype=torch.uint32),
+        "scales": torch.ones(16, 2, dtype=F16),
+        "biases": torch.ones(16, 2, dtype=F16),
+    }
+    tensors = {f"m.{name}": tensor for name, tensor in {**parts, **changes}.items() if tensor is not None}
+    usual = {"group_size": 64, "bits": 4, "mode": "affine"} | dict(declared or {})
+    return _directory({SHARD: tensors}, config={"quantization": usual, "quantization_config": usual})
+
+
+MLX = [
+    Case("mlx scale nan", _mlx(scales=torch.full((16, 2), NAN, dtype=F16)), (SHARD, "m.scales", "nan"), "mlx"),
+    Case("mlx bias infinite", _mlx(biases=torch.full((16, 2), INF, dtype=F16)), (SHARD, "m.biases", "inf"), "mlx"),
+    Case("mlx without biases", _mlx(biases=None), (SHARD, "m.biases is missing"), "mlx"),
+    Case("mlx without weight", _mlx(weight=None), ("m.weight is missing",), "mlx"),
+    Case("mlx biases of another dtype", _mlx(biases=torch.ones(16, 2)), (SHARD, "m.biases", "float32"), "mlx"),
+    Case("mlx scales too few", _mlx(scales=torch.ones(16, 1, dtype=F16)), (SHARD, "m.scales", "[16, 1]"), "mlx"),
+    Case("mlx scales integers", _mlx(scales=torch.ones(16, 2).int()), ("m.weight", "int32"), "mlx"),
+    Case("mlx words signed", _mlx(weight=torch.zeros(16, 16).int()), (SHARD, "m.weight", "int32"), "mlx"),
+    Case("mlx words of one axis", _mlx(weight=torch.zeros(16, dtype=torch.uint32)), ("m.weight", "[16]"), "mlx"),
+    Case("mlx words too few", _mlx(weight=torch.zeros(16, 15, dtype=torch.uint32)), ("m.weight", "15 words"), "mlx"),
+    Case("mlx with 7 bits", _mlx({"bits": 7}), ("7 bits",), "mlx"),
+    Case("mlx bits a text", _mlx({"bits": "4"}), ("'4' bits",), "mlx"),
+    Case("mlx groups of 48", _mlx({"group_size": 48}), ("group_size 48",), "mlx"),
+    Case("mlx of another mode", _mlx({"mode": "nvfp4"}), ("mode 'nvfp4'",), "mlx"),
+    Case("mlx module of 5 groups", _mlx({"m": {"group_size": 5}}), ("m: ", "group_size 5"), "mlx"),
+]
+
+
+def _modelopt(algorithm: Any = "NVFP4", **changes: Tensor | None) -> Build:
+    """ModelOpt's NVFP4 of [16, 64]."""
+    parts: dict[str, Tensor | None] = {
+        "weight": torch.zeros(16, 32, dtype=torch.uint8),
+        "weight_scale": torch.ones(16, 4).to(E4M3),
+        "weight_scale_2": torch.tensor(1.0),
+        "input_scale": torch.tensor(1.0),
+    }
+    return checkpoint({"quant_method": "modelopt", "quant_algo": algorithm}, {**parts, **changes})
+
+
+MODELOPT = [
+    Case(
+        "modelopt scale nan",
+        _modelopt(weight_scale=torch.full((16, 4), NAN).to(E4M3)),
+        ("m.weight_scale", "NaN"),
+        "modelopt",
+    ),
+    Case(
+        "modelopt scale 2 nan",
+        _modelopt(weight_scale_2=torch.tensor(NAN)),
+        (SHARD, "m.weight_scale_2", "nan"),
+        "modelopt",
+    ),
+    Case(
+        "modelopt scale 2 infinite",
+        _modelopt(weight_scale_2=torch.tensor(INF)),
+        ("m.weight_scale_2", "inf"),
+        "modelopt",
+    ),
+    Case("modelopt scales 2 two", _modelopt(weight_scale_2=torch.ones(2)), (SHARD, "m.weight_scale_2"), "modelopt"),
+    Case("modelopt without scale 2", _modelopt(weight_scale_2=None), ("m.weight_scale_2 is missing",), "modelopt"),
+    Case(
+        "modelopt input scale zero", _modelopt(input_scale=torch.tensor(0.0)), ("m.input_scale", "positive"), "modelopt"
+    ),
+    Case("modelopt input scales two", _modelopt(input_scale=torch.ones(2)), ("m.input_scale", "positive"), "modelopt"),
+    Case(
+        "modelopt scales too few",
+        _modelopt(weight_scale=torch.ones(16, 3).to(E4M3)),
+        ("m.weight_scale", "[16, 3]"),
+        "modelopt",
+    ),
+    Case(
+        "modelopt scales halves", _modelopt(weight_scale=torch.ones(16, 4).half()), ("m.weight", "float16"), "modelopt"
+    ),
+    Case("modelopt without weight", _modelopt(weight=None), ("m.weight is missing",), "modelopt"),
+    Case("modelopt codes of one axis", _modelopt(weight=torch.zeros(16).byte()), ("m.weight", "[16]"), "modelopt"),
+    Case("modelopt row of 24", _modelopt(weight=torch.zeros(16, 12).byte()), ("m.weight", "24 values"), "modelopt"),
+    Case("modelopt smoothed", _modelopt(pre_quant_scale=torch.ones(64)), ("m.pre_quant_scale",), "modelopt"),
+    Case("modelopt by W8A8", _modelopt("W8A8_SQ_PER_CHANNEL"), ("W8A8_SQ_PER_CHANNEL",), "modelopt"),
+    Case("modelopt by a list", _modelopt(["NVFP4"]), ("['NVFP4']",), "modelopt"),
+]
+
+CASES = MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND

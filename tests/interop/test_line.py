@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -39,9 +41,24 @@ def with_bitnet(path: Path) -> dict[str, Tensor]:
     return {name: state[name] * scale for name, scale in scaled.items()}
 
 
+def with_mlx(path: Path) -> dict[str, Tensor]:
+    """In float32, where MLX rounds a product and a sum as we do; in 16 bits it rounds twice."""
+    core = pytest.importorskip("mlx.core")
+    tensors, declared = core.load(str(path / "model.safetensors")), json.loads((path / "config.json").read_text())
+    modules = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
+    found = {}
+    for each in modules:
+        own = declared["quantization"].get(each, declared["quantization"])
+        scales, biases = (tensors[f"{each}.{part}"].astype(core.float32) for part in ("scales", "biases"))
+        weight = core.dequantize(tensors[f"{each}.weight"], scales, biases, own["group_size"], own["bits"])
+        found[f"{each}.weight"] = torch.from_numpy(numpy.array(weight))
+    return found
+
+
 READERS: dict[str, tuple[str, Callable[[Path], dict[str, Tensor]]]] = {
     "awq": ("int4-g128-asym", with_awq),
     "fp8": ("fp8-e4m3-128x128", with_transformers),
+    "mlx": ("int4-g64-min", with_mlx),
     "bitnet": ("levels[-1,0,1]-tensor", with_bitnet),
 }
 

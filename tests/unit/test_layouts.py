@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lowbit import plugins
-from lowbit.errors import UnsupportedError
+from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Weight
 from lowbit.schemes import parse
 from tests.interop.models import recognised, unpacked
+from tests.reference.qtensors import random_qtensor
 
 MODULE = "model.layers.0.mlp.up_proj"
 
@@ -49,6 +50,9 @@ def declaration(name: str, weights: list[Weight], key: str = "quantization_confi
         ("fp8", "fp8-e4m3-128x128-bf16", (128, 256), "fp8-e4m3-128x128"),
         ("fbgemm_fp8", "fp8-e4m3-g128-f16", (60, 128), "fp8-e4m3-row"),
         ("bitnet", "levels[1,0,-1]-tensor", (64, 128), "levels[-1,0,1]-tensor-bf16"),
+        ("mlx", "int4-g64", (64, 128), "int4-g64-min-bf16"),
+        ("mlx", "int6-row-asym", (3, 128), "int6-min-bf16"),
+        ("modelopt", "nvfp4", (3, 48), "nvfp4"),
     ],
 )
 def test_fit_says_how_it_is_stored(name: str, scheme: str, shape: tuple[int, int], fitted: str) -> None:
@@ -73,6 +77,13 @@ def test_fit_says_how_it_is_stored(name: str, scheme: str, shape: tuple[int, int
         ("fbgemm_fp8", "fp8-e5m2-row", (128, 128), "fp8-e4m3-row"),
         ("fbgemm_fp8", "fp8-e4m3-128x128", (256, 256), "--format fp8"),
         ("bitnet", "int2-tensor", (64, 128), "levels"),
+        ("mlx", "int7-g64", (64, 128), "2, 3, 4, 5, 6, 8 bits"),
+        ("mlx", "nf4-g64", (64, 128), "int4-g64-min"),
+        ("mlx", "int4-g128", (64, 192), "use g64"),
+        ("mlx", "int4-g64", (64, 80), "nothing does with 80"),
+        ("mlx", "int4-g48", (64, 96), "use g32"),
+        ("modelopt", "mxfp4", (64, 128), "compressed-tensors"),
+        ("modelopt", "nvfp4", (64, 40), "16 divides"),
         ("bitnet", "levels[-1,0,1]-row", (64, 128), "levels"),
         ("bitnet", "levels[-1,0,1]-tensor", (66, 128), "four quarters"),
     ],
@@ -104,7 +115,7 @@ def test_awq_declares_one_scheme() -> None:
         form_of("awq").config([*weights, weight("awq", "int4-row", "x")], {})
 
 
-@pytest.mark.parametrize("name", ["fp8", "fbgemm_fp8", "bitnet"])
+@pytest.mark.parametrize("name", ["fp8", "fbgemm_fp8", "bitnet", "modelopt"])
 def test_the_output_head_stays(name: str) -> None:
     form = form_of(name)
     with pytest.raises(UnsupportedError, match="output head"):
@@ -157,3 +168,66 @@ def test_fp8_with_a_scale_per_tensor_or_row_as_vllm_has_it() -> None:
     assert (str(found.scheme), str(found.activations)) == ("fp8-e4m3-row", "fp8-e4m3-row")
     found = read_fp8({"weight_block_size": [8, 4]}, weight=codes, weight_scale_inv=scale.expand(1, 4).contiguous())
     assert (str(found.scheme), str(found.activations)) == ("fp8-e4m3-8x4", "fp8-e4m3-g4")
+
+
+def test_mlx_declares_what_differs_by_name() -> None:
+    weights = [weight("mlx", "int4-g64", f"model.layers.{i}.a") for i in range(2)]
+    weights += [weight("mlx", "int6-g32", "model.layers.1.b"), weight(module="model.layers.0.b")]
+    declared = declaration("mlx", weights, "quantization")
+    assert declared == {
+        "group_size": 64,
+        "bits": 4,
+        "mode": "affine",
+        "model.layers.1.b": {"group_size": 32, "bits": 6},
+    }
+    assert declaration("mlx", weights) == declared
+
+
+def test_modelopt_declares_activations_or_none() -> None:
+    plain = weight("modelopt", "nvfp4")
+    rounded = replace(plain, name="x.weight", activations=parse("nvfp4"), input_scale=2.0)
+    kept = weight(module="model.layers.1.b")
+    documents = form_of("modelopt").config([rounded, kept], {})
+    numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    declared = documents["config.json"]["quantization_config"]
+    assert declared["config_groups"] == {
+        "group_0": {"weights": numbers, "input_activations": numbers, "targets": ["Linear"]}
+    }
+    assert (declared["quant_method"], declared["quant_algo"]) == ("modelopt", "NVFP4")
+    assert documents["hf_quant_config.json"]["quantization"] == {
+        "quant_algo": "NVFP4",
+        "kv_cache_quant_algo": None,
+        "group_size": 16,
+        "exclude_modules": ["lm_head", "model.layers.1.b"],
+    }
+    assert declaration("modelopt", [plain])["quant_algo"] == "W4A16_NVFP4"
+    with pytest.raises(UnsupportedError, match="for all nvfp4 weights or for none"):
+        form_of("modelopt").config([plain, rounded], {})
+
+
+def test_modelopt_stores_the_reciprocal_of_what_multiplies_inputs() -> None:
+    form = form_of("modelopt")
+    planned = replace(weight("modelopt", "nvfp4"), activations=parse("nvfp4"), input_scale=2.0)
+    assert planned.scheme
+    into = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in form.layout(planned).items()}
+    form.pack(planned, random_qtensor(planned.scheme, planned.shape), into)
+    assert into[f"{MODULE}.input_scale"].item() == 0.5
+    found = recognised(form, form.config([planned], {})["config.json"], into)
+    assert found and found[planned.name].input_scale == 2.0
+    with pytest.raises(FormatError, match=rf"{MODULE}\.input_scale needs"):
+        form.pack(replace(planned, input_scale=None), random_qtensor(planned.scheme, planned.shape), into)
+
+
+def test_modelopt_reads_fp8_with_a_scale_per_tensor_and_per_row() -> None:
+    form, codes = form_of("modelopt"), torch.randn(8, 16).to(torch.float8_e4m3fn)
+    config = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
+    tensors = {"m.weight": codes, "m.weight_scale": torch.tensor(0.25), "m.input_scale": torch.tensor(0.5)}
+    found = recognised(form, config, tensors)
+    assert found and (str(found["m.weight"].activations), found["m.weight"].input_scale) == ("fp8-e4m3-tensor", 0.5)
+    assert torch.equal(unpacked(form, found["m.weight"], tensors).dequantize(), codes.float() * 0.25)
+    rows = {"m.weight": codes, "m.weight_scale": torch.arange(1.0, 9.0)}
+    found = recognised(form, config, rows)
+    assert found and str(found["m.weight"].scheme) == str(found["m.weight"].activations) == "fp8-e4m3-row"
+    assert torch.equal(
+        unpacked(form, found["m.weight"], rows).dequantize(), codes.float() * torch.arange(1, 9)[:, None]
+    )

@@ -62,7 +62,7 @@ def _misfit(scheme: Scheme, weight: Weight) -> str | None:
     (rows, cols), block = weight.shape, scheme.block
     if scheme.grid != parse("int4").grid or scheme.nested:
         return "it has integers of 4 bits with plain scales; use int4-g128-asym, or --format compressed-tensors"
-    if scheme.zero == "float":
+    if scheme.zero not in ("none", "int"):
         return "its zero points are integers; use asym, or --format hqq"
     if block.rows != 1 or block.flat or block.cols not in (0, *GROUPS):
         return f"its readers know one scale per row or groups of {', '.join(map(str, GROUPS))} along it; use g128"
