@@ -24,7 +24,7 @@ from lowbit.schemes import parse
 from lowbit.tensors import QTensor
 from tests.reference.qtensors import random_qtensor, slow_dequantize
 
-FORMATS = plugins.names("formats")
+FORMATS = plugins.written()
 INTEGERS = [
     f"int{bits}-{block}{zero}"
     for bits in range(1, 9)

@@ -29,7 +29,7 @@ INTEGERS += [f"int{bits}-g16-{zero}" for bits in (1, 3, 8) for zero in ("asym", 
 INTEGERS += [
     f"int4-{block}{zero}" for block in ("tensor", "row", "g7", "flat64", "4x24") for zero in ("", "-asym", "-fzero")
 ]
-INTEGERS += ["int4-g32-f32", "int4-g32-bf16-asym", "int8-row-bf16-fzero"]
+INTEGERS += ["int4-g32-f32", "int4-g32-bf16-asym", "int8-row-bf16-fzero", "int4-g7-min-bf16"]
 FLOATS = [f"fp8-{grid}-{block}" for grid in ("e4m3", "e5m2") for block in ("tensor", "row", "128x128")]
 TABLES = ["nf4", "nf4-flat64", "nf4-dq", "fp4-row", "fp4-flat64-dq", "levels[-1,0,0.4]-g16", "levels[0,1,3]-row-f16"]
 LLAMA = [

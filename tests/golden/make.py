@@ -152,6 +152,18 @@ def modelopt() -> list[dict[str, Any]]:
     return cases
 
 
+def mxfp4() -> list[dict[str, Any]]:
+    """Any bytes are codes; the package holds a parameter as `[experts, inputs, outputs]`."""
+    convert = import_module("transformers.integrations.mxfp4").convert_moe_packed_tensors
+    dice = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (2, 6, 2, 16), generator=dice).to(torch.uint8)
+    scales = torch.randint(110, 130, (2, 6, 2), generator=dice).to(torch.uint8)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    meant = convert(blocks, scales, dtype=torch.bfloat16).transpose(1, 2)
+    tensors = {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    return [case({"quantization_config": {"quant_method": "mxfp4"}}, tensors, {name: meant})]
+
+
 class _Unused(types.ModuleType):
     """A module of which nothing is needed but that names can be imported from it."""
 
@@ -166,6 +178,7 @@ MAKERS: dict[str, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
     "fp8": ("transformers 5.23.0", fp8),
     "bitnet": ("transformers 5.23.0", bitnet),
     "mlx": ("mlx 0.32.4", mlx),
+    "mxfp4": ("transformers 5.23.0", mxfp4),
     "modelopt": ("nvidia-modelopt 0.47.0", modelopt),
 }
 

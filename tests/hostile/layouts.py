@@ -23,7 +23,7 @@ def checkpoint(declared: Mapping[str, Any], parts: Mapping[str, Tensor | None]) 
 
 def _awq(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
     """AWQ of [16, 64], groups of 32."""
-    parts = {
+    parts: dict[str, Tensor | None] = {
         "qweight": torch.zeros(64, 2, dtype=torch.int32),
         "qzeros": torch.full((2, 2), -0x77777778, dtype=torch.int32),
         "scales": torch.ones(2, 16, dtype=F16),
@@ -73,8 +73,8 @@ def _fp8(declared: Mapping[str, Any] | None = None, method: str = "fp8", **chang
 
 def _static(**changes: Tensor | None) -> Build:
     scale = torch.tensor(1.0)
-    parts = {"weight_scale_inv": None, "weight_scale": scale, "input_scale": scale}
-    return _fp8({"activation_scheme": "static", "weight_block_size": None}, **{**parts, **changes})
+    parts: dict[str, Tensor | None] = {"weight_scale_inv": None, "weight_scale": scale, "input_scale": scale}
+    return _fp8({"activation_scheme": "static", "weight_block_size": None}, "fp8", **{**parts, **changes})
 
 
 FP8 = [
@@ -106,7 +106,7 @@ FP8 = [
 
 def _rows(**changes: Tensor | None) -> Build:
     """fbgemm_fp8 of [64, 96]."""
-    parts = {"weight_scale_inv": None, "weight_scale": torch.ones(64, 1)}
+    parts: dict[str, Tensor | None] = {"weight_scale_inv": None, "weight_scale": torch.ones(64, 1)}
     return _fp8(None, "fbgemm_fp8", **{**parts, **changes})
 
 
@@ -294,4 +294,32 @@ MODELOPT = [
     Case("modelopt by a list", _modelopt(["NVFP4"]), ("['NVFP4']",), "modelopt"),
 ]
 
-CASES = MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
+
+def _experts(**changes: Tensor | None) -> Build:
+    """gpt-oss: two experts of [6, 64]."""
+    parts: dict[str, Tensor | None] = {
+        "up_blocks": torch.zeros(2, 6, 2, 16, dtype=torch.uint8),
+        "up_scales": torch.full((2, 6, 2), 127, dtype=torch.uint8),
+    }
+    return checkpoint({"quant_method": "mxfp4"}, {**parts, **changes})
+
+
+def _bytes(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
+MXFP4 = [
+    Case("experts scale nan", _experts(up_scales=_bytes(2, 6, 2) + 255), (SHARD, "m.up_scales", "code 255"), "mxfp4"),
+    Case("experts without scales", _experts(up_scales=None), (SHARD, "m.up_blocks", "m.up_scales"), "mxfp4"),
+    Case("experts scales too few", _experts(up_scales=_bytes(2, 6, 1)), (SHARD, "m.up_scales", "[2, 6, 1]"), "mxfp4"),
+    Case("experts scales too many", _experts(up_scales=_bytes(2, 6, 9)), (SHARD, "m.up_scales", "[2, 6, 9]"), "mxfp4"),
+    Case("experts scales floats", _experts(up_scales=torch.ones(2, 6, 2)), ("m.up_scales", "float32"), "mxfp4"),
+    Case("experts scales of two axes", _experts(up_scales=_bytes(12, 2)), ("m.up_scales", "[12, 2]"), "mxfp4"),
+    Case("experts scales empty", _experts(up_scales=_bytes(0, 6, 2)), (SHARD, "m.up_scales"), "mxfp4"),
+    Case("experts blocks of 8 bytes", _experts(up_blocks=_bytes(2, 6, 4, 8)), ("m.up_blocks", "4, 8]"), "mxfp4"),
+    Case("experts blocks of three axes", _experts(up_blocks=_bytes(12, 2, 16)), ("m.up_blocks", "[12, 2,"), "mxfp4"),
+    Case("experts blocks of no axis", _experts(up_blocks=_bytes()), (SHARD, "m.up_blocks", "[]"), "mxfp4"),
+    Case("experts blocks floats", _experts(up_blocks=torch.zeros(2, 6, 2, 16)), ("m.up_blocks", "float32"), "mxfp4"),
+]
+
+CASES = MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit import plugins
+from lowbit.api import make_plan
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Weight
 from lowbit.schemes import parse
+from lowbit.stages.checkpoint import open_checkpoint
 from tests.interop.models import recognised, unpacked
 from tests.reference.qtensors import random_qtensor
 
@@ -51,7 +55,7 @@ def declaration(name: str, weights: list[Weight], key: str = "quantization_confi
         ("fbgemm_fp8", "fp8-e4m3-g128-f16", (60, 128), "fp8-e4m3-row"),
         ("bitnet", "levels[1,0,-1]-tensor", (64, 128), "levels[-1,0,1]-tensor-bf16"),
         ("mlx", "int4-g64", (64, 128), "int4-g64-min-bf16"),
-        ("mlx", "int6-row-asym", (3, 128), "int6-min-bf16"),
+        ("mlx", "int6-row-asym", (3, 128), "int6-g128-min-bf16"),
         ("modelopt", "nvfp4", (3, 48), "nvfp4"),
     ],
 )
@@ -168,6 +172,22 @@ def test_fp8_with_a_scale_per_tensor_or_row_as_vllm_has_it() -> None:
     assert (str(found.scheme), str(found.activations)) == ("fp8-e4m3-row", "fp8-e4m3-row")
     found = read_fp8({"weight_block_size": [8, 4]}, weight=codes, weight_scale_inv=scale.expand(1, 4).contiguous())
     assert (str(found.scheme), str(found.activations)) == ("fp8-e4m3-8x4", "fp8-e4m3-g4")
+
+
+def test_what_is_read_only_is_refused_and_not_offered(wiki_8m: Path) -> None:
+    assert "mxfp4" not in plugins.written()
+    with pytest.raises(UnsupportedError, match="read and not written"):
+        make_plan(wiki_8m, format="mxfp4")
+
+
+def test_experts_come_as_the_model_holds_them(tmp_path: Path) -> None:
+    """`[experts, inputs, outputs]`: the transpose of what is stored."""
+    blocks = torch.full((2, 3, 1, 16), 0x32, dtype=torch.uint8)
+    tensors = {"m.up_blocks": blocks, "m.up_scales": torch.full((2, 3, 1), 128, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
+    found = open_checkpoint(tmp_path).dequantized("m.up")
+    assert torch.equal(found, torch.tensor([2.0, 3.0]).repeat(16)[None, :, None].expand(2, 32, 3).bfloat16())
 
 
 def test_mlx_declares_what_differs_by_name() -> None:

@@ -110,7 +110,7 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
         FormatError: a scale that float16 does not have.
     """
     check_planned(weight, q)
-    assert isinstance(q.scales, Tensor)
+    assert isinstance(q.scales, Tensor) and not isinstance(q.zeros, QTensor)
     scales = into[f"{weight.module}.scales"]
     scales.copy_(exact(f"{weight.module}.scales", q.scales, scales.dtype).T)
     zeros = torch.full(q.scales.shape, _MIDDLE, dtype=torch.uint8) if q.zeros is None else q.zeros
@@ -119,16 +119,16 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
 
 
 def _pack_words(codes: UInt8[Tensor, "rows cols"], out: Tensor) -> None:
-    octets, target = codes.unflatten(0, (-1, _WORD)), out.view(torch.uint8)
+    octets, target = codes.view(-1, _WORD, codes.shape[1]), out.view(torch.uint8)
     for cols in _column_chunks(codes.shape):
         part = octets[:, :, cols]
         target[cols].copy_((part[:, _LOW] | part[:, _HIGH] << _BITS).flatten(0, 1).T)
 
 
 def _unpack_words(words: Tensor, codes: UInt8[Tensor, "rows cols"]) -> UInt8[Tensor, "rows cols"]:
-    octets, source = codes.unflatten(0, (-1, _WORD)), words.contiguous().view(torch.uint8)
+    octets, source = codes.view(-1, _WORD, codes.shape[1]), words.contiguous().view(torch.uint8)
     for cols in _column_chunks(codes.shape):
-        part = source[cols].T.unflatten(0, (-1, len(_LOW)))
+        part = source[cols].T.reshape(-1, len(_LOW), cols.stop - cols.start)
         octets[:, _LOW, cols], octets[:, _HIGH, cols] = part & 2**_BITS - 1, part >> _BITS
     return codes
 

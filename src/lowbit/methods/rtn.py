@@ -26,10 +26,15 @@ def quantize(
     return nearest(weight, stats, scheme, out)
 
 
+def supports(scheme: Scheme) -> str | None:
+    """Why a scheme cannot be made; None where it can: minima with plain scales are a matter of the range alone."""
+    return None if scheme.zero == "min" and scheme.nested is None else unscaled(scheme)
+
+
 METHOD = Method(
     about="round to nearest: no search, no data, fastest",
     quantize=quantize,
     workspace=4.0,
-    supports=unscaled,
+    supports=supports,
     into=quantize,
 )
