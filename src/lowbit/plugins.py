@@ -17,6 +17,13 @@ _ATTRIBUTE = {
     "corrections": "CORRECTION",
 }  # fmt: skip
 
+READ_ONLY = frozenset({"mxfp4"})  # formats that are read and never written
+
+
+def written() -> list[str]:
+    """Names of the formats that are written too, sorted."""
+    return [name for name in names("formats") if name not in READ_ONLY]
+
 
 def names(folder: str) -> list[str]:
     """Names of the plug-ins in one folder (`methods`, `formats`, ...), sorted."""

@@ -40,6 +40,11 @@ KINDS = [
     ("bitsandbytes", "nf4-g64", 4, 32, 0, 64),
     ("bitsandbytes", "fp4-g64", 4, 32, 0, 64),
     ("hqq", "int4-g64-fzero", 4, 16, 16, 64),
+    ("awq", "int4-g32-asym", 4, 16, 4, 32),
+    ("mlx", "int4-g32-min", 4, 16, 16, 32),
+    ("modelopt", "nvfp4", 4, 8, 0, 16),
+    ("fbgemm_fp8", "fp8-e4m3-row", 8, 32, 0, 0),
+    ("bitnet", "levels[-1,0,1]-tensor", 2, 0, 0, 0),
 ]
 
 

@@ -53,6 +53,11 @@ LINES = [
     ("bitsandbytes", "nf4-dq", "rtn", 0.012),
     ("bitsandbytes", "int8-row", "rtn", 2e-4),
     ("hqq", "int4-g64-fzero", "hqq", 0.015),
+    ("awq", "int4-g128-asym", "rtn", 0.015),
+    ("fp8", "fp8-e4m3-128x128", "rtn", 1e-3),
+    ("fbgemm_fp8", "fp8-e4m3-row", "rtn", 1e-3),
+    ("mlx", "int4-g64-min", "rtn", 0.015),
+    ("modelopt", "nvfp4", "rtn", 0.012),
 ]
 
 

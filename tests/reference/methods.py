@@ -43,6 +43,11 @@ def encode(weight: FloatArray, scale: float, zero: float | None, scheme: Scheme)
     quotients = (weight / F(scale)).astype(F)
     if grid.kind == "int":
         half, top = 2 ** (grid.bits - 1), 2**grid.bits - 1
+        if scheme.zero == "min":
+            assert zero is not None
+            raw = np.rint((quotients + (F(zero) / F(scale)).astype(F)).astype(F))
+            codes = np.clip(raw, 0, top).astype(np.uint8)
+            return codes, ((codes.astype(F) * F(scale)).astype(F) - F(zero)).astype(F)
         if scheme.zero == "float":
             assert zero is not None
             raw = np.rint((quotients + F(zero)).astype(F))
@@ -61,7 +66,7 @@ def plain_scale(low: float, high: float, scheme: Scheme) -> float:
     bits, levels = scheme.grid.bits, [level for level in scheme.grid.levels if abs(level) < np.inf]
     if scheme.zero == "int":
         return float((F(max(high, 0)) - F(min(low, 0))) / F(2**bits - 1))
-    if scheme.zero == "float":
+    if scheme.zero in ("float", "min"):
         finest = {"f16": 1024.0, "bf16": max(128.0, 2.0**bits), "f32": 2.0**23}[scheme.scale]
         return float(max((F(high) - F(low)) / F(2**bits - 1), F(max(-low, high)) / F(finest)))
     if scheme.grid.kind == "int" and bits > 1:
@@ -94,7 +99,7 @@ def stored_zero(low: float, scale: float, scheme: Scheme) -> float | None:
         return None
     if scheme.zero == "int":
         return float(np.clip(np.rint(-F(min(low, 0)) / F(scale)), 0, 2**scheme.grid.bits - 1))
-    return round_signed(float(-F(low) / F(scale)), scheme)
+    return round_signed(float(-F(low) if scheme.zero == "min" else -F(low) / F(scale)), scheme)
 
 
 def round_signed(value: float, scheme: Scheme) -> float:

@@ -34,6 +34,8 @@ SCHEMES += ["mxfp4", "mxfp8", "nvfp4", "fp8-e4m3-tensor", "fp8-e5m2-row"]
 SCHEMES += ["levels[-1,-0.3,0,0.2,0.5]-g8", "levels[0,0.1,1]-g8", "levels[-3,-1]-g7", "levels[0.5,1,4]"]
 ROUND = NoOptions()
 
+MINIMA = [f"int{bits}-{block}-min" for bits in (1, 4, 8) for block in ("row", "g7", "g7-bf16", "g7-f32")]
+
 
 def heavy(rows: int, cols: int, seed: int = 0, size: float = 0.02) -> Tensor:
     """A weight with heavy tails: Student's t with 3 degrees of freedom."""
@@ -46,7 +48,7 @@ def effective(q: QTensor) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *MINIMA])
 def test_rtn_is_its_definition(name: str, dtype: torch.dtype) -> None:
     scheme, weight = parse(name), heavy(5, 43, seed=len(name)).to(dtype)
     weight[1], weight[2, :8], weight[3, 8:16] = 0, weight[2, :8].abs(), -weight[3, 8:16].abs()

@@ -61,7 +61,8 @@ def _blocks(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 
 
 def _listed(folder: str) -> str:
-    return ", ".join(name.replace("_", "-") for name in plugins.names(folder))
+    names = plugins.written() if folder == "formats" else plugins.names(folder)
+    return ", ".join(name.replace("_", "-") for name in names)
 
 
 _RULES = (

@@ -98,7 +98,7 @@ def pack(q: QTensor, into: Mapping[str, Tensor]) -> None:
         )
     _pack_codes(q, kind, into)
     _pack_scales(q, into)
-    if q.zeros is not None:
+    if isinstance(q.zeros, Tensor):
         _pack_zeros(q.zeros, q.scheme, kind, into["weight_zero_point"])
 
 

@@ -62,6 +62,8 @@ def _misfit(scheme: Scheme, weight: Weight) -> str | None:
     block = scheme.block
     if scheme.grid.kind != "int" or scheme.grid.bits not in BITS or scheme.nested:
         return "it has integers of 2, 3, 4 or 8 bits with plain scales; use one of them, or --format compressed-tensors"
+    if scheme.zero == "min":
+        return "it has no minima; use asym"
     if scheme.zero == "float":
         return "its zero points are integers; use asym, or --format hqq"
     if block.rows != 1 or block.flat or block.cols not in (0, *GROUPS):
@@ -112,7 +114,7 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor], offset: int) ->
 
 
 def _stored_zeros(weight: Weight, q: QTensor, offset: int) -> UInt8[Tensor, "groups rows"]:
-    if q.zeros is None:
+    if not isinstance(q.zeros, Tensor):
         return torch.full(q.scales.shape[::-1], _half(q.scheme) - offset, dtype=torch.uint8)
     low = q.zeros < offset
     if low.any():
@@ -146,13 +148,17 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     qweight, qzeros, scales, *index = parts.values()
     codes = native.unpack_bits_transposed(qweight.contiguous(), bits, weight.shape[1], out=codes)
     scales = finite(f"{weight.module}.scales", scales.T.float()).contiguous()
-    zeros = _zeros(weight, native.unpack_bits(qzeros.contiguous(), bits, weight.shape[0]), offset)
+    zeros = zero_points(weight, native.unpack_bits(qzeros.contiguous(), bits, weight.shape[0]), offset)
     q = QTensor(scheme, weight.shape, codes, scales, zeros)
     return replace(q, group_index=_group_index(weight, q, index[0])) if index else q
 
 
-def _zeros(weight: Weight, raw: UInt8[Tensor, "groups rows"], offset: int) -> UInt8[Tensor, "rows groups"] | None:
-    """Zero points of an asymmetric weight; None for a symmetric one, whose zero points must all be the middle."""
+def zero_points(weight: Weight, raw: UInt8[Tensor, "groups rows"], offset: int) -> UInt8[Tensor, "rows groups"] | None:
+    """Zero points of an asymmetric weight; None for a symmetric one, whose zero points must all be the middle.
+
+    Raises:
+        FormatError: a symmetric weight with another zero point, or one that readers of gptq v1 disagree on.
+    """
     scheme = planned(weight)
     name, last = f"{weight.module}.qzeros", 2**scheme.grid.bits - 1
     if scheme.zero == "none":
@@ -272,7 +278,7 @@ def _checkpoint_format(quantization: Mapping[str, Any]) -> str:
 
 
 def _recognised(module: str, quantization: Mapping[str, Any], specs: Mapping[str, Spec]) -> Weight:
-    parameters = {**quantization, **_override(module, quantization.get("dynamic") or {})}
+    parameters = {**quantization, **override(module, quantization.get("dynamic") or {})}
     bits, group, sym = (parameters.get(key) for key in ("bits", "group_size", "sym"))
     if bits not in BITS or not isinstance(group, int) or not (group == -1 or group > 0):
         raise FormatError(f"{module}: gptq with {bits!r} bits and group_size {group!r} is not read")
@@ -296,7 +302,7 @@ def _shape(module: str, bits: int, specs: Mapping[str, Spec]) -> tuple[int, int]
     return words[1], cols
 
 
-def _override(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any]:
+def override(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any]:
     """Parameters of the first rule of `dynamic` that matches a module."""
     for rule, parameters in dynamic.items():
         try:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from lowbit.errors import FormatError, UnsupportedError
-from lowbit.formats import Weight
+from lowbit.formats import Weight, _autoround
 from lowbit.schemes import FLOATS, Block, ScaleType, Scheme
 from lowbit.tensors import QTensor
 
 SCALE_TYPES: dict[torch.dtype, ScaleType] = {dtype: name for name, dtype in FLOATS.items()}
+_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_TYPES}
 
 
 def check_matrix(weight: Weight, format: str) -> None:
@@ -90,15 +91,25 @@ def declare(source: Mapping[str, Any], quantization: Mapping[str, Any] | None) -
     return {**document, "quantization_config": dict(quantization)} if quantization else document
 
 
+def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Float dtype that a model declares, at its top or in its part for text; bfloat16 where it does not."""
+    text = config.get("text_config")
+    places = [config, text] if isinstance(text, Mapping) else [config]
+    words = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
+    return next((_FLOATS[word] for word in words if isinstance(word, str) and word in _FLOATS), torch.bfloat16)
+
+
 def declared(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The `quantization_config` of a config.json or of its part for the text model, empty where there is none.
 
+    What auto-round declares as its own comes in the words of the layout that it is.
+
     Raises:
-        FormatError: it is no JSON object.
+        FormatError: it is no JSON object, or auto-round's for something that is not read.
     """
     text = config.get("text_config")
     within = text.get("quantization_config") if isinstance(text, Mapping) else None
     found = config.get("quantization_config") or within or {}
     if not isinstance(found, Mapping):
         raise FormatError(f"quantization_config of config.json is {type(found).__name__}, not an object")
-    return found
+    return _autoround.as_layout(found) if found.get("quant_method") in _autoround.METHODS else found

@@ -20,7 +20,16 @@ from lowbit.formats import _ct_tensors as tensors_of
 from lowbit.formats._checks import exact
 from lowbit.formats._ct_config import EMBEDDING, Declared, declared, quantization_config, read_activations, read_scheme
 from lowbit.formats._ct_tensors import DTYPES
-from lowbit.formats._linear import SCALE_TYPES, check_matrix, check_planned, declare, divisor, planned, row_block
+from lowbit.formats._linear import (
+    SCALE_TYPES,
+    check_matrix,
+    check_planned,
+    declare,
+    divisor,
+    model_dtype,
+    planned,
+    row_block,
+)
 from lowbit.schemes import Block, ScaleType, Scheme
 from lowbit.tensors import QTensor
 
@@ -39,7 +48,6 @@ _PARTNERS = {
     "mxfp4": ("mxfp4", "mxfp8"),
     "mxfp8": ("mxfp8",),
 }
-_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_TYPES}
 
 
 def fit(scheme: Scheme, weight: Weight) -> Scheme:
@@ -65,6 +73,8 @@ def _check_grid(scheme: Scheme) -> None:
         )
     if scheme.grid.name == "fp8-e5m2":
         raise UnsupportedError("compressed-tensors has one 8-bit float, E4M3; use fp8-e4m3")
+    if scheme.zero == "min":
+        raise UnsupportedError("compressed-tensors has no minima; use asym")
     if scheme.zero == "float":
         raise UnsupportedError("zero points of compressed-tensors are integers; use asym, or --format hqq")
     if scheme.grid.kind == "int" and scheme.nested:
@@ -213,7 +223,7 @@ def recognise(
         return None
     names = (name.rpartition(".") for name in specs)
     modules = dict.fromkeys(module for module, _, part in names if part in ("weight_scale", "weight_packed"))
-    weights = (_recognised(module, found, specs, read, _model_dtype(config)) for module in modules)
+    weights = (_recognised(module, found, specs, read, model_dtype(config)) for module in modules)
     return {weight.name: weight for weight in weights}
 
 
@@ -273,14 +283,6 @@ def _packed_cols(
             f"{name} says {[rows, cols]}, which {scheme.grid.bits}-bit codes in words {list(packed)} cannot be"
         )
     return cols
-
-
-def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """Float dtype that the model declares; bfloat16, in which compressed-tensors decompresses, where it does not."""
-    text = config.get("text_config")
-    places = [config, text] if isinstance(text, Mapping) else [config]
-    words = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
-    return next((_FLOATS[word] for word in words if isinstance(word, str) and word in _FLOATS), torch.bfloat16)
 
 
 def owns(weight: Weight) -> list[str]:

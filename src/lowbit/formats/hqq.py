@@ -67,6 +67,8 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
             f"hqq cannot hold {scheme}: it packs integers of 1, 2, 3, 4 and 8 bits with plain scales; use one of them "
             "(it would store 5 and 6 bits in 8)"
         )
+    if scheme.zero == "min":
+        raise UnsupportedError("hqq has no minima; use fzero")
     block = _group_block(scheme, weight)
     groups, run = prod(weight.shape) // _group_size(block, weight), _PACKINGS[scheme.grid.bits].count
     if groups % run and scheme.grid.bits not in _PADDED:
@@ -136,7 +138,7 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
         FormatError: a scale or zero point that the weight's dtype does not have.
     """
     check_planned(weight, q)
-    assert isinstance(q.scales, Tensor) and q.zeros is not None
+    assert isinstance(q.scales, Tensor) and isinstance(q.zeros, Tensor)
     for name, values in (("scale", q.scales), ("zero", q.zeros)):
         target = into[f"{weight.module}.{name}"]
         target.copy_(exact(f"{weight.module}.{name}", values, target.dtype).reshape(-1, 1))

@@ -40,7 +40,7 @@ class Affine:
 
     Attributes:
         scales: as they are stored, every value exact in the scheme's type of scales.
-        zeros: in units of a code, float32; None where the scheme has none.
+        zeros: in units of a code (kind `min`: of the weight), float32; None where the scheme has none.
         divisor: divides all scales, a float32 value; 1 unless the scales are quantized under one scale (NVFP4).
     """
 
@@ -69,6 +69,13 @@ class Affine:
 def shares_rows(scheme: Scheme) -> bool:
     """Whether one scale spans all rows of a weight, so that no run of rows can choose it alone."""
     return scheme.block.rows == 0 and not scheme.block.flat
+
+
+def unscaled(scheme: Scheme) -> str | None:
+    """Why scales and zero points that are chosen here cannot serve a scheme; None where they can."""
+    if scheme.zero == "min" or (scheme.nested and not scheme.nested.offset and scheme.scale != "e4m3"):
+        return "only llama.cpp's encoders make its minima and its scales in super-blocks; use --method ggml or imatrix"
+    return None
 
 
 def finite_range(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme) -> Range:
@@ -107,10 +114,10 @@ def fit(ranges: Range, scheme: Scheme, divisor: float = 1.0) -> Affine:
     Symmetric integers: `scale = 2 * absmax / (2**bits - 1)`, as GPTQ and compressed-tensors. Other tables: the least
     scale under which nothing clips on the sides that the table has. Integer zero points: the range is widened to
     hold 0, `scale = (max - min) / (2**bits - 1)`, `zero = rint(-min / scale)`. Float zero points: the range as it is,
-    `zero = -min / scale`. An all-zero block has scale 1.
+    `zero = -min / scale`; minima that are subtracted: `-min`. An all-zero block has scale 1.
     """
-    if scheme.zero == "float":
-        return _float_zero(ranges, scheme)
+    if scheme.zero in ("float", "min"):
+        return _free_zero(ranges, scheme)
     low, high = ranges[0].clamp(max=0), ranges[1].clamp(min=0)
     largest = torch.maximum(-low, high)
     if scheme.zero == "int":
@@ -175,8 +182,9 @@ def encode(
     grid, scales = scheme.grid, affine.scales * affine.unit
     if grid.kind == "int":
         offset, top = 2 ** (grid.bits - 1), 2**grid.bits - 1
-        fractional = scheme.zero == "float"
-        return native.quantize_affine(weight, scales, affine.zeros, offset, top, *block, round_sum=fractional, out=out)
+        fractional, zeros = scheme.zero in ("float", "min"), affine.zeros
+        zeros = zeros / scales if zeros is not None and scheme.zero == "min" else zeros
+        return native.quantize_affine(weight, scales, zeros, offset, top, *block, round_sum=fractional, out=out)
     if grid.name in _FP8:
         return native.quantize_fp8(weight, scales, _FP8[grid.name], *block, out=out)
     return native.quantize_levels(weight, scales, *_sorted_levels(grid), *block, out=out)
@@ -326,14 +334,14 @@ def _runs(size: int, block: int, count: int) -> Iterator[tuple[slice, slice, int
         yield slice(whole * block, size), slice(whole, whole + 1), size % block
 
 
-def _float_zero(ranges: Range, scheme: Scheme) -> Affine:
+def _free_zero(ranges: Range, scheme: Scheme) -> Affine:
     """Scale and unrounded zero point; the scale is widened until the zero point is stored to a quarter of a code."""
     low, high = ranges
     largest = torch.maximum(-low, high).clamp(min=0)
     precise = max(1 / torch.finfo(_TYPES[scheme.scale]).eps, 2.0**scheme.grid.bits)
     wanted = torch.maximum((high - low) / (2**scheme.grid.bits - 1), largest / precise)
     scales = round_scales(wanted, largest, scheme)
-    return Affine(scales, round_zeros(-low / scales, scheme))
+    return Affine(scales, round_zeros(-low if scheme.zero == "min" else -low / scales, scheme))
 
 
 def _covering_scale(low: Blocks, high: Blocks, largest: Blocks, grid: Grid) -> Blocks:

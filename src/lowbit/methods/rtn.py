@@ -6,7 +6,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowbit.methods import Method, NoOptions, Stats
-from lowbit.methods._scales import nearest
+from lowbit.methods._scales import nearest, unscaled
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
@@ -26,4 +26,15 @@ def quantize(
     return nearest(weight, stats, scheme, out)
 
 
-METHOD = Method(about="round to nearest: no search, no data, fastest", quantize=quantize, workspace=4.0, into=quantize)
+def supports(scheme: Scheme) -> str | None:
+    """Why a scheme cannot be made; None where it can: minima with plain scales are a matter of the range alone."""
+    return None if scheme.zero == "min" and scheme.nested is None else unscaled(scheme)
+
+
+METHOD = Method(
+    about="round to nearest: no search, no data, fastest",
+    quantize=quantize,
+    workspace=4.0,
+    supports=supports,
+    into=quantize,
+)

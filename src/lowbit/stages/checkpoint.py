@@ -122,7 +122,7 @@ class Checkpoint:
             found = torch.addmm(whole, up, down).to(dtype)
         else:
             found = loaded.dequantize(dtype) if isinstance(loaded, QTensor) else loaded.to(dtype)
-        return found.T.contiguous() if self.weights[name].swapped else found
+        return found.transpose(-2, -1).contiguous() if self.weights[name].swapped else found
 
     @property
     def nbytes(self) -> int:

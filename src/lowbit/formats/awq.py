@@ -1,0 +1,245 @@
+"""AWQ's checkpoint format: 4-bit integers with a zero point per group, eight to a word (docs/formats/awq.md).
+
+A module with W `[N out, K in]` in G groups is stored as `qweight` int32 `[K, N/8]`, `qzeros` int32 `[G, N/8]` and
+`scales` `[G, N]`: W[n, k] = scales[g, n] * (q[k, n] - zero[g, n]). That is version `gemm`; `gemv` is read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from lowbit import native
+from lowbit.errors import FormatError, UnsupportedError
+from lowbit.formats import Format, Spec, Weight
+from lowbit.formats._checks import CHUNK, exact, finite, stored
+from lowbit.formats._gptq import Read, override, zero_points
+from lowbit.formats._linear import (
+    SCALE_TYPES,
+    check_matrix,
+    check_planned,
+    declare,
+    declared,
+    divisor,
+    planned,
+    row_block,
+    skipped_modules,
+)
+from lowbit.schemes import FLOATS, Scheme, parse
+from lowbit.tensors import QTensor, Shape, scale_shape
+
+GROUPS = (32, 64, 128)
+_BITS, _WORD = 4, 8
+_MIDDLE = 8
+# Outputs of a word whose codes stand in the low and in the high nibbles of its four bytes: lowest first, the word holds
+# outputs 0, 2, 4, 6, 1, 3, 5, 7 (`order_map` in AutoAWQ).
+_LOW, _HIGH = [0, 4, 1, 5], [2, 6, 3, 7]
+
+
+def fit(scheme: Scheme, weight: Weight) -> Scheme:
+    """The scheme as AWQ stores it: float16 scales.
+
+    Raises:
+        UnsupportedError: the layout cannot hold it, or its readers refuse it.
+    """
+    check_matrix(weight, "awq")
+    block = row_block(scheme.block, weight.shape[1])
+    kept = scheme.block.cols == weight.shape[1] and scheme.block.cols in GROUPS  # a model has groups of one size
+    fitted = replace(scheme, block=replace(block, cols=scheme.block.cols) if kept else block, scale="f16")
+    reason = _misfit(fitted, weight)
+    if reason:
+        raise UnsupportedError(f"awq cannot hold {scheme}: {reason}")
+    return fitted
+
+
+def _misfit(scheme: Scheme, weight: Weight) -> str | None:
+    (rows, cols), block = weight.shape, scheme.block
+    if scheme.grid != parse("int4").grid or scheme.nested:
+        return "it has integers of 4 bits with plain scales; use int4-g128-asym, or --format compressed-tensors"
+    if scheme.zero not in ("none", "int"):
+        return "its zero points are integers; use asym, or --format hqq"
+    if block.rows != 1 or block.flat or block.cols not in (0, *GROUPS):
+        return f"its readers know one scale per row or groups of {', '.join(map(str, GROUPS))} along it; use g128"
+    if rows % _WORD:
+        return f"it stores {_WORD} outputs in a word, and this has {rows}; leave it as it is (--skip)"
+    if block.cols and cols % block.cols:
+        return f"groups of {block.cols} do not divide rows of {cols}; use g{divisor(cols, block.cols, GROUPS)}"
+    if weight.module.rpartition(".")[2] == "lm_head":
+        return "transformers never looks for a quantized output head; leave it as it is (--skip)"
+    return None
+
+
+def layout(weight: Weight) -> dict[str, Spec]:
+    """Names, dtypes and shapes of the tensors that `pack` fills."""
+    scheme, (rows, cols) = planned(weight), weight.shape
+    groups = scale_shape(weight.shape, scheme.block)[1]
+    return {
+        f"{weight.module}.qweight": Spec(torch.int32, (cols, rows // _WORD)),
+        f"{weight.module}.qzeros": Spec(torch.int32, (groups, rows // _WORD)),
+        f"{weight.module}.scales": Spec(FLOATS[scheme.scale], (groups, rows)),
+    }
+
+
+def _layout_gemv(weight: Weight) -> dict[str, Spec]:
+    """The same of version `gemv`, whose scales and zero points are padded to whole loads of its kernel."""
+    scheme, (rows, cols) = planned(weight), weight.shape
+    unit = max(128 // (scheme.block.cols or cols), 1)
+    words = ceil(ceil(scale_shape(weight.shape, scheme.block)[1] / _WORD) / unit) * unit
+    return {
+        f"{weight.module}.qweight": Spec(torch.int32, (rows, cols // _WORD)),
+        f"{weight.module}.qzeros": Spec(torch.int32, (rows, words)),
+        f"{weight.module}.scales": Spec(FLOATS[scheme.scale], (rows, words * _WORD)),
+    }
+
+
+def owns(weight: Weight) -> list[str]:
+    """Names under which the tensors of this weight may be stored."""
+    return list(layout(weight))
+
+
+def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
+    """Fill the tensors of one weight.
+
+    Raises:
+        FormatError: a scale that float16 does not have.
+    """
+    check_planned(weight, q)
+    assert isinstance(q.scales, Tensor) and not isinstance(q.zeros, QTensor)
+    scales = into[f"{weight.module}.scales"]
+    scales.copy_(exact(f"{weight.module}.scales", q.scales, scales.dtype).T)
+    zeros = torch.full(q.scales.shape, _MIDDLE, dtype=torch.uint8) if q.zeros is None else q.zeros
+    _pack_words(zeros, into[f"{weight.module}.qzeros"])
+    _pack_words(q.codes, into[f"{weight.module}.qweight"])
+
+
+def _pack_words(codes: UInt8[Tensor, "rows cols"], out: Tensor) -> None:
+    octets, target = codes.view(-1, _WORD, codes.shape[1]), out.view(torch.uint8)
+    for cols in _column_chunks(codes.shape):
+        part = octets[:, :, cols]
+        target[cols].copy_((part[:, _LOW] | part[:, _HIGH] << _BITS).flatten(0, 1).T)
+
+
+def _unpack_words(words: Tensor, codes: UInt8[Tensor, "rows cols"]) -> UInt8[Tensor, "rows cols"]:
+    octets, source = codes.view(-1, _WORD, codes.shape[1]), words.contiguous().view(torch.uint8)
+    for cols in _column_chunks(codes.shape):
+        part = source[cols].T.reshape(-1, len(_LOW), cols.stop - cols.start)
+        octets[:, _LOW, cols], octets[:, _HIGH, cols] = part & 2**_BITS - 1, part >> _BITS
+    return codes
+
+
+def _column_chunks(shape: Shape) -> Iterator[slice]:
+    """Runs of columns of about a quarter million elements: words of one column lie together in the file."""
+    step = max(CHUNK // max(shape[0], 1), 1)
+    return (slice(start, min(start + step, shape[1])) for start in range(0, shape[1], step))
+
+
+def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None = None) -> QTensor:
+    """The weight as it is stored, in either version: their shapes differ.
+
+    Raises:
+        FormatError: stored tensors that break the layout.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.uint8) if codes is None else codes
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    columns = _layout_gemv(weight)
+    if all(shapes.get(name) == spec.shape for name, spec in columns.items()) and columns != layout(weight):
+        return _unpack_gemv(weight, _parts(tensors, columns), codes)
+    qweight, qzeros, scales = _parts(tensors, layout(weight))
+    zeros = _unpack_words(qzeros, torch.empty(scales.T.shape, dtype=torch.uint8)).T
+    scales = finite(f"{weight.module}.scales", scales.T.float()).contiguous()
+    return QTensor(
+        planned(weight), weight.shape, _unpack_words(qweight, codes), scales, zero_points(weight, zeros, offset=0)
+    )
+
+
+def _parts(tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> list[Tensor]:
+    return [stored(tensors, name, spec.dtype, spec.shape) for name, spec in specs.items()]
+
+
+def _unpack_gemv(weight: Weight, parts: Sequence[Tensor], codes: Tensor) -> QTensor:
+    """`qweight` int32 `[N, K/8]`, `qzeros` and `scales` by row: nibbles in their order, padded at the end of a row."""
+    (qweight, qzeros, scales), scheme = parts, planned(weight)
+    groups = scale_shape(weight.shape, scheme.block)[1]
+    zeros = native.unpack_bits(qzeros.contiguous(), _BITS, scales.shape[1])[:, :groups].T
+    values = finite(f"{weight.module}.scales", scales[:, :groups].float()).contiguous()
+    native.unpack_bits(qweight.contiguous(), _BITS, weight.shape[1], out=codes)
+    return QTensor(scheme, weight.shape, codes, values, zero_points(weight, zeros, offset=0))
+
+
+def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """config.json with transformers' `AwqConfig`, which knows one scheme for the whole model.
+
+    Raises:
+        UnsupportedError: weights in more than one scheme.
+    """
+    schemes = {str(weight.scheme): weight.scheme for weight in weights if weight.scheme}
+    if not schemes:
+        return {"config.json": declare(source, None)}
+    if len(schemes) > 1:
+        raise UnsupportedError(
+            f"awq declares one scheme for a model, and these are {', '.join(schemes)}; use one, or --format gptq_v2"
+        )
+    (scheme,) = schemes.values()
+    quantization = {
+        "quant_method": "awq",
+        "bits": _BITS,
+        "group_size": scheme.block.cols or -1,
+        "zero_point": scheme.zero == "int",
+        "version": "gemm",
+        "modules_to_not_convert": skipped_modules(weights),
+    }
+    return {"config.json": declare(source, quantization)}
+
+
+def recognise(config: Mapping[str, Any], specs: Mapping[str, Spec], read: Read) -> dict[str, Weight] | None:
+    """The quantized weights of a checkpoint that declares AWQ.
+
+    Raises:
+        FormatError: a declaration that contradicts the stored tensors, or a kind of AWQ that is not read.
+    """
+    quantization = declared(config)
+    if quantization.get("quant_method") != "awq":
+        return None
+    version = str(quantization.get("version") or quantization.get("format") or "gemm").lower()
+    if version not in ("gemm", "gemv"):
+        raise FormatError(f"version {version!r} of quant_method awq is not read, gemm and gemv are")
+    modules = [name.removesuffix(".qweight") for name in specs if name.endswith(".qweight")]
+    weights = [_recognised(module, quantization, version, specs) for module in modules]
+    return {weight.name: weight for weight in weights}
+
+
+def _recognised(module: str, quantization: Mapping[str, Any], version: str, specs: Mapping[str, Spec]) -> Weight:
+    quantization = {**quantization, **override(module, quantization.get("dynamic") or {})}  # auto-round has several
+    bits, group = quantization.get("bits"), quantization.get("group_size")
+    if bits != _BITS or not isinstance(group, int) or not (group == -1 or group > 0):
+        raise FormatError(f"{module}: awq with {bits!r} bits and group_size {group!r} is not read")
+    words, scales = specs[f"{module}.qweight"].shape, specs.get(f"{module}.scales")
+    if len(words) != 2:
+        raise FormatError(f"{module}.qweight has {len(words)} axes, not 2")
+    if scales is None or scales.dtype not in SCALE_TYPES:
+        raise FormatError(f"{module}.scales is {scales.dtype if scales else 'missing'}, not a float tensor")
+    rows, cols = (words[1] * _WORD, words[0]) if version == "gemm" else (words[0], words[1] * _WORD)
+    if group > 0 and cols % group:
+        raise FormatError(f"{module}: groups of {group} do not divide rows of {cols}")
+    symmetric = quantization.get("zero_point", True) is False
+    name = f"int4-{'row' if group == -1 else f'g{group}'}-{SCALE_TYPES[scales.dtype]}{'' if symmetric else '-asym'}"
+    return Weight(f"{module}.weight", (rows, cols), scales.dtype, parse(name))
+
+
+FORMAT = Format(
+    about="AWQ (gemm): 4-bit integers with zero points, as AutoAWQ and vLLM have them",
+    default="int4-g128-asym",
+    fit=fit,
+    layout=layout,
+    pack=pack,
+    unpack=unpack,
+    config=config,
+    recognise=recognise,
+    owns=owns,
+)

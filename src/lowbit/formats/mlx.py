@@ -1,0 +1,167 @@
+"""MLX's affine quantization: a scale and a bias per group, `W = scale * q + bias` (docs/formats/mlx.md)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit import native
+from lowbit.errors import FormatError, UnsupportedError
+from lowbit.formats import Format, Spec, Weight
+from lowbit.formats._checks import exact, finite, stored
+from lowbit.formats._linear import (
+    SCALE_TYPES,
+    check_matrix,
+    check_planned,
+    declare,
+    declared,
+    divisor,
+    planned,
+    row_block,
+)
+from lowbit.schemes import FLOATS, Block, Scheme, parse
+from lowbit.tensors import QTensor, scale_shape
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+_WORD = 32
+
+
+def fit(scheme: Scheme, weight: Weight) -> Scheme:
+    """The scheme as MLX stores it: what a group adds is a float, scales and biases have the weight's own dtype.
+
+    Raises:
+        UnsupportedError: the layout does not hold it.
+    """
+    check_matrix(weight, "mlx")
+    if scheme.grid.kind != "int" or scheme.grid.bits not in BITS or scheme.nested:
+        raise UnsupportedError(
+            f"mlx cannot hold {scheme}: it has integers of {', '.join(map(str, BITS))} bits with plain scales; use "
+            "int4-g64-min"
+        )
+    cols = weight.shape[1]
+    block = row_block(scheme.block, cols)
+    block = Block(1, cols) if block == Block(1, 0) else block
+    if block.rows != 1 or block.flat or block.cols not in GROUPS or cols % block.cols:
+        other = divisor(cols, block.cols or cols, GROUPS)
+        raise UnsupportedError(
+            f"mlx cannot hold {scheme}: its groups are of {', '.join(map(str, GROUPS))} along the row and divide it; "
+            f"{f'use g{other}' if other else f'nothing does with {cols}, leave {weight.name} as it is (--skip)'}"
+        )
+    return replace(scheme, block=block, zero="min", scale=SCALE_TYPES[weight.dtype])
+
+
+def layout(weight: Weight) -> dict[str, Spec]:
+    """Names, dtypes and shapes of the tensors that `pack` fills."""
+    scheme, (rows, cols) = planned(weight), weight.shape
+    group = Spec(FLOATS[scheme.scale], scale_shape(weight.shape, scheme.block))
+    return {
+        f"{weight.module}.weight": Spec(torch.uint32, (rows, cols * scheme.grid.bits // _WORD)),
+        f"{weight.module}.scales": group,
+        f"{weight.module}.biases": group,
+    }
+
+
+def owns(weight: Weight) -> list[str]:
+    """Names under which the tensors of this weight may be stored."""
+    return list(layout(weight))
+
+
+def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
+    """Fill the tensors of one weight; a bias is what its group subtracts, with the other sign.
+
+    Raises:
+        FormatError: a scale or bias that the weight's dtype does not have.
+    """
+    check_planned(weight, q)
+    assert isinstance(q.scales, Tensor) and isinstance(q.zeros, Tensor)
+    for name, values in (("scales", q.scales), ("biases", -q.zeros)):
+        target = into[f"{weight.module}.{name}"]
+        target.copy_(exact(f"{weight.module}.{name}", values, target.dtype))
+    native.pack_bits(q.codes, q.scheme.grid.bits, out=into[f"{weight.module}.weight"].view(torch.int32))
+
+
+def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None = None) -> QTensor:
+    """The weight as it is stored.
+
+    Raises:
+        FormatError: stored tensors that break the layout.
+    """
+    scheme = planned(weight)
+    words, scales, biases = (stored(tensors, name, s.dtype, s.shape) for name, s in layout(weight).items())
+    scales, biases = finite(f"{weight.module}.scales", scales), finite(f"{weight.module}.biases", biases)
+    codes = native.unpack_bits(words.contiguous().view(torch.int32), scheme.grid.bits, weight.shape[1], out=codes)
+    return QTensor(scheme, weight.shape, codes, scales.float(), -biases.float())
+
+
+def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """config.json as mlx-lm writes it; what is quantized is known by its scales, what differs is named."""
+    plain = {key: value for key, value in declare(source, None).items() if key != "quantization"}
+    chosen = {weight.module: _parameters(planned(weight)) for weight in weights if weight.scheme}
+    if not chosen:
+        return {"config.json": plain}
+    common = dict(Counter(tuple(each.items()) for each in chosen.values()).most_common(1)[0][0])
+    other = {module: each for module, each in chosen.items() if each != common}
+    quantization = {**common, "mode": "affine", **other}
+    return {"config.json": {**plain, "quantization": quantization, "quantization_config": quantization}}
+
+
+def _parameters(scheme: Scheme) -> dict[str, Any]:
+    return {"group_size": scheme.block.cols, "bits": scheme.grid.bits}
+
+
+def recognise(
+    config: Mapping[str, Any], specs: Mapping[str, Spec], read: Callable[[str], Tensor]
+) -> dict[str, Weight] | None:
+    """The quantized weights of a checkpoint that declares bits and groups, as MLX does, and no method.
+
+    Raises:
+        FormatError: a declaration that contradicts the stored tensors, or a mode that is not read.
+    """
+    quantization = config.get("quantization") or declared(config)
+    if declared(config).get("quant_method") or not isinstance(quantization, Mapping) or "bits" not in quantization:
+        return None
+    modules = [name.removesuffix(".scales") for name in specs if name.endswith(".scales")]
+    if not any(specs[name].dtype == torch.uint32 for name in specs) and not modules:
+        return None
+    weights = [_recognised(module, quantization, specs) for module in modules]
+    return {weight.name: weight for weight in weights}
+
+
+def _recognised(module: str, quantization: Mapping[str, Any], specs: Mapping[str, Spec]) -> Weight:
+    own = quantization.get(module)
+    found = {**quantization, **own} if isinstance(own, Mapping) else quantization
+    bits, group, mode = (found.get(key) for key in ("bits", "group_size", "mode"))
+    if mode not in (None, "affine") or bits not in BITS or group not in GROUPS:
+        raise FormatError(f"{module}: mlx with {bits!r} bits, group_size {group!r} and mode {mode!r} is not read")
+    words, scales = specs.get(f"{module}.weight"), specs[f"{module}.scales"]
+    if words is None or len(words.shape) != 2 or words.dtype != torch.uint32:
+        raise FormatError(
+            f"{module}.weight is {f'{words.dtype} {list(words.shape)}' if words else 'missing'}, no matrix of words"
+        )
+    cols, left = divmod(words.shape[1] * _WORD, int(bits))
+    if left or cols % int(group) or scales.dtype not in SCALE_TYPES:
+        raise FormatError(
+            f"{module}.weight has {words.shape[1]} words a row, which {bits}-bit codes in groups of {group} under "
+            f"scales of {scales.dtype} do not fill"
+        )
+    scheme = parse(f"int{bits}-g{group}-min-{SCALE_TYPES[scales.dtype]}")
+    return Weight(f"{module}.weight", (words.shape[0], cols), scales.dtype, scheme)
+
+
+FORMAT = Format(
+    about="MLX (affine): integers of 2, 3, 4, 5, 6 and 8 bits with a scale and a bias per group",
+    default="int4-g64-min",
+    fit=fit,
+    layout=layout,
+    pack=pack,
+    unpack=unpack,
+    config=config,
+    recognise=recognise,
+    owns=owns,
+)

@@ -1,0 +1,189 @@
+"""Makes the files `NAME.json` that `test_owners.py` reads, each with the package that owns the format.
+
+`python -m tests.golden.make NAME`, with that package installed (the line in `MAKERS` says which). A file holds a small
+checkpoint: its configuration, its tensors, and the weights that the owner says they mean.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODULE = "model.layers.0.mlp.up_proj"
+F16 = torch.float16
+
+
+def case(config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """One checkpoint as JSON."""
+    return {"config": config, "tensors": _dump(tensors), "weights": _dump(weights)}
+
+
+def _dump(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: [str(t.dtype).removeprefix("torch."), list(t.shape), _hex(t)] for name, t in tensors.items()}
+
+
+def _hex(tensor: Tensor) -> str:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes().hex()
+
+
+def affine(rows: int, cols: int, size: int, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Random scales and zero points `[rows, groups]`, and the weight `[rows, cols]` that lies on their grid."""
+    dice = torch.Generator().manual_seed(rows + cols + size)
+    codes = torch.randint(2**bits, (rows, cols), generator=dice)
+    zeros = torch.randint(2**bits, (rows, cols // size), generator=dice)
+    scales = (torch.rand(zeros.shape, generator=dice) / 50 + 0.01).half()
+    weight = (codes - zeros.repeat_interleave(size, 1)) * scales.float().repeat_interleave(size, 1)
+    return scales, zeros, weight.half().float()
+
+
+def _without_init(package: str) -> None:
+    """Let modules of a package be imported alone: its `__init__` asks for versions of others that are long gone."""
+    spec = find_spec(package)
+    assert spec and spec.submodule_search_locations
+    sys.modules[package] = types.ModuleType(package)
+    sys.modules[package].__path__ = list(spec.submodule_search_locations)
+
+
+def awq() -> list[dict[str, Any]]:
+    _without_init("awq")
+    _without_init("awq.modules")
+    _without_init("awq.modules.linear")
+    cases = []
+    for version, size, rows, cols in [("gemm", 32, 32, 64), ("gemv", 64, 8, 128)]:
+        scales, zeros, weight = affine(rows, cols, size)
+        linear = torch.nn.Linear(cols, rows, bias=False)
+        linear.weight.data = weight
+        kind = getattr(import_module(f"awq.modules.linear.{version}"), f"WQLinear_{version.upper()}")
+        parts = (scales.T, zeros.T) if version == "gemm" else (scales, zeros)
+        made = kind.from_linear(linear, 4, size, scales=parts[0].contiguous(), zeros=parts[1].contiguous())
+        declared = {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": version}
+        tensors = {f"{MODULE}.{name}": tensor for name, tensor in made.named_buffers()}
+        cases.append(case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": weight.half()}))
+    return cases
+
+
+def fp8() -> list[dict[str, Any]]:
+    """Blocks of 32 x 32, to keep the file small, with float32 scales and with powers of two."""
+    made = import_module("transformers.integrations.finegrained_fp8")
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    cases = []
+    for scale in ("float", "ue8m0"):
+        options = {"weight_block_size": [32, 32], "scale_fmt": scale}
+        quantizer = types.SimpleNamespace(
+            quantization_config=import_module("transformers").FineGrainedFP8Config(**options)
+        )
+        tensors = made.Fp8Quantize(quantizer).convert({f"{MODULE}.weight": weight})
+        parts = tensors[f"{MODULE}.weight"], tensors[f"{MODULE}.weight_scale_inv"]
+        found = made.Fp8Dequantize(quantizer)._dequantize_one(*parts, torch.bfloat16)
+        declared = {"quant_method": "fp8", "activation_scheme": "dynamic", **options}
+        cases.append(case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": found}))
+    return cases
+
+
+def bitnet() -> list[dict[str, Any]]:
+    made = import_module("transformers.integrations.bitnet")
+    ternary = torch.randint(-1, 2, (16, 24), generator=torch.Generator().manual_seed(0)).float()
+    scale = torch.tensor([0.0371], dtype=torch.bfloat16)
+    cases = []
+    for kind in ("autobitlinear", "bitlinear"):
+        tensors = {f"{MODULE}.weight": made.pack_weights(ternary.clone()), f"{MODULE}.weight_scale": scale}
+        found = ternary * scale.float() if kind == "autobitlinear" else ternary / scale.float()
+        declared = {"quant_method": "bitnet", "linear_class": kind, "quantization_mode": "offline"}
+        cases.append(case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": found}))
+    return cases
+
+
+def mlx() -> list[dict[str, Any]]:
+    """Dequantized in float32, in which a product and a sum are rounded as they are here."""
+    core: Any = import_module("mlx.core")
+    weight = core.random.normal((4, 128), key=core.random.key(0))
+    cases = []
+    for bits, size, dtype in [
+        (2, 64, "float32"),
+        (3, 32, "float16"),
+        (4, 64, "float16"),
+        (6, 128, "float32"),
+        (8, 32, "float16"),
+    ]:
+        parts = core.quantize(weight.astype(getattr(core, dtype)), group_size=size, bits=bits)
+        packed, scales, biases = parts
+        found = core.dequantize(
+            packed, scales.astype(core.float32), biases.astype(core.float32), group_size=size, bits=bits
+        )
+        tensors = {
+            f"{MODULE}.{name}": torch.from_numpy(import_module("numpy").array(part))
+            for name, part in zip(("weight", "scales", "biases"), parts, strict=True)
+        }
+        meant = {f"{MODULE}.weight": torch.from_numpy(import_module("numpy").array(found))}
+        cases.append(case({"quantization": {"group_size": size, "bits": bits, "mode": "affine"}}, tensors, meant))
+    return cases
+
+
+def modelopt() -> list[dict[str, Any]]:
+    """NVFP4 by `NVFP4QTensor`, with a scale for the inputs and without; declared as the export converts it."""
+    root = "modelopt.torch.quantization"
+    for package in ("modelopt", "modelopt.torch", root, f"{root}.backends", f"{root}.qtensor", "modelopt.torch.export"):
+        _without_init(package)
+    for unused in ("config", "utils.layerwise_calib", "utils.shared_input", "backends.utils", "extensions"):
+        sys.modules[f"{root}.{unused}"] = _Unused(unused)
+    for unused in ("modelopt.torch.utils", "modelopt.torch.utils.network"):
+        sys.modules[unused] = _Unused(unused)
+    kind = import_module(f"{root}.qtensor.nvfp4_tensor").NVFP4QTensor
+    convert = import_module("modelopt.torch.export.convert_hf_config").convert_hf_quant_config_format
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    cases = []
+    for algorithm in ("NVFP4", "W4A16_NVFP4"):
+        made, scale, double = kind.quantize(weight.clone(), 16)
+        meant = made.dequantize(scale=scale, double_scale=double, block_sizes={-1: 16})
+        parts = {"weight": made._quantized_data, "weight_scale": scale, "weight_scale_2": double}
+        parts |= {"input_scale": torch.tensor(0.004)} if algorithm == "NVFP4" else {}
+        declared = convert({"quantization": {"quant_algo": algorithm, "exclude_modules": ["lm_head"]}})
+        tensors = {f"{MODULE}.{name}": tensor for name, tensor in parts.items()}
+        cases.append(case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": meant}))
+    return cases
+
+
+def mxfp4() -> list[dict[str, Any]]:
+    """Any bytes are codes; the package holds a parameter as `[experts, inputs, outputs]`."""
+    convert = import_module("transformers.integrations.mxfp4").convert_moe_packed_tensors
+    dice = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (2, 6, 2, 16), generator=dice).to(torch.uint8)
+    scales = torch.randint(110, 130, (2, 6, 2), generator=dice).to(torch.uint8)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    meant = convert(blocks, scales, dtype=torch.bfloat16).transpose(1, 2)
+    tensors = {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    return [case({"quantization_config": {"quant_method": "mxfp4"}}, tensors, {name: meant})]
+
+
+class _Unused(types.ModuleType):
+    """A module of which nothing is needed but that names can be imported from it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return dict
+
+
+MAKERS: dict[str, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
+    "awq": ("autoawq 0.2.9", awq),
+    "fp8": ("transformers 5.23.0", fp8),
+    "bitnet": ("transformers 5.23.0", bitnet),
+    "mlx": ("mlx 0.32.4", mlx),
+    "mxfp4": ("transformers 5.23.0", mxfp4),
+    "modelopt": ("nvidia-modelopt 0.47.0", modelopt),
+}
+
+if __name__ == "__main__":
+    (name,) = sys.argv[1:]
+    package, make = MAKERS[name]
+    lines = ",\n".join(json.dumps(each) for each in make())
+    Path(__file__).with_name(f"{name}.json").write_text(f'{{"made_by": "{package}", "cases": [\n{lines}\n]}}\n')

@@ -1,0 +1,325 @@
+"""Hostile checkpoints of further formats, in the words of `cases.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.hostile.cases import INF, NAN, SHARD, Case, _directory
+
+Build = Callable[[Path], Path]
+F16 = torch.float16
+
+
+def checkpoint(declared: Mapping[str, Any], parts: Mapping[str, Tensor | None]) -> Build:
+    """One module `m` with these tensors (None: left out), and a configuration that declares its format."""
+    tensors = {f"m.{name}": tensor for name, tensor in parts.items() if tensor is not None}
+    return _directory({SHARD: tensors}, config={"quantization_config": declared})
+
+
+def _awq(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """AWQ of [16, 64], groups of 32."""
+    parts: dict[str, Tensor | None] = {
+        "qweight": torch.zeros(64, 2, dtype=torch.int32),
+        "qzeros": torch.full((2, 2), -0x77777778, dtype=torch.int32),
+        "scales": torch.ones(2, 16, dtype=F16),
+    }
+    usual = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": False, "version": "gemm"}
+    return checkpoint(usual | dict(declared or {}), {**parts, **changes})
+
+
+def _lies(fields: Mapping[str, Any], *says: str) -> Case:
+    return Case("awq says " + ", ".join(f"{k} {v}" for k, v in fields.items()), _awq(fields), says, "awq")
+
+
+AWQ = [
+    Case("awq scale nan", _awq(scales=torch.full((2, 16), NAN, dtype=F16)), (SHARD, "m.scales", "nan"), "awq"),
+    Case("awq scale infinite", _awq(scales=torch.full((2, 16), INF, dtype=F16)), (SHARD, "m.scales", "inf"), "awq"),
+    Case("awq without scales", _awq(scales=None), ("m.scales", "missing"), "awq"),
+    Case("awq without zero points", _awq(qzeros=None), (SHARD, "m.qzeros is missing"), "awq"),
+    Case("awq scales integers", _awq(scales=torch.ones(2, 16, dtype=torch.int32)), ("m.scales", "int32"), "awq"),
+    Case("awq scales of one group", _awq(scales=torch.ones(1, 16, dtype=F16)), (SHARD, "m.scales", "[1, 16]"), "awq"),
+    Case("awq zero points of other words", _awq(qzeros=torch.zeros(2, 1, dtype=torch.int32)), ("m.qzeros",), "awq"),
+    Case("awq zero points no middle", _awq(qzeros=torch.zeros(2, 2, dtype=torch.int32)), ("row 0, group 0",), "awq"),
+    Case("awq codes bytes", _awq(qweight=torch.zeros(64, 2, dtype=torch.uint8)), (SHARD, "m.qweight", "uint8"), "awq"),
+    Case("awq codes of one axis", _awq(qweight=torch.zeros(128, dtype=torch.int32)), ("m.qweight", "1 axes"), "awq"),
+    Case("awq codes empty", _awq(qweight=torch.zeros(0, 2, dtype=torch.int32)), (SHARD, "m.qzeros"), "awq"),
+    _lies({"bits": 3}, "3 bits"),
+    _lies({"bits": "4"}, "'4' bits"),
+    _lies({"group_size": 0}, "group_size 0"),
+    _lies({"group_size": 2**40}, "1099511627776", "64"),
+    _lies({"group_size": None}, "group_size None"),
+    _lies({"version": "gemv_fast"}, "gemv_fast"),
+    _lies({"version": ["gemm"]}, "version"),
+    _lies({"version": "gemv"}, "groups of 32 do not divide rows of 16"),
+]
+
+E4M3 = torch.float8_e4m3fn
+
+
+def _fp8(declared: Mapping[str, Any] | None = None, method: str = "fp8", **changes: Tensor | None) -> Build:
+    """FP8 of [64, 96] in blocks of 32 x 32."""
+    parts: dict[str, Tensor | None] = {
+        "weight": torch.zeros(64, 96, dtype=E4M3),
+        "weight_scale_inv": torch.ones(2, 3),
+    }
+    usual = {"quant_method": method, "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    return checkpoint(usual | dict(declared or {}), {**parts, **changes})
+
+
+def _static(**changes: Tensor | None) -> Build:
+    scale = torch.tensor(1.0)
+    parts: dict[str, Tensor | None] = {"weight_scale_inv": None, "weight_scale": scale, "input_scale": scale}
+    return _fp8({"activation_scheme": "static", "weight_block_size": None}, "fp8", **{**parts, **changes})
+
+
+FP8 = [
+    Case("fp8 scale nan", _fp8(weight_scale_inv=torch.full((2, 3), NAN)), (SHARD, "m.weight_scale_inv", "nan"), "fp8"),
+    Case("fp8 scale infinite", _fp8(weight_scale_inv=torch.full((2, 3), INF)), ("m.weight_scale_inv", "inf"), "fp8"),
+    Case("fp8 code nan", _fp8(weight=torch.full((64, 96), NAN).to(E4M3)), (SHARD, "m.weight", "NaN at [0, 0]"), "fp8"),
+    Case("fp8 without scales", _fp8(weight_scale_inv=None), (SHARD, "m.weight", "without a scale"), "fp8"),
+    Case("fp8 scales alone", _fp8(weight=None), ("m.weight is missing",), "fp8"),
+    Case("fp8 codes bytes", _fp8(weight=torch.zeros(64, 96, dtype=torch.uint8)), ("m.weight", "uint8"), "fp8"),
+    Case("fp8 codes of three axes", _fp8(weight=torch.zeros(2, 32, 96).to(E4M3)), ("m.weight", "[2, 32, 96]"), "fp8"),
+    Case("fp8 scales integers", _fp8(weight_scale_inv=torch.ones(2, 3).int()), ("m.weight_scale_inv", "int32"), "fp8"),
+    Case("fp8 scales too few", _fp8(weight_scale_inv=torch.ones(2, 2)), ("m.weight_scale_inv", "[2, 2]"), "fp8"),
+    Case(
+        "fp8 exponent nan",
+        _fp8(weight_scale_inv=torch.full((2, 3), 255, dtype=torch.uint8)),
+        ("m.weight_scale_inv", "nan"),
+        "fp8",
+    ),
+    Case("fp8 blocks of one side", _fp8({"weight_block_size": [128]}), ("weight_block_size", "[128]"), "fp8"),
+    Case("fp8 blocks of nothing", _fp8({"weight_block_size": [0, 128]}), ("weight_block_size", "[0, 128]"), "fp8"),
+    Case("fp8 blocks a text", _fp8({"weight_block_size": "128"}), ("weight_block_size", "'128'"), "fp8"),
+    Case("fp8 activations by magic", _fp8({"activation_scheme": "magic"}), ("activation_scheme", "'magic'"), "fp8"),
+    Case("fp8 scales of nothing named", _static(weight_scale=torch.ones(7)), ("m.weight_scale", "[7]"), "fp8"),
+    Case("fp8 without input scale", _static(input_scale=None), ("m.input_scale", "missing"), "fp8"),
+    Case("fp8 input scale negative", _static(input_scale=torch.tensor(-1.0)), ("m.input_scale", "positive"), "fp8"),
+    Case("fp8 input scales two", _static(input_scale=torch.ones(2)), ("m.input_scale", "not one"), "fp8"),
+]
+
+
+def _rows(**changes: Tensor | None) -> Build:
+    """fbgemm_fp8 of [64, 96]."""
+    parts: dict[str, Tensor | None] = {"weight_scale_inv": None, "weight_scale": torch.ones(64, 1)}
+    return _fp8(None, "fbgemm_fp8", **{**parts, **changes})
+
+
+ROWS = [
+    Case(
+        "fbgemm scale nan", _rows(weight_scale=torch.full((64, 1), NAN)), (SHARD, "m.weight_scale", "nan"), "fbgemm_fp8"
+    ),
+    Case(
+        "fbgemm scale infinite", _rows(weight_scale=torch.full((64, 1), INF)), ("m.weight_scale", "inf"), "fbgemm_fp8"
+    ),
+    Case("fbgemm code nan", _rows(weight=torch.full((64, 96), NAN).to(E4M3)), ("m.weight", "NaN"), "fbgemm_fp8"),
+    Case("fbgemm without scales", _rows(weight_scale=None), ("m.weight", "weight_scale beside"), "fbgemm_fp8"),
+    Case("fbgemm scales alone", _rows(weight=None), ("m.weight",), "fbgemm_fp8"),
+    Case(
+        "fbgemm scales of a column", _rows(weight_scale=torch.ones(1, 96)), ("m.weight_scale", "[1, 96]"), "fbgemm_fp8"
+    ),
+    Case(
+        "fbgemm scales halves",
+        _rows(weight_scale=torch.ones(64, 1).half()),
+        ("m.weight_scale", "float16"),
+        "fbgemm_fp8",
+    ),
+    Case("fbgemm scales empty", _rows(weight_scale=torch.ones(0, 1)), ("m.weight_scale", "[0, 1]"), "fbgemm_fp8"),
+    Case("fbgemm codes bytes", _rows(weight=torch.zeros(64, 96).byte()), ("m.weight",), "fbgemm_fp8"),
+    Case(
+        "fbgemm codes of three axes",
+        _rows(weight=torch.zeros(2, 32, 96).to(E4M3)),
+        ("m.weight", "3 axes"),
+        "fbgemm_fp8",
+    ),
+    Case("fbgemm codes e5m2", _rows(weight=torch.zeros(64, 96).to(torch.float8_e5m2)), ("m.weight",), "fbgemm_fp8"),
+]
+
+
+def _bitnet(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """BitNet of [64, 96]."""
+    parts: dict[str, Tensor | None] = {
+        "weight": torch.full((16, 96), 0b01010101, dtype=torch.uint8),
+        "weight_scale": torch.ones(1, dtype=torch.bfloat16),
+    }
+    usual = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+    return checkpoint(usual | dict(declared or {}), {**parts, **changes})
+
+
+def _one(value: float, *shape: int) -> Tensor:
+    return torch.full(shape or (1,), value, dtype=torch.bfloat16)
+
+
+BITNET = [
+    Case("bitnet scale nan", _bitnet(weight_scale=_one(NAN)), (SHARD, "m.weight_scale", "nan"), "bitnet"),
+    Case("bitnet scale infinite", _bitnet(weight_scale=_one(INF)), (SHARD, "m.weight_scale", "inf"), "bitnet"),
+    Case(
+        "bitnet divides by zero",
+        _bitnet({"linear_class": "bitlinear"}, weight_scale=_one(0.0)),
+        ("m.weight_scale", "reciprocal", "inf"),
+        "bitnet",
+    ),
+    Case("bitnet scales two", _bitnet(weight_scale=_one(1.0, 2)), (SHARD, "m.weight_scale", "[2]"), "bitnet"),
+    Case("bitnet scale an integer", _bitnet(weight_scale=torch.ones(1).int()), ("m.weight_scale", "int32"), "bitnet"),
+    Case(
+        "bitnet divides by float32",
+        _bitnet({"linear_class": "bitlinear"}, weight_scale=torch.ones(1)),
+        ("m.weight_scale", "float32"),
+        "bitnet",
+    ),
+    Case("bitnet without scale", _bitnet(weight_scale=None), ("m.weight_scale is missing",), "bitnet"),
+    Case("bitnet scale alone", _bitnet(weight=None), ("m.weight is missing",), "bitnet"),
+    Case(
+        "bitnet fourth level",
+        _bitnet(weight=torch.full((16, 96), 0b11010101, dtype=torch.uint8)),
+        (SHARD, "m.weight", "code 3", "end at 2"),
+        "bitnet",
+    ),
+    Case("bitnet codes signed", _bitnet(weight=torch.zeros(16, 96).char()), (SHARD, "m.weight", "int8"), "bitnet"),
+    Case("bitnet codes of one axis", _bitnet(weight=torch.zeros(96).byte()), ("m.weight", "[96]"), "bitnet"),
+    Case("bitnet of another kind", _bitnet({"linear_class": "superlinear"}), ("superlinear",), "bitnet"),
+]
+
+
+def _auto_round(**declared: Any) -> Build:
+    usual = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int"}
+    return _awq({"packing_format": "auto_round:auto_awq", **usual, **declared})
+
+
+AUTO_ROUND = [
+    Case("auto-round packed by nobody", _auto_round(packing_format="auto_round:abra"), ("'auto_round:abra'",)),
+    Case("auto-round packed by a number", _auto_round(packing_format=4), ("packing_format 4",)),
+    Case("auto-round rotated", _auto_round(rotation_config={"a": 1}), ("rotation_config", "rotated")),
+    Case("auto-round of floats", _auto_round(data_type="fp"), ("'fp'",)),
+    Case("auto-round with 8-bit inputs", _auto_round(act_bits=8), ("8-bit activations",)),
+    Case("auto-round extra a list", _auto_round(extra_config=[1]), ("extra_config",)),
+    Case("auto-round extra of numbers", _auto_round(extra_config={"m": 4}), ("extra_config",)),
+    Case("auto-round extra no expression", _auto_round(extra_config={"(": {"bits": 4}}), ("'('",)),
+    Case("auto-round with other bits", _auto_round(extra_config={"m": {"bits": 3}}), ("m: awq with 3 bits",)),
+    Case("auto-round bits a text", _auto_round(bits="4"), ("'4' bits",)),
+    Case(
+        "auto-round floats of 6 bits",
+        _auto_round(packing_format="auto_round:llm_compressor", data_type="mx_fp", bits=6),
+        ("6-bit mx_fp",),
+    ),
+]
+
+
+def _mlx(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """MLX of [16, 128], 4 bits in groups of 64."""
+    parts: dict[str, Tensor | None] = {
+        "weight": torch.zeros(16, 16, dtype=torch.uint32),
+        "scales": torch.ones(16, 2, dtype=F16),
+        "biases": torch.ones(16, 2, dtype=F16),
+    }
+    tensors = {f"m.{name}": tensor for name, tensor in {**parts, **changes}.items() if tensor is not None}
+    usual = {"group_size": 64, "bits": 4, "mode": "affine"} | dict(declared or {})
+    return _directory({SHARD: tensors}, config={"quantization": usual, "quantization_config": usual})
+
+
+MLX = [
+    Case("mlx scale nan", _mlx(scales=torch.full((16, 2), NAN, dtype=F16)), (SHARD, "m.scales", "nan"), "mlx"),
+    Case("mlx bias infinite", _mlx(biases=torch.full((16, 2), INF, dtype=F16)), (SHARD, "m.biases", "inf"), "mlx"),
+    Case("mlx without biases", _mlx(biases=None), (SHARD, "m.biases is missing"), "mlx"),
+    Case("mlx without weight", _mlx(weight=None), ("m.weight is missing",), "mlx"),
+    Case("mlx biases of another dtype", _mlx(biases=torch.ones(16, 2)), (SHARD, "m.biases", "float32"), "mlx"),
+    Case("mlx scales too few", _mlx(scales=torch.ones(16, 1, dtype=F16)), (SHARD, "m.scales", "[16, 1]"), "mlx"),
+    Case("mlx scales integers", _mlx(scales=torch.ones(16, 2).int()), ("m.weight", "int32"), "mlx"),
+    Case("mlx words signed", _mlx(weight=torch.zeros(16, 16).int()), (SHARD, "m.weight", "int32"), "mlx"),
+    Case("mlx words of one axis", _mlx(weight=torch.zeros(16, dtype=torch.uint32)), ("m.weight", "[16]"), "mlx"),
+    Case("mlx words too few", _mlx(weight=torch.zeros(16, 15, dtype=torch.uint32)), ("m.weight", "15 words"), "mlx"),
+    Case("mlx with 7 bits", _mlx({"bits": 7}), ("7 bits",), "mlx"),
+    Case("mlx bits a text", _mlx({"bits": "4"}), ("'4' bits",), "mlx"),
+    Case("mlx groups of 48", _mlx({"group_size": 48}), ("group_size 48",), "mlx"),
+    Case("mlx of another mode", _mlx({"mode": "nvfp4"}), ("mode 'nvfp4'",), "mlx"),
+    Case("mlx module of 5 groups", _mlx({"m": {"group_size": 5}}), ("m: ", "group_size 5"), "mlx"),
+]
+
+
+def _modelopt(algorithm: Any = "NVFP4", **changes: Tensor | None) -> Build:
+    """ModelOpt's NVFP4 of [16, 64]."""
+    parts: dict[str, Tensor | None] = {
+        "weight": torch.zeros(16, 32, dtype=torch.uint8),
+        "weight_scale": torch.ones(16, 4).to(E4M3),
+        "weight_scale_2": torch.tensor(1.0),
+        "input_scale": torch.tensor(1.0),
+    }
+    return checkpoint({"quant_method": "modelopt", "quant_algo": algorithm}, {**parts, **changes})
+
+
+MODELOPT = [
+    Case(
+        "modelopt scale nan",
+        _modelopt(weight_scale=torch.full((16, 4), NAN).to(E4M3)),
+        ("m.weight_scale", "NaN"),
+        "modelopt",
+    ),
+    Case(
+        "modelopt scale 2 nan",
+        _modelopt(weight_scale_2=torch.tensor(NAN)),
+        (SHARD, "m.weight_scale_2", "nan"),
+        "modelopt",
+    ),
+    Case(
+        "modelopt scale 2 infinite",
+        _modelopt(weight_scale_2=torch.tensor(INF)),
+        ("m.weight_scale_2", "inf"),
+        "modelopt",
+    ),
+    Case("modelopt scales 2 two", _modelopt(weight_scale_2=torch.ones(2)), (SHARD, "m.weight_scale_2"), "modelopt"),
+    Case("modelopt without scale 2", _modelopt(weight_scale_2=None), ("m.weight_scale_2 is missing",), "modelopt"),
+    Case(
+        "modelopt input scale zero", _modelopt(input_scale=torch.tensor(0.0)), ("m.input_scale", "positive"), "modelopt"
+    ),
+    Case("modelopt input scales two", _modelopt(input_scale=torch.ones(2)), ("m.input_scale", "positive"), "modelopt"),
+    Case(
+        "modelopt scales too few",
+        _modelopt(weight_scale=torch.ones(16, 3).to(E4M3)),
+        ("m.weight_scale", "[16, 3]"),
+        "modelopt",
+    ),
+    Case(
+        "modelopt scales halves", _modelopt(weight_scale=torch.ones(16, 4).half()), ("m.weight", "float16"), "modelopt"
+    ),
+    Case("modelopt without weight", _modelopt(weight=None), ("m.weight is missing",), "modelopt"),
+    Case("modelopt codes of one axis", _modelopt(weight=torch.zeros(16).byte()), ("m.weight", "[16]"), "modelopt"),
+    Case("modelopt row of 24", _modelopt(weight=torch.zeros(16, 12).byte()), ("m.weight", "24 values"), "modelopt"),
+    Case("modelopt smoothed", _modelopt(pre_quant_scale=torch.ones(64)), ("m.pre_quant_scale",), "modelopt"),
+    Case("modelopt by W8A8", _modelopt("W8A8_SQ_PER_CHANNEL"), ("W8A8_SQ_PER_CHANNEL",), "modelopt"),
+    Case("modelopt by a list", _modelopt(["NVFP4"]), ("['NVFP4']",), "modelopt"),
+]
+
+
+def _experts(**changes: Tensor | None) -> Build:
+    """gpt-oss: two experts of [6, 64]."""
+    parts: dict[str, Tensor | None] = {
+        "up_blocks": torch.zeros(2, 6, 2, 16, dtype=torch.uint8),
+        "up_scales": torch.full((2, 6, 2), 127, dtype=torch.uint8),
+    }
+    return checkpoint({"quant_method": "mxfp4"}, {**parts, **changes})
+
+
+def _bytes(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
+MXFP4 = [
+    Case("experts scale nan", _experts(up_scales=_bytes(2, 6, 2) + 255), (SHARD, "m.up_scales", "code 255"), "mxfp4"),
+    Case("experts without scales", _experts(up_scales=None), (SHARD, "m.up_blocks", "m.up_scales"), "mxfp4"),
+    Case("experts scales too few", _experts(up_scales=_bytes(2, 6, 1)), (SHARD, "m.up_scales", "[2, 6, 1]"), "mxfp4"),
+    Case("experts scales too many", _experts(up_scales=_bytes(2, 6, 9)), (SHARD, "m.up_scales", "[2, 6, 9]"), "mxfp4"),
+    Case("experts scales floats", _experts(up_scales=torch.ones(2, 6, 2)), ("m.up_scales", "float32"), "mxfp4"),
+    Case("experts scales of two axes", _experts(up_scales=_bytes(12, 2)), ("m.up_scales", "[12, 2]"), "mxfp4"),
+    Case("experts scales empty", _experts(up_scales=_bytes(0, 6, 2)), (SHARD, "m.up_scales"), "mxfp4"),
+    Case("experts blocks of 8 bytes", _experts(up_blocks=_bytes(2, 6, 4, 8)), ("m.up_blocks", "4, 8]"), "mxfp4"),
+    Case("experts blocks of three axes", _experts(up_blocks=_bytes(12, 2, 16)), ("m.up_blocks", "[12, 2,"), "mxfp4"),
+    Case("experts blocks of no axis", _experts(up_blocks=_bytes()), (SHARD, "m.up_blocks", "[]"), "mxfp4"),
+    Case("experts blocks floats", _experts(up_blocks=torch.zeros(2, 6, 2, 16)), ("m.up_blocks", "float32"), "mxfp4"),
+]
+
+CASES = MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
