@@ -39,6 +39,9 @@ class Weight:
             are multiplied before they are rounded. None where it stores nothing, or is not calibrated yet.
         swapped: whether the model holds its transpose, `[inputs, outputs]` (GPT-2's `Conv1D`); `shape`, and all that
             formats and methods see, is `[outputs, inputs]`.
+        interleaved: heads whose rows the file has in llama.cpp's order, for a rotation of neighbours; 0: none. All that
+            is seen outside of the file is in the order of transformers.
+        plus: what the file has added to each element (Gemma's norms, of which transformers stores what exceeds 1).
     """
 
     name: str
@@ -48,6 +51,8 @@ class Weight:
     activations: Scheme | None = None
     input_scale: float | None = None
     swapped: bool = False
+    interleaved: int = 0
+    plus: float = 0.0
 
     @property
     def module(self) -> str:
