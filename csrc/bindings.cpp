@@ -20,6 +20,8 @@ using Codes = Array<uint8_t>;
 using Floats = Array<const float>;
 using FloatsOut = Array<float>;
 using MaybeFloats = std::optional<Floats>;
+using MaybeBytes = std::optional<Bytes>;
+using MaybeCodes = std::optional<Codes>;
 
 static Dtype dtype_of(nb::dlpack::dtype type) {
     if (type == nb::dtype<float>()) return Dtype::f32;
@@ -30,7 +32,10 @@ template <class Matrix>
 static Grid grid_of(const Matrix& array, int64_t block_rows, int64_t block_cols) {
     return {int64_t(array.shape(0)), int64_t(array.shape(1)), block_rows, block_cols};
 }
-static const float* data_or_null(const MaybeFloats& array) { return array ? array->data() : nullptr; }
+template <class Array>
+static auto data_or_null(const std::optional<Array>& array) {
+    return array ? array->data() : nullptr;
+}
 
 NB_MODULE(_native, module) {
     using Unlocked = nb::call_guard<nb::gil_scoped_release>;
@@ -79,22 +84,24 @@ NB_MODULE(_native, module) {
     module.def(
         "dequantize",
         [](const Bytes& codes, const Floats& scale, const MaybeFloats& zero, const MaybeFloats& level,
-           int64_t block_rows, int64_t block_cols, const AnyOut& out) {
+           bool minus, int64_t block_rows, int64_t block_cols, const AnyOut& out) {
             Grid grid = grid_of(codes, block_rows, block_cols);
-            Quantized quantized{codes.data(), scale.data(), data_or_null(zero), data_or_null(level)};
+            Quantized quantized{codes.data(), scale.data(), data_or_null(zero), data_or_null(level), minus};
             kernels().dequantize(grid, quantized, {out.data(), dtype_of(out.dtype())});
         },
-        nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), Unlocked());
+        nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        Unlocked());
     module.def(
         "error",
         [](const AnyIn& weight, const Bytes& codes, const Floats& scale, const MaybeFloats& zero,
-           const MaybeFloats& level, int64_t block_rows, int64_t block_cols) {
+           const MaybeFloats& level, bool minus, int64_t block_rows, int64_t block_cols) {
             Grid grid = grid_of(codes, block_rows, block_cols);
-            Quantized quantized{codes.data(), scale.data(), data_or_null(zero), data_or_null(level)};
+            Quantized quantized{codes.data(), scale.data(), data_or_null(zero), data_or_null(level), minus};
             ErrorSums sums = kernels().error(grid, weight_of(weight), quantized);
             return std::make_tuple(sums.squared_error, sums.squared_weight, sums.max_error);
         },
-        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), Unlocked());
+        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+        Unlocked());
     module.def(
         "sweep",
         [](const FloatsOut& target, const Floats& weight, const FloatsOut& error, const Floats& coupling,
@@ -148,6 +155,41 @@ NB_MODULE(_native, module) {
             unpack_nibbles_high_first(kernels(), bytes.data(), int64_t(codes.shape(0)), codes.data());
         },
         Unlocked());
+    module.def("ggml_shape", [](int type) {
+        GgmlShape shape = ggml_shape(GgmlType(type));
+        return std::make_tuple(shape.weights, shape.bytes, shape.subs, shape.has_min, shape.scale_bytes);
+    });
+    module.def(
+        "ggml_pack",
+        [](int type, const Bytes& codes, const Bytes& scale, const MaybeBytes& min, const MaybeBytes& scale_codes,
+           const MaybeBytes& min_codes, int64_t blocks, const Codes& stored) {
+            GgmlParts<const uint8_t> parts{codes.data(), scale.data(), data_or_null(min), data_or_null(scale_codes),
+                                           data_or_null(min_codes)};
+            ggml_pack(GgmlType(type), blocks, parts, stored.data());
+        },
+        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
+        Unlocked());
+    module.def(
+        "ggml_unpack",
+        [](int type, const Bytes& stored, int64_t blocks, const Codes& codes, const Codes& scale, const MaybeCodes& min,
+           const MaybeCodes& scale_codes, const MaybeCodes& min_codes) {
+            GgmlParts<uint8_t> parts{codes.data(), scale.data(), data_or_null(min), data_or_null(scale_codes),
+                                     data_or_null(min_codes)};
+            ggml_unpack(GgmlType(type), blocks, stored.data(), parts);
+        },
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
+        Unlocked());
+    module.def(
+        "ggml_encode",
+        [](int type, const Floats& weight, const MaybeFloats& importance, const Codes& codes, const FloatsOut& scale,
+           const std::optional<FloatsOut>& min, const MaybeCodes& scale_codes, const MaybeCodes& min_codes) {
+            GgmlEncoded out{codes.data(), scale.data(), data_or_null(min), data_or_null(scale_codes),
+                            data_or_null(min_codes)};
+            kernels().ggml_encode(GgmlType(type), int64_t(weight.shape(0)), int64_t(weight.shape(1)), weight.data(),
+                                  data_or_null(importance), out);
+        },
+        nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
+        nb::arg().none(), Unlocked());
     module.def(
         "causal_softmax",
         [](const AnyIn& scores, int64_t period, int64_t first, float scale, const AnyOut& out) {

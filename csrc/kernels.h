@@ -308,11 +308,20 @@ bool at_most_16(const float* level) {
     return true;
 }
 
+// The zero kind that is no part of a product.
+struct CodeMinus {};
+F scaled(CodeMinus, I code, F zero, F scale) { return sub(mul(to_float(code), scale), zero); }
+template <class Value>
+F scaled(Value value, I code, F zero, F scale) {
+    return mul(value(code, zero), scale);
+}
+
 // Calls body(value, offset): value(code, zero) gives the element in units of the scale.
 template <class Body>
 void with_values(const Quantized& quantized, Body body) {
     constexpr int nan = 0x7fc00000;
     const float* level = quantized.level;
+    if (quantized.zero && quantized.minus) return body(CodeMinus{}, 0.0f);
     if (quantized.zero) return body([](I code, F zero) { return sub(to_float(code), zero); }, 0.0f);
     Ramp ramp = ramp_of(level);
     if (ramp.count == 256) return body([](I code, F zero) { return sub(to_float(code), zero); }, -ramp.first);
@@ -341,7 +350,7 @@ void each_value(const Grid& grid, const Quantized& q, float offset, Value value,
         int64_t at = row * grid.cols, block = row / grid.block_rows * across;
         RowParameter scales{q.scale + block, 1}, zeros{q.zero ? q.zero + block : nullptr, offset};
         each_run(grid, scales, zeros, [&](int64_t col, auto count, F s, F z) {
-            body(at + col, count, mul(value(load_codes(q.codes + at + col, count), z), s));
+            body(at + col, count, scaled(value, load_codes(q.codes + at + col, count), z, s));
         });
         row_done();
     }
@@ -536,11 +545,15 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 
 #include "softmax.h"
 
+// ---- llama.cpp's encoders ----
+
+#include "ggml_encode.h"
+
 }  // namespace
 
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
                            dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words,
-                           softmax,    softmax_slopes};
+                           softmax,    softmax_slopes, ggml_encode};
 
 }  // namespace lowbit

@@ -33,12 +33,14 @@ struct Output {
     Dtype dtype;
 };
 
-// Codes and what they stand for: (code - zero) * scale, or level[code] * scale where `zero` is null.
+// Codes and what they stand for: (code - zero) * scale, or level[code] * scale where `zero` is null, or with `minus`
+// code * scale - zero.
 struct Quantized {
     const uint8_t* codes;
     const float* scale;
     const float* zero;
     const float* level;  // 256 entries; may be null where `zero` is not
+    bool minus = false;
 };
 
 // Which level a quotient is nearest to, as thresholds; made by `nearest_level`.
@@ -73,6 +75,35 @@ struct Coder {
 struct Causal {
     int64_t rows, cols, period, first;
     float scale;  // of the scores, above 0
+};
+
+// llama.cpp's block types under the numbers that GGUF gives them.
+enum class GgmlType {
+    q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13, q6_k = 14,
+    iq4_nl = 20, iq4_xs = 23, tq1_0 = 34, tq2_0 = 35, mxfp4 = 39,
+};
+
+// Weights and bytes of a block, how many blocks with scales of their own are in it (0: it has one scale), whether it
+// has minima, and the bytes of its (upper) scale.
+struct GgmlShape {
+    int weights, bytes, subs;
+    bool has_min;
+    int scale_bytes;
+};
+GgmlShape ggml_shape(GgmlType type);  // all 0 where there is no such type
+
+// What is in blocks, each array for all of them; null where the type has none. Scales and minima as they are stored
+// (float16, or the byte of a power of two), signed codes in offset binary.
+template <class Byte>
+struct GgmlParts {
+    Byte *codes, *scale, *min, *scale_codes, *min_codes;
+};
+
+// What an encoder finds; as `GgmlParts`, but scales and minima are float32 values exact in their types.
+struct GgmlEncoded {
+    uint8_t* codes;
+    float *scale, *min;
+    uint8_t *scale_codes, *min_codes;
 };
 
 struct ErrorSums {
@@ -118,6 +149,10 @@ struct Kernels {
 
     // In place, from the derivative by what softmax gave (`shares`, of the same type) that by the scores.
     void (*softmax_slopes)(const Causal&, Weight shares, Output slopes);
+
+    // llama.cpp's encoder of a type for rows of whole blocks; `importance` of each column, or null. Finite weights.
+    void (*ggml_encode)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
+                        const GgmlEncoded&);
 };
 
 // The table in use: the best that this CPU has, or the one that the environment variable LOWBIT_ISA names (a test
@@ -138,5 +173,8 @@ void unpack_bits_transposed(const Kernels&, const void* words, int64_t rows, int
 // Two codes per byte, the first in the high nibble (bitsandbytes); an odd last byte has a zero low nibble.
 void pack_nibbles_high_first(const Kernels&, const uint8_t* codes, int64_t count, uint8_t* bytes);
 void unpack_nibbles_high_first(const Kernels&, const uint8_t* bytes, int64_t count, uint8_t* codes);
+
+void ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);
+void ggml_unpack(GgmlType, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>&);
 
 }  // namespace lowbit

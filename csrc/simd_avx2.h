@@ -66,6 +66,7 @@ F mul(F a, F b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.h
 F div(F a, F b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
 F min(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
 F max(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+F sqrt(F a) { return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)}; }
 F rint(F a) {
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(a.low, mode), _mm256_round_ps(a.high, mode)};
@@ -90,6 +91,13 @@ M at_least(F a, F b) {
     return {_mm256_castps_si256(_mm256_cmp_ps(a.low, b.low, _CMP_GE_OQ)),
             _mm256_castps_si256(_mm256_cmp_ps(a.high, b.high, _CMP_GE_OQ))};
 }
+M above(F a, F b) {
+    return {_mm256_castps_si256(_mm256_cmp_ps(a.low, b.low, _CMP_GT_OQ)),
+            _mm256_castps_si256(_mm256_cmp_ps(a.high, b.high, _CMP_GT_OQ))};
+}
+M both(M a, M b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
+M either(M a, M b) { return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)}; }
+bool all(M mask) { return _mm256_movemask_epi8(_mm256_and_si256(mask.low, mask.high)) == -1; }
 bool any(M mask) { return _mm256_movemask_epi8(_mm256_or_si256(mask.low, mask.high)) != 0; }
 I select(M mask, I yes, I no) {
     return {_mm256_blendv_epi8(no.low, yes.low, mask.low), _mm256_blendv_epi8(no.high, yes.high, mask.high)};

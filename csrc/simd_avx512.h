@@ -42,6 +42,7 @@ F mul(F a, F b) { return {_mm512_mul_ps(a.all, b.all)}; }
 F div(F a, F b) { return {_mm512_div_ps(a.all, b.all)}; }
 F min(F a, F b) { return {_mm512_min_ps(a.all, b.all)}; }
 F max(F a, F b) { return {_mm512_max_ps(a.all, b.all)}; }
+F sqrt(F a) { return {_mm512_sqrt_ps(a.all)}; }
 F rint(F a) { return {_mm512_roundscale_ps(a.all, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
 I add(I a, I b) { return {_mm512_add_epi32(a.all, b.all)}; }
@@ -60,6 +61,10 @@ I shift_right(I a) {
 }
 M greater(I a, I b) { return _mm512_cmpgt_epi32_mask(a.all, b.all); }
 M at_least(F a, F b) { return _mm512_cmp_ps_mask(a.all, b.all, _CMP_GE_OQ); }
+M above(F a, F b) { return _mm512_cmp_ps_mask(a.all, b.all, _CMP_GT_OQ); }
+M both(M a, M b) { return a & b; }
+M either(M a, M b) { return a | b; }
+bool all(M mask) { return mask == 0xffff; }
 bool any(M mask) { return mask != 0; }
 I select(M mask, I yes, I no) { return {_mm512_mask_blend_epi32(mask, no.all, yes.all)}; }
 

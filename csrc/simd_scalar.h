@@ -94,9 +94,12 @@ I bits(F value) { return bit_copy<I>(value); }
 F to_float(I value) {
     return each<F>([&](int i) { return float(value.at[i]); });
 }
-// Values must fit int32.
+// Towards 0; INT_MIN where int32 has no such number, as on x86.
 I to_int(F value) {
-    return each<I>([&](int i) { return int32_t(value.at[i]); });
+    return each<I>([&](int i) {
+        bool fits = value.at[i] >= -0x1p31f && value.at[i] < 0x1p31f;
+        return fits ? int32_t(value.at[i]) : INT32_MIN;
+    });
 }
 
 F add(F a, F b) {
@@ -110,6 +113,9 @@ F mul(F a, F b) {
 }
 F div(F a, F b) {
     return each<F>([&](int i) { return a.at[i] / b.at[i]; });
+}
+F sqrt(F a) {
+    return each<F>([&](int i) { return __builtin_sqrtf(a.at[i]); });
 }
 F rint(F a) {
     return each<F>([&](int i) { return __builtin_rintf(a.at[i]); });
@@ -154,6 +160,20 @@ M greater(I a, I b) {
 // False where either is NaN.
 M at_least(F a, F b) {
     return each<M>([&](int i) { return a.at[i] >= b.at[i]; });
+}
+M above(F a, F b) {
+    return each<M>([&](int i) { return a.at[i] > b.at[i]; });
+}
+M both(M a, M b) {
+    return each<M>([&](int i) { return a.at[i] && b.at[i]; });
+}
+M either(M a, M b) {
+    return each<M>([&](int i) { return a.at[i] || b.at[i]; });
+}
+bool all(M mask) {
+    for (bool lane : mask.at)
+        if (!lane) return false;
+    return true;
 }
 bool any(M mask) {
     for (bool lane : mask.at)

@@ -26,6 +26,7 @@ def dequantize(
     scale: Tensor,
     zero: Tensor | None,
     levels: Tensor | None,
+    minus: bool,
     block_rows: int,
     block_cols: int,
     out: Tensor,
@@ -37,6 +38,7 @@ def error(
     scale: Tensor,
     zero: Tensor | None,
     levels: Tensor | None,
+    minus: bool,
     block_rows: int,
     block_cols: int,
     /,
@@ -64,5 +66,39 @@ def pack_bits_transposed(codes: Tensor, bits: int, words: Tensor, /) -> None: ..
 def unpack_bits_transposed(words: Tensor, bits: int, codes: Tensor, /) -> None: ...
 def pack_nibbles_high_first(codes: Tensor, packed: Tensor, /) -> None: ...
 def unpack_nibbles_high_first(packed: Tensor, codes: Tensor, /) -> None: ...
+def ggml_shape(type: int, /) -> tuple[int, int, int, bool, int]: ...
+def ggml_pack(
+    type: int,
+    codes: Tensor,
+    scale: Tensor,
+    min: Tensor | None,
+    scale_codes: Tensor | None,
+    min_codes: Tensor | None,
+    blocks: int,
+    stored: Tensor,
+    /,
+) -> None: ...
+def ggml_unpack(
+    type: int,
+    stored: Tensor,
+    blocks: int,
+    codes: Tensor,
+    scale: Tensor,
+    min: Tensor | None,
+    scale_codes: Tensor | None,
+    min_codes: Tensor | None,
+    /,
+) -> None: ...
+def ggml_encode(
+    type: int,
+    weight: Tensor,
+    importance: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    min: Tensor | None,
+    scale_codes: Tensor | None,
+    min_codes: Tensor | None,
+    /,
+) -> None: ...
 def causal_softmax(scores: Tensor, period: int, first: int, scale: float, out: Tensor, /) -> None: ...
 def causal_softmax_slopes(shares: Tensor, period: int, first: int, scale: float, slopes: Tensor, /) -> None: ...

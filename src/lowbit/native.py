@@ -131,17 +131,19 @@ def dequantize(
     block_rows: int,
     block_cols: int,
     *,
+    minus: bool = False,
     dtype: torch.dtype = torch.float32,
     out: Float[Tensor, "rows cols"] | None = None,
 ) -> Float[Tensor, "rows cols"]:
     """`levels[code] * scale`, or `(code - zero) * scale` where `zero` is given; float32, rounded once, ties to even.
 
-    `levels` holds NaN for codes that the grid does not have. `dtype` is that of the result where `out` is not given.
+    With `minus` it is `code * scale - zero`. `levels` holds NaN for codes that the grid does not have. `dtype` is that
+    of the result where `out` is not given.
     """
     _quantized(codes, scale, zero, levels, block_rows, block_cols)
     weight = torch.empty(codes.shape, dtype=dtype) if out is None else out
     _check("out", weight, codes.shape, *WEIGHT_DTYPES)
-    _native.dequantize(codes, scale, zero, levels, block_rows, block_cols, weight)
+    _native.dequantize(codes, scale, zero, levels, minus, block_rows, block_cols, weight)
     return weight
 
 
@@ -153,6 +155,8 @@ def error(
     levels: Float[Tensor, "256"] | None,
     block_rows: int,
     block_cols: int,
+    *,
+    minus: bool = False,
 ) -> tuple[float, float, float]:
     """Sum of squared errors, sum of squared weights, and greatest absolute error of what `dequantize` gives (float32).
 
@@ -160,7 +164,7 @@ def error(
     """
     _quantized(codes, scale, zero, levels, block_rows, block_cols)
     _check("weight", weight, codes.shape, *WEIGHT_DTYPES)
-    return _native.error(weight.detach(), codes, scale, zero, levels, block_rows, block_cols)
+    return _native.error(weight.detach(), codes, scale, zero, levels, minus, block_rows, block_cols)
 
 
 @final
@@ -283,6 +287,115 @@ def unpack_nibbles_high_first(
     codes = _out(out, (count,))
     _native.unpack_nibbles_high_first(packed, codes)
     return codes
+
+
+@final
+@dataclass(frozen=True)
+class GgmlParts:
+    """What is in `blocks` blocks of a type of ggml, contiguous uint8 on the CPU; None where the type has none.
+
+    Attributes:
+        codes: one byte per weight, signed ones in offset binary.
+        scale: of each block, as stored: float16, or the byte of a power of two.
+        min: float16 of each block.
+        scale_codes: of the blocks within each block.
+        min_codes: of the blocks within each block.
+    """
+
+    codes: UInt8[Tensor, "..."]
+    scale: UInt8[Tensor, "..."]
+    min: UInt8[Tensor, "..."] | None = None
+    scale_codes: UInt8[Tensor, "..."] | None = None
+    min_codes: UInt8[Tensor, "..."] | None = None
+
+
+def ggml_pack(type: int, blocks: int, parts: GgmlParts, *, out: UInt8[Tensor, "..."]) -> None:
+    """Blocks of a type of ggml, under its number in GGUF, from their parts."""
+    _ggml_parts(type, blocks, parts, out)
+    each = (parts.codes, parts.scale, parts.min, parts.scale_codes, parts.min_codes)
+    _native.ggml_pack(type, *each, blocks, out)
+
+
+def ggml_unpack(type: int, blocks: int, stored: UInt8[Tensor, "..."], *, out: GgmlParts) -> None:
+    """What `ggml_pack` was given."""
+    _ggml_parts(type, blocks, out, stored)
+    each = (out.codes, out.scale, out.min, out.scale_codes, out.min_codes)
+    _native.ggml_unpack(type, stored, blocks, *each)
+
+
+@final
+@dataclass(frozen=True)
+class GgmlBlocks:
+    """What `ggml_encode` finds; None where the type has none.
+
+    Attributes:
+        codes: of every weight, signed ones in offset binary.
+        scale: of each block, exact in the type that stores it.
+        min: what each block subtracts, or the scale of these where they are codes; exact in float16.
+        scale_codes: of the blocks within each block.
+        min_codes: of the blocks within each block.
+    """
+
+    codes: UInt8[Tensor, "rows cols"]
+    scale: Float[Tensor, "rows blocks"]
+    min: Float[Tensor, "rows blocks"] | None = None
+    scale_codes: UInt8[Tensor, "rows subs"] | None = None
+    min_codes: UInt8[Tensor, "rows subs"] | None = None
+
+
+def ggml_encode(
+    type: int, weight: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"] | None, *, out: GgmlBlocks
+) -> None:
+    """llama.cpp's encoder of a type, under its number in GGUF: what `ggml_quantize_chunk` finds, to the bit.
+
+    `weight` is finite, in rows of whole blocks. Scales that float16 does not have become the greatest that it has.
+    """
+    rows, cols = _two(weight.shape)
+    weights, _, subs, has_min, _ = _ggml_shape(type)
+    if cols % weights:
+        raise ValueError(f"blocks of {weights} weights do not divide rows of {cols}")
+    across = cols // weights
+    _check("weight", weight, (rows, cols), torch.float32)
+    _check("codes", out.codes, (rows, cols), torch.uint8)
+    _check("scale", out.scale, (rows, across), torch.float32)
+    _check_present("min", out.min, has_min, (rows, across), torch.float32)
+    _check_present("scale_codes", out.scale_codes, subs > 0, (rows, across * subs), torch.uint8)
+    _check_present("min_codes", out.min_codes, subs > 0 and has_min, (rows, across * subs), torch.uint8)
+    if importance is not None:
+        _check("importance", importance, (cols,), torch.float32)
+    each = (out.codes, out.scale, out.min, out.scale_codes, out.min_codes)
+    _native.ggml_encode(type, weight, importance, *each)
+
+
+def _ggml_shape(type: int) -> tuple[int, int, int, bool, int]:
+    shape = _native.ggml_shape(type)
+    if not shape[0]:
+        raise ValueError(f"ggml has no type {type} that is known here")
+    return shape
+
+
+def _ggml_parts(type: int, blocks: int, parts: GgmlParts, stored: Tensor) -> None:
+    weights, size, subs, has_min, scale_bytes = _ggml_shape(type)
+    counts = {
+        "codes": (parts.codes, weights),
+        "scale": (parts.scale, scale_bytes),
+        "min": (parts.min, 2 * has_min),
+        "scale_codes": (parts.scale_codes, subs),
+        "min_codes": (parts.min_codes, subs * has_min),
+        "stored": (stored, size),
+    }
+    for name, (tensor, each) in counts.items():
+        flat = None if tensor is None else tensor.shape
+        _check_present(name, tensor, each > 0, flat or (), torch.uint8)
+        if tensor is not None and tensor.numel() != each * blocks:
+            raise ValueError(f"{name} has {tensor.numel()} bytes; {blocks} blocks take {each * blocks}")
+
+
+def _check_present(name: str, tensor: Tensor | None, wanted: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if (tensor is not None) != wanted:
+        raise ValueError(f"{name} is {'missing' if wanted else 'given, and the type has none'}")
+    if tensor is not None:
+        _check(name, tensor, shape, dtype)
 
 
 def causal_softmax(

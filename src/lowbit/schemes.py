@@ -3,12 +3,14 @@
 A name reads `grid[-block][-option...]`:
 
     grid    int1..int8, nf4, fp4 (bitsandbytes' table), fp8-e4m3, fp8-e5m2, mxfp4, mxfp8, nvfp4,
-            levels[-1,-0.3,0,0.4,1] (any table of 2 to 256 values)
+            levels[-1,-0.3,0,0.4,1] (any table of 2 to 256 values),
+            q2_k .. q6_k, iq4_nl, iq4_xs, tq1_0 (llama.cpp's block types)
     block   tensor | row | gN (N along the input) | flatN (N of the flattened tensor) | RxC
-    option  asym (integer zero point), fzero (float zero point), dq (double-quantized scales),
-            f16 | bf16 | f32 (type of the scales)
+    option  asym (integer zero point), fzero (float zero point), min (a float that is subtracted),
+            dq (double-quantized scales), f16 | bf16 | f32 (type of the scales)
 
-`int4-g128` is symmetric with float16 scales. `str(parse(name))` is the canonical spelling of `name`.
+`int4-g128` is symmetric with float16 scales. `str(parse(name))` is the canonical spelling of `name`. Names of llama.cpp
+whose grids have a name here already are other words for it: `q4_0` is `int4-g32`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 
 from lowbit.errors import UsageError
 
-Zero = Literal["none", "int", "float"]
+Zero = Literal["none", "int", "float", "min"]
 ScaleType = Literal["f16", "bf16", "f32", "e8m0", "e4m3"]
 SCALE_BITS: dict[ScaleType, int] = {"f16": 16, "bf16": 16, "f32": 32, "e8m0": 8, "e4m3": 8}
 FLOATS: dict[ScaleType, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -35,12 +37,19 @@ class Grid:
 
     Kinds: `int` (offset binary: code c stands for c - 2**(bits-1)), `levels` (any table), `float` (codes are the
     bit pattern of a small float; patterns that mean NaN or Inf have the level `inf` and are never produced).
+    `packed` are the bits that a code takes where several codes share their bytes, if these are fewer than `bits`.
     """
 
     name: str
     kind: Literal["int", "levels", "float"]
     bits: int
     levels: tuple[float, ...]
+    packed: float | None = None
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits that a code takes on average."""
+        return float(self.bits) if self.packed is None else self.packed
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,8 @@ class Block:
 class Scheme:
     """Grid, block that shares a scale, kind of zero point, type of the scales, and the scheme of the scales themselves.
 
-    `nested` is set where scales are quantized too; `scale` is then the type in which they are computed.
+    `nested` is set where scales (and, with the zero kind `min`, what is subtracted) are quantized too; `scale` is then
+    the type in which they are computed.
     `offset` marks a nested scheme that subtracts the mean before it quantizes (QLoRA's double quantization).
     """
 
@@ -75,9 +85,11 @@ class Scheme:
 
     def __str__(self) -> str:
         family = _family_of(self)
+        if family in _FIXED and self == FAMILIES[family]:
+            return family
         default = FAMILIES[family] if family in FAMILIES else Scheme(self.grid, _LEVELS_BLOCK)
         parts = [family, str(self.block) if self.block != default.block or family not in _FIXED else ""]
-        parts.append({"none": "", "int": "asym", "float": "fzero"}[self.zero])
+        parts.append({"none": "", "int": "asym", "float": "fzero", "min": "min"}[self.zero])
         parts.append("dq" if self.nested and not default.nested else "")
         parts.append(self.scale if self.scale != default.scale else "")
         return "-".join(part for part in parts if part)
@@ -86,6 +98,10 @@ class Scheme:
 def _int_grid(bits: int) -> Grid:
     half = 2 ** (bits - 1)
     return Grid(f"int{bits}", "int", bits, tuple(float(code - half) for code in range(2**bits)))
+
+
+def _unsigned_grid(bits: int) -> Grid:
+    return Grid(f"uint{bits}", "levels", bits, tuple(float(code) for code in range(2**bits)))
 
 
 def _float_grid(name: str, exponent: int, mantissa: int, bias: int, finite: int) -> Grid:
@@ -131,11 +147,39 @@ def _fp4_levels() -> tuple[float, ...]:
     return tuple(half + [-value or 0.0 for value in half])  # code 8 is +0, as in the package
 
 
+# llama.cpp's block types with a scheme here, under the numbers that GGUF gives them (enum ggml_type).
+GGML_TYPES = {
+    "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14,
+    "iq4_nl": 20, "iq4_xs": 23, "tq1_0": 34, "tq2_0": 35, "mxfp4": 39,
+}  # fmt: skip
+# llama.cpp's non-linear 4 bits (ggml-common.h, kvalues_iq4nl).
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 E4M3 = _float_grid("fp8-e4m3", 4, 3, 7, 0x7E)
 E5M2 = _float_grid("fp8-e5m2", 5, 2, 15, 0x7B)
 E2M1 = _float_grid("e2m1", 2, 1, 1, 0x7)
 
 _TENSOR, _ROW, _LEVELS_BLOCK = Block(0, 0), Block(1, 0), Block(1, 64)
+
+
+def _super_blocks(grid: Grid, size: int, scales: Grid, zero: Zero = "none") -> Scheme:
+    """llama.cpp's super-blocks of 256: blocks whose scales (and minima) are codes under one float16 of 256 weights."""
+    return Scheme(grid, Block(1, size), zero, "f32", Scheme(scales, Block(1, 256 // size)))
+
+
+def _llama() -> dict[str, Scheme]:
+    iq4 = Grid("iq4_nl", "levels", 4, tuple(float(value) for value in _IQ4))
+    ternary = Grid("tq1_0", "levels", 2, (-1.0, 0.0, 1.0), packed=1.625)  # five to a byte, the last 16 four to a byte
+    return {
+        "q2_k": _super_blocks(_int_grid(2), 16, _unsigned_grid(4), "min"),
+        "q3_k": _super_blocks(_int_grid(3), 16, _int_grid(6)),
+        "q4_k": _super_blocks(_int_grid(4), 32, _unsigned_grid(6), "min"),
+        "q5_k": _super_blocks(_int_grid(5), 32, _unsigned_grid(6), "min"),
+        "q6_k": _super_blocks(_int_grid(6), 16, _int_grid(8)),
+        "iq4_nl": Scheme(iq4, Block(1, 32)),
+        "iq4_xs": _super_blocks(iq4, 32, _int_grid(6)),
+        "tq1_0": Scheme(ternary, Block(1, 256)),
+    }
 
 
 def _families() -> dict[str, Scheme]:
@@ -149,18 +193,28 @@ def _families() -> dict[str, Scheme]:
         "mxfp4": Scheme(E2M1, Block(1, 32), scale="e8m0"),
         "mxfp8": Scheme(E4M3, Block(1, 32), scale="e8m0"),
         "nvfp4": Scheme(E2M1, Block(1, 16), scale="e4m3", nested=Scheme(E4M3, _TENSOR, scale="f32")),
+        **_llama(),
     }
 
 
 FAMILIES = _families()  # the scheme that a grid's bare name stands for
-_FIXED = {"mxfp4", "mxfp8", "nvfp4"}  # the block is part of the name
+_FIXED = {"mxfp4", "mxfp8", "nvfp4", *_llama()}  # the block is part of the name
+ALIASES = {
+    "q4_0": "int4-g32",
+    "q4_1": "int4-g32-min",
+    "q5_0": "int5-g32",
+    "q5_1": "int5-g32-min",
+    "q8_0": "int8-g32",
+    "tq2_0": "levels[-1,0,1]-g256",
+}
 DOUBLE = Scheme(Grid("dynamic8", "levels", 8, dynamic_map()), Block(1, 256, flat=True), scale="f32", offset=True)
 
 
 def _family_of(scheme: Scheme) -> str:
     """The bare grid name under which a scheme is spelled."""
+    exact = next((name for name in _FIXED if FAMILIES[name] == scheme), None)
     fixed = {("e2m1", "e8m0"): "mxfp4", ("fp8-e4m3", "e8m0"): "mxfp8", ("e2m1", "e4m3"): "nvfp4"}
-    return fixed.get((scheme.grid.name, scheme.scale), scheme.grid.name)
+    return exact or fixed.get((scheme.grid.name, scheme.scale), scheme.grid.name)
 
 
 def levels_grid(values: tuple[float, ...]) -> Grid:
@@ -199,6 +253,9 @@ def _block(text: str) -> Block | None:
     return Block(int(match["r"]), int(match["c"]))
 
 
+_ZEROS: dict[str, Zero] = {"asym": "int", "fzero": "float", "min": "min"}
+
+
 @cache
 def parse(name: str) -> Scheme:
     """The scheme that a short name stands for, as `int4-g128-asym`.
@@ -206,14 +263,15 @@ def parse(name: str) -> Scheme:
     Raises:
         UsageError: an unknown grid or option, or options that do not go together.
     """
-    base, parts = _base(name.strip().lower())
+    word = name.strip().lower()
+    base, parts = _base(ALIASES.get(word, word))
     scheme = base
     for part in parts:
         block = _block(part)
         if block:
             scheme = replace(scheme, block=block)
-        elif part in ("asym", "fzero"):
-            scheme = replace(scheme, zero="int" if part == "asym" else "float")
+        elif part in _ZEROS:
+            scheme = replace(scheme, zero=_ZEROS[part])
         elif part == "dq":
             scheme = replace(scheme, nested=DOUBLE, scale="f32")
         elif part in get_args(ScaleType)[:3]:
@@ -227,6 +285,8 @@ def parse(name: str) -> Scheme:
 def _check(name: str, base: Scheme, scheme: Scheme) -> None:
     if scheme.zero != "none" and scheme.grid.kind != "int":
         raise UsageError(f"scheme {name!r}: only integer grids have zero points")
+    if scheme.zero == "min" and scheme.nested == DOUBLE:
+        raise UsageError(f"scheme {name!r}: what min subtracts is not double-quantized; leave out dq, or use q4_k")
     family = _family_of(base)
     if family in _FIXED and scheme != base:
         raise UsageError(f"scheme {name!r}: {family} fixes its block and its scales, write {family!r} alone")

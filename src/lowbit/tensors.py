@@ -53,7 +53,8 @@ class QTensor:
     """A weight as codes on a grid.
 
     The weight of `shape` is seen as `[rows, cols]` (`view_shape`). With zero kind `none` an element is
-    `levels[code] * scale`, with `int` or `float` it is `(code - zero) * scale`, in float32.
+    `levels[code] * scale`, with `int` or `float` it is `(code - zero) * scale`, with `min` it is
+    `code * scale - zero`, in float32.
 
     Attributes:
         scheme: grid, block and kinds; says how the other parts are read.
@@ -61,7 +62,8 @@ class QTensor:
         codes: `[rows, cols]`, one unsigned code per element, whatever the bits.
         scales: `[block_rows, block_cols]`, float32, every value exact in `scheme.scale`; or, where `scheme.nested`
             is set, the quantized scales of that same shape.
-        zeros: like the scales: uint8 codes (kind `int`) or float32 in units of a code (kind `float`).
+        zeros: like the scales: uint8 codes (kind `int`), float32 in units of a code (kind `float`), or what is
+            subtracted (kind `min`), float32 and exact in `scheme.scale`, quantized like the scales where these are.
         offset: one float32 that is added when this tensor is dequantized (double-quantized scales: their mean).
         group_index: block of each column, `[cols]`, where blocks are not consecutive (GPTQ's act-order).
     """
@@ -70,7 +72,7 @@ class QTensor:
     shape: Shape
     codes: UInt8[Tensor, "rows cols"]
     scales: Tensor | QTensor
-    zeros: Tensor | None = None
+    zeros: Tensor | QTensor | None = None
     offset: Float[Tensor, ""] | None = None
     group_index: Int32[Tensor, "cols"] | None = None
 
@@ -80,23 +82,31 @@ class QTensor:
         _expect("scales", self.scales.shape, blocks)
         if self.zeros is not None:
             _expect("zeros", self.zeros.shape, blocks)
-        if (self.zeros is None) != (self.scheme.zero == "none"):
+        nested = self.scheme.zero == "min" and self.scheme.nested is not None
+        if (self.zeros is None) != (self.scheme.zero == "none") or isinstance(self.zeros, QTensor) != nested:
             raise FormatError(f"scheme {self.scheme} and its zero points do not agree")
 
     def scale_values(self) -> Float[Tensor, "block_rows block_cols"]:
         """The scales as float32, dequantized where they are quantized themselves."""
         return self.scales.dequantize() if isinstance(self.scales, QTensor) else self.scales
 
+    def zero_values(self) -> Float[Tensor, "block_rows block_cols"] | None:
+        """The zero points as float32, dequantized where they are quantized themselves."""
+        if isinstance(self.zeros, QTensor):
+            return self.zeros.dequantize()
+        return None if self.zeros is None else self.zeros.float()
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that this tensor stands for, in `shape`; computed in float32, rounded once to `dtype`."""
-        codes, scales, zeros = self.codes, self.scale_values(), self.zeros
+        codes, scales, zeros = self.codes, self.scale_values(), self.zero_values()
         block = block_size(self.shape, self.scheme.block)
         if self.group_index is not None:
             index = self.group_index.long()
             scales, zeros, block = scales[:, index], None if zeros is None else zeros[:, index], (block[0], 1)
-        zeros = None if zeros is None else zeros.float()
+        table, minus = level_table(self.scheme.grid), self.scheme.zero == "min"
+        zeros = None if zeros is None else zeros.contiguous()
         out = torch.empty(codes.shape, dtype=torch.float32 if self.offset is not None else dtype)
-        native.dequantize(codes, scales.contiguous(), zeros, level_table(self.scheme.grid), *block, out=out)
+        native.dequantize(codes, scales.contiguous(), zeros, table, *block, minus=minus, out=out)
         if self.offset is not None:
             out = (out + self.offset).to(dtype)
         return out.reshape(self.shape)
@@ -118,7 +128,10 @@ class QTensor:
             yield from ((f"scales.{name}", part) for name, part in self.scales.parts())
         else:
             yield "scales", self.scales
-        optional = {"zeros": self.zeros, "offset": self.offset, "group_index": self.group_index}
+        if isinstance(self.zeros, QTensor):
+            yield from ((f"zeros.{name}", part) for name, part in self.zeros.parts())
+        zeros = None if isinstance(self.zeros, QTensor) else self.zeros
+        optional = {"zeros": zeros, "offset": self.offset, "group_index": self.group_index}
         yield from ((name, part) for name, part in optional.items() if part is not None)
 
 
@@ -130,7 +143,9 @@ def _expect(what: str, found: Shape, wanted: Shape) -> None:
 def scheme_bytes(scheme: Scheme, shape: Shape) -> int:
     """Exact bytes that a weight of this shape takes under a scheme (no act-order index), without making it."""
     blocks = scale_shape(shape, scheme.block)
-    zero_bits = {"none": 0, "int": scheme.grid.bits, "float": SCALE_BITS[scheme.scale]}[scheme.zero]
     scales = scheme_bytes(scheme.nested, blocks) if scheme.nested else ceil(prod(blocks) * SCALE_BITS[scheme.scale] / 8)
+    integers = ceil(prod(blocks) * scheme.grid.bits / 8)
+    floats = ceil(prod(blocks) * SCALE_BITS[scheme.scale] / 8)
+    zeros = {"none": 0, "int": integers, "float": floats, "min": scales}[scheme.zero]
     offset = 4 if scheme.offset else 0
-    return ceil(prod(shape) * scheme.grid.bits / 8) + scales + ceil(prod(blocks) * zero_bits / 8) + offset
+    return ceil(prod(shape) * scheme.grid.stored_bits / 8) + scales + zeros + offset

@@ -35,7 +35,23 @@ INTEGERS = [
 FLOATS = [f"fp8-{grid}-{block}" for grid in ("e4m3", "e5m2") for block in ("tensor", "row", "g32", "128x128")]
 TABLES = [f"{grid}-{block}{dq}" for grid in ("nf4", "fp4") for block in ("g64", "flat64", "row") for dq in ("", "-dq")]
 OTHERS = ["mxfp4", "mxfp8", "nvfp4", "int4-g64-dq", "levels[-1,-0.25,0,0.5,1]-row"]
-SCHEMES = INTEGERS + FLOATS + TABLES + OTHERS
+LLAMA = [
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "q2_k",
+    "q3_k",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+    "iq4_nl",
+    "iq4_xs",
+    "tq1_0",
+    "tq2_0",
+]
+SCHEMES = INTEGERS + FLOATS + TABLES + OTHERS + LLAMA
 SHAPES = [(1, 1), (3, 7), (5, 16), (32, 64), (33, 130), (64, 96), (160, 256)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 NAME = "model.layers.0.mlp.up_proj.weight"

@@ -33,11 +33,13 @@ def random_qtensor(scheme: Scheme, shape: tuple[int, ...], seed: int = 0, lowest
     size = matrix(shape, scheme.block)
     codes = legal[torch.randint(len(legal), size, generator=dice)].to(torch.uint8)
     across = blocks(shape, scheme.block)
-    zeros = None
+    zeros: Tensor | QTensor | None = None
     if scheme.zero == "int":
         zeros = torch.randint(lowest_zero, 2**scheme.grid.bits, across, generator=dice).to(torch.uint8)
     elif scheme.zero == "float":
         zeros = _storable(torch.rand(across, generator=dice) * 2**scheme.grid.bits, scheme)
+    elif scheme.zero == "min":
+        zeros = _random_scales(scheme, across, dice)
     return QTensor(scheme, shape, codes, _random_scales(scheme, across, dice), zeros)
 
 
@@ -56,6 +58,7 @@ def _random_nested(nested: Scheme, shape: tuple[int, int], dice: torch.Generator
     choices = torch.tensor(range(len(nested.grid.levels)) if nested.offset else positive)
     codes = choices[torch.randint(len(choices), matrix(shape, nested.block), generator=dice)].to(torch.uint8)
     outer = 1 / (1 / (0.001 + torch.rand(blocks(shape, nested.block), generator=dice) / 100))
+    outer = _storable(outer, nested)
     offset = torch.tensor(0.0625) if nested.offset else None
     return QTensor(nested, shape, codes, outer, offset=offset)
 
@@ -65,8 +68,14 @@ def _storable(values: Tensor, scheme: Scheme) -> Tensor:
 
 
 def slow_dequantize(q: QTensor) -> Tensor:
-    """Element by element, in float32: level times scale, or code minus zero point, times scale; plus the offset."""
+    """Element by element, in float32: level times scale, or code minus zero point, times scale; plus the offset.
+
+    With the zero kind `min`: code times scale, minus what is subtracted.
+    """
     scales = (slow_dequantize(q.scales) if isinstance(q.scales, QTensor) else q.scales).numpy()
+    zeros = (
+        (slow_dequantize(q.zeros) if isinstance(q.zeros, QTensor) else q.zeros).numpy() if q.zeros is not None else None
+    )
     (rows, cols), block = matrix(q.shape, q.scheme.block), q.scheme.block
     out = np.empty((rows, cols), np.float32)
     for row in range(rows):
@@ -76,9 +85,13 @@ def slow_dequantize(q: QTensor) -> Tensor:
                 across = int(q.group_index[col])
             code = int(q.codes[row, col])
             value = np.float32(q.scheme.grid.levels[code])
-            if q.zeros is not None:
-                value = np.float32(code) - np.float32(q.zeros[down, across].item())
+            if q.scheme.zero == "min":
+                value = np.float32(code)
+            elif zeros is not None:
+                value = np.float32(code) - np.float32(zeros[down, across])
             out[row, col] = value * np.float32(scales[down, across])
+            if q.scheme.zero == "min" and zeros is not None:
+                out[row, col] -= np.float32(zeros[down, across])
     if q.offset is not None:
         out += np.float32(q.offset.item())
     return torch.from_numpy(out).reshape(q.shape)

@@ -62,6 +62,8 @@ def _misfit(scheme: Scheme, weight: Weight) -> str | None:
     block = scheme.block
     if scheme.grid.kind != "int" or scheme.grid.bits not in BITS or scheme.nested:
         return "it has integers of 2, 3, 4 or 8 bits with plain scales; use one of them, or --format compressed-tensors"
+    if scheme.zero == "min":
+        return "it has no minima; use asym"
     if scheme.zero == "float":
         return "its zero points are integers; use asym, or --format hqq"
     if block.rows != 1 or block.flat or block.cols not in (0, *GROUPS):

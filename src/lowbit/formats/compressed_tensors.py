@@ -65,6 +65,8 @@ def _check_grid(scheme: Scheme) -> None:
         )
     if scheme.grid.name == "fp8-e5m2":
         raise UnsupportedError("compressed-tensors has one 8-bit float, E4M3; use fp8-e4m3")
+    if scheme.zero == "min":
+        raise UnsupportedError("compressed-tensors has no minima; use asym")
     if scheme.zero == "float":
         raise UnsupportedError("zero points of compressed-tensors are integers; use asym, or --format hqq")
     if scheme.grid.kind == "int" and scheme.nested:

@@ -67,6 +67,8 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
             f"hqq cannot hold {scheme}: it packs integers of 1, 2, 3, 4 and 8 bits with plain scales; use one of them "
             "(it would store 5 and 6 bits in 8)"
         )
+    if scheme.zero == "min":
+        raise UnsupportedError("hqq has no minima; use fzero")
     block = _group_block(scheme, weight)
     groups, run = prod(weight.shape) // _group_size(block, weight), _PACKINGS[scheme.grid.bits].count
     if groups % run and scheme.grid.bits not in _PADDED:

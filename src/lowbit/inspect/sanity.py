@@ -131,10 +131,10 @@ def _varies(q: QTensor, row: int, col: int) -> bool:
 
 def _zeros(q: QTensor) -> Iterator[Fact]:
     """Zero points and offsets that are not finite, or lie beyond the codes."""
-    for what, values in (("zero points", q.zeros), ("offsets", q.offset)):
+    for what, values in (("zero points", q.zero_values()), ("offsets", q.offset)):
         if values is not None and not torch.isfinite(values).all():
             yield "error", _some(f"{what} are NaN or Inf", ~torch.isfinite(values))
-    if q.scheme.zero == "int" and q.zeros is not None and (q.zeros >= 2**q.scheme.grid.bits).any():
+    if q.scheme.zero == "int" and isinstance(q.zeros, Tensor) and (q.zeros >= 2**q.scheme.grid.bits).any():
         yield "note", _some("zero points lie beyond the codes", q.zeros >= 2**q.scheme.grid.bits)
 
 
@@ -149,8 +149,10 @@ def _index(q: QTensor) -> Iterator[Fact]:
 def _overflows(q: QTensor, scales: Float[Tensor, "down across"], dtype: torch.dtype) -> bool:
     """Whether a value leaves the range of the dtype; looked at one by one only where the largest scale allows it."""
     reach = float(level_table(q.scheme.grid).abs().nan_to_num().max())
-    if q.zeros is not None:
-        reach = 2**q.scheme.grid.bits + float(q.zeros.abs().max())
-    if float(scales.abs().max()) * reach <= torch.finfo(dtype).max:
+    zeros, apart = q.zero_values(), 0.0
+    if zeros is not None:
+        most, minus = float(zeros.abs().max()), q.scheme.zero == "min"
+        reach, apart = 2**q.scheme.grid.bits + (0.0 if minus else most), most if minus else 0.0
+    if float(scales.abs().max()) * reach + apart <= torch.finfo(dtype).max:
         return False
     return not all(bool(torch.isfinite(piece).all()) for _, piece in _pieces(q.dequantize(dtype)))

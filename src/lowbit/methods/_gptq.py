@@ -41,6 +41,7 @@ from lowbit.methods._scales import (
     round_scales,
     round_zeros,
     shares_rows,
+    unscaled,
 )
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor, block_size, level_table
@@ -450,4 +451,4 @@ def objection(scheme: Scheme) -> str | None:
     """Why the loop cannot serve a scheme."""
     if scheme.block.flat:
         return "it goes along the columns of a weight, and flat blocks have none; blocks of columns (g64) do"
-    return None
+    return unscaled(scheme)

@@ -22,7 +22,17 @@ from torch.nn.functional import pad
 
 from lowbit.blocks import CPU, Block
 from lowbit.methods._attention import TiledAttention
-from lowbit.methods._scales import Affine, finish, finite_range, fit, global_divisor, nearest, round_scales, takes_signs
+from lowbit.methods._scales import (
+    Affine,
+    finish,
+    finite_range,
+    fit,
+    global_divisor,
+    nearest,
+    round_scales,
+    takes_signs,
+    unscaled,
+)
 from lowbit.schemes import Grid, Scheme
 from lowbit.tensors import QTensor, block_size
 
@@ -137,7 +147,7 @@ def within_rows(scheme: Scheme) -> str | None:
     """Why ranges cannot be learned under a scheme; None where they can."""
     if scheme.block.flat or scheme.block.rows != 1:
         return "it learns a range for every group within a row; use a scheme with -gN or -row"
-    return None
+    return unscaled(scheme)
 
 
 def _split(matrix: Tensor, width: int) -> Tensor:

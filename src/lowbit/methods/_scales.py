@@ -71,6 +71,13 @@ def shares_rows(scheme: Scheme) -> bool:
     return scheme.block.rows == 0 and not scheme.block.flat
 
 
+def unscaled(scheme: Scheme) -> str | None:
+    """Why scales and zero points that are chosen here cannot serve a scheme; None where they can."""
+    if scheme.zero == "min" or (scheme.nested and not scheme.nested.offset and scheme.scale != "e4m3"):
+        return "only llama.cpp's encoders make its minima and its scales in super-blocks; use --method ggml or imatrix"
+    return None
+
+
 def finite_range(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme) -> Range:
     """Least and greatest value of every block; those of the whole tensor (`stats["range"]`) where blocks span all rows.
 

@@ -26,6 +26,7 @@ from lowbit.methods._scales import (
     refine,
     residual,
     shares_rows,
+    unscaled,
 )
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
@@ -133,7 +134,7 @@ def _objection(scheme: Scheme) -> str | None:
         return "it searches the scales of some rows at a time, and here all rows share one; a scale per row is searched"
     if scheme.block.flat:
         return "it needs to know which inputs a block reads, and flat blocks run on over rows; use g64 or another gN"
-    return None
+    return unscaled(scheme)
 
 
 METHOD = Method(

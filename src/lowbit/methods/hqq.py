@@ -24,6 +24,7 @@ from lowbit.methods._scales import (
     residual,
     round_zeros,
     shares_rows,
+    unscaled,
 )
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
@@ -133,7 +134,7 @@ def _objection(scheme: Scheme) -> str | None:
         return "it moves zero points, which only integer grids with the option fzero (or asym) have, as int4-g64-fzero"
     if shares_rows(scheme):
         return "it needs blocks within rows; a zero point for the whole tensor is not searched"
-    return None
+    return unscaled(scheme)
 
 
 METHOD = Method(

@@ -26,6 +26,7 @@ from lowbit.methods._scales import (
     residual,
     round_zeros,
     shares_rows,
+    unscaled,
 )
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
@@ -33,7 +34,7 @@ from lowbit.tensors import QTensor
 # A candidate replaces another only where it is better by more than float32 sums can err; so the first of equals stays.
 _MARGIN = 2.0**-16
 _GROWTH = 1.5  # FP4's 6/4: the greatest weight on the second greatest level
-_SHIFTS = {"none": (), "int": (-1.0, 1.0), "float": tuple(i / 8 for i in (-4, -3, -2, -1, 1, 2, 3, 4))}
+_SHIFTS = {"none": (), "min": (), "int": (-1.0, 1.0), "float": tuple(i / 8 for i in (-4, -3, -2, -1, 1, 2, 3, 4))}
 
 
 @final
@@ -123,7 +124,7 @@ def _ratios(scheme: Scheme, options: Options) -> Iterator[float]:
 def _objection(scheme: Scheme) -> str | None:
     if shares_rows(scheme):
         return "it searches the scales of some rows at a time, and here all rows share one; a scale per row is searched"
-    return None
+    return unscaled(scheme)
 
 
 METHOD = Method(

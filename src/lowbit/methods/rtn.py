@@ -6,7 +6,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowbit.methods import Method, NoOptions, Stats
-from lowbit.methods._scales import nearest
+from lowbit.methods._scales import nearest, unscaled
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
@@ -26,4 +26,10 @@ def quantize(
     return nearest(weight, stats, scheme, out)
 
 
-METHOD = Method(about="round to nearest: no search, no data, fastest", quantize=quantize, workspace=4.0, into=quantize)
+METHOD = Method(
+    about="round to nearest: no search, no data, fastest",
+    quantize=quantize,
+    workspace=4.0,
+    supports=unscaled,
+    into=quantize,
+)

@@ -200,7 +200,10 @@ def pieces_of(shape: Shape, block: Block, elements: int) -> Iterator[tuple[slice
     yield from ((slice(at, min(at + step, rows)), slice(0, cols)) for at in range(0, rows, step))
 
 
-def join(weight: Weight, codes: Tensor, pieces: Sequence[tuple[Tensor | QTensor, Tensor | None]]) -> QTensor:
+Part = Tensor | QTensor
+
+
+def join(weight: Weight, codes: Tensor, pieces: Sequence[tuple[Part, Part | None]]) -> QTensor:
     """One `QTensor` from the scales and zero points of its pieces; offset ones are quantized here, together."""
     scheme = weight.scheme
     assert scheme is not None
@@ -213,18 +216,19 @@ def join(weight: Weight, codes: Tensor, pieces: Sequence[tuple[Tensor | QTensor,
         assert isinstance(scales, Tensor)
         scales = nest(scales, scheme.nested)
     joined = _join(zeros, shared, axis, blocks) if zeros else None
-    assert not isinstance(joined, QTensor)
     return QTensor(scheme, weight.shape, codes, scales, joined)
 
 
-def _join(parts: Sequence[Tensor | QTensor], shared: bool, axis: int, blocks: Shape) -> Tensor | QTensor:
+def _join(parts: Sequence[Part], shared: bool, axis: int, blocks: Shape) -> Part:
     """Scales (or zero points) of all pieces in one; blocks that span all rows are the same in every piece."""
     first = parts[0]
     if shared:
         return first
     if isinstance(first, QTensor):
-        codes = torch.cat([part.codes for part in parts if isinstance(part, QTensor)], axis)
-        return replace(first, shape=blocks, codes=codes)
+        nested = [part for part in parts if isinstance(part, QTensor)]
+        codes = torch.cat([part.codes for part in nested], axis)
+        above = _join([part.scales for part in nested], first.scheme.block.rows == 0, axis, ())
+        return replace(first, shape=blocks, codes=codes, scales=above)
     return torch.cat([part for part in parts if isinstance(part, Tensor)], axis)
 
 
@@ -232,14 +236,14 @@ def measure(weight: Tensor, qtensor: QTensor) -> Error:
     """Error of a quantized weight; sums are accumulated in float64."""
     block = block_size(qtensor.shape, qtensor.scheme.block)
     table = level_table(qtensor.scheme.grid)
-    zeros = None if qtensor.zeros is None else qtensor.zeros.float()
-    return Error(*native.error(weight, qtensor.codes, qtensor.scale_values(), zeros, table, *block))
+    scales, zeros, minus = qtensor.scale_values(), qtensor.zero_values(), qtensor.scheme.zero == "min"
+    return Error(*native.error(weight, qtensor.codes, scales, zeros, table, *block, minus=minus))
 
 
 def tensor_stats(view: Tensor, scheme: Scheme, elements: int) -> Stats:
     """The range of the whole tensor, where one scale depends on all of it."""
-    whole = scheme.block.rows == 0 and not scheme.block.flat
-    if not whole and not (scheme.nested and not scheme.nested.offset):
+    whole = any(part.block.rows == 0 and not part.block.flat for part in (scheme, scheme.nested) if part)
+    if not whole:
         return {}
     low, high = [], []
     for rows, cols in pieces_of(tuple(view.shape), Block(1, 0), elements):

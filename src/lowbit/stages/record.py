@@ -188,6 +188,14 @@ def histograms(source: Checkpoint, output: Output, rows: Iterable[Row], scratch:
             yield histogram(name, source.tensor(name), qtensor)
 
 
+_AXIS = {
+    "none": "weight ÷ scale",
+    "int": "weight ÷ scale + zero point",
+    "float": "weight ÷ scale + zero point",
+    "min": "(weight + minimum) ÷ scale",
+}
+
+
 def histogram(name: str, weight: Tensor, qtensor: QTensor) -> Histogram:
     """Bins of the weights on the axis of the codes: `w / scale`, plus the zero point where there is one."""
     scheme = qtensor.scheme
@@ -210,7 +218,7 @@ def histogram(name: str, weight: Tensor, qtensor: QTensor) -> Histogram:
         tuple(int(count) for count in counts),
         tuple(float(levels[code]) for code in order),
         tuple(int(codes[code]) for code in order),
-        "weight ÷ scale" if scheme.zero == "none" else "weight ÷ scale + zero point",
+        _AXIS[scheme.zero],
     )
 
 
@@ -219,5 +227,10 @@ def _units(view: Tensor, qtensor: QTensor, rows: slice, cols: slice) -> Tensor:
     high, wide = block_size(qtensor.shape, qtensor.scheme.block)
     across = torch.arange(cols.start, cols.stop) // wide
     down = torch.arange(rows.start, rows.stop) // high
-    units = view[rows, cols].float() / qtensor.scale_values()[down][:, across]
-    return units if qtensor.zeros is None else units + qtensor.zeros.float()[down][:, across]
+    scales, zeros = qtensor.scale_values()[down][:, across], qtensor.zero_values()
+    if zeros is None:
+        return view[rows, cols].float() / scales
+    zeros = zeros[down][:, across]
+    if qtensor.scheme.zero == "min":
+        return (view[rows, cols].float() + zeros) / scales
+    return view[rows, cols].float() / scales + zeros

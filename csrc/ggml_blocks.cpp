@@ -1,0 +1,223 @@
+// ggml's blocks: where each bit of codes and scales lies. Every layout is written once and run in both directions.
+// The layouts are those of ggml-common.h and of the functions dequantize_row_* of ggml-quants.c (llama.cpp).
+#include <cstring>
+#include <type_traits>
+
+#include "lowbit.h"
+
+namespace lowbit {
+
+namespace {
+
+// Moves bits between parts (codes, scales: what is in a `GgmlParts`) and a block. Targets are all zero before.
+template <bool packing>
+struct Mover {
+    using Part = std::conditional_t<packing, const uint8_t, uint8_t>;
+    using Byte = std::conditional_t<packing, uint8_t, const uint8_t>;
+
+    // `width` bits of `count` neighbours: from bit `from` of each part, from bit `at` of each byte
+    static void bits(int count, Part* __restrict part, int from, int width, Byte* __restrict byte, int at) {
+        int mask = (1 << width) - 1;
+        for (int i = 0; i < count; i++) {
+            if constexpr (packing)
+                byte[i] = uint8_t(byte[i] | (part[i] >> from & mask) << at);
+            else
+                part[i] = uint8_t(part[i] | (byte[i] >> at & mask) << from);
+        }
+    }
+    // offset binary here, two's complement there
+    static void signed_bytes(int count, Part* part, Byte* byte) {
+        for (int i = 0; i < count; i++) {
+            if constexpr (packing)
+                byte[i] = part[i] ^ 0x80;
+            else
+                part[i] = byte[i] ^ 0x80;
+        }
+    }
+    static void raw(int count, Part* part, Byte* byte) {
+        if constexpr (packing)
+            std::memcpy(byte, part, size_t(count));
+        else
+            std::memcpy(part, byte, size_t(count));
+    }
+    // `count` bytes of `trits` codes each, base 3 as a fraction of 256; the codes of a byte are `count` apart
+    static void ternary(int count, int trits, Part* part, Byte* byte) {
+        static constexpr uint8_t power[5] = {1, 3, 9, 27, 81};
+        for (int i = 0; i < count; i++) {
+            if constexpr (packing) {
+                int number = 0;
+                for (int n = 0; n < 5; n++) number = 3 * number + (n < trits ? part[i + n * count] : 0);
+                byte[i] = uint8_t((number * 256 + 242) / 243);
+            } else {
+                for (int n = 0; n < trits; n++) part[i + n * count] = uint8_t(uint8_t(byte[i] * power[n]) * 3 >> 8);
+            }
+        }
+    }
+};
+
+// The parts of one block; what a type does not have is null.
+template <class Part>
+struct Block {
+    Part *codes, *scale, *min, *scale_codes, *min_codes;
+};
+
+template <class M, class Part, class Byte>
+void nibbles(int count, Part* codes, Byte* bytes) {  // in runs: the first half in the low nibbles
+    M::bits(count / 2, codes, 0, 4, bytes, 0), M::bits(count / 2, codes + count / 2, 0, 4, bytes, 4);
+}
+
+template <class M, class Part, class Byte>
+void pairs(Part* codes, Byte* bytes) {  // the two low bits of 256 codes
+    for (int i = 0; i < 8; i++) M::bits(32, codes + 32 * i, 0, 2, bytes + i / 4 * 32, i % 4 * 2);
+}
+
+template <class M, class Part, class Byte>
+void single_bits(Part* codes, int from, Byte* bytes) {  // one bit of 256 codes
+    for (int i = 0; i < 8; i++) M::bits(32, codes + 32 * i, from, 1, bytes, i);
+}
+
+template <class M, class Part, class Byte>
+void high_bits_of_32(Part* codes, Byte* bytes) {  // bit 4 of 32 codes, in order
+    for (int i = 0; i < 32; i++) M::bits(1, codes + i, 4, 1, bytes + i / 8, i % 8);
+}
+
+template <class M, class Part, class Byte>
+void scales_and_mins(Part* scales, Part* mins, Byte* bytes) {  // eight of each, six bits, in 12 bytes
+    M::bits(4, scales, 0, 6, bytes, 0), M::bits(4, mins, 0, 6, bytes + 4, 0);
+    M::bits(4, scales + 4, 0, 4, bytes + 8, 0), M::bits(4, mins + 4, 0, 4, bytes + 8, 4);
+    M::bits(4, scales + 4, 4, 2, bytes, 6), M::bits(4, mins + 4, 4, 2, bytes + 4, 6);
+}
+
+template <class M, class Part, class Byte>
+void move_q6_codes(Part* codes, Byte* low, Byte* high) {
+    for (int i = 0; i < 8; i++) {
+        int half = i / 4, quarter = i % 4;
+        M::bits(32, codes + 32 * i, 0, 4, low + 64 * half + quarter % 2 * 32, quarter / 2 * 4);
+        M::bits(32, codes + 32 * i, 4, 2, high + 32 * half, quarter * 2);
+    }
+}
+
+template <class M, class Part, class Byte>
+void move_q3_scales(Part* scales, Byte* bytes) {  // 16 of six bits in 12 bytes
+    M::bits(8, scales, 0, 4, bytes, 0), M::bits(8, scales + 8, 0, 4, bytes, 4);
+    for (int i = 0; i < 4; i++) M::bits(4, scales + 4 * i, 4, 2, bytes + 8, 2 * i);
+}
+
+template <class M, class Part, class Byte>
+void move_iq4_scales(Part* scales, Byte* high, Byte* low) {
+    for (int i = 0; i < 8; i++) {
+        M::bits(1, scales + i, 0, 4, low + i / 2, i % 2 * 4);
+        M::bits(1, scales + i, 4, 2, high + i / 4, i % 4 * 2);
+    }
+}
+
+// One block; the numbers are offsets in it.
+template <class M, class Part, class Byte>
+void move_plain(GgmlType type, const Block<Part>& b, Byte* at) {
+    switch (type) {
+    case GgmlType::q4_0:
+    case GgmlType::iq4_nl: M::raw(2, b.scale, at), nibbles<M>(32, b.codes, at + 2); break;
+    case GgmlType::q4_1: M::raw(2, b.scale, at), M::raw(2, b.min, at + 2), nibbles<M>(32, b.codes, at + 4); break;
+    case GgmlType::q5_0:
+        M::raw(2, b.scale, at), high_bits_of_32<M>(b.codes, at + 2), nibbles<M>(32, b.codes, at + 6);
+        break;
+    case GgmlType::q5_1:
+        M::raw(2, b.scale, at), M::raw(2, b.min, at + 2), high_bits_of_32<M>(b.codes, at + 4);
+        nibbles<M>(32, b.codes, at + 8);
+        break;
+    case GgmlType::q8_0: M::raw(2, b.scale, at), M::signed_bytes(32, b.codes, at + 2); break;
+    case GgmlType::mxfp4: M::raw(1, b.scale, at), nibbles<M>(32, b.codes, at + 1); break;
+    case GgmlType::tq1_0:
+        M::ternary(32, 5, b.codes, at), M::ternary(16, 5, b.codes + 160, at + 32);
+        M::ternary(4, 4, b.codes + 240, at + 48), M::raw(2, b.scale, at + 52);
+        break;
+    case GgmlType::tq2_0: pairs<M>(b.codes, at), M::raw(2, b.scale, at + 64); break;
+    default: break;
+    }
+}
+
+template <class M, class Part, class Byte>
+void move_super(GgmlType type, const Block<Part>& b, Byte* at) {
+    switch (type) {
+    case GgmlType::q2_k:
+        M::bits(16, b.scale_codes, 0, 4, at, 0), M::bits(16, b.min_codes, 0, 4, at, 4);
+        pairs<M>(b.codes, at + 16), M::raw(2, b.scale, at + 80), M::raw(2, b.min, at + 82);
+        break;
+    case GgmlType::q3_k:
+        single_bits<M>(b.codes, 2, at), pairs<M>(b.codes, at + 32), move_q3_scales<M>(b.scale_codes, at + 96);
+        M::raw(2, b.scale, at + 108);
+        break;
+    case GgmlType::q4_k:
+    case GgmlType::q5_k: {
+        M::raw(2, b.scale, at), M::raw(2, b.min, at + 2), scales_and_mins<M>(b.scale_codes, b.min_codes, at + 4);
+        int codes = 16;
+        if (type == GgmlType::q5_k) single_bits<M>(b.codes, 4, at + 16), codes = 48;
+        for (int i = 0; i < 4; i++) nibbles<M>(64, b.codes + 64 * i, at + codes + 32 * i);
+        break;
+    }
+    case GgmlType::q6_k:
+        move_q6_codes<M>(b.codes, at, at + 128), M::signed_bytes(16, b.scale_codes, at + 192);
+        M::raw(2, b.scale, at + 208);
+        break;
+    case GgmlType::iq4_xs:
+        M::raw(2, b.scale, at), move_iq4_scales<M>(b.scale_codes, at + 2, at + 4);
+        for (int i = 0; i < 8; i++) nibbles<M>(32, b.codes + 32 * i, at + 8 + 16 * i);
+        break;
+    default: break;
+    }
+}
+
+template <bool packing, class Parts, class Byte>
+void move_all(GgmlType type, int64_t blocks, const Parts& parts, Byte* stored) {
+    using M = Mover<packing>;
+    GgmlShape shape = ggml_shape(type);
+    for (int64_t i = 0; i < blocks; i++) {
+        Block<typename M::Part> block{
+            parts.codes + i * shape.weights,
+            parts.scale + i * shape.scale_bytes,
+            parts.min ? parts.min + 2 * i : nullptr,
+            parts.scale_codes ? parts.scale_codes + i * shape.subs : nullptr,
+            parts.min_codes ? parts.min_codes + i * shape.subs : nullptr,
+        };
+        move_plain<M>(type, block, stored + i * shape.bytes);
+        move_super<M>(type, block, stored + i * shape.bytes);
+    }
+}
+
+}  // namespace
+
+GgmlShape ggml_shape(GgmlType type) {
+    switch (type) {
+    case GgmlType::q4_0:
+    case GgmlType::iq4_nl: return {32, 18, 0, false, 2};
+    case GgmlType::q4_1: return {32, 20, 0, true, 2};
+    case GgmlType::q5_0: return {32, 22, 0, false, 2};
+    case GgmlType::q5_1: return {32, 24, 0, true, 2};
+    case GgmlType::q8_0: return {32, 34, 0, false, 2};
+    case GgmlType::mxfp4: return {32, 17, 0, false, 1};
+    case GgmlType::q2_k: return {256, 84, 16, true, 2};
+    case GgmlType::q3_k: return {256, 110, 16, false, 2};
+    case GgmlType::q4_k: return {256, 144, 8, true, 2};
+    case GgmlType::q5_k: return {256, 176, 8, true, 2};
+    case GgmlType::q6_k: return {256, 210, 16, false, 2};
+    case GgmlType::iq4_xs: return {256, 136, 8, false, 2};
+    case GgmlType::tq1_0: return {256, 54, 0, false, 2};
+    case GgmlType::tq2_0: return {256, 66, 0, false, 2};
+    }
+    return {0, 0, 0, false, 0};
+}
+
+void ggml_pack(GgmlType type, int64_t blocks, const GgmlParts<const uint8_t>& parts, uint8_t* stored) {
+    std::memset(stored, 0, size_t(blocks * ggml_shape(type).bytes));
+    move_all<true>(type, blocks, parts, stored);
+}
+
+void ggml_unpack(GgmlType type, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>& parts) {
+    GgmlShape shape = ggml_shape(type);
+    std::memset(parts.codes, 0, size_t(blocks * shape.weights));
+    if (parts.scale_codes) std::memset(parts.scale_codes, 0, size_t(blocks * shape.subs));
+    if (parts.min_codes) std::memset(parts.min_codes, 0, size_t(blocks * shape.subs));
+    move_all<false>(type, blocks, parts, stored);
+}
+
+}  // namespace lowbit

@@ -1,0 +1,166 @@
+"""ggml's block types, as GGUF stores them: between a `QTensor` and rows of blocks.
+
+A row of a weight is a row of blocks, each with its codes and scales side by side. The order of bits in a block is in
+`csrc/ggml_blocks.cpp`, here is what they mean (ggml-common.h of llama.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from lowbit import native
+from lowbit.errors import FormatError
+from lowbit.formats._checks import below, exact, finite
+from lowbit.schemes import GGML_TYPES, Scheme, parse
+from lowbit.tensors import QTensor, Shape, scale_shape, scheme_bytes, view_shape
+
+
+@final
+@dataclass(frozen=True)
+class BlockType:
+    """A type of ggml.
+
+    Attributes:
+        name: as `ggml_type_name` gives it, in lower case.
+        id: its number in GGUF.
+        weights: how many weights a block holds.
+        bytes: size of a block.
+        scheme: what it stores.
+    """
+
+    name: str
+    id: int
+    weights: int
+    bytes: int
+    scheme: Scheme
+
+    def row_bytes(self, cols: int) -> int:
+        """Bytes of a row; columns must be a multiple of `weights`.
+
+        Raises:
+            FormatError: they are not.
+        """
+        if cols % self.weights:
+            raise FormatError(f"{self.name} stores rows in blocks of {self.weights}, which do not divide {cols}")
+        return cols // self.weights * self.bytes
+
+
+def _block_type(name: str) -> BlockType:
+    scheme = parse(name)
+    weights = scheme.block.cols * (scheme.nested.block.cols if scheme.nested else 1)
+    return BlockType(name, GGML_TYPES[name], weights, scheme_bytes(scheme, (1, weights)), scheme)
+
+
+BLOCKS: Mapping[str, BlockType] = {name: _block_type(name) for name in GGML_TYPES}
+_NAMES = {kind.scheme: name for name, kind in BLOCKS.items()}
+
+
+def type_of(scheme: Scheme) -> str | None:
+    """Name of the type that stores exactly this scheme, None where there is none."""
+    return _NAMES.get(scheme)
+
+
+def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
+    """Fill rows of blocks of a type.
+
+    Raises:
+        FormatError: the tensor has another scheme or is no matrix of whole blocks, or a scale is not exact in its type.
+    """
+    kind, (rows, cols) = BLOCKS[name], view_shape(q.shape, q.scheme.block)
+    if q.scheme != kind.scheme or q.group_index is not None:
+        raise FormatError(f"{name} does not store {q.scheme}" + (" with an index of groups" if q.group_index else ""))
+    _check_bytes(kind, rows, cols, out)
+    scale, scale_codes = _stored(name, q.scales)
+    low, low_codes = (None, None) if q.zeros is None else _stored(name, q.zeros)
+    parts = native.GgmlParts(q.codes.contiguous(), scale, low, scale_codes, low_codes)
+    native.ggml_pack(kind.id, rows * cols // kind.weights, _negated(name, parts), out=out)
+
+
+def unpack(
+    name: str,
+    stored: UInt8[Tensor, "rows row_bytes"],
+    shape: Shape,
+    codes: UInt8[Tensor, "rows cols"] | None = None,
+) -> QTensor:
+    """The tensor that rows of blocks of a type hold; its codes are put into `codes` where that is given.
+
+    Raises:
+        FormatError: another number of bytes than the shape needs, a scale that is not finite, a code off the grid.
+    """
+    kind = BLOCKS[name]
+    rows, cols = view_shape(shape, kind.scheme.block)
+    _check_bytes(kind, rows, cols, stored)
+    codes = torch.empty(rows, cols, dtype=torch.uint8) if codes is None else codes
+    parts = _empty_parts(kind, rows, cols, codes)
+    native.ggml_unpack(kind.id, rows * cols // kind.weights, stored.contiguous(), out=parts)
+    parts = _negated(name, parts)
+    below(f"codes of {name}", codes, len(kind.scheme.grid.levels))
+    blocks = scale_shape(shape, kind.scheme.block)
+    scales = _meant(kind, "scales", parts.scale, parts.scale_codes, blocks)
+    zeros = None if parts.min is None else _meant(kind, "minima", parts.min, parts.min_codes, blocks)
+    return QTensor(kind.scheme, shape, codes, scales, zeros)
+
+
+def _check_bytes(kind: BlockType, rows: int, cols: int, stored: Tensor) -> None:
+    wanted = (rows, kind.row_bytes(cols))
+    if stored.dtype != torch.uint8 or tuple(stored.shape) != wanted:
+        raise FormatError(
+            f"{kind.name}: {rows} rows of {cols} weights take uint8 {list(wanted)}, not "
+            f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
+        )
+
+
+def _stored(name: str, values: Tensor | QTensor) -> tuple[Tensor, Tensor | None]:
+    """Scales or minima as bytes, and their codes where they are quantized."""
+    if isinstance(values, QTensor):
+        assert isinstance(values.scales, Tensor)
+        return _bytes(f"scales of {name}", values.scales), values.codes.contiguous()
+    if BLOCKS[name].scheme.scale == "e8m0":
+        return (values.contiguous().view(torch.int32) >> 23).to(torch.uint8), None
+    return _bytes(f"scales of {name}", values), None
+
+
+def _bytes(what: str, values: Tensor) -> Tensor:
+    return exact(what, values, torch.float16).contiguous().view(torch.uint8)
+
+
+def _negated(name: str, parts: native.GgmlParts) -> native.GgmlParts:
+    """Q4_1 and Q5_1 store what is added, a `QTensor` and the other types what is subtracted: the sign changes."""
+    if parts.min is None or parts.min_codes is not None:
+        return parts
+    turned = (parts.min.view(torch.int16) ^ -(1 << 15)).view(torch.uint8)
+    return native.GgmlParts(parts.codes, parts.scale, turned)
+
+
+def _empty_parts(kind: BlockType, rows: int, cols: int, codes: Tensor) -> native.GgmlParts:
+    scheme, upper = kind.scheme, (rows, cols // kind.weights)
+    size = 1 if scheme.scale == "e8m0" else 2
+    scale = torch.empty(upper[0], upper[1] * size, dtype=torch.uint8)
+    lower = torch.empty(rows, cols // scheme.block.cols, dtype=torch.uint8) if scheme.nested else None
+    if scheme.zero != "min":
+        return native.GgmlParts(codes, scale, None, lower)
+    return native.GgmlParts(
+        codes, scale, torch.empty_like(scale), lower, None if lower is None else torch.empty_like(lower)
+    )
+
+
+def _meant(kind: BlockType, what: str, raw: Tensor, codes: Tensor | None, blocks: tuple[int, int]) -> Tensor | QTensor:
+    """The scales (or minima) that bytes and codes stand for."""
+    if kind.scheme.scale == "e8m0":
+        return _powers(kind.name, raw)
+    values = finite(f"{what} of {kind.name}", raw.view(torch.float16)).float()
+    if codes is None or kind.scheme.nested is None:
+        return values
+    return QTensor(kind.scheme.nested, blocks, codes, values)
+
+
+def _powers(name: str, raw: Tensor) -> Tensor:
+    below(f"scales of {name}", raw, 255)
+    bits = torch.where(raw == 0, 1 << 22, raw.int() << 23)
+    return bits.to(torch.int32).view(torch.float32)

@@ -1,0 +1,74 @@
+"""llama.cpp's encoders as methods: what `ggml_quantize_chunk` finds, to the bit, as a `QTensor`.
+
+The algorithms are native (`csrc/ggml_encode.h`); here rows are filled up to whole blocks and results cut again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lowbit import native
+from lowbit.methods._scales import finite_range
+from lowbit.schemes import ALIASES, GGML_TYPES, Scheme, parse
+from lowbit.tensors import QTensor, scale_shape
+
+_IDS = {parse(name): number for name, number in GGML_TYPES.items()}
+
+
+def objection(scheme: Scheme) -> str | None:
+    """A scheme must be one of llama.cpp's types."""
+    if scheme in _IDS:
+        return None
+    plain = ", ".join(ALIASES[name] for name in ("q4_0", "q5_0", "q8_0"))
+    return f"llama.cpp has no such type; use q4_k or another of its names, or {plain}"
+
+
+def encode(weight: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"] | None, scheme: Scheme) -> QTensor:
+    """The weight in one of llama.cpp's types; a shorter last block is encoded as if zeros without importance followed.
+
+    Raises:
+        WeightError: NaN or Inf, with its place.
+    """
+    finite_range(weight, {}, scheme)
+    (rows, cols), whole = weight.shape, scheme.block.cols * (scheme.nested.block.cols if scheme.nested else 1)
+    tail = -cols % whole
+    filled = pad(weight.float(), (0, tail)).contiguous()
+    wanted = None if importance is None else pad(importance.float(), (0, tail)).contiguous()
+    found = _room(rows, cols + tail, whole, scheme)
+    if weight.numel():
+        native.ggml_encode(_IDS[scheme], filled, wanted, out=found)
+    scales = _part(found.scale, found.scale_codes, (rows, cols), scheme)
+    zeros = None if found.min is None else _part(found.min, found.min_codes, (rows, cols), scheme)
+    return QTensor(scheme, (rows, cols), found.codes[:, :cols].contiguous(), scales, zeros)
+
+
+def _room(rows: int, cols: int, whole: int, scheme: Scheme) -> native.GgmlBlocks:
+    """Memory for what the encoder finds."""
+    found = native.GgmlBlocks(torch.empty(rows, cols, dtype=torch.uint8), torch.empty(rows, cols // whole))
+    if scheme.zero == "min":
+        found = replace(found, min=torch.empty_like(found.scale))
+    if scheme.nested:
+        found = replace(found, scale_codes=torch.empty(rows, cols // scheme.block.cols, dtype=torch.uint8))
+        found = replace(found, min_codes=None if found.min is None else torch.empty_like(found.scale_codes))
+    return found
+
+
+def _part(
+    values: Float[Tensor, "rows blocks"], codes: Tensor | None, shape: tuple[int, int], scheme: Scheme
+) -> Tensor | QTensor:
+    """Scales or minima of the blocks that the weight really has."""
+    blocks = scale_shape(shape, scheme.block)
+    if scheme.nested is None or codes is None:
+        return values
+    return QTensor(
+        scheme.nested,
+        blocks,
+        codes[:, : blocks[1]].contiguous(),
+        values[:, : ceil(blocks[1] / scheme.nested.block.cols)].contiguous(),
+    )

@@ -1,0 +1,272 @@
+"""llama.cpp's block types: our bytes as the `gguf` package reads them, our encoders against llama.cpp's, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lowbit import native
+from lowbit.errors import FormatError
+from lowbit.formats._ggml import BLOCKS, pack, type_of, unpack
+from lowbit.methods import NoOptions, ggml, imatrix
+from lowbit.schemes import ALIASES, FAMILIES, parse
+from lowbit.tensors import QTensor
+from tests.reference import llama
+from tests.reference.qtensors import random_qtensor, slow_dequantize
+
+gguf = pytest.importorskip("gguf", reason="compares with gguf")
+NAMES = list(BLOCKS)
+NESTED = [name for name in NAMES if BLOCKS[name].scheme.nested]
+Floats = NDArray[np.float32]
+
+
+def stored(q: QTensor, name: str) -> Tensor:
+    out = torch.full((q.codes.shape[0], BLOCKS[name].row_bytes(q.codes.shape[1])), 0xA5, dtype=torch.uint8)
+    pack(q, name, out)
+    return out
+
+
+def meant(name: str, blocks: Tensor) -> Tensor:
+    """What the owner's package reads."""
+    found = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[name.upper()])
+    return torch.from_numpy(np.ascontiguousarray(found))
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.int32)
+
+
+def assert_means(q: QTensor, name: str, blocks: Tensor) -> None:
+    """Equal to the bit, but that E2M1 has a -0 and ggml's table for it has not."""
+    found, wanted = q.dequantize(), meant(name, blocks)
+    assert torch.equal(bits_of(found + 0.0 if name == "mxfp4" else found), bits_of(wanted))
+
+
+# ---- layouts ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_is_that_of_gguf(name: str) -> None:
+    kind = gguf.GGMLQuantizationType[name.upper()]
+    assert (BLOCKS[name].id, (BLOCKS[name].weights, BLOCKS[name].bytes)) == (kind.value, gguf.GGML_QUANT_SIZES[kind])
+
+
+def test_a_type_is_found_by_its_scheme() -> None:
+    assert all(type_of(parse(name)) == name for name in NAMES)
+    assert type_of(parse("int4-g64")) is None and type_of(parse("int4-g32-bf16")) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_mean_the_same_to_their_owner(name: str) -> None:
+    q = random_qtensor(BLOCKS[name].scheme, (3, 768), seed=3)
+    blocks = stored(q, name)
+    assert_means(q, name, blocks)
+    assert torch.equal(bits_of(q.dequantize()), bits_of(slow_dequantize(q)))
+    assert blocks.numel() == q.nbytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_bytes_are_read_as_their_owner_reads_them_and_come_back(name: str) -> None:
+    dice = torch.Generator().manual_seed(5)
+    kind = BLOCKS[name]
+    blocks = torch.randint(256, (4, kind.row_bytes(512)), generator=dice, dtype=torch.uint8)
+    for at in half_places(name):  # any finite half
+        blocks.view(-1, kind.bytes)[:, at + 1] &= 0xBB
+    if name == "mxfp4":
+        blocks.view(-1, kind.bytes)[:, 0] %= 255
+    if name == "tq2_0":
+        blocks[blocks & blocks >> 1 & 0x55 != 0] = 0x12  # code 3 is none
+    q = unpack(name, blocks, (4, 512))
+    assert_means(q, name, blocks)
+    if name != "tq1_0":  # five values in a byte leave some bytes unused
+        assert torch.equal(stored(q, name), blocks)
+
+
+def half_places(name: str) -> list[int]:
+    """Where a block has its float16 numbers."""
+    first = {"q2_k": [80, 82], "q3_k": [108], "q6_k": [208], "tq1_0": [52], "tq2_0": [64], "mxfp4": []}
+    return first.get(name, [0, 2] if name in ("q4_1", "q5_1", "q4_k", "q5_k") else [0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_packed_is_unpacked(name: str) -> None:
+    q = random_qtensor(BLOCKS[name].scheme, (5, 512), seed=1)
+    buffer = torch.full_like(q.codes, 0xEE)
+    found = unpack(name, stored(q, name), (5, 512), buffer)
+    assert found.codes.data_ptr() == buffer.data_ptr() and found.scheme == q.scheme
+    ours, theirs = dict(q.parts()), dict(found.parts())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[part], theirs[part]) for part in ours)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_rows_are_no_bytes(name: str) -> None:
+    for shape in ((0, 256), (3, 0)):
+        q = unpack(name, torch.empty(shape[0], BLOCKS[name].row_bytes(shape[1]), dtype=torch.uint8), shape)
+        assert q.dequantize().shape == shape and q.nbytes == 0
+
+
+# ---- damage ----
+
+
+def damaged(name: str) -> Iterator[tuple[str, str, Tensor, tuple[int, ...]]]:
+    """What is wrong, what the text must say, bytes, shape."""
+    kind = BLOCKS[name]
+    whole = stored(random_qtensor(kind.scheme, (2, 512), seed=2), name)
+    yield "shorter rows", "take uint8", whole[:, :-1], (2, 512)
+    yield "longer rows", "take uint8", torch.cat([whole, whole], 1), (2, 512)
+    yield "fewer rows", "take uint8", whole[:1], (2, 512)
+    yield "another type", "take uint8", whole.to(torch.int16), (2, 512)
+    yield "flat", "take uint8", whole.view(-1), (2, 512)
+    yield "columns that blocks do not divide", "do not divide", whole, (2, 510)
+    yield "nothing", "take uint8", whole[:0], (2, 512)
+    for place in half_places(name):
+        for what, high in (("inf", 0x7C), ("-inf", 0xFC), ("nan", 0x7E)):
+            broken = whole.clone().view(-1, kind.bytes)
+            broken[1, place : place + 2] = torch.tensor([0, high], dtype=torch.uint8)
+            yield what, "must be finite", broken.view(whole.shape), (2, 512)
+    if name == "mxfp4":
+        broken = whole.clone()
+        broken[1, 0] = 255
+        yield "the exponent that means NaN", "codes end at 254", broken, (2, 512)
+    if name == "tq2_0":
+        broken = whole.clone()
+        broken[0, 7] = 0xC0
+        yield "a code off the grid", "holds code 3", broken, (2, 512)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damage_is_named(name: str) -> None:
+    cases = list(damaged(name))
+    assert len(cases) + 3 >= 10
+    for _, said, broken, shape in cases:
+        with pytest.raises(FormatError, match=said):
+            unpack(name, broken, shape)
+
+
+def test_what_cannot_be_stored_is_refused() -> None:
+    q = random_qtensor(parse("q4_0"), (2, 64))
+    room = torch.empty(2, 36, dtype=torch.uint8)
+    with pytest.raises(FormatError, match="q4_1 does not store int4-g32"):
+        pack(q, "q4_1", room)
+    with pytest.raises(FormatError, match="cannot be stored as float16"):
+        pack(replace(q, scales=torch.full_like(q.scale_values(), 1.0001)), "q4_0", room)
+    with pytest.raises(FormatError, match="32, which do not divide 50"):
+        pack(random_qtensor(parse("q4_0"), (2, 50)), "q4_0", room)
+
+
+# ---- the encoders ----
+
+
+def weights() -> Iterator[tuple[str, Floats]]:
+    dice = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Floats:
+        return dice.standard_normal(shape).astype(np.float32)
+
+    yield "normal", normal(37, 768) * np.float32(0.05)
+    yield "heavy tails", (dice.standard_t(3, (33, 512)) * 0.02).astype(np.float32)
+    yield "no tails end", (dice.standard_t(1, (7, 512)) * 0.001).astype(np.float32).clip(-2000, 2000)
+    some = normal(9, 512) * np.float32(0.1)
+    some[3], some[5, :300], some[7], some[8] = 0, 0, 0.25, -0.3
+    yield "zero and constant rows", some
+    level = np.linspace(-1, 1, 9, dtype=np.float32)[:, None]
+    yield "nearly constant rows", (level + normal(9, 512) * np.float32(1e-8)).astype(np.float32)
+    yield "positive", np.abs(normal(7, 512))
+    yield "negative", -np.abs(normal(7, 512)) - np.float32(0.5)
+    yield "few values", dice.choice(np.array([-1, 0, 0.5, 1], np.float32), (9, 512))
+    yield "ternary", dice.choice(np.array([-0.02, 0, 0.02], np.float32), (5, 256))
+    for name, size in {
+        "subnormal": 1e-39,
+        "tiny": 1e-20,
+        "at the threshold": 1e-15,
+        "small": 1e-6,
+        "large": 1e3,
+    }.items():
+        yield name, normal(5, 512) * np.float32(size)
+    yield "one row", normal(1, 256)
+
+
+def importances(cols: int) -> Iterator[Floats | None]:
+    dice = np.random.default_rng(1)
+    yield None
+    plain = dice.exponential(1, cols).astype(np.float32)
+    yield plain
+    gaps = plain.copy()
+    gaps[dice.random(cols) < 0.3], gaps[:40] = 0, 0
+    yield gaps
+    yield np.exp(dice.standard_normal(cols) * 4).astype(np.float32)
+    yield np.zeros(cols, np.float32)
+
+
+def ours(name: str, weight: Floats, importance: Floats | None) -> QTensor:
+    scheme, matrix = BLOCKS[name].scheme, torch.from_numpy(weight)
+    if importance is None:
+        return ggml.quantize(matrix, {}, scheme, NoOptions())
+    return imatrix.quantize(matrix, {"mean_square": torch.from_numpy(importance)}, scheme, NoOptions())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_encoders_give_the_bytes_of_llama_cpp(name: str) -> None:
+    for what, weight in weights():
+        for importance in importances(weight.shape[1]):
+            found = stored(ours(name, weight, importance), name).numpy()
+            theirs = llama.quantize(BLOCKS[name].id, weight, importance, found.shape[1])
+            wrong = (found != theirs).reshape(-1, BLOCKS[name].bytes).any(1)
+            assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.size} blocks differ"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_float16_cannot_hold_stays_finite_and_all_else_is_theirs(name: str) -> None:
+    dice = np.random.default_rng(2)
+    weight = (dice.standard_normal((6, 512)) * np.exp(dice.standard_normal((6, 512)) * 6)).astype(np.float32)
+    q = ours(name, weight, None)
+    found, kind = stored(q, name), BLOCKS[name]
+    theirs = torch.from_numpy(llama.quantize(kind.id, weight, None, found.shape[1])).view(-1, kind.bytes)
+    whole = torch.ones(len(theirs), dtype=torch.bool)
+    for at in half_places(name):
+        whole &= theirs[:, at : at + 2].contiguous().view(torch.float16)[:, 0].isfinite()
+    assert q.dequantize().isfinite().all()
+    assert torch.equal(found.view(-1, kind.bytes)[whole], theirs[whole])
+    assert name in ("mxfp4", "q6_k", "iq4_xs") or not whole.all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_short_last_block_is_one_that_zeros_follow(name: str) -> None:
+    weight = torch.randn(3, 600, generator=torch.Generator().manual_seed(0))
+    full = torch.cat([weight, torch.zeros(3, 168)], 1)
+    scheme = BLOCKS[name].scheme
+    short, long = (ggml.quantize(w, {}, scheme, NoOptions()) for w in (weight, full))
+    assert torch.equal(short.codes, long.codes[:, :600])
+    assert torch.equal(bits_of(short.dequantize()), bits_of(long.dequantize()[:, :600]))
+
+
+@pytest.mark.parametrize("name", [*ALIASES, "q4_k", "iq4_nl"])
+def test_names_of_llama_cpp_are_schemes(name: str) -> None:
+    assert parse(name) == parse(str(parse(name))) == BLOCKS[name].scheme
+
+
+def test_other_schemes_are_refused_in_words() -> None:
+    for scheme in ("int4-g64", "int3-g32", "nf4", "nvfp4", "int4-g32-bf16"):
+        for method in (ggml.METHOD, imatrix.METHOD):
+            assert "llama.cpp has no such type" in str(method.supports(parse(scheme)))
+    assert all(ggml.METHOD.supports(FAMILIES[name]) is None for name in NESTED)
+
+
+@pytest.mark.parametrize("name", ["q4_k", "q6_k", "iq4_xs"])
+def test_sizes_are_checked(name: str) -> None:
+    q: Any = native.GgmlBlocks(torch.empty(2, 256, dtype=torch.uint8), torch.empty(2, 1))
+    with pytest.raises(ValueError, match="weight is"):
+        native.ggml_encode(BLOCKS[name].id, torch.empty(2, 256).half(), None, out=q)
+    with pytest.raises(ValueError, match="codes has shape"):
+        native.ggml_encode(BLOCKS[name].id, torch.empty(3, 256), None, out=q)
+    with pytest.raises(ValueError, match=r"(scale_codes|min) is missing"):
+        native.ggml_encode(BLOCKS[name].id, torch.empty(2, 256), None, out=q)
+    with pytest.raises(ValueError, match="no type 5"):
+        native.ggml_encode(5, torch.empty(2, 256), None, out=q)
