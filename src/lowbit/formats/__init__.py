@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -95,6 +95,11 @@ class Format:
         fit_activations: `(scheme, weight) -> scheme` of the inputs of a weight whose own scheme is fitted, as this
             format declares it; raises `UnsupportedError` with the reason.
         swaps: whether its readers put a weight `[outputs, inputs]` into the place of a `Conv1D`.
+        container: kind of file that its tensors are in; what is not quantized is `arrange`d for it.
+        choose: `(name, weights, config.json) -> {weight name: (scheme name or float type, reason)}` for names of
+            mixtures; where there is one, it decides in place of the general rules which weights are quantized.
+        arrange: `(weight, float type or "keep" or a scheme's name, config.json) -> weight` as the container has it:
+            dtype, order of rows; None where it has them as the checkpoint does.
     """
 
     about: str
@@ -108,3 +113,6 @@ class Format:
     owns: Callable[[Weight], Sequence[str]]
     fit_activations: Callable[[Scheme, Weight], Scheme] = no_activations
     swaps: bool = False
+    container: Literal["safetensors", "gguf"] = "safetensors"
+    choose: Callable[[str, Sequence[Weight], Mapping[str, Any]], dict[str, tuple[str, str]]] | None = None
+    arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None

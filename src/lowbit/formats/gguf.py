@@ -20,9 +20,12 @@ from lowbit.formats._ggml import BLOCKS, BlockType, type_of
 from lowbit.formats._ggml import pack as pack_blocks
 from lowbit.formats._ggml import unpack as unpack_blocks
 from lowbit.formats._gguf import interleave, separate
+from lowbit.formats._mixtures import choose, float_only, place_of, require_arch
 from lowbit.formats._linear import check_matrix, check_planned, declare, planned
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
+
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def fit(scheme: Scheme, weight: Weight) -> Scheme:
@@ -117,6 +120,21 @@ def recognise(
     return None
 
 
+def arrange(weight: Weight, wanted: str, config: Mapping[str, Any]) -> Weight:
+    """Rows in llama.cpp's order, norms as they are used, and the float type of what is not quantized.
+
+    Raises:
+        UnsupportedError: llama.cpp has no such architecture or tensor, as far as `arch/gguf.toml` tells.
+    """
+    arch = require_arch(config)
+    stored = place_of(arch, weight)
+    dtype = _DTYPES.get(wanted, weight.dtype)
+    if wanted not in BLOCKS and float_only(weight, stored):
+        dtype = torch.float32
+    heads, plus = arch.layout(weight, config)
+    return replace(weight, dtype=dtype, interleaved=heads, plus=plus)
+
+
 def owns(weight: Weight) -> Sequence[str]:
     """The one tensor of a weight."""
     return [weight.name]
@@ -133,4 +151,7 @@ FORMAT = Format(
     recognise=recognise,
     owns=owns,
     swaps=True,
+    container="gguf",
+    choose=choose,
+    arrange=arrange,
 )
