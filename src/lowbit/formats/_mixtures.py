@@ -13,7 +13,7 @@ from typing import Any, final
 from lowbit.errors import UnsupportedError
 from lowbit.formats import Weight
 from lowbit.formats._ggml import BLOCKS
-from lowbit.formats._gguf import Arch, archs, arch_of
+from lowbit.formats._gguf import Arch, arch_of, archs
 
 FLOATS = ("f32", "f16", "bf16")
 # Name to `general.file_type` and the type of what no rule names.
@@ -21,7 +21,8 @@ MIXTURES: Mapping[str, tuple[int, str]] = {
     "f32": (0, "f32"), "f16": (1, "f16"), "bf16": (32, "bf16"),
     "q4_0": (2, "q4_0"), "q4_1": (3, "q4_1"), "q5_0": (8, "q5_0"), "q5_1": (9, "q5_1"), "q8_0": (7, "q8_0"),
     "q2_k": (10, "q2_k"), "q3_k_s": (11, "q3_k"), "q3_k_m": (12, "q3_k"), "q3_k_l": (13, "q3_k"),
-    "q4_k_s": (14, "q4_k"), "q4_k_m": (15, "q4_k"), "q5_k_s": (16, "q5_k"), "q5_k_m": (17, "q5_k"), "q6_k": (18, "q6_k"),
+    "q4_k_s": (14, "q4_k"), "q4_k_m": (15, "q4_k"), "q5_k_s": (16, "q5_k"), "q5_k_m": (17, "q5_k"),
+    "q6_k": (18, "q6_k"),
     "iq4_nl": (25, "iq4_nl"), "iq4_xs": (30, "iq4_xs"), "tq1_0": (36, "tq1_0"), "tq2_0": (37, "tq2_0"),
 }  # fmt: skip
 _FALLBACK = {

@@ -20,8 +20,8 @@ from lowbit.formats._ggml import BLOCKS, BlockType, type_of
 from lowbit.formats._ggml import pack as pack_blocks
 from lowbit.formats._ggml import unpack as unpack_blocks
 from lowbit.formats._gguf import interleave, separate
-from lowbit.formats._mixtures import choose, float_only, place_of, require_arch
 from lowbit.formats._linear import check_matrix, check_planned, declare, planned
+from lowbit.formats._mixtures import choose, float_only, place_of, require_arch
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 

@@ -34,7 +34,7 @@ FLOATS: Mapping[str, tuple[int, torch.dtype]] = {
     "f32": (0, torch.float32), "f16": (1, torch.float16), "bf16": (30, torch.bfloat16), "f64": (28, torch.float64),
     "i8": (24, torch.int8), "i16": (25, torch.int16), "i32": (26, torch.int32), "i64": (27, torch.int64),
 }  # fmt: skip
-_PLAIN = {number: dtype for number, dtype in FLOATS.values()}
+_PLAIN = dict(FLOATS.values())
 _BLOCKS = {kind.id: kind for kind in BLOCKS.values()}
 # Types of ggml that are known and not read.
 _OTHERS = {

@@ -75,7 +75,7 @@ def _tokens(document: Mapping[str, Any], size: int) -> tuple[list[str], list[int
 
 
 def _scores(tokens: list[str], model: Mapping[str, Any]) -> list[float]:
-    """llama.cpp joins the pair whose whole has the highest score: the rank of the first merge that makes it, negated."""
+    """llama.cpp joins the pair whose whole scores highest: the rank of the first merge that makes it, negated."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
         ranks.setdefault("".join(pair if isinstance(pair, list) else pair.split(" ")), rank)
@@ -99,7 +99,7 @@ def _pre(checkpoint: Checkpoint, document: Mapping[str, Any]) -> str:
 
 
 def _splits(part: Any) -> list[str]:
-    """The steps of a pre-tokenizer as texts: patterns, `digits`, and `bytes` (with GPT-2's pattern) or `plain bytes`."""
+    """The steps of a pre-tokenizer as texts: patterns, and the words of `arch/pre.toml`."""
     if not isinstance(part, Mapping):
         return []
     if part["type"] == "Sequence":

@@ -5,11 +5,11 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lowbit.errors import LowbitError, UsageError
+from lowbit.errors import UsageError
 from lowbit.formats import Spec, Weight
-from lowbit.formats._ggml import BLOCKS, type_of
+from lowbit.formats._ggml import type_of
 from lowbit.formats._gguf import Arch
 from lowbit.formats._mixtures import MIXTURES, choose, order, require_arch
 from lowbit.stages._gguf import FLOATS
@@ -18,9 +18,6 @@ from lowbit.stages._gguf_model import open_gguf
 from lowbit.stages._shard import Shard
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Plan
-
-if TYPE_CHECKING:
-    import numpy as np
 
 FILE = "model.gguf"
 _ALIGNMENT = 32

@@ -101,8 +101,8 @@ class Entry:
     """One weight of the plan: how it is stored (`weight.scheme`, None: as it is), by which method, and why.
 
     `tied` names the weight whose storage this one shares: it is stored once, under that name. Where `weight.swapped`,
-    it is the transpose of what the checkpoint holds (`as_planned`). `came`: the dtype that it had, where it is stored in
-    another.
+    it is the transpose of what the checkpoint holds (`as_planned`). `came`: the dtype that it had, where it is
+    stored in another.
     """
 
     weight: Weight
