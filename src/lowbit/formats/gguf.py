@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import UnsupportedError
+from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Spec, Weight
 from lowbit.formats._checks import stored
 from lowbit.formats._ggml import BLOCKS, BlockType, type_of
@@ -47,8 +47,8 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
 
 def layout(weight: Weight) -> dict[str, Spec]:
     """One tensor of bytes under the name of the weight."""
-    rows, cols = weight.shape
-    return {weight.name: Spec(torch.uint8, (rows, _kind(weight).row_bytes(cols)))}
+    *rows, cols = weight.shape
+    return {weight.name: Spec(torch.uint8, (*rows, _kind(weight).row_bytes(cols)))}
 
 
 def _kind(weight: Weight) -> BlockType:
@@ -82,11 +82,14 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None) 
         FormatError: missing, of another shape or dtype, a scale that is not finite, or a code that the type has not.
     """
     kind = _kind(weight)
-    rows, cols = weight.shape
-    part = stored(tensors, weight.name, torch.uint8, (rows, kind.row_bytes(cols)))
-    q = unpack_blocks(kind.name, part, weight.shape, codes)
+    part = stored(tensors, weight.name, torch.uint8, layout(weight)[weight.name].shape)
+    try:
+        q = unpack_blocks(kind.name, part.reshape(-1, part.shape[-1]), weight.shape, codes)
+    except FormatError as error:
+        raise FormatError(f"{weight.name}: {error}") from None
     if not weight.interleaved:
         return q
+    rows = weight.shape[0]
     size = rows // weight.interleaved
     order = separate(size, 1)
     for start in range(0, rows, size):
