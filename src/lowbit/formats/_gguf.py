@@ -42,6 +42,7 @@ class Arch:
         interleaved: rows of q and k are in another order in the file.
         plus_one: norms are stored with 1 added.
         tied: there is never an output layer.
+        requires: what config.json must say, where it says anything of it.
     """
 
     arch: str
@@ -52,6 +53,7 @@ class Arch:
     interleaved: bool
     plus_one: bool
     tied: bool
+    requires: Mapping[str, Any]
 
     def place(self, name: str) -> Place | None:
         """Where a tensor with this name in transformers belongs; None where llama.cpp has no such tensor."""
@@ -110,6 +112,7 @@ def archs() -> tuple[Arch, ...]:
             row.get("interleaved", False),
             row.get("plus_one", False),
             row.get("tied", False),
+            row.get("requires", {}),
         )
         for row in table["gguf"]
     )

@@ -26,6 +26,12 @@ def metadata(checkpoint: Checkpoint, arch: Arch, file_type: int) -> tuple[dict[s
         UnsupportedError: a kind of rope or of tokenizer that is not written.
     """
     facts = _flat(open_config(checkpoint).get_text_config().to_dict())
+    for key, wanted in arch.requires.items():
+        if facts.get(key, wanted) != wanted:
+            raise UnsupportedError(
+                f"{checkpoint.path} says {key} is {show(facts[key])}; llama.cpp computes a model of the architecture "
+                f"{arch.arch} as if it were {wanted!r}"
+            )
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     values: dict[str, Value] = {"general.name": root.resolve().name or arch.arch, "general.file_type": file_type}
     values["general.quantization_version"] = 2
@@ -48,11 +54,10 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 def _derived(arch: Arch, facts: Mapping[str, Any]) -> dict[str, Value]:
     """Keys whose value is no single name of the configuration."""
     name, found = arch.arch, dict[str, Value]()
-    if f"{name}.feed_forward_length" and "feed_forward_length" in arch.keys and not facts.get("intermediate_size"):
-        width = facts.get("n_inner") or 4 * int(facts["n_embd"])
-        found[f"{name}.feed_forward_length"] = int(width)
+    if not facts.get("intermediate_size") and not facts.get("n_inner"):
+        found[f"{name}.feed_forward_length"] = 4 * int(facts.get("n_embd") or facts["hidden_size"])
     if "rope.freq_base" in arch.keys:
-        found[f"{name}.rope.dimension_count"] = _head(facts)
+        found[f"{name}.rope.dimension_count"] = int(_head(facts) * float(facts.get("partial_rotary_factor") or 1))
     return found
 
 
