@@ -10,8 +10,9 @@ import io
 import json
 import os
 import pickle
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -530,4 +531,101 @@ QUANTIZED = [
     ),
 ]
 
-CASES = LENGTHS + JSON + ENTRIES + LAYOUTS + DIRECTORIES + CONFIGS + PICKLES + QUANTIZED
+GGUF = "model.gguf"
+
+
+def gguf_text(value: str | bytes) -> bytes:
+    """A text as GGUF has it."""
+    data = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(data)) + data
+
+
+def gguf_key(name: str, kind: int = 4, value: bytes = b"\x01\0\0\0") -> bytes:
+    """One key and its value."""
+    return gguf_text(name) + struct.pack("<I", kind) + value
+
+
+def gguf_entry(name: str | bytes = "w", shape: Sequence[int] = (32,), kind: int = 0, offset: int = 0) -> bytes:
+    """One tensor in the list; the innermost axis comes first."""
+    sides = struct.pack(f"<{len(shape)}Q", *shape)
+    return gguf_text(name) + struct.pack("<I", len(shape)) + sides + struct.pack("<IQ", kind, offset)
+
+
+def gguf_bytes(
+    entries: Sequence[bytes] = (gguf_entry(),),
+    keys: Sequence[bytes] = (),
+    size: int = 128,
+    version: int = 3,
+    tensors: int | None = None,
+    values: int | None = None,
+) -> bytes:
+    """A GGUF file from its parts, right unless told otherwise; `size` bytes of data."""
+    counts = (len(entries) if tensors is None else tensors, len(keys) if values is None else values)
+    head = b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join(keys) + b"".join(entries)
+    return head + bytes(-len(head) % 32) + bytes(size)
+
+
+def _gguf(*entries: bytes, **parts: Any) -> Callable[[Path], Path]:
+    return _bytes(gguf_bytes(entries or (gguf_entry(),), **parts), GGUF)
+
+
+_ARCH = gguf_key("general.architecture", 8, gguf_text("llama"))
+_HEADS = gguf_key("llama.attention.head_count", 4, struct.pack("<I", 3))
+_QUERY = gguf_entry("blk.0.attn_q.weight", (32, 4))
+_TEXTS = struct.pack("<IQ", 8, 2**60)
+GGUFS = [
+    Case("gguf empty", _bytes(b"", GGUF), (GGUF, "0 bytes")),
+    Case("gguf cut in the counts", _bytes(gguf_bytes()[:20], GGUF), (GGUF, "20 bytes")),
+    Case("gguf other magic", _bytes(b"GGML" + gguf_bytes()[4:], GGUF), (GGUF, "GGML")),
+    Case("gguf version 1", _gguf(version=1), (GGUF, "version 1")),
+    Case("gguf big-endian", _gguf(version=0x03000000), (GGUF, "big-endian")),
+    Case("gguf far too many tensors", _gguf(tensors=2**60), (GGUF, "tensor 1 of")),
+    Case("gguf far too many keys", _gguf(values=2**60), (GGUF, "key")),
+    Case("gguf key twice", _gguf(keys=[gguf_key("a"), gguf_key("a")]), (GGUF, "'a'", "twice")),
+    Case("gguf key without a name", _gguf(keys=[gguf_key("")]), (GGUF, "key 0", "empty")),
+    Case("gguf key of another type", _gguf(keys=[gguf_key("a", 13)]), (GGUF, "'a'", "type 13")),
+    Case("gguf array of arrays", _gguf(keys=[gguf_key("a", 9, struct.pack("<IQ", 9, 1))]), (GGUF, "'a'", "type 9")),
+    Case("gguf far too many texts", _gguf(keys=[gguf_key("a", 9, _TEXTS)]), (GGUF, "'a'", "texts")),
+    Case("gguf far too many numbers", _gguf(keys=[gguf_key("a", 9, struct.pack("<IQ", 4, 2**62))]), (GGUF, "'a'")),
+    Case("gguf text far too long", _gguf(keys=[gguf_key("a", 8, struct.pack("<Q", 2**63))]), (GGUF, "'a'")),
+    Case("gguf alignment 3", _gguf(keys=[gguf_key("general.alignment", 4, struct.pack("<I", 3))]), (GGUF, "alignment")),
+    Case("gguf alignment 0", _gguf(keys=[gguf_key("general.alignment", 4, bytes(4))]), (GGUF, "alignment")),
+    Case("gguf one part of three", _gguf(keys=[gguf_key("split.count", 2, b"\x03\0")]), (GGUF, "one of 3 parts")),
+    Case("gguf tensor twice", _gguf(gguf_entry(), gguf_entry(offset=128), size=256), (GGUF, "'w'", "twice")),
+    Case("gguf name too long", _gguf(gguf_entry("n" * 64)), (GGUF, "64 bytes")),
+    Case("gguf name not utf-8", _gguf(gguf_entry(b"\xff")), (GGUF, "UTF-8")),
+    Case("gguf five axes", _gguf(gguf_entry(shape=(1,) * 5)), (GGUF, "'w'", "5 axes")),
+    Case("gguf shape overflows", _gguf(gguf_entry(shape=(2**40, 2**40))), (GGUF, "'w'", "larger than any")),
+    Case("gguf unknown type", _gguf(gguf_entry(kind=99)), (GGUF, "'w'", "99")),
+    Case("gguf type that is not read", _gguf(gguf_entry(shape=(256,), kind=16)), (GGUF, "'w'", "IQ2_XXS")),
+    Case("gguf rows of no whole blocks", _gguf(gguf_entry(shape=(33,), kind=8)), (GGUF, "'w'", "q8_0", "33")),
+    Case("gguf tensors overlap", _gguf(gguf_entry(), gguf_entry("v", offset=96), size=256), (GGUF, "'v'", "overlaps")),
+    Case("gguf hole", _gguf(gguf_entry(), gguf_entry("v", offset=160), size=512), (GGUF, "'v'", "hole")),
+    Case("gguf truncated", _gguf(size=127), (GGUF, "'w'", "truncated")),
+    Case("gguf more data", _gguf(size=160), (GGUF, "32 more bytes")),
+    Case("gguf no tensors", _bytes(gguf_bytes([], size=0), GGUF), ("no tensors",)),
+    Case("gguf tensor that llama has not", _gguf(gguf_entry("blk.0.odd.weight"), keys=[_ARCH]), (GGUF, "odd", "llama")),
+    Case("gguf no heads", _gguf(_QUERY, keys=[_ARCH], size=512), (GGUF, "heads")),
+    Case("gguf heads do not divide", _gguf(_QUERY, keys=[_ARCH, _HEADS], size=512), (GGUF, "3 heads")),
+    Case(
+        "gguf scale not finite",
+        _then(_gguf(gguf_entry(kind=8), size=64), lambda path: _patch(path, -64, b"\0\x7e")),
+        (GGUF, "q8_0"),
+        "gguf",
+    ),
+    Case(
+        "gguf two in a directory",
+        _directory({}, **{"a.gguf": gguf_bytes(), "b.gguf": gguf_bytes()}),
+        ("2 GGUF files", "a.gguf"),
+    ),
+]
+
+
+def _patch(path: Path, at: int, data: bytes) -> None:
+    """Put bytes at a place counted from the end."""
+    content = bytearray(path.read_bytes())
+    content[at : at + len(data)] = data
+    path.write_bytes(content)
+
+
+CASES = LENGTHS + JSON + ENTRIES + LAYOUTS + DIRECTORIES + CONFIGS + PICKLES + QUANTIZED + GGUFS

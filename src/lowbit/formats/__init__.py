@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ class Weight:
             are multiplied before they are rounded. None where it stores nothing, or is not calibrated yet.
         swapped: whether the model holds its transpose, `[inputs, outputs]` (GPT-2's `Conv1D`); `shape`, and all that
             formats and methods see, is `[outputs, inputs]`.
+        interleaved: heads whose rows the file has in llama.cpp's order, for a rotation of neighbours; 0: none. All that
+            is seen outside of the file is in the order of transformers.
+        plus: what the file has added to each element (Gemma's norms, of which transformers stores what exceeds 1).
     """
 
     name: str
@@ -48,6 +51,8 @@ class Weight:
     activations: Scheme | None = None
     input_scale: float | None = None
     swapped: bool = False
+    interleaved: int = 0
+    plus: float = 0.0
 
     @property
     def module(self) -> str:
@@ -90,6 +95,11 @@ class Format:
         fit_activations: `(scheme, weight) -> scheme` of the inputs of a weight whose own scheme is fitted, as this
             format declares it; raises `UnsupportedError` with the reason.
         swaps: whether its readers put a weight `[outputs, inputs]` into the place of a `Conv1D`.
+        container: kind of file that its tensors are in; what is not quantized is `arrange`d for it.
+        choose: `(name, weights, config.json) -> {weight name: (scheme name or float type, reason)}` for names of
+            mixtures; where there is one, it decides in place of the general rules which weights are quantized.
+        arrange: `(weight, float type or "keep" or a scheme's name, config.json) -> weight` as the container has it:
+            dtype, order of rows; None where it has them as the checkpoint does.
     """
 
     about: str
@@ -103,3 +113,6 @@ class Format:
     owns: Callable[[Weight], Sequence[str]]
     fit_activations: Callable[[Scheme, Weight], Scheme] = no_activations
     swaps: bool = False
+    container: Literal["safetensors", "gguf"] = "safetensors"
+    choose: Callable[[str, Sequence[Weight], Mapping[str, Any]], dict[str, tuple[str, str]]] | None = None
+    arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None

@@ -42,7 +42,7 @@ def inspect(source: str | Path, progress: Progress = lambda stage, done, total: 
             progress("inspect", min(done, total), total)
         return Inspection(
             path=str(checkpoint.path),
-            container="safetensors" if checkpoint.shards[0].suffix == ".safetensors" else "pytorch",
+            container={".safetensors": "safetensors", ".gguf": "gguf"}.get(checkpoint.shards[0].suffix, "pytorch"),
             files={shard.name: shard.stat().st_size for shard in checkpoint.shards},
             model={key: checkpoint.config[key] for key in ("model_type", "architectures") if key in checkpoint.config},
             format=checkpoint.format,
@@ -56,7 +56,9 @@ def inspect(source: str | Path, progress: Progress = lambda stage, done, total: 
 
 def _whole(checkpoint: Checkpoint) -> list[Finding]:
     """Notes on the checkpoint as a whole."""
-    found = [Finding("note", None, f"{name} is no tensor and is not carried") for name in checkpoint.skipped]
+    found = [
+        Finding("note", None, f"{name} is no tensor of the model and is not carried") for name in checkpoint.skipped
+    ]
     specs = {} if checkpoint.format else checkpoint.specs
     packed = [name for name, spec in specs.items() if len(spec.shape) == 2 and not spec.dtype.is_floating_point]
     if packed:

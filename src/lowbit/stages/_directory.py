@@ -12,7 +12,8 @@ from lowbit.errors import CheckpointError
 from lowbit.stages._weightfile import read_json, show
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_OTHER_SUFFIXES = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".pkl", ".npz")
+GGUF = ".gguf"
+_OTHER_SUFFIXES = (GGUF, ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".pkl", ".npz")
 _PLAIN = re.compile(r"[\w .,+=@()-]+")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *_OTHER_SUFFIXES)
 
@@ -28,7 +29,8 @@ class Index:
 def find_shards(root: Path) -> tuple[list[Path], Index | None]:
     """The weight files of a directory, sorted, and the index that lists them, if there is one.
 
-    Safetensors come before PyTorch files; of each, one file before an index before any files that are there.
+    Safetensors come before PyTorch files, and these before a GGUF file; of each, one file before an index before any
+    files that are there.
 
     Raises:
         CheckpointError: no weights, a shard that is missing, or an index that is damaged or leads elsewhere.
@@ -47,8 +49,15 @@ def find_shards(root: Path) -> tuple[list[Path], Index | None]:
         if loose:
             _check_names(root, [path.name for path in loose])
             return loose, None
+    models = sorted(path for path in root.glob(f"*{GGUF}") if not path.name.startswith("."))
+    if len(models) == 1:
+        return models, None
+    if models:
+        raise CheckpointError(
+            f"{root} holds {len(models)} GGUF files; name one: {show([path.name for path in models])}"
+        )
     raise CheckpointError(
-        f"{root} holds no weights, neither *.safetensors nor pytorch_model*.bin; "
+        f"{root} holds no weights, neither *.safetensors nor pytorch_model*.bin nor *.gguf; "
         "if they are called otherwise, name the file itself"
     )
 

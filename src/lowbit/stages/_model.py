@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowbit.errors import CheckpointError, LowbitError, UsageError
 from lowbit.stages._activations import round_inputs
+from lowbit.stages._directory import GGUF
 from lowbit.stages._weightfile import one_line, show
 from lowbit.stages.checkpoint import Checkpoint
 
@@ -34,6 +35,7 @@ else:  # the run-time check of annotations needs names, and importing these cost
 _REFUSALS = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError)
 # Codes and scales of a quantized weight while it is unpacked, in bytes per element, beside the result.
 _UNPACKING = 3
+_BESIDE = " that transformers finds in its GGUF file; put config.json and tokenizer of the original beside it"
 
 
 @final
@@ -314,19 +316,14 @@ def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype) -> Blueprint:
         UsageError: the model needs the code that it brings, and is not trusted.
         CheckpointError: no usable `config.json`, or no causal language model of `transformers`.
     """
-    root = _root(checkpoint)
-    if not (root / "config.json").exists():
-        raise CheckpointError(
-            f"{root} has no config.json, which names the model's architecture; put the original's there"
-        )
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    root, config = _root(checkpoint), open_config(checkpoint)
     with (
         silent_transformers(),
         _own_code(checkpoint),
         refusals(f"{root} is no causal language model"),
     ):
-        config = AutoConfig.from_pretrained(root, trust_remote_code=checkpoint.trusted, local_files_only=True)
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
@@ -339,6 +336,37 @@ def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype) -> Blueprint:
     return Blueprint(checkpoint, config, dtype, type(model))
 
 
+def open_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The configuration that lies with a checkpoint, or that its GGUF file tells.
+
+    Raises:
+        UsageError: the model needs the code that it brings, and is not trusted.
+        CheckpointError: there is none, or `transformers` cannot use it.
+    """
+    from transformers import AutoConfig
+
+    root, inside = _root(checkpoint), _gguf_file(checkpoint, "config.json")
+    if not inside and not (root / "config.json").exists():
+        raise CheckpointError(
+            f"{root} has no config.json, which names the model's architecture; put the original's there"
+        )
+    with (
+        silent_transformers(),
+        _own_code(checkpoint),
+        refusals(f"{root} is no causal language model{_BESIDE if inside else ''}"),
+    ):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            root, trust_remote_code=checkpoint.trusted, local_files_only=True, **inside
+        )
+    return config
+
+
+def _gguf_file(checkpoint: Checkpoint, name: str) -> dict[str, str]:
+    """For `from_pretrained`: the GGUF file to take what it asks for from, where no file of this name is beside it."""
+    shard = checkpoint.shards[0]
+    return {"gguf_file": shard.name} if shard.suffix == GGUF and not (_root(checkpoint) / name).exists() else {}
+
+
 def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with a checkpoint.
 
@@ -348,10 +376,11 @@ def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    root = _root(checkpoint)
-    with silent_transformers(), _own_code(checkpoint), refusals(f"{root} has no usable tokenizer"):
+    root, inside = _root(checkpoint), _gguf_file(checkpoint, "tokenizer_config.json")
+    what = f"{root} has no usable tokenizer{_BESIDE if inside else ''}"
+    with silent_transformers(), _own_code(checkpoint), refusals(what):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            root, trust_remote_code=checkpoint.trusted, local_files_only=True
+            root, trust_remote_code=checkpoint.trusted, local_files_only=True, **inside
         )
     return tokenizer
 

@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor
 
 from lowbit.errors import LowbitError, VerifyError
+from lowbit.formats._gguf import to_file
 from lowbit.stages.plan import Entry
 from lowbit.stages.write import Output, Record, as_bytes, digest
 from lowbit.tensors import QTensor
@@ -50,8 +51,10 @@ def store(
     """
     start, name = time.perf_counter(), entry.weight.name
     if isinstance(value, Tensor):
-        meant, reading = _copy(output, entry, value)
-        stored = {name: meant["weight"]}
+        packed = to_file(entry.weight, value).contiguous()
+        written, reading = _copy(output, entry, packed)
+        meant = written if packed is value else {"weight": digest(value)}
+        stored = {name: written["weight"]}
     else:
         meant = {part: digest(tensor.contiguous()) for part, tensor in value.parts()}
         stored, reading = _pack(output, entry, value, meant, scratch)

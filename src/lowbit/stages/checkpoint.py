@@ -18,7 +18,8 @@ from torch import Tensor
 from lowbit import plugins
 from lowbit.errors import CheckpointError, FormatError, LowbitError, UnsupportedError, UsageError
 from lowbit.formats import Format, Spec, Weight
-from lowbit.stages._directory import TORCH_SUFFIXES, WEIGHT_SUFFIXES, Index, find_extras, find_shards
+from lowbit.stages._directory import GGUF, TORCH_SUFFIXES, WEIGHT_SUFFIXES, Index, find_extras, find_shards
+from lowbit.stages._gguf_model import open_gguf
 from lowbit.stages._safetensors import read_safetensors
 from lowbit.stages._torchfile import read_torch
 from lowbit.stages._weightfile import WeightFile, one_line, read_json, show
@@ -132,7 +133,7 @@ class Checkpoint:
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """Entries of PyTorch files that are no tensors and are not carried, sorted."""
+        """Entries of the files that are no tensors of the model and are not carried, sorted."""
         return tuple(sorted({name for file in set(self.files.values()) for name in file.skipped}))
 
     @cached_property
@@ -180,6 +181,8 @@ def open_checkpoint(source: str | Path, trust_remote_code: bool = False) -> Chec
         config = read_json(path / "config.json") if (path / "config.json").exists() else {}
     else:
         shards, index, extras, config = [path], None, (), {}
+    if shards[0].suffix == GGUF:
+        return _open_gguf(path, shards[0], extras, config)
     files = _merge([_read_file(shard) for shard in shards])
     if index:
         _check_index(index, files)
@@ -189,6 +192,19 @@ def open_checkpoint(source: str | Path, trust_remote_code: bool = False) -> Chec
     name, found = _recognise(path, config, specs, files)
     weights = {each: replace(w, swapped=True) if w.scheme and swapped(config, w) else w for each, w in found.items()}
     return Checkpoint(path, config, specs, tuple(shards), extras, name, weights, files, trusted=trust_remote_code)
+
+
+def _open_gguf(path: Path, file: Path, extras: tuple[Path, ...], config: Mapping[str, Any]) -> Checkpoint:
+    """A GGUF file under the names of transformers; its own header is the configuration where there is no other."""
+    model = open_gguf(file)
+    config = config or model.config
+    if not model.weights:
+        raise CheckpointError(f"{path} holds no tensors")
+    files = dict.fromkeys(model.file.slots, model.file)
+    specs = {name: slot.spec for name, slot in model.file.slots.items()}
+    weights = {name: replace(w, swapped=True) if swapped(config, w) else w for name, w in model.weights.items()}
+    form = "gguf" if any(weight.scheme for weight in weights.values()) else None
+    return Checkpoint(path, config, specs, (file,), extras, form, weights, files, model.edits)
 
 
 def swapped(config: Mapping[str, Any], weight: Weight) -> bool:
@@ -244,10 +260,11 @@ def _check_index(index: Index, files: Mapping[str, WeightFile]) -> None:
 def _locate(source: str | Path) -> Path:
     """The file or directory that is meant; what is not here and looks like a model's name is fetched from the hub."""
     path = Path(source).expanduser()
-    if path.is_dir() or (path.exists() and path.name.endswith((".safetensors", *TORCH_SUFFIXES))):
+    known = (".safetensors", *TORCH_SUFFIXES, GGUF)
+    if path.is_dir() or (path.exists() and path.name.endswith(known)):
         return path
     if path.exists():
-        raise UsageError(f"{path} is no directory and no file of weights (.safetensors, {', '.join(TORCH_SUFFIXES)})")
+        raise UsageError(f"{path} is no directory and no file of weights ({', '.join(known)})")
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) and not path.name.endswith(WEIGHT_SUFFIXES):
         return _download(str(source))
     raise UsageError(f"there is no file or directory {show(str(source))}")

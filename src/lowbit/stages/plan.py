@@ -30,7 +30,8 @@ _OUTSIDE = "; outside of the blocks, where no statistics are taken"
 _SWAPPED = "transposed linear layer (Conv1D)"
 _SWAPPING = "readers of this format know no such layer, those of gptq, gptq_v2 and bitsandbytes do"
 _BLOCK = re.compile(r"\.(\d+)\.")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_FLOATS = tuple(_NAMES)
 
 
 @final
@@ -100,18 +101,20 @@ class Entry:
     """One weight of the plan: how it is stored (`weight.scheme`, None: as it is), by which method, and why.
 
     `tied` names the weight whose storage this one shares: it is stored once, under that name. Where `weight.swapped`,
-    it is the transpose of what the checkpoint holds (`as_planned`).
+    it is the transpose of what the checkpoint holds (`as_planned`). `came`: the dtype that it had, where it is
+    stored in another.
     """
 
     weight: Weight
     method: str | None
     reason: str
     tied: str | None = None
+    came: torch.dtype | None = None
 
     @property
     def source_bytes(self) -> int:
         """Bytes of the weight as it came."""
-        return prod(self.weight.shape) * self.weight.dtype.itemsize
+        return prod(self.weight.shape) * (self.came or self.weight.dtype).itemsize
 
 
 @final
@@ -147,7 +150,8 @@ class Plan:
         """Mean bits of the quantized weights (codes, scales, zero points), and of all weights together."""
         chosen = [(entry, entry.weight.scheme) for entry in self.entries if entry.weight.scheme]
         codes = sum(scheme_bytes(scheme, entry.weight.shape) for entry, scheme in chosen)
-        kept = sum(entry.source_bytes for entry in self.entries if not entry.weight.scheme)
+        left = [entry.weight for entry in self.entries if not entry.weight.scheme]
+        kept = sum(prod(weight.shape) * weight.dtype.itemsize for weight in left)
         count = sum(prod(entry.weight.shape) for entry, _ in chosen)
         total = sum(prod(entry.weight.shape) for entry in self.entries)
         return 8 * codes / max(count, 1), 8 * (codes + kept) / max(total, 1)
@@ -194,23 +198,42 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
         what = f"method {recipe}" if recipe.calibrated else f"a stored scale of activations ({rules.activations})"
         raise UsageError(f"{what} is learned from text: name some with --calibration FILE")
     tied = tied_names(checkpoint)
+    chosen = _chosen(checkpoint, rules, form, tied)
     entries = []
-    for weight in checkpoint.weights.values():
+    for weight in map(_plain, checkpoint.weights.values()):
         if weight.name in tied:
             entries.append(Entry(weight, None, f"shares the storage of {tied[weight.name]}", tied[weight.name]))
             continue
-        swap = swapped(checkpoint.config, weight)
-        wanted, reason = _decide(weight, rules, checkpoint.config, form.default)
+        swap = swapped(checkpoint.config, weight) and not weight.swapped
+        wanted, reason = _decide(weight, rules, checkpoint.config, form.default, chosen.get(weight.name))
         if swap and not form.swaps and wanted != "keep" and not reason.startswith("--set"):
             wanted, reason = "keep", f"{_SWAPPED}; {_SWAPPING}"
-        if wanted != "keep" and weight.name in tied.values():
+        if wanted != "keep" and weight.name in tied.values() and not form.choose:
             raise UnsupportedError(f"{weight.name} is tied to another weight, which no reader would find; keep it")
         inside = _BLOCK.search(weight.name) is not None
         method, why = (recipe.method, "") if inside or not recipe.calibrated else (OUTSIDE, _OUTSIDE)
         activations = rules.activations if inside else None
-        entries.append(_entry(weight, wanted, reason + why, method, form, activations, swap))
+        entries.append(_entry(weight, wanted, reason + why, method, form, checkpoint.config, activations, swap))
     calibration = rules.calibration if calibrated else None
     return Plan(rules.format.replace("_", "-"), tuple(entries), options, str(recipe), calibration)
+
+
+def _plain(weight: Weight) -> Weight:
+    """A weight without what concerns the file that it came from alone."""
+    return replace(weight, interleaved=0, plus=0.0)
+
+
+def _chosen(
+    checkpoint: Checkpoint, rules: Rules, form: Format, tied: Mapping[str, str]
+) -> Mapping[str, tuple[str, str]]:
+    """What the format's mixture says of each weight that is stored."""
+    if form.choose is None:
+        return {}
+    weights = [weight for weight in checkpoint.weights.values() if weight.name not in tied]
+    turned = [
+        replace(w, shape=w.shape[::-1]) if swapped(checkpoint.config, w) and not w.swapped else w for w in weights
+    ]
+    return form.choose((rules.scheme or form.default).lower(), turned, checkpoint.config)
 
 
 def _stores_scale(activations: str | None) -> bool:
@@ -226,7 +249,8 @@ def tied_names(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def as_planned(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
     """The checkpoint with every weight as the plan quantizes it: a view, in which some are transposed."""
-    chosen = {entry.weight.name for entry in plan.entries if entry.weight.swapped}
+    turned = [entry.weight.name for entry in plan.entries if entry.weight.swapped]
+    chosen = {name for name in turned if not checkpoint.weights[name].swapped}
     if not chosen:
         return checkpoint
     weights = {
@@ -247,16 +271,21 @@ def _entry(
     reason: str,
     name: str,
     form: Format,
+    config: Mapping[str, Any],
     activations: str | None = None,
     swap: bool = False,
 ) -> Entry:
     """The entry of one weight; `swap`: the model holds it as `[inputs, outputs]`, and formats store the transpose."""
-    if wanted == "keep":
-        return Entry(weight, None, reason.removesuffix(_OUTSIDE))
+    turned = replace(weight, shape=weight.shape[::-1], swapped=True) if swap else weight
+    if form.arrange:
+        turned = form.arrange(turned, wanted, config)
+    if wanted == "keep" or (form.arrange and wanted in _NAMES.values()):
+        kept = turned if form.arrange else weight
+        return Entry(kept, None, reason.removesuffix(_OUTSIDE), came=weight.dtype)
     scheme, method = parse(wanted), _method(name)
     if swap and not form.swaps:
         raise UnsupportedError(f"{weight.name} is a {_SWAPPED}; {_SWAPPING}")
-    weight = replace(weight, shape=weight.shape[::-1], swapped=True) if swap else weight
+    weight = turned
     try:
         fitted = form.fit(scheme, weight)
     except UnsupportedError as error:
@@ -272,7 +301,9 @@ def _entry(
     return Entry(replace(weight, activations=inputs), name, reason)
 
 
-def _decide(weight: Weight, rules: Rules, config: Mapping[str, Any], default: str) -> tuple[str, str]:
+def _decide(
+    weight: Weight, rules: Rules, config: Mapping[str, Any], default: str, chosen: tuple[str, str] | None = None
+) -> tuple[str, str]:
     """Scheme name or `keep`, and the reason."""
     for pattern, scheme in rules.sets:
         if re.search(pattern, weight.name):
@@ -285,6 +316,8 @@ def _decide(weight: Weight, rules: Rules, config: Mapping[str, Any], default: st
         return "keep", "not among --blocks"
     if weight.dtype not in _FLOATS:
         return "keep", f"not a float weight ({str(weight.dtype).removeprefix('torch.')})"
+    if chosen:
+        return chosen
     if len(weight.shape) != 2:
         return "keep", f"not a matrix ({len(weight.shape)}-D)"
     row = arch_row("keep", config, weight)
@@ -327,7 +360,7 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
         _check_same(path, rows, checkpoint)
         dotted(options, parse_recipe(recipe))
         weights = checkpoint.weights
-        entries = [_read_row(r, weights[r["name"]], form, swapped(checkpoint.config, weights[r["name"]])) for r in rows]
+        entries = [_read_row(row, _plain(weights[row["name"]]), form, checkpoint.config) for row in rows]
     except LowbitError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -345,11 +378,12 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
         raise UsageError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
 
 
-def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, swap: bool) -> Entry:
+def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, config: Mapping[str, Any]) -> Entry:
     if row.get("tied"):
         return Entry(weight, None, row["reason"], row["tied"])
-    scheme, method = row["scheme"] or "keep", row["method"] or "rtn"
-    return _entry(weight, scheme, row["reason"], method, form, row.get("activations"), swap)
+    kept = _NAMES.get(getattr(torch, row["dtype"]), "keep") if form.arrange else "keep"
+    scheme, method, swap = row["scheme"] or kept, row["method"] or "rtn", swapped(config, weight) and not weight.swapped
+    return _entry(weight, scheme, row["reason"], method, form, config, row.get("activations"), swap)
 
 
 def _check_same(path: Path, rows: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> None:

@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import final
 
 from safetensors import SafetensorError, safe_open
 
 from lowbit.budget import Estimate
 from lowbit.errors import VerifyError
+from lowbit.stages._gguf import read_gguf
+from lowbit.stages._shard import Shard
 from lowbit.stages._store import Value, compare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Entry, Plan
@@ -93,6 +96,9 @@ def _check_headers(output: Output, written: Checkpoint) -> None:
     """The owner of the container must read every header as it was meant, and tensors lie where they were compared."""
     for shard in output.shards:
         path = output.path / shard.file
+        if path.suffix == ".gguf":
+            _check_gguf(path, shard, written)
+            continue
         try:
             with safe_open(path, "np") as file:
                 names = list(file.keys())  # this is no dict: it cannot be iterated over itself
@@ -102,3 +108,19 @@ def _check_headers(output: Output, written: Checkpoint) -> None:
         places = {name: (written.files[name].slots[name].start, written.specs[name]) for name in found}
         if found != {name: spec.shape for name, (_, spec) in shard.offsets.items()} or places != shard.offsets:
             raise VerifyError(f"{path}: the safetensors package finds other tensors than were written")
+
+
+def _check_gguf(path: Path, shard: Shard, written: Checkpoint) -> None:
+    """The `gguf` package must find the tensors that this project's reader finds, at the same places."""
+    import gguf
+
+    try:
+        theirs = {
+            str(tensor.name): (int(tensor.data_offset), int(tensor.n_bytes)) for tensor in gguf.GGUFReader(path).tensors
+        }
+    except (ValueError, KeyError, IndexError) as error:
+        raise VerifyError(f"{path}: the gguf package refuses what was written: {error}") from error
+    ours = {name: (tensor.start, tensor.nbytes) for name, tensor in read_gguf(path).tensors.items()}
+    places = {name: (file.slots[name].start, written.specs[name]) for name, file in written.files.items()}
+    if ours != theirs or places != shard.offsets:
+        raise VerifyError(f"{path}: the gguf package finds other tensors than were written")

@@ -18,7 +18,6 @@ import json
 import mmap
 import os
 import shutil
-import struct
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +35,8 @@ from lowbit import __version__
 from lowbit.budget import format_size
 from lowbit.errors import JournalError, ResourceError
 from lowbit.formats import Spec, Weight
-from lowbit.stages._safetensors import read_safetensors
+from lowbit.stages._gguf_write import gguf_shard
+from lowbit.stages._shard import Shard, safetensors_shard
 from lowbit.stages._weightfile import WeightFile
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan
@@ -47,12 +47,6 @@ SHARD_BYTES = 5 * 10**9
 _ALIGN = 64
 _WINDOW = 16 * 2**20
 _CHANCES = 6  # windows after which a page that is still not clean stays
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 def digest(tensor: Tensor) -> str:
@@ -77,17 +71,6 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 @final
 @dataclass(frozen=True)
-class Shard:
-    """One safetensors file: its tensors in file order with their offsets, and the header's bytes."""
-
-    file: str
-    offsets: Mapping[str, tuple[int, Spec]]
-    header: bytes
-    nbytes: int
-
-
-@final
-@dataclass(frozen=True)
 class Record:
     """What the journal keeps of one finished weight.
 
@@ -108,8 +91,13 @@ class Record:
     verified: bool = False
 
 
-def make_shards(plan: Plan, limit: int = SHARD_BYTES) -> list[Shard]:
-    """Distribute the plan's tensors, in its order, over files of at most `limit` bytes each."""
+def make_shards(plan: Plan, limit: int = SHARD_BYTES, checkpoint: Checkpoint | None = None) -> list[Shard]:
+    """Distribute the plan's tensors, in its order, over files of at most `limit` bytes each; GGUF is one file.
+
+    `checkpoint` is what the plan is for: a GGUF file holds its configuration and its tokenizer too.
+    """
+    if plan.rules.container == "gguf" and checkpoint is not None:
+        return [gguf_shard(plan, checkpoint)]
     groups: list[dict[str, Spec]] = [{}]
     filled = 0
     for entry in plan.entries:
@@ -121,25 +109,9 @@ def make_shards(plan: Plan, limit: int = SHARD_BYTES) -> list[Shard]:
         groups[-1] |= specs
         filled += size
     if len(groups) == 1:
-        return [_shard("model.safetensors", groups[0])]
-    return [_shard(f"model-{i:05}-of-{len(groups):05}.safetensors", group) for i, group in enumerate(groups, 1)]
-
-
-def _shard(file: str, specs: Mapping[str, Spec]) -> Shard:
-    """Order by item size (largest first, so that all are aligned), then name, as the safetensors package does."""
-    names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "lowbit": __version__}}
-    offsets, end = {}, 0
-    for name in names:
-        spec = specs[name]
-        start, end = end, end + prod(spec.shape) * spec.dtype.itemsize
-        offsets[name] = (start, spec)
-        entries[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = struct.pack("<Q", len(text)) + text
-    placed = {name: (len(header) + at, spec) for name, (at, spec) in offsets.items()}
-    return Shard(file, placed, header, len(header) + end)
+        return [safetensors_shard("model.safetensors", groups[0])]
+    name = lambda number: f"model-{number:05}-of-{len(groups):05}.safetensors"
+    return [safetensors_shard(name(number), group) for number, group in enumerate(groups, 1)]
 
 
 @final
@@ -304,7 +276,7 @@ class Output:
         path = self._file(shard).path
         with self._lock:
             if shard.file not in self._headers:
-                self._headers[shard.file] = read_safetensors(path)
+                self._headers[shard.file] = shard.read(path)
             return self._headers[shard.file]
 
     def _open(self, shard: Shard) -> _File:
@@ -371,14 +343,14 @@ def open_output(path: Path, checkpoint: Checkpoint, plan: Plan, shard_bytes: int
         JournalError: the directory holds something else, a run with other inputs or another plan, or is in use.
         ResourceError: not enough disk space.
     """
-    shards = make_shards(plan, shard_bytes)
+    shards = make_shards(plan, shard_bytes, checkpoint)
     refuse_foreign(path)
     with disk_errors(path):
         (path / WORK).mkdir(parents=True, exist_ok=True)
         journal = os.open(path / WORK / "journal.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             _lock(journal, path)
-            records = _read_journal(journal, path, _identity(checkpoint, plan, shard_bytes))
+            records = _read_journal(journal, path, _identity(checkpoint, plan, shard_bytes, shards))
             _check_disk(path, shards)
             with closing(Output(path, plan, shards, journal, records)) as output:
                 _keep_intact(output, checkpoint)
@@ -402,8 +374,8 @@ def _lock(journal: int, path: Path) -> None:
         raise JournalError(f"another run is writing to {path}; wait for it or name another directory") from None
 
 
-def _identity(checkpoint: Checkpoint, plan: Plan, shard_bytes: int) -> dict[str, Any]:
-    """What must be equal for a run to go on: version, inputs by size and header, plan, shard size.
+def _identity(checkpoint: Checkpoint, plan: Plan, shard_bytes: int, shards: Sequence[Shard]) -> dict[str, Any]:
+    """What must be equal for a run to go on: version, inputs by size and header, plan, shard size, headers.
 
     Contents of inputs are compared tensor by tensor (`Record.source`).
     """
@@ -414,6 +386,7 @@ def _identity(checkpoint: Checkpoint, plan: Plan, shard_bytes: int) -> dict[str,
         "config": xxhash.xxh3_128_hexdigest(json.dumps(checkpoint.config, sort_keys=True).encode()),
         "plan": json.loads(plan.to_json()),
         "shard_bytes": shard_bytes,
+        "headers": xxhash.xxh3_128_hexdigest(b"".join(shard.header for shard in shards)),
     }
 
 
@@ -447,7 +420,9 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
         for key in ("scheme", "method"):
             if before[key] != after[key]:
                 return f"{key} of {before['name']} is {before[key]} there, {after[key]} here"
-    return None if old["shard_bytes"] == new["shard_bytes"] else "another shard size"
+    if old["shard_bytes"] != new["shard_bytes"]:
+        return "another shard size"
+    return None if old["headers"] == new["headers"] else "other headers, as of another tokenizer in the input"
 
 
 def _keep_intact(output: Output, checkpoint: Checkpoint) -> None:

@@ -1,0 +1,160 @@
+"""gguf: llama.cpp's block types, one tensor per weight; what is around them is `stages/_gguf.py`'s.
+
+Bits: `csrc/ggml_blocks.cpp` through `_ggml`. A weight is stored row by row, each row a run of blocks; rows of a llama's
+q_proj and k_proj in llama.cpp's order (`Weight.interleaved`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import FormatError, UnsupportedError
+from lowbit.formats import Format, Spec, Weight
+from lowbit.formats._checks import stored
+from lowbit.formats._ggml import BLOCKS, BlockType, type_of
+from lowbit.formats._ggml import pack as pack_blocks
+from lowbit.formats._ggml import unpack as unpack_blocks
+from lowbit.formats._gguf import interleave, separate
+from lowbit.formats._linear import check_matrix, check_planned, declare, planned
+from lowbit.formats._mixtures import choose, float_only, place_of, require_arch
+from lowbit.schemes import Scheme
+from lowbit.tensors import QTensor
+
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def fit(scheme: Scheme, weight: Weight) -> Scheme:
+    """The scheme itself, if it is one of ggml's types and its blocks divide the rows.
+
+    Raises:
+        UnsupportedError: with the types, or those that divide the rows.
+    """
+    check_matrix(weight, "gguf")
+    name, cols = type_of(scheme), weight.shape[1]
+    if name is None:
+        raise UnsupportedError(f"gguf stores ggml's types alone ({', '.join(BLOCKS)}), {scheme} is none of them")
+    if cols % BLOCKS[name].weights:
+        others = [kind.name for kind in BLOCKS.values() if cols % kind.weights == 0]
+        works = f"use {', '.join(others)}" if others else "leave it as it is (--skip)"
+        raise UnsupportedError(f"{name} stores rows in blocks of {BLOCKS[name].weights}, {cols} is none; {works}")
+    return scheme
+
+
+def layout(weight: Weight) -> dict[str, Spec]:
+    """One tensor of bytes under the name of the weight."""
+    *rows, cols = weight.shape
+    return {weight.name: Spec(torch.uint8, (*rows, _kind(weight).row_bytes(cols)))}
+
+
+def _kind(weight: Weight) -> BlockType:
+    name = type_of(planned(weight))
+    if name is None:
+        raise UnsupportedError(f"{weight.name}: {weight.scheme} is none of ggml's types")
+    return BLOCKS[name]
+
+
+def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
+    """Fill the rows of blocks, a head at a time where their order changes.
+
+    Raises:
+        FormatError: another tensor than the planned one, or a scale that is not exact in its type.
+    """
+    check_planned(weight, q)
+    out, name = into[weight.name], _kind(weight).name
+    if not weight.interleaved:
+        pack_blocks(q, name, out)
+        return
+    size = weight.shape[0] // weight.interleaved
+    order = interleave(size, 1)
+    for start in range(0, weight.shape[0], size):
+        pack_blocks(_rows(q, start + order), name, out[start : start + size])
+
+
+def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None) -> QTensor:
+    """The weight as it was packed.
+
+    Raises:
+        FormatError: missing, of another shape or dtype, a scale that is not finite, or a code that the type has not.
+    """
+    kind = _kind(weight)
+    part = stored(tensors, weight.name, torch.uint8, layout(weight)[weight.name].shape)
+    try:
+        q = unpack_blocks(kind.name, part.reshape(-1, part.shape[-1]), weight.shape, codes)
+    except FormatError as error:
+        raise FormatError(f"{weight.name}: {error}") from None
+    if not weight.interleaved:
+        return q
+    rows = weight.shape[0]
+    size = rows // weight.interleaved
+    order = separate(size, 1)
+    for start in range(0, rows, size):
+        head = q.codes[start : start + size]
+        head.copy_(head[order])
+    whole = separate(rows, weight.interleaved)
+    return replace(q, scales=_part(q.scales, whole), zeros=None if q.zeros is None else _part(q.zeros, whole))
+
+
+def _rows(q: QTensor, index: Tensor) -> QTensor:
+    """Some rows of a tensor whose blocks are within a row."""
+    zeros = None if q.zeros is None else _part(q.zeros, index)
+    return replace(
+        q, shape=(len(index), *q.shape[1:]), codes=q.codes[index], scales=_part(q.scales, index), zeros=zeros
+    )
+
+
+def _part(values: Tensor | QTensor, index: Tensor) -> Tensor | QTensor:
+    return _rows(values, index) if isinstance(values, QTensor) else values[index]
+
+
+def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The config.json of the source: a GGUF file says itself what its tensors are."""
+    return {"config.json": declare(source, None)}
+
+
+def recognise(
+    config: Mapping[str, Any], specs: Mapping[str, Spec], read: Callable[[str], Tensor]
+) -> dict[str, Weight] | None:
+    """None: tensors of this format are in GGUF files only, and these are recognised by their header."""
+    return None
+
+
+def arrange(weight: Weight, wanted: str, config: Mapping[str, Any]) -> Weight:
+    """Rows in llama.cpp's order, norms as they are used, and the float type of what is not quantized.
+
+    Raises:
+        UnsupportedError: llama.cpp has no such architecture or tensor, as far as `arch/gguf.toml` tells.
+    """
+    arch = require_arch(config)
+    stored = place_of(arch, weight)
+    dtype = _DTYPES.get(wanted, weight.dtype)
+    if wanted not in BLOCKS and float_only(weight, stored):
+        dtype = torch.float32
+    heads, plus = arch.layout(weight, config)
+    return replace(weight, dtype=dtype, interleaved=heads, plus=plus)
+
+
+def owns(weight: Weight) -> Sequence[str]:
+    """The one tensor of a weight."""
+    return [weight.name]
+
+
+FORMAT = Format(
+    about="gguf: a file for llama.cpp, in its block types",
+    default="q8_0",
+    fit=fit,
+    layout=layout,
+    pack=pack,
+    unpack=unpack,
+    config=config,
+    recognise=recognise,
+    owns=owns,
+    swaps=True,
+    container="gguf",
+    choose=choose,
+    arrange=arrange,
+)

@@ -1,0 +1,62 @@
+"""A file of the output before anything is in it: its header, and where each tensor will be."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from lowbit import __version__
+from lowbit.formats import Spec
+from lowbit.stages._safetensors import read_safetensors
+from lowbit.stages._weightfile import WeightFile
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@final
+@dataclass(frozen=True)
+class Shard:
+    """One file.
+
+    Attributes:
+        file: its name.
+        offsets: name of each tensor, as a checkpoint has it, to its first byte in the file and what it is.
+        header: the first bytes of the file.
+        nbytes: of the whole file.
+        read: finds the tensors of such a file, under the same names.
+    """
+
+    file: str
+    offsets: Mapping[str, tuple[int, Spec]]
+    header: bytes
+    nbytes: int
+    read: Callable[[Path], WeightFile] = read_safetensors
+
+
+def safetensors_shard(file: str, specs: Mapping[str, Spec]) -> Shard:
+    """Order by item size (largest first, so that all are aligned), then name, as the safetensors package does."""
+    names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "lowbit": __version__}}
+    offsets, end = {}, 0
+    for name in names:
+        spec = specs[name]
+        start, end = end, end + prod(spec.shape) * spec.dtype.itemsize
+        offsets[name] = (start, spec)
+        entries[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    placed = {name: (len(header) + at, spec) for name, (at, spec) in offsets.items()}
+    return Shard(file, placed, header, len(header) + end)

@@ -1,0 +1,234 @@
+"""Our GGUF files in llama.cpp, and llama.cpp's in ours: tokens, logits, types and bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from lowbit.pipeline import Request, run
+from lowbit.stages._model import open_blueprint, open_tokenizer
+from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.stages.plan import Rules
+
+llama_cpp: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+TEXT = "The river, it's said, had 1850 bridges; nobody knew why. Zürich  is über 9,000 miles away!\n\tÇa va?"
+# Types of the file and how far llama.cpp's logits may be from ours, as a share of the largest: it rounds activations to
+# 8 bits where weights are in blocks, and to 16 where they are float16.
+SCHEMES = {"f32": 1e-4, "f16": 2e-3, "q8_0": 3e-2, "q4_0": 3e-2, "q4_k_m": 3e-2}
+
+
+def quantized(model: Path, out: Path, scheme: str, **rules: Any) -> Path:
+    run(Request(str(model), out, Rules(scheme=scheme, method="ggml", format="gguf", **rules)))
+    return out / "model.gguf"
+
+
+def tokens_and_logits(file: Path, text: str) -> tuple[list[int], np.ndarray[Any, Any]]:
+    exact = {"type_k": 0, "type_v": 0}  # keys and values in float32; the default is float16
+    model = llama_cpp.Llama(str(file), n_ctx=256, n_batch=256, logits_all=True, verbose=False, n_threads=1, **exact)
+    ids = model.tokenize(text.encode(), add_bos=True, special=False)
+    model.eval(ids)
+    logits = np.array(model.scores[: len(ids)])
+    model.close()
+    return ids, logits
+
+
+def ours(path: Path, ids: list[int]) -> np.ndarray[Any, Any]:
+    model = open_blueprint(open_checkpoint(path), torch.float32).resident()
+    with torch.inference_mode():
+        found: np.ndarray[Any, Any] = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    return found
+
+
+def agree(file: Path, source: Path, tolerance: float, share: float = 1.0) -> None:
+    """For this share of the positions; where rounding moves a token to another expert its logits are others."""
+    ids, theirs = tokens_and_logits(file, TEXT)
+    assert ids == open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
+    found = ours(file.parent, ids)
+    worst = np.abs(found - theirs).max(1) / np.abs(found).max()
+    assert np.quantile(worst, share) <= tolerance
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_embedded_model_in_llama_cpp(scheme: str, wiki_8m: Path, tmp_path: Path) -> None:
+    agree(quantized(wiki_8m, tmp_path / "out", scheme), wiki_8m, SCHEMES[scheme])
+
+
+def test_a_file_alone_tells_configuration_and_tokenizer(wiki_8m: Path, tmp_path: Path) -> None:
+    file = quantized(wiki_8m, tmp_path / "out", "q8_0")
+    (tmp_path / "alone").mkdir()
+    alone = Path(shutil.copy(file, tmp_path / "alone" / "other.gguf"))
+    ids = open_tokenizer(open_checkpoint(alone))(TEXT)["input_ids"]
+    assert ids == open_tokenizer(open_checkpoint(wiki_8m))(TEXT)["input_ids"]
+    assert np.array_equal(ours(alone, ids), ours(file.parent, ids))
+
+
+def byte_level(pattern: str | None = None, nfc: bool = False) -> Tokenizer:
+    """A small tokenizer of byte-level BPE, trained here."""
+    tokenizer = Tokenizer(models.BPE())
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
+    if pattern:
+        from tokenizers import Regex
+
+        steps.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
+    tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+    if nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|start|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    return tokenizer
+
+
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def spread(model: Any) -> Any:
+    """Weights large enough that every part of the model shows in its logits; norms that are not 1."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn_like(parameter)
+        parameter.data = 1 + 0.3 * noise if "norm" in name or "ln_" in name else 0.12 * noise
+    return model
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 400, "max_position_embeddings": 512}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64, "rope_theta": 500.0}  # fmt: skip
+
+
+def models_of(kind: str) -> Any:
+    t: Any = transformers
+    return {
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SMALL, attention_bias=False)),
+        "llama tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SMALL, tie_word_embeddings=True)),
+        "llama3": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SMALL, rope_parameters=LLAMA3)),
+        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SMALL)),
+        "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**SMALL, head_dim=32)),
+        "qwen3 moe": lambda: t.Qwen3MoeForCausalLM(
+            t.Qwen3MoeConfig(
+                **SMALL,
+                head_dim=32,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=32,
+                norm_topk_prob=True,
+            )
+        ),
+        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**SMALL, num_local_experts=4, sliding_window=None)),
+        "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**SMALL, head_dim=32)),
+        "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**SMALL, head_dim=32, query_pre_attn_scalar=32)),
+        "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**SMALL, head_dim=32, query_pre_attn_scalar=32)),
+        "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**SMALL, pad_token_id=0)),
+        "gpt2": lambda: t.GPT2LMHeadModel(
+            t.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=400, n_positions=512)
+        ),
+    }[kind]()
+
+
+KINDS = [
+    "llama",
+    "llama tied",
+    "llama3",
+    "qwen2",
+    "qwen3",
+    "qwen3 moe",
+    "mixtral",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "gpt2",
+]
+
+
+def saved(kind: str, path: Path) -> Path:
+    """A small random model with a tokenizer."""
+    model = spread(models_of(kind))
+    model.config.eos_token_id = 1
+    model.save_pretrained(path)
+    tokenizer = byte_level(QWEN, nfc=True) if kind.startswith("qwen") else byte_level()
+    fast: Any = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>"
+    )
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_architectures(kind: str, tmp_path: Path) -> None:
+    source = saved(kind, tmp_path / "model")
+    file = quantized(source, tmp_path / "f32", "f32")
+    # llama.cpp has a table of GELU in float16.
+    agree(file, source, 2e-3 if kind.startswith(("gemma", "gpt2")) else 1e-4)
+    # What is read back is what was in the checkpoint, but for norms that have 1 added in float32.
+    written, original = open_checkpoint(file), open_checkpoint(source)
+    for name in written.weights:
+        torch.testing.assert_close(written.dequantized(name), original.dequantized(name), rtol=0, atol=2e-7)
+    sparse = kind in ("qwen3 moe", "mixtral")
+    agree(quantized(source, tmp_path / "q8_0", "q8_0"), source, 0.1, 0.5 if sparse else 1.0)
+
+
+def llama_quantize(source: Path, out: Path, file_type: int) -> Path:
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread = file_type, 1
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
+    assert code == 0
+    return out
+
+
+def tensors(path: Path) -> dict[str, tuple[str, bytes]]:
+    found = gguf.GGUFReader(path).tensors
+    return {str(tensor.name): (tensor.tensor_type.name, tensor.data.tobytes()) for tensor in found}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "file_type"),
+    [("q8_0", 7), ("q4_0", 2), ("q5_1", 9), ("q2_k", 10), ("q3_k_s", 11), ("q3_k_m", 12), ("q3_k_l", 13),
+     ("q4_k_s", 14), ("q4_k_m", 15), ("q5_k_s", 16), ("q5_k_m", 17), ("q6_k", 18),
+     ("iq4_nl", 25), ("iq4_xs", 30), ("tq2_0", 37)],
+)  # fmt: skip
+def test_types_and_bytes_are_llama_quantizes(scheme: str, file_type: int, wiki_8m: Path, tmp_path: Path) -> None:
+    """From the same float16 values, in the same order, and the file opens here with the same weights."""
+    base = quantized(wiki_8m, tmp_path / "f16", "f16")
+    theirs = llama_quantize(base, tmp_path / "theirs.gguf", file_type)
+    found = quantized(base.parent, tmp_path / "ours", scheme)
+    left, right = tensors(found), tensors(theirs)
+    assert list(left) == list(right)
+    assert {name: kind for name, (kind, _) in left.items()} == {name: kind for name, (kind, _) in right.items()}
+    assert [name for name in left if left[name] != right[name]] == []
+    assert gguf.GGUFReader(found).get_field("general.file_type").contents() == file_type  # type: ignore[union-attr]
+
+
+def test_journal_resumes_and_refuses_another_tokenizer(wiki_8m: Path, tmp_path: Path) -> None:
+    from lowbit.errors import JournalError
+
+    source = Path(shutil.copytree(wiki_8m, tmp_path / "model"))
+    file = quantized(source, tmp_path / "out", "q8_0")
+    before = file.read_bytes()
+    file.unlink()
+    quantized(source, tmp_path / "out", "q8_0")
+    assert file.read_bytes() == before
+    document = json.loads((source / "tokenizer.json").read_text())
+    document["model"]["merges"][0:2] = reversed(document["model"]["merges"][0:2])
+    (source / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(JournalError, match="tokenizer"):
+        quantized(source, tmp_path / "out", "q8_0")

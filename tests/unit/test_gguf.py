@@ -1,0 +1,206 @@
+"""GGUF files: the reader against the `gguf` package's writer, names against its tables, mixtures, tokenizers."""
+
+from __future__ import annotations
+
+import random
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from lowbit.errors import CheckpointError, LowbitError, UnsupportedError
+from lowbit.formats import Weight
+from lowbit.formats._gguf import archs, from_file, interleave, separate, to_file
+from lowbit.formats._mixtures import choose
+from lowbit.stages._gguf import read_gguf
+from lowbit.stages._gguf_model import open_gguf
+from tests.hostile.cases import gguf_bytes, gguf_entry, gguf_key, gguf_text
+
+Kind = gguf.GGMLQuantizationType
+
+
+def write(path: Path, keys: dict[str, Any], tensors: dict[str, np.ndarray[Any, Any]], kinds: dict[str, Kind]) -> Path:
+    """A file of the `gguf` package; `kinds`: block types of some tensors."""
+    writer = gguf.GGUFWriter(path, str(keys.pop("arch", "llama")))
+    for key, value in keys.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for name, values in tensors.items():
+        if name in kinds:
+            writer.add_tensor(name, gguf.quants.quantize(values, kinds[name]), raw_dtype=kinds[name])
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def numbers(*shape: int, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+def test_reads_what_the_package_writes(tmp_path: Path) -> None:
+    keys = {"a.text": "grün", "a.list": ["x", "", "é"], "a.numbers": [3, -4], "a.float": 0.5, "a.truth": True}
+    tensors = {"w": numbers(3, 64), "h": numbers(5, dtype=np.float16), "q": numbers(4, 64)}
+    found = read_gguf(write(tmp_path / "m.gguf", {**keys}, tensors, {"q": Kind.Q4_1}))
+    assert {key: found.value(key) for key in keys} == keys
+    assert found.value("general.architecture") == "llama"
+    assert found.value("nothing", 7) == 7
+    places = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    for name, tensor in found.tensors.items():
+        theirs = places.pop(name)
+        assert (tensor.start, tensor.nbytes, tensor.type) == (
+            theirs.data_offset,
+            theirs.n_bytes,
+            theirs.tensor_type.name.lower(),
+        )
+        assert tensor.shape == tuple(reversed(theirs.shape.tolist()))
+    assert not places
+
+
+def test_a_large_vocabulary_opens_at_once(tmp_path: Path) -> None:
+    keys = {
+        "tokenizer.ggml.tokens": [f"token{number}" for number in range(150_000)],
+        "tokenizer.ggml.token_type": [1] * 150_000,
+    }
+    path = write(tmp_path / "m.gguf", {**keys}, {"w": numbers(4, 4)}, {})
+    seconds = []
+    for _ in range(5):
+        begin = time.process_time()
+        found = read_gguf(path)
+        seconds.append(time.process_time() - begin)
+    assert min(seconds) < 0.05
+    assert found.value("tokenizer.ggml.tokens") == keys["tokenizer.ggml.tokens"]
+
+
+def test_other_alignments(tmp_path: Path) -> None:
+    entries = [gguf_entry("a", (1,)), gguf_entry("b", (1,), offset=64)]
+    data = gguf_bytes(entries, [gguf_key("general.alignment", 4, struct.pack("<I", 64))], size=0)
+    head = len(b"GGUF") + 20 + len(gguf_key("general.alignment")) + sum(map(len, entries))
+    data = data[:head] + bytes(-head % 64) + bytes(68)
+    (tmp_path / "m.gguf").write_bytes(data)
+    assert [tensor.start % 64 for tensor in read_gguf(tmp_path / "m.gguf").tensors.values()] == [0, 0]
+
+
+def test_any_damage_is_refused_or_read(tmp_path: Path) -> None:
+    """The fuzzer's property, for GGUF: an error of ours in one sentence, or a file whose tensors lie in it."""
+    keys = [
+        gguf_key("general.architecture", 8, gguf_text("llama")),
+        gguf_key("a", 9, struct.pack("<IQ", 8, 1) + gguf_text("x")),
+    ]
+    good = gguf_bytes(
+        [gguf_entry("output.weight", (32, 2)), gguf_entry("output_norm.weight", (32,), offset=256)], keys, 384
+    )
+    rng, path, refused, read = random.Random(0), tmp_path / "m.gguf", 0, 0
+    for _ in range(1500):
+        data = bytearray(good)
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(data) - 384)
+            data[at] = rng.choice([0, 1, 2, 8, 9, 0x20, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+        path.write_bytes(data[: rng.choice([len(data), len(data), rng.randrange(len(data))])])
+        try:
+            for slot in open_gguf(path).file.slots.values():
+                assert 0 < slot.start <= slot.stop <= path.stat().st_size
+            read += 1
+        except LowbitError as error:
+            refused += str(path) in str(error) and str(error).isprintable()
+    assert refused + read == 1500 and refused > 200 and read > 20
+
+
+@pytest.mark.parametrize("arch", archs(), ids=lambda arch: arch.arch)
+def test_names_are_those_of_the_package(arch: Any) -> None:
+    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch.arch)
+    names = gguf.get_tensor_name_map(kind, 3)
+    for stem, module in arch.names.items():
+        name = module.format(2, 5)
+        if arch.tied and stem == "output":
+            continue
+        wanted = f"blk.2.{stem}" if "{}" in module else stem
+        # The package knows experts by the name of their stack.
+        assert names.get_name(module.replace("experts.{}", "experts").format(2)) == wanted
+        place = arch.place(f"{name}.weight")
+        assert place is not None
+        assert (place.name, place.expert) == (f"{wanted}.weight", 5 if arch.stacks(f"{wanted}.weight") else None)
+        assert arch.name(place.name, 5) == f"{name}.weight"
+
+
+def test_rows_of_heads(tmp_path: Path) -> None:
+    """llama.cpp's `permute` of its convert script, written as there."""
+    rows = torch.arange(24.0).reshape(24, 1).repeat(1, 4)
+    permuted = rows.reshape(3, 2, 4, 4).swapaxes(1, 2).reshape(24, 4)
+    weight = Weight("q", (24, 4), torch.float32, interleaved=3, plus=1.0)
+    assert torch.equal(to_file(weight, rows), permuted + 1)
+    assert torch.equal(from_file(weight, permuted + 1), rows)
+    assert torch.equal(interleave(24, 3)[separate(24, 3)], torch.arange(24))
+
+
+def test_experts_are_slices_of_one_tensor(tmp_path: Path) -> None:
+    keys = {"arch": "qwen3moe", "qwen3moe.expert_count": 3, "qwen3moe.attention.head_count": 2}
+    stack = numbers(3, 8, 32)
+    path = write(tmp_path / "m.gguf", keys, {"blk.1.ffn_up_exps.weight": stack}, {})
+    model = open_gguf(path)
+    for expert in range(3):
+        found = model.file.tensor(f"model.layers.1.mlp.experts.{expert}.up_proj.weight")
+        assert torch.equal(found, torch.from_numpy(stack[expert]))
+    assert model.config["model_type"] == "qwen3_moe"
+
+
+def test_an_unknown_architecture_keeps_its_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", {"arch": "rwkv7"}, {"blk.0.time_mix.weight": numbers(2, 2)}, {})
+    assert list(open_gguf(path).weights) == ["blk.0.time_mix.weight"]
+
+
+def test_what_is_not_utf8_is_an_error_when_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes(keys=[gguf_key("a", 8, gguf_text(b"\xff"))]))
+    found = read_gguf(path)
+    with pytest.raises(CheckpointError, match="UTF-8"):
+        found.value("a")
+
+
+def weights(layers: int, width: int = 256) -> list[Weight]:
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    for layer in range(layers):
+        names += [
+            f"model.layers.{layer}.{part}.weight" for part in ("self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
+        ]
+    return [Weight(name, (width,) if "norm" in name else (width, width), torch.bfloat16) for name in names]
+
+
+CONFIG = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 8}
+
+
+def test_q4_k_m_has_more_bits_where_llama_cpp_has_them() -> None:
+    found = choose("q4_k_m", weights(16), {**CONFIG, "num_hidden_layers": 16})
+    more = [0, 1, 4, 7, 10, 13, 14, 15]  # as llama-quantize printed for a model of 16 layers
+    for layer in range(16):
+        wanted = "q6_k" if layer in more else "q4_k"
+        assert found[f"model.layers.{layer}.self_attn.v_proj.weight"][0] == wanted
+        assert found[f"model.layers.{layer}.mlp.down_proj.weight"][0] == wanted
+        assert found[f"model.layers.{layer}.self_attn.o_proj.weight"][0] == "q4_k"
+    assert found["lm_head.weight"][0] == "q6_k"
+    assert found["model.embed_tokens.weight"][0] == "q4_k"
+    assert found["model.norm.weight"][0] == "f32"
+
+
+def test_rows_that_blocks_do_not_divide() -> None:
+    found = choose("q4_k_m", weights(1, 96), {**CONFIG, "num_hidden_layers": 1})
+    assert found["model.layers.0.self_attn.o_proj.weight"][0] == "q5_0"
+    assert "96" in found["model.layers.0.self_attn.o_proj.weight"][1]
+    assert choose("q4_k_m", weights(1, 48), {**CONFIG, "num_hidden_layers": 1})["lm_head.weight"][0] == "f16"
+
+
+def test_refuses_in_one_sentence() -> None:
+    with pytest.raises(UnsupportedError, match=r"int4-g128.*q4_k_m"):
+        choose("int4-g128", weights(1), CONFIG)
+    with pytest.raises(UnsupportedError, match=r"llama.*bert"):
+        choose("q8_0", weights(1), {"model_type": "bert"})
