@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +72,8 @@ def quantize(
     )
     text, saved = evaluate and Path(evaluate), plan and Path(plan)
     limit = parse_size(ram) if isinstance(ram, str) else ram
-    return run(
-        Request(
-            str(model),
-            Path(out),
-            rules,
-            saved or None,
-            limit,
-            threads,
-            text or None,
-            context,
-            trust_remote_code=trust_remote_code,
-        )
-    )
+    request = Request(str(model), Path(out), rules, saved or None, limit, threads, text or None, context)
+    return run(replace(request, trust_remote_code=trust_remote_code))
 
 
 def convert(

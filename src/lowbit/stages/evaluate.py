@@ -147,7 +147,7 @@ def evaluate(
     threads: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    announce: Callable[[Way], None] | None = None,
+    announce: Callable[[Way], None] = lambda way: None,
     trust_remote_code: bool = False,
     adapter: Path | None = None,
 ) -> Evaluation:
@@ -182,8 +182,7 @@ def evaluate(
     _check(blueprints, windows)
     with MemoryWatch(ram).running() as watch, _threads(threads), torch.inference_mode():
         way = plan_evaluation(blueprints, context, len(windows.ids), batch, ram)
-        if announce:
-            announce(way)
+        announce(way)
         models = [each.resident() if n < way.resident else each.streamed() for n, each in enumerate(blueprints)]
         values = _score(models, windows, way.batch, _within(watch, progress))
     blocks = make_blocks(windows.counts, seed)
