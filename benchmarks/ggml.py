@@ -65,15 +65,15 @@ def seconds(run: Callable[[], object]) -> float:
 
 def timed(kind: BlockType, weight: Tensor, importance: Tensor | None, loaded: ctypes.CDLL, rounds: int) -> Speed:
     """Both sides in turns; theirs on an eighth of the rows, since it takes so much longer."""
-    method = ggml if importance is None else imatrix
-    stats = {} if importance is None else {"mean_square": importance}
     room = torch.empty(weight.shape[0], kind.row_bytes(weight.shape[1]), dtype=torch.uint8)
     part = weight[: max(weight.shape[0] // 8, 1)]
     other = torch.empty_like(room[: len(part)])
     at = None if importance is None else importance.data_ptr()
 
     def ours() -> QTensor:
-        return method.quantize(weight, stats, kind.scheme, NoOptions())
+        if importance is None:
+            return ggml.quantize(weight, {}, kind.scheme, NoOptions())
+        return imatrix.quantize(weight, {"mean_square": importance}, kind.scheme, NoOptions())
 
     def theirs() -> None:
         loaded.ggml_quantize_chunk(kind.id, part.data_ptr(), other.data_ptr(), 0, *part.shape, at)

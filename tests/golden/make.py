@@ -164,6 +164,21 @@ def mxfp4() -> list[dict[str, Any]]:
     return [case({"quantization_config": {"quant_method": "mxfp4"}}, tensors, {name: meant})]
 
 
+def torchao() -> list[dict[str, Any]]:
+    """Dequantized by torchao in float32."""
+    made = import_module("torchao.quantization")
+    flatten = import_module("torchao.prototype.safetensors.safetensors_support").flatten_tensor_state_dict
+    cases = []
+    for kind in ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig"):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"m": torch.nn.Linear(32, 8, bias=False)}).bfloat16()
+        made.quantize_(model, getattr(made, kind)())
+        tensors, _ = flatten(model.state_dict())
+        meant = {"m.weight": model["m"].weight.dequantize(torch.float32)}
+        cases.append(case({"quantization_config": {"quant_method": "torchao"}}, tensors, meant))
+    return cases
+
+
 class _Unused(types.ModuleType):
     """A module of which nothing is needed but that names can be imported from it."""
 
@@ -179,6 +194,7 @@ MAKERS: dict[str, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
     "bitnet": ("transformers 5.23.0", bitnet),
     "mlx": ("mlx 0.32.4", mlx),
     "mxfp4": ("transformers 5.23.0", mxfp4),
+    "torchao": ("torchao 0.18.0", torchao),
     "modelopt": ("nvidia-modelopt 0.47.0", modelopt),
 }
 

@@ -322,4 +322,42 @@ MXFP4 = [
     Case("experts blocks floats", _experts(up_blocks=torch.zeros(2, 6, 2, 16)), ("m.up_blocks", "float32"), "mxfp4"),
 ]
 
-CASES = MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
+
+def _torchao(**changes: Tensor | None) -> Build:
+    """torchao's int8 of [16, 64]."""
+    parts: dict[str, Tensor | None] = {
+        "_weight_qdata": torch.zeros(16, 64, dtype=torch.int8),
+        "_weight_scale": torch.ones(16, 1),
+        "_weight_zero_point": torch.zeros(16, 1, dtype=torch.int8),
+    }
+    return checkpoint({"quant_method": "torchao"}, {**parts, **changes})
+
+
+TORCHAO = [
+    Case("torchao scale nan", _torchao(_weight_scale=torch.full((16, 1), NAN)), ("m._weight_scale", "nan"), "torchao"),
+    Case("torchao scale infinite", _torchao(_weight_scale=torch.full((16, 1), INF)), ("m._weight_scale",), "torchao"),
+    Case("torchao without scales", _torchao(_weight_scale=None), ("m: torchao", "zero_point"), "torchao"),
+    Case("torchao without codes", _torchao(_weight_qdata=None), ("m: torchao", "no codes"), "torchao"),
+    Case("torchao codes bytes", _torchao(_weight_qdata=_bytes(16, 64)), ("m: torchao", "uint8"), "torchao"),
+    Case(
+        "torchao codes of one axis", _torchao(_weight_qdata=_bytes(16).char()), ("m._weight_scale", "[16]"), "torchao"
+    ),
+    Case(
+        "torchao code nan", _torchao(_weight_qdata=torch.full((16, 64), NAN).to(E4M3)), ("m._weight_qdata",), "torchao"
+    ),
+    Case("torchao scales integers", _torchao(_weight_scale=torch.ones(16, 1).int()), ("m._weight_scale",), "torchao"),
+    Case(
+        "torchao scales of 7 rows", _torchao(_weight_scale=torch.ones(7, 1)), ("m._weight_scale", "[7, 1]"), "torchao"
+    ),
+    Case("torchao scales of 5 groups", _torchao(_weight_scale=torch.ones(16, 5)), ("m._weight_scale", "5]"), "torchao"),
+    Case("torchao scales of no group", _torchao(_weight_scale=torch.ones(16, 0)), ("m._weight_scale", "0]"), "torchao"),
+    Case("torchao of another kind", _torchao(_weight_scale_and_zero=torch.ones(1)), ("scale_and_zero",), "torchao"),
+    Case(
+        "torchao zero points too few",
+        _torchao(_weight_zero_point=torch.ones(3, 1, dtype=torch.int8)),
+        (SHARD, "m._weight_zero_point", "[3, 1]"),
+        "torchao",
+    ),
+]
+
+CASES = TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND

@@ -98,7 +98,7 @@ def pack(q: QTensor, into: Mapping[str, Tensor]) -> None:
         )
     _pack_codes(q, kind, into)
     _pack_scales(q, into)
-    if isinstance(q.zeros, Tensor):
+    if q.zeros is not None:
         _pack_zeros(q.zeros, q.scheme, kind, into["weight_zero_point"])
 
 

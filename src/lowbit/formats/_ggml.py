@@ -78,7 +78,7 @@ def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
         raise FormatError(f"{name} does not store {q.scheme}" + (" with an index of groups" if q.group_index else ""))
     _check_bytes(kind, rows, cols, out)
     scale, scale_codes = _stored(name, q.scales)
-    low, low_codes = (None, None) if q.zeros is None else _stored(name, q.zeros)
+    low, low_codes = (None, None) if q.minima is None else _stored(name, q.minima)
     parts = native.GgmlParts(q.codes.contiguous(), scale, low, scale_codes, low_codes)
     native.ggml_pack(kind.id, rows * cols // kind.weights, _negated(name, parts), out=out)
 
@@ -104,8 +104,8 @@ def unpack(
     below(f"codes of {name}", codes, len(kind.scheme.grid.levels))
     blocks = scale_shape(shape, kind.scheme.block)
     scales = _meant(kind, "scales", parts.scale, parts.scale_codes, blocks)
-    zeros = None if parts.min is None else _meant(kind, "minima", parts.min, parts.min_codes, blocks)
-    return QTensor(kind.scheme, shape, codes, scales, zeros)
+    minima = None if parts.min is None else _meant(kind, "minima", parts.min, parts.min_codes, blocks)
+    return QTensor(kind.scheme, shape, codes, scales, minima=minima)
 
 
 def _check_bytes(kind: BlockType, rows: int, cols: int, stored: Tensor) -> None:

@@ -114,7 +114,7 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor], offset: int) ->
 
 
 def _stored_zeros(weight: Weight, q: QTensor, offset: int) -> UInt8[Tensor, "groups rows"]:
-    if not isinstance(q.zeros, Tensor):
+    if q.zeros is None:
         return torch.full(q.scales.shape[::-1], _half(q.scheme) - offset, dtype=torch.uint8)
     low = q.zeros < offset
     if low.any():

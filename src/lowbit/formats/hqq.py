@@ -138,7 +138,7 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
         FormatError: a scale or zero point that the weight's dtype does not have.
     """
     check_planned(weight, q)
-    assert isinstance(q.scales, Tensor) and isinstance(q.zeros, Tensor)
+    assert isinstance(q.scales, Tensor) and q.zeros is not None
     for name, values in (("scale", q.scales), ("zero", q.zeros)):
         target = into[f"{weight.module}.{name}"]
         target.copy_(exact(f"{weight.module}.{name}", values, target.dtype).reshape(-1, 1))

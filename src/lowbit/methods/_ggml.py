@@ -44,8 +44,8 @@ def encode(weight: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"
     if weight.numel():
         native.ggml_encode(_IDS[scheme], filled, wanted, out=found)
     scales = _part(found.scale, found.scale_codes, (rows, cols), scheme)
-    zeros = None if found.min is None else _part(found.min, found.min_codes, (rows, cols), scheme)
-    return QTensor(scheme, (rows, cols), found.codes[:, :cols].contiguous(), scales, zeros)
+    minima = None if found.min is None else _part(found.min, found.min_codes, (rows, cols), scheme)
+    return QTensor(scheme, (rows, cols), found.codes[:, :cols].contiguous(), scales, minima=minima)
 
 
 def _room(rows: int, cols: int, whole: int, scheme: Scheme) -> native.GgmlBlocks:
