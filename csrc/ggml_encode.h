@@ -182,22 +182,14 @@ struct Descent {
     F dot, norm;
     I* codes;
 
-    F value(I code) const { return to_float(code); }
-    template <class May>
-    void run(May may) {
-        for (int round = 0; round < 5; round++) {
-            bool changed = false;
-            for (int i = 0; i < count; i++) changed |= change(i, may);
-            if (!changed) return;
-        }
-    }
     template <class May>
     bool change(int i, May may) {
-        F l = value(codes[i]), wx = mul(w[i], x[i]);
+        F l = to_float(codes[i]), wx = mul(w[i], x[i]);
         F rest_dot = sub(dot, mul(wx, l)), rest_norm = sub(norm, mul(mul(w[i], l), l));
         I code = min(max(nearest(div(mul(x[i], rest_norm), rest_dot)), set(low)), set(high));
         M other = either(greater(code, codes[i]), greater(codes[i], code));
-        F k = value(code), new_dot = add(rest_dot, mul(wx, k)), new_norm = add(rest_norm, mul(mul(w[i], k), k));
+        if (!any(other)) return false;
+        F k = to_float(code), new_dot = add(rest_dot, mul(wx, k)), new_norm = add(rest_norm, mul(mul(w[i], k), k));
         M better = above(mul(mul(new_dot, new_dot), norm), mul(mul(dot, dot), new_norm));
         M change = both(both(may(rest_dot, rest_norm, new_norm), other), better);
         codes[i] = select(change, both(code, set(mask)), codes[i]);
@@ -206,22 +198,42 @@ struct Descent {
     }
 };
 
-// Codes from -4 to 3 for weights x**2 (make_q3_quants); `codes` counts from 0. Returns the scale.
-F fit_q3(const F* x, I* codes) {
-    constexpr int count = 16, half = 4;
-    Peak peak = peak_of(count, x);
-    M idle = above(set(group_max_eps), peak.size);
-    F inverse = div(set(-float(half)), choose(idle, set(1.0f), peak.value)), w[count];
-    Descent walk{count, -half, half - 1, -1, x, w, set(0.0f), set(0.0f), codes};
-    for (int i = 0; i < count; i++) {
-        w[i] = mul(x[i], x[i]);
-        codes[i] = nearest_within(mul(inverse, x[i]), -half, half - 1);
-        F l = to_float(codes[i]);
-        walk.dot = add(walk.dot, mul(mul(w[i], x[i]), l)), walk.norm = add(walk.norm, mul(mul(w[i], l), l));
+// Several walks side by side, as each step waits for the one before: five rounds, or until nothing changes.
+template <int number, class May>
+void descend(Descent (&walks)[number], May may) {
+    for (int round = 0; round < 5; round++) {
+        bool changed = false;
+        for (int i = 0; i < walks[0].count; i++)
+            for (Descent& walk : walks) changed |= walk.change(i, may);
+        if (!changed) return;
     }
-    walk.run([](F dot, F, F norm) { return both(above(dot, set(0.0f)), above(norm, set(0.0f))); });
-    for (int i = 0; i < count; i++) codes[i] = select(idle, set(0), add(codes[i], set(half)));
-    return choose(idle, set(0.0f), where_positive(walk.norm, div(walk.dot, walk.norm)));
+}
+
+// Codes from -4 to 3 for weights x**2, of four blocks of 16 (make_q3_quants); `codes` count from 0.
+void fit_q3(const F* x, F* scales, I (*codes)[16]) {
+    constexpr int count = 16, half = 4, side = 2;
+    F w[side][count];
+    M idle[side];
+    Descent walks[side];
+    for (int k = 0; k < side; k++, x += count) {
+        Peak peak = peak_of(count, x);
+        idle[k] = above(set(group_max_eps), peak.size);
+        F inverse = div(set(-float(half)), choose(idle[k], set(1.0f), peak.value));
+        Descent walk{count, -half, half - 1, -1, x, w[k], set(0.0f), set(0.0f), codes[k]};
+        for (int i = 0; i < count; i++) {
+            w[k][i] = mul(x[i], x[i]);
+            codes[k][i] = nearest_within(mul(inverse, x[i]), -half, half - 1);
+            F l = to_float(codes[k][i]);
+            walk.dot = add(walk.dot, mul(mul(w[k][i], x[i]), l)), walk.norm = add(walk.norm, mul(mul(w[k][i], l), l));
+        }
+        walks[k] = walk;
+    }
+    descend(walks, [](F dot, F, F norm) { return both(above(dot, set(0.0f)), above(norm, set(0.0f))); });
+    for (int k = 0; k < side; k++) {
+        for (int i = 0; i < count; i++) codes[k][i] = select(idle[k], set(0), add(codes[k][i], set(half)));
+        F scale = where_positive(walks[k].norm, div(walks[k].dot, walks[k].norm));
+        scales[k] = choose(idle[k], set(0.0f), scale);
+    }
 }
 
 // Scales (or minima) of a super-block as codes from 0 to `top` (make_qp_quants). Returns the scale above them.
@@ -247,14 +259,15 @@ F fit_positive(int count, int top, const F* x, const F* w, I* codes) {
         M better = above(least, found);
         least = choose(better, found, least), inverse = choose(better, other, inverse);
     }
-    Descent walk{count, INT32_MIN, top, 255, x, w, set(0.0f), set(0.0f), codes};
+    Descent walks[1] = {{count, INT32_MIN, top, 255, x, w, set(0.0f), set(0.0f), codes}};
+    Descent& walk = walks[0];
     for (int i = 0; i < count; i++) {
         I code = min(nearest(mul(inverse, x[i])), set(top));
         F l = to_float(code);
         codes[i] = both(code, set(255));
         walk.dot = add(walk.dot, mul(mul(w[i], x[i]), l)), walk.norm = add(walk.norm, mul(mul(w[i], l), l));
     }
-    walk.run([](F dot, F norm, F) { return both(above(dot, set(0.0f)), above(norm, set(0.0f))); });
+    descend(walks, [](F dot, F norm, F) { return both(above(dot, set(0.0f)), above(norm, set(0.0f))); });
     for (int i = 0; i < count; i++) codes[i] = select(idle, set(0), codes[i]);
     return choose(idle, set(0.0f), where_positive(walk.norm, div(walk.dot, walk.norm)));
 }
@@ -308,15 +321,16 @@ F inverse_or_zero(F x) { return choose(is_zero(x), set(0.0f), div(set(1.0f), x))
 
 // ---- sixteen blocks ----
 
-// Blocks as columns, and what is made of them: codes [weights][16], codes of scales and minima [16][16].
+// Blocks as columns, and what is made of them: codes by weight, codes of scales and minima [16][16].
 struct Tile {
     F x[256], importance[256], w[256];
     F row_sigma;  // mean square of the row
     bool weighted;
-    uint8_t codes[256 * 16], scale_codes[16 * 16], min_codes[16 * 16];
+    I codes[256];
+    uint8_t scale_codes[16 * 16], min_codes[16 * 16];
     F scale, least;
 
-    void code(int i, I value) { store_u8(codes + 16 * i, value); }
+    void code(int i, I value) { codes[i] = value; }
     void scale_code(int i, I value) { store_u8(scale_codes + 16 * i, value); }
     void min_code(int i, I value) { store_u8(min_codes + 16 * i, value); }
     F square_sum(int first, int count) const {
@@ -420,7 +434,7 @@ void encode_q3_k(Tile& t) {
     F sigma2 = t.weighted ? div(mul(set(2.0f), t.square_sum(0, 256)), set(256.0f)) : set(0.0f);
     for (int j = 0; j < 16; j++) {
         if (!t.weighted) {
-            scales[j] = fit_q3(t.x + 16 * j, codes[j]);
+            if (j % 2 == 0) fit_q3(t.x + 16 * j, scales + j, codes + j);
             continue;
         }
         t.weigh(16 * j, 16, sigma2);
@@ -601,17 +615,31 @@ void encode_tile(GgmlType type, Tile& t) {
 
 // ---- tiles of a weight ----
 
-// to[i][lane] = from[lane][i]
-void as_columns(const float* const* from, int count, F* to) {
-    float rows[16 * 8];
-    auto words = reinterpret_cast<uint8_t*>(rows);
-    for (int i = 0; i < count; i += 8) {
-        for (int lane = 0; lane < 16; lane++) __builtin_memcpy(rows + 8 * lane, from[lane] + i, 32);
-        float columns[8 * 16];
-        auto out = reinterpret_cast<uint8_t*>(columns);
-        transpose8(words, 32, out, 64), transpose8(words + 8 * 32, 32, out + 32, 64);
-        for (int k = 0; k < 8; k++) to[i + k] = load_f32(columns + 16 * k);
-    }
+// to[i] has value i of each of 16 blocks that follow each other.
+void as_columns(const float* from, int count, F* to) {
+    auto source = reinterpret_cast<const uint8_t*>(from);
+    auto target = reinterpret_cast<uint8_t*>(to);
+    int64_t stride = 4 * count;
+    for (int lane = 0; lane < 16; lane += 8)
+        for (int i = 0; i < count; i += 8)
+            transpose8(source + lane * stride + 4 * i, stride, target + 64 * i + 4 * lane, 64);
+}
+
+// The codes of 16 blocks one after the other: four of a lane make a word, words are transposed.
+void as_blocks(const I* codes, int count, uint8_t* to) {
+    uint8_t words[256 / 4 * 64];
+    auto put = [&](int i) {
+        I low = either(codes[i], shift_left<8>(codes[i + 1]));
+        I high = either(codes[i + 2], shift_left<8>(codes[i + 3]));
+        store_f32(words + 16 * i, floats(either(low, shift_left<16>(high))));
+    };
+    for (int i = 0; i < count; i += 4) put(i);
+    for (int lane = 0; lane < 16; lane += 8)
+        for (int i = 0; i < count; i += 32) transpose8(words + 16 * i + 4 * lane, 64, to + lane * count + i, count);
+}
+
+bool looks_at_importance(GgmlType type) {
+    return type != GgmlType::q8_0 && type != GgmlType::tq1_0 && type != GgmlType::tq2_0 && type != GgmlType::mxfp4;
 }
 
 float mean_square(const float* row, int64_t cols) {
@@ -628,33 +656,42 @@ void ggml_encode(GgmlType type, int64_t rows, int64_t cols, const float* weight,
                  const GgmlEncoded& out) {
     GgmlShape shape = ggml_shape(type);
     int64_t blocks = rows * (cols / shape.weights), across = cols / shape.weights, sigma_row = -1;
-    bool by_row = importance && shape.weights == 32 && type != GgmlType::iq4_nl;
+    bool by_row = importance && looks_at_importance(type) && shape.weights == 32 && type != GgmlType::iq4_nl;
     float sigmas[16] = {}, sigma = 0, scale[16], least[16];
     Tile tile;
     tile.least = set(0.0f);
-    tile.weighted = importance != nullptr;
+    tile.weighted = importance && looks_at_importance(type);
+    float room[16 * 256];
+    uint8_t codes[16 * 256];
     for (int64_t first = 0; first < blocks; first += 16) {
         int lanes = int(smaller(16, blocks - first));
-        const float *x[16], *w[16];
-        for (int lane = 0; lane < 16; lane++) {  // lanes beyond the last block repeat the first
-            int64_t block = first + (lane < lanes ? lane : 0), row = block / across;
-            x[lane] = weight + block * shape.weights;
-            w[lane] = importance ? importance + block % across * shape.weights : nullptr;
-            if (by_row && row > sigma_row) sigma = mean_square(weight + row * cols, cols), sigma_row = row;
+        auto gather = [&](auto of, F* to) {  // lanes beyond the last block repeat the first
+            for (int lane = 0; lane < 16; lane++)
+                __builtin_memcpy(room + lane * shape.weights, of(first + (lane < lanes ? lane : 0)), 4 * shape.weights);
+            as_columns(room, shape.weights, to);
+        };
+        auto weight_of = [&](int64_t block) { return weight + block * shape.weights; };
+        if (lanes == 16)
+            as_columns(weight_of(first), shape.weights, tile.x);
+        else
+            gather(weight_of, tile.x);
+        if (tile.weighted) gather([&](int64_t block) { return importance + block % across * shape.weights; }, tile.importance);
+        for (int lane = 0; by_row && lane < lanes; lane++) {
+            int64_t row = (first + lane) / across;
+            if (row > sigma_row) sigma = mean_square(weight + row * cols, cols), sigma_row = row;
             sigmas[lane] = sigma;
         }
-        as_columns(x, shape.weights, tile.x);
-        if (importance) as_columns(w, shape.weights, tile.importance);
         tile.row_sigma = load_f32(sigmas);
         encode_tile(type, tile);
+        as_blocks(tile.codes, shape.weights, codes);
+        __builtin_memcpy(out.codes + first * shape.weights, codes, lanes * shape.weights);
         store_f32(scale, tile.scale), store_f32(least, tile.least);
+        __builtin_memcpy(out.scale + first, scale, 4 * lanes);
+        if (out.min) __builtin_memcpy(out.min + first, least, 4 * lanes);
         for (int lane = 0; lane < lanes; lane++) {
-            int64_t block = first + lane;
-            store_columns(tile.codes, shape.weights, lane, out.codes + block * shape.weights);
-            out.scale[block] = scale[lane];
-            if (out.min) out.min[block] = least[lane];
-            if (out.scale_codes) store_columns(tile.scale_codes, shape.subs, lane, out.scale_codes + block * shape.subs);
-            if (out.min_codes) store_columns(tile.min_codes, shape.subs, lane, out.min_codes + block * shape.subs);
+            int64_t at = (first + lane) * shape.subs;
+            if (out.scale_codes) store_columns(tile.scale_codes, shape.subs, lane, out.scale_codes + at);
+            if (out.min_codes) store_columns(tile.min_codes, shape.subs, lane, out.min_codes + at);
         }
     }
 }

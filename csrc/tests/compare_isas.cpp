@@ -196,7 +196,54 @@ static void compare_pack(const Kernels& kernels, int64_t rows, int64_t cols, int
             [&](const Kernels& k, uint8_t* out) { unpack_nibbles_high_first(k, nibbles.at(), count, out); });
 }
 
+// Encoders on ordinary, odd and hostile values; packed blocks and back.
+static void compare_ggml(const Kernels& kernels, GgmlType type, int64_t rows, int64_t blocks, int kind) {
+    GgmlShape shape = ggml_shape(type);
+    int64_t cols = blocks * shape.weights, all = rows * blocks, subs = all * shape.subs;
+    Grid grid{rows, cols, int64_t(type), kind};
+    std::normal_distribution<float> normal;
+    std::vector<float> weight(size_t(rows * cols)), importance(size_t(cols), 0.0f);
+    for (size_t i = 0; i < weight.size(); i++) {
+        static constexpr float sizes[] = {1, 1e-39f, 1e30f, 1e-15f};
+        weight[i] = kind == 4 ? 0.25f : kind == 5 ? std::ldexp(normal(source), int(source() % 80) - 40) : normal(source) * sizes[kind];
+    }
+    for (size_t i = 0; i < importance.size(); i++) importance[i] = source() % 4 ? std::fabs(normal(source)) : 0;
+    for (const float* given : {static_cast<const float*>(nullptr), static_cast<const float*>(importance.data())})
+        compare("ggml_encode", kernels, grid, rows * cols + 8 * all + 2 * subs, [&](const Kernels& k, uint8_t* out) {
+            std::vector<float> scale(size_t(all), 0.0f), min(size_t(all), 0.0f);
+            std::vector<uint8_t> scale_codes(size_t(subs), uint8_t(0)), min_codes(size_t(subs), uint8_t(0));
+            GgmlEncoded to{out, scale.data(), shape.has_min ? min.data() : nullptr, subs ? scale_codes.data() : nullptr,
+                           subs && shape.has_min ? min_codes.data() : nullptr};
+            k.ggml_encode(type, rows, cols, weight.data(), given, to);
+            uint8_t* at = out + rows * cols;
+            for (auto values : {&scale, &min}) std::memcpy(at, values->data(), size_t(4 * all)), at += 4 * all;
+            if (subs == 0) return;
+            for (auto codes : {&scale_codes, &min_codes}) std::memcpy(at, codes->data(), size_t(subs)), at += subs;
+        });
+}
+
+static void check_ggml_blocks(GgmlType type, int64_t blocks) {
+    GgmlShape shape = ggml_shape(type);
+    Buffer stored = random_codes(blocks * shape.bytes, 255), again(blocks * shape.bytes), codes(blocks * shape.weights);
+    Buffer scale(blocks * shape.scale_bytes), min(2 * blocks), scale_codes(blocks * shape.subs), min_codes(blocks * shape.subs);
+    uint8_t *m = shape.has_min ? min.at() : nullptr, *s = shape.subs ? scale_codes.at() : nullptr;
+    uint8_t* ms = shape.subs && shape.has_min ? min_codes.at() : nullptr;
+    ggml_unpack(type, blocks, stored.at(), {codes.at(), scale.at(), m, s, ms});
+    ggml_pack(type, blocks, {codes.at(), scale.at(), m, s, ms}, again.at());
+    if (type == GgmlType::tq1_0) return;  // five codes in a byte: not every byte is one that is written
+    expect_same("ggml_pack", *supported_kernels()[0], {blocks, shape.weights, int64_t(type), 0}, again.at(), stored.at(),
+                size_t(blocks * shape.bytes));
+}
+
+static constexpr GgmlType ggml_types[] = {
+    GgmlType::q4_0, GgmlType::q4_1, GgmlType::q5_0,   GgmlType::q5_1,   GgmlType::q8_0,  GgmlType::q2_k,  GgmlType::q3_k,
+    GgmlType::q4_k, GgmlType::q5_k, GgmlType::q6_k,   GgmlType::iq4_nl, GgmlType::iq4_xs, GgmlType::tq1_0, GgmlType::tq2_0,
+    GgmlType::mxfp4};
+
 int main() {
+    for (GgmlType type : ggml_types)
+        for (int64_t blocks : {0, 1, 5}) check_ggml_blocks(type, blocks);
+
     auto all = supported_kernels();
     for (size_t i = all.size() > 1 ? 1 : 0; i < all.size(); i++) {  // alone, scalar still meets the sanitizers
         const Kernels& kernels = *all[i];
@@ -219,6 +266,9 @@ int main() {
             }
         for (int64_t cols : {0, 1, 2, 7, 33})
             for (int64_t lanes : {0, 16, 48}) compare_sweep(kernels, cols, lanes);
+        for (GgmlType type : ggml_types)
+            for (int64_t blocks : {0, 1, 3})
+                for (int kind = 0; kind < 6; kind++) compare_ggml(kernels, type, 7, blocks, kind);
         std::printf("%s: done\n", kernels.isa);
     }
     return failures == 0 ? 0 : 1;

@@ -54,7 +54,7 @@ class QTensor:
 
     The weight of `shape` is seen as `[rows, cols]` (`view_shape`). With zero kind `none` an element is
     `levels[code] * scale`, with `int` or `float` it is `(code - zero) * scale`, with `min` it is
-    `code * scale - zero`, in float32.
+    `code * scale - minimum`, in float32.
 
     Attributes:
         scheme: grid, block and kinds; says how the other parts are read.
@@ -62,19 +62,20 @@ class QTensor:
         codes: `[rows, cols]`, one unsigned code per element, whatever the bits.
         scales: `[block_rows, block_cols]`, float32, every value exact in `scheme.scale`; or, where `scheme.nested`
             is set, the quantized scales of that same shape.
-        zeros: like the scales: uint8 codes (kind `int`), float32 in units of a code (kind `float`), or what is
-            subtracted (kind `min`), float32 and exact in `scheme.scale`, quantized like the scales where these are.
+        zeros: like the scales: uint8 codes (kind `int`) or float32 in units of a code (kind `float`).
         offset: one float32 that is added when this tensor is dequantized (double-quantized scales: their mean).
         group_index: block of each column, `[cols]`, where blocks are not consecutive (GPTQ's act-order).
+        minima: what is subtracted (zero kind `min`), like the scales: float32 or quantized.
     """
 
     scheme: Scheme
     shape: Shape
     codes: UInt8[Tensor, "rows cols"]
     scales: Tensor | QTensor
-    zeros: Tensor | QTensor | None = None
+    zeros: Tensor | None = None
     offset: Float[Tensor, ""] | None = None
     group_index: Int32[Tensor, "cols"] | None = None
+    minima: Tensor | QTensor | None = None
 
     def __post_init__(self) -> None:
         blocks = scale_shape(self.shape, self.scheme.block)
@@ -82,19 +83,25 @@ class QTensor:
         _expect("scales", self.scales.shape, blocks)
         if self.zeros is not None:
             _expect("zeros", self.zeros.shape, blocks)
-        nested = self.scheme.zero == "min" and self.scheme.nested is not None
-        if (self.zeros is None) != (self.scheme.zero == "none") or isinstance(self.zeros, QTensor) != nested:
+        if self.minima is not None:
+            _expect("minima", self.minima.shape, blocks)
+        wanted = (self.scheme.zero in ("int", "float"), self.scheme.zero == "min")
+        if (self.zeros is not None, self.minima is not None) != wanted:
             raise FormatError(f"scheme {self.scheme} and its zero points do not agree")
 
     def scale_values(self) -> Float[Tensor, "block_rows block_cols"]:
         """The scales as float32, dequantized where they are quantized themselves."""
         return self.scales.dequantize() if isinstance(self.scales, QTensor) else self.scales
 
+    @property
+    def shifts(self) -> Tensor | QTensor | None:
+        """The zero points or the minima, whichever it has."""
+        return self.zeros if self.minima is None else self.minima
+
     def zero_values(self) -> Float[Tensor, "block_rows block_cols"] | None:
-        """The zero points as float32, dequantized where they are quantized themselves."""
-        if isinstance(self.zeros, QTensor):
-            return self.zeros.dequantize()
-        return None if self.zeros is None else self.zeros.float()
+        """The zero points, or the minima, as float32, dequantized where they are quantized themselves."""
+        shifts = self.shifts.dequantize() if isinstance(self.shifts, QTensor) else self.shifts
+        return None if shifts is None else shifts.float()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that this tensor stands for, in `shape`; computed in float32, rounded once to `dtype`."""
@@ -128,10 +135,10 @@ class QTensor:
             yield from ((f"scales.{name}", part) for name, part in self.scales.parts())
         else:
             yield "scales", self.scales
-        if isinstance(self.zeros, QTensor):
-            yield from ((f"zeros.{name}", part) for name, part in self.zeros.parts())
-        zeros = None if isinstance(self.zeros, QTensor) else self.zeros
-        optional = {"zeros": zeros, "offset": self.offset, "group_index": self.group_index}
+        if isinstance(self.minima, QTensor):
+            yield from ((f"minima.{name}", part) for name, part in self.minima.parts())
+        minima = None if isinstance(self.minima, QTensor) else self.minima
+        optional = {"zeros": self.zeros, "minima": minima, "offset": self.offset, "group_index": self.group_index}
         yield from ((name, part) for name, part in optional.items() if part is not None)
 
 

@@ -167,12 +167,15 @@ def assert_storable(q: QTensor, any_sign: bool) -> None:
     if kind != "f32":
         assert set(scales.abs().flatten().tolist()) <= values_of(kind)
     if q.scheme.zero == "int":
-        assert isinstance(q.zeros, Tensor) and q.zeros.dtype == torch.uint8
+        assert q.zeros is not None and q.zeros.dtype == torch.uint8
         assert (q.zeros.int() < 2**q.scheme.grid.bits).all()
-    if q.scheme.zero in ("float", "min"):
-        zeros = q.zeros.scale_values() if isinstance(q.zeros, QTensor) else q.zeros
-        assert zeros is not None and zeros.dtype == torch.float32
-        assert kind == "f32" or set(zeros.abs().flatten().tolist()) <= values_of(kind)
+    if q.scheme.zero == "float":
+        assert q.zeros is not None and q.zeros.dtype == torch.float32
+        assert kind == "f32" or set(q.zeros.abs().flatten().tolist()) <= values_of(kind)
+    if q.scheme.zero == "min":
+        minima = q.minima.scales if isinstance(q.minima, QTensor) else q.minima
+        assert isinstance(minima, Tensor) and minima.dtype == torch.float32
+        assert set(minima.abs().flatten().tolist()) <= values_of(kind)
 
 
 @cache

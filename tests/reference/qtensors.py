@@ -33,14 +33,14 @@ def random_qtensor(scheme: Scheme, shape: tuple[int, ...], seed: int = 0, lowest
     size = matrix(shape, scheme.block)
     codes = legal[torch.randint(len(legal), size, generator=dice)].to(torch.uint8)
     across = blocks(shape, scheme.block)
-    zeros: Tensor | QTensor | None = None
+    zeros, minima = None, None
     if scheme.zero == "int":
         zeros = torch.randint(lowest_zero, 2**scheme.grid.bits, across, generator=dice).to(torch.uint8)
     elif scheme.zero == "float":
         zeros = _storable(torch.rand(across, generator=dice) * 2**scheme.grid.bits, scheme)
     elif scheme.zero == "min":
-        zeros = _random_scales(scheme, across, dice)
-    return QTensor(scheme, shape, codes, _random_scales(scheme, across, dice), zeros)
+        minima = _random_scales(scheme, across, dice)
+    return QTensor(scheme, shape, codes, _random_scales(scheme, across, dice), zeros, minima=minima)
 
 
 def _random_scales(scheme: Scheme, shape: tuple[int, int], dice: torch.Generator) -> Tensor | QTensor:
@@ -73,9 +73,7 @@ def slow_dequantize(q: QTensor) -> Tensor:
     With the zero kind `min`: code times scale, minus what is subtracted.
     """
     scales = (slow_dequantize(q.scales) if isinstance(q.scales, QTensor) else q.scales).numpy()
-    zeros = (
-        (slow_dequantize(q.zeros) if isinstance(q.zeros, QTensor) else q.zeros).numpy() if q.zeros is not None else None
-    )
+    minima = slow_dequantize(q.minima) if isinstance(q.minima, QTensor) else q.minima
     (rows, cols), block = matrix(q.shape, q.scheme.block), q.scheme.block
     out = np.empty((rows, cols), np.float32)
     for row in range(rows):
@@ -85,13 +83,13 @@ def slow_dequantize(q: QTensor) -> Tensor:
                 across = int(q.group_index[col])
             code = int(q.codes[row, col])
             value = np.float32(q.scheme.grid.levels[code])
-            if q.scheme.zero == "min":
+            if q.zeros is not None:
+                value = np.float32(code) - np.float32(q.zeros[down, across].item())
+            if minima is not None:
                 value = np.float32(code)
-            elif zeros is not None:
-                value = np.float32(code) - np.float32(zeros[down, across])
             out[row, col] = value * np.float32(scales[down, across])
-            if q.scheme.zero == "min" and zeros is not None:
-                out[row, col] -= np.float32(zeros[down, across])
+            if minima is not None:
+                out[row, col] -= np.float32(minima[down, across].item())
     if q.offset is not None:
         out += np.float32(q.offset.item())
     return torch.from_numpy(out).reshape(q.shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import final
 
 import torch
@@ -77,18 +78,18 @@ def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
         raise FormatError(f"{name} does not store {q.scheme}" + (" with an index of groups" if q.group_index else ""))
     _check_bytes(kind, rows, cols, out)
     scale, scale_codes = _stored(name, q.scales)
-    low, low_codes = (None, None) if q.zeros is None else _stored(name, q.zeros)
+    low, low_codes = (None, None) if q.minima is None else _stored(name, q.minima)
     parts = native.GgmlParts(q.codes.contiguous(), scale, low, scale_codes, low_codes)
     native.ggml_pack(kind.id, rows * cols // kind.weights, _negated(name, parts), out=out)
 
 
 def unpack(
     name: str,
-    stored: UInt8[Tensor, "rows row_bytes"],
+    stored: Tensor,
     shape: Shape,
     codes: UInt8[Tensor, "rows cols"] | None = None,
 ) -> QTensor:
-    """The tensor that rows of blocks of a type hold; its codes are put into `codes` where that is given.
+    """The tensor that rows of blocks hold (`stored`, uint8 `[rows, row_bytes]`); its codes go to `codes`, if given.
 
     Raises:
         FormatError: another number of bytes than the shape needs, a scale that is not finite, a code off the grid.
@@ -103,8 +104,8 @@ def unpack(
     below(f"codes of {name}", codes, len(kind.scheme.grid.levels))
     blocks = scale_shape(shape, kind.scheme.block)
     scales = _meant(kind, "scales", parts.scale, parts.scale_codes, blocks)
-    zeros = None if parts.min is None else _meant(kind, "minima", parts.min, parts.min_codes, blocks)
-    return QTensor(kind.scheme, shape, codes, scales, zeros)
+    minima = None if parts.min is None else _meant(kind, "minima", parts.min, parts.min_codes, blocks)
+    return QTensor(kind.scheme, shape, codes, scales, minima=minima)
 
 
 def _check_bytes(kind: BlockType, rows: int, cols: int, stored: Tensor) -> None:
@@ -127,7 +128,7 @@ def _stored(name: str, values: Tensor | QTensor) -> tuple[Tensor, Tensor | None]
 
 
 def _bytes(what: str, values: Tensor) -> Tensor:
-    return exact(what, values, torch.float16).contiguous().view(torch.uint8)
+    return exact(what, values, torch.float16).reshape(-1).view(torch.uint8)
 
 
 def _negated(name: str, parts: native.GgmlParts) -> native.GgmlParts:
@@ -141,7 +142,7 @@ def _negated(name: str, parts: native.GgmlParts) -> native.GgmlParts:
 def _empty_parts(kind: BlockType, rows: int, cols: int, codes: Tensor) -> native.GgmlParts:
     scheme, upper = kind.scheme, (rows, cols // kind.weights)
     size = 1 if scheme.scale == "e8m0" else 2
-    scale = torch.empty(upper[0], upper[1] * size, dtype=torch.uint8)
+    scale = torch.empty(prod(upper) * size, dtype=torch.uint8)
     lower = torch.empty(rows, cols // scheme.block.cols, dtype=torch.uint8) if scheme.nested else None
     if scheme.zero != "min":
         return native.GgmlParts(codes, scale, None, lower)
@@ -152,9 +153,10 @@ def _empty_parts(kind: BlockType, rows: int, cols: int, codes: Tensor) -> native
 
 def _meant(kind: BlockType, what: str, raw: Tensor, codes: Tensor | None, blocks: tuple[int, int]) -> Tensor | QTensor:
     """The scales (or minima) that bytes and codes stand for."""
+    upper = scale_shape(blocks, kind.scheme.nested.block) if kind.scheme.nested else blocks
     if kind.scheme.scale == "e8m0":
-        return _powers(kind.name, raw)
-    values = finite(f"{what} of {kind.name}", raw.view(torch.float16)).float()
+        return _powers(kind.name, raw.reshape(upper))
+    values = finite(f"{what} of {kind.name}", raw.view(torch.float16).reshape(upper)).float()
     if codes is None or kind.scheme.nested is None:
         return values
     return QTensor(kind.scheme.nested, blocks, codes, values)

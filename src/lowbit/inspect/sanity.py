@@ -134,7 +134,7 @@ def _zeros(q: QTensor) -> Iterator[Fact]:
     for what, values in (("zero points", q.zero_values()), ("offsets", q.offset)):
         if values is not None and not torch.isfinite(values).all():
             yield "error", _some(f"{what} are NaN or Inf", ~torch.isfinite(values))
-    if q.scheme.zero == "int" and isinstance(q.zeros, Tensor) and (q.zeros >= 2**q.scheme.grid.bits).any():
+    if q.scheme.zero == "int" and q.zeros is not None and (q.zeros >= 2**q.scheme.grid.bits).any():
         yield "note", _some("zero points lie beyond the codes", q.zeros >= 2**q.scheme.grid.bits)
 
 

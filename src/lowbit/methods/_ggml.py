@@ -44,8 +44,8 @@ def encode(weight: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"
     if weight.numel():
         native.ggml_encode(_IDS[scheme], filled, wanted, out=found)
     scales = _part(found.scale, found.scale_codes, (rows, cols), scheme)
-    zeros = None if found.min is None else _part(found.min, found.min_codes, (rows, cols), scheme)
-    return QTensor(scheme, (rows, cols), found.codes[:, :cols].contiguous(), scales, zeros)
+    minima = None if found.min is None else _part(found.min, found.min_codes, (rows, cols), scheme)
+    return QTensor(scheme, (rows, cols), found.codes[:, :cols].contiguous(), scales, minima=minima)
 
 
 def _room(rows: int, cols: int, whole: int, scheme: Scheme) -> native.GgmlBlocks:
@@ -54,8 +54,8 @@ def _room(rows: int, cols: int, whole: int, scheme: Scheme) -> native.GgmlBlocks
     if scheme.zero == "min":
         found = replace(found, min=torch.empty_like(found.scale))
     if scheme.nested:
-        found = replace(found, scale_codes=torch.empty(rows, cols // scheme.block.cols, dtype=torch.uint8))
-        found = replace(found, min_codes=None if found.min is None else torch.empty_like(found.scale_codes))
+        codes = torch.empty(rows, cols // scheme.block.cols, dtype=torch.uint8)
+        found = replace(found, scale_codes=codes, min_codes=None if found.min is None else torch.empty_like(codes))
     return found
 
 

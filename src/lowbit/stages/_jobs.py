@@ -149,7 +149,7 @@ class Job:
 
     def _joined(self, parts: Sequence[QTensor]) -> QTensor:
         codes = parts[0].codes if len(parts) == 1 else torch.cat([part.codes for part in parts])
-        joined = join(self.entry.weight, codes, [(part.scales, part.zeros) for part in parts])
+        joined = join(self.entry.weight, codes, [(part.scales, part.shifts) for part in parts])
         return replace(joined, group_index=parts[0].group_index)
 
 

@@ -184,7 +184,7 @@ def _quantize(plan: Plan, entry: Entry, tensor: Tensor, codes: Tensor, elements:
                 piece = method.quantize(part, stats, scheme, options)
                 codes[rows, cols] = piece.codes
             error += measure(part, piece)
-            pieces.append((piece.scales, piece.zeros))
+            pieces.append((piece.scales, piece.shifts))
     return hasher.hexdigest(), join(weight, codes, pieces), error
 
 
@@ -204,7 +204,7 @@ Part = Tensor | QTensor
 
 
 def join(weight: Weight, codes: Tensor, pieces: Sequence[tuple[Part, Part | None]]) -> QTensor:
-    """One `QTensor` from the scales and zero points of its pieces; offset ones are quantized here, together."""
+    """One `QTensor` from the scales and zero points (or minima) of its pieces; offset ones are quantized here."""
     scheme = weight.scheme
     assert scheme is not None
     blocks = scale_shape(weight.shape, scheme.block)
@@ -216,6 +216,9 @@ def join(weight: Weight, codes: Tensor, pieces: Sequence[tuple[Part, Part | None
         assert isinstance(scales, Tensor)
         scales = nest(scales, scheme.nested)
     joined = _join(zeros, shared, axis, blocks) if zeros else None
+    if scheme.zero == "min":
+        return QTensor(scheme, weight.shape, codes, scales, minima=joined)
+    assert not isinstance(joined, QTensor)
     return QTensor(scheme, weight.shape, codes, scales, joined)
 
 
