@@ -155,5 +155,6 @@ FORMAT = Format(
     swaps=True,
     container="gguf",
     choose=choose,
+    encoder="ggml",
     arrange=arrange,
 )

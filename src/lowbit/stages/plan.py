@@ -17,6 +17,7 @@ from torch import Tensor
 from lowbit import plugins
 from lowbit.errors import LowbitError, UnsupportedError, UsageError
 from lowbit.formats import Format, Spec, Weight
+from lowbit.formats._ggml import BLOCKS
 from lowbit.methods import Method
 from lowbit.methods._scales import shares_rows
 from lowbit.schemes import parse
@@ -212,10 +213,19 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
             raise UnsupportedError(f"{weight.name} is tied to another weight, which no reader would find; keep it")
         inside = _BLOCK.search(weight.name) is not None
         method, why = (recipe.method, "") if inside or not recipe.calibrated else (OUTSIDE, _OUTSIDE)
+        if form.encoder and wanted in BLOCKS and not (inside and recipe.calibrated):
+            method, why = _able(method, why, wanted, form.encoder)
         activations = rules.activations if inside else None
         entries.append(_entry(weight, wanted, reason + why, method, form, checkpoint.config, activations, swap))
     calibration = rules.calibration if calibrated else None
     return Plan(rules.format.replace("_", "-"), tuple(entries), options, str(recipe), calibration)
+
+
+def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
+    """The method, or the format's own one for a scheme of a mixture that it cannot make; and why."""
+    if _method(method).supports(parse(wanted)) is None:
+        return method, why
+    return encoder, f"{why}; by {encoder}, {method} cannot make {wanted}"
 
 
 def _plain(weight: Weight) -> Weight:
