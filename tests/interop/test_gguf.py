@@ -15,10 +15,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from lowbit.inspect import inspect
 from lowbit.pipeline import Request, run
 from lowbit.stages._model import open_blueprint, open_tokenizer
 from lowbit.stages.checkpoint import open_checkpoint
-from lowbit.stages.plan import Rules
+from lowbit.stages.evaluate import evaluate
+from lowbit.stages.plan import Calibration, Rules
 
 llama_cpp: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -166,9 +168,8 @@ def saved(kind: str, path: Path) -> Path:
     model.config.eos_token_id = 1
     model.save_pretrained(path)
     tokenizer = byte_level(QWEN, nfc=True) if kind.startswith("qwen") else byte_level()
-    fast: Any = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>"
-    )
+    library: Any = transformers
+    fast = library.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>")
     fast.save_pretrained(path)
     return path
 
@@ -195,6 +196,12 @@ def llama_quantize(source: Path, out: Path, file_type: int) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def base(wiki_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model in float16: what llama.cpp's own program quantizes."""
+    return quantized(wiki_8m, tmp_path_factory.mktemp("base") / "f16", "f16")
+
+
 def tensors(path: Path) -> dict[str, tuple[str, bytes]]:
     found = gguf.GGUFReader(path).tensors
     return {str(tensor.name): (tensor.tensor_type.name, tensor.data.tobytes()) for tensor in found}
@@ -206,9 +213,8 @@ def tensors(path: Path) -> dict[str, tuple[str, bytes]]:
      ("q4_k_s", 14), ("q4_k_m", 15), ("q5_k_s", 16), ("q5_k_m", 17), ("q6_k", 18),
      ("iq4_nl", 25), ("iq4_xs", 30), ("tq2_0", 37)],
 )  # fmt: skip
-def test_types_and_bytes_are_llama_quantizes(scheme: str, file_type: int, wiki_8m: Path, tmp_path: Path) -> None:
-    """From the same float16 values, in the same order, and the file opens here with the same weights."""
-    base = quantized(wiki_8m, tmp_path / "f16", "f16")
+def test_types_and_bytes_are_llama_quantizes(scheme: str, file_type: int, base: Path, tmp_path: Path) -> None:
+    """From the same float16 values, in the same order."""
     theirs = llama_quantize(base, tmp_path / "theirs.gguf", file_type)
     found = quantized(base.parent, tmp_path / "ours", scheme)
     left, right = tensors(found), tensors(theirs)
@@ -216,6 +222,55 @@ def test_types_and_bytes_are_llama_quantizes(scheme: str, file_type: int, wiki_8
     assert {name: kind for name, (kind, _) in left.items()} == {name: kind for name, (kind, _) in right.items()}
     assert [name for name in left if left[name] != right[name]] == []
     assert gguf.GGUFReader(found).get_field("general.file_type").contents() == file_type  # type: ignore[union-attr]
+
+
+def test_reads_what_llama_cpp_writes(base: Path, wiki_8m: Path, tmp_path: Path) -> None:
+    """Weights as the `gguf` package dequantizes them, rows in the order of transformers; evaluated as a file alone."""
+    path = llama_quantize(base, tmp_path / "theirs.gguf", 15)
+    found = open_checkpoint(path)
+    theirs = {str(tensor.name): tensor for tensor in gguf.GGUFReader(path).tensors}
+    names = {"token_embd": "model.embed_tokens", "blk.3.attn_q": "model.layers.3.self_attn.q_proj",
+             "blk.3.attn_v": "model.layers.3.self_attn.v_proj", "output_norm": "model.norm"}  # fmt: skip
+    for name, ours in names.items():
+        tensor = theirs[f"{name}.weight"]
+        wanted = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        if name == "blk.3.attn_q":  # 8 heads of 32 rows
+            wanted = wanted.reshape(8, 16, 2, 256).transpose(1, 2).reshape(256, 256)
+        assert torch.equal(found.dequantized(f"{ours}.weight"), wanted)
+    assert inspect(path).sound
+    (tmp_path / "text").write_text(TEXT * 20)
+    scores = evaluate(path, tmp_path / "text", reference=wiki_8m, context=64).scores
+    assert 0 < scores["kl_mean"].value < 0.3
+
+
+def test_a_sentencepiece_vocabulary(shared: Path, tmp_path: Path) -> None:
+    """A llama whose tokenizer falls back to bytes, and whose rows no block of 256 divides."""
+    source = shared / "models" / "stories-260k"
+    file = quantized(source, tmp_path / "out", "q4_k_m")
+    kinds = {kind for kind, _ in tensors(file).values()}
+    assert kinds == {"F32", "F16", "Q5_0", "Q8_0"}
+    agree(file, source, 5e-2)
+
+
+def test_a_saved_plan_is_carried_out(wiki_8m: Path, tmp_path: Path) -> None:
+    rules = {"skip": ["lm_head"], "sets": (("layers.0.*down_proj", "q6_k"), ("embed_tokens", "f16"))}
+    first = quantized(wiki_8m, tmp_path / "first", "q4_0", **rules)
+    run(Request(str(wiki_8m), tmp_path / "second", Rules(format="gguf"), plan=first.parent / "lowbit-plan.json"))
+    assert (tmp_path / "second" / "model.gguf").read_bytes() == first.read_bytes()
+    found = {name: kind for name, (kind, _) in tensors(first).items()}
+    assert (found["output.weight"], found["token_embd.weight"]) == ("BF16", "F16")
+    assert (found["blk.0.ffn_down.weight"], found["blk.1.ffn_down.weight"]) == ("Q6_K", "Q4_0")
+
+
+def test_calibrated_methods_see_the_rows_of_transformers(wiki_8m: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT * 200)
+    text = Calibration((str(tmp_path / "text"),), samples=2, length=64, dtype="float32")
+    out = tmp_path / "out"
+    rules = Rules(scheme="q4_0", method="gptq", format="gguf", calibration=text, blocks=(0, 2))
+    run(Request(str(wiki_8m), out, rules))
+    agree(out / "model.gguf", wiki_8m, 3e-2)
+    (tmp_path / "unseen").write_text(TEXT * 20)
+    assert evaluate(out, tmp_path / "unseen", reference=wiki_8m, context=64).scores["kl_mean"].value < 0.5
 
 
 def test_journal_resumes_and_refuses_another_tokenizer(wiki_8m: Path, tmp_path: Path) -> None:

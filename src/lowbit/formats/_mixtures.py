@@ -118,12 +118,16 @@ def order(stored: str) -> tuple[int, str]:
 
 
 def _model(config: Mapping[str, Any], stored: set[str]) -> _Model:
-    number = lambda *names: next((int(config[n]) for n in names if isinstance(config.get(n), int)), 0)
-    layers, heads = number("num_hidden_layers", "n_layer"), number("num_attention_heads", "n_head")
-    grouped = heads // max(number("num_key_value_heads") or heads, 1)
+    layers, heads = _number(config, "num_hidden_layers", "n_layer"), _number(config, "num_attention_heads", "n_head")
+    grouped = heads // max(_number(config, "num_key_value_heads") or heads, 1)
     large = config.get("model_type") in ("llama", "mistral") and layers == 80 and grouped > 1
-    experts = number("num_local_experts", "num_experts")
+    experts = _number(config, "num_local_experts", "num_experts")
     return _Model(layers, grouped, experts, large, "output.weight" in stored)
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    """The first of these that the configuration has as a whole number; 0 where it has none."""
+    return next((int(config[name]) for name in names if isinstance(config.get(name), int)), 0)
 
 
 def _wanted(name: str, role: str, number: int, count: int, model: _Model, cols: int) -> str:

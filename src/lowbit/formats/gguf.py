@@ -96,15 +96,14 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None) 
         head = q.codes[start : start + size]
         head.copy_(head[order])
     whole = separate(rows, weight.interleaved)
-    return replace(q, scales=_part(q.scales, whole), zeros=None if q.zeros is None else _part(q.zeros, whole))
+    minima = None if q.minima is None else _part(q.minima, whole)
+    return replace(q, scales=_part(q.scales, whole), minima=minima)
 
 
 def _rows(q: QTensor, index: Tensor) -> QTensor:
     """Some rows of a tensor whose blocks are within a row."""
-    zeros = None if q.zeros is None else _part(q.zeros, index)
-    return replace(
-        q, shape=(len(index), *q.shape[1:]), codes=q.codes[index], scales=_part(q.scales, index), zeros=zeros
-    )
+    scales, minima = _part(q.scales, index), None if q.minima is None else _part(q.minima, index)
+    return replace(q, shape=(len(index), *q.shape[1:]), codes=q.codes[index], scales=scales, minima=minima)
 
 
 def _part(values: Tensor | QTensor, index: Tensor) -> Tensor | QTensor:
@@ -156,5 +155,6 @@ FORMAT = Format(
     swaps=True,
     container="gguf",
     choose=choose,
+    encoder="ggml",
     arrange=arrange,
 )

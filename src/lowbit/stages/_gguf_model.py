@@ -69,11 +69,9 @@ def open_gguf(path: Path) -> GgufModel:
 
 def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
     """`config.json`, as far as the keys of the table go."""
-    read = lambda key: header.value(f"{arch.arch}.{key}")
-    facts = {names[0]: value for key, names in arch.keys.items() if (value := read(key)) is not None}
-    facts["model_type"] = (
-        arch.sparse_type if facts.get(arch.keys.get("expert_count", ("",))[0]) else arch.model_types[0]
-    )
+    told = {key: header.value(f"{arch.arch}.{key}") for key in arch.keys}
+    facts = {arch.keys[key][0]: value for key, value in told.items() if value is not None}
+    facts["model_type"] = arch.sparse_type if told.get("expert_count") else arch.model_types[0]
     facts["tie_word_embeddings"] = "output.weight" not in header.tensors
     embedding = header.tensors.get("token_embd.weight")
     return facts | ({"vocab_size": embedding.shape[0]} if embedding and embedding.shape else {})

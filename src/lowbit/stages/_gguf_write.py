@@ -130,7 +130,7 @@ def _add(writer: Any, key: str, value: Value) -> None:
 def _file_type(plan: Plan, weights: dict[str, Weight], checkpoint: Checkpoint) -> int:
     """`general.file_type`: the mixture that gives these very types, or the one of the type that most weights have."""
     types = {name: _type(weight) for name, weight in weights.items()}
-    for mixture, (number, _) in MIXTURES.items():
+    for mixture, number in [(name, number) for name, (number, base) in MIXTURES.items() if base in types.values()]:
         if {
             name: kind for name, (kind, _) in choose(mixture, list(weights.values()), checkpoint.config).items()
         } == types:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lowbit import plugins
 from lowbit.errors import LowbitError, UnsupportedError, UsageError
 from lowbit.formats import Format, Spec, Weight, _float
+from lowbit.formats._ggml import BLOCKS
 from lowbit.methods import Method
 from lowbit.methods._scales import shares_rows
 from lowbit.schemes import parse
@@ -213,10 +214,19 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
         method, why = (recipe.method, "")
         if not inside and recipe.calibrated:
             method, why = _method(recipe.method).outside, _OUTSIDE
+        if form.encoder and wanted in BLOCKS and not (inside and recipe.calibrated):
+            method, why = _able(method, why, wanted, form.encoder)
         activations = rules.activations if inside else None
         entries.append(_entry(weight, wanted, reason + why, method, form, checkpoint.config, activations, swap))
     calibration = rules.calibration if calibrated else None
     return Plan(rules.format.replace("_", "-"), tuple(entries), options, str(recipe), calibration)
+
+
+def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
+    """The method, or the format's own one for a scheme of a mixture that it cannot make; and why."""
+    if _method(method).supports(parse(wanted)) is None:
+        return method, why
+    return encoder, f"{why}; by {encoder}, {method} cannot make {wanted}"
 
 
 def _plain(weight: Weight) -> Weight:

@@ -146,7 +146,7 @@ class _Worker:
         value: Value
         with self.output.codes(entry.weight, self.way.scratch) as codes:
             if codes is None:
-                value = tensor.to(entry.weight.dtype).contiguous()
+                value = _kept(entry.weight, tensor).contiguous()
             else:
                 source, value, error = quantize_weight(self.plan.options, entry, tensor, codes, self.way.piece)
                 facts = {"relative_error": error.relative, "largest_error": error.largest}
@@ -159,9 +159,17 @@ def make(checkpoint: Checkpoint, plan: Plan, entry: Entry, piece: int) -> QTenso
     """What the plan means for one weight, in memory."""
     tensor = checkpoint.tensor(entry.weight.name)
     if entry.weight.scheme is None:
-        return tensor.to(entry.weight.dtype)
+        return _kept(entry.weight, tensor)
     codes = torch.empty(view_shape(entry.weight.shape, entry.weight.scheme.block), dtype=torch.uint8)
     return quantize_weight(plan.options, entry, tensor, codes, piece)[1]
+
+
+def _kept(weight: Weight, tensor: Tensor) -> Tensor:
+    """A weight that is not quantized, in the type in which it is stored."""
+    value = tensor.to(weight.dtype)
+    if weight.dtype == torch.float16 and tensor.dtype != torch.float16 and not value.isfinite().all():
+        raise WeightError(f"{weight.name} has values that float16 does not hold; store it in another type, as bf16")
+    return value
 
 
 def quantize_weight(

@@ -110,8 +110,8 @@ def make_shards(plan: Plan, limit: int = SHARD_BYTES, checkpoint: Checkpoint | N
         filled += size
     if len(groups) == 1:
         return [safetensors_shard("model.safetensors", groups[0])]
-    name = lambda number: f"model-{number:05}-of-{len(groups):05}.safetensors"
-    return [safetensors_shard(name(number), group) for number, group in enumerate(groups, 1)]
+    files = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    return [safetensors_shard(file, group) for file, group in zip(files, groups, strict=True)]
 
 
 @final
