@@ -96,6 +96,7 @@ def test_values_stay_to_the_bit(scheme: str, into: str) -> None:
         ("int4-g32", "int4-g64", "not whole blocks"),
         ("int4-g32", "int4-row", "not whole blocks"),
         ("int4-16x32", "int4-flat64", "not whole blocks"),
+        ("int4-32x32", "int4-flat132", "not whole blocks"),  # both ends of each run lie in one block, its middle not
         ("int4-g64-asym", "int4-g64", "zero points are not all 8"),
         ("int4-g64-fzero", "int4-g64-asym", "no whole number from 0 to 15"),
         ("int4-g64", "int3-g64", "no level -8"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from math import copysign
 
 import torch
@@ -34,7 +35,7 @@ def variants(scheme: Scheme) -> Iterator[Scheme]:
     """Schemes that may hold the values of a tensor in `scheme`, those that change least first; `carried` decides."""
     plain = replace(scheme, nested=None, scale="f32")
     bases = [scheme, plain] if scheme.nested or scheme.scale == "e8m0" else [scheme]
-    for grid in [scheme.grid, *wider(scheme.grid)]:
+    for grid in chain([scheme.grid], wider(scheme.grid)):  # the others are hardly ever needed
         for block in [scheme.block, *finer(scheme.block)]:
             for zero in _ZEROS[scheme.zero] if grid.kind == "int" else ("none",):
                 found = [replace(base, grid=grid, block=block, zero=zero) for base in bases]
