@@ -174,7 +174,8 @@ def torchao() -> list[dict[str, Any]]:
         model = torch.nn.ModuleDict({"m": torch.nn.Linear(32, 8, bias=False)}).bfloat16()
         made.quantize_(model, getattr(made, kind)())
         tensors, _ = flatten(model.state_dict())
-        meant = {"m.weight": model["m"].weight.dequantize(torch.float32)}
+        quantized: Any = model["m"].weight
+        meant = {"m.weight": quantized.dequantize(torch.float32)}
         cases.append(case({"quantization_config": {"quant_method": "torchao"}}, tensors, meant))
     return cases
 

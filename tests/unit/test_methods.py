@@ -58,7 +58,8 @@ def test_rtn_is_its_definition(name: str, dtype: torch.dtype) -> None:
     assert len(blocks) == q.scale_values().numel()
     for i, block in enumerate(blocks):
         assert effective(q).flat[i] == block.scale, i
-        assert q.zeros is None or q.zeros.flatten()[i].item() == block.zero, i
+        shifts = q.zero_values()
+        assert shifts is None or shifts.flatten()[i].item() == block.zero, i
         np.testing.assert_array_equal(q.codes[block.rows, block.cols], block.codes)
         np.testing.assert_array_equal(decoded[block.rows, block.cols], block.decoded)
 

@@ -110,7 +110,7 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
         FormatError: a scale that float16 does not have.
     """
     check_planned(weight, q)
-    assert isinstance(q.scales, Tensor) and not isinstance(q.zeros, QTensor)
+    assert isinstance(q.scales, Tensor)
     scales = into[f"{weight.module}.scales"]
     scales.copy_(exact(f"{weight.module}.scales", q.scales, scales.dtype).T)
     zeros = torch.full(q.scales.shape, _MIDDLE, dtype=torch.uint8) if q.zeros is None else q.zeros

@@ -79,8 +79,8 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
         FormatError: a scale or bias that the weight's dtype does not have.
     """
     check_planned(weight, q)
-    assert isinstance(q.scales, Tensor) and isinstance(q.zeros, Tensor)
-    for name, values in (("scales", q.scales), ("biases", -q.zeros)):
+    assert isinstance(q.scales, Tensor) and isinstance(q.minima, Tensor)
+    for name, values in (("scales", q.scales), ("biases", -q.minima)):
         target = into[f"{weight.module}.{name}"]
         target.copy_(exact(f"{weight.module}.{name}", values, target.dtype))
     native.pack_bits(q.codes, q.scheme.grid.bits, out=into[f"{weight.module}.weight"].view(torch.int32))
@@ -96,7 +96,7 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     words, scales, biases = (stored(tensors, name, s.dtype, s.shape) for name, s in layout(weight).items())
     scales, biases = finite(f"{weight.module}.scales", scales), finite(f"{weight.module}.biases", biases)
     codes = native.unpack_bits(words.contiguous().view(torch.int32), scheme.grid.bits, weight.shape[1], out=codes)
-    return QTensor(scheme, weight.shape, codes, scales.float(), -biases.float())
+    return QTensor(scheme, weight.shape, codes, scales.float(), minima=-biases.float())
 
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

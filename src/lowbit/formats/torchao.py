@@ -94,8 +94,8 @@ def _recognised(module: str, specs: Mapping[str, Spec], read: Callable[[str], Te
         )
     if len(codes.shape) != 2 or len(scales.shape) != 2 or scales.dtype not in SCALE_TYPES:
         raise FormatError(
-            f"{module}._weight_scale is {scales.dtype} {list(scales.shape)} beside codes {list(codes.shape)}, not a float "
-            "matrix beside a matrix"
+            f"{module}._weight_scale is {scales.dtype} {list(scales.shape)} beside codes {list(codes.shape)}, not a "
+            "float matrix beside a matrix"
         )
     block = _block(module, codes.shape, scales.shape)
     zero = f"{module}._weight_zero_point"

@@ -222,6 +222,8 @@ def finish(
         scheme = replace(scheme, nested=None)
     codes = encode(weight, affine, scheme, block_size(shape, scheme.block), out)
     zeros = affine.zeros.to(torch.uint8) if affine.zeros is not None and scheme.zero == "int" else affine.zeros
+    if scheme.zero == "min":
+        return QTensor(scheme, shape, codes, affine.scales, minima=zeros)
     if scheme.nested is None:
         return QTensor(scheme, shape, codes, affine.scales, zeros)
     blocks = (affine.scales.shape[0], affine.scales.shape[1])
