@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.formats import Weight
 from lowbit.formats._gguf import archs, from_file, interleave, separate, to_file
 from lowbit.formats._mixtures import choose
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._gguf_model import open_gguf
+from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.stages.plan import Rules, make_plan
 from tests.hostile.cases import gguf_bytes, gguf_entry, gguf_key, gguf_text
 
 Kind = gguf.GGMLQuantizationType
@@ -139,6 +141,12 @@ def test_what_is_not_utf8_is_an_error_when_it_is_asked_for(tmp_path: Path) -> No
     found = read_gguf(path)
     with pytest.raises(CheckpointError, match="UTF-8"):
         found.value("a")
+
+
+def test_a_file_alone_is_not_quantized(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", {"arch": "qwen2"}, {"token_embd.weight": numbers(4, 32)}, {})
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        make_plan(open_checkpoint(path), Rules(format="gguf"))
 
 
 def weights(layers: int, width: int = 256) -> list[Weight]:
