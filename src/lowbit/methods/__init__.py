@@ -49,6 +49,7 @@ class Method:
         windows: `options -> ` windows that `learn` runs through a block, in units of a forward pass.
         into: `quantize` with one more argument, memory for the codes of the result; for methods so fast that copying
             codes counts.
+        outside: name of the method for weights of which no statistics are taken, where this one needs some.
         supports: `scheme -> None`, or the reason why this method cannot use the scheme.
     """
 
@@ -57,6 +58,7 @@ class Method:
     options: type = NoOptions
     needs: frozenset[str] = field(default_factory=frozenset)
     workspace: float = 16.0
+    outside: str = "mse"
     supports: Callable[[Scheme], str | None] = lambda scheme: None
     prepare: Callable[[Stats, Scheme, Any], Stats] = lambda stats, scheme, options: stats
     learn: Callable[[Block, Any], Mapping[str, QTensor]] | None = None

@@ -24,5 +24,6 @@ METHOD = Method(
     about="llama.cpp's encoders, to the byte, with an importance matrix",
     quantize=quantize,
     needs=frozenset({"mean_square"}),
+    outside="ggml",
     supports=objection,
 )

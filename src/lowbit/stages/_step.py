@@ -13,7 +13,6 @@ from lowbit.stages._observe import Seen
 from lowbit.stages._sites import Site
 from lowbit.stages._state import Calibration, State
 from lowbit.stages._terms import Corrections
-from lowbit.stages.plan import OUTSIDE
 from lowbit.stages.quantize import one_torch_thread, tensor_stats
 
 
@@ -37,7 +36,7 @@ def _job(
     assert scheme is not None and entry.method is not None
     method: Method = plugins.load("methods", entry.method)
     reached = method.needs <= seen.stats.keys() and not method.learn
-    chosen = entry.method if reached else OUTSIDE
+    chosen = entry.method if reached else method.outside
     method = plugins.load("methods", chosen)
     options = work.options(method, chosen)
     if (chosen, scheme) not in prepared:

@@ -27,7 +27,6 @@ from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
 from lowbit.tensors import scheme_bytes
 
 VERSION = 2
-OUTSIDE = "mse"  # quantizes what lies outside of the blocks when the others are calibrated
 _OUTSIDE = "; outside of the blocks, where no statistics are taken"
 _SWAPPED = "transposed linear layer (Conv1D)"
 _SWAPPING = "readers of this format know no such layer, those of gptq, gptq_v2 and bitsandbytes do"
@@ -214,7 +213,9 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
         if wanted != "keep" and weight.name in tied.values() and not form.choose:
             raise UnsupportedError(f"{weight.name} is tied to another weight, which no reader would find; keep it")
         inside = _BLOCK.search(weight.name) is not None
-        method, why = (recipe.method, "") if inside or not recipe.calibrated else (OUTSIDE, _OUTSIDE)
+        method, why = (recipe.method, "")
+        if not inside and recipe.calibrated:
+            method, why = _method(recipe.method).outside, _OUTSIDE
         if form.encoder and wanted in BLOCKS and not (inside and recipe.calibrated):
             method, why = _able(method, why, wanted, form.encoder)
         activations = rules.activations if inside else None
