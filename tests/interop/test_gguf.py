@@ -64,7 +64,9 @@ def agree(file: Path, source: Path, tolerance: float, share: float = 1.0) -> Non
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_embedded_model_in_llama_cpp(scheme: str, wiki_8m: Path, tmp_path: Path) -> None:
-    agree(quantized(wiki_8m, tmp_path / "out", scheme), wiki_8m, SCHEMES[scheme])
+    file = quantized(wiki_8m, tmp_path / "out", scheme)
+    agree(file, wiki_8m, SCHEMES[scheme])
+    assert inspect(file).made_by["quantized_by"].startswith("lowbit ")
 
 
 def test_a_file_alone_tells_configuration_and_tokenizer(wiki_8m: Path, tmp_path: Path) -> None:
@@ -162,12 +164,12 @@ KINDS = [
 ]
 
 
-def saved(kind: str, path: Path) -> Path:
+def saved(kind: str, path: Path, tokenizer: Tokenizer | None = None) -> Path:
     """A small random model with a tokenizer."""
     model = spread(models_of(kind))
     model.config.eos_token_id = 1
     model.save_pretrained(path)
-    tokenizer = byte_level(QWEN, nfc=True) if kind.startswith("qwen") else byte_level()
+    tokenizer = tokenizer or (byte_level(QWEN, nfc=True) if kind.startswith("qwen") else byte_level())
     library: Any = transformers
     fast = library.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>")
     fast.save_pretrained(path)
@@ -250,6 +252,32 @@ def test_a_sentencepiece_vocabulary(shared: Path, tmp_path: Path) -> None:
     kinds = {kind for kind, _ in tensors(file).values()}
     assert kinds == {"F32", "F16", "Q5_0", "Q8_0"}
     agree(file, source, 5e-2)
+
+
+def with_bytes(prefix: bool) -> Tokenizer:
+    """A small tokenizer as the conversions of SentencePiece's are: bytes as a fallback, a space made visible."""
+    steps: list[Any] = [normalizers.Prepend("\u2581")] if prefix else []
+    normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizer
+    trained.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    trained.train_from_iterator([TEXT.replace("ü", "u")] * 4, trainers.BpeTrainer(vocab_size=140, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    tokens = ["<unk>", "<|start|>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    merges = [tuple(pair) for pair in model["merges"]]
+    made = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    made.normalizer = normalizer
+    made.add_special_tokens(tokens[:3])
+    return made
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_tokens_of_bytes_as_a_fallback(prefix: bool, tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model", with_bytes(prefix))
+    ids, _ = tokens_and_logits(quantized(source, tmp_path / "out", "q8_0"), TEXT)
+    assert ids == open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
+    assert len(ids) < len(TEXT) - 10  # most are no single characters
 
 
 def test_a_saved_plan_is_carried_out(wiki_8m: Path, tmp_path: Path) -> None:

@@ -66,7 +66,10 @@ def _listed(folder: str) -> str:
 
 
 _RULES = (
-    click.option("--scheme", metavar="S", help="Scheme for every matrix, as int4-g128, nf4-dq, fp8-e4m3, nvfp4."),
+    click.option(
+        "--scheme", metavar="S",
+        help="Scheme for every matrix, as int4-g128, nf4-dq, fp8-e4m3, nvfp4; of gguf a mixture, as q4_k_m.",
+    ),
     click.option(
         "--activations", metavar="S",
         help="Scheme of the inputs: int8-row or fp8-e4m3-row (a scale per token), int8-tensor (a stored one), nvfp4.",

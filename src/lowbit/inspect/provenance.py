@@ -8,6 +8,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from lowbit.stages._directory import GGUF
+from lowbit.stages._gguf import read_gguf
 from lowbit.stages._weightfile import read_json
 from lowbit.stages.checkpoint import Checkpoint
 
@@ -54,7 +56,13 @@ def methods(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _metadata(file: Path) -> Iterator[tuple[str, str]]:
-    """Short texts in the header of a safetensors file; `format` says only which framework's names are used."""
+    """Short texts in the header of a file; `format` of safetensors says only which framework's names are used."""
+    if file.suffix == GGUF:
+        header = read_gguf(file)
+        for key in ("general.name", "general.quantized_by"):
+            value = header.value(key)
+            if isinstance(value, str) and len(value) <= _LONGEST:
+                yield key.removeprefix("general."), value
     if file.suffix != ".safetensors":
         return
     with safe_open(file, framework="pt") as opened:

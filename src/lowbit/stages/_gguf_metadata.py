@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import pi
 from typing import Any
 
+from lowbit import __version__
 from lowbit.errors import UnsupportedError
 from lowbit.formats._gguf import Arch
 from lowbit.stages._gguf_tokenizer import Value, tokenizer_values
@@ -35,6 +36,7 @@ def metadata(checkpoint: Checkpoint, arch: Arch, file_type: int) -> tuple[dict[s
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     values: dict[str, Value] = {"general.name": root.resolve().name or arch.arch, "general.file_type": file_type}
     values["general.quantization_version"] = 2
+    values["general.quantized_by"] = f"lowbit {__version__}"
     for key, names in arch.keys.items():
         value = next((facts[name] for name in names if facts.get(name) is not None), None)
         if value is not None:

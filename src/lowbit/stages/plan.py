@@ -21,6 +21,7 @@ from lowbit.formats._ggml import BLOCKS
 from lowbit.methods import Method
 from lowbit.methods._scales import shares_rows
 from lowbit.schemes import parse
+from lowbit.stages._directory import GGUF
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe
 from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
 from lowbit.tensors import scheme_bytes
@@ -190,6 +191,7 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
             f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing it again would add error to "
             "error: start from the float checkpoint"
         )
+    _check_beside(checkpoint)
     form: Format = plugins.load("formats", rules.format)
     _check_patterns(checkpoint, rules)
     recipe, options = rules.recipe()
@@ -220,6 +222,16 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
         entries.append(_entry(weight, wanted, reason + why, method, form, checkpoint.config, activations, swap))
     calibration = rules.calibration if calibrated else None
     return Plan(rules.format.replace("_", "-"), tuple(entries), options, str(recipe), calibration)
+
+
+def _check_beside(checkpoint: Checkpoint) -> None:
+    """A GGUF file tells less than a `config.json`, which the result needs."""
+    beside = any(extra.name == "config.json" for extra in checkpoint.extras)
+    if not beside and any(shard.suffix == GGUF for shard in checkpoint.shards):
+        raise UsageError(
+            f"{checkpoint.path} has no config.json beside its weights: quantize the checkpoint that it was made from, "
+            "or put the original's configuration and tokenizer into a directory with it and name that"
+        )
 
 
 def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
