@@ -284,7 +284,9 @@ def test_a_short_last_block_is_one_that_zeros_follow(name: str) -> None:
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q2_k", "q6_k", "iq4_xs"])
 def test_pieces_of_rows_are_joined(name: str) -> None:
     scheme, weight = BLOCKS[name].scheme, torch.randn(9, 512, generator=torch.Generator().manual_seed(0))
-    whole, pieces = ([ggml.quantize(part, {}, scheme, NoOptions()) for part in weight.split(size)] for size in (9, 4))
+    whole, pieces = (
+        [ggml.quantize(part, {}, scheme, NoOptions()) for part in torch.split(weight, size)] for size in (9, 4)
+    )
     codes = torch.cat([piece.codes for piece in pieces])
     target = Weight("layer.weight", (9, 512), torch.float32, scheme)
     joined = join(target, codes, [(piece.scales, piece.shifts) for piece in pieces])
