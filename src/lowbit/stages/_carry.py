@@ -23,9 +23,10 @@ from lowbit.schemes import FAMILIES, FLOATS, Block, Grid, Scheme, Zero, parse
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
 _ZEROS: dict[Zero, tuple[Zero, ...]] = {
-    "none": ("none", "int", "float"),
-    "int": ("int", "none", "float"),
-    "float": ("float", "none", "int"),
+    "none": ("none", "int", "float", "min"),
+    "int": ("int", "none", "float", "min"),
+    "float": ("float", "none", "int", "min"),
+    "min": ("min",),
 }
 _GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 _NOWHERE = 255
@@ -79,9 +80,10 @@ def carried(q: QTensor, scheme: Scheme, rounding: bool = False) -> QTensor:
         UnsupportedError: the values do not fit, with the first that does not.
     """
     index = _blocks_within(q, scheme)
-    scales, zeros = _scales(q, scheme, index, rounding), _zeros(q, scheme, index, rounding)
+    scales = _block_values(q.scales, q, scheme, index, "scale", rounding)
+    zeros, minima = _zeros(q, scheme, index, rounding), _minima(q, scheme, index, rounding)
     codes = _codes(q, scheme).view(view_shape(q.shape, scheme.block))
-    return QTensor(scheme, q.shape, codes, scales, zeros, q.offset, q.group_index)
+    return QTensor(scheme, q.shape, codes, scales, zeros, q.offset, q.group_index, minima)
 
 
 def _blocks_within(q: QTensor, scheme: Scheme) -> Int64[Tensor, "blocks"] | None:
@@ -130,18 +132,20 @@ def _block_of(shape: Shape, block: Block, row: Tensor, col: Tensor) -> Tensor:
     return (row // high) * scale_shape(shape, block)[1] + col // wide
 
 
-def _scales(q: QTensor, scheme: Scheme, index: Tensor | None, rounding: bool) -> Tensor | QTensor:
+def _block_values(
+    given: Tensor | QTensor, q: QTensor, scheme: Scheme, index: Tensor | None, what: str, rounding: bool
+) -> Tensor | QTensor:
+    """The scales of `q`, or its minima, as the scheme has them."""
     blocks = scale_shape(q.shape, scheme.block)
-    if isinstance(q.scales, QTensor) and scheme.nested:
-        if scheme.nested != q.scales.scheme or index is not None:
+    if isinstance(given, QTensor) and scheme.nested:
+        if scheme.nested != given.scheme or index is not None:
             raise UnsupportedError("its scales are quantized themselves, in another way or other blocks")
-        inner = q.scales
-        return replace(inner, shape=blocks, codes=inner.codes.view(view_shape(blocks, scheme.nested.block)))
+        return replace(given, shape=blocks, codes=given.codes.view(view_shape(blocks, scheme.nested.block)))
     if scheme.nested:
         raise UnsupportedError(f"its scales are not quantized, those of {scheme} are")
-    values = _spread(q.scale_values(), index, blocks)
+    values = _spread(given.dequantize() if isinstance(given, QTensor) else given, index, blocks)
     dtype = FLOATS.get(scheme.scale)
-    return values if dtype is None else _stored(values, dtype, "scale", rounding)
+    return values if dtype is None else _stored(values, dtype, what, rounding)
 
 
 def _spread(values: Tensor, index: Tensor | None, blocks: Shape) -> Tensor:
@@ -163,7 +167,21 @@ def _stored(values: Float[Tensor, "..."], dtype: torch.dtype, what: str, roundin
     return found
 
 
+def _minima(q: QTensor, scheme: Scheme, index: Tensor | None, rounding: bool) -> Tensor | QTensor | None:
+    """What is subtracted; of a tensor with zero points their product with the scales."""
+    if scheme.zero != "min":
+        return None
+    half = _half(q.scheme.grid)
+    zeros = torch.full(q.scales.shape, half) if q.zeros is None else q.zeros.float()
+    given = zeros * q.scale_values() if q.minima is None else q.minima
+    return _block_values(given, q, scheme, index, "minimum", rounding)
+
+
 def _zeros(q: QTensor, scheme: Scheme, index: Tensor | None, rounding: bool) -> Tensor | None:
+    if scheme.zero == "min":
+        return None
+    if q.minima is not None:
+        raise UnsupportedError(f"it subtracts minima, which {scheme} does not")
     blocks, half = scale_shape(q.shape, scheme.block), _half(q.scheme.grid)
     values = torch.full(blocks, half) if q.zeros is None else _spread(q.zeros.float(), index, blocks)
     if scheme.zero == "float":
@@ -212,7 +230,8 @@ def floats(q: QTensor, start: int, stop: int) -> Float[Tensor, "rows cols"]:
         across, down, wide = torch.arange(start * cols, stop * cols).view(codes.shape) // wide, torch.tensor(0), 1
     elif q.group_index is not None:
         across, wide = q.group_index.long(), 1
-    scales, zeros = q.scale_values()[down, across], None if q.zeros is None else q.zeros[down, across].float()
-    out = torch.empty(codes.shape)
-    native.dequantize(codes, scales, zeros, level_table(q.scheme.grid), 1, wide, out=out)
+    scales, zeros = q.scale_values()[down, across], q.zero_values()
+    zeros = None if zeros is None else zeros[down, across]
+    out, minus = torch.empty(codes.shape), q.scheme.zero == "min"
+    native.dequantize(codes, scales, zeros, level_table(q.scheme.grid), 1, wide, minus=minus, out=out)
     return out if q.offset is None else out + q.offset

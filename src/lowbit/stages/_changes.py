@@ -26,12 +26,12 @@ from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
 from lowbit.stages._carry import carried, floats, spelled, variants
 from lowbit.stages._rooms import Rooms
 from lowbit.stages.checkpoint import Checkpoint
-from lowbit.stages.plan import Entry, Plan
+from lowbit.stages.plan import Entry, Plan, arranged
 from lowbit.stages.quantize import Error, quantize_weight
 from lowbit.tensors import QTensor, view_shape
 
 COPY, CARRY, ROUND, FLOAT = None, "carry", "round", "dequantize"
-METHODS = ("mse", "rtn")  # what quantizes again, the first that supports the scheme
+METHODS = ("mse", "rtn", "ggml")  # what quantizes again, the first that supports the scheme
 _GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 _SMALL = 1e-4  # relative squared error of rounded scales below which no other way is tried
 _SAMPLE = 1 << 18
@@ -209,7 +209,11 @@ class Changer:
         """What the weight may become with the codes that it has; `reasons` gets why it cannot be as it is."""
         assert weight.scheme is not None
         wanted = [parse(self.goal.scheme)] if self.goal.scheme else variants(weight.scheme)
-        return targets(weight, self.goal.form, self.dtypes(weight), wanted, reasons)
+        return targets(self.arranged(weight), self.goal.form, self.dtypes(weight), wanted, reasons)
+
+    def arranged(self, weight: Weight) -> Weight:
+        """The weight as the target's container has it."""
+        return arranged(weight, str(weight.scheme or "keep"), self.goal.form, self.source.config)
 
     def load(self, weight: Weight) -> QTensor:
         """The weight, its codes in this thread's room where they are not a view of the file."""
@@ -344,7 +348,7 @@ class Changer:
 
     def _first(self, weight: Weight, schemes: Sequence[Scheme]) -> tuple[Weight, str] | None:
         """The first scheme that the target holds, and what quantizes in it."""
-        for target in targets(weight, self.goal.form, self.dtypes(weight)[:1], schemes, []):
+        for target in targets(self.arranged(weight), self.goal.form, self.dtypes(weight)[:1], schemes, []):
             assert target.scheme is not None
             for name in METHODS:
                 method: Method = plugins.load("methods", name)
@@ -405,7 +409,7 @@ class Changer:
         """What a change stores."""
         target = entry.weight
         if weight.scheme is None:
-            return self.source.tensor(weight.name).contiguous(), Error()
+            return self.source.tensor(weight.name).to(target.dtype).contiguous(), Error()
         if target.scheme is None:
             return self.made_float(weight, target.dtype)
         q = self.load(weight)

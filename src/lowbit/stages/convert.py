@@ -32,7 +32,7 @@ from lowbit.stages._rooms import Rooms
 from lowbit.stages._store import store
 from lowbit.stages._weightfile import read_json
 from lowbit.stages.checkpoint import Checkpoint
-from lowbit.stages.plan import Entry, Plan, tied_names
+from lowbit.stages.plan import Entry, Plan, arranged, check_beside, tied_names
 from lowbit.stages.quantize import Error, Progress, as_done, one_torch_thread, silent
 from lowbit.stages.write import Output, copy_atomic, source_digest, write_atomic
 from lowbit.tensors import QTensor, scale_shape, scheme_bytes
@@ -87,10 +87,12 @@ def plan_conversion(
         UnsupportedError: the target holds nothing like one of them.
         FormatError: a weight is damaged.
         ResourceError: the memory limit is too small.
+        UsageError: a GGUF file without the configuration that a result needs.
     """
+    check_beside(source)
     tied = tied_names(source)
     kept = {
-        name: Change(weight, Entry(weight, COPY, _reason(source, tied.get(name)), tied.get(name)))
+        name: Change(weight, Entry(_kept(source, weight, goal), COPY, _reason(source, tied.get(name)), tied.get(name)))
         for name, weight in source.weights.items()
         if weight.scheme is None
     }
@@ -113,6 +115,11 @@ def plan_conversion(
     found_all = tuple(changes[name] for name in source.weights)
     goal.form.config([each.entry.weight for each in found_all], source.config)  # it may refuse them together
     return Conversion(source, goal, found_all, way, folder)
+
+
+def _kept(source: Checkpoint, weight: Weight, goal: Goal) -> Weight:
+    """A weight that is not quantized, as the target's container has it."""
+    return arranged(weight, "keep", goal.form, source.config)
 
 
 def _reason(source: Checkpoint, tied: str | None) -> str:

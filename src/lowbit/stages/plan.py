@@ -191,7 +191,7 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
             f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing it again would add error to "
             "error: start from the float checkpoint"
         )
-    _check_beside(checkpoint)
+    check_beside(checkpoint)
     form: Format = plugins.load("formats", rules.format)
     _check_patterns(checkpoint, rules)
     recipe, options = rules.recipe()
@@ -224,12 +224,12 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
     return Plan(rules.format.replace("_", "-"), tuple(entries), options, str(recipe), calibration)
 
 
-def _check_beside(checkpoint: Checkpoint) -> None:
+def check_beside(checkpoint: Checkpoint) -> None:
     """A GGUF file tells less than a `config.json`, which the result needs."""
     beside = any(extra.name == "config.json" for extra in checkpoint.extras)
     if not beside and any(shard.suffix == GGUF for shard in checkpoint.shards):
         raise UsageError(
-            f"{checkpoint.path} has no config.json beside its weights: quantize the checkpoint that it was made from, "
+            f"{checkpoint.path} has no config.json beside its weights: name the checkpoint that it was made from, "
             "or put the original's configuration and tokenizer into a directory with it and name that"
         )
 
@@ -244,6 +244,19 @@ def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
 def _plain(weight: Weight) -> Weight:
     """A weight without what concerns the file that it came from alone."""
     return replace(weight, interleaved=0, plus=0.0)
+
+
+def arranged(weight: Weight, wanted: str, form: Format, config: Mapping[str, Any]) -> Weight:
+    """A weight as the container of a format has it.
+
+    Args:
+        wanted: name of its scheme, or `keep`.
+        config: of the model, `config.json`.
+
+    Raises:
+        UnsupportedError: the format does not know such a model.
+    """
+    return form.arrange(_plain(weight), wanted, config) if form.arrange else _plain(weight)
 
 
 def _chosen(
