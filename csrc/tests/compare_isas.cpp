@@ -215,6 +215,7 @@ static void compare_ggml(const Kernels& kernels, GgmlType type, int64_t rows, in
             GgmlEncoded to{out, scale.data(), shape.has_min ? min.data() : nullptr, subs ? scale_codes.data() : nullptr,
                            subs && shape.has_min ? min_codes.data() : nullptr};
             k.ggml_encode(type, rows, cols, weight.data(), given, to);
+            if (all == 0) return;
             uint8_t* at = out + rows * cols;
             for (auto values : {&scale, &min}) std::memcpy(at, values->data(), size_t(4 * all)), at += 4 * all;
             if (subs == 0) return;

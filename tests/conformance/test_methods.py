@@ -250,10 +250,11 @@ def test_odd_blocks(name: str, scheme: str) -> None:
         decoded = q.dequantize()
         assert decoded.isfinite().all(), kind
         zeros = view == 0 if has_zero else torch.zeros_like(view, dtype=torch.bool)
-        if own_blocks:
+        exact = 0 in parsed.grid.levels or name in COPIES  # a grid without 0 comes as near as its least scale
+        if own_blocks and exact:
             zeros[3] = True
         assert (decoded[zeros] == 0).all(), kind
-        assert (decoded == 0).all() or kind != "zero"
+        assert (decoded.abs() <= (0 if exact else 1e-7)).all() or kind != "zero"
 
 
 @each_scheme

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import FormatError
+from lowbit.formats import Weight
 from lowbit.formats._ggml import BLOCKS, pack, type_of, unpack
 from lowbit.methods import NoOptions, ggml, imatrix
 from lowbit.schemes import ALIASES, FAMILIES, parse
+from lowbit.stages.quantize import join, measure
 from lowbit.tensors import QTensor
 from tests.reference import llama
 from tests.reference.qtensors import random_qtensor, slow_dequantize
@@ -277,6 +279,20 @@ def test_a_short_last_block_is_one_that_zeros_follow(name: str) -> None:
     short, long = (ggml.quantize(w, {}, scheme, NoOptions()) for w in (weight, full))
     assert torch.equal(short.codes, long.codes[:, :600])
     assert torch.equal(bits_of(short.dequantize()), bits_of(long.dequantize()[:, :600]))
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q2_k", "q6_k", "iq4_xs"])
+def test_pieces_of_rows_are_joined(name: str) -> None:
+    scheme, weight = BLOCKS[name].scheme, torch.randn(9, 512, generator=torch.Generator().manual_seed(0))
+    whole, pieces = (
+        [ggml.quantize(part, {}, scheme, NoOptions()) for part in torch.split(weight, size)] for size in (9, 4)
+    )
+    codes = torch.cat([piece.codes for piece in pieces])
+    target = Weight("layer.weight", (9, 512), torch.float32, scheme)
+    joined = join(target, codes, [(piece.scales, piece.shifts) for piece in pieces])
+    assert torch.equal(stored(joined, name), stored(whole[0], name))
+    error = measure(weight, joined)
+    assert error.squared == pytest.approx(float((joined.dequantize() - weight).double().square().sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", [*ALIASES, "q4_k", "iq4_nl"])

@@ -18,6 +18,7 @@ from lowbit.methods._scales import finite_range
 from lowbit.schemes import ALIASES, GGML_TYPES, Scheme, parse
 from lowbit.tensors import QTensor, scale_shape
 
+_ROW = parse("int8-row")  # whole rows are looked through faster than blocks
 _IDS = {parse(name): number for name, number in GGML_TYPES.items()}
 
 
@@ -35,11 +36,11 @@ def encode(weight: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"
     Raises:
         WeightError: NaN or Inf, with its place.
     """
-    finite_range(weight, {}, scheme)
+    finite_range(weight, {}, _ROW)
     (rows, cols), whole = weight.shape, scheme.block.cols * (scheme.nested.block.cols if scheme.nested else 1)
     tail = -cols % whole
-    filled = pad(weight.float(), (0, tail)).contiguous()
-    wanted = None if importance is None else pad(importance.float(), (0, tail)).contiguous()
+    filled = pad(weight.float(), (0, tail)) if tail else weight.float()
+    wanted = None if importance is None else pad(importance.float(), (0, tail))
     found = _room(rows, cols + tail, whole, scheme)
     if weight.numel():
         native.ggml_encode(_IDS[scheme], filled, wanted, out=found)
