@@ -15,8 +15,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from lowbit.errors import UnsupportedError
 from lowbit.inspect import inspect
 from lowbit.pipeline import Request, run
+from lowbit.stages._gguf import read_gguf
 from lowbit.stages._model import open_blueprint, open_tokenizer
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.evaluate import evaluate
@@ -278,6 +280,33 @@ def test_tokens_of_bytes_as_a_fallback(prefix: bool, tmp_path: Path) -> None:
     ids, _ = tokens_and_logits(quantized(source, tmp_path / "out", "q8_0"), TEXT)
     assert ids == open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
     assert len(ids) < len(TEXT) - 10  # most are no single characters
+
+
+LLAMA3_SPLIT = QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2"])
+def test_splits_are_those_of_llama_cpp(pre: str, tmp_path: Path) -> None:
+    if pre == "smollm":
+        tokenizer = byte_level()
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
+    elif pre in ("llama-bpe", "dbrx"):
+        tokenizer = byte_level(LLAMA3_SPLIT)
+        tokenizer.model.ignore_merges = pre == "llama-bpe"
+    else:
+        tokenizer = byte_level(QWEN, nfc=True) if pre == "qwen2" else byte_level()
+    source = saved("llama", tmp_path / "model", tokenizer)
+    file = quantized(source, tmp_path / "out", "q8_0")
+    assert read_gguf(file).value("tokenizer.ggml.pre") == pre
+    text = TEXT + " 1234567 I'll WE'RE  \n\n  end..."
+    assert tokens_and_logits(file, text)[0] == open_tokenizer(open_checkpoint(source))(text)["input_ids"]
+
+
+def test_a_split_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "model", byte_level(r"\w+|\s+"))
+    with pytest.raises(UnsupportedError, match="pre-tokenizer"):
+        quantized(source, tmp_path / "out", "q8_0")
 
 
 def test_a_saved_plan_is_carried_out(wiki_8m: Path, tmp_path: Path) -> None:

@@ -417,7 +417,8 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
 def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, config: Mapping[str, Any]) -> Entry:
     if row.get("tied"):
         return Entry(weight, None, row["reason"], row["tied"])
-    kept = _NAMES.get(getattr(torch, row["dtype"]), "keep") if form.arrange else "keep"
+    types = {str(dtype).removeprefix("torch."): name for dtype, name in _NAMES.items()}
+    kept = types.get(row["dtype"], "keep") if form.arrange else "keep"
     scheme, method, swap = row["scheme"] or kept, row["method"] or "rtn", swapped(config, weight) and not weight.swapped
     return _entry(weight, scheme, row["reason"], method, form, config, row.get("activations"), swap)
 
