@@ -20,10 +20,12 @@ from lowbit.stages.checkpoint import open_checkpoint
 from tests.reference.checkpoints import NAMES, SHAPE, scattered, write_checkpoint
 from tests.reference.qtensors import slow_dequantize
 
-FORMATS = [name.replace("_", "-") for name in plugins.names("formats")]
+# A GGUF file is of a whole model: tests/interop/test_gguf.py.
+FORMATS = [name.replace("_", "-") for name in plugins.written() if name != "gguf"]
 # One of each kind that formats tell apart: bits, blocks, zero points, tables, small floats, quantized scales.
 SCHEMES = [
     "int2-g64", "int3-g32", "int4-g64", "int4-row", "int4-g64-asym", "int8-g128", "int8-row", "int4-g64-fzero",
+    "int4-g64-min", "int2-g32-min", "levels[-1,0,1]-tensor", "fp8-e4m3-128x128",
     "nf4-g64", "nf4-g64-dq", "fp4-g64", "fp8-e4m3-tensor", "fp8-e4m3-row", "fp8-e4m3-64x64", "mxfp4", "mxfp8", "nvfp4",
 ]  # fmt: skip
 

@@ -15,9 +15,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from lowbit.errors import UnsupportedError
+from lowbit.errors import UnsupportedError, UsageError
 from lowbit.inspect import inspect
-from lowbit.pipeline import Request, run
+from lowbit.pipeline import Request, run, run_conversion
+from lowbit.stages._changes import Goal
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._model import open_blueprint, open_tokenizer
 from lowbit.stages.checkpoint import open_checkpoint
@@ -190,6 +191,43 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(written.dequantized(name), original.dequantized(name), rtol=0, atol=2e-7)
     sparse = kind in ("qwen3 moe", "mixtral")
     agree(quantized(source, tmp_path / "q8_0", "q8_0"), source, 0.1, 0.5 if sparse else 1.0)
+
+
+def test_gptq_goes_into_gguf_and_back_without_loss(wiki_8m: Path, tmp_path: Path) -> None:
+    """Rows of queries and keys change their order on the way; scales of 64 weights are repeated."""
+    start, there, back = (tmp_path / name for name in ("start", "there", "back"))
+    run(Request(str(wiki_8m), start, Rules(scheme="int4-g64", format="gptq")))
+    assert run_conversion(str(start), there, Goal("gguf")).lossless
+    agree(there / "model.gguf", start, 3e-2)
+    assert run_conversion(str(there), back, Goal("gptq")).largest == 0
+    before, after = open_checkpoint(start), open_checkpoint(back)
+    assert after.format == "gptq"
+    assert all(torch.equal(before.dequantized(name), after.dequantized(name)) for name in before.weights)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gpt2"])
+def test_a_float_model_goes_into_gguf_and_back(kind: str, tmp_path: Path) -> None:
+    """With what llama.cpp adds to norms, and transposed layers."""
+    source, there, back = saved(kind, tmp_path / "model"), tmp_path / "there", tmp_path / "back"
+    run_conversion(str(source), there, Goal("gguf"))
+    agree(there / "model.gguf", source, 2e-3)
+    run_conversion(str(there), back, Goal("float"))
+    found, original = open_checkpoint(back), open_checkpoint(source)
+    for name in found.weights:
+        torch.testing.assert_close(found.dequantized(name), original.dequantized(name), rtol=0, atol=2e-7)
+
+
+def test_super_blocks_go_into_floats_and_into_nothing_else(wiki_8m: Path, tmp_path: Path) -> None:
+    file = quantized(wiki_8m, tmp_path / "out", "q4_k_m")
+    assert run_conversion(str(file.parent), tmp_path / "float", Goal("float", "f32")).lossless
+    ids = open_tokenizer(open_checkpoint(wiki_8m))(TEXT)["input_ids"]
+    assert np.array_equal(ours(tmp_path / "float", ids), ours(file.parent, ids))
+    with pytest.raises(UnsupportedError, match="has no minima; use asym; with --lossy the relative squared error is"):
+        run_conversion(str(file.parent), tmp_path / "no", Goal("compressed-tensors"))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    with pytest.raises(UsageError, match=r"has no config.json beside its weights"):
+        run_conversion(shutil.copy(file, alone), tmp_path / "no", Goal("gptq"))
 
 
 def llama_quantize(source: Path, out: Path, file_type: int) -> Path:

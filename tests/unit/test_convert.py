@@ -60,8 +60,8 @@ def scales_of(values: list[float]) -> Any:
 @pytest.mark.parametrize("shape", [(6, 64), (32, 96), (5, 128)])
 @pytest.mark.parametrize(
     "scheme",
-    ["int4-g32", "int3-row-asym", "int4-g32-fzero", "int8-tensor", "int4-16x32-asym", "nf4-flat64", "fp8-e4m3-4x32",
-     "mxfp4", "nvfp4", "int4-flat48-asym", "nf4-g64-dq"],
+    ["int4-g32", "int3-row-asym", "int4-g32-fzero", "int4-g32-min", "int8-tensor", "int4-16x32-asym", "nf4-flat64",
+     "fp8-e4m3-4x32", "mxfp4", "nvfp4", "int4-flat48-asym", "nf4-g64-dq"],
 )  # fmt: skip
 def test_rows_are_those_of_the_slow_definition(scheme: str, shape: tuple[int, int]) -> None:
     q = random_qtensor(parse(scheme), shape)
@@ -78,7 +78,8 @@ def test_rows_are_those_of_the_slow_definition(scheme: str, shape: tuple[int, in
         ("int4-g64", "int4-flat32"), ("nf4-flat64", "nf4-g32"), ("nf4-flat128", "nf4-row"), ("int3-g64", "int8-g64"),
         ("int3-g64-asym", "int5-g64-asym"), ("int4-g64", "int4-g64-asym"), ("int4-g64-asym", "int4-g64-fzero"),
         ("mxfp4", "mxfp8"), ("mxfp4", "fp8-e4m3-g32"), ("nvfp4", "fp8-e4m3-g16"), ("nf4-g64-dq", "nf4-g64"),
-        ("int4-g64-bf16", "int4-g64-f32"), ("int8-tensor", "int8-16x64"),
+        ("int4-g64-bf16", "int4-g64-f32"), ("int8-tensor", "int8-16x64"), ("int4-g64", "int4-g32-min"),
+        ("int4-g64-asym", "int4-g64-min"), ("int3-g64-min", "int5-g32-min"), ("q4_k", "int4-g32-min"), ("q4_k", "q4_k"),
     ],
 )  # fmt: skip
 def test_values_stay_to_the_bit(scheme: str, into: str) -> None:
@@ -105,6 +106,8 @@ def test_values_stay_to_the_bit(scheme: str, into: str) -> None:
         ("int4-g64", "int4-g64-bf16", "is no bfloat16"),
         ("nvfp4", "mxfp4", "not whole blocks"),
         ("fp8-e4m3-g16-f32", "nvfp4", "not quantized"),
+        ("int4-g64-min", "int4-g64-asym", "subtracts minima"),
+        ("int4-g32-asym", "int4-g32-min", "minimum .* is no float16"),
     ],
 )
 def test_what_does_not_fit_is_said(scheme: str, into: str, words: str) -> None:

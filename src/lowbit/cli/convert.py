@@ -32,7 +32,7 @@ Examples:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--format", "form", required=True, metavar="F",
-    help=f"One of {', '.join(name.replace('_', '-') for name in plugins.names('formats'))}; or float, dequantized.",
+    help=f"One of {', '.join(name.replace('_', '-') for name in plugins.written())}; or float, dequantized.",
 )  # fmt: skip
 @click.option("--scheme", metavar="S", help="Of every quantized weight, as int4-g128; with float: f16, bf16 or f32.")
 @click.option(

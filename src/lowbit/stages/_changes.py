@@ -409,7 +409,8 @@ class Changer:
         """What a change stores."""
         target = entry.weight
         if weight.scheme is None:
-            return self.source.tensor(weight.name).to(target.dtype).contiguous(), Error()
+            kept = self.source.tensor(weight.name).to(target.dtype)
+            return (kept.T if weight.swapped != target.swapped else kept).contiguous(), Error()
         if target.scheme is None:
             return self.made_float(weight, target.dtype)
         q = self.load(weight)

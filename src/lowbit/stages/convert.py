@@ -31,7 +31,7 @@ from lowbit.stages._changes import COPY, METHODS, Change, Changer, Goal, model_d
 from lowbit.stages._rooms import Rooms
 from lowbit.stages._store import store
 from lowbit.stages._weightfile import read_json
-from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.checkpoint import Checkpoint, swapped
 from lowbit.stages.plan import Entry, Plan, arranged, check_beside, tied_names
 from lowbit.stages.quantize import Error, Progress, as_done, one_torch_thread, silent
 from lowbit.stages.write import Output, copy_atomic, source_digest, write_atomic
@@ -118,7 +118,10 @@ def plan_conversion(
 
 
 def _kept(source: Checkpoint, weight: Weight, goal: Goal) -> Weight:
-    """A weight that is not quantized, as the target's container has it."""
+    """A weight that is not quantized, as the target's container has it: transposed ones turned where it turns them."""
+    turns = goal.form.arrange is not None and swapped(source.config, weight)
+    if turns != weight.swapped:
+        weight = replace(weight, shape=weight.shape[::-1], swapped=turns)
     return arranged(weight, "keep", goal.form, source.config)
 
 
