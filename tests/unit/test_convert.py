@@ -106,13 +106,23 @@ def test_values_stay_to_the_bit(scheme: str, into: str) -> None:
         ("int4-g64", "int4-g64-bf16", "is no bfloat16"),
         ("nvfp4", "mxfp4", "not whole blocks"),
         ("fp8-e4m3-g16-f32", "nvfp4", "not quantized"),
-        ("int4-g64-min", "int4-g64-asym", "subtracts minima"),
+        ("int4-g64-min", "int4-g64-asym", "minima that are no multiples|no whole number"),
         ("int4-g32-asym", "int4-g32-min", "minimum .* is no float16"),
     ],
 )
 def test_what_does_not_fit_is_said(scheme: str, into: str, words: str) -> None:
     with pytest.raises(UnsupportedError, match=words):
         carried(random_qtensor(parse(scheme), (32, 128)), parse(into))
+
+
+@pytest.mark.parametrize("zero", ["int4-g64", "int4-g64-asym"])
+def test_minima_that_are_multiples_of_scales_are_zero_points_again(zero: str) -> None:
+    q = random_qtensor(parse(zero), (32, 128))
+    there = carried(q, replace(parse("int4-g64-min"), scale="f32"))
+    back = carried(there, q.scheme)
+    assert torch.equal(bits_of(slow_dequantize(back)), bits_of(slow_dequantize(q)))
+    assert torch.equal(back.codes, q.codes)
+    assert q.zeros is None or (back.zeros is not None and torch.equal(back.zeros, q.zeros))
 
 
 def test_act_order_goes_into_no_other_blocks() -> None:

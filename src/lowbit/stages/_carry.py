@@ -26,7 +26,7 @@ _ZEROS: dict[Zero, tuple[Zero, ...]] = {
     "none": ("none", "int", "float", "min"),
     "int": ("int", "none", "float", "min"),
     "float": ("float", "none", "int", "min"),
-    "min": ("min",),
+    "min": ("min", "none", "int", "float"),
 }
 _GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 _NOWHERE = 255
@@ -180,14 +180,13 @@ def _minima(q: QTensor, scheme: Scheme, index: Tensor | None, rounding: bool) ->
 def _zeros(q: QTensor, scheme: Scheme, index: Tensor | None, rounding: bool) -> Tensor | None:
     if scheme.zero == "min":
         return None
-    if q.minima is not None:
-        raise UnsupportedError(f"it subtracts minima, which {scheme} does not")
     blocks, half = scale_shape(q.shape, scheme.block), _half(q.scheme.grid)
-    values = torch.full(blocks, half) if q.zeros is None else _spread(q.zeros.float(), index, blocks)
+    own = q.zeros if q.minima is None else _in_codes(q, rounding)
+    values = torch.full(blocks, half) if own is None else _spread(own.float(), index, blocks)
     if scheme.zero == "float":
         return _stored(values, FLOATS.get(scheme.scale, torch.float32), "zero point", rounding)
     if scheme.zero == "none":
-        if q.zeros is not None and bool((values != half).any()):
+        if own is not None and bool((values != half).any()):
             raise UnsupportedError(f"its zero points are not all {half:g}, as those of a symmetric scheme are")
         return None
     whole = values.round().clamp(0, 2**scheme.grid.bits - 1)
@@ -195,6 +194,16 @@ def _zeros(q: QTensor, scheme: Scheme, index: Tensor | None, rounding: bool) -> 
         value = values[whole != values][0].item()
         raise UnsupportedError(f"the zero point {value:.9g} is no whole number from 0 to {2**scheme.grid.bits - 1}")
     return whole.to(torch.uint8)
+
+
+def _in_codes(q: QTensor, rounding: bool) -> Float[Tensor, "blocks_down blocks_across"]:
+    """Minima in units of a code."""
+    scales, minima = q.scale_values(), q.zero_values()
+    assert minima is not None
+    found = torch.where(scales == 0, 0.0, minima / scales)
+    if not rounding and not torch.equal(found * scales, minima):
+        raise UnsupportedError("it subtracts minima that are no multiples of its scales")
+    return found
 
 
 def _half(grid: Grid) -> float:
