@@ -75,7 +75,8 @@ def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
     """
     kind, (rows, cols) = BLOCKS[name], view_shape(q.shape, q.scheme.block)
     if q.scheme != kind.scheme or q.group_index is not None:
-        raise FormatError(f"{name} does not store {q.scheme}" + (" with an index of groups" if q.group_index else ""))
+        index = "" if q.group_index is None else " with an index of groups"
+        raise FormatError(f"{name} does not store {q.scheme}{index}")
     _check_bytes(kind, rows, cols, out)
     scale, scale_codes = _stored(name, q.scales)
     low, low_codes = (None, None) if q.minima is None else _stored(name, q.minima)
