@@ -227,7 +227,7 @@ def test_super_blocks_go_into_floats_and_into_nothing_else(wiki_8m: Path, tmp_pa
     alone = tmp_path / "alone"
     alone.mkdir()
     with pytest.raises(UsageError, match=r"has no config.json beside its weights"):
-        run_conversion(shutil.copy(file, alone), tmp_path / "no", Goal("gptq"))
+        run_conversion(str(shutil.copy(file, alone)), tmp_path / "no", Goal("gptq"))
 
 
 def llama_quantize(source: Path, out: Path, file_type: int) -> Path:
