@@ -92,11 +92,16 @@ def declare(source: Mapping[str, Any], quantization: Mapping[str, Any] | None) -
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """Float dtype that a model declares, at its top or in its part for text; bfloat16 where it does not."""
+    """Float dtype that a model declares; bfloat16 where it does not."""
+    return declared_dtype(config) or torch.bfloat16
+
+
+def declared_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """Float dtype that a model declares, at its top or in its part for text."""
     text = config.get("text_config")
     places = [config, text] if isinstance(text, Mapping) else [config]
     words = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
-    return next((_FLOATS[word] for word in words if isinstance(word, str) and word in _FLOATS), torch.bfloat16)
+    return next((_FLOATS[word] for word in words if isinstance(word, str) and word in _FLOATS), None)
 
 
 def declared(config: Mapping[str, Any]) -> Mapping[str, Any]:

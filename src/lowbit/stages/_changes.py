@@ -20,7 +20,7 @@ from torch import Tensor
 from lowbit import plugins
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Spec, Weight, _float
-from lowbit.formats._linear import row_block
+from lowbit.formats._linear import SCALE_TYPES, declared_dtype, row_block
 from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
 from lowbit.stages._carry import carried, floats, spelled, variants
@@ -36,7 +36,6 @@ _GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 _SMALL = 1e-4  # relative squared error of rounded scales below which no other way is tried
 _SAMPLE = 1 << 18
 _ALIGN = 64
-_DTYPES: Mapping[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
 
 
 @final
@@ -83,15 +82,11 @@ class Change:
 
 def model_dtype(source: Checkpoint) -> torch.dtype | None:
     """The float type of the model: as `config.json` declares it, else that of most weights that are not quantized."""
-    text = source.config.get("text_config")
-    places = [source.config, text if isinstance(text, Mapping) else {}]
-    words = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
-    found = [_DTYPES[word] for word in words if isinstance(word, str) and word in _DTYPES]
     counts: Counter[torch.dtype] = Counter()
     for weight in source.weights.values():
-        if weight.scheme is None and weight.dtype in _DTYPES.values():
+        if weight.scheme is None and weight.dtype in SCALE_TYPES:
             counts[weight.dtype] += prod(weight.shape)
-    return found[0] if found else counts.most_common(1)[0][0] if counts else None
+    return declared_dtype(source.config) or (counts.most_common(1)[0][0] if counts else None)
 
 
 def targets(

@@ -313,8 +313,7 @@ def _entry(
 ) -> Entry:
     """The entry of one weight; `swap`: the model holds it as `[inputs, outputs]`, and formats store the transpose."""
     turned = replace(weight, shape=weight.shape[::-1], swapped=True) if swap else weight
-    if form.arrange:
-        turned = form.arrange(turned, wanted, config)
+    turned = arranged(turned, wanted, form, config)
     if wanted == "keep" or (form.arrange and wanted in _NAMES.values()):
         kept = turned if form.arrange else weight
         return Entry(kept, None, reason.removesuffix(_OUTSIDE), came=weight.dtype)
