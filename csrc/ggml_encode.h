@@ -652,15 +652,17 @@ void store_columns(const uint8_t* from, int count, int lane, uint8_t* to) {
     for (int i = 0; i < count; i++) to[i] = from[16 * i + lane];
 }
 
-void ggml_encode(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
-                 const GgmlEncoded& out) {
+// `encode` makes a tile of codes and scales; `weighted`: it reads the importance.
+template <class Encode>
+void encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance, bool weighted,
+                  const GgmlEncoded& out, Encode encode) {
     GgmlShape shape = ggml_shape(type);
     int64_t blocks = rows * (cols / shape.weights), across = cols / shape.weights, sigma_row = -1;
     bool by_row = importance && looks_at_importance(type) && shape.weights == 32 && type != GgmlType::iq4_nl;
     float sigmas[16] = {}, sigma = 0, scale[16], least[16];
     Tile tile;
     tile.least = set(0.0f);
-    tile.weighted = importance && looks_at_importance(type);
+    tile.weighted = weighted;
     float room[16 * 256];
     uint8_t codes[16 * 256];
     for (int64_t first = 0; first < blocks; first += 16) {
@@ -682,7 +684,7 @@ void ggml_encode(GgmlType type, int64_t rows, int64_t cols, const float* weight,
             sigmas[lane] = sigma;
         }
         tile.row_sigma = load_f32(sigmas);
-        encode_tile(type, tile);
+        encode(tile);
         as_blocks(tile.codes, shape.weights, codes);
         __builtin_memcpy(out.codes + first * shape.weights, codes, lanes * shape.weights);
         store_f32(scale, tile.scale), store_f32(least, tile.least);
@@ -694,4 +696,10 @@ void ggml_encode(GgmlType type, int64_t rows, int64_t cols, const float* weight,
             if (out.min_codes) store_columns(tile.min_codes, shape.subs, lane, out.min_codes + at);
         }
     }
+}
+
+void ggml_encode(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
+                 const GgmlEncoded& out) {
+    encode_tiles(type, rows, cols, weight, importance, importance && looks_at_importance(type), out,
+                 [&](Tile& tile) { encode_tile(type, tile); });
 }

@@ -548,12 +548,13 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 // ---- llama.cpp's encoders ----
 
 #include "ggml_encode.h"
+#include "ggml_fit.h"
 
 }  // namespace
 
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
                            dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words,
-                           softmax,    softmax_slopes, ggml_encode};
+                           softmax,    softmax_slopes, ggml_encode, ggml_fit};
 
 }  // namespace lowbit

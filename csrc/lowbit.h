@@ -153,6 +153,10 @@ struct Kernels {
     // llama.cpp's encoder of a type for rows of whole blocks; `importance` of each column, or null. Finite weights.
     void (*ggml_encode)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
                         const GgmlEncoded&);
+
+    // The same types with less error sum importance * (weight - value)**2 (importance 1 where it is null) in each block.
+    void (*ggml_fit)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
+                     const GgmlEncoded&);
 };
 
 // The table in use: the best that this CPU has, or the one that the environment variable LOWBIT_ISA names (a test

@@ -93,6 +93,7 @@ def ggml_encode(
     type: int,
     weight: Tensor,
     importance: Tensor | None,
+    fitted: bool,
     codes: Tensor,
     scale: Tensor,
     min: Tensor | None,

@@ -22,7 +22,7 @@ def quantize(
     out: str | Path,
     *,
     scheme: str | None = None,
-    method: str = "rtn",
+    method: str | None = None,
     format: str = "compressed-tensors",
     skip: Sequence[str] = (),
     sets: Mapping[str, str] | None = None,
@@ -48,7 +48,7 @@ def quantize(
         scheme: as `int4-g128`; None for the format's default.
         skip: regular expressions of tensors that stay as they are.
         sets: regular expression to scheme name (or `keep`), first match first; wins over everything.
-        method: a method, or steps joined by `+` as `awq+gptq`.
+        method: a method, or steps joined by `+` as `awq+gptq`; None for `rtn`, or the format's own.
         options: options of the method, those of other steps as `step.name`.
         plan: a saved plan, instead of all rules above.
         ram: anonymous memory allowed, bytes or a size like `4GiB`.

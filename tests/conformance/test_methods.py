@@ -49,8 +49,8 @@ LLAMA = [
     "tq2_0",
 ]
 SCHEMES = [*INTEGERS, *FLOATS, *TABLES, *LLAMA, "mxfp4", "mxfp8", "nvfp4"]
-# Their results are another program's to the byte: scales of either sign, 0 where a block is.
-COPIES = ("ggml", "imatrix")
+# Their results are another program's to the byte, or start there: scales of either sign, 0 where a block is.
+COPIES = ("ggml", "imatrix", "ggml_fit", "imatrix_fit")
 ONE_OF_EACH = ["int3-g7", "int4-4x24-asym", "int4-g7-fzero", "int8-tensor", "nf4-dq", "fp4-flat64", "fp8-e4m3-row"]
 ONE_OF_EACH += ["fp8-e5m2-128x128", "mxfp4", "mxfp8", "nvfp4", "q4_0", "q4_k", "iq4_xs"]
 SHAPES = [(1, 1), (3, 7), (5, 16), (9, 130), (33, 48), (0, 8), (4, 0)]
@@ -241,7 +241,8 @@ def odd_weights() -> dict[str, Tensor]:
 @each_scheme
 def test_odd_blocks(name: str, scheme: str) -> None:
     parsed = parse(scheme)
-    has_zero = parsed.zero != "float" and 0 in parsed.grid.levels
+    free = name.endswith("_fit") and parsed.zero == "min"  # 0 is one value among others
+    has_zero = parsed.zero != "float" and 0 in parsed.grid.levels and not free
     own_blocks = parsed.block.rows == 1 and not parsed.block.flat  # the last row shares no block with others
     for kind, weight in odd_weights().items():
         view = weight.view(1, -1) if parsed.block.flat else weight

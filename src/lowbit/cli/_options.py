@@ -75,9 +75,10 @@ _RULES = (
         help="Scheme of the inputs: int8-row or fp8-e4m3-row (a scale per token), int8-tensor (a stored one), nvfp4.",
     ),
     click.option(
-        "--method", default="rtn", show_default=True, metavar="M",
+        "--method", default=None, metavar="M",
         help=f"One of {_listed('methods')}; or steps joined by +, as awq+gptq+eora, of: rotate, "
-        f"{_listed('transforms')} (before a method), {_listed('corrections')} (after it), tune (last).",
+        f"{_listed('transforms')} (before a method), {_listed('corrections')} (after it), tune (last). "
+        "[default: rtn; for gguf ggml-fit, with --calibration imatrix-fit]",
     ),
     click.option(
         "--format", "form", default="compressed-tensors", show_default=True, metavar="F",

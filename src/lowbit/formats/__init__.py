@@ -98,7 +98,8 @@ class Format:
         container: kind of file that its tensors are in; what is not quantized is `arrange`d for it.
         choose: `(name, weights, config.json) -> {weight name: (scheme name or float type, reason)}` for names of
             mixtures; where there is one, it decides in place of the general rules which weights are quantized.
-        encoder: method that makes every scheme of those mixtures, for where the chosen one cannot.
+        encoder: method that makes every scheme of those mixtures: its default, and for where the chosen one cannot.
+        learned_encoder: its default where there is text to learn from.
         arrange: `(weight, float type or "keep" or a scheme's name, config.json) -> weight` as the container has it:
             dtype, order of rows; None where it has them as the checkpoint does.
     """
@@ -117,4 +118,5 @@ class Format:
     container: Literal["safetensors", "gguf"] = "safetensors"
     choose: Callable[[str, Sequence[Weight], Mapping[str, Any]], dict[str, tuple[str, str]]] | None = None
     encoder: str = ""
+    learned_encoder: str = ""
     arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None

@@ -155,6 +155,7 @@ FORMAT = Format(
     swaps=True,
     container="gguf",
     choose=choose,
-    encoder="ggml",
+    encoder="ggml_fit",
+    learned_encoder="imatrix_fit",
     arrange=arrange,
 )

@@ -30,8 +30,12 @@ def objection(scheme: Scheme) -> str | None:
     return f"llama.cpp has no such type; use q4_k or another of its names, or {plain}"
 
 
-def encode(weight: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"] | None, scheme: Scheme) -> QTensor:
-    """The weight in one of llama.cpp's types; a shorter last block is encoded as if zeros without importance followed.
+def encode(
+    weight: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"] | None, scheme: Scheme, fitted: bool = False
+) -> QTensor:
+    """The weight in one of llama.cpp's types, `fitted` with less error than llama.cpp's own encoder leaves.
+
+    A shorter last block is encoded as if zeros without importance followed.
 
     Raises:
         WeightError: NaN or Inf, with its place.
@@ -43,7 +47,7 @@ def encode(weight: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"
     wanted = None if importance is None else pad(importance.float(), (0, tail))
     found = _room(rows, cols + tail, whole, scheme)
     if weight.numel():
-        native.ggml_encode(_IDS[scheme], filled, wanted, out=found)
+        native.ggml_encode(_IDS[scheme], filled, wanted, out=found, fitted=fitted)
     scales = _part(found.scale, found.scale_codes, (rows, cols), scheme)
     minima = None if found.min is None else _part(found.min, found.min_codes, (rows, cols), scheme)
     return QTensor(scheme, (rows, cols), found.codes[:, :cols].contiguous(), scales, minima=minima)

@@ -74,7 +74,7 @@ def shares_rows(scheme: Scheme) -> bool:
 def unscaled(scheme: Scheme) -> str | None:
     """Why scales and zero points that are chosen here cannot serve a scheme; None where they can."""
     if scheme.zero == "min" or (scheme.nested and not scheme.nested.offset and scheme.scale != "e4m3"):
-        return "only llama.cpp's encoders make its minima and its scales in super-blocks; use --method ggml or imatrix"
+        return "its minima and its scales in super-blocks are llama.cpp's; use --method ggml-fit, imatrix-fit or ggml"
     return None
 
 

@@ -31,7 +31,7 @@ from lowbit.stages.quantize import Error, quantize_weight
 from lowbit.tensors import QTensor, view_shape
 
 COPY, CARRY, ROUND, FLOAT = None, "carry", "round", "dequantize"
-METHODS = ("mse", "rtn", "ggml")  # what quantizes again, the first that supports the scheme
+METHODS = ("mse", "rtn", "ggml_fit")  # what quantizes again, the first that supports the scheme
 _GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 _SMALL = 1e-4  # relative squared error of rounded scales below which no other way is tried
 _SAMPLE = 1 << 18

@@ -70,7 +70,7 @@ class Rules:
 
     Attributes:
         scheme: name of the scheme for every weight that no other rule names; None for the format's default.
-        method: name of the method, or a recipe of several steps as `awq+gptq`.
+        method: name of the method, or a recipe of several steps as `awq+gptq`; None for the format's default.
         format: name of the format.
         skip: regular expressions, searched in tensor names: those stay as they are.
         sets: `(regular expression, scheme name or "keep")`, the first match wins over everything else.
@@ -81,7 +81,7 @@ class Rules:
     """
 
     scheme: str | None = None
-    method: str = "rtn"
+    method: str | None = None
     format: str = "compressed-tensors"
     skip: Sequence[str] = ()
     sets: Sequence[tuple[str, str]] = ()
@@ -92,8 +92,14 @@ class Rules:
 
     def recipe(self) -> tuple[Recipe, dict[str, Any]]:
         """The steps of the method, and their options by `step.name`; raises `UsageError` where these make no sense."""
-        recipe = parse_recipe(self.method)
+        recipe = parse_recipe(self.method or self._default_method())
         return recipe, dotted(self.options, recipe)
+
+    def _default_method(self) -> str:
+        form: Format = plugins.load("formats", self.format)
+        if form.learned_encoder and self.calibration:
+            return form.learned_encoder
+        return form.encoder or "rtn"
 
 
 @final

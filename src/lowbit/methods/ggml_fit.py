@@ -1,0 +1,25 @@
+"""llama.cpp's block types with less squared error than its own encoders leave. See `docs/methods/ggml_fit.md`."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lowbit.methods import Method, NoOptions, Stats
+from lowbit.methods._ggml import encode, objection
+from lowbit.schemes import Scheme
+from lowbit.tensors import QTensor
+
+
+def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: NoOptions) -> QTensor:
+    """Scales, minima and codes of little squared error, never more than `ggml` leaves.
+
+    Raises:
+        WeightError: NaN or Inf, with its place.
+    """
+    return encode(weight, None, scheme, fitted=True)
+
+
+METHOD = Method(
+    about="llama.cpp's types with less error than its encoders, no data", quantize=quantize, supports=objection
+)
