@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from lowbit import native
-from lowbit.methods import Stats
+from lowbit.methods import Stats, _blocks
 from lowbit.methods._scales import (
     Affine,
     Blocks,
@@ -213,7 +213,8 @@ class _Tile:
     Attributes:
         weight, error, codes: `error` is weight minus what the code stands for, once there is one.
         scales: as they are stored, by block.
-        zeros: likewise, None where there are none.
+        zeros: likewise, None where there are none; minima as they are subtracted, in units of the weight.
+        steps: the scales above these, where there are some.
         rounded: the error as products take it: itself, or in bfloat16.
         group: block of each column.
     """
@@ -225,6 +226,7 @@ class _Tile:
     zeros: Float[Tensor, "blocks lanes"] | None
     rounded: Float[Tensor, "cols lanes"]
     group: Int64[Tensor, "cols"]
+    steps: _blocks.Steps
 
     def reorder(self, order: Int64[Tensor, "cols"]) -> None:
         """Put columns into another order."""
@@ -256,7 +258,7 @@ def coder_of(scheme: Scheme) -> native.Coder:
     """The rule by which `encode` finds codes."""
     grid = scheme.grid
     if grid.kind == "int":
-        return native.Coder(2 ** (grid.bits - 1), 2**grid.bits - 1, scheme.zero == "float", True)
+        return native.Coder(2 ** (grid.bits - 1), 2**grid.bits - 1, scheme.zero in ("float", "min"), True)
     levels, codes = _sorted_levels(grid)
     return native.Coder(keep_zeros=0.0 in grid.levels, levels=levels, codes=codes, table=level_table(grid))
 
@@ -268,19 +270,24 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, l
         WeightError: NaN or Inf, with its place.
     """
     ranges = finite_range(weight, stats, scheme)
-    rule = _Rule(scheme, loop, global_divisor(ranges, stats, scheme), coder_of(scheme))
+    special = _blocks.special(scheme)
+    divisor = 1.0 if special else global_divisor(ranges, stats, scheme)
+    rule = _Rule(scheme, loop, divisor, coder_of(scheme))
     wide = block_size((weight.shape[0], weight.shape[1]), scheme.block)[1]
     order, permuted = stats["order"], _regroups(scheme, loop, weight.shape[1])
     view, importance = (weight[:, order], stats["curvature"][order]) if permuted else (weight, stats["curvature"])
     if permuted:
         ranges = native.block_range(view, *block_size((view.shape[0], view.shape[1]), scheme.block))[:2]
     first = replace(loop, search=loop.search and not _on_the_way(rule, wide))
-    affine = choose(view, ranges, importance, scheme, first, rule.divisor)
+    if special:
+        affine, steps = _blocks.start(view, importance, scheme)
+    else:
+        affine, steps = choose(view, ranges, importance, scheme, first, rule.divisor), _blocks.Steps(None, None)
     codes = torch.empty(view.shape, dtype=torch.uint8)
     local = {**stats, "turn": torch.arange(len(order)) if permuted else order, "importance": importance}
     for start in range(0, view.shape[0], LANES):
-        _tile_of_rows(view[start : start + LANES], start, affine, local, rule, codes)
-    result = finish(view, affine, scheme)
+        _tile_of_rows(view[start : start + LANES], start, (affine, steps), local, rule, codes)
+    result = _blocks.finish(codes, affine, steps, scheme) if special else finish(view, affine, scheme)
     index = None
     if permuted:
         back = order.argsort()
@@ -295,7 +302,8 @@ def _regroups(scheme: Scheme, loop: Loop, cols: int) -> bool:
 
 def _on_the_way(rule: _Rule, wide: int) -> bool:
     """Whether scales are chosen block by block from the targets."""
-    return rule.loop.fresh and rule.loop.order != "static" and _movable(rule.scheme, wide)
+    wanted = rule.loop.fresh and rule.loop.order != "static" and not _blocks.special(rule.scheme)
+    return wanted and _movable(rule.scheme, wide)
 
 
 def _movable(scheme: Scheme, wide: int) -> bool:
@@ -306,12 +314,13 @@ def _movable(scheme: Scheme, wide: int) -> bool:
 def _tile_of_rows(
     rows: Float[Tensor, "rows cols"],
     start: int,
-    affine: Affine,
+    maps: tuple[Affine, _blocks.Steps],
     stats: Stats,
     rule: _Rule,
     codes: UInt8[Tensor, "all cols"],
 ) -> None:
     """Round up to `LANES` rows; codes and changed scales go to their places."""
+    affine, steps = maps
     count, cols = rows.shape
     high, wide = block_size((codes.shape[0], cols), rule.scheme.block)
     lane = (start + torch.arange(LANES).clamp(max=count - 1)) // high
@@ -321,7 +330,9 @@ def _tile_of_rows(
     empty = torch.zeros(cols, LANES, dtype=torch.uint8)
     scales = affine.scales[lane].T.contiguous()
     error = torch.zeros_like(full)
-    tile = _Tile(full, error, empty, scales, zeros, error.to(_product_type(cols)), torch.arange(cols) // wide)
+    tile = _Tile(
+        full, error, empty, scales, zeros, error.to(_product_type(cols)), torch.arange(cols) // wide, steps.lanes(lane)
+    )
     _round(tile, stats, rule, wide)
     codes[start : start + count] = tile.codes[:, :count].T
     if _movable(rule.scheme, wide):
@@ -341,7 +352,8 @@ def _round(tile: _Tile, stats: Stats, rule: _Rule, wide: int) -> None:
             _fit_fresh(tile, at, _compensated(tile, at, target, stats), stats["importance"][turn[at]], rule)
         _sweep(tile, at, target, stats["feedback"], rule)
     tile.reorder(turn.argsort())
-    refit = rule.loop.refit and wide >= _NARROWEST and _movable(rule.scheme, wide) and rule.scheme.scale != "e8m0"
+    worth = wide >= _NARROWEST or _blocks.special(rule.scheme)
+    refit = rule.loop.refit and worth and _movable(rule.scheme, wide) and rule.scheme.scale != "e8m0"
     for _ in range(rule.loop.passes):
         for at in _segments(tile.group, rule.loop.block, refit):
             target = tile.target(at, stats["pull"][at])
@@ -364,6 +376,8 @@ def _segments(group: Int64[Tensor, "cols"], block: int, by_group: bool) -> Itera
 def _sweep(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], factors: Tensor, rule: _Rule) -> None:
     scale = tile.scales[tile.group[at]] * rule.unit
     zero = None if tile.zeros is None else tile.zeros[tile.group[at]]
+    if zero is not None and rule.scheme.zero == "min":
+        zero = zero / scale
     coupling = factors[at, at].T.float().contiguous()
     native.sweep(target, tile.weight[at], tile.error[at], coupling, scale, zero, rule.coder, out=tile.codes[at])
     if tile.rounded is not tile.error:
@@ -395,22 +409,39 @@ def _refit(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], stats: Stat
     """Least squares for the scale of one block, and for its zero point, with codes as they are (rounded to storage)."""
     block, scheme = int(tile.group[at.start]), rule.scheme
     codes = tile.codes[at]
-    value = codes.float() - tile.zeros[block] if tile.zeros is not None else level_table(scheme.grid)[codes.long()]
+    minus = scheme.zero == "min"
+    if tile.zeros is None:
+        value = level_table(scheme.grid)[codes.long()]
+    else:
+        value = codes.float() if minus else codes.float() - tile.zeros[block]
     scale = tile.scales[block] * rule.unit
     slope, curve, pulled = _products(tile, at, target, value, stats)
-    ones = torch.ones_like(scale)[None]
-    sign = torch.where(scale < 0, -1.0, 1.0)
-    stored = sign * round_scales((sign * (scale + _best_step(slope, curve)))[None] * rule.divisor, ones, scheme)[0]
+    stored = _stored_scale(tile, block, scale, scale + _best_step(slope, curve), rule)
     moved = _move(tile, at, target, value, stored * rule.unit - scale, slope, curve, pulled)
     tile.scales[block] = torch.where(moved, stored, tile.scales[block])
     if tile.zeros is None:
         return
-    scale = tile.scales[block]
-    value = (-scale).expand_as(value)
+    value = (-torch.ones_like(scale) if minus else -tile.scales[block]).expand_as(value)
     slope, curve, pulled = _products(tile, at, target, value, stats)
-    zero = round_zeros((tile.zeros[block] + _best_step(slope, curve))[None], scheme)[0]
+    zero = _stored_zero(tile, block, tile.zeros[block] + _best_step(slope, curve), scheme)
     moved = _move(tile, at, target, value, zero - tile.zeros[block], slope, curve, pulled)
     tile.zeros[block] = torch.where(moved, zero, tile.zeros[block])
+
+
+def _stored_scale(
+    tile: _Tile, block: int, scale: Float[Tensor, "lanes"], wanted: Float[Tensor, "lanes"], rule: _Rule
+) -> Float[Tensor, "lanes"]:
+    """The scale that can be stored nearest to the wanted one, of the same sign and not 0."""
+    if tile.steps.scale is not None:
+        return _blocks.nearest_scale(wanted, tile.steps.scale[block], rule.scheme)
+    sign = torch.where(scale < 0, -1.0, 1.0)
+    return sign * round_scales((sign * wanted)[None] * rule.divisor, torch.ones_like(scale)[None], rule.scheme)[0]
+
+
+def _stored_zero(tile: _Tile, block: int, wanted: Float[Tensor, "lanes"], scheme: Scheme) -> Float[Tensor, "lanes"]:
+    if tile.steps.least is not None:
+        return _blocks.nearest_least(wanted, tile.steps.least[block], scheme)
+    return round_zeros(wanted[None], scheme)[0]
 
 
 def _products(
@@ -451,4 +482,4 @@ def objection(scheme: Scheme) -> str | None:
     """Why the loop cannot serve a scheme."""
     if scheme.block.flat:
         return "it goes along the columns of a weight, and flat blocks have none; blocks of columns (g64) do"
-    return unscaled(scheme)
+    return None if _blocks.special(scheme) else unscaled(scheme)
