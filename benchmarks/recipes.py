@@ -1,16 +1,22 @@
 """Recipes of `lowbit quantize` beside each other: how far each one's predictions are from the original's.
 
     python benchmarks/recipes.py --calibration FILE --text FILE [--model DIR] [--samples 16] [--sequence-length 256]
-        [--tokens 12000] [--context 256] [--seeds 0] [--threads 1] [--json] RECIPE...
+        [--tokens 12000] [--context 256] [--seeds 0] [--threads 1] [--schemes S...] [--json] RECIPE...
 
 A recipe is what follows MODEL and OUT on the command line, in quotes: "--scheme int3-g64 --method gptq+eora". Each is
 calibrated on the same windows (`--calibration`, `--samples`, `--sequence-length`, `--seed` are added), and scored
-against the original on the same tokens. Recipes that quantize a part (`--blocks 0:2`) are scored so.
+against the original on the same tokens. Recipes that quantize a part (`--blocks 0:2`) are scored so. With `--schemes`
+all recipes are run with each of these, as
+
+    python benchmarks/recipes.py --calibration FILE --text FILE --schemes q4_k_m q3_k_m q2_k iq4_xs -- \
+        "--format gguf --method imatrix" "--format gguf" "--format gguf --method gptq"
+
+which is llama.cpp's own encoder, the fitted one on the same importance and mixture, and GPTQ in the same types.
 
 Printed are the divergence KL(original || quantized) in nats per token with its 95% interval, the change of log
-perplexity, and both less those of the first recipe, paired by token; over seeds, the mean for each token. And, of the
-weights quantized, the output error on calibration rows that were held out over that of `rtn`, the geometric mean. The
-figures in docs/methods/ that name no other script are this one's.
+perplexity, and both less those of the first recipe (of that scheme), paired by token; over seeds, the mean for each
+token. And, of the weights quantized, the output error on calibration rows that were held out over that of `rtn`, the
+geometric mean. The figures in docs/methods/ that name no other script are this one's.
 """
 
 from __future__ import annotations
@@ -110,6 +116,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=12_000)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--schemes", nargs="+", default=[], help="each is given to every recipe")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -122,11 +129,11 @@ def main() -> None:
     source, text = open_checkpoint(options.model), read_text(options.text)
     original = open_blueprint(source, torch.float32).resident()
     windows = cut(text, encode([source], text, options.tokens, None), options.context, None)
-    blocks, first, rows = make_blocks(windows.counts), None, []
-    for recipe in options.recipes:
+    blocks, first, rows = make_blocks(windows.counts), dict[str, dict[str, Values]](), []
+    given = [(scheme, f"--scheme {scheme} {recipe}") for scheme in options.schemes for recipe in options.recipes]
+    for scheme, recipe in given or [("", recipe) for recipe in options.recipes]:
         found, errors = measure(options, original, windows, recipe)
-        first = first or found
-        scores = summarise(blocks, found, first)
+        scores = summarise(blocks, found, first.setdefault(scheme, found))
         scores |= {"held out / rtn": Score(geometric_mean(errors))} if errors else {}
         row: dict[str, Any] = {"recipe": recipe, "scores": {name: asdict(each) for name, each in scores.items()}}
         rows.append(row)
