@@ -355,3 +355,33 @@ def test_no_block_is_worse_than_llama_cpps_and_the_whole_is_better(name: str) ->
             assert (mine <= their * 1.00001 + 1e-60).all(), f"{what}: block {int((mine - their).argmax())}"
             if what == "normal" and at in (0, 1):
                 assert mine.sum() < (1 - SAVED[name][at]) * their.sum(), f"saves {1 - float(mine.sum() / their.sum())}"
+
+
+def exhaustive(q: QTensor, weight: Tensor, importance: Tensor) -> float:
+    """Least error over all codes of scales and minima, block by block, under the scales above them that `q` has."""
+    assert isinstance(q.scales, QTensor) and isinstance(q.scales.scales, Tensor)
+    above, below = q.scales.scales.double(), torch.zeros(1, 1, dtype=torch.float64)
+    if isinstance(q.minima, QTensor) and isinstance(q.minima.scales, Tensor):
+        below = q.minima.scales.double()
+    steps = torch.tensor(q.scales.scheme.grid.levels, dtype=torch.float64)
+    levels = torch.tensor(q.scheme.grid.levels, dtype=torch.float64)
+    if q.minima is not None:
+        levels = levels - levels[0]
+    values = above[0] * steps[:, None, None] * levels - (below[0] * steps)[None, :, None]  # [scales, minima, levels]
+    total, size = 0.0, q.scheme.block.cols
+    for at in range(0, weight.shape[1], size):
+        best = torch.zeros(values.shape[:2], dtype=torch.float64)
+        for i in range(at, at + size):
+            best += importance[i] * (values - weight[0, i]).square().amin(2)
+        total += float(best.min())
+    return total
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "iq4_xs"])
+def test_fitted_scales_are_near_the_best_of_all_codes_that_they_can_have(name: str) -> None:
+    dice = np.random.default_rng(7)
+    weight, importance = (dice.standard_t(5, (1, 256)) * 0.02).astype(np.float32), dice.exponential(1, 256)
+    found = fitted(name, weight, importance.astype(np.float32))
+    mine = block_errors(name, stored(found, name), weight, importance.astype(np.float32)).sum()
+    least = exhaustive(found, torch.from_numpy(weight).double(), torch.from_numpy(importance))
+    assert least * (1 - 1e-6) <= mine <= 1.2 * least
