@@ -209,19 +209,19 @@ static void compare_ggml(const Kernels& kernels, GgmlType type, int64_t rows, in
     }
     for (size_t i = 0; i < importance.size(); i++) importance[i] = source() % 4 ? std::fabs(normal(source)) : 0;
     for (auto encode : {&Kernels::ggml_encode, &Kernels::ggml_fit})
-    for (const float* given : {static_cast<const float*>(nullptr), static_cast<const float*>(importance.data())})
-        compare(encode == &Kernels::ggml_fit ? "ggml_fit" : "ggml_encode", kernels, grid, rows * cols + 8 * all + 2 * subs, [&](const Kernels& k, uint8_t* out) {
-            std::vector<float> scale(size_t(all), 0.0f), min(size_t(all), 0.0f);
-            std::vector<uint8_t> scale_codes(size_t(subs), uint8_t(0)), min_codes(size_t(subs), uint8_t(0));
-            GgmlEncoded to{out, scale.data(), shape.has_min ? min.data() : nullptr, subs ? scale_codes.data() : nullptr,
-                           subs && shape.has_min ? min_codes.data() : nullptr};
-            (k.*encode)(type, rows, cols, weight.data(), given, to);
-            if (all == 0) return;
-            uint8_t* at = out + rows * cols;
-            for (auto values : {&scale, &min}) std::memcpy(at, values->data(), size_t(4 * all)), at += 4 * all;
-            if (subs == 0) return;
-            for (auto codes : {&scale_codes, &min_codes}) std::memcpy(at, codes->data(), size_t(subs)), at += subs;
-        });
+        for (const float* given : {static_cast<const float*>(nullptr), static_cast<const float*>(importance.data())})
+            compare(encode == &Kernels::ggml_fit ? "ggml_fit" : "ggml_encode", kernels, grid, rows * cols + 8 * all + 2 * subs, [&](const Kernels& k, uint8_t* out) {
+                std::vector<float> scale(size_t(all), 0.0f), min(size_t(all), 0.0f);
+                std::vector<uint8_t> scale_codes(size_t(subs), uint8_t(0)), min_codes(size_t(subs), uint8_t(0));
+                GgmlEncoded to{out, scale.data(), shape.has_min ? min.data() : nullptr, subs ? scale_codes.data() : nullptr,
+                               subs && shape.has_min ? min_codes.data() : nullptr};
+                (k.*encode)(type, rows, cols, weight.data(), given, to);
+                if (all == 0) return;
+                uint8_t* at = out + rows * cols;
+                for (auto values : {&scale, &min}) std::memcpy(at, values->data(), size_t(4 * all)), at += 4 * all;
+                if (subs == 0) return;
+                for (auto codes : {&scale_codes, &min_codes}) std::memcpy(at, codes->data(), size_t(subs)), at += subs;
+            });
 }
 
 static void check_ggml_blocks(GgmlType type, int64_t blocks) {
