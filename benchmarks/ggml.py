@@ -74,9 +74,10 @@ def timed(
 
     def ours() -> QTensor:
         if importance is None:
-            return (ggml_fit if fitted else ggml).quantize(weight, {}, kind.scheme, NoOptions())
-        learned = imatrix_fit if fitted else imatrix
-        return learned.quantize(weight, {"mean_square": importance}, kind.scheme, NoOptions())
+            plain = ggml_fit.quantize if fitted else ggml.quantize
+            return plain(weight, {}, kind.scheme, NoOptions())
+        learned = imatrix_fit.quantize if fitted else imatrix.quantize
+        return learned(weight, {"mean_square": importance}, kind.scheme, NoOptions())
 
     def theirs() -> None:
         loaded.ggml_quantize_chunk(kind.id, part.data_ptr(), other.data_ptr(), 0, *part.shape, at)
