@@ -28,7 +28,9 @@ from tests.reference.qtensors import random_qtensor, slow_dequantize
 
 gguf = pytest.importorskip("gguf", reason="compares with gguf")
 NAMES = list(BLOCKS)
-NESTED = [name for name in NAMES if BLOCKS[name].scheme.nested]
+TABLES = [name for name in NAMES if BLOCKS[name].scheme.grid.table]
+ENCODED = [name for name in NAMES if name not in TABLES]
+NESTED = [name for name in ENCODED if BLOCKS[name].scheme.nested]
 Floats = NDArray[np.float32]
 
 
@@ -86,6 +88,8 @@ def test_any_bytes_are_read_as_their_owner_reads_them_and_come_back(name: str) -
         blocks.view(-1, kind.bytes)[:, at + 1] &= 0xBB
     if name == "mxfp4":
         blocks.view(-1, kind.bytes)[:, 0] %= 250  # beyond, numbers overflow
+    if name == "iq1_m":
+        blocks.view(-1, kind.bytes)[:, 55] &= 0xBF  # the half is in four pieces
     if name == "tq2_0":
         blocks[blocks & blocks >> 1 & 0x55 != 0] = 0x12  # code 3 is none
     q = unpack(name, blocks, (4, 512))
@@ -96,7 +100,7 @@ def test_any_bytes_are_read_as_their_owner_reads_them_and_come_back(name: str) -
 
 def half_places(name: str) -> list[int]:
     """Where a block has its float16 numbers."""
-    first = {"q2_k": [80, 82], "q3_k": [108], "q6_k": [208], "tq1_0": [52], "tq2_0": [64], "mxfp4": []}
+    first = {"iq1_m": [], "q2_k": [80, 82], "q3_k": [108], "q6_k": [208], "tq1_0": [52], "tq2_0": [64], "mxfp4": []}
     return first.get(name, [0, 2] if name in ("q4_1", "q5_1", "q4_k", "q5_k") else [0])
 
 
@@ -140,6 +144,12 @@ def damaged(name: str) -> Iterator[tuple[str, str, Tensor, tuple[int, ...]]]:
         broken = whole.clone()
         broken[1, 0] = 255
         yield "the exponent that means NaN", "codes end at 254", broken, (2, 512)
+    if name == "iq1_m":
+        for what, piece in (("inf", 0x7C00), ("-inf", 0xFC00), ("nan", 0x7E01)):
+            broken = whole.clone().view(-1, kind.bytes)
+            for i in range(4):
+                broken[1, 49 + 2 * i] = (int(broken[1, 49 + 2 * i]) & 15) | (piece >> 4 * i & 15) << 4
+            yield what, "must be finite", broken.view(whole.shape), (2, 512)
     if name == "tq2_0":
         broken = whole.clone()
         broken[0, 7] = 0xC0
@@ -153,6 +163,33 @@ def test_damage_is_named(name: str) -> None:
     for _, said, broken, shape in cases:
         with pytest.raises(FormatError, match=said):
             unpack(name, broken, shape)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_runs_of_codes_that_are_not_in_the_table_are_refused(name: str) -> None:
+    q = random_qtensor(BLOCKS[name].scheme, (3, 512), seed=2)
+    many = {"a digit that there is not": 255, "no level": len(q.scheme.grid.levels)}
+    for code in many.values():
+        with pytest.raises(FormatError, match=f"{name} holds runs of codes from a table.*row 2 from column 264 on"):
+            stored(replace(q, codes=changed(q.codes, code)), name)
+    top = len(q.scheme.grid.levels) - 2  # 3 ** 8 runs are many more than any table has
+    run = torch.tensor([top, 0, 2, 0, top, 2, 0, 2], dtype=torch.uint8)
+    with pytest.raises(FormatError, match="row 1 from column 8 on"):
+        broken = q.codes.clone()
+        broken[1, 8:16] = run
+        stored(replace(q, codes=broken), name)
+    if name in ("iq2_s", "iq3_s"):  # all signs are stored
+        return
+    broken = q.codes.clone()
+    broken[0, 300] ^= 1
+    with pytest.raises(FormatError, match="row 0 from column 296 on"):
+        stored(replace(q, codes=broken), name)
+
+
+def changed(codes: Tensor, code: int) -> Tensor:
+    broken = codes.clone()
+    broken[2, 270] = code
+    return broken
 
 
 def test_what_cannot_be_stored_is_refused() -> None:
@@ -217,7 +254,7 @@ def ours(name: str, weight: Floats, importance: Floats | None) -> QTensor:
     return imatrix.quantize(matrix, {"mean_square": torch.from_numpy(importance)}, scheme, NoOptions())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ENCODED)
 def test_encoders_give_the_bytes_of_llama_cpp(name: str) -> None:
     for what, weight in weights():
         for importance in importances(weight.shape[1]):
@@ -236,7 +273,7 @@ dice, seen = torch.Generator().manual_seed(1), hashlib.sha256()
 weight = torch.randn(7, 768, generator=dice)
 weight[2], weight[3], weight[4] = 0, weight[3] * 1e-39, 0.3
 stats = {"mean_square": torch.rand(768, generator=dice)}
-for name in GGML_TYPES:
+for name in (name for name in GGML_TYPES if not parse(name).grid.table):
     for method in (ggml, imatrix):
         for _, part in method.quantize(weight, stats, parse(name), NoOptions()).parts():
             seen.update(part.numpy().tobytes())
@@ -256,7 +293,7 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
     assert len({line[1] for line in lines}) == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ENCODED)
 def test_what_float16_cannot_hold_stays_finite_and_all_else_is_theirs(name: str) -> None:
     dice = np.random.default_rng(2)
     weight = (dice.standard_normal((6, 512)) * np.exp(dice.standard_normal((6, 512)) * 6)).astype(np.float32)
@@ -271,7 +308,7 @@ def test_what_float16_cannot_hold_stays_finite_and_all_else_is_theirs(name: str)
     assert name in ("mxfp4", "q6_k", "iq4_xs") or not whole.all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ENCODED)
 def test_a_short_last_block_is_one_that_zeros_follow(name: str) -> None:
     weight = torch.randn(3, 600, generator=torch.Generator().manual_seed(0))
     full = torch.cat([weight, torch.zeros(3, 168)], 1)

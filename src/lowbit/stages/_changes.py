@@ -347,7 +347,7 @@ class Changer:
             assert target.scheme is not None
             for name in METHODS:
                 method: Method = plugins.load("methods", name)
-                if method.supports(target.scheme) is None:
+                if method.objection(target.scheme) is None:
                     return target, name
         return None
 
