@@ -253,7 +253,7 @@ def tensors(path: Path) -> dict[str, tuple[str, bytes]]:
     ("scheme", "file_type"),
     [("q8_0", 7), ("q4_0", 2), ("q5_1", 9), ("q2_k", 10), ("q3_k_s", 11), ("q3_k_m", 12), ("q3_k_l", 13),
      ("q4_k_s", 14), ("q4_k_m", 15), ("q5_k_s", 16), ("q5_k_m", 17), ("q6_k", 18),
-     ("iq4_nl", 25), ("iq4_xs", 30), ("tq2_0", 37)],
+     ("iq3_s", 26), ("iq3_m", 27), ("iq4_nl", 25), ("iq4_xs", 30), ("tq2_0", 37)],
 )  # fmt: skip
 def test_types_and_bytes_are_llama_quantizes(scheme: str, file_type: int, base: Path, tmp_path: Path) -> None:
     """From the same float16 values, in the same order."""

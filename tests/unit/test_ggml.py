@@ -29,8 +29,9 @@ from tests.reference.qtensors import random_qtensor, slow_dequantize
 gguf = pytest.importorskip("gguf", reason="compares with gguf")
 NAMES = list(BLOCKS)
 TABLES = [name for name in NAMES if BLOCKS[name].scheme.grid.table]
-ENCODED = [name for name in NAMES if name not in TABLES]
-NESTED = [name for name in ENCODED if BLOCKS[name].scheme.nested]
+WEIGHTED = ["iq1_s", "iq2_xxs", "iq2_xs"]  # llama.cpp encodes these under importances alone
+PLAIN = [name for name in NAMES if name not in WEIGHTED]
+NESTED = [name for name in PLAIN if BLOCKS[name].scheme.nested]
 Floats = NDArray[np.float32]
 
 
@@ -174,9 +175,9 @@ def test_runs_of_codes_that_are_not_in_the_table_are_refused(name: str) -> None:
             stored(replace(q, codes=changed(q.codes, code)), name)
     top = len(q.scheme.grid.levels) - 2  # 3 ** 8 runs are many more than any table has
     run = torch.tensor([top, 0, 2, 0, top, 2, 0, 2], dtype=torch.uint8)
+    broken = q.codes.clone()
+    broken[1, 8:16] = run
     with pytest.raises(FormatError, match="row 1 from column 8 on"):
-        broken = q.codes.clone()
-        broken[1, 8:16] = run
         stored(replace(q, codes=broken), name)
     if name in ("iq2_s", "iq3_s"):  # all signs are stored
         return
@@ -254,13 +255,17 @@ def ours(name: str, weight: Floats, importance: Floats | None) -> QTensor:
     return imatrix.quantize(matrix, {"mean_square": torch.from_numpy(importance)}, scheme, NoOptions())
 
 
-@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("name", NAMES)
 def test_encoders_give_the_bytes_of_llama_cpp(name: str) -> None:
     for what, weight in weights():
         for importance in importances(weight.shape[1]):
+            if importance is None and name in WEIGHTED:
+                continue
             found = stored(ours(name, weight, importance), name).numpy()
             theirs = llama.quantize(BLOCKS[name].id, weight, importance, found.shape[1])
             wrong = (found != theirs).reshape(-1, BLOCKS[name].bytes).any(1)
+            if name == "iq3_s":  # llama.cpp does not step over a run of 32 zeros: what follows lands in its place
+                wrong &= ~(weight.reshape(-1, 8, 32) == 0).all(2).any(1)
             assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.size} blocks differ"
 
 
@@ -273,7 +278,7 @@ dice, seen = torch.Generator().manual_seed(1), hashlib.sha256()
 weight = torch.randn(7, 768, generator=dice)
 weight[2], weight[3], weight[4] = 0, weight[3] * 1e-39, 0.3
 stats = {"mean_square": torch.rand(768, generator=dice)}
-for name in (name for name in GGML_TYPES if not parse(name).grid.table):
+for name in GGML_TYPES:
     for method in (ggml, imatrix):
         for _, part in method.quantize(weight, stats, parse(name), NoOptions()).parts():
             seen.update(part.numpy().tobytes())
@@ -293,7 +298,7 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
     assert len({line[1] for line in lines}) == 1
 
 
-@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TABLES])
 def test_what_float16_cannot_hold_stays_finite_and_all_else_is_theirs(name: str) -> None:
     dice = np.random.default_rng(2)
     weight = (dice.standard_normal((6, 512)) * np.exp(dice.standard_normal((6, 512)) * 6)).astype(np.float32)
@@ -308,7 +313,7 @@ def test_what_float16_cannot_hold_stays_finite_and_all_else_is_theirs(name: str)
     assert name in ("mxfp4", "q6_k", "iq4_xs") or not whole.all()
 
 
-@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_short_last_block_is_one_that_zeros_follow(name: str) -> None:
     weight = torch.randn(3, 600, generator=torch.Generator().manual_seed(0))
     full = torch.cat([weight, torch.zeros(3, 168)], 1)

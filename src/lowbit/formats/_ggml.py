@@ -71,8 +71,8 @@ def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
     """Fill rows of blocks of a type.
 
     Raises:
-        FormatError: the tensor has another scheme or is no matrix of whole blocks, a scale is not exact in its type, or a run of
-            codes is not in the type's table.
+        FormatError: the tensor has another scheme or is no matrix of whole blocks, a scale is not exact in its type, or
+            a run of codes is not in the type's table.
     """
     kind, (rows, cols) = BLOCKS[name], view_shape(q.shape, q.scheme.block)
     if q.scheme != kind.scheme or q.group_index is not None:

@@ -20,4 +20,11 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, o
     return encode(weight, None, scheme)
 
 
-METHOD = Method(about="llama.cpp's encoders, to the byte, no data", quantize=quantize, supports=objection)
+def supports(scheme: Scheme) -> str | None:
+    """A type that llama.cpp encodes without an importance matrix."""
+    if str(scheme) in ("iq1_s", "iq2_xxs", "iq2_xs"):
+        return f"llama.cpp encodes {scheme} under an importance matrix alone; use imatrix"
+    return objection(scheme)
+
+
+METHOD = Method(about="llama.cpp's encoders, to the byte, no data", quantize=quantize, supports=supports, tables=True)
