@@ -1,7 +1,8 @@
 """llama.cpp's mixtures: which block type each tensor gets under a name as `q4_k_m`.
 
-The rules are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp, without an importance matrix. They go
-by the role of a tensor and by how many of that role came before it, layer by layer.
+The rules are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp, without an importance matrix (but for
+those that it writes with one alone: the names from `iq1_s` to `iq3_xs`). They go by the role of a tensor and by how many
+of that role came before it, layer by layer.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ def _values(name: str, base: str, number: int, count: int, model: _Model) -> str
     grouped = model.grouped >= 4
     found = {
         "q2_k": "q4_k" if grouped else "q3_k",
-        "iq3_xxs": "q4_k" if grouped else "iq3_s",
+        "iq3_xxs": "q4_k" if grouped else base,
         "iq3_xs": "q4_k" if grouped else base,
         "iq3_s": "q4_k" if grouped else base,
         "iq3_m": "q4_k",
@@ -204,7 +205,6 @@ def _values(name: str, base: str, number: int, count: int, model: _Model) -> str
 def _down(name: str, base: str, number: int, model: _Model) -> str:
     layers = model.layers
     return {
-        "iq3_xxs": "q4_k" if number < layers // 8 else "q3_k",
         "iq3_m": "q4_k" if number < layers // 8 or (model.experts == 8 and _more(number, layers)) else base,
         "q2_k": "q3_k",
         "q3_k_m": "q5_k" if number < layers // 16 else "q4_k",
