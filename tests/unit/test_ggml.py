@@ -19,7 +19,7 @@ from lowbit import native
 from lowbit.errors import FormatError
 from lowbit.formats import Weight
 from lowbit.formats._ggml import BLOCKS, pack, type_of, unpack
-from lowbit.methods import NoOptions, ggml, imatrix
+from lowbit.methods import NoOptions, ggml, imatrix, rtn
 from lowbit.schemes import ALIASES, FAMILIES, parse
 from lowbit.stages.quantize import join, measure
 from lowbit.tensors import QTensor
@@ -346,6 +346,10 @@ def test_other_schemes_are_refused_in_words() -> None:
     for scheme in ("int4-g64", "int3-g32", "nf4", "nvfp4", "int4-g32-bf16"):
         for method in (ggml.METHOD, imatrix.METHOD):
             assert "llama.cpp has no such type" in str(method.supports(parse(scheme)))
+    for name in TABLES:
+        assert "runs of codes from a table" in str(rtn.METHOD.objection(parse(name)))
+        assert imatrix.METHOD.objection(parse(name)) is None
+        assert ("under an importance matrix alone" in str(ggml.METHOD.objection(parse(name)))) == (name in WEIGHTED)
     assert all(ggml.METHOD.supports(FAMILIES[name]) is None for name in NESTED)
 
 

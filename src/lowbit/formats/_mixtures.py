@@ -1,8 +1,8 @@
 """llama.cpp's mixtures: which block type each tensor gets under a name as `q4_k_m`.
 
 The rules are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp, without an importance matrix (but for
-those that it writes with one alone: the names from `iq1_s` to `iq3_xs`). They go by the role of a tensor and by how many
-of that role came before it, layer by layer.
+those that it writes with one alone: from `iq1_s` to `iq3_xs`). They go by the role of a tensor and by how many of that
+role came before it, layer by layer.
 """
 
 from __future__ import annotations
