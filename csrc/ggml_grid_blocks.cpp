@@ -43,9 +43,12 @@ void move_iq2(GgmlType type, Words& w, Byte* at) {
     M::bits(w.scale, 0, 16, at, 0);
     for (int g = 0; g < 32; g++) switch (type) {
         case GgmlType::iq2_xxs:
-            M::bits(w.place[g], 0, 8, at + 2 + g / 4 * 8, g % 4 * 8), M::bits(w.signs[g], 0, 7, at + 6 + g / 4 * 8, g % 4 * 7);
+            M::bits(w.place[g], 0, 8, at + 2 + g / 4 * 8, g % 4 * 8);
+            M::bits(w.signs[g], 0, 7, at + 6 + g / 4 * 8, g % 4 * 7);
             break;
-        case GgmlType::iq2_xs: M::bits(w.place[g], 0, 9, at + 2 + 2 * g, 0), M::bits(w.signs[g], 0, 7, at + 2 + 2 * g, 9); break;
+        case GgmlType::iq2_xs:
+            M::bits(w.place[g], 0, 9, at + 2 + 2 * g, 0), M::bits(w.signs[g], 0, 7, at + 2 + 2 * g, 9);
+            break;
         default:
             M::bits(w.place[g], 0, 8, at + 2 + g, 0), M::bits(w.place[g], 8, 2, at + 66, 2 * g);
             M::bits(w.signs[g], 0, 8, at + 34 + g, 0);
@@ -76,7 +79,9 @@ void move_iq1(GgmlType type, Words& w, Byte* at) {
         for (int g = 0; g < 32; g++) {
             M::bits(w.place[g], 0, 8, at + 2 + g, 0), M::bits(w.place[g], 8, 3, at + 34 + g / 4 * 2, g % 4 * 3);
         }
-        for (int s = 0; s < 8; s++) M::bits(w.scales[s], 0, 3, at + 34 + 2 * s, 12), M::bits(w.signs[4 * s], 0, 1, at + 34 + 2 * s, 15);
+        for (int s = 0; s < 8; s++) {
+            M::bits(w.scales[s], 0, 3, at + 34 + 2 * s, 12), M::bits(w.signs[4 * s], 0, 1, at + 34 + 2 * s, 15);
+        }
         return;
     }
     for (int g = 0; g < 32; g++) {
