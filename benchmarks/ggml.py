@@ -99,6 +99,8 @@ def speeds(types: list[str], shape: tuple[int, int], rounds: int, fitted: bool) 
     importance = torch.rand(shape[1], generator=dice).log().neg()
     for name in types:
         for given in (None, importance):
+            if given is None and ggml.METHOD.objection(BLOCKS[name].scheme):
+                continue  # llama.cpp needs importances
             yield timed(BLOCKS[name], weight, given, loaded, rounds, fitted)
 
 

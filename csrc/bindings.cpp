@@ -165,7 +165,7 @@ NB_MODULE(_native, module) {
            const MaybeBytes& min_codes, int64_t blocks, const Codes& stored) {
             GgmlParts<const uint8_t> parts{codes.data(), scale.data(), data_or_null(min), data_or_null(scale_codes),
                                            data_or_null(min_codes)};
-            ggml_pack(GgmlType(type), blocks, parts, stored.data());
+            return ggml_pack(GgmlType(type), blocks, parts, stored.data());
         },
         nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
         Unlocked());

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "lowbit.h"
+#include "ggml_grids.h"
 
 namespace lowbit {
 
@@ -203,16 +203,26 @@ GgmlShape ggml_shape(GgmlType type) {
     case GgmlType::iq4_xs: return {256, 136, 8, false, 2};
     case GgmlType::tq1_0: return {256, 54, 0, false, 2};
     case GgmlType::tq2_0: return {256, 66, 0, false, 2};
+    case GgmlType::iq2_xxs: return {256, 66, 8, false, 2};
+    case GgmlType::iq2_xs: return {256, 74, 16, false, 2};
+    case GgmlType::iq2_s: return {256, 82, 16, false, 2};
+    case GgmlType::iq3_xxs: return {256, 98, 8, false, 2};
+    case GgmlType::iq3_s: return {256, 110, 8, false, 2};
+    case GgmlType::iq1_s: return {256, 50, 8, false, 2};
+    case GgmlType::iq1_m: return {256, 56, 16, false, 2};
     }
     return {0, 0, 0, false, 0};
 }
 
-void ggml_pack(GgmlType type, int64_t blocks, const GgmlParts<const uint8_t>& parts, uint8_t* stored) {
+int64_t ggml_pack(GgmlType type, int64_t blocks, const GgmlParts<const uint8_t>& parts, uint8_t* stored) {
     std::memset(stored, 0, size_t(blocks * ggml_shape(type).bytes));
+    if (has_grid(type)) return ggml_grid_pack(type, blocks, parts, stored);
     move_all<true>(type, blocks, parts, stored);
+    return -1;
 }
 
 void ggml_unpack(GgmlType type, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>& parts) {
+    if (has_grid(type)) return ggml_grid_unpack(type, blocks, stored, parts);
     GgmlShape shape = ggml_shape(type);
     std::memset(parts.codes, 0, size_t(blocks * shape.weights));
     if (parts.scale_codes) std::memset(parts.scale_codes, 0, size_t(blocks * shape.subs));

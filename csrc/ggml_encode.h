@@ -610,6 +610,7 @@ void encode_tile(GgmlType type, Tile& t) {
     case GgmlType::q6_k: return encode_q6_k(t);
     case GgmlType::iq4_nl: return encode_iq4_nl(t);
     case GgmlType::iq4_xs: return encode_iq4_xs(t);
+    default: return;  // types with tables are in ggml_grid_encode.h
     }
 }
 

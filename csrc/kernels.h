@@ -3,6 +3,7 @@
 // The including file defines LOWBIT_TABLE (the name of its table) and LOWBIT_SIMD (the header with its lanes).
 // Everything here has internal linkage and nothing of the standard library is instantiated: a shared inline function
 // compiled with AVX-512 could otherwise be the copy that the linker keeps for all.
+#include "ggml_grids.h"
 #include "lowbit.h"
 
 #if defined(__x86_64__)
@@ -549,12 +550,13 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 
 #include "ggml_encode.h"
 #include "ggml_fit.h"
+#include "ggml_grid_encode.h"
 
 }  // namespace
 
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
                            dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words,
-                           softmax,    softmax_slopes, ggml_encode, ggml_fit};
+                           softmax,    softmax_slopes, encode_any, ggml_fit};
 
 }  // namespace lowbit

@@ -80,7 +80,8 @@ struct Causal {
 // llama.cpp's block types under the numbers that GGUF gives them.
 enum class GgmlType {
     q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13, q6_k = 14,
-    iq4_nl = 20, iq4_xs = 23, tq1_0 = 34, tq2_0 = 35, mxfp4 = 39,
+    iq2_xxs = 16, iq2_xs = 17, iq3_xxs = 18, iq1_s = 19, iq4_nl = 20, iq3_s = 21, iq2_s = 22, iq4_xs = 23, iq1_m = 29,
+    tq1_0 = 34, tq2_0 = 35, mxfp4 = 39,
 };
 
 // Weights and bytes of a block, how many blocks with scales of their own are in it (0: it has one scale), whether it
@@ -178,7 +179,8 @@ void unpack_bits_transposed(const Kernels&, const void* words, int64_t rows, int
 void pack_nibbles_high_first(const Kernels&, const uint8_t* codes, int64_t count, uint8_t* bytes);
 void unpack_nibbles_high_first(const Kernels&, const uint8_t* bytes, int64_t count, uint8_t* codes);
 
-void ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);
+// Returns the first weight of a run that the type has no word for (IQ types hold runs of codes from a table), or -1.
+int64_t ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);
 void ggml_unpack(GgmlType, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>&);
 
 }  // namespace lowbit

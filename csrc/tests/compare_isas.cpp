@@ -240,7 +240,8 @@ static void check_ggml_blocks(GgmlType type, int64_t blocks) {
 static constexpr GgmlType ggml_types[] = {
     GgmlType::q4_0, GgmlType::q4_1, GgmlType::q5_0,   GgmlType::q5_1,   GgmlType::q8_0,  GgmlType::q2_k,  GgmlType::q3_k,
     GgmlType::q4_k, GgmlType::q5_k, GgmlType::q6_k,   GgmlType::iq4_nl, GgmlType::iq4_xs, GgmlType::tq1_0, GgmlType::tq2_0,
-    GgmlType::mxfp4};
+    GgmlType::mxfp4, GgmlType::iq2_xxs, GgmlType::iq2_xs, GgmlType::iq2_s, GgmlType::iq3_xxs, GgmlType::iq3_s,
+    GgmlType::iq1_s, GgmlType::iq1_m};
 
 int main() {
     for (GgmlType type : ggml_types)

@@ -77,7 +77,7 @@ def ggml_pack(
     blocks: int,
     stored: Tensor,
     /,
-) -> None: ...
+) -> int: ...
 def ggml_unpack(
     type: int,
     stored: Tensor,

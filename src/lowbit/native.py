@@ -309,11 +309,15 @@ class GgmlParts:
     min_codes: UInt8[Tensor, "..."] | None = None
 
 
-def ggml_pack(type: int, blocks: int, parts: GgmlParts, *, out: UInt8[Tensor, "..."]) -> None:
-    """Blocks of a type of ggml, under its number in GGUF, from their parts."""
+def ggml_pack(type: int, blocks: int, parts: GgmlParts, *, out: UInt8[Tensor, "..."]) -> int | None:
+    """Blocks of a type of ggml, under its number in GGUF, from their parts.
+
+    Returns the flat index of the first weight of a run of codes that the type does not have, None where it has all.
+    """
     _ggml_parts(type, blocks, parts, out)
     each = (parts.codes, parts.scale, parts.min, parts.scale_codes, parts.min_codes)
-    _native.ggml_pack(type, *each, blocks, out)
+    wrong = _native.ggml_pack(type, *each, blocks, out)
+    return None if wrong < 0 else wrong
 
 
 def ggml_unpack(type: int, blocks: int, stored: UInt8[Tensor, "..."], *, out: GgmlParts) -> None:

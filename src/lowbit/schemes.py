@@ -4,7 +4,7 @@ A name reads `grid[-block][-option...]`:
 
     grid    int1..int8, nf4, fp4 (bitsandbytes' table), fp8-e4m3, fp8-e5m2, mxfp4, mxfp8, nvfp4,
             levels[-1,-0.3,0,0.4,1] (any table of 2 to 256 values),
-            q2_k .. q6_k, iq4_nl, iq4_xs, tq1_0 (llama.cpp's block types)
+            q2_k .. q6_k, iq1_s .. iq4_xs, tq1_0 (llama.cpp's block types)
     block   tensor | row | gN (N along the input) | flatN (N of the flattened tensor) | RxC
     option  asym (integer zero point), fzero (float zero point), min (a float that is subtracted),
             dq (double-quantized scales), f16 | bf16 | f32 (type of the scales)
@@ -38,6 +38,7 @@ class Grid:
     Kinds: `int` (offset binary: code c stands for c - 2**(bits-1)), `levels` (any table), `float` (codes are the
     bit pattern of a small float; patterns that mean NaN or Inf have the level `inf` and are never produced).
     `packed` are the bits that a code takes where several codes share their bytes, if these are fewer than `bits`.
+    `table` is set where a tensor cannot have any code beside any other: its type has a table of runs of codes.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Grid:
     bits: int
     levels: tuple[float, ...]
     packed: float | None = None
+    table: bool = False
 
     @property
     def stored_bits(self) -> float:
@@ -150,7 +152,8 @@ def _fp4_levels() -> tuple[float, ...]:
 # llama.cpp's block types with a scheme here, under the numbers that GGUF gives them (enum ggml_type).
 GGML_TYPES = {
     "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14,
-    "iq4_nl": 20, "iq4_xs": 23, "tq1_0": 34, "tq2_0": 35, "mxfp4": 39,
+    "iq2_xxs": 16, "iq2_xs": 17, "iq3_xxs": 18, "iq1_s": 19, "iq4_nl": 20, "iq3_s": 21, "iq2_s": 22, "iq4_xs": 23,
+    "iq1_m": 29, "tq1_0": 34, "tq2_0": 35, "mxfp4": 39,
 }  # fmt: skip
 # llama.cpp's non-linear 4 bits (ggml-common.h, kvalues_iq4nl).
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -167,6 +170,36 @@ def _super_blocks(grid: Grid, size: int, scales: Grid, zero: Zero = "none") -> S
     return Scheme(grid, Block(1, size), zero, "f32", Scheme(scales, Block(1, 256 // size)))
 
 
+def _tables() -> dict[str, Scheme]:
+    """llama.cpp's types with tables: codes are twice the magnitude's number, plus 1 where it is negative.
+
+    The magnitudes of IQ1 are -1, 0, 1 and are shifted by an eighth, down where the code is odd. Scales are odd.
+    """
+    two, three = (8.0, 25.0, 43.0), (4.0, 12.0, 20.0, 28.0, 36.0, 44.0, 52.0, 62.0)
+    odd = tuple(float(2 * number + 1) for number in range(16))
+
+    def scheme(name: str, magnitudes: tuple[float, ...], size: int, packed: float, unit: float) -> Scheme:
+        levels = tuple(sign * value for value in magnitudes for sign in (1, -1))
+        scales = Grid(f"{name}-scales", "levels", 4, tuple(value * unit for value in odd))
+        return _super_blocks(Grid(name, "levels", (len(levels) - 1).bit_length(), levels, packed, True), size, scales)
+
+    def shifted(name: str, size: int, packed: float) -> Scheme:
+        levels = tuple(value + shift for value in (-1.0, 0.0, 1.0) for shift in (0.125, -0.125))
+        return _super_blocks(
+            Grid(name, "levels", 3, levels, packed, True), size, Grid("iq1-scales", "levels", 3, odd[:8])
+        )
+
+    return {
+        "iq1_s": shifted("iq1_s", 32, 1.40625),
+        "iq1_m": shifted("iq1_m", 16, 1.5),
+        "iq2_xxs": scheme("iq2_xxs", two, 32, 1.875, 0.125),
+        "iq2_xs": scheme("iq2_xs", two, 16, 2.0, 0.125),
+        "iq2_s": scheme("iq2_s", two, 16, 2.25, 0.125),
+        "iq3_xxs": scheme("iq3_xxs", three, 32, 2.875, 0.25),
+        "iq3_s": scheme("iq3_s", odd[:8], 32, 3.25, 1.0),
+    }
+
+
 def _llama() -> dict[str, Scheme]:
     iq4 = Grid("iq4_nl", "levels", 4, tuple(float(value) for value in _IQ4))
     ternary = Grid("tq1_0", "levels", 2, (-1.0, 0.0, 1.0), packed=1.625)  # five to a byte, the last 16 four to a byte
@@ -179,6 +212,7 @@ def _llama() -> dict[str, Scheme]:
         "iq4_nl": Scheme(iq4, Block(1, 32)),
         "iq4_xs": _super_blocks(iq4, 32, _int_grid(6)),
         "tq1_0": Scheme(ternary, Block(1, 256)),
+        **_tables(),
     }
 
 

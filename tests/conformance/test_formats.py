@@ -50,6 +50,9 @@ LLAMA = [
     "q6_k",
     "iq4_nl",
     "iq4_xs",
+    "iq1_m",
+    "iq2_xs",
+    "iq3_s",
     "tq1_0",
     "tq2_0",
 ]

@@ -597,7 +597,7 @@ GGUFS = [
     Case("gguf five axes", _gguf(gguf_entry(shape=(1,) * 5)), (GGUF, "'w'", "5 axes")),
     Case("gguf shape overflows", _gguf(gguf_entry(shape=(2**40, 2**40))), (GGUF, "'w'", "larger than any")),
     Case("gguf unknown type", _gguf(gguf_entry(kind=99)), (GGUF, "'w'", "99")),
-    Case("gguf type that is not read", _gguf(gguf_entry(shape=(256,), kind=16)), (GGUF, "'w'", "IQ2_XXS")),
+    Case("gguf type that is not read", _gguf(gguf_entry(shape=(256,), kind=41)), (GGUF, "'w'", "Q1_0")),
     Case("gguf rows of no whole blocks", _gguf(gguf_entry(shape=(33,), kind=8)), (GGUF, "'w'", "q8_0", "33")),
     Case("gguf tensors overlap", _gguf(gguf_entry(), gguf_entry("v", offset=96), size=256), (GGUF, "'v'", "overlaps")),
     Case("gguf hole", _gguf(gguf_entry(), gguf_entry("v", offset=160), size=512), (GGUF, "'v'", "hole")),

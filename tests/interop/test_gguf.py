@@ -16,6 +16,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from lowbit.errors import UnsupportedError, UsageError
+from lowbit.formats._mixtures import choose, place_of, require_arch
 from lowbit.inspect import inspect
 from lowbit.pipeline import Request, run, run_conversion
 from lowbit.stages._changes import Goal
@@ -169,10 +170,16 @@ KINDS = [
 
 def saved(kind: str, path: Path, tokenizer: Tokenizer | None = None) -> Path:
     """A small random model with a tokenizer."""
-    model = spread(models_of(kind))
+    tokenizer = tokenizer or (byte_level(QWEN, nfc=True) if kind.startswith("qwen") else byte_level())
+    return stored(models_of(kind), path, tokenizer)
+
+
+def stored(made: Any, path: Path, tokenizer: Tokenizer | None = None) -> Path:
+    """A model with its weights spread, and a tokenizer."""
+    model = spread(made)
     model.config.eos_token_id = 1
     model.save_pretrained(path)
-    tokenizer = tokenizer or (byte_level(QWEN, nfc=True) if kind.startswith("qwen") else byte_level())
+    tokenizer = tokenizer or byte_level()
     library: Any = transformers
     fast = library.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>")
     fast.save_pretrained(path)
@@ -230,9 +237,11 @@ def test_super_blocks_go_into_floats_and_into_nothing_else(wiki_8m: Path, tmp_pa
         run_conversion(str(shutil.copy(file, alone)), tmp_path / "no", Goal("gptq"))
 
 
-def llama_quantize(source: Path, out: Path, file_type: int) -> Path:
+def llama_quantize(source: Path, out: Path, file_type: int, importance: Any = None) -> Path:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread = file_type, 1
+    if importance is not None:
+        parameters.imatrix = importance
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
     assert code == 0
     return out
@@ -253,7 +262,7 @@ def tensors(path: Path) -> dict[str, tuple[str, bytes]]:
     ("scheme", "file_type"),
     [("q8_0", 7), ("q4_0", 2), ("q5_1", 9), ("q2_k", 10), ("q3_k_s", 11), ("q3_k_m", 12), ("q3_k_l", 13),
      ("q4_k_s", 14), ("q4_k_m", 15), ("q5_k_s", 16), ("q5_k_m", 17), ("q6_k", 18),
-     ("iq4_nl", 25), ("iq4_xs", 30), ("tq2_0", 37)],
+     ("iq3_s", 26), ("iq3_m", 27), ("iq4_nl", 25), ("iq4_xs", 30), ("tq2_0", 37)],
 )  # fmt: skip
 def test_types_and_bytes_are_llama_quantizes(scheme: str, file_type: int, base: Path, tmp_path: Path) -> None:
     """From the same float16 values, in the same order."""
@@ -264,6 +273,25 @@ def test_types_and_bytes_are_llama_quantizes(scheme: str, file_type: int, base: 
     assert {name: kind for name, (kind, _) in left.items()} == {name: kind for name, (kind, _) in right.items()}
     assert [name for name in left if left[name] != right[name]] == []
     assert gguf.GGUFReader(found).get_field("general.file_type").contents() == file_type  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "file_type"), [("iq1_m", 31), ("iq2_xs", 20), ("iq2_m", 29), ("iq3_xxs", 23), ("iq3_xs", 22)]
+)
+def test_types_are_llama_quantizes_under_an_importance_matrix(scheme: str, file_type: int, tmp_path: Path) -> None:
+    size = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, **size}))
+    source = quantized(stored(model, tmp_path / "model"), tmp_path / "f16", "f16")
+    kinds = tensors(source)
+    ones = (ctypes.c_float * 256)(*[1.0] * 256)
+    entry = llama_cpp.llama_model_imatrix_data
+    table = (entry * (len(kinds) + 1))(*[entry(name.encode(), ones, 256) for name in kinds], entry(None, None, 0))
+    theirs = tensors(llama_quantize(source, tmp_path / "theirs.gguf", file_type, table))
+    checkpoint = open_checkpoint(tmp_path / "model")
+    found = choose(scheme, list(checkpoint.weights.values()), checkpoint.config)
+    arch = require_arch(checkpoint.config)
+    ours = {place_of(arch, checkpoint.weights[name]): kind.upper() for name, (kind, _) in found.items()}
+    assert ours == {name: kind for name, (kind, _) in theirs.items()}
 
 
 def test_reads_what_llama_cpp_writes(base: Path, wiki_8m: Path, tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import gguf
+import gguf.quants
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,6 +35,8 @@ def random_qtensor(scheme: Scheme, shape: tuple[int, ...], seed: int = 0, lowest
     legal = torch.tensor([code for code, level in enumerate(scheme.grid.levels) if math.isfinite(level)])
     size = matrix(shape, scheme.block)
     codes = legal[torch.randint(len(legal), size, generator=dice)].to(torch.uint8)
+    if scheme.grid.table:
+        codes = table_codes(scheme.grid.name, size, dice)
     across = blocks(shape, scheme.block)
     zeros, minima = None, None
     if scheme.zero == "int":
@@ -41,6 +46,22 @@ def random_qtensor(scheme: Scheme, shape: tuple[int, ...], seed: int = 0, lowest
     elif scheme.zero == "min":
         minima = _random_scales(scheme, across, dice)
     return QTensor(scheme, shape, codes, _random_scales(scheme, across, dice), zeros, minima=minima)
+
+
+def table_codes(name: str, size: tuple[int, int], dice: torch.Generator) -> Tensor:
+    """Runs of codes that a type of llama.cpp with a table has, by the table of the `gguf` package."""
+    table: Any = getattr(gguf.quants, name.upper())
+    table.init_grid()
+    values = np.rint(table.grid.reshape(table.grid_shape).astype(np.float64))
+    digits = torch.from_numpy(np.searchsorted(table.grid_map, values))
+    rows, cols = size[0], -(-size[1] // 32) * 32
+    runs = digits[torch.randint(len(digits), (rows, cols // digits.shape[1]), generator=dice)].reshape(rows, cols)
+    signs = torch.randint(2, (rows, cols // 8, 8), generator=dice)
+    if name in ("iq2_xxs", "iq2_xs", "iq3_xxs"):  # an even number of negative ones in eight
+        signs[..., 7] = signs[..., :7].sum(-1) % 2
+    shared = {"iq1_s": 32, "iq1_m": 8}.get(name, 1)  # weights with one shift
+    odd = signs.reshape(rows, cols // shared, shared)[..., :1].expand(-1, -1, shared).reshape(rows, cols)
+    return (2 * runs + odd)[:, : size[1]].to(torch.uint8)
 
 
 def _random_scales(scheme: Scheme, shape: tuple[int, int], dice: torch.Generator) -> Tensor | QTensor:

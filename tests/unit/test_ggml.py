@@ -19,7 +19,7 @@ from lowbit import native
 from lowbit.errors import FormatError
 from lowbit.formats import Weight
 from lowbit.formats._ggml import BLOCKS, pack, type_of, unpack
-from lowbit.methods import NoOptions, ggml, ggml_fit, imatrix, imatrix_fit
+from lowbit.methods import NoOptions, ggml, ggml_fit, imatrix, imatrix_fit, rtn
 from lowbit.schemes import ALIASES, FAMILIES, parse
 from lowbit.stages.quantize import join, measure
 from lowbit.tensors import QTensor
@@ -28,7 +28,10 @@ from tests.reference.qtensors import random_qtensor, slow_dequantize
 
 gguf = pytest.importorskip("gguf", reason="compares with gguf")
 NAMES = list(BLOCKS)
-NESTED = [name for name in NAMES if BLOCKS[name].scheme.nested]
+TABLES = [name for name in NAMES if BLOCKS[name].scheme.grid.table]
+WEIGHTED = ["iq1_s", "iq2_xxs", "iq2_xs"]  # llama.cpp encodes these under importances alone
+PLAIN = [name for name in NAMES if name not in WEIGHTED]
+NESTED = [name for name in PLAIN if BLOCKS[name].scheme.nested]
 Floats = NDArray[np.float32]
 
 
@@ -86,6 +89,8 @@ def test_any_bytes_are_read_as_their_owner_reads_them_and_come_back(name: str) -
         blocks.view(-1, kind.bytes)[:, at + 1] &= 0xBB
     if name == "mxfp4":
         blocks.view(-1, kind.bytes)[:, 0] %= 250  # beyond, numbers overflow
+    if name == "iq1_m":
+        blocks.view(-1, kind.bytes)[:, 55] &= 0xBF  # the half is in four pieces
     if name == "tq2_0":
         blocks[blocks & blocks >> 1 & 0x55 != 0] = 0x12  # code 3 is none
     q = unpack(name, blocks, (4, 512))
@@ -96,7 +101,7 @@ def test_any_bytes_are_read_as_their_owner_reads_them_and_come_back(name: str) -
 
 def half_places(name: str) -> list[int]:
     """Where a block has its float16 numbers."""
-    first = {"q2_k": [80, 82], "q3_k": [108], "q6_k": [208], "tq1_0": [52], "tq2_0": [64], "mxfp4": []}
+    first = {"iq1_m": [], "q2_k": [80, 82], "q3_k": [108], "q6_k": [208], "tq1_0": [52], "tq2_0": [64], "mxfp4": []}
     return first.get(name, [0, 2] if name in ("q4_1", "q5_1", "q4_k", "q5_k") else [0])
 
 
@@ -140,6 +145,12 @@ def damaged(name: str) -> Iterator[tuple[str, str, Tensor, tuple[int, ...]]]:
         broken = whole.clone()
         broken[1, 0] = 255
         yield "the exponent that means NaN", "codes end at 254", broken, (2, 512)
+    if name == "iq1_m":
+        for what, piece in (("inf", 0x7C00), ("-inf", 0xFC00), ("nan", 0x7E01)):
+            broken = whole.clone().view(-1, kind.bytes)
+            for i in range(4):
+                broken[1, 49 + 2 * i] = (int(broken[1, 49 + 2 * i]) & 15) | (piece >> 4 * i & 15) << 4
+            yield what, "must be finite", broken.view(whole.shape), (2, 512)
     if name == "tq2_0":
         broken = whole.clone()
         broken[0, 7] = 0xC0
@@ -153,6 +164,33 @@ def test_damage_is_named(name: str) -> None:
     for _, said, broken, shape in cases:
         with pytest.raises(FormatError, match=said):
             unpack(name, broken, shape)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_runs_of_codes_that_are_not_in_the_table_are_refused(name: str) -> None:
+    q = random_qtensor(BLOCKS[name].scheme, (3, 512), seed=2)
+    many = {"a digit that there is not": 255, "no level": len(q.scheme.grid.levels)}
+    for code in many.values():
+        with pytest.raises(FormatError, match=f"{name} holds runs of codes from a table.*row 2 from column 264 on"):
+            stored(replace(q, codes=changed(q.codes, code)), name)
+    top = len(q.scheme.grid.levels) - 2  # 3 ** 8 runs are many more than any table has
+    run = torch.tensor([top, 0, 2, 0, top, 2, 0, 2], dtype=torch.uint8)
+    broken = q.codes.clone()
+    broken[1, 8:16] = run
+    with pytest.raises(FormatError, match="row 1 from column 8 on"):
+        stored(replace(q, codes=broken), name)
+    if name in ("iq2_s", "iq3_s"):  # all signs are stored
+        return
+    broken = q.codes.clone()
+    broken[0, 300] ^= 1
+    with pytest.raises(FormatError, match="row 0 from column 296 on"):
+        stored(replace(q, codes=broken), name)
+
+
+def changed(codes: Tensor, code: int) -> Tensor:
+    broken = codes.clone()
+    broken[2, 270] = code
+    return broken
 
 
 def test_what_cannot_be_stored_is_refused() -> None:
@@ -221,9 +259,13 @@ def ours(name: str, weight: Floats, importance: Floats | None) -> QTensor:
 def test_encoders_give_the_bytes_of_llama_cpp(name: str) -> None:
     for what, weight in weights():
         for importance in importances(weight.shape[1]):
+            if importance is None and name in WEIGHTED:
+                continue
             found = stored(ours(name, weight, importance), name).numpy()
             theirs = llama.quantize(BLOCKS[name].id, weight, importance, found.shape[1])
             wrong = (found != theirs).reshape(-1, BLOCKS[name].bytes).any(1)
+            if name == "iq3_s":  # llama.cpp does not step over a run of 32 zeros: what follows lands in its place
+                wrong &= ~(weight.reshape(-1, 8, 32) == 0).all(2).any(1)
             assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.size} blocks differ"
 
 
@@ -256,7 +298,7 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
     assert len({line[1] for line in lines}) == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TABLES])
 def test_what_float16_cannot_hold_stays_finite_and_all_else_is_theirs(name: str) -> None:
     dice = np.random.default_rng(2)
     weight = (dice.standard_normal((6, 512)) * np.exp(dice.standard_normal((6, 512)) * 6)).astype(np.float32)
@@ -271,7 +313,7 @@ def test_what_float16_cannot_hold_stays_finite_and_all_else_is_theirs(name: str)
     assert name in ("mxfp4", "q6_k", "iq4_xs") or not whole.all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_short_last_block_is_one_that_zeros_follow(name: str) -> None:
     weight = torch.randn(3, 600, generator=torch.Generator().manual_seed(0))
     full = torch.cat([weight, torch.zeros(3, 168)], 1)
@@ -304,6 +346,10 @@ def test_other_schemes_are_refused_in_words() -> None:
     for scheme in ("int4-g64", "int3-g32", "nf4", "nvfp4", "int4-g32-bf16"):
         for method in (ggml.METHOD, imatrix.METHOD):
             assert "llama.cpp has no such type" in str(method.supports(parse(scheme)))
+    for name in TABLES:
+        assert "runs of codes from a table" in str(rtn.METHOD.objection(parse(name)))
+        assert imatrix.METHOD.objection(parse(name)) is None
+        assert ("under an importance matrix alone" in str(ggml.METHOD.objection(parse(name)))) == (name in WEIGHTED)
     assert all(ggml.METHOD.supports(FAMILIES[name]) is None for name in NESTED)
 
 

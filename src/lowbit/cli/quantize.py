@@ -14,7 +14,8 @@ from lowbit.cli._options import Size, cores, make_rules, print_plan, progress_ba
 _EPILOG = """\b
 Schemes are GRID[-BLOCK][-OPTION...], as int4-g128-asym:
   GRID    int1 to int8, nf4, fp4, fp8-e4m3, fp8-e5m2, mxfp4, mxfp8, nvfp4
-          llama.cpp's q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, tq1_0, tq2_0
+          llama.cpp's q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, tq1_0, tq2_0,
+          iq1_s, iq1_m, iq2_xxs, iq2_xs, iq2_s, iq3_xxs, iq3_s
   BLOCK   what shares a scale: tensor, row, gN (N weights of a row), RxC (rows by columns)
   OPTION  asym, fzero (whole or fractional zero points), dq (8-bit scales), f16, bf16, f32 (type of scales)
 

@@ -71,7 +71,8 @@ def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
     """Fill rows of blocks of a type.
 
     Raises:
-        FormatError: the tensor has another scheme or is no matrix of whole blocks, or a scale is not exact in its type.
+        FormatError: the tensor has another scheme or is no matrix of whole blocks, a scale is not exact in its type, or
+            a run of codes is not in the type's table.
     """
     kind, (rows, cols) = BLOCKS[name], view_shape(q.shape, q.scheme.block)
     if q.scheme != kind.scheme or q.group_index is not None:
@@ -81,7 +82,13 @@ def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
     scale, scale_codes = _stored(name, q.scales)
     low, low_codes = (None, None) if q.minima is None else _stored(name, q.minima)
     parts = native.GgmlParts(q.codes.contiguous(), scale, low, scale_codes, low_codes)
-    native.ggml_pack(kind.id, rows * cols // kind.weights, _negated(name, parts), out=out)
+    wrong = native.ggml_pack(kind.id, rows * cols // kind.weights, _negated(name, parts), out=out)
+    if wrong is not None:
+        row, col = divmod(wrong, cols)
+        raise FormatError(
+            f"{name} holds runs of codes from a table, and not those of row {row} from column {col} on; "
+            "the methods ggml and imatrix make such as it has"
+        )
 
 
 def unpack(

@@ -1,7 +1,8 @@
 """llama.cpp's mixtures: which block type each tensor gets under a name as `q4_k_m`.
 
-The rules are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp, without an importance matrix. They go
-by the role of a tensor and by how many of that role came before it, layer by layer.
+The rules are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp, without an importance matrix (but for
+those that it writes with one alone: from `iq1_s` to `iq3_xs`). They go by the role of a tensor and by how many of that
+role came before it, layer by layer.
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ MIXTURES: Mapping[str, tuple[int, str]] = {
     "q2_k": (10, "q2_k"), "q3_k_s": (11, "q3_k"), "q3_k_m": (12, "q3_k"), "q3_k_l": (13, "q3_k"),
     "q4_k_s": (14, "q4_k"), "q4_k_m": (15, "q4_k"), "q5_k_s": (16, "q5_k"), "q5_k_m": (17, "q5_k"),
     "q6_k": (18, "q6_k"),
+    "iq1_s": (24, "iq1_s"), "iq1_m": (31, "iq1_m"), "iq2_xxs": (19, "iq2_xxs"), "iq2_xs": (20, "iq2_xs"),
+    "iq2_s": (28, "iq2_xs"), "iq2_m": (29, "iq2_s"), "iq3_xxs": (23, "iq3_xxs"), "iq3_xs": (22, "iq3_s"),
+    "iq3_s": (26, "iq3_s"), "iq3_m": (27, "iq3_s"),
     "iq4_nl": (25, "iq4_nl"), "iq4_xs": (30, "iq4_xs"), "tq1_0": (36, "tq1_0"), "tq2_0": (37, "tq2_0"),
 }  # fmt: skip
 _FALLBACK = {
     "q2_k": "q4_0", "q3_k": "q4_0", "tq1_0": "q4_0", "tq2_0": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
-    "iq4_xs": "iq4_nl",
+    **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),
 }  # fmt: skip
 _NEVER = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types")
 # Mixtures under which attention's output gets more where a model has eight experts.
-_FEW = ("q2_k", "q3_k_s", "q3_k_m", "iq4_nl", "iq4_xs", "q4_k_s", "q4_k_m")
+_FEW = ("q2_k", "q3_k_s", "q3_k_m", "iq4_nl", "iq4_xs", "q4_k_s", "q4_k_m", "iq3_xs", "iq3_xxs", "iq3_s", "iq3_m")
+# Mixtures of about two bits, which have rules of their own; those of them with more for what is sensitive.
+_TWO = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
+_TWO_MORE = ("iq2_s", "iq2_m")
 
 
 @final
@@ -136,17 +143,42 @@ def _wanted(name: str, role: str, number: int, count: int, model: _Model, cols: 
     if base in FLOATS or name not in MIXTURES:
         return base
     if role == "output" or (role == "token_embd" and not model.has_output):
-        return "q8_0" if base == "q8_0" or cols % BLOCKS[base].weights else "q6_k"
+        if base == "q8_0" or cols % BLOCKS[base].weights:
+            return "q8_0"
+        return "q5_k" if name in _TWO or name == "iq3_xxs" else "q6_k"
     if role == "token_embd":
+        if name in _TWO or name == "iq3_xxs":
+            return "iq3_s" if name in (*_TWO_MORE, "iq3_xxs") else "q2_k"
         return "q4_k" if name in ("tq1_0", "tq2_0") else base
+    if name in _TWO:
+        return _two_bits(name, base, role, number, model)
     if role == "attn_v":
         return _values(name, base, number, count, model)
     if role == "attn_k" and model.experts == 8:
         return "q8_0"
+    if role in ("attn_q", "attn_k") and name in ("iq3_xs", "iq3_xxs"):
+        return "iq3_xxs" if name == "iq3_xs" else "iq2_s"
+    if role.startswith(("ffn_gate", "ffn_up")) and name == "iq3_xs":
+        return "iq3_xxs" if model.layers // 8 <= number < 7 * model.layers // 8 else base
     if role == "attn_output":
-        more = {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(name, base)
+        more = {"iq3_xxs": "iq3_s", "iq3_m": "q4_k", "q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(name, base)
         return "q5_k" if model.experts == 8 and name in _FEW else more
-    return _down(name, base, number, model.layers) if role in ("ffn_down", "ffn_down_exps") else base
+    return _down(name, base, number, model) if role in ("ffn_down", "ffn_down_exps") else base
+
+
+def _two_bits(name: str, base: str, role: str, number: int, model: _Model) -> str:
+    more = "iq3_s" if name in _TWO_MORE else "q2_k"
+    if role == "attn_v":
+        return "q4_k" if model.grouped >= 4 or model.experts >= 4 else more
+    if role == "attn_k" and model.experts == 8:
+        return "q4_k"
+    if role in ("ffn_down", "ffn_down_exps"):
+        return more if number < model.layers // 8 else base
+    if role != "attn_output":
+        return base
+    if model.experts == 8:
+        return "q5_k"
+    return {"iq1_s": "iq2_xxs", "iq1_m": "iq2_xxs", "iq2_s": "iq3_s", "iq2_m": "iq3_s"}.get(name, base)
 
 
 def _values(name: str, base: str, number: int, count: int, model: _Model) -> str:
@@ -155,6 +187,10 @@ def _values(name: str, base: str, number: int, count: int, model: _Model) -> str
     grouped = model.grouped >= 4
     found = {
         "q2_k": "q4_k" if grouped else "q3_k",
+        "iq3_xxs": "q4_k" if grouped else base,
+        "iq3_xs": "q4_k" if grouped else base,
+        "iq3_s": "q4_k" if grouped else base,
+        "iq3_m": "q4_k",
         "q3_k_m": "q5_k" if number < 2 else "q4_k",
         "q3_k_l": "q5_k",
         "iq4_nl": "q5_k" if grouped else base,
@@ -166,8 +202,10 @@ def _values(name: str, base: str, number: int, count: int, model: _Model) -> str
     return "q5_k" if model.large and found in ("q3_k", "q4_k") else found
 
 
-def _down(name: str, base: str, number: int, layers: int) -> str:
+def _down(name: str, base: str, number: int, model: _Model) -> str:
+    layers = model.layers
     return {
+        "iq3_m": "q4_k" if number < layers // 8 or (model.experts == 8 and _more(number, layers)) else base,
         "q2_k": "q3_k",
         "q3_k_m": "q5_k" if number < layers // 16 else "q4_k",
         "q3_k_l": "q5_k",

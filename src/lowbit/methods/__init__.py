@@ -51,6 +51,7 @@ class Method:
             codes counts.
         outside: name of the method for weights of which no statistics are taken, where this one needs some.
         supports: `scheme -> None`, or the reason why this method cannot use the scheme.
+        tables: whether it chooses runs of codes, as grids with a `table` need; `objection` refuses the others.
     """
 
     about: str
@@ -66,3 +67,10 @@ class Method:
     work: Callable[[int, int], float] = lambda rows, cols: 0.0
     windows: Callable[[Any], int] = lambda options: 0
     into: Callable[[Float[Tensor, "rows cols"], Stats, Scheme, Any, UInt8[Tensor, "rows cols"]], QTensor] | None = None
+    tables: bool = False
+
+    def objection(self, scheme: Scheme) -> str | None:
+        """The reason why this method cannot use a scheme; None where it can."""
+        if scheme.grid.table and not self.tables:
+            return "it rounds weight by weight, and this scheme has runs of codes from a table; use imatrix, or ggml"
+        return self.supports(scheme)

@@ -30,12 +30,20 @@ def objection(scheme: Scheme) -> str | None:
     return f"llama.cpp has no such type; use q4_k or another of its names, or {plain}"
 
 
+def without_importance(scheme: Scheme) -> str | None:
+    """It must be a type that llama.cpp encodes without an importance matrix."""
+    if str(scheme) in ("iq1_s", "iq2_xxs", "iq2_xs"):
+        return f"llama.cpp encodes {scheme} under an importance matrix alone; use imatrix"
+    return objection(scheme)
+
+
 def encode(
     weight: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"] | None, scheme: Scheme, fitted: bool = False
 ) -> QTensor:
     """The weight in one of llama.cpp's types, `fitted` with less error than llama.cpp's own encoder leaves.
 
-    A shorter last block is encoded as if zeros without importance followed.
+    A shorter last block is encoded as if zeros without importance followed. Types with tables are not fitted further:
+    their encoders search all runs of codes.
 
     Raises:
         WeightError: NaN or Inf, with its place.
@@ -47,7 +55,7 @@ def encode(
     wanted = None if importance is None else pad(importance.float(), (0, tail))
     found = _room(rows, cols + tail, whole, scheme)
     if weight.numel():
-        native.ggml_encode(_IDS[scheme], filled, wanted, out=found, fitted=fitted)
+        native.ggml_encode(_IDS[scheme], filled, wanted, out=found, fitted=fitted and not scheme.grid.table)
     scales = _part(found.scale, found.scale_codes, (rows, cols), scheme)
     minima = None if found.min is None else _part(found.min, found.min_codes, (rows, cols), scheme)
     return QTensor(scheme, (rows, cols), found.codes[:, :cols].contiguous(), scales, minima=minima)

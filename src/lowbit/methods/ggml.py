@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowbit.methods import Method, NoOptions, Stats
-from lowbit.methods._ggml import encode, objection
+from lowbit.methods._ggml import encode, without_importance
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
@@ -20,4 +20,6 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, o
     return encode(weight, None, scheme)
 
 
-METHOD = Method(about="llama.cpp's encoders, to the byte, no data", quantize=quantize, supports=objection)
+METHOD = Method(
+    about="llama.cpp's encoders, to the byte, no data", quantize=quantize, supports=without_importance, tables=True
+)

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowbit.methods import Method, NoOptions, Stats
-from lowbit.methods._ggml import encode, objection
+from lowbit.methods._ggml import encode, without_importance
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
@@ -21,5 +21,8 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, o
 
 
 METHOD = Method(
-    about="llama.cpp's types with less error than its encoders, no data", quantize=quantize, supports=objection
+    about="llama.cpp's types with less error than its encoders, no data",
+    quantize=quantize,
+    supports=without_importance,
+    tables=True,
 )

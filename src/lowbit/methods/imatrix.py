@@ -26,4 +26,5 @@ METHOD = Method(
     needs=frozenset({"mean_square"}),
     outside="ggml",
     supports=objection,
+    tables=True,
 )

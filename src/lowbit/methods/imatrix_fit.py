@@ -26,4 +26,5 @@ METHOD = Method(
     needs=frozenset({"mean_square"}),
     outside="ggml_fit",
     supports=objection,
+    tables=True,
 )

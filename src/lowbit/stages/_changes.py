@@ -137,7 +137,8 @@ def nearest(scheme: Scheme, cols: int) -> Iterator[list[list[Scheme]]]:
 
     Each list is in the order in which it is tried: blocks like the weight's own, then smaller, then larger.
     """
-    grids = dict.fromkeys([scheme.grid, *(family.grid for family in FAMILIES.values())])
+    others = (family.grid for family in FAMILIES.values() if not family.grid.table)
+    grids = dict.fromkeys([scheme.grid, *others])
     own = scheme.grid.bits
     for bits in [*range(own, 9), *range(own - 1, 0, -1)]:
         yield [_on_grid(scheme, grid.name, cols) for grid in grids if grid.bits == bits]
@@ -347,7 +348,7 @@ class Changer:
             assert target.scheme is not None
             for name in METHODS:
                 method: Method = plugins.load("methods", name)
-                if method.supports(target.scheme) is None:
+                if method.objection(target.scheme) is None:
                     return target, name
         return None
 

@@ -37,10 +37,7 @@ FLOATS: Mapping[str, tuple[int, torch.dtype]] = {
 _PLAIN = dict(FLOATS.values())
 _BLOCKS = {kind.id: kind for kind in BLOCKS.values()}
 # Types of ggml that are known and not read.
-_OTHERS = {
-    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
-    29: "IQ1_M", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0",
-}  # fmt: skip
+_OTHERS = {9: "Q8_1", 15: "Q8_K", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0"}
 
 
 @final

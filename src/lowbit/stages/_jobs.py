@@ -96,7 +96,7 @@ class Job:
         found = {self.method: (_load(self.method), self.options)}
         for name, options in RIVALS.items():
             method = _load(name)
-            if self.seen.held.any() and name not in found and method.supports(self.scheme) is None:
+            if self.seen.held.any() and name not in found and method.objection(self.scheme) is None:
                 found[name] = (method, method.options(**options))
         return found
 

@@ -242,7 +242,7 @@ def check_beside(checkpoint: Checkpoint) -> None:
 
 def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
     """The method, or the format's own one for a scheme of a mixture that it cannot make; and why."""
-    if _method(method).supports(parse(wanted)) is None:
+    if _method(method).objection(parse(wanted)) is None:
         return method, why
     return encoder, f"{why}; by {encoder}, {method} cannot make {wanted}"
 
@@ -331,7 +331,7 @@ def _entry(
         fitted = form.fit(scheme, weight)
     except UnsupportedError as error:
         raise UnsupportedError(f"{weight.name} {list(weight.shape)}: {error}") from None
-    objection = method.supports(fitted)
+    objection = method.objection(fitted)
     if objection:
         raise UnsupportedError(f"{weight.name}: method {name} cannot use {fitted}: {objection}")
     weight = replace(weight, scheme=fitted)
