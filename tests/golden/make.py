@@ -180,6 +180,25 @@ def torchao() -> list[dict[str, Any]]:
     return cases
 
 
+def aqlm() -> list[dict[str, Any]]:
+    """Any integers are codes; packed, and dequantized in float32, by the package."""
+    utils = import_module("aqlm.utils")
+    cases = []
+    for out, width, books, bits in [(1, 8, 2, 4), (1, 4, 1, 9), (2, 4, 3, 5)]:
+        dice = torch.Generator().manual_seed(bits)
+        codes = torch.randint(2**bits, (6 // out, 16 // width, books), generator=dice)
+        tables = torch.randn(books, 2**bits, out, width, generator=dice).half()
+        scales = (torch.rand(6 // out, 1, 1, 1, generator=dice) / 50 + 0.01).half()
+        packed = utils.pack_int_data(codes.clone(), bits)
+        meant = utils._dequantize_weight(utils.unpack_int_data(packed, bits), tables.float(), scales.float())
+        fields = {"in_group_size": width, "out_group_size": out, "num_codebooks": books, "nbits_per_codebook": bits}
+        declared = import_module("transformers").AqlmConfig(**fields).to_dict()
+        tensors = {f"{MODULE}.{name}": part for name, part in
+                   (("codes", packed), ("codebooks", tables), ("scales", scales))}  # fmt: skip
+        cases.append(case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": meant}))
+    return cases
+
+
 class _Unused(types.ModuleType):
     """A module of which nothing is needed but that names can be imported from it."""
 
@@ -196,6 +215,7 @@ MAKERS: dict[str, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
     "mlx": ("mlx 0.32.4", mlx),
     "mxfp4": ("transformers 5.23.0", mxfp4),
     "torchao": ("torchao 0.18.0", torchao),
+    "aqlm": ("aqlm 1.1.7, transformers 5.23.0", aqlm),
     "modelopt": ("nvidia-modelopt 0.47.0", modelopt),
 }
 

@@ -360,4 +360,50 @@ TORCHAO = [
     ),
 ]
 
-CASES = TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
+
+def _aqlm(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """AQLM of [6, 16], vectors of 8 columns, two books of 6 bits."""
+    parts: dict[str, Tensor | None] = {
+        "codes": torch.zeros(6, 2, 2, dtype=torch.int8),
+        "codebooks": torch.ones(2, 64, 1, 8, dtype=F16),
+        "scales": torch.ones(6, 1, 1, 1, dtype=F16),
+    }
+    usual = {"in_group_size": 8, "out_group_size": 1, "num_codebooks": 2, "nbits_per_codebook": 6}
+    return checkpoint({"quant_method": "aqlm", **usual, **(declared or {})}, {**parts, **changes})
+
+
+AQLM = [
+    Case("aqlm scale nan", _aqlm(scales=torch.full((6, 1, 1, 1), NAN, dtype=F16)), ("m.scales", "nan"), "aqlm"),
+    Case("aqlm entry infinite", _aqlm(codebooks=torch.full((2, 64, 1, 8), INF, dtype=F16)), ("m.codebooks",), "aqlm"),
+    Case("aqlm without scales", _aqlm(scales=None), ("m.scales is missing",), "aqlm"),
+    Case("aqlm without codebooks", _aqlm(codebooks=None), ("m.codebooks is missing",), "aqlm"),
+    Case("aqlm scales of other rows", _aqlm(scales=torch.ones(5, 1, 1, 1, dtype=F16)), ("m.scales", "[5, 1"), "aqlm"),
+    Case("aqlm scales integers", _aqlm(scales=torch.ones(6, 1, 1, 1, dtype=torch.int32)), ("m.scales",), "aqlm"),
+    Case(
+        "aqlm codes of more bits",
+        _aqlm(codes=torch.full((6, 2, 2), 32, dtype=torch.int8)),
+        ("m.codes", "6 bits"),
+        "aqlm",
+    ),
+    Case("aqlm codes of 16 bits", _aqlm(codes=torch.zeros(6, 2, 2, dtype=torch.int16)), ("m.codes", "int8"), "aqlm"),
+    Case("aqlm codes of two axes", _aqlm(codes=torch.zeros(6, 4, dtype=torch.int8)), ("m.codes [6, 4]",), "aqlm"),
+    Case(
+        "aqlm codes of one book", _aqlm(codes=torch.zeros(6, 2, 1, dtype=torch.int8)), ("m.codes", "[6, 2, 1]"), "aqlm"
+    ),
+    Case("aqlm codebooks empty", _aqlm(codebooks=torch.ones(2, 64, 0, 8, dtype=F16)), ("[2, 64, 0, 8]",), "aqlm"),
+    Case(
+        "aqlm codebooks of 63 entries",
+        _aqlm(
+            {"nbits_per_codebook": 5},
+            codebooks=torch.ones(2, 63, 1, 8, dtype=F16),
+        ),
+        ("2 x 63 entries", "power of two"),
+        "aqlm",
+    ),
+    *(
+        Case(f"aqlm says {field} {value}", _aqlm({field: value}), ("m.codebooks", field, repr(value)), "aqlm")
+        for field, value in [("in_group_size", 2**40), ("num_codebooks", "2"), ("nbits_per_codebook", None)]
+    ),
+]
+
+CASES = AQLM + TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND

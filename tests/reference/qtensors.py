@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.schemes import Block, Scheme
-from lowbit.tensors import QTensor
+from lowbit.tensors import QTensor, Vectors
 
 _SCALES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -29,6 +29,8 @@ def blocks(shape: tuple[int, ...], block: Block) -> tuple[int, int]:
 def random_qtensor(scheme: Scheme, shape: tuple[int, ...], seed: int = 0, lowest_zero: int = 0) -> QTensor:
     """Codes over the whole grid, scales over some decades; integer zero points from `lowest_zero` upwards."""
     dice = torch.Generator().manual_seed(seed)
+    if scheme.grid.runs:
+        return _random_vectors(scheme, shape, dice)
     legal = torch.tensor([code for code, level in enumerate(scheme.grid.levels) if math.isfinite(level)])
     size = matrix(shape, scheme.block)
     codes = legal[torch.randint(len(legal), size, generator=dice)].to(torch.uint8)
@@ -41,6 +43,24 @@ def random_qtensor(scheme: Scheme, shape: tuple[int, ...], seed: int = 0, lowest
     elif scheme.zero == "min":
         minima = _random_scales(scheme, across, dice)
     return QTensor(scheme, shape, codes, _random_scales(scheme, across, dice), zeros, minima=minima)
+
+
+def _random_vectors(scheme: Scheme, shape: tuple[int, ...], dice: torch.Generator) -> QTensor:
+    """Every index, entries of both signs, columns in any order."""
+    rows, left = matrix(shape, Block(1, 0))
+    held, order = [], torch.randperm(left, generator=dice).int() if scheme.perm else None
+    for run in scheme.grid.runs:
+        width = run.width or left
+        size, groups, left = (-(-rows // run.rows), width // run.cols), width // (run.group or width), left - width
+        codes = [torch.randint(2**bits, size, generator=dice).int() for bits in run.bits]
+        books = [torch.randn(groups, 2**bits, run.rows, run.cols, generator=dice) for bits in run.bits]
+        held.append(Vectors(torch.stack(codes), tuple(_storable(book, scheme) for book in books)))
+    across = blocks(shape, scheme.block)
+    minima = _storable(torch.randn(across, generator=dice), scheme) if scheme.zero == "min" else None
+    single = scheme.block == Block(0, 0)
+    scales = torch.ones(1, 1) if single else _random_scales(scheme, across, dice)
+    nothing = torch.empty(0, 0, dtype=torch.uint8)
+    return QTensor(scheme, shape, nothing, scales, minima=minima, vectors=tuple(held), order=order)
 
 
 def _random_scales(scheme: Scheme, shape: tuple[int, int], dice: torch.Generator) -> Tensor | QTensor:
@@ -70,7 +90,7 @@ def _storable(values: Tensor, scheme: Scheme) -> Tensor:
 def slow_dequantize(q: QTensor) -> Tensor:
     """Element by element, in float32: level times scale, or code minus zero point, times scale; plus the offset.
 
-    With the zero kind `min`: code times scale, minus what is subtracted.
+    With the zero kind `min`: code times scale, minus what is subtracted. Of vectors the sum over books, in their order.
     """
     scales = (slow_dequantize(q.scales) if isinstance(q.scales, QTensor) else q.scales).numpy()
     minima = slow_dequantize(q.minima) if isinstance(q.minima, QTensor) else q.minima
@@ -81,15 +101,33 @@ def slow_dequantize(q: QTensor) -> Tensor:
             down, across = row // (block.rows or rows), col // (block.cols or cols)
             if q.group_index is not None:
                 across = int(q.group_index[col])
-            code = int(q.codes[row, col])
-            value = np.float32(q.scheme.grid.levels[code])
+            code = 0 if q.vectors else int(q.codes[row, col])
+            value = _in_vector(q, row, col) if q.vectors else np.float32(q.scheme.grid.levels[code])
             if q.zeros is not None:
                 value = np.float32(code) - np.float32(q.zeros[down, across].item())
             if minima is not None:
-                value = np.float32(code)
+                value = value if q.vectors else np.float32(code)
             out[row, col] = value * np.float32(scales[down, across])
             if minima is not None:
                 out[row, col] -= np.float32(minima[down, across].item())
     if q.offset is not None:
         out += np.float32(q.offset.item())
+    if q.order is not None:
+        columns = q.order.tolist()
+        out = np.stack([out[:, columns.index(col)] for col in range(cols)], 1)
     return torch.from_numpy(out).reshape(q.shape)
+
+
+def _in_vector(q: QTensor, row: int, col: int) -> np.float32:
+    """What the codebooks say of one element."""
+    at = 0
+    while q.scheme.grid.runs[at].width and col >= q.scheme.grid.runs[at].width:
+        col -= q.scheme.grid.runs[at].width
+        at += 1
+    run, vectors = q.scheme.grid.runs[at], q.vectors[at]
+    total = np.float32(0)
+    for i, book in enumerate(vectors.books):
+        index = int(vectors.codes[i, row // run.rows, col // run.cols])
+        part = book[col // run.group if run.group else 0, index, row % run.rows, col % run.cols]
+        total = np.float32(part.item()) if i == 0 else total + np.float32(part.item())
+    return total

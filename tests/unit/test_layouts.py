@@ -15,6 +15,7 @@ from lowbit import plugins
 from lowbit.api import make_plan
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Weight
+from lowbit.methods import Method
 from lowbit.schemes import parse
 from lowbit.stages.checkpoint import open_checkpoint
 from tests.interop.models import recognised, unpacked
@@ -57,6 +58,7 @@ def declaration(name: str, weights: list[Weight], key: str = "quantization_confi
         ("mlx", "int4-g64", (64, 128), "int4-g64-min-bf16"),
         ("mlx", "int6-row-asym", (3, 128), "int6-g128-min-bf16"),
         ("modelopt", "nvfp4", (3, 48), "nvfp4"),
+        ("aqlm", "vectors[1x8:16]", (3, 48), "vectors[1x8:16]-row-bf16"),
     ],
 )
 def test_fit_says_how_it_is_stored(name: str, scheme: str, shape: tuple[int, int], fitted: str) -> None:
@@ -89,6 +91,11 @@ def test_fit_says_how_it_is_stored(name: str, scheme: str, shape: tuple[int, int
         ("modelopt", "mxfp4", (64, 128), "compressed-tensors"),
         ("modelopt", "nvfp4", (64, 40), "16 divides"),
         ("bitnet", "levels[-1,0,1]-row", (64, 128), "levels"),
+        ("aqlm", "int4-g64", (64, 128), "no method makes yet; convert keeps"),
+        ("aqlm", "vectors[1x8:8+4]", (64, 128), "cannot hold"),
+        ("aqlm", "vectors[8x1:8]-column-min", (64, 128), "cannot hold"),
+        ("aqlm", "vectors[1x8:8]", (64, 100), "do not divide"),
+        ("hqq", "vectors[1x8:8]", (64, 128), "cannot hold"),
         ("bitnet", "levels[-1,0,1]-tensor", (66, 128), "four quarters"),
     ],
 )
@@ -178,6 +185,14 @@ def test_what_is_read_only_is_refused_and_not_offered(wiki_8m: Path) -> None:
     assert "mxfp4" not in plugins.written()
     with pytest.raises(UnsupportedError, match="read and not written"):
         make_plan(wiki_8m, format="mxfp4")
+
+
+def test_what_no_method_makes_is_not_offered_and_says_so(wiki_8m: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no method makes vectors of codebooks yet; convert keeps"):
+        make_plan(wiki_8m, format="aqlm")
+    for name in plugins.names("methods"):
+        method: Method = plugins.load("methods", name)
+        assert method.supports(parse("vectors[1x8:16]")) and method.supports(parse("vectors[8x1:16]-column-min")), name
 
 
 def test_experts_come_as_the_model_holds_them(tmp_path: Path) -> None:
