@@ -59,7 +59,7 @@ class Vectors:
     """
 
     codes: Int32[Tensor, "books down across"]
-    books: tuple[Float[Tensor, "groups entries rows cols"], ...]
+    books: tuple[Float[Tensor, "groups _ rows cols"], ...]
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "rows cols"]:
         """Rows of the columns, before scales; the sum is in the order of the books, in float32."""
@@ -113,7 +113,7 @@ class QTensor:
     group_index: Int32[Tensor, "cols"] | None = None
     minima: Tensor | QTensor | None = None
     vectors: tuple[Vectors, ...] = ()
-    order: Int32[Tensor, "cols"] | None = None
+    order: Int32[Tensor, "inputs"] | None = None
 
     def __post_init__(self) -> None:
         blocks = scale_shape(self.shape, self.scheme.block)
@@ -273,5 +273,6 @@ def scheme_bytes(scheme: Scheme, shape: Shape) -> int:
         2 * view_shape(shape, Block(1, 0))[1] if scheme.perm else 0
     )  # formats have 16 bits for the number of a column
     vectors = scheme.grid.kind == "vectors"
+    scales = 0 if vectors and scheme.block == Block(0, 0) else scales  # it is 1: codebooks have it in them
     codes = _vector_bytes(scheme, shape) if vectors else ceil(prod(shape) * scheme.grid.stored_bits / 8)
     return codes + scales + zeros + offset + order

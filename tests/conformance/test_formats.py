@@ -53,7 +53,13 @@ LLAMA = [
     "tq1_0",
     "tq2_0",
 ]
-VECTORS = ["vectors[1x8:8+8]-row", "vectors[1x4:6]-row"]
+VECTORS = [
+    "vectors[1x8:8+8]-row",
+    "vectors[1x4:6]-row",
+    "vectors[8x1:8]-column-min-perm",
+    "vectors[4*3x1:5,4x1:7+9/2]-column-min-perm",
+    "vectors[6x1:9+3]-tensor",
+]
 SCHEMES = INTEGERS + FLOATS + TABLES + OTHERS + LLAMA + VECTORS
 SHAPES = [(1, 1), (3, 7), (5, 16), (32, 64), (33, 130), (64, 96), (160, 256), (128, 128)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -262,7 +268,7 @@ def damaged(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tens
             "transposed and longer": torch.zeros((*tensor.shape[::-1], 2), dtype=tensor.dtype),
             "longer": torch.cat([bits_of(tensor), bits_of(tensor)]).view(tensor.dtype).reshape(2, *tensor.shape),
             "empty": tensor.reshape(-1)[:0],
-            "int16": torch.zeros(tensor.shape, dtype=torch.int16),
+            "int16": torch.zeros(tensor.shape, dtype=torch.float64 if tensor.dtype == torch.int16 else torch.int16),
             "float64": torch.zeros(tensor.shape, dtype=torch.float64),
             "all bits set": torch.full_like(bits_of(tensor), 255).view(tensor.dtype).reshape(tensor.shape),
         }

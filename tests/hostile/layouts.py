@@ -406,4 +406,77 @@ AQLM = [
     ),
 ]
 
-CASES = AQLM + TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
+
+def _vptq(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """VPTQ of [10, 22]: 4 outliers in vectors of 2, the others in vectors of 4, 5 and 3 bits; names as in the file."""
+    parts: dict[str, Tensor | None] = {
+        "indices": torch.zeros(1, 3, 5, dtype=torch.int32),
+        "centroids_weight": torch.ones(1, 128, dtype=F16),
+        "res_centroids_weight": torch.ones(1, 32, dtype=F16),
+        "outlier_centroids_weight": torch.ones(1, 16, dtype=F16),
+        "outlier_indices": torch.zeros(1, 5, 4, dtype=torch.int16),
+        "weight_scale": torch.ones(22, dtype=F16),
+        "weight_bias": torch.ones(22, dtype=F16),
+        "perm": torch.arange(22, dtype=torch.int16),
+    }
+    usual = {
+        "in_features": 22, "out_features": 10, "vector_lens": [2, 4], "num_centroids": [8, 32],
+        "num_res_centroids": [-1, 8], "group_num": 1, "group_size": 18, "outlier_size": 4, "indices_as_float": False,
+        "enable_norm": True, "enable_perm": True, "is_indice_packed": True,
+    }  # fmt: skip
+    found = {name.replace("_weight", ".weight"): tensor for name, tensor in {**parts, **changes}.items()}
+    return checkpoint({"quant_method": "vptq", "config_for_layers": {"m": usual | dict(declared or {})}}, found)
+
+
+def _vptq_says(said: str, **fields: Any) -> Case:
+    words = ", ".join(f"{field} {value}" for field, value in fields.items())
+    return Case(f"vptq says {words}", _vptq(fields), ("m", said), "vptq")
+
+
+VPTQ = [
+    Case(
+        "vptq entry nan", _vptq(centroids_weight=torch.full((1, 128), NAN, dtype=F16)), ("m.centroids", "nan"), "vptq"
+    ),
+    Case("vptq scale infinite", _vptq(weight_scale=torch.full((22,), INF, dtype=F16)), ("m.weight_scale",), "vptq"),
+    Case("vptq without indices", _vptq(indices=None), ("m.indices is missing",), "vptq"),
+    Case("vptq without residual", _vptq(res_centroids_weight=None), ("m.res_centroids.weight is missing",), "vptq"),
+    Case("vptq order twice", _vptq(perm=torch.zeros(22, dtype=torch.int16)), ("m.perm is no order of 22",), "vptq"),
+    Case("vptq order beyond", _vptq(perm=torch.arange(-1, 21, dtype=torch.int16)), ("m.perm is no order",), "vptq"),
+    Case(
+        "vptq outlier beyond",
+        _vptq(outlier_indices=torch.full((1, 5, 4), 8, dtype=torch.int16)),
+        ("m.outlier_indices holds 8",),
+        "vptq",
+    ),
+    Case(
+        "vptq indices of fewer words",
+        _vptq(indices=torch.zeros(1, 3, 4, dtype=torch.int32)),
+        ("m.indices", "[1, 3, 4]"),
+        "vptq",
+    ),
+    Case("vptq indices bytes", _vptq(indices=torch.zeros(1, 3, 5, dtype=torch.uint8)), ("m.indices", "uint8"), "vptq"),
+    Case(
+        "vptq centroids integers",
+        _vptq(centroids_weight=torch.ones(1, 128, dtype=torch.int32)),
+        ("m.centroids",),
+        "vptq",
+    ),
+    _vptq_says("m.indices", out_features=2**40),
+    _vptq_says("do not divide", in_features=3),
+    _vptq_says("no power of two", num_centroids=[8, 33]),
+    _vptq_says("1 to 16 bits", num_centroids=[8, 2**17]),
+    _vptq_says("vector_lens is 4", vector_lens=4),
+    _vptq_says("a weight of [10, 22]", vector_lens=[2, -4]),
+    _vptq_says("1 groups of 17 for 18", group_size=17),
+    _vptq_says("group_num is None", group_num=None),
+    _vptq_says("pack_model", is_indice_packed=False),
+    _vptq_says("outliers have no residual", num_res_centroids=[4, 8]),
+    Case(
+        "vptq says nothing of a layer",
+        checkpoint({"quant_method": "vptq"}, {"centroids.weight": torch.ones(1, 4)}),
+        ("m: config.json has no",),
+        "vptq",
+    ),
+]
+
+CASES = VPTQ + AQLM + TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
