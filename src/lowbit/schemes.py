@@ -5,10 +5,11 @@ A name reads `grid[-block][-option...]`:
     grid    int1..int8, nf4, fp4 (bitsandbytes' table), fp8-e4m3, fp8-e5m2, mxfp4, mxfp8, nvfp4,
             levels[-1,-0.3,0,0.4,1] (any table of 2 to 256 values),
             vectors[1x8:8+8] (vectors of one row and 8 columns, sums of two entries of codebooks of 8 bits; see `Run`),
-            q2_k .. q6_k, iq4_nl, iq4_xs, tq1_0 (llama.cpp's block types)
+            q2_k .. q6_k, iq4_nl, iq4_xs, tq1_0 (llama.cpp's block types), spqr (3 bits under quantized scales)
     block   tensor | row | column | gN (N along the input) | flatN (N of the flattened tensor) | RxC
     option  asym (integer zero point), fzero (float zero point), min (a float that is subtracted),
-            dq (double-quantized scales), perm (columns in an order of their own), f16 | bf16 | f32 (type of the scales)
+            dq (double-quantized scales), perm (columns in an order of their own), sparseN (spqr: N outliers),
+            f16 | bf16 | f32 (type of the scales)
 
 `int4-g128` is symmetric with float16 scales. `str(parse(name))` is the canonical spelling of `name`. Names of llama.cpp
 whose grids have a name here already are other words for it: `q4_0` is `int4-g32`.
@@ -26,7 +27,7 @@ import torch
 
 from lowbit.errors import UsageError
 
-Zero = Literal["none", "int", "float", "min"]
+Zero = Literal["none", "int", "float", "min", "quantized"]
 ScaleType = Literal["f16", "bf16", "f32", "e8m0", "e4m3"]
 SCALE_BITS: dict[ScaleType, int] = {"f16": 16, "bf16": 16, "f32": 32, "e8m0": 8, "e4m3": 8}
 FLOATS: dict[ScaleType, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -102,7 +103,8 @@ class Scheme:
     the type in which they are computed.
     `offset` marks a nested scheme that subtracts the mean before it quantizes (QLoRA's double quantization).
     `perm`: columns are stored in an order of their own, which is stored too; blocks are of columns as they are stored.
-    Codebooks of vectors are of the type of the scales.
+    Codebooks of vectors are of the type of the scales. The zero kind `quantized`: zero points that are numbers in
+    units of a code, quantized like the scales. `outliers`: numbers beside, each of which is added to one weight.
     """
 
     grid: Grid
@@ -112,8 +114,12 @@ class Scheme:
     nested: Scheme | None = None
     offset: bool = False
     perm: bool = False
+    outliers: int = 0
 
     def __str__(self) -> str:
+        if self.zero == "quantized":
+            words = ["spqr", "perm" if self.perm else "", f"sparse{self.outliers}" if self.outliers else ""]
+            return "-".join(word for word in words if word)
         family = _family_of(self)
         if family in _FIXED and self == FAMILIES[family]:
             return family
@@ -241,6 +247,11 @@ ALIASES = {
 DOUBLE = Scheme(Grid("dynamic8", "levels", 8, dynamic_map()), Block(1, 256, flat=True), scale="f32", offset=True)
 
 
+# SpQR (arXiv:2306.03078) as `spqr_quant` packs it: tiles of 16 rows x 16 columns, of which each row has a scale and a
+# zero point in 3 bits, and all rows together two float16 for the scales and two for the zero points.
+SPQR = Scheme(_int_grid(3), Block(1, 16), "quantized", "f32", Scheme(_int_grid(3), Block(16, 1), "float"))
+
+
 def _family_of(scheme: Scheme) -> str:
     """The bare grid name under which a scheme is spelled."""
     exact = next((name for name in _FIXED if FAMILIES[name] == scheme), None)
@@ -298,6 +309,8 @@ def _runs(text: str) -> tuple[Run, ...]:
 def _base(name: str) -> tuple[Scheme, list[str]]:
     table = re.match(r"(levels|vectors)\[([^\]]*)\](.*)", name)
     rest = [part for part in table[3].split("-") if part] if table else []
+    if name == "spqr" or name.startswith("spqr-"):
+        return SPQR, name.split("-")[1:]
     if table and table[1] == "vectors":
         return Scheme(vector_grid(*_runs(table[2])), _ROW), rest
     if table:
@@ -345,6 +358,8 @@ def parse(name: str) -> Scheme:
             scheme = replace(scheme, nested=DOUBLE, scale="f32")
         elif part == "perm":
             scheme = replace(scheme, perm=True)
+        elif re.fullmatch(r"sparse[1-9]\d*", part):
+            scheme = replace(scheme, outliers=int(part.removeprefix("sparse")))
         elif part in get_args(ScaleType)[:3]:
             scheme = replace(scheme, scale=part)  # type: ignore[arg-type]
         else:
@@ -357,8 +372,10 @@ def _check(name: str, base: Scheme, scheme: Scheme) -> None:
     vectors = scheme.grid.kind == "vectors"
     if (vectors or scheme.perm) and scheme.nested == DOUBLE:
         raise UsageError(f"scheme {name!r}: its scales are not double-quantized; leave out dq")
-    if scheme.perm and not vectors:
-        raise UsageError(f"scheme {name!r}: columns have an order of their own (perm) under grids of vectors")
+    if (scheme.perm and not vectors and base != SPQR) or (scheme.outliers and base != SPQR):
+        raise UsageError(f"scheme {name!r}: perm is an option of grids of vectors and of spqr, sparseN one of spqr")
+    if base == SPQR and replace(scheme, perm=False, outliers=0) != SPQR:
+        raise UsageError(f"scheme {name!r}: spqr fixes its block and its scales; it takes perm and sparseN alone")
     if scheme.zero != "none" and scheme.grid.kind != "int" and not (vectors and scheme.zero == "min"):
         raise UsageError(f"scheme {name!r}: only integer grids have zero points")
     if scheme.zero == "min" and scheme.nested == DOUBLE:

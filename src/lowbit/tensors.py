@@ -77,6 +77,16 @@ class Vectors:
 
 @final
 @dataclass(frozen=True)
+class Outliers:
+    """Numbers, each added to the weight at its row and its stored column; rows in order, float32 exact in float16."""
+
+    rows: Int32[Tensor, "count"]
+    cols: Int32[Tensor, "count"]
+    values: Float[Tensor, "count"]
+
+
+@final
+@dataclass(frozen=True)
 class QTensor:
     """A weight as codes on a grid.
 
@@ -102,6 +112,8 @@ class QTensor:
         minima: what is subtracted (zero kind `min`), like the scales: float32 or quantized.
         vectors: of each run of the grid (`vectors`), from the first column to the last; else none.
         order: column of the weight that each stored column is, `[cols]`, where `scheme.perm` is set.
+        points: zero points of the kind `quantized`, of the shape of the scales.
+        outliers: what is added to some weights, `scheme.outliers` of them.
     """
 
     scheme: Scheme
@@ -114,6 +126,8 @@ class QTensor:
     minima: Tensor | QTensor | None = None
     vectors: tuple[Vectors, ...] = ()
     order: Int32[Tensor, "inputs"] | None = None
+    points: QTensor | None = None
+    outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
         blocks = scale_shape(self.shape, self.scheme.block)
@@ -126,13 +140,18 @@ class QTensor:
                 _expect("codebooks", book.shape, (run_groups(run, size), 2**bits, run.rows, run.cols))
         if (self.order is not None) != self.scheme.perm:
             raise FormatError(f"scheme {self.scheme} and its order of columns do not agree")
+        _expect("outliers", (len(self.outliers.values) if self.outliers else 0,), (self.scheme.outliers,))
         _expect("scales", self.scales.shape, blocks)
         if self.zeros is not None:
             _expect("zeros", self.zeros.shape, blocks)
         if self.minima is not None:
             _expect("minima", self.minima.shape, blocks)
-        wanted = (self.scheme.zero in ("int", "float"), self.scheme.zero == "min")
-        if (self.zeros is not None, self.minima is not None) != wanted:
+        if self.points is not None:
+            _expect("points", self.points.shape, blocks)
+        kinds = {"int": self.zeros, "float": self.zeros, "min": self.minima, "quantized": self.points}
+        held = [part for part in (self.zeros, self.minima, self.points) if part is not None]
+        wanted = kinds.get(self.scheme.zero)
+        if len(held) != (self.scheme.zero != "none") or (held and wanted is not held[0]):
             raise FormatError(f"scheme {self.scheme} and its zero points do not agree")
 
     def scale_values(self) -> Float[Tensor, "block_rows block_cols"]:
@@ -142,7 +161,8 @@ class QTensor:
     @property
     def shifts(self) -> Tensor | QTensor | None:
         """The zero points or the minima, whichever it has."""
-        return self.zeros if self.minima is None else self.minima
+        found = self.zeros if self.minima is None else self.minima
+        return found if self.points is None else self.points
 
     def zero_values(self) -> Float[Tensor, "block_rows block_cols"] | None:
         """The zero points, or the minima, as float32, dequantized where they are quantized themselves."""
@@ -151,7 +171,7 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that this tensor stands for, in `shape`; computed in float32, rounded once to `dtype`."""
-        if self.vectors or self.order is not None:
+        if self.vectors or self.order is not None or self.outliers is not None:
             rows, cols = view_shape(self.shape, Block(1, 0))
             found, step = torch.empty(rows, cols, dtype=dtype), max(_PIECE // max(cols, 1), 1)
             for start in range(0, rows, step):
@@ -190,6 +210,10 @@ class QTensor:
             out = torch.empty(codes.shape)
             native.dequantize(codes, scales, zeros, level_table(self.scheme.grid), 1, wide, minus=minus, out=out)
         out = out if self.offset is None else out + self.offset
+        if self.outliers is not None:
+            at = (self.outliers.rows >= start) & (self.outliers.rows < stop)
+            place = (self.outliers.rows[at] - start, self.outliers.cols[at])
+            out.index_put_(place, self.outliers.values[at], accumulate=True)
         return out if self.order is None else torch.empty_like(out).index_copy_(1, self.order.long(), out)
 
     @property
@@ -217,6 +241,10 @@ class QTensor:
         for i, vectors in enumerate(self.vectors):
             optional[f"vectors.{i}.codes"] = vectors.codes
             optional |= {f"vectors.{i}.books.{b}": book for b, book in enumerate(vectors.books)}
+        if self.points is not None:
+            optional |= {f"points.{name}": part for name, part in self.points.parts()}
+        if self.outliers is not None:
+            optional |= {f"outliers.{name}": part for name, part in vars(self.outliers).items()}
         yield from ((name, part) for name, part in optional.items() if part is not None)
 
 
@@ -267,12 +295,14 @@ def scheme_bytes(scheme: Scheme, shape: Shape) -> int:
     scales = scheme_bytes(scheme.nested, blocks) if scheme.nested else ceil(prod(blocks) * SCALE_BITS[scheme.scale] / 8)
     integers = ceil(prod(blocks) * scheme.grid.bits / 8)
     floats = ceil(prod(blocks) * SCALE_BITS[scheme.scale] / 8)
-    zeros = {"none": 0, "int": integers, "float": floats, "min": scales}[scheme.zero]
+    zeros = {"none": 0, "int": integers, "float": floats, "min": scales, "quantized": scales}[scheme.zero]
     offset = 4 if scheme.offset else 0
     order = (
         2 * view_shape(shape, Block(1, 0))[1] if scheme.perm else 0
     )  # formats have 16 bits for the number of a column
+    # of outliers 16 bits for the column and 16 for the value, and where each row starts
+    outliers = 4 * (scheme.outliers + view_shape(shape, Block(1, 0))[0] + 1) if scheme.outliers else 0
     vectors = scheme.grid.kind == "vectors"
     scales = 0 if vectors and scheme.block == Block(0, 0) else scales  # it is 1: codebooks have it in them
     codes = _vector_bytes(scheme, shape) if vectors else ceil(prod(shape) * scheme.grid.stored_bits / 8)
-    return codes + scales + zeros + offset + order
+    return codes + scales + zeros + offset + order + outliers

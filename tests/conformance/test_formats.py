@@ -59,6 +59,8 @@ VECTORS = [
     "vectors[8x1:8]-column-min-perm",
     "vectors[4*3x1:5,4x1:7+9/2]-column-min-perm",
     "vectors[6x1:9+3]-tensor",
+    "spqr",
+    "spqr-perm-sparse7",
 ]
 SCHEMES = INTEGERS + FLOATS + TABLES + OTHERS + LLAMA + VECTORS
 SHAPES = [(1, 1), (3, 7), (5, 16), (32, 64), (33, 130), (64, 96), (160, 256), (128, 128)]

@@ -479,4 +479,45 @@ VPTQ = [
     ),
 ]
 
-CASES = VPTQ + AQLM + TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
+
+def _spqr(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """SpQR of [16, 32] with two outliers in the first row."""
+    parts: dict[str, Tensor | None] = {
+        "dense_weights": torch.zeros(32, dtype=torch.int64),
+        "row_offsets": torch.tensor([0] + [2] * 16, dtype=torch.int32),
+        "col_vals": torch.tensor([1, 31], dtype=torch.int32),
+        "in_perm": (torch.arange(0, 32, 2) | torch.arange(1, 32, 2) << 16).int(),
+    }
+    return checkpoint({"quant_method": "spqr", **(declared or {})}, {**parts, **changes})
+
+
+def _offsets(*offsets: int) -> Tensor:
+    return torch.tensor([*offsets] + [offsets[-1]] * (17 - len(offsets)), dtype=torch.int32)
+
+
+SPQR = [
+    Case("spqr without offsets", _spqr(row_offsets=None), ("m.row_offsets is missing",), "spqr"),
+    Case("spqr without outliers", _spqr(col_vals=None), ("m.col_vals is missing",), "spqr"),
+    Case("spqr offsets of tiles", _spqr(row_offsets=torch.tensor([0, 2], dtype=torch.int32)), ("ptcsr",), "spqr"),
+    Case("spqr offsets falling", _spqr(row_offsets=_offsets(0, 5, 2)), ("m.row_offsets", "2 outliers"), "spqr"),
+    Case("spqr offsets negative", _spqr(row_offsets=_offsets(0, -1, 2)), ("m.row_offsets",), "spqr"),
+    Case("spqr offsets of more", _spqr(row_offsets=_offsets(0, 3)), ("m.row_offsets", "2 outliers"), "spqr"),
+    Case("spqr offsets of 64 bits", _spqr(row_offsets=_offsets(0, 2).long()), ("m.row_offsets", "int64"), "spqr"),
+    Case("spqr outlier beyond", _spqr(col_vals=torch.tensor([1, 32], dtype=torch.int32)), ("column 32 of 32",), "spqr"),
+    Case(
+        "spqr outlier nan",
+        _spqr(col_vals=torch.full((2,), 0x7E000001, dtype=torch.int32)),
+        ("m.col_vals", "nan"),
+        "spqr",
+    ),
+    Case("spqr order twice", _spqr(in_perm=torch.zeros(16, dtype=torch.int32)), ("m.in_perm is no order",), "spqr"),
+    Case("spqr order of fewer", _spqr(in_perm=torch.zeros(15, dtype=torch.int32)), ("15 pairs",), "spqr"),
+    Case("spqr rows disagree", _spqr(dense_weights=torch.arange(32) << 54), ("m.dense_weights", "agree"), "spqr"),
+    Case("spqr words of half a tile", _spqr(dense_weights=torch.zeros(24, dtype=torch.int64)), ("24 words",), "spqr"),
+    Case(
+        "spqr words of 32 bits", _spqr(dense_weights=torch.zeros(32, dtype=torch.int32)), ("m.dense_weights",), "spqr"
+    ),
+    Case("spqr says 4 bits", _spqr({"bits": 4}), ("'bits': 4",), "spqr"),
+]
+
+CASES = SPQR + VPTQ + AQLM + TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND

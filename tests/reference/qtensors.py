@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.schemes import Block, Scheme
-from lowbit.tensors import QTensor, Vectors
+from lowbit.tensors import Outliers, QTensor, Vectors
 
 _SCALES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -31,6 +31,8 @@ def random_qtensor(scheme: Scheme, shape: tuple[int, ...], seed: int = 0, lowest
     dice = torch.Generator().manual_seed(seed)
     if scheme.grid.runs:
         return _random_vectors(scheme, shape, dice)
+    if scheme.zero == "quantized":
+        return _random_sparse(scheme, shape, dice)
     legal = torch.tensor([code for code, level in enumerate(scheme.grid.levels) if math.isfinite(level)])
     size = matrix(shape, scheme.block)
     codes = legal[torch.randint(len(legal), size, generator=dice)].to(torch.uint8)
@@ -61,6 +63,28 @@ def _random_vectors(scheme: Scheme, shape: tuple[int, ...], dice: torch.Generato
     scales = torch.ones(1, 1) if single else _random_scales(scheme, across, dice)
     nothing = torch.empty(0, 0, dtype=torch.uint8)
     return QTensor(scheme, shape, nothing, scales, minima=minima, vectors=tuple(held), order=order)
+
+
+def _random_sparse(scheme: Scheme, shape: tuple[int, ...], dice: torch.Generator) -> QTensor:
+    """Quantized scales and zero points, outliers anywhere, columns in any order."""
+    (rows, cols), count, nested = shape, scheme.outliers, scheme.nested
+    assert nested
+    across = blocks(shape, scheme.block)
+    scales, points = (random_qtensor(nested, across, int(torch.randint(99, (), generator=dice))) for _ in range(2))
+    where = (
+        torch.randint(rows, (count,), generator=dice).int().sort().values,
+        torch.randint(cols, (count,), generator=dice),
+    )
+    values = torch.randn(count, generator=dice).half().float()
+    return QTensor(
+        scheme,
+        shape,
+        torch.randint(8, (rows, cols), generator=dice).to(torch.uint8),
+        scales,
+        order=torch.randperm(cols, generator=dice).int() if scheme.perm else None,
+        points=points,
+        outliers=Outliers(where[0], where[1].int(), values) if count else None,
+    )
 
 
 def _random_scales(scheme: Scheme, shape: tuple[int, int], dice: torch.Generator) -> Tensor | QTensor:
@@ -94,6 +118,7 @@ def slow_dequantize(q: QTensor) -> Tensor:
     """
     scales = (slow_dequantize(q.scales) if isinstance(q.scales, QTensor) else q.scales).numpy()
     minima = slow_dequantize(q.minima) if isinstance(q.minima, QTensor) else q.minima
+    zeros = q.zeros if q.points is None else slow_dequantize(q.points)
     (rows, cols), block = matrix(q.shape, q.scheme.block), q.scheme.block
     out = np.empty((rows, cols), np.float32)
     for row in range(rows):
@@ -103,8 +128,8 @@ def slow_dequantize(q: QTensor) -> Tensor:
                 across = int(q.group_index[col])
             code = 0 if q.vectors else int(q.codes[row, col])
             value = _in_vector(q, row, col) if q.vectors else np.float32(q.scheme.grid.levels[code])
-            if q.zeros is not None:
-                value = np.float32(code) - np.float32(q.zeros[down, across].item())
+            if zeros is not None:
+                value = np.float32(code) - np.float32(zeros[down, across].item())
             if minima is not None:
                 value = value if q.vectors else np.float32(code)
             out[row, col] = value * np.float32(scales[down, across])
@@ -112,6 +137,9 @@ def slow_dequantize(q: QTensor) -> Tensor:
                 out[row, col] -= np.float32(minima[down, across].item())
     if q.offset is not None:
         out += np.float32(q.offset.item())
+    if q.outliers is not None:
+        for row, col, number in zip(*(part.tolist() for part in vars(q.outliers).values()), strict=True):
+            out[row, col] += np.float32(number)
     if q.order is not None:
         columns = q.order.tolist()
         out = np.stack([out[:, columns.index(col)] for col in range(cols)], 1)

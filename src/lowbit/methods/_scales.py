@@ -75,6 +75,8 @@ def unscaled(scheme: Scheme) -> str | None:
     """Why scales and zero points that are chosen here cannot serve a scheme; None where they can."""
     if scheme.grid.kind == "vectors":
         return "no method makes vectors of codebooks yet; convert keeps those of a checkpoint"
+    if scheme.zero == "quantized":
+        return "no method makes SpQR's zero points and outliers yet; convert keeps those of a checkpoint"
     if scheme.zero == "min" or (scheme.nested and not scheme.nested.offset and scheme.scale != "e4m3"):
         return "only llama.cpp's encoders make its minima and its scales in super-blocks; use --method ggml or imatrix"
     return None

@@ -26,6 +26,7 @@ _ZEROS: dict[Zero, tuple[Zero, ...]] = {
     "int": ("int", "none", "float", "min"),
     "float": ("float", "none", "int", "min"),
     "min": ("min", "none", "int", "float"),
+    "quantized": ("quantized",),
 }
 _GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 _NOWHERE = 255
@@ -80,7 +81,7 @@ def carried(q: QTensor, scheme: Scheme, rounding: bool = False) -> QTensor:
     """
     if q.scheme == scheme:
         return q
-    if q.vectors or q.order is not None:
+    if q.vectors or q.order is not None or q.points is not None:
         raise UnsupportedError(f"its codes are of {q.scheme}, and nothing else has them")
     index = _blocks_within(q, scheme)
     scales = _block_values(q.scales, q, scheme, index, "scale", rounding)
