@@ -38,7 +38,7 @@ def variants(scheme: Scheme) -> Iterator[Scheme]:
     bases = [scheme, plain] if scheme.nested or scheme.scale == "e8m0" else [scheme]
     for grid in chain([scheme.grid], wider(scheme.grid)):  # the others are hardly ever needed
         for block in [scheme.block, *finer(scheme.block)]:
-            for zero in _ZEROS[scheme.zero] if grid.kind == "int" else ("none",):
+            for zero in _ZEROS[scheme.zero] if grid.kind == "int" else (scheme.zero,):
                 found = [replace(base, grid=grid, block=block, zero=zero) for base in bases]
                 yield from (each for each in found if each == scheme or spelled(each))
 
