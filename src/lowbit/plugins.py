@@ -18,6 +18,9 @@ _ATTRIBUTE = {
 }  # fmt: skip
 
 READ_ONLY = frozenset({"mxfp4", "torchao"})  # formats that are read and never written
+CONVERTED = frozenset(
+    {"aqlm", "spqr", "vptq"}
+)  # formats whose tensors no method makes yet: `convert` keeps what is in them
 
 
 def written() -> list[str]:

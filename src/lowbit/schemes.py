@@ -4,10 +4,12 @@ A name reads `grid[-block][-option...]`:
 
     grid    int1..int8, nf4, fp4 (bitsandbytes' table), fp8-e4m3, fp8-e5m2, mxfp4, mxfp8, nvfp4,
             levels[-1,-0.3,0,0.4,1] (any table of 2 to 256 values),
-            q2_k .. q6_k, iq1_s .. iq4_xs, tq1_0 (llama.cpp's block types)
-    block   tensor | row | gN (N along the input) | flatN (N of the flattened tensor) | RxC
+            vectors[1x8:8+8] (vectors of one row and 8 columns, sums of two entries of codebooks of 8 bits; see `Run`),
+            q2_k .. q6_k, iq1_s .. iq4_xs, tq1_0 (llama.cpp's block types), spqr (3 bits under quantized scales)
+    block   tensor | row | column | gN (N along the input) | flatN (N of the flattened tensor) | RxC
     option  asym (integer zero point), fzero (float zero point), min (a float that is subtracted),
-            dq (double-quantized scales), f16 | bf16 | f32 (type of the scales)
+            dq (double-quantized scales), perm (columns in an order of their own), sparseN (spqr: N outliers),
+            f16 | bf16 | f32 (type of the scales)
 
 `int4-g128` is symmetric with float16 scales. `str(parse(name))` is the canonical spelling of `name`. Names of llama.cpp
 whose grids have a name here already are other words for it: `q4_0` is `int4-g32`.
@@ -18,17 +20,41 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cache
-from math import inf
+from math import ceil, inf
 from typing import Literal, get_args
 
 import torch
 
 from lowbit.errors import UsageError
 
-Zero = Literal["none", "int", "float", "min"]
+Zero = Literal["none", "int", "float", "min", "quantized"]
 ScaleType = Literal["f16", "bf16", "f32", "e8m0", "e4m3"]
 SCALE_BITS: dict[ScaleType, int] = {"f16": 16, "bf16": 16, "f32": 32, "e8m0": 8, "e4m3": 8}
 FLOATS: dict[ScaleType, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Columns that are stored in vectors of `rows x cols` weights, each the sum of one entry of every codebook.
+
+    Attributes:
+        rows, cols: of a vector. The last vectors down a column may reach beyond the last row, those across may not.
+        bits: of the index into each codebook, which has `2**bits` entries.
+        width: columns of the run; 0: all that are left.
+        group: columns that share their codebooks; 0: all of the run.
+
+    Written `[WIDTH*]ROWSxCOLS:BITS[+BITS...][/GROUP]`, as `64*4x1:12`.
+    """
+
+    rows: int
+    cols: int
+    bits: tuple[int, ...]
+    width: int = 0
+    group: int = 0
+
+    def __str__(self) -> str:
+        width, group = f"{self.width}*" if self.width else "", f"/{self.group}" if self.group else ""
+        return f"{width}{self.rows}x{self.cols}:{'+'.join(map(str, self.bits))}{group}"
 
 
 @dataclass(frozen=True)
@@ -36,17 +62,19 @@ class Grid:
     """A table of `2**bits` values or fewer, in the order of their codes.
 
     Kinds: `int` (offset binary: code c stands for c - 2**(bits-1)), `levels` (any table), `float` (codes are the
-    bit pattern of a small float; patterns that mean NaN or Inf have the level `inf` and are never produced).
+    bit pattern of a small float; patterns that mean NaN or Inf have the level `inf` and are never produced), `vectors`
+    (no table: `runs` of columns, from the first to the last, whose values are in each tensor's own codebooks).
     `packed` are the bits that a code takes where several codes share their bytes, if these are fewer than `bits`.
     `table` is set where a tensor cannot have any code beside any other: its type has a table of runs of codes.
     """
 
     name: str
-    kind: Literal["int", "levels", "float"]
+    kind: Literal["int", "levels", "float", "vectors"]
     bits: int
     levels: tuple[float, ...]
     packed: float | None = None
     table: bool = False
+    runs: tuple[Run, ...] = ()
 
     @property
     def stored_bits(self) -> float:
@@ -65,7 +93,7 @@ class Block:
     def __str__(self) -> str:
         if self.flat:
             return f"flat{self.cols}"
-        names = {(0, 0): "tensor", (1, 0): "row"}
+        names = {(0, 0): "tensor", (1, 0): "row", (0, 1): "column"}
         return names.get((self.rows, self.cols)) or (f"g{self.cols}" if self.rows == 1 else f"{self.rows}x{self.cols}")
 
 
@@ -76,6 +104,9 @@ class Scheme:
     `nested` is set where scales (and, with the zero kind `min`, what is subtracted) are quantized too; `scale` is then
     the type in which they are computed.
     `offset` marks a nested scheme that subtracts the mean before it quantizes (QLoRA's double quantization).
+    `perm`: columns are stored in an order of their own, which is stored too; blocks are of columns as they are stored.
+    Codebooks of vectors are of the type of the scales. The zero kind `quantized`: zero points that are numbers in
+    units of a code, quantized like the scales. `outliers`: numbers beside, each of which is added to one weight.
     """
 
     grid: Grid
@@ -84,8 +115,13 @@ class Scheme:
     scale: ScaleType = "f16"
     nested: Scheme | None = None
     offset: bool = False
+    perm: bool = False
+    outliers: int = 0
 
     def __str__(self) -> str:
+        if self.zero == "quantized":
+            words = ["spqr", "perm" if self.perm else "", f"sparse{self.outliers}" if self.outliers else ""]
+            return "-".join(word for word in words if word)
         family = _family_of(self)
         if family in _FIXED and self == FAMILIES[family]:
             return family
@@ -93,6 +129,7 @@ class Scheme:
         parts = [family, str(self.block) if self.block != default.block or family not in _FIXED else ""]
         parts.append({"none": "", "int": "asym", "float": "fzero", "min": "min"}[self.zero])
         parts.append("dq" if self.nested and not default.nested else "")
+        parts.append("perm" if self.perm else "")
         parts.append(self.scale if self.scale != default.scale else "")
         return "-".join(part for part in parts if part)
 
@@ -162,7 +199,7 @@ E4M3 = _float_grid("fp8-e4m3", 4, 3, 7, 0x7E)
 E5M2 = _float_grid("fp8-e5m2", 5, 2, 15, 0x7B)
 E2M1 = _float_grid("e2m1", 2, 1, 1, 0x7)
 
-_TENSOR, _ROW, _LEVELS_BLOCK = Block(0, 0), Block(1, 0), Block(1, 64)
+_TENSOR, _ROW, _COLUMN, _LEVELS_BLOCK = Block(0, 0), Block(1, 0), Block(0, 1), Block(1, 64)
 
 
 def _super_blocks(grid: Grid, size: int, scales: Grid, zero: Zero = "none") -> Scheme:
@@ -244,6 +281,11 @@ ALIASES = {
 DOUBLE = Scheme(Grid("dynamic8", "levels", 8, dynamic_map()), Block(1, 256, flat=True), scale="f32", offset=True)
 
 
+# SpQR (arXiv:2306.03078) as `spqr_quant` packs it: tiles of 16 rows x 16 columns, of which each row has a scale and a
+# zero point in 3 bits, and all rows together two float16 for the scales and two for the zero points.
+SPQR = Scheme(_int_grid(3), Block(1, 16), "quantized", "f32", Scheme(_int_grid(3), Block(16, 1), "float"))
+
+
 def _family_of(scheme: Scheme) -> str:
     """The bare grid name under which a scheme is spelled."""
     exact = next((name for name in _FIXED if FAMILIES[name] == scheme), None)
@@ -263,14 +305,54 @@ def levels_grid(values: tuple[float, ...]) -> Grid:
     return Grid(f"levels[{','.join(format(v, '.9g') for v in table)}]", "levels", (len(table) - 1).bit_length(), table)
 
 
+_RUN = re.compile(r"(?:(\d+)\*)?([1-9]\d*)x([1-9]\d*):(\d+(?:\+\d+)*)(?:/(\d+))?")
+
+
+def vector_grid(*runs: Run) -> Grid:
+    """Vectors whose values are in codebooks: runs of columns, of which the last takes all that are left.
+
+    Raises:
+        UsageError: no index, one of more than 16 bits, or widths that say nothing.
+    """
+    for run in runs:
+        if not run.bits or not all(1 <= bits <= 16 for bits in run.bits) or sum(run.bits) > 32:
+            raise UsageError(f"vectors {run}: an index has 1 to 16 bits, all of a vector 32 at most")
+    if not runs or runs[-1].width or not all(run.width for run in runs[:-1]):
+        raise UsageError("every run of vectors but the last has a width, the last takes all columns that are left")
+    per_weight = sum(runs[-1].bits) / (runs[-1].rows * runs[-1].cols)
+    name = f"vectors[{','.join(map(str, runs))}]"
+    return Grid(name, "vectors", min(max(ceil(per_weight), 1), 8), (), packed=per_weight, runs=runs)
+
+
+def _runs(text: str) -> tuple[Run, ...]:
+    """Runs of vectors from their words.
+
+    Raises:
+        UsageError: words that are none.
+    """
+    found = [_RUN.fullmatch(part) for part in text.split(",")]
+    if None in found:
+        raise UsageError(f"{text!r} is no run of vectors, as 1x8:16 or 64*4x1:12,8x1:12+8 are")
+    parts = [match.groups() for match in found if match]
+    return tuple(
+        Run(int(rows), int(cols), tuple(map(int, bits.split("+"))), int(width or 0), int(group or 0))
+        for width, rows, cols, bits, group in parts
+    )
+
+
 def _base(name: str) -> tuple[Scheme, list[str]]:
-    table = re.match(r"levels\[([^\]]*)\](.*)", name)
+    table = re.match(r"(levels|vectors)\[([^\]]*)\](.*)", name)
+    rest = [part for part in table[3].split("-") if part] if table else []
+    if name == "spqr" or name.startswith("spqr-"):
+        return SPQR, name.split("-")[1:]
+    if table and table[1] == "vectors":
+        return Scheme(vector_grid(*_runs(table[2])), _ROW), rest
     if table:
         try:
-            values = tuple(float(value) for value in table[1].split(","))
+            values = tuple(float(value) for value in table[2].split(","))
         except ValueError as error:
             raise UsageError(f"scheme {name!r}: {error}") from None
-        return Scheme(levels_grid(values), _LEVELS_BLOCK), [part for part in table[2].split("-") if part]
+        return Scheme(levels_grid(values), _LEVELS_BLOCK), rest
     for family in sorted(FAMILIES, key=len, reverse=True):
         if name == family or name.startswith(family + "-"):
             return FAMILIES[family], [part for part in name[len(family) :].split("-") if part]
@@ -278,7 +360,7 @@ def _base(name: str) -> tuple[Scheme, list[str]]:
 
 
 def _block(text: str) -> Block | None:
-    named = {"tensor": _TENSOR, "row": _ROW}.get(text)
+    named = {"tensor": _TENSOR, "row": _ROW, "column": _COLUMN}.get(text)
     match = re.fullmatch(r"(?P<kind>g|flat)(?P<n>[1-9]\d*)|(?P<r>[1-9]\d*)x(?P<c>[1-9]\d*)", text)
     if named or not match:
         return named
@@ -308,6 +390,10 @@ def parse(name: str) -> Scheme:
             scheme = replace(scheme, zero=_ZEROS[part])
         elif part == "dq":
             scheme = replace(scheme, nested=DOUBLE, scale="f32")
+        elif part == "perm":
+            scheme = replace(scheme, perm=True)
+        elif re.fullmatch(r"sparse[1-9]\d*", part):
+            scheme = replace(scheme, outliers=int(part.removeprefix("sparse")))
         elif part in get_args(ScaleType)[:3]:
             scheme = replace(scheme, scale=part)  # type: ignore[arg-type]
         else:
@@ -317,7 +403,14 @@ def parse(name: str) -> Scheme:
 
 
 def _check(name: str, base: Scheme, scheme: Scheme) -> None:
-    if scheme.zero != "none" and scheme.grid.kind != "int":
+    vectors = scheme.grid.kind == "vectors"
+    if (vectors or scheme.perm) and scheme.nested == DOUBLE:
+        raise UsageError(f"scheme {name!r}: its scales are not double-quantized; leave out dq")
+    if (scheme.perm and not vectors and base != SPQR) or (scheme.outliers and base != SPQR):
+        raise UsageError(f"scheme {name!r}: perm is an option of grids of vectors and of spqr, sparseN one of spqr")
+    if base == SPQR and replace(scheme, perm=False, outliers=0) != SPQR:
+        raise UsageError(f"scheme {name!r}: spqr fixes its block and its scales; it takes perm and sparseN alone")
+    if scheme.zero != "none" and scheme.grid.kind != "int" and not (vectors and scheme.zero == "min"):
         raise UsageError(f"scheme {name!r}: only integer grids have zero points")
     if scheme.zero == "min" and scheme.nested == DOUBLE:
         raise UsageError(f"scheme {name!r}: what min subtracts is not double-quantized; leave out dq, or use q4_k")

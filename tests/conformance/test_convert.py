@@ -27,6 +27,7 @@ SCHEMES = [
     "int2-g64", "int3-g32", "int4-g64", "int4-row", "int4-g64-asym", "int8-g128", "int8-row", "int4-g64-fzero",
     "int4-g64-min", "int2-g32-min", "levels[-1,0,1]-tensor", "fp8-e4m3-128x128",
     "nf4-g64", "nf4-g64-dq", "fp4-g64", "fp8-e4m3-tensor", "fp8-e4m3-row", "fp8-e4m3-64x64", "mxfp4", "mxfp8", "nvfp4",
+    "vectors[1x8:8+8]-row", "vectors[8*3x1:5,4x1:7+9]-column-min-perm", "spqr-perm-sparse7",
 ]  # fmt: skip
 
 

@@ -180,6 +180,66 @@ def torchao() -> list[dict[str, Any]]:
     return cases
 
 
+def aqlm() -> list[dict[str, Any]]:
+    """Any integers are codes; packed, and dequantized in float32, by the package."""
+    utils = import_module("aqlm.utils")
+    cases = []
+    for out, width, books, bits in [(1, 8, 2, 4), (1, 4, 1, 9), (2, 4, 3, 5)]:
+        dice = torch.Generator().manual_seed(bits)
+        codes = torch.randint(2**bits, (6 // out, 16 // width, books), generator=dice)
+        tables = torch.randn(books, 2**bits, out, width, generator=dice).half()
+        scales = (torch.rand(6 // out, 1, 1, 1, generator=dice) / 50 + 0.01).half()
+        packed = utils.pack_int_data(codes.clone(), bits)
+        meant = utils._dequantize_weight(utils.unpack_int_data(packed, bits), tables.float(), scales.float())
+        fields = {"in_group_size": width, "out_group_size": out, "num_codebooks": books, "nbits_per_codebook": bits}
+        declared = import_module("transformers").AqlmConfig(**fields).to_dict()
+        tensors = {f"{MODULE}.{name}": part for name, part in
+                   (("codes", packed), ("codebooks", tables), ("scales", scales))}  # fmt: skip
+        cases.append(case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": meant}))
+    return cases
+
+
+def vptq() -> list[dict[str, Any]]:
+    """Indices packed, and weights dequantized in float32, by the package; rows are padded, columns in any order."""
+    for package in ("vptq", "vptq.layers", "vptq.utils"):
+        _without_init(package)
+    sys.modules["sentence_transformers.SentenceTransformer"] = _Unused("sentence_transformers")
+    linear = import_module("vptq.layers.vqlinear")
+    pack = import_module("vptq.utils.pack").pack_index
+    cases = []
+    for groups, outliers, residual, norm in [(1, 4, 8, True), (2, 0, -1, False)]:
+        dice, size = torch.Generator().manual_seed(groups), (22 - outliers) // groups
+        options = {
+            "in_features": 22, "out_features": 10, "vector_lens": [2 if outliers else -1, 4],
+            "num_centroids": [8 if outliers else -1, 32], "num_res_centroids": [-1, residual], "group_num": groups,
+            "group_size": size, "outlier_size": outliers, "indices_as_float": False, "enable_norm": norm,
+            "enable_perm": norm, "is_indice_packed": True, "bias": False,
+        }  # fmt: skip
+        layer = linear.VQuantLinear(**options, dtype=F16, enable_proxy_error=False)
+        for parameter in layer.parameters():
+            if parameter.is_floating_point():
+                parameter.data = torch.randn(parameter.shape, generator=dice).half()
+        codes = [torch.randint(n, (groups, 3, size), generator=dice).short() for n in (32, residual) if n > 0]
+        packing = (codes[1], 3) if residual > 0 else (None, 0)
+        layer.indices.data = pack(codes[0], 5, *packing, index_dtype=torch.uint16)
+        if outliers:
+            layer.outlier_indices.data = torch.randint(8, (1, 5, outliers), generator=dice).short()
+        if norm:
+            layer.perm.data = torch.randperm(22, generator=dice).short()
+        tensors = {f"{MODULE}.{name}": part.detach() for name, part in layer.state_dict().items()}
+        declared = {"quant_method": "vptq", "config_for_layers": {MODULE: options}}
+        cases.append(
+            case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": _vptq_weight(layer.float())})
+        )
+    return cases
+
+
+def _vptq_weight(layer: Any) -> Tensor:
+    """What the layer multiplies by: its output for each input alone."""
+    found: Tensor = layer(torch.eye(layer.in_features)).detach().T.contiguous()
+    return found
+
+
 class _Unused(types.ModuleType):
     """A module of which nothing is needed but that names can be imported from it."""
 
@@ -196,6 +256,8 @@ MAKERS: dict[str, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
     "mlx": ("mlx 0.32.4", mlx),
     "mxfp4": ("transformers 5.23.0", mxfp4),
     "torchao": ("torchao 0.18.0", torchao),
+    "aqlm": ("aqlm 1.1.7, transformers 5.23.0", aqlm),
+    "vptq": ("vptq 0.0.5.post1", vptq),
     "modelopt": ("nvidia-modelopt 0.47.0", modelopt),
 }
 

@@ -360,4 +360,164 @@ TORCHAO = [
     ),
 ]
 
-CASES = TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
+
+def _aqlm(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """AQLM of [6, 16], vectors of 8 columns, two books of 6 bits."""
+    parts: dict[str, Tensor | None] = {
+        "codes": torch.zeros(6, 2, 2, dtype=torch.int8),
+        "codebooks": torch.ones(2, 64, 1, 8, dtype=F16),
+        "scales": torch.ones(6, 1, 1, 1, dtype=F16),
+    }
+    usual = {"in_group_size": 8, "out_group_size": 1, "num_codebooks": 2, "nbits_per_codebook": 6}
+    return checkpoint({"quant_method": "aqlm", **usual, **(declared or {})}, {**parts, **changes})
+
+
+AQLM = [
+    Case("aqlm scale nan", _aqlm(scales=torch.full((6, 1, 1, 1), NAN, dtype=F16)), ("m.scales", "nan"), "aqlm"),
+    Case("aqlm entry infinite", _aqlm(codebooks=torch.full((2, 64, 1, 8), INF, dtype=F16)), ("m.codebooks",), "aqlm"),
+    Case("aqlm without scales", _aqlm(scales=None), ("m.scales is missing",), "aqlm"),
+    Case("aqlm without codebooks", _aqlm(codebooks=None), ("m.codebooks is missing",), "aqlm"),
+    Case("aqlm scales of other rows", _aqlm(scales=torch.ones(5, 1, 1, 1, dtype=F16)), ("m.scales", "[5, 1"), "aqlm"),
+    Case("aqlm scales integers", _aqlm(scales=torch.ones(6, 1, 1, 1, dtype=torch.int32)), ("m.scales",), "aqlm"),
+    Case(
+        "aqlm codes of more bits",
+        _aqlm(codes=torch.full((6, 2, 2), 32, dtype=torch.int8)),
+        ("m.codes", "6 bits"),
+        "aqlm",
+    ),
+    Case("aqlm codes of 16 bits", _aqlm(codes=torch.zeros(6, 2, 2, dtype=torch.int16)), ("m.codes", "int8"), "aqlm"),
+    Case("aqlm codes of two axes", _aqlm(codes=torch.zeros(6, 4, dtype=torch.int8)), ("m.codes [6, 4]",), "aqlm"),
+    Case(
+        "aqlm codes of one book", _aqlm(codes=torch.zeros(6, 2, 1, dtype=torch.int8)), ("m.codes", "[6, 2, 1]"), "aqlm"
+    ),
+    Case("aqlm codebooks empty", _aqlm(codebooks=torch.ones(2, 64, 0, 8, dtype=F16)), ("[2, 64, 0, 8]",), "aqlm"),
+    Case(
+        "aqlm codebooks of 63 entries",
+        _aqlm(
+            {"nbits_per_codebook": 5},
+            codebooks=torch.ones(2, 63, 1, 8, dtype=F16),
+        ),
+        ("2 x 63 entries", "power of two"),
+        "aqlm",
+    ),
+    *(
+        Case(f"aqlm says {field} {value}", _aqlm({field: value}), ("m.codebooks", field, repr(value)), "aqlm")
+        for field, value in [("in_group_size", 2**40), ("num_codebooks", "2"), ("nbits_per_codebook", None)]
+    ),
+]
+
+
+def _vptq(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """VPTQ of [10, 22]: 4 outliers in vectors of 2, the others in vectors of 4, 5 and 3 bits; names as in the file."""
+    parts: dict[str, Tensor | None] = {
+        "indices": torch.zeros(1, 3, 5, dtype=torch.int32),
+        "centroids_weight": torch.ones(1, 128, dtype=F16),
+        "res_centroids_weight": torch.ones(1, 32, dtype=F16),
+        "outlier_centroids_weight": torch.ones(1, 16, dtype=F16),
+        "outlier_indices": torch.zeros(1, 5, 4, dtype=torch.int16),
+        "weight_scale": torch.ones(22, dtype=F16),
+        "weight_bias": torch.ones(22, dtype=F16),
+        "perm": torch.arange(22, dtype=torch.int16),
+    }
+    usual = {
+        "in_features": 22, "out_features": 10, "vector_lens": [2, 4], "num_centroids": [8, 32],
+        "num_res_centroids": [-1, 8], "group_num": 1, "group_size": 18, "outlier_size": 4, "indices_as_float": False,
+        "enable_norm": True, "enable_perm": True, "is_indice_packed": True,
+    }  # fmt: skip
+    found = {name.replace("_weight", ".weight"): tensor for name, tensor in {**parts, **changes}.items()}
+    return checkpoint({"quant_method": "vptq", "config_for_layers": {"m": usual | dict(declared or {})}}, found)
+
+
+def _vptq_says(said: str, **fields: Any) -> Case:
+    words = ", ".join(f"{field} {value}" for field, value in fields.items())
+    return Case(f"vptq says {words}", _vptq(fields), ("m", said), "vptq")
+
+
+VPTQ = [
+    Case(
+        "vptq entry nan", _vptq(centroids_weight=torch.full((1, 128), NAN, dtype=F16)), ("m.centroids", "nan"), "vptq"
+    ),
+    Case("vptq scale infinite", _vptq(weight_scale=torch.full((22,), INF, dtype=F16)), ("m.weight_scale",), "vptq"),
+    Case("vptq without indices", _vptq(indices=None), ("m.indices is missing",), "vptq"),
+    Case("vptq without residual", _vptq(res_centroids_weight=None), ("m.res_centroids.weight is missing",), "vptq"),
+    Case("vptq order twice", _vptq(perm=torch.zeros(22, dtype=torch.int16)), ("m.perm is no order of 22",), "vptq"),
+    Case("vptq order beyond", _vptq(perm=torch.arange(-1, 21, dtype=torch.int16)), ("m.perm is no order",), "vptq"),
+    Case(
+        "vptq outlier beyond",
+        _vptq(outlier_indices=torch.full((1, 5, 4), 8, dtype=torch.int16)),
+        ("m.outlier_indices holds 8",),
+        "vptq",
+    ),
+    Case(
+        "vptq indices of fewer words",
+        _vptq(indices=torch.zeros(1, 3, 4, dtype=torch.int32)),
+        ("m.indices", "[1, 3, 4]"),
+        "vptq",
+    ),
+    Case("vptq indices bytes", _vptq(indices=torch.zeros(1, 3, 5, dtype=torch.uint8)), ("m.indices", "uint8"), "vptq"),
+    Case(
+        "vptq centroids integers",
+        _vptq(centroids_weight=torch.ones(1, 128, dtype=torch.int32)),
+        ("m.centroids",),
+        "vptq",
+    ),
+    _vptq_says("m.indices", out_features=2**40),
+    _vptq_says("do not divide", in_features=3),
+    _vptq_says("no power of two", num_centroids=[8, 33]),
+    _vptq_says("1 to 16 bits", num_centroids=[8, 2**17]),
+    _vptq_says("vector_lens is 4", vector_lens=4),
+    _vptq_says("a weight of [10, 22]", vector_lens=[2, -4]),
+    _vptq_says("1 groups of 17 for 18", group_size=17),
+    _vptq_says("group_num is None", group_num=None),
+    _vptq_says("pack_model", is_indice_packed=False),
+    _vptq_says("outliers have no residual", num_res_centroids=[4, 8]),
+    Case(
+        "vptq says nothing of a layer",
+        checkpoint({"quant_method": "vptq"}, {"centroids.weight": torch.ones(1, 4)}),
+        ("m: config.json has no",),
+        "vptq",
+    ),
+]
+
+
+def _spqr(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """SpQR of [16, 32] with two outliers in the first row."""
+    parts: dict[str, Tensor | None] = {
+        "dense_weights": torch.zeros(32, dtype=torch.int64),
+        "row_offsets": torch.tensor([0] + [2] * 16, dtype=torch.int32),
+        "col_vals": torch.tensor([1, 31], dtype=torch.int32),
+        "in_perm": (torch.arange(0, 32, 2) | torch.arange(1, 32, 2) << 16).int(),
+    }
+    return checkpoint({"quant_method": "spqr", **(declared or {})}, {**parts, **changes})
+
+
+def _offsets(*offsets: int) -> Tensor:
+    return torch.tensor([*offsets] + [offsets[-1]] * (17 - len(offsets)), dtype=torch.int32)
+
+
+SPQR = [
+    Case("spqr without offsets", _spqr(row_offsets=None), ("m.row_offsets is missing",), "spqr"),
+    Case("spqr without outliers", _spqr(col_vals=None), ("m.col_vals is missing",), "spqr"),
+    Case("spqr offsets of tiles", _spqr(row_offsets=torch.tensor([0, 2], dtype=torch.int32)), ("ptcsr",), "spqr"),
+    Case("spqr offsets falling", _spqr(row_offsets=_offsets(0, 5, 2)), ("m.row_offsets", "2 outliers"), "spqr"),
+    Case("spqr offsets negative", _spqr(row_offsets=_offsets(0, -1, 2)), ("m.row_offsets",), "spqr"),
+    Case("spqr offsets of more", _spqr(row_offsets=_offsets(0, 3)), ("m.row_offsets", "2 outliers"), "spqr"),
+    Case("spqr offsets of 64 bits", _spqr(row_offsets=_offsets(0, 2).long()), ("m.row_offsets", "int64"), "spqr"),
+    Case("spqr outlier beyond", _spqr(col_vals=torch.tensor([1, 32], dtype=torch.int32)), ("column 32 of 32",), "spqr"),
+    Case(
+        "spqr outlier nan",
+        _spqr(col_vals=torch.full((2,), 0x7E000001, dtype=torch.int32)),
+        ("m.col_vals", "nan"),
+        "spqr",
+    ),
+    Case("spqr order twice", _spqr(in_perm=torch.zeros(16, dtype=torch.int32)), ("m.in_perm is no order",), "spqr"),
+    Case("spqr order of fewer", _spqr(in_perm=torch.zeros(15, dtype=torch.int32)), ("15 pairs",), "spqr"),
+    Case("spqr rows disagree", _spqr(dense_weights=torch.arange(32) << 54), ("m.dense_weights", "agree"), "spqr"),
+    Case("spqr words of half a tile", _spqr(dense_weights=torch.zeros(24, dtype=torch.int64)), ("24 words",), "spqr"),
+    Case(
+        "spqr words of 32 bits", _spqr(dense_weights=torch.zeros(32, dtype=torch.int32)), ("m.dense_weights",), "spqr"
+    ),
+    Case("spqr says 4 bits", _spqr({"bits": 4}), ("'bits': 4",), "spqr"),
+]
+
+CASES = SPQR + VPTQ + AQLM + TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND

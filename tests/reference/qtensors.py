@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.schemes import Block, Scheme
-from lowbit.tensors import QTensor
+from lowbit.tensors import Outliers, QTensor, Vectors
 
 _SCALES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -32,6 +32,10 @@ def blocks(shape: tuple[int, ...], block: Block) -> tuple[int, int]:
 def random_qtensor(scheme: Scheme, shape: tuple[int, ...], seed: int = 0, lowest_zero: int = 0) -> QTensor:
     """Codes over the whole grid, scales over some decades; integer zero points from `lowest_zero` upwards."""
     dice = torch.Generator().manual_seed(seed)
+    if scheme.grid.runs:
+        return _random_vectors(scheme, shape, dice)
+    if scheme.zero == "quantized":
+        return _random_sparse(scheme, shape, dice)
     legal = torch.tensor([code for code, level in enumerate(scheme.grid.levels) if math.isfinite(level)])
     size = matrix(shape, scheme.block)
     codes = legal[torch.randint(len(legal), size, generator=dice)].to(torch.uint8)
@@ -64,6 +68,46 @@ def table_codes(name: str, size: tuple[int, int], dice: torch.Generator) -> Tens
     return (2 * runs + odd)[:, : size[1]].to(torch.uint8)
 
 
+def _random_vectors(scheme: Scheme, shape: tuple[int, ...], dice: torch.Generator) -> QTensor:
+    """Every index, entries of both signs, columns in any order."""
+    rows, left = matrix(shape, Block(1, 0))
+    held, order = [], torch.randperm(left, generator=dice).int() if scheme.perm else None
+    for run in scheme.grid.runs:
+        width = run.width or left
+        size, groups, left = (-(-rows // run.rows), width // run.cols), width // (run.group or width), left - width
+        codes = [torch.randint(2**bits, size, generator=dice).int() for bits in run.bits]
+        books = [torch.randn(groups, 2**bits, run.rows, run.cols, generator=dice) for bits in run.bits]
+        held.append(Vectors(torch.stack(codes), tuple(_storable(book, scheme) for book in books)))
+    across = blocks(shape, scheme.block)
+    minima = _storable(torch.randn(across, generator=dice), scheme) if scheme.zero == "min" else None
+    single = scheme.block == Block(0, 0)
+    scales = torch.ones(1, 1) if single else _random_scales(scheme, across, dice)
+    nothing = torch.empty(0, 0, dtype=torch.uint8)
+    return QTensor(scheme, shape, nothing, scales, minima=minima, vectors=tuple(held), order=order)
+
+
+def _random_sparse(scheme: Scheme, shape: tuple[int, ...], dice: torch.Generator) -> QTensor:
+    """Quantized scales and zero points, outliers anywhere, columns in any order."""
+    (rows, cols), count, nested = shape, scheme.outliers, scheme.nested
+    assert nested
+    across = blocks(shape, scheme.block)
+    scales, points = (random_qtensor(nested, across, int(torch.randint(99, (), generator=dice))) for _ in range(2))
+    where = (
+        torch.randint(rows, (count,), generator=dice).int().sort().values,
+        torch.randint(cols, (count,), generator=dice),
+    )
+    values = torch.randn(count, generator=dice).half().float()
+    return QTensor(
+        scheme,
+        shape,
+        torch.randint(8, (rows, cols), generator=dice).to(torch.uint8),
+        scales,
+        order=torch.randperm(cols, generator=dice).int() if scheme.perm else None,
+        points=points,
+        outliers=Outliers(where[0], where[1].int(), values) if count else None,
+    )
+
+
 def _random_scales(scheme: Scheme, shape: tuple[int, int], dice: torch.Generator) -> Tensor | QTensor:
     exponents = torch.randint(-9, -3, shape, generator=dice)
     if scheme.nested:
@@ -91,10 +135,11 @@ def _storable(values: Tensor, scheme: Scheme) -> Tensor:
 def slow_dequantize(q: QTensor) -> Tensor:
     """Element by element, in float32: level times scale, or code minus zero point, times scale; plus the offset.
 
-    With the zero kind `min`: code times scale, minus what is subtracted.
+    With the zero kind `min`: code times scale, minus what is subtracted. Of vectors the sum over books, in their order.
     """
     scales = (slow_dequantize(q.scales) if isinstance(q.scales, QTensor) else q.scales).numpy()
     minima = slow_dequantize(q.minima) if isinstance(q.minima, QTensor) else q.minima
+    zeros = q.zeros if q.points is None else slow_dequantize(q.points)
     (rows, cols), block = matrix(q.shape, q.scheme.block), q.scheme.block
     out = np.empty((rows, cols), np.float32)
     for row in range(rows):
@@ -102,15 +147,36 @@ def slow_dequantize(q: QTensor) -> Tensor:
             down, across = row // (block.rows or rows), col // (block.cols or cols)
             if q.group_index is not None:
                 across = int(q.group_index[col])
-            code = int(q.codes[row, col])
-            value = np.float32(q.scheme.grid.levels[code])
-            if q.zeros is not None:
-                value = np.float32(code) - np.float32(q.zeros[down, across].item())
+            code = 0 if q.vectors else int(q.codes[row, col])
+            value = _in_vector(q, row, col) if q.vectors else np.float32(q.scheme.grid.levels[code])
+            if zeros is not None:
+                value = np.float32(code) - np.float32(zeros[down, across].item())
             if minima is not None:
-                value = np.float32(code)
+                value = value if q.vectors else np.float32(code)
             out[row, col] = value * np.float32(scales[down, across])
             if minima is not None:
                 out[row, col] -= np.float32(minima[down, across].item())
     if q.offset is not None:
         out += np.float32(q.offset.item())
+    if q.outliers is not None:
+        for row, col, number in zip(*(part.tolist() for part in vars(q.outliers).values()), strict=True):
+            out[row, col] += np.float32(number)
+    if q.order is not None:
+        columns = q.order.tolist()
+        out = np.stack([out[:, columns.index(col)] for col in range(cols)], 1)
     return torch.from_numpy(out).reshape(q.shape)
+
+
+def _in_vector(q: QTensor, row: int, col: int) -> np.float32:
+    """What the codebooks say of one element."""
+    at = 0
+    while q.scheme.grid.runs[at].width and col >= q.scheme.grid.runs[at].width:
+        col -= q.scheme.grid.runs[at].width
+        at += 1
+    run, vectors = q.scheme.grid.runs[at], q.vectors[at]
+    total = np.float32(0)
+    for i, book in enumerate(vectors.books):
+        index = int(vectors.codes[i, row // run.rows, col // run.cols])
+        part = book[col // run.group if run.group else 0, index, row % run.rows, col % run.cols]
+        total = np.float32(part.item()) if i == 0 else total + np.float32(part.item())
+    return total

@@ -16,7 +16,7 @@ import lowbit
 from lowbit.errors import FormatError, JournalError, ResourceError, UnsupportedError
 from lowbit.schemes import Scheme, parse
 from lowbit.stages._adapter import read_adapter, write_adapter
-from lowbit.stages._carry import carried, floats, variants
+from lowbit.stages._carry import carried, variants
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.convert import Converted, Group
 from lowbit.tensors import QTensor
@@ -67,7 +67,7 @@ def test_rows_are_those_of_the_slow_definition(scheme: str, shape: tuple[int, in
     q = random_qtensor(parse(scheme), shape)
     q = scattered(q) if scheme == "int4-g32" and shape[1] % 32 == 0 else q
     wanted = slow_dequantize(q)
-    found = torch.cat([floats(q, at, min(at + 4, shape[0])) for at in range(0, shape[0], 4)])
+    found = torch.cat([q.rows(at, min(at + 4, shape[0])) for at in range(0, shape[0], 4)])
     assert torch.equal(bits_of(found), bits_of(wanted))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +18,7 @@ from lowbit import plugins
 from lowbit.api import make_plan
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Weight
+from lowbit.methods import Method
 from lowbit.schemes import parse
 from lowbit.stages.checkpoint import open_checkpoint
 from tests.interop.models import recognised, unpacked
@@ -57,6 +61,7 @@ def declaration(name: str, weights: list[Weight], key: str = "quantization_confi
         ("mlx", "int4-g64", (64, 128), "int4-g64-min-bf16"),
         ("mlx", "int6-row-asym", (3, 128), "int6-g128-min-bf16"),
         ("modelopt", "nvfp4", (3, 48), "nvfp4"),
+        ("aqlm", "vectors[1x8:16]", (3, 48), "vectors[1x8:16]-row-bf16"),
     ],
 )
 def test_fit_says_how_it_is_stored(name: str, scheme: str, shape: tuple[int, int], fitted: str) -> None:
@@ -89,6 +94,19 @@ def test_fit_says_how_it_is_stored(name: str, scheme: str, shape: tuple[int, int
         ("modelopt", "mxfp4", (64, 128), "compressed-tensors"),
         ("modelopt", "nvfp4", (64, 40), "16 divides"),
         ("bitnet", "levels[-1,0,1]-row", (64, 128), "levels"),
+        ("aqlm", "int4-g64", (64, 128), "no method makes yet; convert keeps"),
+        ("aqlm", "vectors[1x8:8+4]", (64, 128), "cannot hold"),
+        ("aqlm", "vectors[8x1:8]-column-min", (64, 128), "cannot hold"),
+        ("aqlm", "vectors[1x8:8]", (64, 100), "do not divide"),
+        ("hqq", "vectors[1x8:8]", (64, 128), "cannot hold"),
+        ("vptq", "vectors[8x1:8+8+8]-tensor", (64, 128), "no method makes yet; convert keeps"),
+        ("spqr", "int3-g16-asym", (64, 128), "no method makes yet; convert keeps"),
+        ("spqr", "spqr", (64, 120), "tiles of 16 x 16"),
+        ("hqq", "spqr", (64, 128), "cannot hold"),
+        ("compressed_tensors", "spqr", (64, 128), "leave out dq"),
+        ("vptq", "vectors[8x1:8]-row", (64, 128), "cannot hold"),
+        ("vptq", "vectors[1x8:8]-tensor", (64, 128), "cannot hold"),
+        ("vptq", "vectors[200*4x1:8,8x1:8]-tensor", (64, 128), "do not divide 128 columns"),
         ("bitnet", "levels[-1,0,1]-tensor", (66, 128), "four quarters"),
     ],
 )
@@ -178,6 +196,39 @@ def test_what_is_read_only_is_refused_and_not_offered(wiki_8m: Path) -> None:
     assert "mxfp4" not in plugins.written()
     with pytest.raises(UnsupportedError, match="read and not written"):
         make_plan(wiki_8m, format="mxfp4")
+
+
+def test_what_no_method_makes_is_not_offered_and_says_so(wiki_8m: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no method makes vectors of codebooks yet; convert keeps"):
+        make_plan(wiki_8m, format="aqlm")
+    for name in plugins.names("methods"):
+        method: Method = plugins.load("methods", name)
+        for scheme in ("vectors[1x8:16]", "vectors[8x1:16]-column-min", "spqr"):
+            assert method.supports(parse(scheme)), (name, scheme)
+
+
+def test_spqr_reads_words_as_its_dequantizer_does() -> None:
+    """`dequantize_compressed` of spqr_quant 0.2.0 in float32; column c of what it makes reads input `in_perm[c]`."""
+    made = weight("spqr", "spqr-perm-sparse7", shape=(32, 48), dtype=torch.float16)
+    assert made.scheme
+    into = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in form_of("spqr").layout(made).items()}
+    form_of("spqr").pack(made, random_qtensor(made.scheme, made.shape), into)
+    parts = {name.rpartition(".")[2]: tensor.numpy() for name, tensor in into.items()}
+    words, out = iter(parts["dense_weights"].view(np.uint64).tolist()), np.zeros((32, 48), np.float32)
+    for top, left in itertools.product(range(0, 32, 16), range(0, 48, 16)):
+        tile = [next(words) for _ in range(16)]
+        joined = functools.reduce(int.__or__, ((word >> 54) << 8 * (k // 2) for k, word in enumerate(tile)))
+        ss, zs, sz, zz = np.array([joined], np.uint64).view(np.float16).astype(np.float32)
+        for row, word in enumerate(tile):
+            s, z, *codes = (np.float32(word >> 3 * i & 7) for i in range(18))
+            out[top + row, left : left + 16] = ss * (s - sz) * (np.array(codes) - zs * (z - zz))
+    outliers = parts["col_vals"].view(np.uint16).reshape(-1, 2)
+    for row, (start, stop) in enumerate(itertools.pairwise(parts["row_offsets"])):
+        for col, value in outliers[start:stop]:
+            out[row, col] += np.float32(np.array([value]).view(np.float16)[0])
+    meant = np.empty_like(out)
+    meant[:, parts["in_perm"].view(np.uint16)] = out
+    assert np.array_equal(unpacked(form_of("spqr"), made, into).dequantize().numpy(), meant)
 
 
 def test_experts_come_as_the_model_holds_them(tmp_path: Path) -> None:

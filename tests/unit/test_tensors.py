@@ -21,7 +21,9 @@ NAMES = [
     *(f"int{bits}-{block}" for bits in range(1, 9) for block in ("tensor", "row", "g32", "flat64", "128x128")),
     "int4-g128-asym", "int4-g64-fzero", "int3-row-asym-bf16", "int8-g128", "int4-g64-dq", "nf4-dq", "nf4-flat64-dq",
     "fp4-flat128", "nf4-row-f16", "fp8-e4m3-tensor", "fp8-e5m2-128x128", "fp8-e4m3-bf16", "levels[-1,-0.25,0,0.5]",
-    "levels[-1,0.1]-row-f32", "levels[-1.5,0,1e-07]-flat16-dq",
+    "levels[-1,0.1]-row-f32", "levels[-1.5,0,1e-07]-flat16-dq", "int8-column",
+    "vectors[1x8:16]", "vectors[8x1:12+4]-column-min-perm-bf16", "vectors[64*4x1:12,8x1:12+12/256]-tensor",
+    "spqr", "spqr-perm-sparse12",
 ]  # fmt: skip
 
 
@@ -46,6 +48,7 @@ def test_names_and_schemes_are_inverse_to_each_other(name: str) -> None:
         ("fp8-e4m3", "fp8-e4m3-row"),
         ("levels[1,-1, 0,0]", "levels[-1,0,1]-g64"),
         ("levels[0.1,1]", "levels[0.100000001,1]-g64"),  # the values are float32
+        ("vectors[1x8:8+8]-f16", "vectors[1x8:8+8]-row"),
     ],
 )
 def test_a_scheme_has_one_canonical_name(name: str, canonical: str) -> None:
@@ -65,6 +68,16 @@ def test_a_scheme_has_one_canonical_name(name: str, canonical: str) -> None:
         ("levels[1]", "2 to 256 distinct finite values"),
         ("levels[1,inf]", "2 to 256 distinct finite values"),
         ("levels[a,b]", "could not convert"),
+        ("vectors[8]", "'8' is no run of vectors"),
+        ("vectors[1x8:17]", "1 to 16 bits"),
+        ("vectors[1x8:16+16+1]", "32 at most"),
+        ("vectors[8x1:4,8x1:4]", "every run of vectors but the last has a width"),
+        ("vectors[4*8x1:4]", "the last takes all"),
+        ("vectors[1x8:8]-dq", "leave out dq"),
+        ("vectors[1x8:8]-asym", "only integer grids have zero points"),
+        ("spqr-g32", "spqr fixes its block"),
+        ("int4-sparse5", "sparseN one of spqr"),
+        ("int4-perm", "perm is an option of grids of vectors"),
         ("", "no scheme is called ''"),
     ],
 )
@@ -147,6 +160,12 @@ BYTES = [
     ("int4-128x128", (200, 300), 30_000 + 2 * 6, 8 * 30_012 / 60_000),
     ("levels[0,1,2]-g4", (2, 6), 3 + 2 * 4, 8 * 11 / 12),
     ("int4-flat64", (3, 3, 11), 50 + 2 * 2, 8 * 54 / 99),
+    # codes, scales and zero points in 3 bits, 4 float16 of each tile, order, outliers and where the rows of them start
+    ("spqr-perm-sparse7", (32, 48), 576 + 2 * 36 + 8 * 6 + 96 + 4 * 7 + 4 * 33, 8 * 952 / 1536),
+    # indices, books, scales
+    ("vectors[1x8:16]-row", (1024, 1024), 2**18 + 2**20 + 2048, 8 * (2**18 + 2**20 + 2048) / 2**20),
+    # indices of 4 outlier columns and of two groups of 8 (the last down is padded), books, scales, minima, order
+    ("vectors[4*2x1:3,8x1:4+2/8]-column-min-perm", (10, 20), 8 + 24 + 2 * (16 + 2 * 160) + 2 * 40 + 40, 32.96),
 ]
 
 

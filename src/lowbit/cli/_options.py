@@ -62,7 +62,7 @@ def _blocks(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 
 def _listed(folder: str) -> str:
     names = plugins.written() if folder == "formats" else plugins.names(folder)
-    return ", ".join(name.replace("_", "-") for name in names)
+    return ", ".join(name.replace("_", "-") for name in names if name not in plugins.CONVERTED)
 
 
 _RULES = (

@@ -67,6 +67,8 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
 
 
 def _check_grid(scheme: Scheme) -> None:
+    if scheme.grid.kind == "vectors":
+        raise UnsupportedError(f"compressed-tensors cannot hold {scheme}: it has no codebooks; use --format float")
     if scheme.grid.kind == "levels":
         raise UnsupportedError(
             f"compressed-tensors has no table of levels, {scheme} needs one; use --format bitsandbytes"

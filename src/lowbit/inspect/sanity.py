@@ -46,6 +46,8 @@ def check_plain(name: str, tensor: Tensor) -> list[Finding]:
 
 def check_quantized(name: str, q: QTensor, dtype: torch.dtype) -> tuple[Codes, list[Finding]]:
     """Codes off the grid or hardly used, scales and zero points that mean nothing, values that `dtype` cannot hold."""
+    if q.vectors:
+        return _check_vectors(name, q, dtype)
     on_grid = ~level_table(q.scheme.grid).isnan()
     counts, scales = code_counts(q.codes), q.scale_values()
     codes = Codes(int((counts[on_grid] > 0).sum()), int(on_grid.sum()))
@@ -56,6 +58,25 @@ def check_quantized(name: str, q: QTensor, dtype: torch.dtype) -> tuple[Codes, l
         text = f"values beyond the range of {str(dtype).removeprefix('torch.')} become Inf when it is loaded"
         found.append(Finding("error", name, text))
     return codes, found
+
+
+def _check_vectors(name: str, q: QTensor, dtype: torch.dtype) -> tuple[Codes, list[Finding]]:
+    """Entries of codebooks that occur; numbers that are not finite, values that `dtype` cannot hold."""
+    used, available, facts = 0, 0, list(_zeros(q))
+    for vectors in q.vectors:
+        for book, codes in zip(vectors.books, vectors.codes, strict=True):
+            groups, entries = book.shape[:2]
+            group = torch.arange(codes.shape[1]) * groups // max(codes.shape[1], 1)
+            seen = torch.zeros(groups * entries, dtype=torch.bool)
+            seen[codes + group * entries] = True
+            used, available = used + int(seen.sum()), available + seen.numel()
+    numbers = {"scales": q.scale_values(), **{part: value for part, value in q.parts() if ".books." in part}}
+    for part, values in numbers.items():
+        if not torch.isfinite(values).all():
+            facts.append(("error", _some(f"{part} are NaN or Inf", ~torch.isfinite(values))))
+    if not facts and not all(bool(torch.isfinite(piece).all()) for _, piece in _pieces(q.dequantize(dtype))):
+        facts.append(("error", f"values beyond the range of {str(dtype).removeprefix('torch.')} become Inf"))
+    return Codes(used, available), [Finding(level, name, text) for level, text in facts]
 
 
 def code_counts(codes: UInt8[Tensor, "..."]) -> Int64[Tensor, "256"]:

@@ -73,6 +73,10 @@ def shares_rows(scheme: Scheme) -> bool:
 
 def unscaled(scheme: Scheme) -> str | None:
     """Why scales and zero points that are chosen here cannot serve a scheme; None where they can."""
+    if scheme.grid.kind == "vectors":
+        return "no method makes vectors of codebooks yet; convert keeps those of a checkpoint"
+    if scheme.zero == "quantized":
+        return "no method makes SpQR's zero points and outliers yet; convert keeps those of a checkpoint"
     if scheme.zero == "min" or (scheme.nested and not scheme.nested.offset and scheme.scale != "e4m3"):
         return "its minima and its scales in super-blocks are llama.cpp's; use --method ggml-fit, imatrix-fit or ggml"
     return None

@@ -28,7 +28,8 @@ def quantize(
 
 def supports(scheme: Scheme) -> str | None:
     """Why a scheme cannot be made; None where it can: minima with plain scales are a matter of the range alone."""
-    return None if scheme.zero == "min" and scheme.nested is None else unscaled(scheme)
+    ranged = scheme.zero == "min" and scheme.nested is None and scheme.grid.kind == "int"
+    return None if ranged else unscaled(scheme)
 
 
 METHOD = Method(

@@ -15,18 +15,18 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from lowbit import native
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.formats._checks import row_chunks
 from lowbit.formats._linear import row_block
 from lowbit.schemes import FAMILIES, FLOATS, Block, Grid, Scheme, Zero, parse
-from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
+from lowbit.tensors import QTensor, Shape, block_size, scale_shape, view_shape
 
 _ZEROS: dict[Zero, tuple[Zero, ...]] = {
     "none": ("none", "int", "float", "min"),
     "int": ("int", "none", "float", "min"),
     "float": ("float", "none", "int", "min"),
     "min": ("min", "none", "int", "float"),
+    "quantized": ("quantized",),
 }
 _GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 _NOWHERE = 255
@@ -38,7 +38,7 @@ def variants(scheme: Scheme) -> Iterator[Scheme]:
     bases = [scheme, plain] if scheme.nested or scheme.scale == "e8m0" else [scheme]
     for grid in chain([scheme.grid], wider(scheme.grid)):  # the others are hardly ever needed
         for block in [scheme.block, *finer(scheme.block)]:
-            for zero in _ZEROS[scheme.zero] if grid.kind == "int" else ("none",):
+            for zero in _ZEROS[scheme.zero] if grid.kind == "int" else (scheme.zero,):
                 found = [replace(base, grid=grid, block=block, zero=zero) for base in bases]
                 yield from (each for each in found if each == scheme or spelled(each))
 
@@ -79,6 +79,10 @@ def carried(q: QTensor, scheme: Scheme, rounding: bool = False) -> QTensor:
     Raises:
         UnsupportedError: the values do not fit, with the first that does not.
     """
+    if q.scheme == scheme:
+        return q
+    if q.vectors or q.order is not None or q.points is not None:
+        raise UnsupportedError(f"its codes are of {q.scheme}, and nothing else has them")
     index = _blocks_within(q, scheme)
     scales = _block_values(q.scales, q, scheme, index, "scale", rounding)
     zeros, minima = _zeros(q, scheme, index, rounding), _minima(q, scheme, index, rounding)
@@ -228,19 +232,3 @@ def _codes(q: QTensor, scheme: Scheme) -> UInt8[Tensor, "rows cols"]:
 def _key(level: float) -> tuple[float, float]:
     """A level with its sign, which 0 has too."""
     return level, copysign(1.0, level)
-
-
-def floats(q: QTensor, start: int, stop: int) -> Float[Tensor, "rows cols"]:
-    """Rows of what `q` stands for, as `q.dequantize()` has them, without the rest."""
-    rows, cols = view_shape(q.shape, Block(1, 0))
-    codes, (high, wide) = q.codes.view(rows, cols)[start:stop], block_size(q.shape, q.scheme.block)
-    down, across = (torch.arange(start, stop) // high)[:, None], torch.arange(scale_shape(q.shape, q.scheme.block)[1])
-    if q.scheme.block.flat:
-        across, down, wide = torch.arange(start * cols, stop * cols).view(codes.shape) // wide, torch.tensor(0), 1
-    elif q.group_index is not None:
-        across, wide = q.group_index.long(), 1
-    scales, zeros = q.scale_values()[down, across], q.zero_values()
-    zeros = None if zeros is None else zeros[down, across]
-    out, minus = torch.empty(codes.shape), q.scheme.zero == "min"
-    native.dequantize(codes, scales, zeros, level_table(q.scheme.grid), 1, wide, minus=minus, out=out)
-    return out if q.offset is None else out + q.offset

@@ -23,7 +23,7 @@ from lowbit.formats import Format, Spec, Weight, _float
 from lowbit.formats._linear import SCALE_TYPES, declared_dtype, row_block
 from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
-from lowbit.stages._carry import carried, floats, spelled, variants
+from lowbit.stages._carry import carried, spelled, variants
 from lowbit.stages._rooms import Rooms
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, arranged
@@ -135,8 +135,10 @@ def _with_inputs(weight: Weight, target: Weight, form: Format) -> Weight:
 def nearest(scheme: Scheme, cols: int) -> Iterator[list[list[Scheme]]]:
     """Schemes to quantize again in: for a number of bits, own first, then more, then fewer, a list for each grid.
 
-    Each list is in the order in which it is tried: blocks like the weight's own, then smaller, then larger.
+    Each list is in the order in which it is tried: blocks like the weight's own, then smaller, then larger. Few bits do
+    in plain integers what they do in vectors only as 4 bits in groups: vectors go on as those.
     """
+    scheme = parse("int4-g128-asym") if scheme.grid.kind == "vectors" else scheme
     others = (family.grid for family in FAMILIES.values() if not family.grid.table)
     grids = dict.fromkeys([scheme.grid, *others])
     own = scheme.grid.bits
@@ -167,7 +169,7 @@ def difference(one: QTensor, other: QTensor, elements: int = _SAMPLE) -> Error:
     rows, cols = view_shape(one.shape, Block(1, 0))
     step, error = max(elements // max(cols, 1), 1), Error()
     for at in range(0, rows, step):
-        left, right = floats(one, at, min(at + step, rows)), floats(other, at, min(at + step, rows))
+        left, right = one.rows(at, min(at + step, rows)), other.rows(at, min(at + step, rows))
         error += _error(left, right)
     return error
 
@@ -355,7 +357,7 @@ class Changer:
     def _sampled(self, q: QTensor, target: Weight) -> float:
         """Relative error of round to nearest on the first rows."""
         rows, cols = view_shape(q.shape, Block(1, 0))
-        part = floats(q, 0, min(max(_SAMPLE // 4 // max(cols, 1), 1), rows))
+        part = q.rows(0, min(max(_SAMPLE // 4 // max(cols, 1), 1), rows))
         sample = replace(target, shape=tuple(part.shape))
         assert sample.scheme is not None
         codes = torch.empty(view_shape(sample.shape, sample.scheme.block), dtype=torch.uint8)
@@ -376,7 +378,7 @@ class Changer:
         rows, cols = out.shape
         step, error = max(_SAMPLE // max(cols, 1), 1), Error()
         for at in range(0, rows, step):
-            values, part = floats(q, at, min(at + step, rows)), out[at : at + step]
+            values, part = q.rows(at, min(at + step, rows)), out[at : at + step]
             part.copy_(values)
             error += Error() if out.dtype == torch.float32 else _error(values, part.float())
         return error
