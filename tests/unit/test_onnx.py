@@ -32,15 +32,17 @@ def session(model: Any) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model if isinstance(model, str) else model.SerializeToString(), options)
 
 
+def initializer(name: str, tensor: Tensor) -> Any:
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return helper.make_tensor(name, _TYPES[tensor.dtype], list(tensor.shape), data, raw=True)
+
+
 def node_of(weight: Weight, tensors: dict[str, Tensor]) -> Any:
     """A model of one product with the stored tensors of a weight, every value as it is in them."""
     rows, cols = weight.shape
     scheme = weight.scheme
     assert scheme is not None
-    stored = [
-        helper.make_tensor(f"{name}.raw", _TYPES[t.dtype], list(t.shape), bytes(t.contiguous().view(-1).view(torch.uint8).numpy()), raw=True)
-        for name, t in tensors.items()
-    ]  # fmt: skip
+    stored = [initializer(f"{name}.raw", t) for name, t in tensors.items()]
     nodes = [
         helper.make_node("Cast", [f"{name}.raw"], [name], to=TensorProto.FLOAT)
         if t.dtype.is_floating_point
@@ -54,7 +56,8 @@ def node_of(weight: Weight, tensors: dict[str, Tensor]) -> Any:
     else:
         facts = {"K": cols, "N": rows, "bits": scheme.grid.bits, "block_size": scheme.block.cols}
         nodes.append(helper.make_node("MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft", **facts))
-    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["tokens", size]) for n, size in (("x", cols), ("y", rows))]  # fmt: skip
+    sizes = (("x", cols), ("y", rows))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", size]) for name, size in sizes]
     graph = helper.make_graph(nodes, "product", ends[:1], ends[1:], stored)
     return helper.make_model(graph, opset_imports=OPSETS, ir_version=10)
 
@@ -82,7 +85,10 @@ def test_product_of_onnxruntime(scheme: str) -> None:
         np.testing.assert_allclose(y.T, meant, rtol=2e-6, atol=1e-6 * float(abs(meant).max()))
 
 
-@pytest.mark.parametrize("scheme", ["int3-g32", "int4-g48", "int4-g8", "int2-g512", "int4-g32-min", "int8-g32-fzero", "nf4-g64", "int4-16x16"])  # fmt: skip
+@pytest.mark.parametrize(
+    "scheme",
+    ["int3-g32", "int4-g48", "int4-g8", "int2-g512", "int4-g32-min", "int8-g32-fzero", "nf4-g64", "int4-16x16"],
+)
 def test_refuses_what_onnxruntime_has_not(scheme: str) -> None:
     with pytest.raises(UnsupportedError, match="onnx cannot hold"):
         onnx.fit(parse(scheme), Weight("m.weight", (64, 1024), torch.float32))

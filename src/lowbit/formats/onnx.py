@@ -18,7 +18,7 @@ from lowbit import native
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Spec, Weight
 from lowbit.formats._checks import exact, finite, stored
-from lowbit.formats._linear import check_matrix, check_planned, declare, declared, planned, row_block
+from lowbit.formats._linear import check_matrix, check_planned, declare, planned, row_block
 from lowbit.schemes import FLOATS, Block, Scheme
 from lowbit.tensors import QTensor, scale_shape
 
@@ -161,6 +161,12 @@ def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, di
     return {"config.json": declare(source, {"quant_method": METHOD})}
 
 
+def is_declared(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that a graph tells of the weights."""
+    found = config.get("quantization_config")
+    return isinstance(found, Mapping) and found.get("quant_method") == METHOD
+
+
 def recognise(
     config: Mapping[str, Any], specs: Mapping[str, Spec], read: Callable[[str], Tensor]
 ) -> dict[str, Weight] | None:
@@ -169,7 +175,7 @@ def recognise(
     Raises:
         FormatError: config.json declares them, and there is no graph.
     """
-    if declared(config).get("quant_method") == METHOD:
+    if is_declared(config):
         raise FormatError("config.json says that model.onnx describes the weights, and it is not there")
     return None
 

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -60,7 +59,7 @@ def onnx_shard(plan: Plan, checkpoint: Checkpoint, shards: Sequence[Shard]) -> S
     """
     try:
         import onnx_ir as ir
-        import onnxscript.optimizer as optimizer
+        from onnxscript import optimizer
     except ImportError:
         raise UsageError("--format onnx needs the packages onnx and onnxscript: pip install lowbit[onnx]") from None
 
@@ -105,7 +104,7 @@ def _export(blueprint: Blueprint, model: nn.Module) -> ir.Model:
                 opset_version=OPSET, dynamic_shapes=({0: batch, 1: sequence},) * 2,
                 input_names=["input_ids", "attention_mask"], output_names=["logits"],
             )  # fmt: skip
-    except Exception as error:  # noqa: BLE001 - it traces the model's own code, which may raise anything
+    except Exception as error:
         raise UnsupportedError(
             f"torch.onnx.export makes no graph of {blueprint.kind.__name__}: {one_line(error)}; use another --format"
         ) from error
