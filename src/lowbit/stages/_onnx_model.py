@@ -146,7 +146,9 @@ class _Graph:
         name = node.input[index] if index < len(node.input) else ""
         found = self.source(name)
         if found is None:
-            raise FormatError(f"{_named(node)}: its {what}, {show(name)}, are no initializer of a type that is read")
+            raise FormatError(
+                f"{self.path}: {_named(node)}: its {what}, {show(name)}, are no initializer of a type that is read"
+            )
         return found
 
 

@@ -219,7 +219,10 @@ def _find_shards(root: Path, config: Mapping[str, Any]) -> tuple[list[Path], Ind
 
 def _open_onnx(path: Path, file: Path, extras: tuple[Path, ...], config: Mapping[str, Any]) -> Checkpoint:
     """An ONNX model, whose files are the graph and those that it refers to."""
-    model = open_onnx(file)
+    try:
+        model = open_onnx(file)
+    except _STUMBLES as error:
+        raise CheckpointError(f"{file} is no ONNX model that is read: {one_line(error)}") from error
     specs = {name: found.slots[name].spec for name, found in model.files.items()}
     weights = {n: replace(w, swapped=True) if w.scheme and swapped(config, w) else w for n, w in model.weights.items()}
     form = "onnx" if any(weight.scheme for weight in weights.values()) else None
