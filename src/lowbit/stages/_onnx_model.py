@@ -80,7 +80,7 @@ def open_onnx(path: Path) -> OnnxModel:
 def _parse(path: Path) -> Any:
     try:
         import onnx
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     except ImportError:
         raise UsageError(f"to read {path} needs the package onnx: pip install lowbit[onnx]") from None
 
