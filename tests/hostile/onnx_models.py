@@ -33,11 +33,11 @@ def model(
     for name, (dtype, shape) in {**_TENSORS, **(tensors or {})}.items():
         tensor = TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL)
         start, size = _PLACES[name]
-        place = {"location": DATA, "offset": start, "length": size} | (facts if name == "a.weight" else {})
+        place: dict[str, Any] = {"location": DATA, "offset": start, "length": size} | (facts if name == "a.weight" else {})
         for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
         stored.append(tensor)
-    attributes = {"K": 40, "N": 9, "bits": 4, "block_size": 32, **(node or {})}
+    attributes: dict[str, Any] = {"K": 40, "N": 9, "bits": 4, "block_size": 32, **(node or {})}
     made = helper.make_node(kind, list(inputs), ["y"], domain="com.microsoft", **attributes)
     return bytes(helper.make_model(helper.make_graph([made], "g", [], [], stored)).SerializeToString())
 

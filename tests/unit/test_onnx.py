@@ -54,7 +54,7 @@ def node_of(weight: Weight, tensors: dict[str, Tensor]) -> Any:
         nodes.append(helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0]))
         nodes.append(helper.make_node("MatMul", ["x", "t"], ["y"]))
     else:
-        facts = {"K": cols, "N": rows, "bits": scheme.grid.bits, "block_size": scheme.block.cols}
+        facts: dict[str, Any] = {"K": cols, "N": rows, "bits": scheme.grid.bits, "block_size": scheme.block.cols}
         nodes.append(helper.make_node("MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft", **facts))
     sizes = (("x", cols), ("y", rows))
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", size]) for name, size in sizes]
