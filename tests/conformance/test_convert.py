@@ -20,8 +20,8 @@ from lowbit.stages.checkpoint import open_checkpoint
 from tests.reference.checkpoints import NAMES, SHAPE, scattered, write_checkpoint
 from tests.reference.qtensors import slow_dequantize
 
-# A GGUF file is of a whole model: tests/interop/test_gguf.py.
-FORMATS = [name.replace("_", "-") for name in plugins.written() if name != "gguf"]
+# GGUF and ONNX are of a whole model: tests/interop/test_gguf.py, test_onnx.py.
+FORMATS = [name.replace("_", "-") for name in plugins.written() if name not in ("gguf", "onnx")]
 # One of each kind that formats tell apart: bits, blocks, zero points, tables, small floats, quantized scales.
 SCHEMES = [
     "int2-g64", "int3-g32", "int4-g64", "int4-row", "int4-g64-asym", "int8-g128", "int8-row", "int4-g64-fzero",

@@ -10,11 +10,11 @@ import pytest
 from lowbit import plugins
 from lowbit.errors import LowbitError
 from lowbit.stages.checkpoint import open_checkpoint
-from tests.hostile import layouts
+from tests.hostile import layouts, onnx_models
 from tests.hostile.cases import CASES as FIRST
 from tests.hostile.cases import Case
 
-CASES = [*FIRST, *layouts.CASES]
+CASES = [*FIRST, *layouts.CASES, *onnx_models.CASES]
 
 
 def _snapshot(root: Path) -> dict[str, str]:

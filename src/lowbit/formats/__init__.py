@@ -95,7 +95,8 @@ class Format:
         fit_activations: `(scheme, weight) -> scheme` of the inputs of a weight whose own scheme is fitted, as this
             format declares it; raises `UnsupportedError` with the reason.
         swaps: whether its readers put a weight `[outputs, inputs]` into the place of a `Conv1D`.
-        container: kind of file that its tensors are in; what is not quantized is `arrange`d for it.
+        container: kind of file that its tensors are in, or that says what they are; what is not quantized is `arrange`d
+            for it.
         choose: `(name, weights, config.json) -> {weight name: (scheme name or float type, reason)}` for names of
             mixtures; where there is one, it decides in place of the general rules which weights are quantized.
         encoder: method that makes every scheme of those mixtures: its default, and for where the chosen one cannot.
@@ -115,7 +116,7 @@ class Format:
     owns: Callable[[Weight], Sequence[str]]
     fit_activations: Callable[[Scheme, Weight], Scheme] = no_activations
     swaps: bool = False
-    container: Literal["safetensors", "gguf"] = "safetensors"
+    container: Literal["safetensors", "gguf", "onnx"] = "safetensors"
     choose: Callable[[str, Sequence[Weight], Mapping[str, Any]], dict[str, tuple[str, str]]] | None = None
     encoder: str = ""
     learned_encoder: str = ""

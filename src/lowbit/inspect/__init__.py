@@ -42,7 +42,9 @@ def inspect(source: str | Path, progress: Progress = lambda stage, done, total: 
             progress("inspect", min(done, total), total)
         return Inspection(
             path=str(checkpoint.path),
-            container={".safetensors": "safetensors", ".gguf": "gguf"}.get(checkpoint.shards[0].suffix, "pytorch"),
+            container={".safetensors": "safetensors", ".gguf": "gguf", ".onnx": "onnx"}.get(
+                checkpoint.shards[0].suffix, "pytorch"
+            ),
             files={shard.name: shard.stat().st_size for shard in checkpoint.shards},
             model={key: checkpoint.config[key] for key in ("model_type", "architectures") if key in checkpoint.config},
             format=checkpoint.format,

@@ -88,7 +88,7 @@ class Inspection:
 
     Attributes:
         path: directory or file.
-        container: `safetensors`, `pytorch` or `gguf`.
+        container: `safetensors`, `pytorch`, `gguf` or `onnx`.
         files: bytes of each weight file, headers included.
         model: `model_type` and `architectures` of `config.json`, where there is one.
         format: name of the layout; None for a float checkpoint.

@@ -13,7 +13,8 @@ from lowbit.stages._weightfile import read_json, show
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 GGUF = ".gguf"
-_OTHER_SUFFIXES = (GGUF, ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".pkl", ".npz")
+ONNX = ".onnx"
+_OTHER_SUFFIXES = (GGUF, ".ggml", ".h5", ".msgpack", ONNX, ".onnx_data", ".tflite", ".pkl", ".npz")
 _PLAIN = re.compile(r"[\w .,+=@()-]+")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *_OTHER_SUFFIXES)
 
@@ -29,8 +30,8 @@ class Index:
 def find_shards(root: Path) -> tuple[list[Path], Index | None]:
     """The weight files of a directory, sorted, and the index that lists them, if there is one.
 
-    Safetensors come before PyTorch files, and these before a GGUF file; of each, one file before an index before any
-    files that are there.
+    Safetensors come before PyTorch files, these before a GGUF file, and that before an ONNX model; of each, one file
+    before an index before any files that are there.
 
     Raises:
         CheckpointError: no weights, a shard that is missing, or an index that is damaged or leads elsewhere.
@@ -49,15 +50,17 @@ def find_shards(root: Path) -> tuple[list[Path], Index | None]:
         if loose:
             _check_names(root, [path.name for path in loose])
             return loose, None
-    models = sorted(path for path in root.glob(f"*{GGUF}") if not path.name.startswith("."))
-    if len(models) == 1:
-        return models, None
-    if models:
-        raise CheckpointError(
-            f"{root} holds {len(models)} GGUF files; name one: {show([path.name for path in models])}"
-        )
+    for suffix in (GGUF, ONNX):
+        models = sorted(path for path in root.glob(f"*{suffix}") if not path.name.startswith("."))
+        if len(models) == 1:
+            return models, None
+        if models:
+            raise CheckpointError(
+                f"{root} holds {len(models)} {suffix[1:].upper()} files; "
+                f"name one: {show([path.name for path in models])}"
+            )
     raise CheckpointError(
-        f"{root} holds no weights, neither *.safetensors nor pytorch_model*.bin nor *.gguf; "
+        f"{root} holds no weights, neither *.safetensors nor pytorch_model*.bin nor *.gguf nor *.onnx; "
         "if they are called otherwise, name the file itself"
     )
 
@@ -114,7 +117,7 @@ def find_extras(root: Path) -> tuple[Path, ...]:
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
         paths = [Path(folder, name) for name in names if not name.startswith(".") and not is_weight(name)]
-        found += [path for path in paths if _is_inside(path, root) and path.is_file()]
+        found += [path for path in paths if is_inside(path, root) and path.is_file()]
     return tuple(sorted(found))
 
 
@@ -123,7 +126,7 @@ def is_weight(name: str) -> bool:
     return name.removesuffix(".index.json").endswith(WEIGHT_SUFFIXES)
 
 
-def _is_inside(path: Path, root: Path) -> bool:
+def is_inside(path: Path, root: Path) -> bool:
     """True, unless it raises: a link must lead to a file of the checkpoint, or of the hub's cache around it."""
     if not path.is_symlink():
         return True

@@ -151,6 +151,15 @@ class Blueprint:
         parameters = self._skeleton.get_submodule(path).named_parameters()
         return {name: _sources(parameter) for name, parameter in parameters}
 
+    def hollow(self) -> tuple[PreTrainedModel, dict[str, frozenset[str]]]:
+        """The model with its buffers and weights that take no memory; and of which weights each of these is made."""
+        model = self._build(frozenset())[0]
+        _ = self._skeleton  # it says what does not fit
+        state = model.state_dict(keep_vars=True)
+        sources = {name: found for name, tensor in state.items() if (found := _sources(tensor))}
+        model.load_state_dict({name: _nothing(state[name]) for name in sources}, assign=True, strict=False)
+        return model.requires_grad_(False), sources
+
     def _stream(self, module: nn.Module, part: _Part) -> None:
         empty = {name: _nothing(tensor) for name, tensor in module.state_dict().items()}
         module.load_state_dict(empty, assign=True)

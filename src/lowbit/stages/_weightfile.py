@@ -89,6 +89,7 @@ class WeightFile:
         slots: name to place, in file order.
         tied: name to the earlier name that has the same bytes.
         skipped: names of entries that are no tensors.
+        values: tensors that are no run of bytes in the file, and are in memory.
     """
 
     path: Path
@@ -96,6 +97,7 @@ class WeightFile:
     slots: Mapping[str, Slot]
     tied: Mapping[str, str] = field(default_factory=dict)
     skipped: Sequence[str] = ()
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
         """A view of one stored tensor: pages come from the file when they are read and count as no anonymous memory.
@@ -106,6 +108,8 @@ class WeightFile:
         Raises:
             CheckpointError: the file went away or changed its size since it was opened.
         """
+        if name in self.values:
+            return self.values[name]
         slot, dtype = self.slots[name], self.slots[name].spec.dtype
         if not slot.extent:
             return torch.empty(slot.spec.shape, dtype=dtype)

@@ -18,8 +18,10 @@ from torch import Tensor
 from lowbit import plugins
 from lowbit.errors import CheckpointError, FormatError, LowbitError, UnsupportedError, UsageError
 from lowbit.formats import Format, Spec, Weight
-from lowbit.stages._directory import GGUF, TORCH_SUFFIXES, WEIGHT_SUFFIXES, Index, find_extras, find_shards
+from lowbit.formats.onnx import is_declared as is_onnx
+from lowbit.stages._directory import GGUF, ONNX, TORCH_SUFFIXES, WEIGHT_SUFFIXES, Index, find_extras, find_shards
 from lowbit.stages._gguf_model import open_gguf
+from lowbit.stages._onnx_model import open_onnx
 from lowbit.stages._safetensors import read_safetensors
 from lowbit.stages._torchfile import read_torch
 from lowbit.stages._weightfile import WeightFile, one_line, read_json, show
@@ -177,12 +179,14 @@ def open_checkpoint(source: str | Path, trust_remote_code: bool = False) -> Chec
     """
     path = _locate(source)
     if path.is_dir():
-        (shards, index), extras = find_shards(path), find_extras(path)
         config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        (shards, index), extras = _find_shards(path, config), find_extras(path)
     else:
         shards, index, extras, config = [path], None, (), {}
     if shards[0].suffix == GGUF:
         return _open_gguf(path, shards[0], extras, config)
+    if shards[0].suffix == ONNX:
+        return replace(_open_onnx(path, shards[0], extras, config), trusted=trust_remote_code)
     files = _merge([_read_file(shard) for shard in shards])
     if index:
         _check_index(index, files)
@@ -205,6 +209,25 @@ def _open_gguf(path: Path, file: Path, extras: tuple[Path, ...], config: Mapping
     weights = {name: replace(w, swapped=True) if swapped(config, w) else w for name, w in model.weights.items()}
     form = "gguf" if any(weight.scheme for weight in weights.values()) else None
     return Checkpoint(path, config, specs, (file,), extras, form, weights, files, model.edits)
+
+
+def _find_shards(root: Path, config: Mapping[str, Any]) -> tuple[list[Path], Index | None]:
+    """The weight files of a directory; a graph comes before the files of its data, where `config.json` says so."""
+    graph = root / "model.onnx"
+    return ([graph], None) if is_onnx(config) and graph.exists() else find_shards(root)
+
+
+def _open_onnx(path: Path, file: Path, extras: tuple[Path, ...], config: Mapping[str, Any]) -> Checkpoint:
+    """An ONNX model, whose files are the graph and those that it refers to."""
+    try:
+        model = open_onnx(file)
+    except _STUMBLES as error:
+        raise CheckpointError(f"{file} is no ONNX model that is read: {one_line(error)}") from error
+    specs = {name: found.slots[name].spec for name, found in model.files.items()}
+    weights = {n: replace(w, swapped=True) if w.scheme and swapped(config, w) else w for n, w in model.weights.items()}
+    form = "onnx" if any(weight.scheme for weight in weights.values()) else None
+    data = sorted({found.path for found in model.files.values()} - {file})
+    return Checkpoint(path, config, specs, (file, *data), extras, form, weights, model.files, model.edits)
 
 
 def swapped(config: Mapping[str, Any], weight: Weight) -> bool:
@@ -260,7 +283,7 @@ def _check_index(index: Index, files: Mapping[str, WeightFile]) -> None:
 def _locate(source: str | Path) -> Path:
     """The file or directory that is meant; what is not here and looks like a model's name is fetched from the hub."""
     path = Path(source).expanduser()
-    known = (".safetensors", *TORCH_SUFFIXES, GGUF)
+    known = (".safetensors", *TORCH_SUFFIXES, GGUF, ONNX)
     if path.is_dir() or (path.exists() and path.name.endswith(known)):
         return path
     if path.exists():

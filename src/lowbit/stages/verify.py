@@ -22,6 +22,7 @@ from lowbit.errors import VerifyError
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._shard import Shard
 from lowbit.stages._store import Value, compare
+from lowbit.stages._weightfile import one_line
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Entry, Plan
 from lowbit.stages.quantize import Progress, make, silent
@@ -99,6 +100,9 @@ def _check_headers(output: Output, written: Checkpoint) -> None:
         if path.suffix == ".gguf":
             _check_gguf(path, shard, written)
             continue
+        if path.suffix == ".onnx":
+            _check_onnx(path)
+            continue
         try:
             with safe_open(path, "np") as file:
                 names = list(file.keys())  # this is no dict: it cannot be iterated over itself
@@ -108,6 +112,16 @@ def _check_headers(output: Output, written: Checkpoint) -> None:
         places = {name: (written.files[name].slots[name].start, written.specs[name]) for name in found}
         if found != {name: spec.shape for name, (_, spec) in shard.offsets.items()} or places != shard.offsets:
             raise VerifyError(f"{path}: the safetensors package finds other tensors than were written")
+
+
+def _check_onnx(path: Path) -> None:
+    """The `onnx` package must accept the graph and find its external data."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(path)
+    except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+        raise VerifyError(f"{path}: the onnx package refuses what was written: {one_line(error)}") from error
 
 
 def _check_gguf(path: Path, shard: Shard, written: Checkpoint) -> None:

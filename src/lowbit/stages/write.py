@@ -36,6 +36,7 @@ from lowbit.budget import format_size
 from lowbit.errors import JournalError, ResourceError
 from lowbit.formats import Spec, Weight
 from lowbit.stages._gguf_write import gguf_shard
+from lowbit.stages._onnx_write import onnx_shard
 from lowbit.stages._shard import Shard, safetensors_shard
 from lowbit.stages._weightfile import WeightFile
 from lowbit.stages.checkpoint import Checkpoint
@@ -94,10 +95,18 @@ class Record:
 def make_shards(plan: Plan, limit: int = SHARD_BYTES, checkpoint: Checkpoint | None = None) -> list[Shard]:
     """Distribute the plan's tensors, in its order, over files of at most `limit` bytes each; GGUF is one file.
 
-    `checkpoint` is what the plan is for: a GGUF file holds its configuration and its tokenizer too.
+    `checkpoint` is what the plan is for: a GGUF file holds its configuration and its tokenizer too, and beside the
+    tensors of an ONNX model is the graph.
     """
     if plan.rules.container == "gguf" and checkpoint is not None:
         return [gguf_shard(plan, checkpoint)]
+    shards = _weight_shards(plan, limit)
+    if plan.rules.container == "onnx" and checkpoint is not None:
+        return [*shards, onnx_shard(plan, checkpoint, shards)]
+    return shards
+
+
+def _weight_shards(plan: Plan, limit: int) -> list[Shard]:
     groups: list[dict[str, Spec]] = [{}]
     filled = 0
     for entry in plan.entries:
@@ -311,7 +320,7 @@ class Output:
         for shard in self.shards:
             if not shard.offsets:
                 self._seal_empty(shard)
-        if len(self.shards) > 1:
+        if len([shard for shard in self.shards if shard.offsets]) > 1:
             write_atomic(self.path / "model.safetensors.index.json", self._index())
         documents = self.plan.rules.config([entry.weight for entry in self.plan.entries], checkpoint.config)
         root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
