@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lowbit import plugins
-from lowbit.errors import CheckpointError, FormatError
+from lowbit.errors import CheckpointError, FormatError, LowbitError
 from lowbit.formats import Format, Weight
+from lowbit.inspect import agree
+from lowbit.inspect.container import sniff
 from lowbit.inspect.facts import Finding, Inspection, TensorFacts
+from lowbit.inspect.names import Name, decode
 from lowbit.inspect.provenance import declared, made_by, methods
 from lowbit.inspect.sanity import check_plain, check_quantized
 from lowbit.stages.checkpoint import Checkpoint, arch_row, open_checkpoint
@@ -30,7 +33,7 @@ def inspect(source: str | Path, progress: Progress = lambda stage, done, total: 
     Raises:
         LowbitError: it cannot be opened; what is wrong with single weights is a finding, not an error.
     """
-    with open_checkpoint(source) as checkpoint:
+    with _open(source) as checkpoint:
         made, done, total = methods(checkpoint), 0, checkpoint.nbytes
         tensors: list[TensorFacts] = []
         findings = _whole(checkpoint)
@@ -40,6 +43,8 @@ def inspect(source: str | Path, progress: Progress = lambda stage, done, total: 
             findings += found
             done += facts.stored
             progress("inspect", min(done, total), total)
+        name = _name(source)
+        findings += agree.warnings(name, checkpoint.format, declared(checkpoint), tensors)
         return Inspection(
             path=str(checkpoint.path),
             container={".safetensors": "safetensors", ".gguf": "gguf"}.get(checkpoint.shards[0].suffix, "pytorch"),
@@ -51,7 +56,27 @@ def inspect(source: str | Path, progress: Progress = lambda stage, done, total: 
             tied=dict(checkpoint.tied),
             tensors=tensors,
             findings=findings,
+            name=name,
         )
+
+
+def _name(source: str | Path) -> Name:
+    """What the name says: the last part of a path that exists, or a model's name in the hub."""
+    path = Path(source).expanduser()
+    return decode(path.resolve().name if path.exists() else str(source))
+
+
+def _open(source: str | Path) -> Checkpoint:
+    """The checkpoint; where that fails and a single file is not what its ending says, the error says so."""
+    try:
+        return open_checkpoint(source)
+    except LowbitError as error:
+        path = Path(source).expanduser()
+        said = decode(path.name).value("container")
+        if not path.is_file() or said is None or sniff(path) in (None, said):
+            raise
+        text = f"{path} is called {path.suffix} and holds {sniff(path)}; rename it to what it is"
+        raise type(error)(text) from error
 
 
 def _whole(checkpoint: Checkpoint) -> list[Finding]:

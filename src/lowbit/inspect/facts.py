@@ -7,14 +7,19 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, Literal, final
 
+from lowbit.inspect.names import Name
+
 VERSION = 1
-Level = Literal["error", "note"]
+Level = Literal["error", "warning", "note"]
 
 
 @final
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong (`error`) or worth knowing (`note`) about a tensor or, where that is None, the whole."""
+    """Something that is wrong (`error`), contradictory (`warning`) or worth knowing (`note`).
+
+    About a tensor or, where that is None, about the whole.
+    """
 
     level: Level
     tensor: str | None
@@ -97,6 +102,7 @@ class Inspection:
         tied: alias to the tensor whose values it shares.
         tensors: every weight, in file order.
         findings: what is wrong and what is worth knowing.
+        name: what the name of the file or folder says.
     """
 
     path: str
@@ -109,10 +115,11 @@ class Inspection:
     tied: Mapping[str, str]
     tensors: Sequence[TensorFacts]
     findings: Sequence[Finding]
+    name: Name
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong; notes do not count."""
+        """Whether nothing is wrong; warnings and notes do not count."""
         return all(finding.level != "error" for finding in self.findings)
 
     @property

@@ -1,0 +1,83 @@
+"""What `lowbit inspect` prints for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.table import Table
+
+    from lowbit.inspect.facts import Finding, Inspection
+    from lowbit.inspect.names import Name
+
+SHOWN = 20
+
+
+def name_lines(name: Name) -> Iterator[str]:
+    """What a name says, a line; the parts that are not said outright with how sure they are."""
+    sure = {"high": "", "medium": " (likely)", "low": " (not sure)"}
+    parts = (f"{key.replace('_', ' ')} {said.value}{sure[said.confidence]}" for key, said in name.facts.items())
+    yield f"name says   {', '.join(parts)}"
+
+
+def show(found: Inspection) -> None:
+    """Print an inspection: a head, weights by kind and scheme, what was found, and a verdict."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    for line in _head(found):
+        console.print(line, markup=False)
+    console.print(_table(found))
+    order = ["error", "warning", "note"]
+    errors = [finding for finding in found.findings if finding.level == "error"]
+    for finding in sorted(found.findings, key=lambda finding: order.index(finding.level))[:SHOWN]:
+        console.print(_line(finding), markup=False)
+    if len(found.findings) > SHOWN:
+        console.print(f"... and {len(found.findings) - SHOWN} more: lowbit inspect --json has them all")
+    verdict = f"not sound: {len(errors)} errors" if errors else "sound: every value finite, every code on its grid"
+    console.print(verdict, style="bold red" if errors else "bold green")
+
+
+def _line(finding: Finding) -> str:
+    return f"{finding.level}: {finding.tensor + ': ' if finding.tensor else ''}{finding.fact}"
+
+
+def _head(found: Inspection) -> Iterator[str]:
+    from lowbit.budget import format_size
+
+    kinds = [found.model.get("model_type"), *(found.model.get("architectures") or [])]
+    size, count = format_size(sum(found.files.values())), len(found.files)
+    yield f"{found.path}: {' '.join(map(str, filter(None, kinds))) or 'no config.json'}"
+    if found.name.telling:
+        yield from name_lines(found.name)
+    yield f"container   {found.container}, {count} file{'s' * (count != 1)}, {size}"
+    yield f"format      {found.format or 'float, not quantized'}"
+    methods = sorted({facts.method for facts in found.tensors if facts.method})
+    if methods:
+        yield f"method      {', '.join(methods)}"
+    if found.made_by:
+        yield f"made by     {', '.join(f'{tool} {detail}' for tool, detail in found.made_by.items())}"
+    for alias, name in found.tied.items():
+        yield f"tied        {alias} = {name}"
+    parameters = sum(facts.parameters for facts in found.stored)
+    bits = f"{found.bits_per_weight(quantized=False):.4f} over all {parameters:,} weights"
+    if found.format:
+        bits = f"{found.bits_per_weight(quantized=True):.4f} per quantized weight, {bits}"
+    yield f"bits        {bits}"
+
+
+def _table(found: Inspection) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from lowbit.budget import format_size
+
+    table = Table("kind", "scheme", "tensors", "weights", "stored", "bits each", box=SIMPLE, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for group in found.groups():
+        counts = (f"{group.tensors:,}", f"{group.parameters:,}", format_size(group.stored))
+        table.add_row(group.kind, group.scheme or "as it is", *counts, f"{group.bits_per_weight:.4f}")
+    return table
