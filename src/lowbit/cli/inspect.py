@@ -40,7 +40,7 @@ def command(path: str, as_json: bool, name_only: bool) -> None:
     name = decode(path)
     if name_only:
         _show_name(name, as_json)
-        return
+        sys.exit(0)
     try:
         with progress_bars() as progress:
             found = inspect(path, progress)
