@@ -54,6 +54,7 @@ def _head(found: Inspection) -> Iterator[str]:
         yield from name_lines(found.name)
     yield f"container   {found.container}, {count} file{'s' * (count != 1)}, {size}"
     yield f"format      {found.format or 'float, not quantized'}"
+    yield from _grids(found)
     methods = sorted({facts.method for facts in found.tensors if facts.method})
     if methods:
         yield f"method      {', '.join(methods)}"
@@ -66,6 +67,19 @@ def _head(found: Inspection) -> Iterator[str]:
     if found.format:
         bits = f"{found.bits_per_weight(quantized=True):.4f} per quantized weight, {bits}"
     yield f"bits        {bits}"
+
+
+def _grids(found: Inspection) -> Iterator[str]:
+    """Float matrices that lie on a grid, by scheme, with the evidence."""
+    grids = [(facts.parameters, facts.grid) for facts in found.stored if facts.grid]
+    for scheme in sorted({grid.scheme for _, grid in grids}):
+        own = [(count, grid) for count, grid in grids if grid.scheme == scheme]
+        weights, most = sum(count for count, _ in own), max(grid.distinct for _, grid in own)
+        residual, share = max(grid.residual for _, grid in own), min(grid.fitting for _, grid in own)
+        yield (
+            f"on a grid   {scheme}: {len(own)} float matrices, {weights:,} weights; {share:.0%} of the blocks fit, "
+            f"at most {most} values in one, residual {residual:.2g} of a step"
+        )
 
 
 def _table(found: Inspection) -> Table:

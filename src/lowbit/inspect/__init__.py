@@ -12,6 +12,7 @@ from lowbit.formats import Format, Weight
 from lowbit.inspect import agree
 from lowbit.inspect.container import sniff
 from lowbit.inspect.facts import Finding, Inspection, TensorFacts
+from lowbit.inspect.grids import recognise
 from lowbit.inspect.names import Name, decode
 from lowbit.inspect.provenance import declared, made_by, methods
 from lowbit.inspect.sanity import check_plain, check_quantized
@@ -95,7 +96,7 @@ def _whole(checkpoint: Checkpoint) -> list[Finding]:
 
 def _examine(checkpoint: Checkpoint, weight: Weight, method: str | None) -> tuple[TensorFacts, list[Finding]]:
     """Load one weight, describe it and check it."""
-    stored, codes = _stored(checkpoint, weight), None
+    stored, codes, grid = _stored(checkpoint, weight), None, None
     nbytes = scheme_bytes(weight.scheme, weight.shape) if weight.scheme else stored
     try:
         loaded = checkpoint.load(weight.name)
@@ -104,11 +105,12 @@ def _examine(checkpoint: Checkpoint, weight: Weight, method: str | None) -> tupl
             codes, found = check_quantized(weight.name, loaded, weight.dtype)
         else:
             found = check_plain(weight.name, loaded)
+            grid = None if found else recognise(loaded)
     except (CheckpointError, FormatError) as error:
         found = [Finding("error", weight.name, str(error))]
     scheme, dtype = str(weight.scheme) if weight.scheme else None, str(weight.dtype).removeprefix("torch.")
     kind = _kind(weight, checkpoint.config)
-    return TensorFacts(weight.name, weight.shape, dtype, scheme, method, kind, nbytes, stored, codes), found
+    return TensorFacts(weight.name, weight.shape, dtype, scheme, method, kind, nbytes, stored, codes, grid), found
 
 
 def _stored(checkpoint: Checkpoint, weight: Weight) -> int:

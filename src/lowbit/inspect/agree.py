@@ -28,12 +28,15 @@ def warnings(
 
 
 def _main_scheme(tensors: Sequence[TensorFacts]) -> Scheme | None:
-    """The scheme of most quantized weights."""
-    counts: Counter[str] = Counter()
-    for facts in tensors:
-        if facts.scheme:
-            counts[facts.scheme] += facts.parameters
-    return parse(counts.most_common(1)[0][0]) if counts else None
+    """The scheme of most quantized weights; where none is, the grid that most float ones lie on, if it has a name."""
+    for names in ([facts.scheme for facts in tensors], [facts.grid and facts.grid.scheme for facts in tensors]):
+        counts: Counter[str] = Counter()
+        for name, facts in zip(names, tensors, strict=True):
+            if name and not name.startswith("e2m1"):
+                counts[name] += facts.parameters
+        if counts:
+            return parse(counts.most_common(1)[0][0])
+    return None
 
 
 def _method(name: Name, form: str | None, declared: Mapping[str, Any] | None) -> Iterator[str]:

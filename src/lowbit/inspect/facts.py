@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, Literal, final
 
+from lowbit.inspect.grids import OnGrid
 from lowbit.inspect.names import Name
 
 VERSION = 1
@@ -50,6 +51,7 @@ class TensorFacts:
         nbytes: bytes of codes, scales and zero points, each in its own bits (of the elements, where not quantized).
         stored: bytes of all its tensors in the file: `nbytes` and what the layout adds.
         codes: codes that occur; None where not quantized or not readable.
+        grid: of a float matrix, the grid that its values lie on; None where they are ordinary.
     """
 
     name: str
@@ -61,6 +63,7 @@ class TensorFacts:
     nbytes: int
     stored: int
     codes: Codes | None = None
+    grid: OnGrid | None = None
 
     @property
     def parameters(self) -> int:
