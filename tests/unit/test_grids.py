@@ -15,7 +15,6 @@ from lowbit.inspect import inspect
 from lowbit.inspect.grids import recognise
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-TYPES = [BF16, F32]
 
 
 def normal(rows: int = 64, cols: int = 512) -> Tensor:
@@ -36,7 +35,6 @@ def affine(bits: int, group: int, asym: bool) -> Tensor:
     return torch.from_numpy(values.reshape(64, 512)).float()
 
 
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("bits", "group", "asym", "wanted"),
     [
@@ -46,8 +44,9 @@ def affine(bits: int, group: int, asym: bool) -> Tensor:
         (4, 64 * 512, False, "int4-tensor"), (8, 64 * 512, False, "int8-tensor"),
     ],
 )  # fmt: skip
-def test_integers(bits: int, group: int, asym: bool, wanted: str, dtype: torch.dtype) -> None:
-    found = recognise(affine(bits, group, asym).to(dtype))
+def test_integers(bits: int, group: int, asym: bool, wanted: str) -> None:
+    """Rounded to BF16, which takes more from the evidence than the other types do."""
+    found = recognise(affine(bits, group, asym).to(BF16))
     assert found is not None
     assert found.scheme == wanted
     assert found.distinct <= 2**bits or found.scheme.endswith("tensor")
@@ -62,7 +61,7 @@ def bitsandbytes(kind: str) -> Tensor:
 
 
 def hqq(bits: int) -> Tensor:
-    from hqq.core.quantize import Quantizer
+    from hqq.core.quantize import Quantizer  # type: ignore[import-untyped]
 
     codes, meta = Quantizer.quantize(
         normal(), nbits=bits, group_size=64, axis=1, device="cpu", compute_dtype=F32, round_zero=False
@@ -79,8 +78,8 @@ def gguf(kind: str) -> Tensor:
 
 
 def compressed_tensors(kind: str, **settings: int | str | bool) -> Tensor:
-    from compressed_tensors.quantization import QuantizationArgs
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization import QuantizationArgs  # type: ignore[import-untyped]
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # type: ignore[import-untyped]
 
     weight = normal()
     args = QuantizationArgs(num_bits=8, type="float", strategy=kind, **settings)
@@ -105,31 +104,41 @@ PEERS: list[tuple[Callable[[], Tensor], str]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("make", "wanted"), PEERS, ids=[f"{at}-{row[1]}" for at, row in enumerate(PEERS)])
-def test_what_other_packages_dequantized(make: Callable[[], Tensor], wanted: str, dtype: torch.dtype) -> None:
-    found = recognise(make().to(dtype))
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.*:DeprecationWarning")  # hqq's
+def test_what_other_packages_dequantized(make: Callable[[], Tensor], wanted: str) -> None:
+    found = recognise(make().to(BF16))
     assert found is not None
     assert found.scheme == wanted
+
+
+@pytest.mark.parametrize("dtype", [F16, F32])
+def test_other_types(dtype: torch.dtype) -> None:
+    found = [recognise(make().to(dtype)) for make in (lambda: affine(8, 512, True), lambda: gguf("Q4_1"))]
+    assert [each and each.scheme for each in found] == ["int8-row-asym", "int4-g32-min"]
 
 
 def sparse() -> Tensor:
     return normal() * (torch.rand(64, 512, generator=torch.Generator().manual_seed(1)) < 0.1)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     "weight",
     [normal(), normal(40, 100), sparse(), torch.zeros(64, 512), torch.ones(64, 512), normal() ** 3 * 1e4,
      torch.rand(64, 512, generator=torch.Generator().manual_seed(2)), torch.full((64, 64), torch.nan), normal(8, 16)],
 )  # fmt: skip
-def test_ordinary_weights_are_left_alone(weight: Tensor, dtype: torch.dtype) -> None:
-    assert recognise(weight.to(dtype)) is None
+def test_ordinary_weights_are_left_alone(weight: Tensor) -> None:
+    assert recognise(weight.to(BF16)) is None
+
+
+@pytest.mark.parametrize("dtype", [F16, F32])
+def test_ordinary_weights_of_other_types(dtype: torch.dtype) -> None:
+    assert recognise(normal().to(dtype)) is None
 
 
 def test_a_trained_model_is_left_alone(wiki_8m: Path) -> None:
     tensors = list(load_file(wiki_8m / "model.safetensors").values())
-    assert not [found for weight in tensors[::6] if (found := recognise(weight))]
+    assert not [found for weight in tensors[::9] if (found := recognise(weight))]
 
 
 def test_an_inspection_says_so(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lowbit.inspect.names import Name
 
 SHOWN = 20
+WORST = 4
 
 
 def name_lines(name: Name) -> Iterator[str]:
@@ -30,6 +31,8 @@ def show(found: Inspection) -> None:
     for line in _head(found):
         console.print(line, markup=False)
     console.print(_table(found))
+    for line in _compared(found):
+        console.print(line, markup=False)
     order = ["error", "warning", "note"]
     errors = [finding for finding in found.findings if finding.level == "error"]
     for finding in sorted(found.findings, key=lambda finding: order.index(finding.level))[:SHOWN]:
@@ -58,6 +61,8 @@ def _head(found: Inspection) -> Iterator[str]:
     methods = sorted({facts.method for facts in found.tensors if facts.method})
     if methods:
         yield f"method      {', '.join(methods)}"
+    for text in found.zero_points:
+        yield f"zeros       {text}"
     if found.made_by:
         yield f"made by     {', '.join(f'{tool} {detail}' for tool, detail in found.made_by.items())}"
     for alias, name in found.tied.items():
@@ -80,6 +85,27 @@ def _grids(found: Inspection) -> Iterator[str]:
             f"on a grid   {scheme}: {len(own)} float matrices, {weights:,} weights; {share:.0%} of the blocks fit, "
             f"at most {most} values in one, residual {residual:.2g} of a step"
         )
+
+
+def _compared(found: Inspection) -> Iterator[str]:
+    """What the comparison with the original gave: methods that weights look like with their numbers, worst errors."""
+    from lowbit.inspect.compare import methods_of
+
+    if found.original is None:
+        return
+    changed, plain = found.changed
+    yield f"beside      {found.original}: {changed} of {plain} float tensors changed"
+    for method, count in methods_of(found.compared).items():
+        own = [each for each in found.compared if each.method == method]
+        sure = sorted({each.confidence for each in own}, key=["high", "medium", "low"].index)
+        middle = sorted(own, key=lambda each: each.moved)[count // 2]
+        yield (
+            f"looks like  {method}: {count} weights, confidence {' to '.join(sure)}; as {middle.name}: "
+            f"{middle.moved:.1%} off the nearest code, {middle.farthest:.2f} steps at most, "
+            f"columns together {middle.together:.2f}, factors' spread {middle.spread:.3f}"
+        )
+    for each in sorted(found.compared, key=lambda each: -each.error)[:WORST]:
+        yield f"error       {each.error:.3e} of the squares, {each.snr:.1f} dB: {each.name}"
 
 
 def _table(found: Inspection) -> Table:

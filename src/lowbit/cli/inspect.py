@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Examples:
   lowbit inspect MODEL --json | jq .totals
+  lowbit inspect MODEL --original FLOAT_MODEL
   lowbit inspect --name TheBloke/Llama-2-13B-GPTQ-4bit-128g
 """
 
@@ -24,8 +25,9 @@ Examples:
 @click.command(epilog=_EPILOG)
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, with every tensor.")
+@click.option("--original", metavar="MODEL", help="What it was made from: weights are compared.")
 @click.option("--name", "name_only", is_flag=True, help="Say what the name PATH tells, and open nothing.")
-def command(path: str, as_json: bool, name_only: bool) -> None:
+def command(path: str, as_json: bool, original: str | None, name_only: bool) -> None:
     """Tell what the checkpoint at PATH is, who made it, and whether its values are sound.
 
     Format, scheme of each tensor, bits per weight, what stayed unquantized; NaN, Inf, scales that are zero, codes off
@@ -43,7 +45,7 @@ def command(path: str, as_json: bool, name_only: bool) -> None:
         sys.exit(0)
     try:
         with progress_bars() as progress:
-            found = inspect(path, progress)
+            found = inspect(path, progress, original)
     except UsageError as error:
         if not name.telling or Path(path).expanduser().exists():
             raise

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from lowbit import plugins
-from lowbit.errors import CheckpointError, FormatError, LowbitError
+from lowbit.errors import CheckpointError, FormatError, LowbitError, UsageError
 from lowbit.formats import Format, Weight
 from lowbit.inspect import agree
+from lowbit.inspect.compare import compare
 from lowbit.inspect.container import sniff
 from lowbit.inspect.facts import Finding, Inspection, TensorFacts
 from lowbit.inspect.grids import recognise
 from lowbit.inspect.names import Name, decode
-from lowbit.inspect.provenance import declared, made_by, methods
+from lowbit.inspect.provenance import convention, declared, made_by
 from lowbit.inspect.sanity import check_plain, check_quantized
+from lowbit.stages._history import methods
 from lowbit.stages.checkpoint import Checkpoint, arch_row, open_checkpoint
 from lowbit.tensors import QTensor, scheme_bytes
 
@@ -24,12 +29,18 @@ __all__ = ["Finding", "Inspection", "TensorFacts", "inspect"]
 Progress = Callable[[str, int, int], None]
 
 
-def inspect(source: str | Path, progress: Progress = lambda stage, done, total: None) -> Inspection:
+def inspect(
+    source: str | Path,
+    progress: Progress = lambda stage, done, total: None,
+    original: str | Path | None = None,
+) -> Inspection:
     """Tell what a checkpoint is and whether it is sound; weights are read one at a time.
 
     Args:
         source: directory, weight file or hub name.
         progress: called with `(stage, bytes done, bytes in all)`.
+        original: the same of the float checkpoint that it was made from, to compare weights with; one quantized weight
+            is then held in float32 twice.
 
     Raises:
         LowbitError: it cannot be opened; what is wrong with single weights is a finding, not an error.
@@ -44,9 +55,9 @@ def inspect(source: str | Path, progress: Progress = lambda stage, done, total: 
             findings += found
             done += facts.stored
             progress("inspect", min(done, total), total)
-        name = _name(source)
+        name, quantized = _name(source), checkpoint.weights.values()
         findings += agree.warnings(name, checkpoint.format, declared(checkpoint), tensors)
-        return Inspection(
+        result = Inspection(
             path=str(checkpoint.path),
             container={".safetensors": "safetensors", ".gguf": "gguf"}.get(checkpoint.shards[0].suffix, "pytorch"),
             files={shard.name: shard.stat().st_size for shard in checkpoint.shards},
@@ -58,7 +69,43 @@ def inspect(source: str | Path, progress: Progress = lambda stage, done, total: 
             tensors=tensors,
             findings=findings,
             name=name,
+            zero_points=[*dict.fromkeys(convention(checkpoint.format, w.scheme) for w in quantized if w.scheme)],
         )
+        return _beside(result, checkpoint, original, progress) if original is not None else result
+
+
+def _beside(found: Inspection, checkpoint: Checkpoint, original: str | Path, progress: Progress) -> Inspection:
+    """The inspection with every weight compared with its original."""
+    with open_checkpoint(original) as source:
+        alike = [name for name in checkpoint.weights if _shape(checkpoint, name) == _shape(source, name)]
+        if not alike:
+            raise UsageError(f"{source.path} has no weight of the names and shapes of {checkpoint.path}")
+        plain = [name for name in alike if checkpoint.weights[name].scheme is None]
+        pairs = {name: (source.dequantized(name), checkpoint.dequantized(name)) for name in plain}
+        vectors = {name: pair for name, pair in pairs.items() if pair[0].ndim == 1}
+        changed = sum(not torch.equal(before.float(), now.float()) for before, now in pairs.values())
+        compared = []
+        for at, name in enumerate(name for name in alike if name not in pairs):
+            weight, loaded = checkpoint.weights[name], checkpoint.load(name)
+            assert isinstance(loaded, QTensor)
+            before = source.dequantized(name, torch.float32)
+            before = before.T.contiguous() if weight.swapped else before
+            compared.append(compare(name, loaded, before, weight.activations is not None, vectors))
+            progress("compare", at + 1, len(alike) - len(plain))
+        left = [name for name in checkpoint.weights if name not in set(alike)]
+        text = f"{len(left)} weights, as {left[0]}, are not in the original under this name and shape" if left else ""
+        findings = [*found.findings, *([Finding("note", None, text)] if left else [])]
+        return replace(
+            found, original=str(source.path), compared=compared, changed=(changed, len(plain)), findings=findings
+        )
+
+
+def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
+    """Shape of a weight as the model holds it."""
+    weight = checkpoint.weights.get(name)
+    if weight is None:
+        return None
+    return weight.shape[::-1] if weight.swapped else weight.shape
 
 
 def _name(source: str | Path) -> Name:

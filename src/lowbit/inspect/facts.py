@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, Literal, final
 
+from lowbit.inspect.compare import Compared
 from lowbit.inspect.grids import OnGrid
 from lowbit.inspect.names import Name
 
@@ -106,6 +107,10 @@ class Inspection:
         tensors: every weight, in file order.
         findings: what is wrong and what is worth knowing.
         name: what the name of the file or folder says.
+        zero_points: how zero points are meant, each way once.
+        original: the checkpoint that it was compared with; None where it was with none.
+        compared: every quantized weight beside its original.
+        changed: float tensors that are not as in the original, and how many are.
     """
 
     path: str
@@ -119,6 +124,10 @@ class Inspection:
     tensors: Sequence[TensorFacts]
     findings: Sequence[Finding]
     name: Name
+    zero_points: Sequence[str] = ()
+    original: str | None = None
+    compared: Sequence[Compared] = ()
+    changed: tuple[int, int] = (0, 0)
 
     @property
     def sound(self) -> bool:

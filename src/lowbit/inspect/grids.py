@@ -115,16 +115,17 @@ def _samples(matrix: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "tensor", _telling(flat[:, chosen].float())
 
 
-def _spread(matrix: Tensor, blocks: int, size: int) -> Blocks:
-    """Blocks from all over the matrix, of each the first values; read row by row, so that little of a file is."""
+def _spread(matrix: Tensor, blocks: int, size: int) -> Tensor:
+    """Blocks from all over the matrix, of large ones some values; read row by row, so that little of a file is."""
     chosen = torch.linspace(0, blocks - 1, min(blocks, _BLOCKS), dtype=torch.float64).long().tolist()
     across = matrix.shape[1] // size
     starts = [(at // across, at % across * size) for at in chosen]
-    found = torch.stack([matrix[row, col : col + min(size, _VALUES)] for row, col in starts]).float()
+    some = torch.linspace(0, size - 1, min(size, _VALUES), dtype=torch.float64).long()
+    found = torch.stack([matrix[row, col : col + size][some] for row, col in starts]).float()
     return _telling(found)
 
 
-def _telling(blocks: Blocks) -> Blocks:
+def _telling(blocks: Blocks) -> Tensor:
     """Without those that hold one value alone, or NaN."""
     return blocks[blocks.isfinite().all(1) & (blocks != blocks[:, :1]).any(1)]
 
