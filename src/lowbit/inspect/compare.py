@@ -87,7 +87,8 @@ def compare(
     step, zero = _steps(q, rows, cols)
     distance, nearest = (w - found).abs() / step.abs(), (w - _nearest(q, w, step, zero)).abs() / step.abs()
     moved = float((distance > nearest + _AWAY).float().mean())
-    together, ranged = _together(w - found), factors is None and _ranged(q, w, step)
+    exact = factors is None or partner is not None  # fitted factors move the ranges
+    together, ranged = _together(w - found), exact and _ranged(q, w, step)
     farthest = float(distance.max())
     method, confidence = _method(moved, farthest, together, ranged)
     if factors is not None:
