@@ -114,7 +114,7 @@ def test_what_other_packages_dequantized(make: Callable[[], Tensor], wanted: str
 
 @pytest.mark.parametrize("dtype", [F16, F32])
 def test_other_types(dtype: torch.dtype) -> None:
-    found = [recognise(make().to(dtype)) for make in (lambda: affine(8, 512, True), lambda: gguf("Q4_1"))]
+    found = [recognise(weight.to(dtype)) for weight in (affine(8, 512, True), gguf("Q4_1"))]
     assert [each and each.scheme for each in found] == ["int8-row-asym", "int4-g32-min"]
 
 
