@@ -8,7 +8,7 @@ before they round, and divide what comes before them. None of this is proof: the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf, log10
 from typing import final
@@ -25,6 +25,7 @@ Rows = Float[Tensor, "rows cols"]
 _ROWS, _COLUMNS = 512, 192  # of a weight that are looked at for the method; its error is of all
 _AWAY = 1e-3  # of a step: this much further than the nearest code is not rounding
 _NEAREST, _MOVED = 1e-3, 0.02  # shares of weights off their nearest code: up to here none, from here many
+_FITTED = 0.1  # the same as the first, under factors that were fitted
 _TOGETHER = 1.5  # mean squared correlation of two columns' residuals, over that of independent ones
 _SCALED = 0.02  # spread of the columns' factors, in powers of two
 _ANOTHER = 0.5  # relative squared error of weights that are not the same
@@ -79,18 +80,27 @@ def compare(
     error = float((w - found).double().square().sum() / w.double().square().sum().clamp(min=1e-60))
     rows = torch.linspace(0, len(w) - 1, min(_ROWS, len(w)), dtype=torch.float64).long()
     w, found = w[rows], found[rows]
-    factors = _factors(w, found)
-    spread = float(factors.log2().std()) if factors is not None else 0.0
-    partner = _partner(factors, vectors) if factors is not None else None
-    if factors is not None:
-        w = w * (vectors[partner][0].float() / vectors[partner][1].float() if partner else factors)
     step, zero = _steps(q, rows, cols)
-    distance, nearest = (w - found).abs() / step.abs(), (w - _nearest(q, w, step, zero)).abs() / step.abs()
-    moved = float((distance > nearest + _AWAY).float().mean())
-    exact = factors is None or partner is not None  # fitted factors move the ranges
-    together, ranged = _together(w - found), exact and _ranged(q, w, step)
-    farthest = float(distance.max())
-    method, confidence = _method(moved, farthest, together, ranged)
+
+    def moved_by(factors: Tensor | float) -> float:
+        """Share of weights off the nearest code, had the columns been multiplied by these first."""
+        away = (w * factors - found).abs() - (w * factors - _nearest(q, w * factors, step, zero)).abs()
+        return float((away / step.abs() > _AWAY).float().mean())
+
+    moved = moved_by(1.0)
+    exact = {name: factors for name, factors in _divisors(cols, vectors) if moved > 2 * moved_by(factors)}
+    partner = min(exact, key=lambda name: moved_by(exact[name]), default=None)
+    factors = exact[partner] if partner else _factors(w, found)
+    if factors is not None:
+        w, moved = w * factors, moved_by(factors)
+    spread = float(factors.log2().std()) if factors is not None else 0.0
+    # Factors that were fitted move ranges, and some codes.
+    ranged, fitted = (
+        (factors is None or partner is not None) and _ranged(q, w, step),
+        factors is not None and not partner,
+    )
+    together, farthest = _together(w - found), float(((w - found) / step).abs().max())
+    method, confidence = _method(moved, farthest, together, ranged, _FITTED if fitted else _NEAREST)
     if factors is not None:
         method = f"{'smoothquant' if rounded_inputs else 'awq'}+{method}"
         confidence = "medium" if partner and confidence != "low" else "low"
@@ -110,14 +120,13 @@ def _factors(w: Rows, found: Rows) -> Float[Tensor, "cols"] | None:
     return factors if scaled else None
 
 
-def _partner(factors: Float[Tensor, "cols"], vectors: Mapping[str, tuple[Tensor, Tensor]]) -> str | None:
-    """The vector whose elements were divided by the factors: the two logarithms add up to nothing."""
+def _divisors(cols: int, vectors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Vectors of the model that changed, as the factors that they were divided by."""
     for name, (before, now) in vectors.items():
-        if before.shape == now.shape == factors.shape:
-            ratio = (now.float() / before.float()).clamp(min=1e-30).log2()
-            if float((ratio + factors.log2()).std()) < 0.1 * float(factors.log2().std()):
-                return name
-    return None
+        if before.shape == now.shape == (cols,) and not torch.equal(before, now):
+            factors = before.float() / now.float()
+            if bool((factors.isfinite() & (factors > 0)).all()):
+                yield name, factors
 
 
 def _steps(q: QTensor, rows: Int64[Tensor, "rows"], cols: int) -> tuple[Rows, Rows | None]:
@@ -171,8 +180,8 @@ def _ranged(q: QTensor, w: Rows, step: Rows) -> bool:
     return float(((ratio - middle).abs() < 0.02 * middle).float().mean()) > 0.9
 
 
-def _method(moved: float, farthest: float, together: float, ranged: bool) -> tuple[str, Confidence]:
-    if moved <= _NEAREST:
+def _method(moved: float, farthest: float, together: float, ranged: bool, nearest: float) -> tuple[str, Confidence]:
+    if moved <= nearest:
         return ("rtn", "high") if ranged else ("nearest codes under searched scales", "medium")
     if moved >= _MOVED and farthest <= 1.05:
         return "autoround", "medium"
