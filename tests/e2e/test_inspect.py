@@ -225,3 +225,21 @@ print(watch.peak - before)
 """
     done = python("-c", code, tmp_path / "large.safetensors")
     assert int(done.stdout) < 64 * 2**20
+
+
+def test_a_name_of_nothing_is_read_and_fails(lowbit: CommandLine, tmp_path: Path) -> None:
+    """A typo must not pass for a checkpoint: the command fails, and says that nothing was opened."""
+    missing = tmp_path / "llama-2-7b-chat.q4_K_M.gguf"
+    code, out, err = lowbit("inspect", missing)
+    assert code == 2
+    assert "nothing was opened" in err
+    assert "type q4_k, mixture m" in out
+    code, out, err = lowbit("inspect", missing, "--json")
+    assert code == 2
+    assert json.loads(out)["opened"] is False
+
+
+def test_a_name_alone_on_request(lowbit: CommandLine) -> None:
+    code, out, err = lowbit("inspect", "--name", "someone/phi-2-EETQ-W4A16")
+    assert (code, err) == (0, "")
+    assert "warning: EETQ with W4A16" in out

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowbit.errors import UsageError
 from lowbit.inspect import Finding, inspect
 from lowbit.inspect.sanity import CHUNK, check_plain, check_quantized, code_counts
 from lowbit.schemes import parse
+from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.tensors import QTensor
 
 
@@ -290,3 +292,57 @@ def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
     inspect(packed_checkpoint(tmp_path / "model"), lambda *step: steps.append(step))
     assert steps[-1] == ("inspect", steps[-1][2], steps[-1][2])
     assert [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
+
+
+def test_an_original_is_compared_with(tmp_path: Path) -> None:
+    folder = packed_checkpoint(tmp_path / "model")
+    with open_checkpoint(folder) as opened:
+        weights = {name: opened.dequantized(name).contiguous() for name in opened.weights}
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    del weights["model.embed_tokens.weight"]
+    write(tmp_path / "float", weights, {"model_type": "llama"})
+    found = inspect(folder, original=tmp_path / "float")
+    (up,) = found.compared
+    assert (up.name, up.error, up.method) == ("model.layers.0.mlp.up_proj.weight", 0, "rtn")
+    assert found.changed == (1, 1)
+    assert [finding.fact[:34] for finding in found.findings] == ["1 weights, as model.embed_tokens.w"]
+    json.dumps(found.to_dict())
+
+
+def test_an_original_of_other_weights_is_refused(tmp_path: Path) -> None:
+    folder = packed_checkpoint(tmp_path / "model")
+    write(tmp_path / "float", {"w": torch.ones(2, 2)}, {})
+    with pytest.raises(UsageError, match="has no weight of the names and shapes"):
+        inspect(folder, original=tmp_path / "float")
+
+
+def test_who_made_it_from_what_lies_beside(tmp_path: Path) -> None:
+    folder = packed_checkpoint(tmp_path / "model")
+    steps = "    SmoothQuantModifier:\n      x: 1\n    GPTQModifier: {scheme: W4A16}\n"
+    (folder / "recipe.yaml").write_text(f"default_stage:\n  default_modifiers:\n{steps}")
+    report = {"lowbit_report": 1, "source": {"path": "./float"}, "created": "2026-01-01", "calibration": None}
+    (folder / "report.json").write_text(json.dumps(report))
+    found = inspect(folder)
+    assert found.made_by["recipe"].endswith(": SmoothQuant, GPTQ")
+    assert (found.made_by["made from"], found.made_by["made"]) == ("./float", "2026-01-01")
+    assert found.zero_points == ["no zero points: level * scale"]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"lowbit_report": 1, "source": 3, "calibration": []}', '{"methods": 3}'])
+def test_reports_of_others_are_read_in_peace(tmp_path: Path, text: str) -> None:
+    folder = packed_checkpoint(tmp_path / "model")
+    for name in ("report.json", "lowbit-conversion.json", "lowbit-plan.json", "recipe.yaml"):
+        (folder / name).write_text(text)
+    assert inspect(folder).sound
+
+
+def test_a_conversion_keeps_the_method(tmp_path: Path) -> None:
+    import lowbit
+
+    folder = packed_checkpoint(tmp_path / "model")
+    row = {"name": "model.layers.0.mlp.up_proj.weight", "method": "gptq"}
+    (folder / "lowbit-plan.json").write_text(json.dumps({"tensors": [row]}))
+    lowbit.convert(folder, tmp_path / "there", format="mlx")
+    found = inspect(tmp_path / "there")
+    assert {facts.method for facts in found.tensors if facts.scheme} == {"gptq"}
+    assert found.made_by["converted from"] == f"compressed_tensors in {folder}"

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from lowbit import plugins
-from lowbit.errors import CheckpointError, FormatError
+from lowbit.errors import CheckpointError, FormatError, LowbitError, UsageError
 from lowbit.formats import Format, Weight
+from lowbit.inspect import agree
+from lowbit.inspect.compare import compare
+from lowbit.inspect.container import sniff
 from lowbit.inspect.facts import Finding, Inspection, TensorFacts
-from lowbit.inspect.provenance import declared, made_by, methods
+from lowbit.inspect.grids import recognise
+from lowbit.inspect.names import Name, decode
+from lowbit.inspect.provenance import convention, declared, made_by
 from lowbit.inspect.sanity import check_plain, check_quantized
+from lowbit.stages._history import methods
 from lowbit.stages.checkpoint import Checkpoint, arch_row, open_checkpoint
 from lowbit.tensors import QTensor, scheme_bytes
 
@@ -20,17 +29,23 @@ __all__ = ["Finding", "Inspection", "TensorFacts", "inspect"]
 Progress = Callable[[str, int, int], None]
 
 
-def inspect(source: str | Path, progress: Progress = lambda stage, done, total: None) -> Inspection:
+def inspect(
+    source: str | Path,
+    progress: Progress = lambda stage, done, total: None,
+    original: str | Path | None = None,
+) -> Inspection:
     """Tell what a checkpoint is and whether it is sound; weights are read one at a time.
 
     Args:
         source: directory, weight file or hub name.
         progress: called with `(stage, bytes done, bytes in all)`.
+        original: the same of the float checkpoint that it was made from, to compare weights with; one quantized weight
+            is then held in float32 twice.
 
     Raises:
         LowbitError: it cannot be opened; what is wrong with single weights is a finding, not an error.
     """
-    with open_checkpoint(source) as checkpoint:
+    with _open(source) as checkpoint:
         made, done, total = methods(checkpoint), 0, checkpoint.nbytes
         tensors: list[TensorFacts] = []
         findings = _whole(checkpoint)
@@ -40,7 +55,9 @@ def inspect(source: str | Path, progress: Progress = lambda stage, done, total: 
             findings += found
             done += facts.stored
             progress("inspect", min(done, total), total)
-        return Inspection(
+        name, quantized = _name(source), checkpoint.weights.values()
+        findings += agree.warnings(name, checkpoint.format, declared(checkpoint), tensors)
+        result = Inspection(
             path=str(checkpoint.path),
             container={".safetensors": "safetensors", ".gguf": "gguf", ".onnx": "onnx"}.get(
                 checkpoint.shards[0].suffix, "pytorch"
@@ -53,7 +70,63 @@ def inspect(source: str | Path, progress: Progress = lambda stage, done, total: 
             tied=dict(checkpoint.tied),
             tensors=tensors,
             findings=findings,
+            name=name,
+            zero_points=[*dict.fromkeys(convention(checkpoint.format, w.scheme) for w in quantized if w.scheme)],
         )
+        return _beside(result, checkpoint, original, progress) if original is not None else result
+
+
+def _beside(found: Inspection, checkpoint: Checkpoint, original: str | Path, progress: Progress) -> Inspection:
+    """The inspection with every weight compared with its original."""
+    with open_checkpoint(original) as source:
+        alike = [name for name in checkpoint.weights if _shape(checkpoint, name) == _shape(source, name)]
+        if not alike:
+            raise UsageError(f"{source.path} has no weight of the names and shapes of {checkpoint.path}")
+        plain = [name for name in alike if checkpoint.weights[name].scheme is None]
+        pairs = {name: (source.dequantized(name), checkpoint.dequantized(name)) for name in plain}
+        vectors = {name: pair for name, pair in pairs.items() if pair[0].ndim == 1}
+        changed = sum(not torch.equal(before.float(), now.float()) for before, now in pairs.values())
+        compared = []
+        for at, name in enumerate(name for name in alike if name not in pairs):
+            weight, loaded = checkpoint.weights[name], checkpoint.load(name)
+            assert isinstance(loaded, QTensor)
+            before = source.dequantized(name, torch.float32)
+            before = before.T.contiguous() if weight.swapped else before
+            compared.append(compare(name, loaded, before, weight.activations is not None, vectors))
+            progress("compare", at + 1, len(alike) - len(plain))
+        left = [name for name in checkpoint.weights if name not in set(alike)]
+        text = f"{len(left)} weights, as {left[0]}, are not in the original under this name and shape" if left else ""
+        findings = [*found.findings, *([Finding("note", None, text)] if left else [])]
+        return replace(
+            found, original=str(source.path), compared=compared, changed=(changed, len(plain)), findings=findings
+        )
+
+
+def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
+    """Shape of a weight as the model holds it."""
+    weight = checkpoint.weights.get(name)
+    if weight is None:
+        return None
+    return weight.shape[::-1] if weight.swapped else weight.shape
+
+
+def _name(source: str | Path) -> Name:
+    """What the name says: the last part of a path that exists, or a model's name in the hub."""
+    path = Path(source).expanduser()
+    return decode(path.resolve().name if path.exists() else str(source))
+
+
+def _open(source: str | Path) -> Checkpoint:
+    """The checkpoint; where that fails and a single file is not what its ending says, the error says so."""
+    try:
+        return open_checkpoint(source)
+    except LowbitError as error:
+        path = Path(source).expanduser()
+        said = decode(path.name).value("container")
+        if not path.is_file() or said is None or sniff(path) in (None, said):
+            raise
+        text = f"{path} is called {path.suffix} and holds {sniff(path)}; rename it to what it is"
+        raise type(error)(text) from error
 
 
 def _whole(checkpoint: Checkpoint) -> list[Finding]:
@@ -72,7 +145,7 @@ def _whole(checkpoint: Checkpoint) -> list[Finding]:
 
 def _examine(checkpoint: Checkpoint, weight: Weight, method: str | None) -> tuple[TensorFacts, list[Finding]]:
     """Load one weight, describe it and check it."""
-    stored, codes = _stored(checkpoint, weight), None
+    stored, codes, grid = _stored(checkpoint, weight), None, None
     nbytes = scheme_bytes(weight.scheme, weight.shape) if weight.scheme else stored
     try:
         loaded = checkpoint.load(weight.name)
@@ -81,11 +154,12 @@ def _examine(checkpoint: Checkpoint, weight: Weight, method: str | None) -> tupl
             codes, found = check_quantized(weight.name, loaded, weight.dtype)
         else:
             found = check_plain(weight.name, loaded)
+            grid = None if found else recognise(loaded)
     except (CheckpointError, FormatError) as error:
         found = [Finding("error", weight.name, str(error))]
     scheme, dtype = str(weight.scheme) if weight.scheme else None, str(weight.dtype).removeprefix("torch.")
     kind = _kind(weight, checkpoint.config)
-    return TensorFacts(weight.name, weight.shape, dtype, scheme, method, kind, nbytes, stored, codes), found
+    return TensorFacts(weight.name, weight.shape, dtype, scheme, method, kind, nbytes, stored, codes, grid), found
 
 
 def _stored(checkpoint: Checkpoint, weight: Weight) -> int:

@@ -7,14 +7,21 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, Literal, final
 
+from lowbit.inspect.compare import Compared
+from lowbit.inspect.grids import OnGrid
+from lowbit.inspect.names import Name
+
 VERSION = 1
-Level = Literal["error", "note"]
+Level = Literal["error", "warning", "note"]
 
 
 @final
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong (`error`) or worth knowing (`note`) about a tensor or, where that is None, the whole."""
+    """Something that is wrong (`error`), contradictory (`warning`) or worth knowing (`note`).
+
+    About a tensor or, where that is None, about the whole.
+    """
 
     level: Level
     tensor: str | None
@@ -45,6 +52,7 @@ class TensorFacts:
         nbytes: bytes of codes, scales and zero points, each in its own bits (of the elements, where not quantized).
         stored: bytes of all its tensors in the file: `nbytes` and what the layout adds.
         codes: codes that occur; None where not quantized or not readable.
+        grid: of a float matrix, the grid that its values lie on; None where they are ordinary.
     """
 
     name: str
@@ -56,6 +64,7 @@ class TensorFacts:
     nbytes: int
     stored: int
     codes: Codes | None = None
+    grid: OnGrid | None = None
 
     @property
     def parameters(self) -> int:
@@ -97,6 +106,11 @@ class Inspection:
         tied: alias to the tensor whose values it shares.
         tensors: every weight, in file order.
         findings: what is wrong and what is worth knowing.
+        name: what the name of the file or folder says.
+        zero_points: how zero points are meant, each way once.
+        original: the checkpoint that it was compared with; None where it was with none.
+        compared: every quantized weight beside its original.
+        changed: float tensors that are not as in the original, and how many are.
     """
 
     path: str
@@ -109,10 +123,15 @@ class Inspection:
     tied: Mapping[str, str]
     tensors: Sequence[TensorFacts]
     findings: Sequence[Finding]
+    name: Name
+    zero_points: Sequence[str] = ()
+    original: str | None = None
+    compared: Sequence[Compared] = ()
+    changed: tuple[int, int] = (0, 0)
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong; notes do not count."""
+        """Whether nothing is wrong; warnings and notes do not count."""
         return all(finding.level != "error" for finding in self.findings)
 
     @property

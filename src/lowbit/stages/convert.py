@@ -28,6 +28,7 @@ from lowbit.schemes import Scheme
 from lowbit.stages import _words as words
 from lowbit.stages._adapter import ADAPTER, CONFIG, WEIGHTS
 from lowbit.stages._changes import COPY, METHODS, Change, Changer, Goal, model_dtype, plan_of
+from lowbit.stages._history import CONVERSION, PLAN, conversion_note
 from lowbit.stages._rooms import Rooms
 from lowbit.stages._store import store
 from lowbit.stages._weightfile import read_json
@@ -40,7 +41,7 @@ from lowbit.tensors import QTensor, scale_shape, scheme_bytes
 R = TypeVar("R")
 _TEMPORARY = 32.0  # bytes per element of a piece whose values are compared
 _SPREAD = 64  # bytes per block, where blocks are cut into smaller ones
-_OUTDATED = ("report.json", "report.md", "report.html", "lowbit-plan.json")
+_OUTDATED = ("report.json", "report.md", "report.html", PLAN, CONVERSION)
 
 
 @final
@@ -235,6 +236,7 @@ def finish(conversion: Conversion, output: Output) -> None:
         copy_atomic(adapter / WEIGHTS, output.path / ADAPTER / WEIGHTS)
         config = {**read_json(adapter / CONFIG), "base_model_name_or_path": str(output.path)}
         write_atomic(output.path / ADAPTER / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
+    write_atomic(output.path / CONVERSION, conversion_note(source))
     output.finish(replace(source, extras=extras))
 
 

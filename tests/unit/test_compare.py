@@ -1,0 +1,136 @@
+"""What residuals tell of the method, on weights that definitions written here make, and on auto-round's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.inspect.compare import Compared, compare, methods_of
+from lowbit.schemes import parse
+from lowbit.tensors import QTensor
+
+ROWS, COLS, GROUP = 96, 128, 32
+
+
+def weight(seed: int = 3) -> Tensor:
+    return torch.randn(ROWS, COLS, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def scales_of(w: Tensor, shrink: float = 1.0) -> Tensor:
+    """GPTQ's and compressed-tensors' symmetric scales, in float16."""
+    return (w.reshape(ROWS, -1, GROUP).abs().amax(-1) * shrink * 2 / 15).half().float()
+
+
+def stored(values: Tensor, scales: Tensor) -> QTensor:
+    """Values that are wanted, on the nearest codes of these scales."""
+    step = scales.repeat_interleave(GROUP, 1)
+    codes = ((values / step).round().clamp(-8, 7) + 8).to(torch.uint8)
+    return QTensor(parse(f"int4-g{GROUP}"), (ROWS, COLS), codes, scales)
+
+
+def rtn() -> QTensor:
+    return stored(weight(), scales_of(weight()))
+
+
+def searched() -> QTensor:
+    w = weight()
+    ratios = torch.rand(ROWS, COLS // GROUP, generator=torch.Generator().manual_seed(1)) * 0.3 + 0.7
+    return stored(w, (scales_of(w) * ratios).half().float())
+
+
+def gptq() -> QTensor:
+    """Column by column, the error of each divided among those that follow (arXiv:2210.17323, equations 2 and 3)."""
+    w, scales = weight().double(), scales_of(weight())
+    x = torch.randn(4 * COLS, COLS, generator=torch.Generator().manual_seed(2)).double()
+    x = x + 2 * x.roll(1, 1)
+    hessian = x.T @ x
+    upper = torch.linalg.cholesky(
+        torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(COLS)), upper=True
+    )
+    done = torch.zeros_like(w)
+    for col in range(COLS):
+        step = scales[:, col // GROUP].double()
+        done[:, col] = (w[:, col] / step).round().clamp(-8, 7) * step
+        error = (w[:, col] - done[:, col]) / upper[col, col]
+        w[:, col + 1 :] -= error[:, None] * upper[col, col + 1 :]
+    return stored(done.float(), scales)
+
+
+def autoround() -> QTensor:
+    """Rounding moved by up to half a step, as learned offsets do (arXiv:2309.05516)."""
+    w, scales = weight(), scales_of(weight())
+    offsets = (torch.rand(ROWS, COLS, generator=torch.Generator().manual_seed(4)) - 0.5) * 0.8
+    return stored(w + offsets * scales.repeat_interleave(GROUP, 1), scales)
+
+
+FACTORS = torch.exp(torch.randn(COLS, generator=torch.Generator().manual_seed(6)) * 0.5)
+
+
+def scaled() -> QTensor:
+    return stored(weight() * FACTORS, scales_of(weight() * FACTORS))
+
+
+def found(
+    q: QTensor, rounded_inputs: bool = False, vectors: dict[str, tuple[Tensor, Tensor]] | None = None
+) -> Compared:
+    return compare("w", q, weight(), rounded_inputs, vectors or {})
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "confidence"),
+    [
+        (rtn, "rtn", "high"),
+        (searched, "nearest codes under searched scales", "medium"),
+        (gptq, "gptq", "high"),
+        (autoround, "autoround", "medium"),
+    ],
+)
+def test_methods_leave_their_marks(make: Callable[[], QTensor], method: str, confidence: str) -> None:
+    seen = found(make())
+    assert (seen.method, seen.confidence) == (method, confidence), seen
+    assert seen.spread == 0
+    assert seen.farthest <= {"rtn": 0.51, "autoround": 1.05}.get(method, 100)
+
+
+def test_errors_are_those_of_the_definition() -> None:
+    q, w = rtn(), weight()
+    error = float((w - q.dequantize()).double().square().sum() / w.double().square().sum())
+    seen = found(q)
+    assert seen.error == pytest.approx(error, rel=1e-6)
+    assert seen.snr == pytest.approx(-10 * torch.log10(torch.tensor(error)).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("rounded_inputs", "name"), [(False, "awq+rtn"), (True, "smoothquant+rtn")])
+def test_columns_that_were_scaled(rounded_inputs: bool, name: str) -> None:
+    norm = torch.rand(COLS, generator=torch.Generator().manual_seed(7)) + 0.5
+    seen = found(scaled(), rounded_inputs, {"other": (norm, norm * 2), "norm": (norm, norm / FACTORS)})
+    assert (seen.method, seen.partner, seen.confidence) == (name, "norm", "medium"), seen
+    assert seen.spread == pytest.approx(float(FACTORS.log2().std()), rel=0.05)
+    assert seen.moved < 1e-3
+    alone = found(scaled(), rounded_inputs)
+    assert alone.partner is None
+    assert alone.confidence == "low"
+
+
+def test_another_model_is_no_method() -> None:
+    seen = compare("w", rtn(), weight(9), False, {})
+    assert seen.method.startswith("other weights")
+    assert methods_of([seen, found(rtn()), found(rtn())]) == {"rtn": 2, seen.method: 1}
+
+
+@pytest.mark.parametrize("scheme", ["int4-flat32", "nf4-g64", "int4-g32-asym", "int4-g32-min", "mxfp4", "int8-tensor"])
+def test_what_our_rounding_makes_is_seen_in_every_kind_of_scheme(scheme: str) -> None:
+    from lowbit.methods.rtn import METHOD
+
+    w, parsed = weight(), parse(scheme)
+    if parsed.block.flat:
+        flat = METHOD.quantize(w.reshape(1, -1), {}, parse("int4-g32"), METHOD.options())
+        q = QTensor(parsed, (ROWS, COLS), flat.codes, flat.scales)
+    else:
+        q = METHOD.quantize(w, {"range": torch.stack([w.min(), w.max()])}, parsed, METHOD.options())
+    seen = found(q)
+    assert seen.moved < 1e-3, seen
+    assert seen.method in ("rtn", "nearest codes under searched scales")
