@@ -205,4 +205,21 @@ NB_MODULE(_native, module) {
             kernels().softmax_slopes(of, weight_of(shares), {slopes.data(), dtype_of(slopes.dtype())});
         },
         Unlocked());
+    module.def(
+        "multiply",
+        [](int way, int bits, int64_t step, int64_t sub, const Bytes& codes, const std::optional<AnyIn>& scale,
+           const std::optional<AnyIn>& zero, bool minus, float offset, const MaybeFloats& level,
+           const MaybeBytes& table, float unit, int dtype, const Floats& input, int threads, const FloatsOut& out) {
+            Product of{};
+            of.way = Way(way), of.bits = bits, of.step = step, of.sub = sub, of.codes = codes.data();
+            of.scale = scale ? weight_of(*scale) : Weight{nullptr, Dtype(dtype)};
+            of.zero = zero ? zero->data() : nullptr;
+            of.minus = minus, of.offset = offset, of.unit = unit, of.level = data_or_null(level);
+            of.table = reinterpret_cast<const int8_t*>(data_or_null(table));
+            of.tokens = int64_t(input.shape(0)), of.cols = int64_t(input.shape(1)), of.input = input.data();
+            of.rows = int64_t(out.shape(1)), of.out = out.data();
+            multiply(of, threads);
+        },
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
+        nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), Unlocked());
 }

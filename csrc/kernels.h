@@ -545,6 +545,10 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 
 #include "softmax.h"
 
+// ---- products ----
+
+#include "product.h"
+
 // ---- llama.cpp's encoders ----
 
 #include "ggml_encode.h"
@@ -554,6 +558,6 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
                            dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words,
-                           softmax,    softmax_slopes, ggml_encode};
+                           softmax,    softmax_slopes, ggml_encode, product,         round_inputs};
 
 }  // namespace lowbit

@@ -102,3 +102,22 @@ def ggml_encode(
 ) -> None: ...
 def causal_softmax(scores: Tensor, period: int, first: int, scale: float, out: Tensor, /) -> None: ...
 def causal_softmax_slopes(shares: Tensor, period: int, first: int, scale: float, slopes: Tensor, /) -> None: ...
+def multiply(
+    way: int,
+    bits: int,
+    step: int,
+    sub: int,
+    codes: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    minus: bool,
+    offset: float,
+    level: Tensor | None,
+    table: Tensor | None,
+    unit: float,
+    dtype: int,
+    inputs: Tensor,
+    threads: int,
+    out: Tensor,
+    /,
+) -> None: ...

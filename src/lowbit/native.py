@@ -421,6 +421,89 @@ def causal_softmax_slopes(
     _native.causal_softmax_slopes(shares, period, first, scale, slopes)
 
 
+WAYS = ("floats", "codes", "table", "dense")
+
+
+@final
+@dataclass(frozen=True)
+class Panels:
+    """A weight `[rows, cols]` as `multiply` reads it: panels of 16 rows, zeros where rows or columns end (`csrc/product.h`).
+
+    Attributes:
+        way: how it is computed: `floats` (what codes stand for, times the inputs), `codes` or `table` (codes, or the
+            entries of `table` at them, times inputs rounded to int8), `dense` (a weight of floats).
+        rows: of the weight.
+        bits: 2, 4 or 8 of a code; of an element where it is dense.
+        step: columns that share a scale, a multiple of 16.
+        codes: `[panels, words, 64]` bytes; `words` hold 32 / bits columns of each row. Dense: `[panels, cols, 16]`.
+        scale: `[panels, cols / step, 16]`, float16 or float32; None where it is dense.
+        zero: the same of zero points, or of minima with `minus`.
+        minus: whether it is `code * scale - zero`, not `(code - zero) * scale`.
+        offset: what a code is above what it stands for, beside `zero`.
+        level: what codes stand for, 256 entries (way `floats`).
+        table: the same as bytes, 16 entries (way `table`), `unit` times as large as they should be.
+    """
+
+    way: Literal["floats", "codes", "table", "dense"]
+    rows: int
+    bits: int
+    step: int
+    codes: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    minus: bool = False
+    offset: float = 0.0
+    level: Float[Tensor, "256"] | None = None
+    table: UInt8[Tensor, "16"] | None = None
+    unit: float = 1.0
+
+    @property
+    def cols(self) -> int:
+        """Columns with those that fill up, a multiple of 32."""
+        return self.codes.shape[1] * (1 if self.way == "dense" else 32 // self.bits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads of it."""
+        return sum(part.nbytes for part in (self.codes, self.scale, self.zero) if part is not None)
+
+
+def multiply(panels: Panels, inputs: Float[Tensor, "tokens cols"], threads: int = 1) -> Float[Tensor, "tokens rows"]:
+    """`inputs @ weight.T` in float32; with the ways `codes` and `table`, inputs are rounded to int8 in blocks of 32.
+
+    Blocks are of 16 columns where scales are. The order of sums depends on nothing but the weight: any number of
+    threads and every instruction set gives the same bits.
+    """
+    _check_panels(panels)
+    _check("inputs", inputs, (inputs.shape[0], panels.cols), torch.float32)
+    out = torch.empty(inputs.shape[0], panels.rows)
+    _native.multiply(
+        WAYS.index(panels.way), panels.bits, panels.step, 16 if panels.step % 32 else 32, panels.codes.view(torch.uint8),
+        panels.scale, panels.zero, panels.minus, panels.offset, panels.level, panels.table, panels.unit,
+        WEIGHT_DTYPES.index(panels.codes.dtype) if panels.way == "dense" else 0, inputs.detach(), max(threads, 1), out,
+    )  # fmt: skip
+    return out
+
+
+def _check_panels(of: Panels) -> None:
+    down = ceil(of.rows / 16)
+    if of.way == "dense":
+        _check("codes", of.codes, (down, of.cols, 16), *WEIGHT_DTYPES)
+        return
+    if of.bits not in (2, 4, 8) or of.step < 16 or of.step % 16 or of.cols % 32 or of.cols % of.step:
+        raise ValueError(f"{of.cols} columns of {of.bits} bits in steps of {of.step} make no panels")
+    _check("codes", of.codes, (down, of.cols * of.bits // 32, 64), torch.uint8)
+    for name, part in {"scale": of.scale, "zero": of.zero}.items():
+        if part is not None or name == "scale":
+            assert part is not None and of.scale is not None
+            _check(name, part, (down, of.cols // of.step, 16), torch.float16, torch.float32)
+            if part.dtype != of.scale.dtype:
+                raise ValueError(f"zero is {part.dtype} beside scales in {of.scale.dtype}")
+    wanted = {"floats": of.level, "table": of.table}.get(of.way, of.codes)
+    if wanted is None:
+        raise ValueError(f"panels for {of.way} need what codes stand for")
+
+
 def _causal(period: int, first: int, scale: float) -> None:
     if period < 1 or first < 0 or not scale > 0:
         raise ValueError(f"period {period} must be at least 1, first {first} at least 0, scale {scale} above 0")
