@@ -549,6 +549,8 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 
 #include "product.h"
 
+#include "attend.h"
+
 // ---- llama.cpp's encoders ----
 
 #include "ggml_encode.h"
@@ -558,6 +560,7 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
                            dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words,
-                           softmax,    softmax_slopes, ggml_encode, product,         round_inputs};
+                           softmax,    softmax_slopes, ggml_encode, product,         round_inputs,    attend,
+                           gate};
 
 }  // namespace lowbit

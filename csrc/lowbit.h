@@ -128,9 +128,17 @@ struct Product {
     int64_t tokens;
     const float* input;   // [tokens, cols]; `product` reads it in the ways floats and dense
     int64_t sub;          // columns that are rounded together
-    const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` fills these three
+    const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` (decoder.h) fills these three
     const float *input_scale, *input_sum;
     float* out;  // [tokens, rows]
+};
+
+// Attention of one query over the positions first to before last; keys and values are [positions, dim], dim a multiple
+// of 16, and `room` has place for the positions.
+struct Attention {
+    int64_t dim, first, last;
+    const float *query, *keys, *values;
+    float scale, *room, *out;
 };
 
 struct ErrorSums {
@@ -187,15 +195,14 @@ struct Kernels {
     // Inputs as int8 in blocks of `sub` (a multiple of 16 that divides `count`): the scale of each block, and the scale
     // times the sum of its integers.
     void (*round_inputs)(int64_t count, int64_t sub, const float* input, int8_t* rounded, float* scale, float* sum);
+    void (*attend)(const Attention&);
+    void (*gate)(int64_t count, float* x, const float* up);  // x / (1 + exp(-x)) * up, in place of x
 };
 
 // The table in use: the best that this CPU has, or the one that the environment variable LOWBIT_ISA names (a test
 // hook). Throws std::runtime_error where that one does not exist here.
 const Kernels& kernels();
 std::vector<const Kernels*> supported_kernels();  // scalar first
-
-// The whole product on `threads` threads, this one included; rounds the inputs where its way wants that.
-void multiply(Product, int threads);
 
 static inline int64_t words_per_row(int64_t cols, int bits) { return (cols * bits + 31) / 32; }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import UnsupportedError
-from lowbit.runtime.linear import Linear, multiply
+from lowbit.runtime.linear import Linear
 from lowbit.runtime.panels import Packed, pack, pack_dense
 from lowbit.schemes import parse
 from lowbit.tensors import QTensor
@@ -32,6 +32,10 @@ def inputs(tokens: int, cols: int, seed: int = 0) -> Tensor:
     found = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed))
     found[:, cols // 2] *= 20
     return found
+
+
+def multiply(packed: Packed, x: Tensor, threads: int = 1) -> Tensor:
+    return packed.matrix()(x, threads)
 
 
 def wanted(q: QTensor, x: Tensor) -> Tensor:
@@ -113,19 +117,19 @@ def test_any_number_of_threads_gives_the_same_bits(scheme: str) -> None:
 
 @pytest.mark.parametrize("isa", native.supported_isas())
 def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
-    code = f"""
+    code = """
 import hashlib, torch
 from lowbit import native
-from lowbit.runtime.linear import multiply
 from lowbit.runtime.panels import pack, pack_dense
 from lowbit.schemes import parse
 from tests.reference.qtensors import random_qtensor
-from tests.unit.test_multiply import CODES, TABLE, FLOATS, SHAPES, inputs
+from tests.unit.test_multiply import CODES, TABLE, FLOATS, SHAPES, inputs, multiply
 digest = hashlib.sha256()
 for scheme in [*CODES, *TABLE, *FLOATS]:
     for shape in SHAPES[1:]:
         for exact in (False, True):
-            digest.update(multiply(pack(random_qtensor(parse(scheme), shape), exact), inputs(5, shape[1])).numpy().tobytes())
+            packed = pack(random_qtensor(parse(scheme), shape), exact)
+            digest.update(multiply(packed, inputs(5, shape[1])).numpy().tobytes())
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     weight = torch.randn(33, 130, generator=torch.Generator().manual_seed(0)).to(dtype)
     digest.update(multiply(pack_dense(weight), inputs(5, 130)).numpy().tobytes())
@@ -134,7 +138,11 @@ print(native.isa(), digest.hexdigest())
     found = {}
     for each in (isa, "scalar"):
         run = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "LOWBIT_ISA": each}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env={**os.environ, "LOWBIT_ISA": each},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         name, found[each] = run.stdout.split()
         assert name == each
@@ -153,9 +161,9 @@ def test_gradients_reach_the_inputs() -> None:
     bias = torch.randn(24)
     x = inputs(3, 64).requires_grad_()
     layer = Linear(pack(q, exact=True), bias, 1)
-    layer(x.view(3, 1, 64)).square().sum().backward()
+    torch.autograd.backward(layer(x.view(3, 1, 64)).square().sum())
     again = x.detach().double().requires_grad_()
-    (again @ slow_dequantize(q).double().T + bias).square().sum().backward()
+    torch.autograd.backward((again @ slow_dequantize(q).double().T + bias).square().sum())
     assert x.grad is not None and again.grad is not None
     close(x.grad, again.grad, 1e-5)
     assert "64 to 24, 4 bits, floats" in repr(layer)
@@ -177,6 +185,13 @@ def test_panels_that_lie_are_refused() -> None:
         replace(good, zero=torch.zeros(1, 2, 16)), replace(good, codes=good.codes[:, 1:]),
     ):  # fmt: skip
         with pytest.raises((ValueError, AssertionError)):
-            native.multiply(wrong, x)
+            native.Matrix(wrong, 64)(x)
+    for bad in (
+        {"inputs": 65},
+        {"inputs": 64, "order": torch.zeros(64, dtype=torch.int64)},
+        {"inputs": 64, "bias": x[0]},
+    ):
+        with pytest.raises(ValueError, match=r"inputs|order|bias"):
+            native.Matrix(good, **bad)
     with pytest.raises(ValueError, match="inputs"):
-        native.multiply(good, torch.ones(1, 65))
+        native.Matrix(good, 64)(torch.ones(1, 65))

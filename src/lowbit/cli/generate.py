@@ -75,6 +75,6 @@ def _print(result: Generated, loaded: Loaded) -> None:
     click.echo()
     click.echo(
         f"{result.prompt_tokens} tokens read, first after {result.first:.2f} s, then {result.tokens} tokens at "
-        f"{result.rate:.1f} a second; {len(loaded.kernels)} weights on the kernels{left}",
+        f"{result.rate:.1f} a second; {len(loaded.kernels)} weights on the kernels{left}; decoder: {result.decoder}",
         err=True,
     )

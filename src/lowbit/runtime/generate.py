@@ -10,9 +10,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lowbit.errors import UsageError
+from lowbit.errors import UnsupportedError, UsageError
+from lowbit.runtime.decoder import start
 from lowbit.runtime.model import Loaded
-from lowbit.stages._model import refusals, silent_transformers
+from lowbit.stages._model import refusals
 
 
 @final
@@ -40,23 +41,16 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int = 0
 
-    def arguments(self) -> dict[str, Any]:
-        """For `generate` of transformers."""
-        found: dict[str, Any] = {
-            "max_new_tokens": self.tokens,
-            "do_sample": self.temperature > 0,
-            "repetition_penalty": self.repetition_penalty,
-        }
-        if self.temperature > 0:
-            found |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
-        return found | ({"stop_strings": list(self.stop)} if self.stop else {})
-
 
 @final
 @dataclass(frozen=True)
 class Generated:
-    """What came of it: text without the prompt, numbers of tokens, seconds to the first and of all."""
+    """What came of it: text without the prompt, numbers of tokens, seconds to the first and of all.
 
+    `decoder` says what ran the blocks: `native`, or why it was the class of transformers.
+    """
+
+    decoder: str
     text: str
     prompt_tokens: int
     tokens: int
@@ -81,7 +75,10 @@ def generate(
 
 
 def answer(
-    loaded: Loaded, messages: Sequence[dict[str, str]], sampling: Sampling, show: Callable[[str], None] = lambda text: None
+    loaded: Loaded,
+    messages: Sequence[dict[str, str]],
+    sampling: Sampling,
+    show: Callable[[str], None] = lambda text: None,
 ) -> Generated:
     """Answer a conversation, `{"role": ..., "content": ...}` each, through the chat template of the model.
 
@@ -89,12 +86,14 @@ def answer(
         UsageError: the model has no chat template.
     """
     if not getattr(loaded.tokenizer, "chat_template", None):
-        raise UsageError("the tokenizer of this model has no chat template; continue a text with lowbit generate --prompt")
+        raise UsageError(
+            "the tokenizer of this model has no chat template; continue a text with lowbit generate --prompt"
+        )
     with refusals("the chat template of this model"):
-        ids = loaded.tokenizer.apply_chat_template(
+        found: Any = loaded.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
-    return _run(loaded, ids, sampling, show)
+        )
+    return _run(loaded, found["input_ids"], sampling, show)
 
 
 def _run(loaded: Loaded, ids: Tensor, sampling: Sampling, show: Callable[[str], None]) -> Generated:
@@ -102,51 +101,101 @@ def _run(loaded: Loaded, ids: Tensor, sampling: Sampling, show: Callable[[str], 
     if ids.shape[-1] == 0 or (limit and ids.shape[-1] >= limit):
         raise UsageError(f"the prompt has {ids.shape[-1]} tokens; this model takes 1 to {(limit or 1 << 31) - 1}")
     tokens = min(sampling.tokens, limit - ids.shape[-1]) if limit else sampling.tokens
-    streamer = _Streamer(loaded, show)
-    torch.manual_seed(sampling.seed)
-    arguments = {**sampling.arguments(), "max_new_tokens": tokens, "streamer": streamer}
-    with torch.inference_mode(), silent_transformers(), refusals("the model fails on this prompt"):
-        loaded.model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), tokenizer=loaded.tokenizer, pad_token_id=_pad(loaded), **arguments
-        )
-    return streamer.result(ids.shape[-1])
+    reader = _Reader(loaded, show)
+    step, decoder = _steps(loaded, ids.shape[-1] + tokens)
+    choose, ends = chooser(sampling), _ends(loaded)
+    with torch.inference_mode(), refusals("the model fails on this prompt"):
+        seen, new = ids.view(-1), ids.view(-1)
+        for _ in range(tokens):
+            token = choose(seen, step(new))
+            reader.take(token)
+            if token in ends or reader.ended(sampling.stop):
+                break
+            new = torch.tensor([token])
+            seen = torch.cat([seen, new])
+    return reader.result(ids.shape[-1], decoder)
 
 
-def _pad(loaded: Loaded) -> int:
-    """Any token: nothing is padded, and `generate` warns where it knows none."""
-    return int(loaded.tokenizer.pad_token_id or 0)
+def _steps(loaded: Loaded, capacity: int) -> tuple[Callable[[Tensor], Tensor], str]:
+    """What reads tokens and gives the logits of the next: the native decoder, or transformers; and which, or why."""
+    try:
+        return start(loaded, capacity).read, "native"
+    except UnsupportedError as error:
+        reason = str(error)
+    cache: list[Any] = [None]
+
+    def step(new: Tensor) -> Tensor:
+        out = loaded.model(input_ids=new[None], past_key_values=cache[0], use_cache=True, logits_to_keep=1)
+        cache[0] = out.past_key_values
+        return out.logits[0, -1]  # type: ignore[no-any-return]
+
+    return step, reason
+
+
+def chooser(sampling: Sampling) -> Callable[[Tensor, Tensor], int]:
+    """A function of the tokens so far and the logits of the next, which chooses as `generate` of transformers does."""
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )  # fmt: skip
+
+    steps: Any = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature > 0:
+        steps.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            steps.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            steps.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p > 0:
+            steps.append(MinPLogitsWarper(sampling.min_p))
+    dice = torch.Generator().manual_seed(sampling.seed)
+
+    def choose(seen: Tensor, logits: Tensor) -> int:
+        scores = steps(seen[None], logits.float()[None])[0]
+        if sampling.temperature == 0:
+            return int(scores.argmax())
+        return int(scores.softmax(-1).multinomial(1, generator=dice))
+
+    return choose
+
+
+def _ends(loaded: Loaded) -> set[int]:
+    """Tokens that end a text."""
+    found = getattr(loaded.model.generation_config, "eos_token_id", None) or loaded.tokenizer.eos_token_id
+    return set(found) if isinstance(found, list) else {found} - {None}
 
 
 @final
-class _Streamer:
-    """Takes tokens as `generate` gives them, the prompt first, and shows text that can no longer change."""
+class _Reader:
+    """Takes tokens as they come and shows the text that can no longer change."""
 
     def __init__(self, loaded: Loaded, show: Callable[[str], None]) -> None:
         self._tokenizer, self._show = loaded.tokenizer, show
         self._ids: list[int] = []
-        self._shown = ""
-        self._start, self._first, self._seen_prompt = perf_counter(), 0.0, False
+        self._shown = self._text = ""
+        self._start, self._first = perf_counter(), 0.0
 
-    def put(self, ids: Tensor) -> None:
-        """More tokens."""
-        if not self._seen_prompt:
-            self._seen_prompt = True
-            return
+    def take(self, token: int) -> None:
+        """One more token."""
         self._first = self._first or perf_counter()
-        self._ids += ids.flatten().tolist()
-        text = self._text()
-        if not text.endswith("\ufffd"):  # bytes of a character that is not whole yet
-            self._show(text[len(self._shown) :])
-            self._shown = text
+        self._ids.append(token)
+        self._text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        if not self._text.endswith("\ufffd"):  # bytes of a character that is not whole yet
+            self._show(self._text[len(self._shown) :])
+            self._shown = self._text
 
-    def end(self) -> None:
-        """No more tokens."""
-        self._show(self._text()[len(self._shown) :])
+    def ended(self, stops: Sequence[str]) -> bool:
+        """Whether one of these strings is in the text."""
+        return any(stop in self._text for stop in stops)
 
-    def _text(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-
-    def result(self, prompt: int) -> Generated:
+    def result(self, prompt: int, decoder: str) -> Generated:
         """What came, and how long it took."""
+        self._show(self._text[len(self._shown) :])
         end, first = perf_counter(), self._first or self._start
-        return Generated(self._text(), prompt, len(self._ids), first - self._start, end - self._start)
+        return Generated(decoder, self._text, prompt, len(self._ids), first - self._start, end - self._start)

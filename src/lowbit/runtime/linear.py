@@ -7,9 +7,7 @@ from typing import Any, final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from lowbit import native
 from lowbit.runtime.panels import Packed
 
 
@@ -19,23 +17,21 @@ class Linear(nn.Module):
 
     Attributes:
         packed: the weight.
+        matrix: the weight with its bias, to multiply by.
         in_features: its columns.
         out_features: its rows.
-        bias: as of `torch.nn.Linear`.
         threads: that share a product.
     """
 
     def __init__(self, packed: Packed, bias: Tensor | None, threads: int) -> None:
         super().__init__()
-        self.packed, self.in_features, self.out_features = packed, packed.inputs, packed.panels.rows
-        self.bias, self.threads = bias, threads
+        self.packed, self.matrix, self.threads = packed, packed.matrix(bias), threads
+        self.in_features, self.out_features = packed.inputs, packed.panels.rows
 
     def forward(self, inputs: Float[Tensor, "*tokens inputs"]) -> Float[Tensor, "*tokens outputs"]:
         """The product for any number of leading axes."""
         flat = inputs.reshape(-1, self.in_features).float()
-        out: Tensor = _Product.apply(flat, self.packed, self.threads)  # type: ignore[no-untyped-call]
-        if self.bias is not None:
-            out = out + self.bias.float()
+        out: Tensor = _Product.apply(flat.contiguous(), self)  # type: ignore[no-untyped-call]
         return out.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -49,17 +45,11 @@ class _Product(torch.autograd.Function):
     """The product; its slope by the inputs comes from products with the unit vectors, which give the weight."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, packed: Packed, threads: int) -> Tensor:
-        ctx.packed, ctx.threads, ctx.width = packed, threads, inputs.shape[1]
-        return multiply(packed, inputs, threads)
+    def forward(ctx: Any, inputs: Tensor, layer: Linear) -> Tensor:
+        ctx.layer = layer
+        return layer.matrix(inputs, layer.threads)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        transposed = multiply(ctx.packed, torch.eye(ctx.width), ctx.threads)
-        return slopes[0].float() @ transposed.T, None, None
-
-
-def multiply(packed: Packed, inputs: Float[Tensor, "tokens cols"], threads: int = 1) -> Float[Tensor, "tokens rows"]:
-    """`inputs @ weight.T`."""
-    ordered = inputs if packed.order is None else inputs[:, packed.order]
-    return native.multiply(packed.panels, pad(ordered, (0, packed.panels.cols - ordered.shape[1])).contiguous(), threads)
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        packed, threads = ctx.layer.packed, ctx.layer.threads
+        return slopes[0].float() @ packed.matrix()(torch.eye(packed.inputs), threads).T, None

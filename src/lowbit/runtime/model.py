@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import torch
-from torch import Tensor, nn
 
 from lowbit.errors import UnsupportedError
+from lowbit.formats import Weight
 from lowbit.runtime.linear import Linear
 from lowbit.runtime.panels import Packed, pack, pack_dense
 from lowbit.stages._model import Blueprint, open_blueprint, open_tokenizer
-from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint, swapped
 from lowbit.tensors import QTensor
 
 if TYPE_CHECKING:
@@ -29,16 +30,25 @@ class Loaded:
     """A model that runs, and how.
 
     Attributes:
+        checkpoint: where it comes from.
         model: of `transformers`; its `generate` works.
-        tokenizer: that lies with the checkpoint.
         kernels: weights that the kernels multiply, by name: their packed form.
         others: weights that are computed with in another way, with the reason.
     """
 
+    checkpoint: Checkpoint
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     kernels: dict[str, Packed]
     others: dict[str, str]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That lies with the checkpoint.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be used.
+        """
+        return open_tokenizer(self.checkpoint)
 
 
 def load(
@@ -80,8 +90,8 @@ def open_model(
         LowbitError: see `lowbit.errors`.
     """
     checkpoint = open_checkpoint(path, trust_remote_code)
-    blueprint, tokenizer = open_blueprint(checkpoint, torch.float32), open_tokenizer(checkpoint)
-    others = {name: reason for name, reason in _left_out(blueprint, reference)}
+    blueprint = open_blueprint(checkpoint, torch.float32)
+    others = dict(_left_out(blueprint, reference))
     names = [name for name in _matrices(blueprint) if name not in others]
     packed = {}
     for name in names:
@@ -92,16 +102,16 @@ def open_model(
     alone = packed.keys() - _shared(blueprint)
     model = blueprint.with_parts(checkpoint.weights.keys() - alone)
     _put(model, _matrices(blueprint), packed, threads or torch.get_num_threads())
-    return Loaded(model, tokenizer, packed, others)
+    return Loaded(checkpoint, model, packed, others)
 
 
 def _matrices(blueprint: Blueprint) -> dict[str, list[str]]:
     """Weights of the checkpoint that are the whole matrix of linear layers, and the paths of these."""
     found: dict[str, list[str]] = {}
     for path, shape, names in blueprint.linear_layers():
-        name = next(iter(names), "")
-        if len(names) == 1 and blueprint.checkpoint.weights[name].shape == shape:
-            found.setdefault(name, []).append(path)
+        weight = blueprint.checkpoint.weights[next(iter(names))] if len(names) == 1 else None
+        if weight and weight.shape[:: -1 if _turned(blueprint.checkpoint, weight) else 1] == shape:
+            found.setdefault(weight.name, []).append(path)
     return found
 
 
@@ -127,7 +137,12 @@ def _pack(checkpoint: Checkpoint, name: str, exact: bool) -> Packed:
     value = checkpoint.load(name)
     if isinstance(value, QTensor):
         return pack(value, exact)
-    return pack_dense(value.T if checkpoint.weights[name].swapped else value)
+    return pack_dense(value.T if _turned(checkpoint, checkpoint.weights[name]) else value)
+
+
+def _turned(checkpoint: Checkpoint, weight: Weight) -> bool:
+    """Whether a weight is stored as `[inputs, outputs]`; quantized ones are seen the other way."""
+    return weight.scheme is None and swapped(checkpoint.config, weight)
 
 
 def _put(model: PreTrainedModel, places: dict[str, list[str]], packed: dict[str, Packed], threads: int) -> None:

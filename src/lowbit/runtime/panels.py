@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import lcm
-from typing import final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.errors import UnsupportedError
-from lowbit.native import Panels
+from lowbit.native import Matrix, Panels
 from lowbit.schemes import Grid
 from lowbit.tensors import QTensor, block_size, level_table, view_shape
 
@@ -23,11 +23,17 @@ _UNITS = (1.0, 2.0, 4.0, 8.0)
 @final
 @dataclass(frozen=True)
 class Packed:
-    """A weight that is ready to be multiplied, its number of inputs, and the order in which it takes them (None: theirs)."""
+    """A weight that is ready to be multiplied, its number of inputs, and the order in which it takes these, if any."""
 
     panels: Panels
     inputs: int
     order: Int64[Tensor, " cols"] | None = None
+
+    def matrix(self, bias: Float[Tensor, " rows"] | None = None) -> Matrix:
+        """What multiplies by it."""
+        return Matrix(
+            self.panels, self.inputs, self.order, None if bias is None else bias.detach().float().contiguous()
+        )
 
 
 def pack_dense(weight: Float[Tensor, "rows cols"]) -> Packed:
@@ -74,7 +80,7 @@ def pack(q: QTensor, exact: bool = False) -> Packed:
 class _Meaning:
     """How codes are computed with; see `Panels`."""
 
-    way: str
+    way: Literal["floats", "codes", "table"]
     offset: float = 0.0
     level: Tensor | None = None
     table: Tensor | None = None
