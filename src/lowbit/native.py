@@ -610,7 +610,7 @@ class Decoder:
         cosine: Float[Tensor, "tokens head_size"],
         sine: Float[Tensor, "tokens head_size"],
     ) -> Float[Tensor, "tokens hidden"]:
-        """What comes of tokens after those that it has seen, at the angles of their positions; then it has seen them."""
+        """What comes of tokens after those that it has seen, at the angles of their positions; then these are seen."""
         tokens, size = hidden.shape[0], self.shape.head_size
         _check("hidden", hidden, (tokens, self.shape.hidden), torch.float32)
         _check("cosine", cosine, (tokens, size), torch.float32)
