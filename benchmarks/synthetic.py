@@ -88,9 +88,10 @@ def write(args: argparse.Namespace) -> None:
 
 
 def write_tokenizer(path: Path) -> None:
-    """A tokenizer whose tokens are the 256 bytes."""
+    """A tokenizer whose tokens are the 256 bytes, and one pair of them: llama.cpp opens none without a merge."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    vocabulary = {token: number for number, token in enumerate([*alphabet, "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

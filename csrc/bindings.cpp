@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "decoder.h"
 #include "lowbit.h"
 
 namespace nb = nanobind;
@@ -36,6 +37,12 @@ template <class Array>
 static auto data_or_null(const std::optional<Array>& array) {
     return array ? array->data() : nullptr;
 }
+
+// A matrix and the Python objects whose memory it reads.
+struct Held {
+    Matrix matrix;
+    nb::object kept;
+};
 
 NB_MODULE(_native, module) {
     using Unlocked = nb::call_guard<nb::gil_scoped_release>;
@@ -207,4 +214,51 @@ NB_MODULE(_native, module) {
             kernels().softmax_slopes(of, weight_of(shares), {slopes.data(), dtype_of(slopes.dtype())});
         },
         Unlocked());
+    nb::class_<Held>(module, "Matrix")
+        .def("__init__",
+             [](Held* self, int way, int bits, int64_t step, int64_t sub, int64_t rows, int64_t cols, const Bytes& codes,
+                const std::optional<AnyIn>& scale, const std::optional<AnyIn>& zero, bool minus, float offset,
+                const MaybeFloats& level, const MaybeBytes& table, float unit, int dtype, int64_t inputs,
+                const std::optional<Array<const int64_t>>& order, const MaybeFloats& bias, nb::object kept) {
+                 Product of{};
+                 of.way = Way(way), of.bits = bits, of.step = step, of.sub = sub, of.rows = rows, of.cols = cols;
+                 of.codes = codes.data();
+                 of.scale = scale ? weight_of(*scale) : Weight{nullptr, Dtype(dtype)};
+                 of.zero = zero ? zero->data() : nullptr;
+                 of.minus = minus, of.offset = offset, of.unit = unit, of.level = data_or_null(level);
+                 of.table = reinterpret_cast<const int8_t*>(data_or_null(table));
+                 new (self) Held{{of, data_or_null(order), inputs, data_or_null(bias)}, std::move(kept)};
+             },
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+             nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
+             nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg())
+        .def(
+            "multiply",
+            [](const Held& self, const Floats& inputs, int threads, const FloatsOut& out) {
+                multiply(inputs.data(), int64_t(inputs.shape(0)), {{&self.matrix, out.data()}}, threads);
+            },
+            Unlocked());
+    nb::class_<Decoder>(module, "Decoder")
+        .def("__init__",
+             [](Decoder* self, int64_t hidden, int64_t heads, int64_t key_heads, int64_t head_size, int64_t inner,
+                float epsilon, float scale, int64_t window, int64_t capacity, int threads) {
+                 DecoderShape shape{hidden, heads, key_heads, head_size, inner, epsilon, scale, window};
+                 new (self) Decoder(shape, capacity, threads);
+             })
+        .def(
+            "add",
+            [](Decoder& self, const Held& query, const Held& key, const Held& value, const Held& output,
+               const Held& gate, const Held& up, const Held& down, const Floats& before, const Floats& after,
+               const MaybeFloats& query_norm, const MaybeFloats& key_norm) {
+                self.add({query.matrix, key.matrix, value.matrix, output.matrix, gate.matrix, up.matrix, down.matrix,
+                          before.data(), after.data(), data_or_null(query_norm), data_or_null(key_norm)});
+            },
+            nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+            nb::arg().none(), nb::arg().none())
+        .def(
+            "run",
+            [](Decoder& self, const FloatsOut& hidden, int64_t position, const Floats& cosine, const Floats& sine) {
+                self.run(hidden.data(), int64_t(hidden.shape(0)), position, cosine.data(), sine.data());
+            },
+            Unlocked());
 }

@@ -107,6 +107,41 @@ struct GgmlEncoded {
     uint8_t *scale_codes, *min_codes;
 };
 
+// How a product is computed: inputs as they are, times what codes stand for; inputs rounded to int8, times codes (`codes`)
+// or times bytes of a table (`table`); or, of weights that are floats, as they are (`dense`).
+enum class Way { floats, codes, table, dense };
+
+// A weight [rows, cols] as `product` reads it, in panels of 16 rows, and its inputs. Columns are a multiple of 32 (zeros
+// fill up), rows beyond the last are there in the last panel and are not written.
+struct Product {
+    Way way;
+    int64_t rows, cols;
+    int bits;             // 2, 4 or 8; dense: of an element
+    int64_t step;         // columns that share a scale, a multiple of 16
+    const uint8_t* codes; // [panels, words, 16, 4]: field f of byte k of word w is column (w * 8 / bits + f) * 4 + k
+    Weight scale;         // [panels, cols / step, 16], float16 or float32; dense: null, and the dtype of the weight
+    const void* zero;     // as the scales: (code - zero) * scale; or null
+    bool minus;           // it is code * scale - zero
+    float offset;         // way codes: beside `zero`, what a code is above its value
+    const float* level;   // way floats: 256 entries
+    const int8_t* table;  // way table: 16 entries
+    float unit;           // rounded inputs: what results are multiplied by
+    int64_t tokens;
+    const float* input;   // [tokens, cols]; `product` reads it in the ways floats and dense
+    int64_t sub;          // columns that are rounded together
+    const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` (decoder.h) fills these three
+    const float *input_scale, *input_sum;
+    float* out;  // [tokens, rows]
+};
+
+// Attention of one query over the positions first to before last; keys and values are [positions, dim], dim a multiple
+// of 16, and `room` has place for the positions.
+struct Attention {
+    int64_t dim, first, last;
+    const float *query, *keys, *values;
+    float scale, *room, *out;
+};
+
 struct ErrorSums {
     double squared_error = 0, squared_weight = 0;
     float max_error = 0;
@@ -158,6 +193,15 @@ struct Kernels {
     // The same types with less error sum importance * (weight - value)**2 (importance 1 where it is null) in each block.
     void (*ggml_fit)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
                      const GgmlEncoded&);
+
+    // Panels from `first` to before `last`.
+    void (*product)(const Product&, int64_t first, int64_t last);
+
+    // Inputs as int8 in blocks of `sub` (a multiple of 16 that divides `count`): the scale of each block, and the scale
+    // times the sum of its integers.
+    void (*round_inputs)(int64_t count, int64_t sub, const float* input, int8_t* rounded, float* scale, float* sum);
+    void (*attend)(const Attention&);
+    void (*gate)(int64_t count, float* x, const float* up);  // x / (1 + exp(-x)) * up, in place of x
 };
 
 // The table in use: the best that this CPU has, or the one that the environment variable LOWBIT_ISA names (a test

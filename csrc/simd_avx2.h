@@ -143,3 +143,25 @@ float greatest(F value) {
 }
 
 #include "pack_avx2.h"
+
+// ---- four bytes of a lane at a time ----
+
+I load_words(const void* from) {
+    return {_mm256_loadu_si256(wide(from)), _mm256_loadu_si256(wide(from) + 1)};
+}
+I differ(I a, I b) { return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)}; }
+__m256i sum_of_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+I dot_unsigned(I a, I b) {
+    return {sum_of_pairs(_mm256_maddubs_epi16(a.low, b.low)), sum_of_pairs(_mm256_maddubs_epi16(a.high, b.high))};
+}
+I dot_signed(I a, I b) {
+    return dot_unsigned({_mm256_abs_epi8(a.low), _mm256_abs_epi8(a.high)},
+                        {_mm256_sign_epi8(b.low, a.low), _mm256_sign_epi8(b.high, a.high)});
+}
+I table_of_bytes(const int8_t* from) {
+    __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128(narrow(from)));
+    return {all, all};
+}
+I lookup_bytes(I table, I index) {
+    return {_mm256_shuffle_epi8(table.low, index.low), _mm256_shuffle_epi8(table.high, index.high)};
+}

@@ -99,3 +99,17 @@ float least(F value) { return _mm512_reduce_min_ps(value.all); }
 float greatest(F value) { return _mm512_reduce_max_ps(value.all); }
 
 #include "pack_avx2.h"
+
+// ---- four bytes of a lane at a time ----
+
+I load_words(const void* from) { return {_mm512_loadu_si512(from)}; }
+I differ(I a, I b) { return {_mm512_xor_si512(a.all, b.all)}; }
+I dot_unsigned(I a, I b) {
+    return {_mm512_madd_epi16(_mm512_maddubs_epi16(a.all, b.all), _mm512_set1_epi16(1))};
+}
+I dot_signed(I a, I b) {
+    __m512i turned = _mm512_mask_sub_epi8(b.all, _mm512_movepi8_mask(a.all), _mm512_setzero_si512(), b.all);
+    return dot_unsigned({_mm512_abs_epi8(a.all)}, {turned});
+}
+I table_of_bytes(const int8_t* from) { return {_mm512_broadcast_i32x4(_mm_loadu_si128(narrow(from)))}; }
+I lookup_bytes(I table, I index) { return {_mm512_shuffle_epi8(table.all, index.all)}; }

@@ -241,3 +241,45 @@ void transpose8(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t t
         for (int col = 0; col < 8; col++)
             __builtin_memcpy(to + col * to_stride + 4 * row, from + row * from_stride + 4 * col, 4);
 }
+
+// ---- four bytes of a lane at a time ----
+
+I load_words(const void* from) { return load<int32_t>(from); }
+I differ(I a, I b) {
+    return each<I>([&](int i) { return a.at[i] ^ b.at[i]; });
+}
+int32_t byte_of(int32_t word, int at) { return int8_t(uint32_t(word) >> 8 * at); }
+
+// Sums of four products in each lane, where no two of them leave 16 bits: bytes of `a` unsigned or signed, of `b` signed.
+I dot_unsigned(I a, I b) {
+    return each<I>([&](int i) {
+        int32_t sum = 0;
+        for (int k = 0; k < 4; k++) sum += (byte_of(a.at[i], k) & 0xff) * byte_of(b.at[i], k);
+        return sum;
+    });
+}
+I dot_signed(I a, I b) {
+    return each<I>([&](int i) {
+        int32_t sum = 0;
+        for (int k = 0; k < 4; k++) sum += byte_of(a.at[i], k) * byte_of(b.at[i], k);
+        return sum;
+    });
+}
+
+// Bytes of a table of 16, as many times as a register needs them, at indices below 16.
+I table_of_bytes(const int8_t* from) {
+    return each<I>([&](int i) {
+        int32_t word;
+        __builtin_memcpy(&word, from + 4 * (i % 4), 4);
+        return word;
+    });
+}
+I lookup_bytes(I table, I index) {
+    int8_t entries[16];
+    __builtin_memcpy(entries, table.at, 16);
+    return each<I>([&](int i) {
+        uint32_t word = 0;
+        for (int k = 0; k < 4; k++) word |= uint32_t(uint8_t(entries[byte_of(index.at[i], k) & 15])) << 8 * k;
+        return int32_t(word);
+    });
+}

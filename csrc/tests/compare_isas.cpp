@@ -1,12 +1,15 @@
 // Every instruction set against the scalar reference, bit for bit: odd and zero sizes, unaligned and exactly sized
 // buffers (so that the address sanitizer sees a byte too many), values of every kind.
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
 
+#include "decoder.h"
 #include "lowbit.h"
+#include "pool.h"
 
 using namespace lowbit;
 
@@ -237,6 +240,101 @@ static void check_ggml_blocks(GgmlType type, int64_t blocks) {
                 size_t(blocks * shape.bytes));
 }
 
+// A weight of panels, and inputs, for one way.
+static void compare_product(const Kernels& kernels, Way way, int bits, int64_t rows, int64_t cols, int64_t step, bool minus) {
+    int64_t panels = (rows + 15) / 16, tokens = 5, sub = step % 32 ? 16 : 32;
+    bool narrow = rows % 2;
+    Buffer codes = random_codes(panels * 16 * cols * bits / 8, 255), scale = random_weight(panels * 16 * cols / step,
+                                                                  narrow ? Dtype::f16 : Dtype::f32, false);
+    auto zero = random_weight(panels * 16 * cols / step, narrow ? Dtype::f16 : Dtype::f32, false);
+    auto level = random_scales(256), input = random_scales(tokens * cols);
+    for (size_t i = 0; i < input.size(); i += 3) input[i] *= -1;
+    std::vector<int8_t> table(16), rounded(input.size());
+    for (int i = 0; i < 16; i++) table[size_t(i)] = int8_t(17 * i - 128);
+    std::vector<float> input_scale(input.size() / size_t(sub)), input_sum(input_scale.size());
+    kernels.round_inputs(tokens * cols, sub, input.data(), rounded.data(), input_scale.data(), input_sum.data());
+    compare("round_inputs", kernels, {tokens, cols, 1, sub}, tokens * cols, [&](const Kernels& k, uint8_t* out) {
+        std::vector<float> scales(input_scale.size()), sums(input_scale.size());
+        k.round_inputs(tokens * cols, sub, input.data(), reinterpret_cast<int8_t*>(out), scales.data(), sums.data());
+    });
+    Product of{way, rows, cols, bits, step, codes.at(), {scale.at(), narrow ? Dtype::f16 : Dtype::f32},
+               rows % 3 ? zero.at() : nullptr, minus, 3, level.data(), table.data(), 0.5f, tokens, input.data(), sub,
+               rounded.data(), input_scale.data(), input_sum.data(), nullptr};
+    compare("product", kernels, {rows, cols, int64_t(way), bits}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
+        std::vector<float> found(size_t(tokens * rows));
+        Product mine = of;
+        mine.out = found.data();
+        k.product(mine, 0, panels);
+        if (!found.empty()) std::memcpy(out, found.data(), 4 * found.size());
+    });
+}
+
+static void compare_dense(const Kernels& kernels, Dtype dtype, int64_t rows, int64_t cols) {
+    int64_t panels = (rows + 15) / 16, tokens = 3;
+    Buffer weight = random_weight(panels * 16 * cols, dtype, false);
+    auto input = random_scales(tokens * cols);
+    compare("dense", kernels, {rows, cols, 1, 1}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
+        std::vector<float> found(size_t(tokens * rows));
+        Product of{};
+        of.way = Way::dense, of.rows = rows, of.cols = cols, of.codes = weight.at(), of.scale.dtype = dtype;
+        of.tokens = tokens, of.input = input.data(), of.out = found.data();
+        k.product(of, 0, panels);
+        if (!found.empty()) std::memcpy(out, found.data(), 4 * found.size());
+    });
+}
+
+static void compare_attention(const Kernels& kernels, int64_t dim, int64_t first, int64_t last) {
+    auto query = random_scales(dim), keys = random_scales(last * dim), values = random_scales(last * dim);
+    compare("attend", kernels, {last, dim, first, 1}, 4 * dim, [&](const Kernels& k, uint8_t* out) {
+        std::vector<float> room(static_cast<size_t>(last - first)), found(static_cast<size_t>(dim));
+        k.attend({dim, first, last, query.data(), keys.data(), values.data(), 0.1f, room.data(), found.data()});
+        std::memcpy(out, found.data(), 4 * found.size());
+    });
+    compare("gate", kernels, {1, last, 1, 1}, 4 * last, [&](const Kernels& k, uint8_t* out) {
+        std::vector<float> x(keys.begin(), keys.begin() + last), up(values.begin(), values.begin() + last);
+        for (size_t i = 0; i < x.size(); i += 2) x[i] *= -100;
+        k.gate(last, x.data(), up.data());
+        std::memcpy(out, x.data(), 4 * x.size());
+    });
+}
+
+// Every number once, whatever the threads.
+static void check_share(int64_t count, int64_t piece, int threads) {
+    std::vector<std::atomic<int>> seen(static_cast<size_t>(count));
+    share(count, piece, threads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) seen[size_t(i)]++;
+    });
+    for (auto& each : seen)
+        if (each != 1) failures++, std::printf("share: %d visits of one of %lld\n", each.load(), (long long)count);
+}
+
+// Some tokens through two blocks, for the sanitizers: what comes of it is tested elsewhere.
+static void run_decoder(int threads) {
+    constexpr int64_t hidden = 32, heads = 2, size = 16, inner = 48, tokens = 5;
+    auto norm = random_scales(hidden);
+    std::deque<std::vector<float>> kept;
+    auto matrix = [&](int64_t rows, int64_t cols) {
+        int64_t full = (cols + 31) / 32 * 32;
+        const auto& weight = kept.emplace_back(random_scales((rows + 15) / 16 * 16 * full));
+        Product of{};
+        of.way = Way::dense, of.rows = rows, of.cols = full, of.bits = 32;
+        of.codes = reinterpret_cast<const uint8_t*>(weight.data());
+        return Matrix{of, nullptr, cols, norm.data()};
+    };
+    Decoder decoder({hidden, heads, 1, size, inner, 1e-5f, 0.25f, 3}, 2 * tokens, threads);
+    for (int i = 0; i < 2; i++) {
+        auto add_no_bias = [](Matrix of) { return of.bias = nullptr, of; };
+        decoder.add({matrix(heads * size, hidden), matrix(size, hidden), matrix(size, hidden), matrix(hidden, heads * size),
+                     add_no_bias(matrix(inner, hidden)), add_no_bias(matrix(inner, hidden)), matrix(hidden, inner),
+                     norm.data(), norm.data(), norm.data(), nullptr});
+    }
+    auto angles = random_scales(tokens * size), states = random_scales(tokens * hidden);
+    decoder.run(states.data(), tokens, 0, angles.data(), angles.data());
+    decoder.run(states.data(), tokens, tokens, angles.data(), angles.data());
+    for (float value : states)
+        if (!std::isfinite(value)) failures++, std::printf("decoder: not finite\n");
+}
+
 static constexpr GgmlType ggml_types[] = {
     GgmlType::q4_0, GgmlType::q4_1, GgmlType::q5_0,   GgmlType::q5_1,   GgmlType::q8_0,  GgmlType::q2_k,  GgmlType::q3_k,
     GgmlType::q4_k, GgmlType::q5_k, GgmlType::q6_k,   GgmlType::iq4_nl, GgmlType::iq4_xs, GgmlType::tq1_0, GgmlType::tq2_0,
@@ -244,6 +342,9 @@ static constexpr GgmlType ggml_types[] = {
     GgmlType::iq1_s, GgmlType::iq1_m};
 
 int main() {
+    for (int threads : {1, 2, 5})
+        for (int64_t count : {0, 1, 7, 100}) check_share(count, 3, threads);
+    for (int threads : {1, 3}) run_decoder(threads);
     for (GgmlType type : ggml_types)
         for (int64_t blocks : {0, 1, 5}) check_ggml_blocks(type, blocks);
 
@@ -272,6 +373,17 @@ int main() {
         for (GgmlType type : ggml_types)
             for (int64_t blocks : {0, 1, 3})
                 for (int kind = 0; kind < 6; kind++) compare_ggml(kernels, type, 7, blocks, kind);
+        for (int64_t rows : {0, 1, 2, 15, 16, 33})
+            for (int64_t cols : {32, 96}) {
+                for (Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) compare_dense(kernels, dtype, rows, cols);
+                for (Way way : {Way::floats, Way::codes, Way::table})
+                    for (int bits : {2, 4, 8})
+                        for (int64_t step : {int64_t(16), int64_t(32), cols})
+                            if (way != Way::table || bits == 4)
+                                for (bool minus : {false, true}) compare_product(kernels, way, bits, rows, cols, step, minus);
+            }
+        for (int64_t last : {1, 2, 17, 40})
+            for (int64_t first : {int64_t(0), last - 1}) compare_attention(kernels, 32, first, last);
         std::printf("%s: done\n", kernels.isa);
     }
     return failures == 0 ? 0 : 1;

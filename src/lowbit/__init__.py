@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowbit.api import convert, make_plan, quantize
     from lowbit.errors import LowbitError
+    from lowbit.runtime.model import load
     from lowbit.schemes import Scheme, parse
     from lowbit.stages.checkpoint import open_checkpoint
     from lowbit.stages.evaluate import evaluate
@@ -28,6 +29,7 @@ _HOMES = {
     "Scheme": "schemes",
     "convert": "api",
     "evaluate": "stages.evaluate",
+    "load": "runtime.model",
     "make_plan": "api",
     "open_checkpoint": "stages.checkpoint",
     "parse": "schemes",
@@ -40,6 +42,7 @@ __all__ = [
     "Scheme",
     "convert",
     "evaluate",
+    "load",
     "make_plan",
     "open_checkpoint",
     "parse",

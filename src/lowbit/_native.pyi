@@ -103,3 +103,61 @@ def ggml_encode(
 ) -> None: ...
 def causal_softmax(scores: Tensor, period: int, first: int, scale: float, out: Tensor, /) -> None: ...
 def causal_softmax_slopes(shares: Tensor, period: int, first: int, scale: float, slopes: Tensor, /) -> None: ...
+
+class Matrix:
+    def __init__(
+        self,
+        way: int,
+        bits: int,
+        step: int,
+        sub: int,
+        rows: int,
+        cols: int,
+        codes: Tensor,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        minus: bool,
+        offset: float,
+        level: Tensor | None,
+        table: Tensor | None,
+        unit: float,
+        dtype: int,
+        inputs: int,
+        order: Tensor | None,
+        bias: Tensor | None,
+        kept: object,
+        /,
+    ) -> None: ...
+    def multiply(self, inputs: Tensor, threads: int, out: Tensor, /) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        key_heads: int,
+        head_size: int,
+        inner: int,
+        epsilon: float,
+        scale: float,
+        window: int,
+        capacity: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def add(
+        self,
+        query: Matrix,
+        key: Matrix,
+        value: Matrix,
+        output: Matrix,
+        gate: Matrix,
+        up: Matrix,
+        down: Matrix,
+        before: Tensor,
+        after: Tensor,
+        query_norm: Tensor | None,
+        key_norm: Tensor | None,
+        /,
+    ) -> None: ...
+    def run(self, hidden: Tensor, position: int, cosine: Tensor, sine: Tensor, /) -> None: ...

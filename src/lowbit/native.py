@@ -10,12 +10,13 @@ Kernels run on the calling thread and release the interpreter lock: give each th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor
 
 from lowbit import _native
@@ -429,6 +430,226 @@ def causal_softmax_slopes(
     _check("slopes", slopes, _two(shares.shape), shares.dtype)
     _causal(period, first, scale)
     _native.causal_softmax_slopes(shares, period, first, scale, slopes)
+
+
+WAYS = ("floats", "codes", "table", "dense")
+
+
+@final
+@dataclass(frozen=True)
+class Panels:
+    """A weight `[rows, cols]` as products read it: panels of 16 rows, zeros where rows or columns end.
+
+    The order in which codes lie is that of `csrc/product.h`.
+
+    Attributes:
+        way: how it is computed: `floats` (what codes stand for, times the inputs), `codes` or `table` (codes, or the
+            entries of `table` at them, times inputs rounded to int8), `dense` (a weight of floats).
+        rows: of the weight.
+        bits: 2, 4 or 8 of a code; of an element where it is dense.
+        step: columns that share a scale, a multiple of 16.
+        codes: `[panels, words, 64]` bytes; `words` hold 32 / bits columns of each row. Dense: `[panels, cols, 16]`.
+        scale: `[panels, cols / step, 16]`, float16 or float32; None where it is dense.
+        zero: the same of zero points, or of minima with `minus`.
+        minus: whether it is `code * scale - zero`, not `(code - zero) * scale`.
+        offset: what a code is above what it stands for, beside `zero`.
+        level: what codes stand for, 256 entries (way `floats`).
+        table: the same as bytes, 16 entries (way `table`), `unit` times as large as they should be.
+    """
+
+    way: Literal["floats", "codes", "table", "dense"]
+    rows: int
+    bits: int
+    step: int
+    codes: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    minus: bool = False
+    offset: float = 0.0
+    level: Float[Tensor, "256"] | None = None
+    table: UInt8[Tensor, "16"] | None = None
+    unit: float = 1.0
+
+    @property
+    def cols(self) -> int:
+        """Columns with those that fill up, a multiple of 32."""
+        return self.codes.shape[1] * (1 if self.way == "dense" else 32 // self.bits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads of it."""
+        return sum(part.nbytes for part in (self.codes, self.scale, self.zero) if part is not None)
+
+
+@final
+class Matrix:
+    """A weight that can be multiplied; checked once.
+
+    Attributes:
+        rows: of the weight, outputs.
+        inputs: columns that it takes.
+        nbytes: that a product reads of it.
+    """
+
+    def __init__(
+        self,
+        panels: Panels,
+        inputs: int,
+        order: Int64[Tensor, "inputs"] | None = None,
+        bias: Float[Tensor, "rows"] | None = None,
+    ) -> None:
+        """`inputs`: columns that are there, of which `order` says how the panels have them; `bias` is added."""
+        _check_panels(panels)
+        if not 0 <= inputs <= panels.cols:
+            raise ValueError(f"inputs is {inputs} where the panels have {panels.cols} columns")
+        if order is not None:
+            _check("order", order, (inputs,), torch.int64)
+            if not torch.equal(order.sort().values, torch.arange(inputs)):
+                raise ValueError("order must name every input once")
+        if bias is not None:
+            _check("bias", bias, (panels.rows,), torch.float32)
+        self.rows, self.inputs, self.nbytes = panels.rows, inputs, panels.nbytes
+        self.handle = _native.Matrix(
+            WAYS.index(panels.way), panels.bits, panels.step, 16 if panels.step % 32 else 32, panels.rows, panels.cols,
+            panels.codes.view(torch.uint8), panels.scale, panels.zero, panels.minus, panels.offset, panels.level,
+            panels.table, panels.unit, WEIGHT_DTYPES.index(panels.codes.dtype) if panels.way == "dense" else 0,
+            inputs, order, bias, (panels, order, bias),
+        )  # fmt: skip
+
+    def __call__(self, inputs: Float[Tensor, "tokens inputs"], threads: int = 1) -> Float[Tensor, "tokens rows"]:
+        """`inputs @ weight.T + bias` in float32.
+
+        With the ways `codes` and `table`, inputs are rounded to int8 in blocks of 32, or of 16 where scales are such.
+        Sums are in an order of the weight's own: any number of threads and every instruction set gives the same bits.
+        """
+        _check("inputs", inputs, (inputs.shape[0], self.inputs), torch.float32)
+        out = torch.empty(inputs.shape[0], self.rows)
+        self.handle.multiply(inputs.detach(), max(threads, 1), out)
+        return out
+
+
+@final
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a decoder of the Llama family.
+
+    Attributes:
+        hidden: width of its states.
+        heads: of queries; a multiple of `key_heads`.
+        head_size: a multiple of 16.
+        inner: width of the feed-forward layer.
+        epsilon: of its norms.
+        scale: of attention's scores.
+        window: positions that a token sees; 0 for all before it.
+    """
+
+    hidden: int
+    heads: int
+    key_heads: int
+    head_size: int
+    inner: int
+    epsilon: float
+    scale: float
+    window: int = 0
+
+
+@final
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Weights of a block: matrices, the norms before attention and feed-forward, and of heads where it has these."""
+
+    query: Matrix
+    key: Matrix
+    value: Matrix
+    output: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    before: Float[Tensor, "hidden"]
+    after: Float[Tensor, "hidden"]
+    query_norm: Float[Tensor, "head_size"] | None = None
+    key_norm: Float[Tensor, "head_size"] | None = None
+
+
+@final
+class Decoder:
+    """The blocks of a model of the Llama family, with the keys and values of the tokens that they have seen."""
+
+    def __init__(self, shape: DecoderShape, layers: Sequence[DecoderLayer], capacity: int, threads: int) -> None:
+        """Room for `capacity` positions, in float32."""
+        if shape.head_size % 16 or shape.heads % shape.key_heads or capacity < 1:
+            raise ValueError(f"{shape} with {capacity} positions is no decoder that runs here")
+        self.shape, self.capacity, self.known = shape, capacity, 0
+        self._layers = tuple(layers)  # their memory is read
+        self._handle = _native.Decoder(
+            shape.hidden, shape.heads, shape.key_heads, shape.head_size, shape.inner, shape.epsilon, shape.scale,
+            shape.window, capacity, max(threads, 1),
+        )  # fmt: skip
+        for layer in layers:
+            self._add(layer)
+
+    def _add(self, of: DecoderLayer) -> None:
+        shape = self.shape
+        queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
+        wanted = {
+            "query": (queries, shape.hidden), "key": (keys, shape.hidden), "value": (keys, shape.hidden),
+            "output": (shape.hidden, queries), "gate": (shape.inner, shape.hidden), "up": (shape.inner, shape.hidden),
+            "down": (shape.hidden, shape.inner),
+        }  # fmt: skip
+        for name, size in wanted.items():
+            matrix: Matrix = getattr(of, name)
+            if (matrix.rows, matrix.inputs) != size:
+                raise ValueError(f"{name} is {matrix.rows} x {matrix.inputs}; it must be {size[0]} x {size[1]}")
+        norms = {
+            "before": shape.hidden,
+            "after": shape.hidden,
+            "query_norm": shape.head_size,
+            "key_norm": shape.head_size,
+        }
+        for name, count in norms.items():
+            if getattr(of, name) is not None:
+                _check(name, getattr(of, name), (count,), torch.float32)
+        self._handle.add(
+            of.query.handle, of.key.handle, of.value.handle, of.output.handle, of.gate.handle, of.up.handle,
+            of.down.handle, of.before, of.after, of.query_norm, of.key_norm,
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        hidden: Float[Tensor, "tokens hidden"],
+        cosine: Float[Tensor, "tokens head_size"],
+        sine: Float[Tensor, "tokens head_size"],
+    ) -> Float[Tensor, "tokens hidden"]:
+        """What comes of tokens after those that it has seen, at the angles of their positions; then these are seen."""
+        tokens, size = hidden.shape[0], self.shape.head_size
+        _check("hidden", hidden, (tokens, self.shape.hidden), torch.float32)
+        _check("cosine", cosine, (tokens, size), torch.float32)
+        _check("sine", sine, (tokens, size), torch.float32)
+        if self.known + tokens > self.capacity:
+            raise ValueError(f"{self.known} tokens and {tokens} more are over the capacity of {self.capacity}")
+        out = hidden.detach().clone()
+        self._handle.run(out, self.known, cosine, sine)
+        self.known += tokens
+        return out
+
+
+def _check_panels(of: Panels) -> None:
+    down = ceil(of.rows / 16)
+    if of.way == "dense":
+        _check("codes", of.codes, (down, of.cols, 16), *WEIGHT_DTYPES)
+        return
+    if of.bits not in (2, 4, 8) or of.step < 16 or of.step % 16 or of.cols % 32 or of.cols % of.step:
+        raise ValueError(f"{of.cols} columns of {of.bits} bits in steps of {of.step} make no panels")
+    _check("codes", of.codes, (down, of.cols * of.bits // 32, 64), torch.uint8)
+    for name, part in {"scale": of.scale, "zero": of.zero}.items():
+        if part is not None or name == "scale":
+            assert part is not None and of.scale is not None
+            _check(name, part, (down, of.cols // of.step, 16), torch.float16, torch.float32)
+            if part.dtype != of.scale.dtype:
+                raise ValueError(f"zero is {part.dtype} beside scales in {of.scale.dtype}")
+    wanted = {"floats": of.level, "table": of.table}.get(of.way, of.codes)
+    if wanted is None:
+        raise ValueError(f"panels for {of.way} need what codes stand for")
 
 
 def _causal(period: int, first: int, scale: float) -> None:

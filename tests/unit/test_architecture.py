@@ -27,7 +27,7 @@ LAYERS = (
     PLUGINS,
     REWRITES,
     ("stages",),
-    ("pipeline", "inspect"),
+    ("pipeline", "inspect", "runtime"),
     ("api",),
     ("cli",),
     ("__main__",),

@@ -15,6 +15,7 @@ _COMMANDS = {
     "convert": "Take a checkpoint into another format, lossless where it holds the weights.",
     "plan": "Show which tensor would get which scheme, and why.",
     "evaluate": "Perplexity, and divergence from a reference, with intervals.",
+    "generate": "Continue a prompt, the weights multiplied as they are stored.",
     "inspect": "Tell what a checkpoint is and whether it is sound.",
     "demo": "Take the embedded model through the whole line.",
 }

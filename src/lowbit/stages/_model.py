@@ -122,6 +122,22 @@ class Blueprint:
         """The model with all its weights in memory."""
         return self._with_rounded_inputs(self._build(self.checkpoint.weights.keys())[0])
 
+    def with_parts(self, names: AbstractSet[str]) -> PreTrainedModel:
+        """The model with these weights in memory; the others are without, and must be replaced before it runs."""
+        return self._with_rounded_inputs(self._build(names)[0])
+
+    def linear_layers(self) -> Iterator[tuple[str, tuple[int, ...], frozenset[str]]]:
+        """Modules that multiply their inputs by one matrix: path, `[outputs, inputs]`, and the weights that make it.
+
+        They are `Linear`, and GPT-2's `Conv1D`, which holds its matrix transposed.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        for path, module in self._skeleton.named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                shape = tuple(module.weight.shape)
+                yield path, shape if isinstance(module, nn.Linear) else shape[::-1], _sources(module.weight)
+
     def streamed(self) -> PreTrainedModel:
         """The model with few weights in memory: each part is filled just before it runs, and emptied after it."""
         kept = self.checkpoint.weights.keys() - {name for part in self._parts for name in part.sources}

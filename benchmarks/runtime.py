@@ -1,0 +1,139 @@
+"""Decode and prefill beside llama.cpp on the same GGUF files, and the kernels beside a plain read of memory.
+
+    python benchmarks/synthetic.py BIG
+    python benchmarks/runtime.py BIG --work DIR [--schemes q4_0 q8_0 q4_k ...] [--threads 2] [--tokens 32] [--runs 5]
+
+Per scheme the checkpoint is quantized into DIR once (method `ggml`: llama.cpp's own bytes). Then both runtimes read
+the same tokens in turn: a prompt of 256 (prefill), then token by token (decode). Medians over the runs; a ratio above 1
+says that ours is faster. `share` is the bytes of weights that a token needs, over its time, as a share of what summing
+an array of int64 by torch reads in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowbit
+from lowbit.runtime.decoder import start
+from lowbit.runtime.model import open_model
+
+PROMPT = 256
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Of one call."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def read_rate(threads: int) -> float:
+    """Bytes a second of a plain read loop, the best of five."""
+    torch.set_num_threads(threads)
+    array = torch.ones(1 << 25, dtype=torch.int64)
+    return array.nbytes / min(seconds(array.sum) for _ in range(5))
+
+
+def made(big: Path, work: Path, scheme: str) -> Path:
+    """The GGUF file of a scheme, every matrix in it."""
+    out = work / scheme
+    if not (out / "lowbit-plan.json").exists() and not list(out.glob("*.gguf")):
+        lowbit.quantize(big, out, scheme=scheme, format="gguf", method="ggml", threads=2)
+    return next(out.glob("*.gguf"))
+
+
+class Ours:
+    """The native decoder."""
+
+    def __init__(self, file: Path, threads: int, capacity: int) -> None:
+        begin = time.perf_counter()
+        self.loaded, self.threads, self.capacity = open_model(file.parent, threads=threads), threads, capacity
+        self.load = time.perf_counter() - begin
+        self.nbytes = sum(packed.panels.nbytes for packed in self.loaded.kernels.values())
+
+    def prefill(self, ids: list[int]) -> None:
+        """A new text."""
+        self.session = start(self.loaded, self.capacity, self.threads)
+        self.session.read(torch.tensor(ids))
+
+    def decode(self, token: int) -> None:
+        """One more token, and the likeliest after it."""
+        self.session.read(torch.tensor([token])).argmax()
+
+
+class Theirs:
+    """llama.cpp through llama-cpp-python."""
+
+    def __init__(self, file: Path, threads: int, capacity: int) -> None:
+        import llama_cpp
+
+        begin = time.perf_counter()
+        self.model = llama_cpp.Llama(
+            str(file), n_ctx=capacity, n_batch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        self.load = time.perf_counter() - begin
+
+    def prefill(self, ids: list[int]) -> None:
+        """A new text."""
+        self.model.reset()  # type: ignore[no-untyped-call]
+        self.model.eval(ids)
+
+    def decode(self, token: int) -> None:
+        """One more token, and the likeliest after it."""
+        self.model.eval([token])
+
+
+def measure(file: Path, threads: int, tokens: int, runs: int) -> dict[str, Any]:
+    """Seconds of both, in turn."""
+    capacity = PROMPT + tokens + 8
+    sides: dict[str, Ours | Theirs] = {
+        "ours": Ours(file, threads, capacity),
+        "llama.cpp": Theirs(file, threads, capacity),
+    }
+    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in sides}
+    for _ in range(runs):
+        for name, side in sides.items():
+            found[name]["prefill"].append(seconds(partial(side.prefill, [7] * PROMPT)))
+            found[name]["decode"] += [seconds(partial(side.decode, 9)) for _ in range(tokens)]
+    medians = {name: {what: statistics.median(times) for what, times in each.items()} for name, each in found.items()}
+    ours, theirs = medians["ours"], medians["llama.cpp"]
+    mine = sides["ours"]
+    assert isinstance(mine, Ours)
+    return {
+        "decode_tokens_per_second": 1 / ours["decode"], "decode_ratio": theirs["decode"] / ours["decode"],
+        "prefill_tokens_per_second": PROMPT / ours["prefill"], "prefill_ratio": theirs["prefill"] / ours["prefill"],
+        "share": mine.nbytes / ours["decode"] / read_rate(threads), "load_seconds": mine.load,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Print a line per scheme and number of threads, and all of it as JSON at the end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("big", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--schemes", nargs="+", default=["q4_0", "q8_0", "q4_k", "q6_k", "q2_k", "q3_k", "iq4_xs"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args()
+    results = {}
+    for scheme in args.schemes:
+        file = made(args.big, args.work, scheme)
+        for threads in args.threads:
+            found = results[f"{scheme}:{threads}"] = measure(file, threads, args.tokens, args.runs)
+            shown = "  ".join(f"{name} {value:.3g}" for name, value in found.items())
+            print(f"{scheme:8} {threads} threads  {shown}", flush=True)
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+// Products that share their inputs, on several threads; inputs are put in order and rounded first where weights take them so.
+#include <algorithm>
+#include <deque>
+#include <vector>
+
+#include "decoder.h"
+#include "pool.h"
+
+namespace lowbit {
+namespace {
+
+// Pieces of a weight that a thread takes at a time: small enough that one that is held up costs little, large enough
+// that taking them costs nothing.
+constexpr int64_t bytes_of_piece = 1 << 17;
+
+// The inputs as some weights take them.
+struct Inputs {
+    const int64_t* order;
+    int64_t cols, sub;  // sub is 0 where they are not rounded
+    const float* values;
+    std::vector<float> filled, scale, sum;
+    std::vector<int8_t> rounded;
+
+    bool serves(const Matrix& matrix, int64_t sub_of) const {
+        return order == matrix.order && cols == matrix.of.cols && sub == sub_of;
+    }
+};
+
+void fill(Inputs& of, const float* from, int64_t inputs, int64_t tokens) {
+    of.values = from;
+    if (!of.order && of.cols == inputs) return;
+    of.filled.resize(size_t(tokens * of.cols));
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < inputs; i++)
+            of.filled[size_t(t * of.cols + i)] = from[t * inputs + (of.order ? of.order[i] : i)];
+    of.values = of.filled.data();
+}
+
+void round(Inputs& of, int64_t tokens, int threads) {
+    int64_t count = tokens * of.cols, blocks = of.cols / of.sub;
+    of.rounded.resize(size_t(count)), of.scale.resize(size_t(count / of.sub)), of.sum.resize(size_t(count / of.sub));
+    share(tokens, 16, threads, [&](int64_t first, int64_t last) {
+        int64_t at = first * of.cols, block = first * blocks;
+        kernels().round_inputs((last - first) * of.cols, of.sub, of.values + at, of.rounded.data() + at,
+                               of.scale.data() + block, of.sum.data() + block);
+    });
+}
+
+const Inputs& prepare(std::deque<Inputs>& all, const Matrix& matrix, const float* from, int64_t tokens, int threads) {
+    bool rounds = matrix.of.way == Way::codes || matrix.of.way == Way::table;
+    int64_t sub = rounds ? matrix.of.sub : 0;
+    for (const Inputs& each : all)
+        if (each.serves(matrix, sub)) return each;
+    Inputs& made = all.emplace_back();
+    made.order = matrix.order, made.cols = matrix.of.cols, made.sub = sub;
+    fill(made, from, matrix.inputs, tokens);
+    if (sub) round(made, tokens, threads);
+    return made;
+}
+
+struct Piece {
+    const Product* of;
+    int64_t first, last;
+};
+
+void cut(const Product& of, std::vector<Piece>& into) {
+    int64_t panels = (of.rows + 15) / 16, bytes = std::max<int64_t>(2 * of.cols * of.bits, 1);
+    int64_t size = std::max<int64_t>(bytes_of_piece / bytes, 1);
+    for (int64_t first = 0; first < panels; first += size) into.push_back({&of, first, std::min(first + size, panels)});
+}
+
+void add_bias(const Matrix& matrix, int64_t tokens, float* out) {
+    for (int64_t t = 0; matrix.bias && t < tokens; t++)
+        for (int64_t i = 0; i < matrix.of.rows; i++) out[t * matrix.of.rows + i] += matrix.bias[i];
+}
+
+}  // namespace
+
+void multiply(const float* inputs, int64_t tokens, const std::vector<Task>& tasks, int threads) {
+    std::deque<Inputs> prepared;
+    std::vector<Product> products;
+    for (const Task& task : tasks) {
+        const Inputs& from = prepare(prepared, *task.matrix, inputs, tokens, threads);
+        Product& of = products.emplace_back(task.matrix->of);
+        of.tokens = tokens, of.input = from.values, of.out = task.out;
+        of.rounded = from.rounded.data(), of.input_scale = from.scale.data(), of.input_sum = from.sum.data();
+    }
+    std::vector<Piece> pieces;
+    for (const Product& of : products) cut(of, pieces);
+    share(int64_t(pieces.size()), 1, threads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) kernels().product(*pieces[size_t(i)].of, pieces[size_t(i)].first, pieces[size_t(i)].last);
+    });
+    for (const Task& task : tasks) add_bias(*task.matrix, tokens, task.out);
+}
+
+}  // namespace lowbit

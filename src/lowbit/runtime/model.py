@@ -1,0 +1,155 @@
+"""A checkpoint as a model of `transformers` whose linear layers compute on the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+import torch
+
+from lowbit.errors import UnsupportedError
+from lowbit.formats import Weight
+from lowbit.runtime.linear import Linear
+from lowbit.runtime.panels import Packed, pack, pack_dense
+from lowbit.stages._model import Blueprint, open_blueprint, open_tokenizer
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint, swapped
+from lowbit.tensors import QTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+else:  # the run-time check of annotations needs names, and importing these costs a second
+    PreTrainedModel = PreTrainedTokenizerBase = object
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model that runs, and how.
+
+    Attributes:
+        checkpoint: where it comes from.
+        model: of `transformers`; its `generate` works.
+        kernels: weights that the kernels multiply, by name: their packed form.
+        others: weights that are computed with in another way, with the reason.
+    """
+
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    kernels: dict[str, Packed]
+    others: dict[str, str]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That lies with the checkpoint.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be used.
+        """
+        return open_tokenizer(self.checkpoint)
+
+
+def load(
+    path: str | Path,
+    *,
+    exact: bool = False,
+    reference: bool = False,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model of `transformers` from a checkpoint in any format that is read; see `open_model`.
+
+    Raises:
+        LowbitError: see `lowbit.errors`.
+    """
+    return open_model(path, exact, reference, threads, trust_remote_code).model
+
+
+def open_model(
+    path: str | Path,
+    exact: bool = False,
+    reference: bool = False,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Fill the model's class with the weights of a checkpoint; matrices stay packed and are multiplied as they are.
+
+    Activations and everything that is no matrix are in float32. Gradients reach inputs, not quantized weights.
+
+    Args:
+        path: directory, file or hub name of a checkpoint, float or quantized.
+        exact: whether the kernels take inputs as they are; else they round them to int8 in blocks of 32, where the grid
+            of the weight is one of integers.
+        reference: whether every weight is dequantized and multiplied by `torch` instead: slow and obviously right.
+        threads: of the kernels; None for those of `torch`.
+        trust_remote_code: run Python code that the checkpoint brings.
+
+    Raises:
+        LowbitError: see `lowbit.errors`.
+    """
+    checkpoint = open_checkpoint(path, trust_remote_code)
+    blueprint = open_blueprint(checkpoint, torch.float32)
+    others = dict(_left_out(blueprint, reference))
+    names = [name for name in _matrices(blueprint) if name not in others]
+    packed = {}
+    for name in names:
+        try:
+            packed[name] = _pack(checkpoint, name, exact)
+        except UnsupportedError as error:
+            others[name] = str(error)
+    alone = packed.keys() - _shared(blueprint)
+    model = blueprint.with_parts(checkpoint.weights.keys() - alone)
+    _put(model, _matrices(blueprint), packed, threads or torch.get_num_threads())
+    return Loaded(checkpoint, model, packed, others)
+
+
+def _matrices(blueprint: Blueprint) -> dict[str, list[str]]:
+    """Weights of the checkpoint that are the whole matrix of linear layers, and the paths of these."""
+    found: dict[str, list[str]] = {}
+    for path, shape, names in blueprint.linear_layers():
+        weight = blueprint.checkpoint.weights[next(iter(names))] if len(names) == 1 else None
+        if weight and weight.shape[:: -1 if _turned(blueprint.checkpoint, weight) else 1] == shape:
+            found.setdefault(weight.name, []).append(path)
+    return found
+
+
+def _shared(blueprint: Blueprint) -> set[str]:
+    """Weights that something else than linear layers reads too (an embedding that is tied to the output layer)."""
+    layers = {f"{path}.weight" for path, _, _ in blueprint.linear_layers()}
+    return {name for parameter, names in blueprint.sources("").items() if parameter not in layers for name in names}
+
+
+def _left_out(blueprint: Blueprint, reference: bool) -> Iterator[tuple[str, str]]:
+    """Matrices that the kernels do not multiply, and why."""
+    whole = _matrices(blueprint)
+    for name, weight in blueprint.checkpoint.weights.items():
+        if reference and (weight.scheme or name in whole):
+            yield name, "reference"
+        elif weight.activations:
+            yield name, f"its inputs are quantized too ({weight.activations})"
+        elif name not in whole and weight.scheme:
+            yield name, "no linear layer has it alone"
+
+
+def _pack(checkpoint: Checkpoint, name: str, exact: bool) -> Packed:
+    value = checkpoint.load(name)
+    if isinstance(value, QTensor):
+        return pack(value, exact)
+    return pack_dense(value.T if _turned(checkpoint, checkpoint.weights[name]) else value)
+
+
+def _turned(checkpoint: Checkpoint, weight: Weight) -> bool:
+    """Whether a weight is stored as `[inputs, outputs]`; quantized ones are seen the other way."""
+    return weight.scheme is None and swapped(checkpoint.config, weight)
+
+
+def _put(model: PreTrainedModel, places: dict[str, list[str]], packed: dict[str, Packed], threads: int) -> None:
+    """Set the layers that multiply on the kernels in the places of those that would not."""
+    for name, weight in packed.items():
+        for path in places[name]:
+            parent, _, last = path.rpartition(".")
+            bias = getattr(model.get_submodule(path), "bias", None)
+            layer = Linear(weight, bias, threads)
+            setattr(model.get_submodule(parent), last, layer)

@@ -1,0 +1,167 @@
+"""From a `QTensor`, or a float weight, to the order in which the products of `csrc/product.h` read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import lcm
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lowbit.errors import UnsupportedError
+from lowbit.native import Matrix, Panels
+from lowbit.schemes import Grid
+from lowbit.tensors import QTensor, block_size, level_table, view_shape
+
+_LANES = 16
+_UNITS = (1.0, 2.0, 4.0, 8.0)
+
+
+@final
+@dataclass(frozen=True)
+class Packed:
+    """A weight that is ready to be multiplied, its number of inputs, and the order in which it takes these, if any."""
+
+    panels: Panels
+    inputs: int
+    order: Int64[Tensor, " cols"] | None = None
+
+    def matrix(self, bias: Float[Tensor, " rows"] | None = None) -> Matrix:
+        """What multiplies by it."""
+        return Matrix(
+            self.panels, self.inputs, self.order, None if bias is None else bias.detach().float().contiguous()
+        )
+
+
+def pack_dense(weight: Float[Tensor, "rows cols"]) -> Packed:
+    """A weight of floats, in the dtype that it has."""
+    rows, cols = weight.shape
+    filled = pad(weight, (0, -cols % 32, 0, -rows % _LANES))
+    codes = filled.view(-1, _LANES, filled.shape[1]).transpose(1, 2).contiguous()
+    return Packed(Panels("dense", rows, 8 * weight.element_size(), 16, codes), cols)
+
+
+def pack(q: QTensor, exact: bool = False) -> Packed:
+    """A quantized weight `[rows, cols]`, its codes as they are; `exact`: for inputs that are not rounded.
+
+    Raises:
+        UnsupportedError: blocks cut through the rows in a way that no scale per row and run of columns tells.
+    """
+    if q.vectors or q.outliers or q.points or q.order is not None:
+        raise UnsupportedError(f"{q.scheme} has more than codes, scales and zero points")
+    order, cols = _order(q), q.shape[-1]
+    step = _step(q)
+    full = -(-cols // lcm(step, 32)) * lcm(step, 32)
+    scale, zero = _spread(q, q.scale_values(), step, full), None
+    values = q.zero_values()
+    if values is not None:
+        zero = _spread(q, values, step, full)
+    codes = q.codes.reshape(-1, cols)
+    codes = codes if order is None else codes[:, order]
+    grid, minus = q.scheme.grid, q.scheme.zero == "min"
+    bits = next(bits for bits in (2, 4, 8) if len(grid.levels) <= 2**bits)
+    meaning = _meaning(grid, zero is not None, exact)
+    narrow = _exact_half(scale) and (zero is None or _exact_half(zero))
+    dtype = torch.float16 if narrow else torch.float32
+    return Packed(
+        Panels(
+            rows=codes.shape[0], bits=bits, step=step, codes=_interleave(codes, full, bits),
+            scale=_lanes(scale.to(dtype)), zero=None if zero is None else _lanes(zero.to(dtype)), minus=minus,
+            way=meaning.way, offset=meaning.offset, level=meaning.level, table=meaning.table, unit=meaning.unit,
+        ),
+        cols,
+        order,
+    )  # fmt: skip
+
+
+@final
+@dataclass(frozen=True)
+class _Meaning:
+    """How codes are computed with; see `Panels`."""
+
+    way: Literal["floats", "codes", "table"]
+    offset: float = 0.0
+    level: Tensor | None = None
+    table: Tensor | None = None
+    unit: float = 1.0
+
+
+def _meaning(grid: Grid, shifted: bool, exact: bool) -> _Meaning:
+    """Integers as they are, other grids of 16 levels or fewer as small integers where they are that; else floats."""
+    levels = torch.tensor(grid.levels)
+    steps = levels.diff()
+    if shifted:
+        ramp = torch.arange(256, dtype=torch.float32)
+        return _Meaning("floats", level=ramp) if exact else _Meaning("codes")
+    if exact:
+        return _Meaning("floats", level=level_table(grid))
+    if bool((steps == 1).all()) and float(levels[0]).is_integer():
+        return _Meaning("codes", offset=-float(levels[0]))
+    units = [unit for unit in _UNITS if len(levels) <= 16 and _small(levels * unit)]
+    if not units:
+        return _Meaning("floats", level=level_table(grid))
+    table = pad((levels * units[0]).to(torch.int8), (0, 16 - len(levels)))
+    return _Meaning("table", table=table.view(torch.uint8), unit=1 / units[0])
+
+
+def _small(values: Tensor) -> bool:
+    return bool(((values == values.round()) & (values.abs() <= 127)).all())
+
+
+def _order(q: QTensor) -> Tensor | None:
+    """Columns so that those of a block stand together, where they do not."""
+    if q.group_index is None:
+        return None
+    counts, width = q.group_index.bincount(), block_size(q.shape, q.scheme.block)[1]
+    if bool((counts[:-1] != width).any()) or int(counts[-1]) > width:
+        raise UnsupportedError(f"blocks of {q.scheme} have {int(counts.min())} to {int(counts.max())} columns")
+    return q.group_index.long().argsort(stable=True)
+
+
+def _step(q: QTensor) -> int:
+    """Columns of a row that share a scale.
+
+    Raises:
+        UnsupportedError: no multiple of 16, or blocks do not end with the rows.
+    """
+    wide, cols = block_size(q.shape, q.scheme.block)[1], q.shape[-1]
+    if q.offset is not None or len(q.shape) != 2 or (q.scheme.block.flat and cols % wide):
+        raise UnsupportedError(f"{q.scheme} on {list(q.shape)} has no scale for each part of a row")
+    if wide >= cols:
+        return -(-cols // 32) * 32
+    if wide % _LANES:
+        raise UnsupportedError(f"{q.scheme} has a scale for every {wide} columns, which is no multiple of {_LANES}")
+    return wide
+
+
+def _spread(q: QTensor, values: Tensor, step: int, full: int) -> Float[Tensor, "rows steps"]:
+    """Scales or zero points for each row and each step; those that fill up are 0."""
+    rows, high = q.shape[0], block_size(q.shape, q.scheme.block)[0]
+    if q.scheme.block.flat:
+        found = values.reshape(rows, -1)
+    else:
+        view_rows = view_shape(q.shape, q.scheme.block)[0]
+        found = values if high == 1 else values.repeat_interleave(high, 0)[:view_rows]
+    return pad(found.float(), (0, full // step - found.shape[1]))
+
+
+def _exact_half(values: Tensor) -> bool:
+    return torch.equal(values.half().float(), values)
+
+
+def _lanes(values: Float[Tensor, "rows steps"]) -> Float[Tensor, "panels steps 16"]:
+    filled = pad(values, (0, 0, 0, -values.shape[0] % _LANES))
+    return filled.view(-1, _LANES, filled.shape[1]).transpose(1, 2).contiguous()
+
+
+def _interleave(codes: Tensor, full: int, bits: int) -> Tensor:
+    """`[panels, words, 16 rows, 4 bytes]`: field f of byte k of word w is column `(w * fields + f) * 4 + k`."""
+    fields, (rows, cols) = 8 // bits, codes.shape
+    filled = pad(codes, (0, full - cols, 0, -rows % _LANES)).view(-1, _LANES, full // (4 * fields), fields, 4)
+    joined = filled[:, :, :, 0]
+    for field in range(1, fields):
+        joined = joined | filled[:, :, :, field] << bits * field
+    return joined.transpose(1, 2).reshape(len(filled), -1, 64).contiguous()

@@ -1,0 +1,154 @@
+"""The native decoder and loaded models against `transformers` on the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import kl_div
+
+import lowbit
+from lowbit.errors import UnsupportedError, UsageError
+from lowbit.native import DecoderShape
+from lowbit.runtime.decoder import start
+from lowbit.runtime.generate import Sampling, chooser, generate
+from lowbit.runtime.linear import Linear
+from lowbit.runtime.model import open_model
+from tests.reference.models import save_tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+IDS = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(5))
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+}
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 16, "rope_theta": 10000.0}  # fmt: skip
+
+
+def saved(path: Path, kind: str, **settings: Any) -> Any:
+    """A tiny model with heads of 16; biases and norms are not trivial."""
+    kind_of: Any = transformers.CONFIG_MAPPING[kind]
+    config = kind_of(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=96, max_position_embeddings=128, eos_token_id=2, **settings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.normal_(0, 0.3) if tensor.dim() > 1 else tensor.add_(0.2 * torch.randn_like(tensor))
+    model.save_pretrained(path)
+    return model
+
+
+def read(session: Any, pieces: tuple[int, ...]) -> torch.Tensor:
+    """Logits after each piece of the ids."""
+    return torch.stack([session.read(part) for part in torch.split(IDS[0, : sum(pieces)], list(pieces))])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "llama3"])
+def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    settings = {"rope_parameters": LLAMA_3} if kind == "llama3" else KINDS[kind]
+    model = saved(tmp_path, "llama" if kind == "llama3" else kind, **settings)
+    pieces = (1, 7, 1, 1, 20, 1, 9)
+    got = read(start(open_model(tmp_path), 40, threads=2), pieces)
+    ends = torch.tensor(pieces).cumsum(0) - 1
+    with torch.no_grad():
+        want = model(IDS).logits[0, ends]
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
+
+
+def test_a_quantized_model_runs_on_its_codes(tmp_path: Path) -> None:
+    saved(tmp_path / "model", "llama", **KINDS["llama"])
+    lowbit.quantize(tmp_path / "model", tmp_path / "out", scheme="int4-g32-asym")
+    reference = open_model(tmp_path / "out", reference=True)
+    exact = open_model(tmp_path / "out", exact=True)
+    assert len(exact.kernels) == 15 and not exact.others
+    assert isinstance(exact.model.model.layers[0].mlp.up_proj, Linear)
+    with torch.no_grad():
+        want = reference.model(IDS).logits
+        torch.testing.assert_close(exact.model(IDS).logits, want, rtol=1e-4, atol=1e-4)
+        rounded = lowbit.load(tmp_path / "out")(IDS).logits
+    assert 1e-4 < (rounded - want).abs().max() < 0.1 * want.abs().max()
+    torch.testing.assert_close(read(start(exact, 40), (40,))[0], want[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_decoder_does_not_know_runs_as_transformers_has_it(tmp_path: Path) -> None:
+    for kind, reason in {"gpt2": "it is a gpt2", "llama": "its heads are 8 wide", "mixtral": "it is a mixtral"}.items():
+        model = save_tiny(kind, tmp_path / kind)
+        loaded = open_model(tmp_path / kind)
+        with pytest.raises(UnsupportedError, match=reason):
+            start(loaded, 10)
+        assert loaded.kernels
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.model(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_more_than_there_is_room_for_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "llama")
+    session = start(open_model(tmp_path), 8)
+    session.read(IDS[0, :6])
+    with pytest.raises(ValueError, match="over the capacity of 8"):
+        session.read(IDS[0, :3])
+    with pytest.raises(ValueError, match="no decoder that runs here"):
+        type(session.decoder)(DecoderShape(64, 4, 3, 16, 96, 1e-6, 0.25), [], 8, 1)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, wiki_8m: Path) -> Path:
+    out = tmp_path_factory.mktemp("wiki") / "out"
+    lowbit.quantize(wiki_8m, out, scheme="int4-g64")
+    return out
+
+
+def test_greedy_text_is_that_of_the_slow_way(quantized: Path) -> None:
+    """Token by token `generate` of transformers on dequantized weights chooses the same."""
+    prompt = "The history of the city"
+    exact, reference = open_model(quantized, exact=True), open_model(quantized, reference=True)
+    shown: list[str] = []
+    got = generate(exact, prompt, Sampling(tokens=48), shown.append)
+    assert got.decoder == "native" and got.tokens == 48 and "".join(shown) == got.text
+    ids = reference.tokenizer(prompt, return_tensors="pt").input_ids
+    whole: Any = reference.model
+    want = whole.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=0)
+    assert got.text == reference.tokenizer.decode(want[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_rounding_of_inputs_hardly_moves_predictions(quantized: Path, wiki_8m: Path) -> None:
+    text = (wiki_8m.parent / "evaluation.txt").read_text()[:3000]
+    rounded, reference = open_model(quantized), open_model(quantized, reference=True)
+    ids = reference.tokenizer(text, return_tensors="pt").input_ids[:, :512]
+    with torch.no_grad():
+        got, want = (each.model(ids).logits[0].double().log_softmax(-1) for each in (rounded, reference))
+    assert 0 < float(kl_div(got, want, reduction="batchmean", log_target=True)) < 1e-3
+
+
+def test_choices() -> None:
+    logits = torch.tensor([0.0, 1.0, 3.0, 2.9])
+    seen = torch.tensor([2])
+    assert chooser(Sampling())(seen, logits) == 2
+    assert chooser(Sampling(repetition_penalty=1.5))(seen, logits) == 3
+    assert {chooser(Sampling(temperature=1.0, top_k=1, seed=n))(seen, logits) for n in range(5)} == {2}
+    drawn = [chooser(Sampling(temperature=1.0, min_p=0.5, seed=n))(seen, logits) for n in range(40)]
+    assert set(drawn) == {2, 3}
+    assert chooser(Sampling(temperature=2.0, seed=3))(seen, logits) == chooser(Sampling(temperature=2.0, seed=3))(
+        seen, logits
+    )
+    assert len({chooser(Sampling(temperature=5.0, seed=n))(seen, logits) for n in range(60)}) == 4
+
+
+def test_texts_end_where_they_should(quantized: Path) -> None:
+    loaded = open_model(quantized)
+    whole = generate(loaded, "The history of the city", Sampling(tokens=20)).text
+    stop = whole[8:14]
+    cut = generate(loaded, "The history of the city", Sampling(tokens=20, stop=(stop,)))
+    assert stop in cut.text and cut.tokens < 20 and whole.startswith(cut.text)
+    with pytest.raises(UsageError, match="tokens; this model takes"):
+        generate(loaded, "word " * 3000, Sampling())

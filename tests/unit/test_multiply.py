@@ -1,0 +1,197 @@
+"""Products on the kernels against the definition: what the `QTensor` stands for, times the inputs, in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit import native
+from lowbit.errors import UnsupportedError
+from lowbit.runtime.linear import Linear
+from lowbit.runtime.panels import Packed, pack, pack_dense
+from lowbit.schemes import parse
+from lowbit.tensors import QTensor
+from tests.reference.checkpoints import scattered
+from tests.reference.qtensors import random_qtensor, slow_dequantize
+
+CODES = ["int2-g64", "int3-g32", "int4-g64", "int4-row", "int4-tensor", "int4-g64-asym", "int8-g128", "int8-row",
+         "int8-g32-asym", "int4-g64-fzero", "int4-g64-min", "int8-g16-min", "int2-g16-min", "int4-g48", "q4_0", "q8_0",
+         "q4_k", "q2_k", "q6_k", "q3_k", "int4-64x64", "levels[-1,0,1]-tensor"]  # fmt: skip
+TABLE = ["mxfp4", "nvfp4", "iq4_nl", "iq4_xs"]
+FLOATS = ["fp4-g64", "nf4-g64", "nf4-g64-dq", "fp8-e4m3-tensor", "fp8-e4m3-row", "fp8-e4m3-64x64", "mxfp8"]
+SHAPES = [(1, 1), (16, 32), (17, 33), (5, 130), (130, 48), (33, 300)]
+
+
+def inputs(tokens: int, cols: int, seed: int = 0) -> Tensor:
+    """Ordinary values, and a large one."""
+    found = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed))
+    found[:, cols // 2] *= 20
+    return found
+
+
+def multiply(packed: Packed, x: Tensor, threads: int = 1) -> Tensor:
+    return packed.matrix()(x, threads)
+
+
+def wanted(q: QTensor, x: Tensor) -> Tensor:
+    return x.double() @ slow_dequantize(q).double().T
+
+
+def rounded(packed: Packed, x: Tensor) -> Tensor:
+    """What the kernel makes of its inputs, block by block in the order in which it takes them."""
+    block = 16 if packed.panels.step % 32 else 32
+    ordered = x if packed.order is None else x[:, packed.order]
+    out = ordered.double().clone()
+    for row in out:
+        for start in range(0, len(row), block):
+            part = row[start : start + block]
+            step = part.abs().max() / 127
+            part.copy_((part / step).round() * step if step else part)
+    return out if packed.order is None else out[:, packed.order.argsort()]
+
+
+def close(got: Tensor, want: Tensor, slack: float = 2e-6) -> None:
+    scale = want.abs().max().clamp_min(1e-30)
+    assert ((got.double() - want).abs().max() / scale).item() < slack
+
+
+@pytest.mark.parametrize("scheme", [*CODES, *TABLE, *FLOATS])
+def test_exact_products_are_those_of_what_is_stored(scheme: str) -> None:
+    for shape in SHAPES:
+        q = random_qtensor(parse(scheme), shape, seed=1)
+        x = inputs(5, shape[1])
+        packed = pack(q, exact=True)
+        assert packed.panels.way == "floats"
+        close(multiply(packed, x), wanted(q, x))
+
+
+@pytest.mark.parametrize("scheme", [*CODES, *TABLE])
+def test_integer_products_differ_by_the_rounding_of_inputs_alone(scheme: str) -> None:
+    for shape in SHAPES:
+        q = random_qtensor(parse(scheme), shape, seed=2)
+        x = inputs(6, shape[1], seed=3)
+        packed = pack(q)
+        assert packed.panels.way == ("table" if scheme in TABLE else "codes")
+        close(multiply(packed, x), wanted(q, rounded(packed, x)), 2e-5)
+
+
+def test_other_tables_are_multiplied_as_floats() -> None:
+    for scheme in FLOATS:
+        assert pack(random_qtensor(parse(scheme), (16, 64))).panels.way == "floats"
+
+
+@pytest.mark.parametrize("cols", [*range(1, 131, 7), 128, 130])
+def test_odd_sizes(cols: int) -> None:
+    for rows in (1, 15, 16, 31, 130):
+        q = random_qtensor(parse("int4-g32-asym"), (rows, cols), seed=cols)
+        x = inputs(1 + cols % 5, cols)
+        close(multiply(pack(q, exact=True), x), wanted(q, x))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_columns_of_an_order_of_their_own(exact: bool) -> None:
+    q = scattered(random_qtensor(parse("int4-g32"), (48, 128)))
+    packed, x = pack(q, exact), inputs(3, 128)
+    close(multiply(packed, x), wanted(q, x if exact else rounded(packed, x)), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dense_weights(dtype: torch.dtype) -> None:
+    for rows, cols in SHAPES:
+        weight, x = torch.randn(rows, cols).to(dtype), inputs(5, cols)
+        close(multiply(pack_dense(weight), x), x.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("scheme", ["int4-g64-asym", "nf4-g64", "mxfp4", "int8-row"])
+def test_any_number_of_threads_gives_the_same_bits(scheme: str) -> None:
+    q, x = random_qtensor(parse(scheme), (3000, 256)), inputs(3, 256)
+    one = multiply(pack(q), x)
+    for threads in (2, 3, 7):
+        assert torch.equal(multiply(pack(q), x, threads), one)
+
+
+@pytest.mark.parametrize("isa", native.supported_isas())
+def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
+    code = """
+import hashlib, torch
+from lowbit import native
+from lowbit.runtime.panels import pack, pack_dense
+from lowbit.schemes import parse
+from tests.reference.qtensors import random_qtensor
+from tests.unit.test_multiply import CODES, TABLE, FLOATS, SHAPES, inputs, multiply
+digest = hashlib.sha256()
+for scheme in [*CODES, *TABLE, *FLOATS]:
+    for shape in SHAPES[1:]:
+        for exact in (False, True):
+            packed = pack(random_qtensor(parse(scheme), shape), exact)
+            digest.update(multiply(packed, inputs(5, shape[1])).numpy().tobytes())
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    weight = torch.randn(33, 130, generator=torch.Generator().manual_seed(0)).to(dtype)
+    digest.update(multiply(pack_dense(weight), inputs(5, 130)).numpy().tobytes())
+print(native.isa(), digest.hexdigest())
+"""
+    found = {}
+    for each in (isa, "scalar"):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "LOWBIT_ISA": each},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        name, found[each] = run.stdout.split()
+        assert name == each
+    assert found[isa] == found["scalar"]
+
+
+def test_blocks_that_no_panel_holds_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="every 8 columns"):
+        pack(random_qtensor(parse("int4-g8"), (16, 64)))
+    with pytest.raises(UnsupportedError, match="no scale for each part of a row"):
+        pack(random_qtensor(parse("nf4-flat64"), (16, 40)))
+
+
+def test_gradients_reach_the_inputs() -> None:
+    q = random_qtensor(parse("int4-g32-asym"), (24, 64))
+    bias = torch.randn(24)
+    x = inputs(3, 64).requires_grad_()
+    layer = Linear(pack(q, exact=True), bias, 1)
+    torch.autograd.backward(layer(x.view(3, 1, 64)).square().sum())
+    again = x.detach().double().requires_grad_()
+    torch.autograd.backward((again @ slow_dequantize(q).double().T + bias).square().sum())
+    assert x.grad is not None and again.grad is not None
+    close(x.grad, again.grad, 1e-5)
+    assert "64 to 24, 4 bits, floats" in repr(layer)
+
+
+def test_bfloat16_inputs_give_bfloat16_outputs() -> None:
+    layer = Linear(pack(random_qtensor(parse("int8-row"), (16, 32))), None, 1)
+    assert layer(torch.ones(2, 3, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_panels_that_lie_are_refused() -> None:
+    good = pack(random_qtensor(parse("int4-g32"), (16, 64))).panels
+    from dataclasses import replace
+
+    x = torch.ones(1, 64)
+    for wrong in (
+        replace(good, bits=3), replace(good, step=24), replace(good, rows=17), replace(good, step=128),
+        replace(good, scale=None), replace(good, way="table"), replace(good, way="floats"),
+        replace(good, zero=torch.zeros(1, 2, 16)), replace(good, codes=good.codes[:, 1:]),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, AssertionError)):
+            native.Matrix(wrong, 64)(x)
+    for bad in (
+        {"inputs": 65},
+        {"inputs": 64, "order": torch.zeros(64, dtype=torch.int64)},
+        {"inputs": 64, "bias": x[0]},
+    ):
+        with pytest.raises(ValueError, match=r"inputs|order|bias"):
+            native.Matrix(good, **bad)
+    with pytest.raises(ValueError, match="inputs"):
+        native.Matrix(good, 64)(torch.ones(1, 65))
