@@ -17,7 +17,7 @@ _ATTRIBUTE = {
     "corrections": "CORRECTION",
 }  # fmt: skip
 
-READ_ONLY = frozenset({"mxfp4", "torchao"})  # formats that are read and never written
+READ_ONLY = frozenset({"mxfp4", "quanto", "torchao"})  # formats that are read and never written
 
 
 def written() -> list[str]:
