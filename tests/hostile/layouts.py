@@ -367,7 +367,7 @@ LLAMA = {
 UP = "model.layers.0.mlp.up_proj"
 
 
-def _quanto(config: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+def _quanto(config: Mapping[str, Any] | None = None, /, **changes: Tensor | None) -> Build:
     """quanto's 4 bits of [4, 160], groups of 32."""
     parts: dict[str, Tensor | None] = {
         "_data._data": torch.zeros(10, 32, dtype=torch.uint8),
@@ -406,4 +406,30 @@ QUANTO = [
     Case("quanto bytes, 3 scales", _quanto_bytes(_CODES, torch.ones(3, 1)), (f"{UP}.weight._scale", "[3"), "quanto"),
 ]
 
-CASES = QUANTO + TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
+
+def _eetq(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """EETQ of [64, 128]."""
+    parts: dict[str, Tensor | None] = {
+        "weight": torch.zeros(128, 64, dtype=torch.int8),
+        "weight_scales": torch.ones(64, dtype=F16),
+    }
+    return checkpoint({"quant_method": "eetq", "weights": "int8", **(declared or {})}, {**parts, **changes})
+
+
+_TALL = torch.zeros(256, 32, dtype=torch.int8)
+EETQ = [
+    Case("eetq scale nan", _eetq(weight_scales=torch.full((64,), NAN, dtype=F16)), ("m.weight_scales", "nan"), "eetq"),
+    Case("eetq scale infinite", _eetq(weight_scales=torch.full((64,), INF, dtype=F16)), ("m.weight_scales",), "eetq"),
+    Case("eetq scales float32", _eetq(weight_scales=torch.ones(64)), ("m.weight_scales", "float32"), "eetq"),
+    Case("eetq scales of inputs", _eetq(weight_scales=torch.ones(128, dtype=F16)), ("m.weight_scales", "128"), "eetq"),
+    Case("eetq scales of two axes", _eetq(weight_scales=torch.ones(64, 1, dtype=F16)), ("m.weight_scales",), "eetq"),
+    Case("eetq without scales", _eetq(weight_scales=None), ("m.weight_scales",), "eetq"),
+    Case("eetq without codes", _eetq(weight=None), ("m.weight is not stored",), "eetq"),
+    Case("eetq codes unsigned", _eetq(weight=_bytes(128, 64)), ("m.weight is not stored in int8",), "eetq"),
+    Case("eetq codes of one axis", _eetq(weight=_bytes(64).char()), ("m.weight is [64]",), "eetq"),
+    Case("eetq codes half a tile", _eetq(weight=_TALL), ("m.weight is [256, 32]", "64"), "eetq"),
+    Case("eetq says int4", _eetq({"weights": "int4"}), ("'int4'",), "eetq"),
+    Case("eetq says nothing", _eetq({"weights": None}), ("weights None",), "eetq"),
+]
+
+CASES = EETQ + QUANTO + TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
