@@ -20,12 +20,11 @@ from lowbit.formats._checks import exact, finite, stored
 from lowbit.formats._linear import (
     check_matrix,
     check_planned,
-    declare,
     declared,
+    documents,
     model_dtype,
     planned,
     row_block,
-    skipped_modules,
 )
 from lowbit.schemes import FLOATS, Scheme, parse
 from lowbit.tensors import QTensor
@@ -104,10 +103,7 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """config.json with transformers' `EetqConfig`."""
-    if not any(weight.scheme for weight in weights):
-        return {"config.json": declare(source, None)}
-    kept = skipped_modules(weights)
-    return {"config.json": declare(source, {"quant_method": "eetq", "weights": "int8", "modules_to_not_convert": kept})}
+    return documents(weights, source, {"quant_method": "eetq", "weights": "int8"})
 
 
 def recognise(
