@@ -17,10 +17,9 @@ _ATTRIBUTE = {
     "corrections": "CORRECTION",
 }  # fmt: skip
 
-READ_ONLY = frozenset({"mxfp4", "torchao"})  # formats that are read and never written
-CONVERTED = frozenset(
-    {"aqlm", "spqr", "vptq"}
-)  # formats whose tensors no method makes yet: `convert` keeps what is in them
+READ_ONLY = frozenset({"mxfp4", "quanto", "torchao"})  # formats that are read and never written
+# Formats whose tensors no method makes yet: `convert` keeps what is in them.
+CONVERTED = frozenset({"aqlm", "spqr", "vptq"})
 
 
 def written() -> list[str]:

@@ -240,6 +240,23 @@ def _vptq_weight(layer: Any) -> Tensor:
     return found
 
 
+def quanto() -> list[dict[str, Any]]:
+    """One matrix of a Llama, whose shape its class tells; rows of 160 are in groups of 32, of 96 in one."""
+    made, transformers = import_module("optimum.quanto"), import_module("transformers")
+    cases = []
+    for kind, rows, cols in [("qint8", 6, 64), ("qfloat8", 6, 64), ("qint4", 5, 160), ("qint2", 5, 96)]:
+        sizes = {"hidden_size": cols, "intermediate_size": rows, "num_hidden_layers": 1, "vocab_size": 4}
+        config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+        torch.manual_seed(0)
+        model = made.QuantizedModelForCausalLM.quantize(
+            transformers.LlamaForCausalLM(config), weights=kind, include="*up_proj"
+        )
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if "up_proj" in name}
+        meant = {f"{MODULE}.weight": model.get_submodule(MODULE).weight.dequantize()}
+        cases.append(case({"model_type": "llama", **config.to_diff_dict()}, tensors, meant))
+    return cases
+
+
 class _Unused(types.ModuleType):
     """A module of which nothing is needed but that names can be imported from it."""
 
@@ -258,6 +275,7 @@ MAKERS: dict[str, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
     "torchao": ("torchao 0.18.0", torchao),
     "aqlm": ("aqlm 1.1.7, transformers 5.23.0", aqlm),
     "vptq": ("vptq 0.0.5.post1", vptq),
+    "quanto": ("optimum-quanto 0.2.7", quanto),
     "modelopt": ("nvidia-modelopt 0.47.0", modelopt),
 }
 

@@ -521,3 +521,77 @@ SPQR = [
 ]
 
 CASES = SPQR + VPTQ + AQLM + TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 160, "intermediate_size": 4, "num_hidden_layers": 1, "vocab_size": 4,
+    "num_attention_heads": 2, "num_key_value_heads": 2,
+}  # fmt: skip
+UP = "model.layers.0.mlp.up_proj"
+
+
+def _quanto(config: Mapping[str, Any] | None = None, /, **changes: Tensor | None) -> Build:
+    """quanto's 4 bits of [4, 160], groups of 32."""
+    parts: dict[str, Tensor | None] = {
+        "_data._data": torch.zeros(10, 32, dtype=torch.uint8),
+        "_scale": torch.ones(20, 1),
+        "_shift": torch.zeros(20, 1),
+    }
+    found = {name: tensor for name, tensor in {**parts, **changes}.items() if tensor is not None}
+    scales = {f"{UP}.{name}": found.pop(name) for name in ("input_scale", "output_scale") if name in found}
+    tensors = {f"{UP}.weight.{name}": tensor for name, tensor in found.items()}
+    return _directory({SHARD: tensors | scales}, config=LLAMA if config is None else config)
+
+
+def _quanto_bytes(data: Tensor, scale: Tensor) -> Build:
+    return _quanto(**{"_data._data": None, "_data": data, "_scale": scale, "_shift": None})
+
+
+_CODES = torch.zeros(4, 160, dtype=torch.int8)
+QUANTO = [
+    Case("quanto scale nan", _quanto(_scale=torch.full((20, 1), NAN)), (f"{UP}.weight._scale", "nan"), "quanto"),
+    Case("quanto scale of one row", _quanto(_scale=torch.ones(1, 1)), (f"{UP}.weight._scale", "[1, 1]"), "quanto"),
+    Case("quanto scale integer", _quanto(_scale=torch.ones(20, 1).int()), (f"{UP}.weight._scale", "int32"), "quanto"),
+    Case("quanto without shift", _quanto(_shift=None), ("without _shift",), "quanto"),
+    Case("quanto shift infinite", _quanto(_shift=torch.full((20, 1), INF)), (f"{UP}.weight._shift", "inf"), "quanto"),
+    Case("quanto shift of 16", _quanto(_shift=_bytes(20, 1) + 16), (f"{UP}.weight._shift", "code 16"), "quanto"),
+    Case("quanto shift of 7 groups", _quanto(_shift=torch.ones(7, 1)), (f"{UP}.weight._shift", "[7, 1]"), "quanto"),
+    Case("quanto codes too few", _quanto(**{"_data._data": _bytes(9, 32)}), ("[9, 32]", "[10, 32]"), "quanto"),
+    Case("quanto codes words", _quanto(**{"_data._data": _bytes(10, 32).int()}), ("int32",), "quanto"),
+    Case("quanto without a model", _quanto({}), ("config.json describes no causal",), "quanto"),
+    Case("quanto of another model", _quanto({**LLAMA, "model_type": "clip"}), ("config.json describes no",), "quanto"),
+    Case("quanto of too many layers", _quanto({**LLAMA, "num_hidden_layers": 10**9}), ("1000000000",), "quanto"),
+    Case("quanto of text for layers", _quanto({**LLAMA, "num_hidden_layers": "1"}), ("num_hidden_layers",), "quanto"),
+    Case("quanto with activations", _quanto(input_scale=torch.tensor(0.5)), (f"{UP}.input_scale",), "quanto"),
+    Case("quanto with an odd scale", _quanto(output_scale=torch.ones(2)), (f"{UP}.output_scale",), "quanto"),
+    Case("quanto bytes unsigned", _quanto_bytes(_bytes(4, 160), torch.ones(4, 1)), ("_data is", "uint8"), "quanto"),
+    Case("quanto bytes of 4 axes", _quanto_bytes(_CODES[None, None], torch.ones(4, 1)), ("no", "[1, 1, 4"), "quanto"),
+    Case("quanto bytes, 3 scales", _quanto_bytes(_CODES, torch.ones(3, 1)), (f"{UP}.weight._scale", "[3"), "quanto"),
+]
+
+
+def _eetq(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) -> Build:
+    """EETQ of [64, 128]."""
+    parts: dict[str, Tensor | None] = {
+        "weight": torch.zeros(128, 64, dtype=torch.int8),
+        "weight_scales": torch.ones(64, dtype=F16),
+    }
+    return checkpoint({"quant_method": "eetq", "weights": "int8", **(declared or {})}, {**parts, **changes})
+
+
+_TALL = torch.zeros(256, 32, dtype=torch.int8)
+EETQ = [
+    Case("eetq scale nan", _eetq(weight_scales=torch.full((64,), NAN, dtype=F16)), ("m.weight_scales", "nan"), "eetq"),
+    Case("eetq scale infinite", _eetq(weight_scales=torch.full((64,), INF, dtype=F16)), ("m.weight_scales",), "eetq"),
+    Case("eetq scales float32", _eetq(weight_scales=torch.ones(64)), ("m.weight_scales", "float32"), "eetq"),
+    Case("eetq scales of inputs", _eetq(weight_scales=torch.ones(128, dtype=F16)), ("m.weight_scales", "128"), "eetq"),
+    Case("eetq scales of two axes", _eetq(weight_scales=torch.ones(64, 1, dtype=F16)), ("m.weight_scales",), "eetq"),
+    Case("eetq without scales", _eetq(weight_scales=None), ("m.weight_scales",), "eetq"),
+    Case("eetq without codes", _eetq(weight=None), ("m.weight is not stored",), "eetq"),
+    Case("eetq codes unsigned", _eetq(weight=_bytes(128, 64)), ("m.weight is not stored in int8",), "eetq"),
+    Case("eetq codes of one axis", _eetq(weight=_bytes(64).char()), ("m.weight is [64]",), "eetq"),
+    Case("eetq codes half a tile", _eetq(weight=_TALL), ("m.weight is [256, 32]", "64"), "eetq"),
+    Case("eetq says int4", _eetq({"weights": "int4"}), ("'int4'",), "eetq"),
+    Case("eetq says nothing", _eetq({"weights": None}), ("weights None",), "eetq"),
+]
+
+CASES = EETQ + QUANTO + TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND

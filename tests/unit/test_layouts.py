@@ -58,6 +58,7 @@ def declaration(name: str, weights: list[Weight], key: str = "quantization_confi
         ("fp8", "fp8-e4m3-128x128-bf16", (128, 256), "fp8-e4m3-128x128"),
         ("fbgemm_fp8", "fp8-e4m3-g128-f16", (60, 128), "fp8-e4m3-row"),
         ("bitnet", "levels[1,0,-1]-tensor", (64, 128), "levels[-1,0,1]-tensor-bf16"),
+        ("eetq", "int8-g128-bf16", (64, 128), "int8-row"),
         ("mlx", "int4-g64", (64, 128), "int4-g64-min-bf16"),
         ("mlx", "int6-row-asym", (3, 128), "int6-g128-min-bf16"),
         ("modelopt", "nvfp4", (3, 48), "nvfp4"),
@@ -92,6 +93,8 @@ def test_fit_says_how_it_is_stored(name: str, scheme: str, shape: tuple[int, int
         ("mlx", "int4-g64", (64, 80), "nothing does with 80"),
         ("mlx", "int4-g48", (64, 96), "use g32"),
         ("modelopt", "mxfp4", (64, 128), "compressed-tensors"),
+        ("eetq", "int8-row-asym", (64, 128), "use that"),
+        ("eetq", "int8-row", (64, 96), "--skip"),
         ("modelopt", "nvfp4", (64, 40), "16 divides"),
         ("bitnet", "levels[-1,0,1]-row", (64, 128), "levels"),
         ("aqlm", "int4-g64", (64, 128), "no method makes yet; convert keeps"),
@@ -302,3 +305,31 @@ def test_modelopt_reads_fp8_with_a_scale_per_tensor_and_per_row() -> None:
     assert torch.equal(
         unpacked(form, found["m.weight"], rows).dequantize(), codes.float() * torch.arange(1, 9)[:, None]
     )
+
+
+def eetq_bytes(codes: Tensor) -> Tensor:
+    """EETQ's `preprocess_weights` of signed codes `[K, N]`, step by step, one element at a time."""
+    high, wide = codes.shape
+    permuted = [codes[16 * (k // 16) + 8 * (k % 4 // 2) + k % 2 + 2 * (k % 16 // 4)].tolist() for k in range(high)]
+    flat = [0] * (high * wide)
+    for n in range(wide):
+        for k in range(high):
+            tile, inside = divmod(k, 64)
+            flat[n // 2 * 2 * high + 2 * 64 * tile + 64 * (n % 2) + inside] = permuted[k][n] + 128
+    for base in range(0, len(flat), 4):
+        flat[base + 1], flat[base + 2] = flat[base + 2], flat[base + 1]
+    return torch.tensor(flat, dtype=torch.uint8).reshape(high, wide)
+
+
+def test_eetq_orders_its_bytes_as_its_source_does() -> None:
+    w = replace(weight(shape=(128, 192)), scheme=parse("int8-row"))
+    form: Format = plugins.load("formats", "eetq")
+    signed = torch.randint(-128, 128, (192, 128), generator=torch.Generator().manual_seed(0))
+    scales = torch.arange(1, 129).reshape(-1, 1) / 64
+    tensors = {"m.weight": eetq_bytes(signed).view(torch.int8), "m.weight_scales": scales.half().reshape(-1)}
+    tensors = {name.replace("m.", f"{w.module}."): tensor for name, tensor in tensors.items()}
+    q = form.unpack(w, tensors, None)
+    assert torch.equal(q.dequantize(), signed.T * scales)
+    into = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    form.pack(w, q, into)
+    assert all(torch.equal(into[name], tensor) for name, tensor in tensors.items())

@@ -7,22 +7,14 @@ declares it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from lowbit.errors import UnsupportedError
 from lowbit.formats import Format, Weight
 from lowbit.formats._linear import declare
-from lowbit.schemes import Scheme
+from lowbit.formats._refuse import never
 
 NAME = "float"
-
-
-def _fit(scheme: Scheme, weight: Weight) -> NoReturn:
-    raise UnsupportedError(f"{NAME} holds no quantized weights; leave out {scheme} of {weight.name}")
-
-
-def _none(*_: object) -> NoReturn:
-    raise UnsupportedError(f"{NAME} holds no quantized weights")
+_refuse = never(f"{NAME} holds no quantized weights")
 
 
 def _config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -32,10 +24,10 @@ def _config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, d
 FORMAT = Format(
     about="float weights, dequantized",
     default="",
-    fit=_fit,
-    layout=_none,
-    pack=_none,
-    unpack=_none,
+    fit=_refuse,
+    layout=_refuse,
+    pack=_refuse,
+    unpack=_refuse,
     config=_config,
     recognise=lambda config, specs, read: None,
     owns=lambda weight: (),

@@ -91,6 +91,15 @@ def declare(source: Mapping[str, Any], quantization: Mapping[str, Any] | None) -
     return {**document, "quantization_config": dict(quantization)} if quantization else document
 
 
+def documents(
+    weights: Sequence[Weight], source: Mapping[str, Any], quantization: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """config.json with this `quantization_config`, which names what stays too; without where nothing is quantized."""
+    if not any(weight.scheme for weight in weights):
+        return {"config.json": declare(source, None)}
+    return {"config.json": declare(source, {**quantization, "modules_to_not_convert": skipped_modules(weights)})}
+
+
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """Float dtype that a model declares; bfloat16 where it does not."""
     return declared_dtype(config) or torch.bfloat16

@@ -21,10 +21,9 @@ from lowbit.formats._linear import (
     SCALE_TYPES,
     check_matrix,
     check_planned,
-    declare,
     declared,
+    documents,
     planned,
-    skipped_modules,
 )
 from lowbit.schemes import FLOATS, Scheme, parse
 from lowbit.tensors import QTensor
@@ -116,15 +115,12 @@ def _divides(weight: Weight) -> bool:
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """config.json with transformers' `BitNetQuantConfig`."""
-    if not any(weight.scheme for weight in weights):
-        return {"config.json": declare(source, None)}
     quantization = {
         "quant_method": "bitnet",
         "linear_class": "autobitlinear",
         "quantization_mode": "offline",
-        "modules_to_not_convert": skipped_modules(weights),
     }
-    return {"config.json": declare(source, quantization)}
+    return documents(weights, source, quantization)
 
 
 def recognise(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Spec, Weight, _renamed
-from lowbit.formats._linear import check_matrix, declare, declared, model_dtype, row_block, skipped_modules
+from lowbit.formats._linear import check_matrix, declared, documents, model_dtype, row_block
 from lowbit.schemes import FLOATS, Scheme, parse
 from lowbit.tensors import QTensor
 
@@ -65,14 +65,11 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """config.json with transformers' `FbgemmFp8Config`."""
-    if not any(weight.scheme for weight in weights):
-        return {"config.json": declare(source, None)}
     quantization = {
         "quant_method": "fbgemm_fp8",
         "activation_scale_ub": _BOUND,
-        "modules_to_not_convert": skipped_modules(weights),
     }
-    return {"config.json": declare(source, quantization)}
+    return documents(weights, source, quantization)
 
 
 def recognise(

@@ -19,11 +19,10 @@ from lowbit.formats import Format, Spec, Weight, _renamed
 from lowbit.formats._linear import (
     SCALE_TYPES,
     check_matrix,
-    declare,
     declared,
+    documents,
     model_dtype,
     planned,
-    skipped_modules,
 )
 from lowbit.schemes import FLOATS, Block, Scheme, parse
 from lowbit.tensors import QTensor, scale_shape
@@ -101,16 +100,13 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """config.json with transformers' `FineGrainedFP8Config`."""
-    if not any(weight.scheme for weight in weights):
-        return {"config.json": declare(source, None)}
     quantization = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [_SIDE, _SIDE],
-        "modules_to_not_convert": skipped_modules(weights),
     }
-    return {"config.json": declare(source, quantization)}
+    return documents(weights, source, quantization)
 
 
 def recognise(

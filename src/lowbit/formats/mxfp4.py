@@ -6,36 +6,25 @@ A parameter `X` that the model holds as `[experts, inputs, outputs]` is stored a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.errors import FormatError, UnsupportedError
+from lowbit.errors import FormatError
 from lowbit.formats import Format, Spec, Weight
 from lowbit.formats import _ct_tensors as tensors_of
 from lowbit.formats._checks import stored
 from lowbit.formats._linear import declared, model_dtype, planned
-from lowbit.schemes import Scheme, parse
+from lowbit.formats._refuse import never
+from lowbit.schemes import parse
 from lowbit.tensors import QTensor
 
 _MXFP4 = parse("mxfp4")
 _BYTES = 16
-
-
-def _refuse() -> NoReturn:
-    raise UnsupportedError("mxfp4, gpt-oss's layout, is read and not written; use --format compressed-tensors")
-
-
-def fit(scheme: Scheme, weight: Weight) -> Scheme:
-    """Nothing is written in this layout.
-
-    Raises:
-        UnsupportedError: always.
-    """
-    _refuse()
+_refuse = never("mxfp4, gpt-oss's layout, is read and not written; use --format compressed-tensors")
 
 
 def layout(weight: Weight) -> dict[str, Spec]:
@@ -51,15 +40,6 @@ def layout(weight: Weight) -> dict[str, Spec]:
 def owns(weight: Weight) -> list[str]:
     """Names under which the tensors of this weight are stored."""
     return list(layout(weight))
-
-
-def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
-    """Nothing is written in this layout.
-
-    Raises:
-        UnsupportedError: always.
-    """
-    _refuse()
 
 
 def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None = None) -> QTensor:
@@ -80,15 +60,6 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
         text = str(error).replace("weight_packed", blocks).replace("weight_scale", scales)
         raise FormatError(text) from None
     return replace(q, shape=weight.shape)
-
-
-def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Nothing is written in this layout.
-
-    Raises:
-        UnsupportedError: always.
-    """
-    _refuse()
 
 
 def recognise(
@@ -117,11 +88,11 @@ def recognise(
 FORMAT = Format(
     about="gpt-oss: experts in MXFP4; read only",
     default=str(_MXFP4),
-    fit=fit,
+    fit=_refuse,
     layout=layout,
-    pack=pack,
+    pack=_refuse,
     unpack=unpack,
-    config=config,
+    config=_refuse,
     recognise=recognise,
     owns=owns,
 )

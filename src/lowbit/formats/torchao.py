@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.errors import FormatError, UnsupportedError
+from lowbit.errors import FormatError
 from lowbit.formats import Format, Spec, Weight, _renamed
 from lowbit.formats._linear import SCALE_TYPES, declared, model_dtype
+from lowbit.formats._refuse import never
 from lowbit.schemes import Block, Scheme, parse
 from lowbit.tensors import QTensor
 
 _PART = "._weight_"
 _NAMES = {"weight": "_weight_qdata", "weight_scale": "_weight_scale", "weight_zero_point": "_weight_zero_point"}
+_refuse = never("torchao's layout is read and not written; use --format compressed-tensors")
 _GRIDS = {torch.int8: parse("int8").grid, torch.float8_e4m3fn: parse("fp8-e4m3").grid}
-
-
-def _refuse() -> NoReturn:
-    raise UnsupportedError("torchao's layout is read and not written; use --format compressed-tensors")
-
-
-def fit(scheme: Scheme, weight: Weight) -> Scheme:
-    """Nothing is written in this layout.
-
-    Raises:
-        UnsupportedError: always.
-    """
-    _refuse()
 
 
 def layout(weight: Weight) -> dict[str, Spec]:
@@ -42,15 +31,6 @@ def owns(weight: Weight) -> list[str]:
     return [f"{weight.module}.{name}" for name in _NAMES.values()]
 
 
-def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
-    """Nothing is written in this layout.
-
-    Raises:
-        UnsupportedError: always.
-    """
-    _refuse()
-
-
 def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None = None) -> QTensor:
     """The weight as it is stored; codes of FP8 weights are a view of the stored tensor.
 
@@ -58,15 +38,6 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
         FormatError: stored tensors that break the layout.
     """
     return _renamed.unpack(weight, tensors, _NAMES, codes)
-
-
-def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Nothing is written in this layout.
-
-    Raises:
-        UnsupportedError: always.
-    """
-    _refuse()
 
 
 def recognise(
@@ -116,11 +87,11 @@ def _block(module: str, shape: Sequence[int], scales: Sequence[int]) -> Block:
 FORMAT = Format(
     about="torchao: int8 and float8 weights; read only",
     default="int8-row",
-    fit=fit,
+    fit=_refuse,
     layout=layout,
-    pack=pack,
+    pack=_refuse,
     unpack=unpack,
-    config=config,
+    config=_refuse,
     recognise=recognise,
     owns=owns,
 )
