@@ -520,7 +520,6 @@ SPQR = [
     Case("spqr says 4 bits", _spqr({"bits": 4}), ("'bits': 4",), "spqr"),
 ]
 
-CASES = SPQR + VPTQ + AQLM + TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 160, "intermediate_size": 4, "num_hidden_layers": 1, "vocab_size": 4,
@@ -594,4 +593,7 @@ EETQ = [
     Case("eetq says nothing", _eetq({"weights": None}), ("weights None",), "eetq"),
 ]
 
-CASES = EETQ + QUANTO + TORCHAO + MXFP4 + MLX + MODELOPT + AWQ + FP8 + ROWS + BITNET + AUTO_ROUND
+CASES = [
+    *SPQR, *VPTQ, *AQLM, *EETQ, *QUANTO, *TORCHAO, *MXFP4, *MLX,
+    *MODELOPT, *AWQ, *FP8, *ROWS, *BITNET, *AUTO_ROUND,
+]  # fmt: skip
