@@ -33,9 +33,8 @@ def model(
     for name, (dtype, shape) in {**_TENSORS, **(tensors or {})}.items():
         tensor = TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL)
         start, size = _PLACES[name]
-        place: dict[str, Any] = {"location": DATA, "offset": start, "length": size} | (
-            facts if name == "a.weight" else {}
-        )
+        place: dict[str, Any] = {"location": DATA, "offset": start, "length": size}
+        place |= facts if name == "a.weight" else {}
         for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
         stored.append(tensor)
