@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from math import inf, isnan, nan
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowbit.errors import UsageError
@@ -307,6 +308,17 @@ def test_an_original_is_compared_with(tmp_path: Path) -> None:
     assert found.changed == (1, 1)
     assert [finding.fact[:34] for finding in found.findings] == ["1 weights, as model.embed_tokens.w"]
     json.dumps(found.to_dict())
+
+
+def test_a_damaged_weight_is_an_error_and_not_compared(tmp_path: Path) -> None:
+    folder = packed_checkpoint(tmp_path / "model")
+    shutil.copytree(folder, tmp_path / "original")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_scale"][3, 1] = nan
+    save_file(tensors, folder / "model.safetensors")
+    found = inspect(folder, original=tmp_path / "original")
+    assert not found.sound
+    assert not found.compared
 
 
 def test_an_original_of_other_weights_is_refused(tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ def _beside(found: Inspection, checkpoint: Checkpoint, original: str | Path, pro
     """The inspection with every weight compared with its original."""
     with open_checkpoint(original) as source:
         alike = [name for name in checkpoint.weights if _shape(checkpoint, name) == _shape(source, name)]
+        left = [name for name in checkpoint.weights if name not in set(alike)]
+        broken = {finding.tensor for finding in found.findings if finding.level == "error"}
+        alike = [name for name in alike if name not in broken]
         if not alike:
             raise UsageError(f"{source.path} has no weight of the names and shapes of {checkpoint.path}")
         plain = [name for name in alike if checkpoint.weights[name].scheme is None]
@@ -94,7 +97,6 @@ def _beside(found: Inspection, checkpoint: Checkpoint, original: str | Path, pro
             before = before.T.contiguous() if weight.swapped else before
             compared.append(compare(name, loaded, before, weight.activations is not None, vectors))
             progress("compare", at + 1, len(alike) - len(plain))
-        left = [name for name in checkpoint.weights if name not in set(alike)]
         text = f"{len(left)} weights, as {left[0]}, are not in the original under this name and shape" if left else ""
         findings = [*found.findings, *([Finding("note", None, text)] if left else [])]
         return replace(
