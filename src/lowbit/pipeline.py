@@ -27,7 +27,7 @@ from lowbit.stages.rotate import Options as Rotation
 from lowbit.stages.rotate import prove, rotate
 from lowbit.stages.samples import Samples, read_samples, similarity
 from lowbit.stages.verify import verify
-from lowbit.stages.write import SHARD_BYTES, open_output, refuse_foreign
+from lowbit.stages.write import open_output, refuse_foreign
 
 
 @final
@@ -43,7 +43,7 @@ class Request:
         text: file to evaluate on; None to leave evaluation out.
         context: tokens per window of the evaluation.
         tokens: how many tokens to evaluate at most; None for all.
-        shard_bytes: largest output file.
+        shard_bytes: largest output file; None for 5 GB, or one file of GGUF.
         command: the command line, for the report.
         trust_remote_code: run Python code that the checkpoint brings.
     """
@@ -57,7 +57,7 @@ class Request:
     text: Path | None = None
     context: int = 512
     tokens: int | None = None
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: int | None = None
     command: str = ""
     trust_remote_code: bool = False
 
@@ -124,7 +124,7 @@ def run_conversion(
     goal: Goal,
     ram: int | None = None,
     threads: int = 1,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     progress: quantize.Progress = quantize.silent,
     announce: Callable[[convert.Converted, Estimate], None] | None = None,
 ) -> convert.Converted:

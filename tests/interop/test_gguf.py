@@ -15,7 +15,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from lowbit.errors import UnsupportedError, UsageError
+from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.inspect import inspect
 from lowbit.pipeline import Request, run, run_conversion
 from lowbit.stages._changes import Goal
@@ -56,10 +56,10 @@ def ours(path: Path, ids: list[int]) -> np.ndarray[Any, Any]:
     return found
 
 
-def agree(file: Path, source: Path, tolerance: float, share: float = 1.0) -> None:
+def agree(file: Path, source: Path, tolerance: float, share: float = 1.0, text: str = TEXT) -> None:
     """For this share of the positions; where rounding moves a token to another expert its logits are others."""
-    ids, theirs = tokens_and_logits(file, TEXT)
-    assert ids == open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
+    ids, theirs = tokens_and_logits(file, text)
+    assert ids == open_tokenizer(open_checkpoint(source))(text)["input_ids"]
     found = ours(file.parent, ids)
     worst = np.abs(found - theirs).max(1) / np.abs(found).max()
     assert np.quantile(worst, share) <= tolerance
@@ -72,13 +72,26 @@ def test_the_embedded_model_in_llama_cpp(scheme: str, wiki_8m: Path, tmp_path: P
     assert inspect(file).made_by["quantized_by"].startswith("lowbit ")
 
 
-def test_a_file_alone_tells_configuration_and_tokenizer(wiki_8m: Path, tmp_path: Path) -> None:
-    file = quantized(wiki_8m, tmp_path / "out", "q8_0")
-    (tmp_path / "alone").mkdir()
-    alone = Path(shutil.copy(file, tmp_path / "alone" / "other.gguf"))
-    ids = open_tokenizer(open_checkpoint(alone))(TEXT)["input_ids"]
-    assert ids == open_tokenizer(open_checkpoint(wiki_8m))(TEXT)["input_ids"]
-    assert np.array_equal(ours(alone, ids), ours(file.parent, ids))
+def alone(file: Path, folder: Path) -> Path:
+    """A copy with nothing beside it."""
+    folder.mkdir()
+    return Path(shutil.copy(file, folder / "other.gguf"))
+
+
+def test_a_file_alone_tells_configuration_and_tokenizer(base: Path, wiki_8m: Path, tmp_path: Path) -> None:
+    """It is evaluated, and becomes a checkpoint of transformers that computes the same."""
+    file = alone(base, tmp_path / "alone")
+    ids = open_tokenizer(open_checkpoint(wiki_8m))(TEXT)["input_ids"]
+    assert open_tokenizer(open_checkpoint(file))(TEXT)["input_ids"] == ids
+    wanted = ours(base.parent, ids)
+    assert np.array_equal(ours(file, ids), wanted)
+    run_conversion(str(file), tmp_path / "float", Goal("float"))
+    assert np.array_equal(ours(tmp_path / "float", ids), wanted)
+    assert open_tokenizer(open_checkpoint(tmp_path / "float"))(TEXT)["input_ids"] == ids
+    config = json.loads((tmp_path / "float" / "config.json").read_text())
+    original = json.loads((wiki_8m / "config.json").read_text())
+    for key in ("architectures", "hidden_size", "rms_norm_eps", "bos_token_id", "tie_word_embeddings", "vocab_size"):
+        assert config[key] == original[key]
 
 
 def byte_level(pattern: str | None = None, nfc: bool = False) -> Tokenizer:
@@ -169,10 +182,15 @@ KINDS = [
 
 def saved(kind: str, path: Path, tokenizer: Tokenizer | None = None) -> Path:
     """A small random model with a tokenizer."""
-    model = spread(models_of(kind))
+    own = byte_level(QWEN, nfc=True) if kind.startswith("qwen") else byte_level()
+    return saved_model(models_of(kind), path, tokenizer or own)
+
+
+def saved_model(model: Any, path: Path, tokenizer: Tokenizer) -> Path:
+    """With weights at random."""
+    model = spread(model)
     model.config.eos_token_id = 1
     model.save_pretrained(path)
-    tokenizer = tokenizer or (byte_level(QWEN, nfc=True) if kind.startswith("qwen") else byte_level())
     library: Any = transformers
     fast = library.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>")
     fast.save_pretrained(path)
@@ -189,6 +207,9 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     written, original = open_checkpoint(file), open_checkpoint(source)
     for name in written.weights:
         torch.testing.assert_close(written.dequantized(name), original.dequantized(name), rtol=0, atol=2e-7)
+    ids = list(range(2, 60))
+    found, wanted = ours(alone(file, tmp_path / "alone"), ids), ours(source, ids)
+    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
     sparse = kind in ("qwen3 moe", "mixtral")
     agree(quantized(source, tmp_path / "q8_0", "q8_0"), source, 0.1, 0.5 if sparse else 1.0)
 
@@ -224,10 +245,6 @@ def test_super_blocks_go_into_floats_and_into_nothing_else(wiki_8m: Path, tmp_pa
     assert np.array_equal(ours(tmp_path / "float", ids), ours(file.parent, ids))
     with pytest.raises(UnsupportedError, match="has no minima; use asym; with --lossy the relative squared error is"):
         run_conversion(str(file.parent), tmp_path / "no", Goal("compressed-tensors"))
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    with pytest.raises(UsageError, match=r"has no config.json beside its weights"):
-        run_conversion(str(shutil.copy(file, alone)), tmp_path / "no", Goal("gptq"))
 
 
 def llama_quantize(source: Path, out: Path, file_type: int) -> Path:
@@ -260,10 +277,59 @@ def test_types_and_bytes_are_llama_quantizes(scheme: str, file_type: int, base: 
     theirs = llama_quantize(base, tmp_path / "theirs.gguf", file_type)
     found = quantized(base.parent, tmp_path / "ours", scheme)
     left, right = tensors(found), tensors(theirs)
-    assert list(left) == list(right)
     assert {name: kind for name, (kind, _) in left.items()} == {name: kind for name, (kind, _) in right.items()}
     assert [name for name in left if left[name] != right[name]] == []
-    assert gguf.GGUFReader(found).get_field("general.file_type").contents() == file_type  # type: ignore[union-attr]
+    assert found.read_bytes() == theirs.read_bytes()  # keys, their order and values too
+
+
+def test_parts_of_a_model(base: Path, wiki_8m: Path, tmp_path: Path) -> None:
+    """llama.cpp loads them; here a directory, or the first of them, is the model, and they become one file again."""
+    split = Request(str(wiki_8m), tmp_path / "out", Rules(scheme="f16", format="gguf"), shard_bytes=4_000_000)
+    run(split)
+    files = sorted((tmp_path / "out").glob("*.gguf"))
+    assert [file.name for file in files] == [f"model-{n:05}-of-00005.gguf" for n in range(1, 6)]
+    assert all(sum(len(data) for _, data in tensors(file).values()) <= 4_000_000 for file in files)
+    agree(files[0], wiki_8m, SCHEMES["f16"])
+    for name, path in (("first", files[0]), ("directory", tmp_path / "out")):
+        joined = llama_quantize(files[0], tmp_path / "theirs.gguf", 18)
+        assert quantized(path, tmp_path / name, "q6_k").read_bytes() == joined.read_bytes()
+    with pytest.raises(CheckpointError, match="name model-00001-of-00005"):
+        open_checkpoint(files[1])
+    files[3].unlink()
+    with pytest.raises(CheckpointError, match=r"1 of 5 .*missing.*model-00004"):
+        open_checkpoint(files[0])
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 100.0}
+BETAS = {"factor": 8.0, "beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.5, "rope_theta": 1000.0}
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 32, "rope_theta": 10000.0,
+        "long_factor": [1.5 + k for k in range(8)], "short_factor": [1 + k / 16 for k in range(8)]}  # fmt: skip
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("Llama", {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0}),
+    "llama3": ("Llama", LLAMA3),
+    "yarn": ("Qwen2", YARN),
+    "yarn betas": ("Qwen3", YARN | BETAS),
+    "longrope": ("Phi3", LONG),
+    "longrope short": ("Phi3", LONG | {"original_max_position_embeddings": 300}),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_stretched_ropes(kind: str, tmp_path: Path) -> None:
+    """llama.cpp computes what transformers does; so does transformers from the file alone."""
+    library: Any = transformers
+    family, rope = ROPES[kind]
+    settings: dict[str, Any] = {**SMALL, "num_hidden_layers": 1, "head_dim": 16, "rope_parameters": rope}
+    if family == "Phi3":
+        settings |= {"pad_token_id": 0, "original_max_position_embeddings": rope["original_max_position_embeddings"]}
+    config = getattr(library, f"{family}Config")(**settings)
+    model = getattr(library, f"{family}ForCausalLM")(config)
+    source = saved_model(model, tmp_path / "model", byte_level())
+    file = quantized(source, tmp_path / "f32", "f32")
+    agree(file, source, 1e-4, text=TEXT + TEXT)
+    ids = list(range(2, 90))
+    found, wanted = ours(alone(file, tmp_path / "alone"), ids), ours(source, ids)
+    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
 def test_reads_what_llama_cpp_writes(base: Path, wiki_8m: Path, tmp_path: Path) -> None:
@@ -292,6 +358,8 @@ def test_a_sentencepiece_vocabulary(shared: Path, tmp_path: Path) -> None:
     kinds = {kind for kind, _ in tensors(file).values()}
     assert kinds == {"F32", "F16", "Q5_0", "Q8_0"}
     agree(file, source, 5e-2)
+    ids = open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
+    assert open_tokenizer(open_checkpoint(alone(file, tmp_path / "alone")))(TEXT)["input_ids"] == ids
 
 
 def with_bytes(prefix: bool) -> Tokenizer:
@@ -315,9 +383,11 @@ def with_bytes(prefix: bool) -> Tokenizer:
 @pytest.mark.parametrize("prefix", [True, False])
 def test_tokens_of_bytes_as_a_fallback(prefix: bool, tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "model", with_bytes(prefix))
-    ids, _ = tokens_and_logits(quantized(source, tmp_path / "out", "q8_0"), TEXT)
+    file = quantized(source, tmp_path / "out", "q8_0")
+    ids, _ = tokens_and_logits(file, TEXT)
     assert ids == open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
     assert len(ids) < len(TEXT) - 10  # most are no single characters
+    assert open_tokenizer(open_checkpoint(alone(file, tmp_path / "alone")))(TEXT)["input_ids"] == ids
 
 
 LLAMA3_SPLIT = QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")
@@ -338,7 +408,9 @@ def test_splits_are_those_of_llama_cpp(pre: str, tmp_path: Path) -> None:
     file = quantized(source, tmp_path / "out", "q8_0")
     assert read_gguf(file).value("tokenizer.ggml.pre") == pre
     text = TEXT + " 1234567 I'll WE'RE  \n\n  end..."
-    assert tokens_and_logits(file, text)[0] == open_tokenizer(open_checkpoint(source))(text)["input_ids"]
+    ids = open_tokenizer(open_checkpoint(source))(text)["input_ids"]
+    assert tokens_and_logits(file, text)[0] == ids
+    assert open_tokenizer(open_checkpoint(alone(file, tmp_path / "alone")))(text)["input_ids"] == ids
 
 
 def test_a_split_that_nobody_knows_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.errors import CheckpointError, UnsupportedError, UsageError
+from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.formats import Weight
 from lowbit.formats._gguf import archs, from_file, interleave, separate, to_file
 from lowbit.formats._mixtures import choose
@@ -125,7 +125,7 @@ def test_experts_are_slices_of_one_tensor(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", keys, {"blk.1.ffn_up_exps.weight": stack}, {})
     model = open_gguf(path)
     for expert in range(3):
-        found = model.file.tensor(f"model.layers.1.mlp.experts.{expert}.up_proj.weight")
+        found = model.files[0].tensor(f"model.layers.1.mlp.experts.{expert}.up_proj.weight")
         assert torch.equal(found, torch.from_numpy(stack[expert]))
     assert model.config["model_type"] == "qwen3_moe"
 
@@ -143,10 +143,10 @@ def test_what_is_not_utf8_is_an_error_when_it_is_asked_for(tmp_path: Path) -> No
         found.value("a")
 
 
-def test_a_file_alone_is_not_quantized(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.gguf", {"arch": "qwen2"}, {"token_embd.weight": numbers(4, 32)}, {})
-    with pytest.raises(UsageError, match=r"no config\.json"):
-        make_plan(open_checkpoint(path), Rules(format="gguf"))
+def test_a_file_alone_of_an_unknown_architecture_goes_nowhere(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", {"arch": "rwkv7"}, {"blk.0.time_mix.weight": numbers(4, 32)}, {})
+    with pytest.raises(UnsupportedError, match=r"no config\.json"):
+        make_plan(open_checkpoint(path), Rules())
 
 
 def weights(layers: int, width: int = 256) -> list[Weight]:

@@ -40,7 +40,9 @@ Examples:
 )
 @click.option("--ram", type=Size(), help="Anonymous memory that the run may hold, as 4GiB; checked first, then kept.")
 @click.option("--threads", type=click.IntRange(1), default=cores, show_default="all cores", help="Workers.")
-@click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True, help="Largest output file.")
+@click.option(
+    "--shard-size", "shard_bytes", type=Size(), show_default="5GB, or one file of gguf", help="Largest output file."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one JSON document.")
 def command(model: str, out: Path, form: str, scheme: str | None, lossy: bool, as_json: bool, **options: Any) -> None:
     """Convert IN (a directory, file or hub name) into another format, in the directory OUT.

@@ -37,7 +37,9 @@ Examples:
 @click.option("--evaluate", "text", type=click.Path(path_type=Path), help="Text to compare original and result on.")
 @click.option("--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per evaluation window.")
 @click.option("--tokens", type=click.IntRange(1), help="Evaluate on at most this many tokens.")
-@click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True, help="Largest output file.")
+@click.option(
+    "--shard-size", "shard_bytes", type=Size(), show_default="5GB, or one file of gguf", help="Largest output file."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **options: Any) -> None:

@@ -21,7 +21,8 @@ from lowbit.formats._ggml import BLOCKS
 from lowbit.methods import Method
 from lowbit.methods._scales import shares_rows
 from lowbit.schemes import parse
-from lowbit.stages._directory import GGUF
+from lowbit.stages._gguf_config import require_told
+from lowbit.stages._gguf_vocabulary import alone
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe
 from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
 from lowbit.tensors import scheme_bytes
@@ -191,8 +192,8 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
             f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing it again would add error to "
             "error: start from the float checkpoint"
         )
-    check_beside(checkpoint)
     form: Format = plugins.load("formats", rules.format)
+    check_told(checkpoint, form)
     _check_patterns(checkpoint, rules)
     recipe, options = rules.recipe()
     calibrated = recipe.calibrated or _stores_scale(rules.activations)
@@ -224,14 +225,19 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
     return Plan(rules.format.replace("_", "-"), tuple(entries), options, str(recipe), calibration)
 
 
-def check_beside(checkpoint: Checkpoint) -> None:
-    """A GGUF file tells less than a `config.json`, which the result needs."""
-    beside = any(extra.name == "config.json" for extra in checkpoint.extras)
-    if not beside and any(shard.suffix == GGUF for shard in checkpoint.shards):
-        raise UsageError(
-            f"{checkpoint.path} has no config.json beside its weights: name the checkpoint that it was made from, "
-            "or put the original's configuration and tokenizer into a directory with it and name that"
-        )
+def check_told(checkpoint: Checkpoint, form: Format) -> None:
+    """A GGUF file alone must tell the configuration that another container needs.
+
+    Raises:
+        UnsupportedError: its architecture or its rope is none that is known.
+    """
+    if alone(checkpoint) and form.container != "gguf":
+        if not checkpoint.config:
+            raise UnsupportedError(
+                f"{checkpoint.path} is of an architecture that is not known here, and has no config.json beside it: "
+                "name the checkpoint that it was made from"
+            )
+        require_told(checkpoint.config, checkpoint.path)
 
 
 def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
