@@ -17,13 +17,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.inspect import inspect
-from lowbit.pipeline import Request, run, run_conversion
+from lowbit.pipeline import Request, run, run_conversion, run_imatrix
 from lowbit.stages._changes import Goal
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._model import open_blueprint, open_tokenizer
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.evaluate import evaluate
 from lowbit.stages.plan import Calibration, Rules
+from lowbit.stages.samples import read_samples
 
 llama_cpp: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -34,8 +35,8 @@ TEXT = "The river, it's said, had 1850 bridges; nobody knew why. Zürich  is üb
 SCHEMES = {"f32": 1e-4, "f16": 2e-3, "q8_0": 3e-2, "q4_0": 3e-2, "q4_k_m": 3e-2}
 
 
-def quantized(model: Path, out: Path, scheme: str, **rules: Any) -> Path:
-    run(Request(str(model), out, Rules(scheme=scheme, method="ggml", format="gguf", **rules)))
+def quantized(model: Path, out: Path, scheme: str, method: str = "ggml", **rules: Any) -> Path:
+    run(Request(str(model), out, Rules(scheme=scheme, method=method, format="gguf", **rules)))
     return out / "model.gguf"
 
 
@@ -214,6 +215,14 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     agree(quantized(source, tmp_path / "q8_0", "q8_0"), source, 0.1, 0.5 if sparse else 1.0)
 
 
+def test_what_llama_cpp_would_compute_in_another_way_is_refused(tmp_path: Path) -> None:
+    library: Any = transformers
+    config = library.Qwen2Config(**SMALL, rope_parameters=YARN | {"beta_fast": 8.0})
+    source = saved_model(library.Qwen2ForCausalLM(config), tmp_path / "model", byte_level())
+    with pytest.raises(UnsupportedError, match="beta_fast"):
+        quantized(source, tmp_path / "out", "f32")
+
+
 def test_gptq_goes_into_gguf_and_back_without_loss(wiki_8m: Path, tmp_path: Path) -> None:
     """Rows of queries and keys change their order on the way; scales of 64 weights are repeated."""
     start, there, back = (tmp_path / name for name in ("start", "there", "back"))
@@ -247,12 +256,130 @@ def test_super_blocks_go_into_floats_and_into_nothing_else(wiki_8m: Path, tmp_pa
         run_conversion(str(file.parent), tmp_path / "no", Goal("compressed-tensors"))
 
 
-def llama_quantize(source: Path, out: Path, file_type: int) -> Path:
+def llama_quantize(source: Path, out: Path, file_type: int, imatrix: tuple[Path, Means] | None = None) -> Path:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread = file_type, 1
+    if imatrix:
+        entries, keys = given_imatrix(*imatrix)
+        parameters.imatrix, parameters.kv_overrides = entries, keys
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
     assert code == 0
     return out
+
+
+Means = dict[str, np.ndarray[Any, Any]]
+
+
+def given_imatrix(path: Path, means: Means) -> tuple[Any, Any]:
+    """What llama-quantize hands on when it has read this file; the last entries end the lists."""
+    entries = (llama_cpp.llama_model_imatrix_data * (len(means) + 1))()
+    for place, (name, values) in zip(entries, means.items(), strict=False):
+        data = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
+        place.name, place.size = name.encode(), data.size
+        place.data = (ctypes.c_float * data.size)(*data.tolist())
+    keys = (llama_cpp.llama_model_kv_override * 5)()
+    told: list[tuple[str, str | int]] = [
+        ("file", str(path)),
+        ("dataset", "wiki.txt"),
+        ("entries_count", len(means)),
+        ("chunks_count", 7),
+    ]
+    for place, (name, value) in zip(keys, told, strict=False):
+        place.key, place.tag = f"quantize.imatrix.{name}".encode(), 3 if isinstance(value, str) else 0
+        if isinstance(value, str):
+            place.value.val_str = value.encode()[:127]
+        else:
+            place.value.val_i64 = value
+    return entries, keys
+
+
+def make_imatrix(model: Path, path: Path) -> Means:
+    """An importance matrix at random, written by the `gguf` package; one expert of a stack was never reached.
+
+    Returns what llama-quantize makes of it.
+    """
+    writer, means, chance = gguf.GGUFWriter(path, "none"), {}, np.random.default_rng(1)
+    del writer.kv_data[0]["general.architecture"]
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["wiki.txt"])
+    writer.add_uint32("imatrix.chunk_count", 7)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    for tensor in gguf.GGUFReader(model).tensors:
+        name, (cols, _, *stack) = str(tensor.name), [*tensor.shape.tolist(), 1][: max(len(tensor.shape), 2)]
+        if not name.startswith("blk.") or len(tensor.shape) < 2 or "inp" in name:
+            continue
+        sums = (chance.random((*stack, cols)) ** 4).astype(np.float32)
+        counts = np.arange(stack[0] if stack else 1, dtype=np.float32).reshape(-1, 1) + (0 if stack else 100)
+        writer.add_tensor(f"{name}.in_sum2", sums)
+        writer.add_tensor(f"{name}.counts", counts if stack else counts[0])
+        means[name] = np.where(counts > 0, sums.reshape(len(counts), -1) / np.maximum(counts, 1), np.float32(1))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return means
+
+
+@pytest.mark.parametrize(("scheme", "file_type"), [("q4_0", 2), ("q4_k_m", 15), ("iq4_xs", 30)])
+def test_a_model_with_an_importance_matrix_is_llama_quantizes(
+    scheme: str, file_type: int, base: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "imatrix.gguf"
+    means = make_imatrix(base, path)
+    theirs = llama_quantize(base, tmp_path / "theirs.gguf", file_type, (path, means))
+    found = quantized(base.parent, tmp_path / "ours", scheme, "imatrix", imatrix=path)
+    left, right = tensors(found), tensors(theirs)
+    assert [name for name in left if left[name] != right[name]] == []
+    assert left != tensors(quantized(base.parent, tmp_path / "without", scheme))
+    assert found.read_bytes() == theirs.read_bytes()
+
+
+def test_experts_with_an_importance_matrix(tmp_path: Path) -> None:
+    """Each has a count of its own; one that no token reached counts all of its inputs the same."""
+    file, path = quantized(saved("mixtral", tmp_path / "model"), tmp_path / "f16", "f16"), tmp_path / "imatrix.gguf"
+    means = make_imatrix(file, path)
+    theirs = llama_quantize(file, tmp_path / "theirs.gguf", 2, (path, means))
+    found = quantized(file, tmp_path / "ours", "q4_0", "imatrix", imatrix=path)
+    assert found.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_an_importance_matrix_has_the_squares_of_what_layers_read(kind: str, tmp_path: Path) -> None:
+    """As hooks on the layers of transformers see it; llama.cpp quantizes with it what is quantized with it here."""
+    source = saved(kind, tmp_path / "model")
+    (tmp_path / "text").write_text(TEXT * 40)
+    text = Calibration((str(tmp_path / "text"),), samples=6, length=32)
+    run_imatrix(str(source), tmp_path / "imatrix.gguf", text)
+    ids = read_samples(text.sources, open_checkpoint(source), samples=6, length=32).ids
+    seen: dict[str, torch.Tensor] = {}
+
+    def see(name: str) -> Any:
+        def hook(module: Any, inputs: Any) -> None:
+            seen[name] = seen.get(name, 0) + inputs[0].double().square().reshape(-1, inputs[0].shape[-1]).sum(0)
+
+        return hook
+
+    model = open_blueprint(open_checkpoint(source), torch.float32).resident()
+    places = {"model.layers.1.self_attn.o_proj": "attn_output", "model.layers.1.mlp.down_proj": "ffn_down",
+              "model.layers.1.self_attn.k_proj": "attn_k", "transformer.h.1.mlp.c_proj": "ffn_down",
+              "transformer.h.1.attn.c_attn": "attn_qkv"}  # fmt: skip
+    for name, module in model.named_modules():
+        if name in places:
+            module.register_forward_pre_hook(see(name))
+    with torch.inference_mode():
+        model(input_ids=ids)
+    found = {str(tensor.name): tensor.data for tensor in gguf.GGUFReader(tmp_path / "imatrix.gguf").tensors}
+    for name, squares in seen.items():
+        stem = f"blk.1.{places[name]}.weight"
+        assert found[f"{stem}.counts"].tolist() == [ids.numel()]
+        np.testing.assert_allclose(found[f"{stem}.in_sum2"], squares.numpy(), rtol=1e-4)
+    assert len(seen) == {"llama": 3, "mixtral": 2, "gpt2": 2}[kind]
+    if kind == "mixtral":  # each token goes to two experts
+        counts, sums = (found[f"blk.1.ffn_up_exps.weight.{part}"] for part in ("counts", "in_sum2"))
+        assert (counts.sum(), sums.shape) == (2 * ids.numel(), (4, 64))
+        assert np.array_equal(sums, found["blk.1.ffn_gate_exps.weight.in_sum2"])
+    out = quantized(source, tmp_path / "out", "q4_0", "imatrix", imatrix=tmp_path / "imatrix.gguf")
+    assert "Q4_0" in {kind for kind, _ in tensors(out).values()}
 
 
 @pytest.fixture(scope="module")
@@ -301,14 +428,13 @@ def test_parts_of_a_model(base: Path, wiki_8m: Path, tmp_path: Path) -> None:
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 100.0}
-BETAS = {"factor": 8.0, "beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.5, "rope_theta": 1000.0}
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 32, "rope_theta": 10000.0,
         "long_factor": [1.5 + k for k in range(8)], "short_factor": [1 + k / 16 for k in range(8)]}  # fmt: skip
 ROPES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("Llama", {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0}),
     "llama3": ("Llama", LLAMA3),
     "yarn": ("Qwen2", YARN),
-    "yarn betas": ("Qwen3", YARN | BETAS),
+    "yarn attention": ("Qwen3", YARN | {"factor": 8.0, "attention_factor": 1.5}),
     "longrope": ("Phi3", LONG),
     "longrope short": ("Phi3", LONG | {"original_max_position_embeddings": 300}),
 }
@@ -420,7 +546,7 @@ def test_a_split_that_nobody_knows_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_saved_plan_is_carried_out(wiki_8m: Path, tmp_path: Path) -> None:
-    rules = {"skip": ["lm_head"], "sets": (("layers.0.*down_proj", "q6_k"), ("embed_tokens", "f16"))}
+    rules: dict[str, Any] = {"skip": ["lm_head"], "sets": (("layers.0.*down_proj", "q6_k"), ("embed_tokens", "f16"))}
     first = quantized(wiki_8m, tmp_path / "first", "q4_0", **rules)
     run(Request(str(wiki_8m), tmp_path / "second", Rules(format="gguf"), plan=first.parent / "lowbit-plan.json"))
     assert (tmp_path / "second" / "model.gguf").read_bytes() == first.read_bytes()

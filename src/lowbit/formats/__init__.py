@@ -96,8 +96,9 @@ class Format:
             format declares it; raises `UnsupportedError` with the reason.
         swaps: whether its readers put a weight `[outputs, inputs]` into the place of a `Conv1D`.
         container: kind of file that its tensors are in; what is not quantized is `arrange`d for it.
-        choose: `(name, weights, config.json) -> {weight name: (scheme name or float type, reason)}` for names of
-            mixtures; where there is one, it decides in place of the general rules which weights are quantized.
+        choose: `(name, weights, config.json, important) -> {weight name: (scheme name or float type, reason)}` for
+            names of mixtures; where there is one, it decides in place of the general rules which weights are quantized;
+            `important`: whether with an importance matrix.
         encoder: method that makes every scheme of those mixtures, for where the chosen one cannot.
         arrange: `(weight, float type or "keep" or a scheme's name, config.json) -> weight` as the container has it:
             dtype, order of rows; None where it has them as the checkpoint does.
@@ -115,6 +116,6 @@ class Format:
     fit_activations: Callable[[Scheme, Weight], Scheme] = no_activations
     swaps: bool = False
     container: Literal["safetensors", "gguf"] = "safetensors"
-    choose: Callable[[str, Sequence[Weight], Mapping[str, Any]], dict[str, tuple[str, str]]] | None = None
+    choose: Callable[[str, Sequence[Weight], Mapping[str, Any], bool], dict[str, tuple[str, str]]] | None = None
     encoder: str = ""
     arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None

@@ -25,11 +25,13 @@ _OF_THE_FILE = ("general.alignment", "split.no", "split.count", "split.tensors.c
 _FLOATS = ("epsilon", "freq_base", "softcapping")
 
 
-def metadata(checkpoint: Checkpoint, arch: Arch, file_type: int) -> tuple[dict[str, bytes], Constants]:
+def metadata(
+    checkpoint: Checkpoint, arch: Arch, file_type: int, imatrix: dict[str, bytes]
+) -> tuple[dict[str, bytes], Constants]:
     """Values by key, in order and as the file has them, and small tensors of float32 by name.
 
-    What came from a GGUF file is handed on, in its order: as `llama-quantize` does, only the two keys that tell of the
-    quantization are new, and last.
+    What came from a GGUF file is handed on, in its order: as `llama-quantize` does, only the keys that tell of the
+    quantization are new, and last; those of the importance matrix are `imatrix`.
 
     Raises:
         CheckpointError: the checkpoint has no configuration or no tokenizer that `transformers` can use.
@@ -38,12 +40,11 @@ def metadata(checkpoint: Checkpoint, arch: Arch, file_type: int) -> tuple[dict[s
     last: dict[str, Value] = {"general.quantization_version": 2, "general.file_type": file_type}
     if checkpoint.shards[0].suffix != GGUF:
         values, constants = _made(checkpoint, arch, last)
-        return {key: encoded(value) for key, value in values.items()}, constants
+        return {key: encoded(value) for key, value in values.items()} | imatrix, constants
     header = read_gguf(checkpoint.shards[0])
-    kept = [key for key in header.fields if key not in last and key not in _OF_THE_FILE]
-    return {key: header.raw(key) for key in kept} | {key: encoded(value) for key, value in last.items()}, _carried(
-        checkpoint
-    )
+    new = {key: encoded(value) for key, value in last.items()} | imatrix
+    kept = [key for key in header.fields if key not in new and key not in _OF_THE_FILE]
+    return {key: header.raw(key) for key in kept} | new, _carried(checkpoint)
 
 
 def _carried(checkpoint: Checkpoint) -> Constants:
@@ -118,15 +119,18 @@ def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], Const
 
 def _yarn(facts: Mapping[str, Any]) -> dict[str, Value]:
     """llama.cpp multiplies `attn_factor` with the factor of attention that follows from the stretching."""
-    if facts.get("truncate") is False or (facts.get("mscale") and facts.get("mscale_all_dim")):
-        raise UnsupportedError("rope of type yarn without truncation, or with mscale_all_dim, is not written to GGUF")
+    betas = (facts.get("beta_fast") or 32, facts.get("beta_slow") or 1)
+    if betas != (32, 1) or facts.get("truncate") is False or (facts.get("mscale") and facts.get("mscale_all_dim")):
+        raise UnsupportedError(
+            "rope of type yarn with a beta_fast that is not 32, a beta_slow that is not 1, mscale_all_dim or without "
+            "truncation is not written to GGUF: llama.cpp would compute something else"
+        )
     trained = int(facts["original_max_position_embeddings"])
     factor = float(facts.get("factor") or facts["max_position_embeddings"] / trained)
     found: dict[str, Value] = {"type": "yarn", "factor": factor, "original_context_length": trained}
     if facts.get("attention_factor"):
         found["attn_factor"] = float(facts["attention_factor"]) / (0.1 * log(factor) + 1 if factor > 1 else 1.0)
-    names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
-    return found | {theirs: float(facts[key]) for key, theirs in names.items() if facts.get(key)}
+    return found
 
 
 def _longrope(facts: Mapping[str, Any]) -> tuple[dict[str, Value], Constants]:

@@ -15,6 +15,7 @@ from lowbit.formats._mixtures import MIXTURES, choose, order, require_arch
 from lowbit.stages._gguf import FLOATS, entry, header_of, padded, read_gguf
 from lowbit.stages._gguf_metadata import metadata
 from lowbit.stages._gguf_model import weight_file
+from lowbit.stages._recipe import parse_recipe
 from lowbit.stages._shard import Shard
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Plan
@@ -41,7 +42,9 @@ def gguf_shards(plan: Plan, checkpoint: Checkpoint, limit: int | None) -> list[S
     arch = require_arch(checkpoint.config)
     weights = {each.weight.name: each.weight for each in plan.entries if not each.tied}
     groups = _groups(arch, weights)
-    values, constants = metadata(checkpoint, arch, _file_type(plan, weights, checkpoint))
+    values, constants = metadata(
+        checkpoint, arch, _file_type(plan, weights, checkpoint), plan.imatrix.keys() if plan.imatrix else {}
+    )
     specs = {each.weight.name: plan.layout(each)[each.weight.name] for each in plan.entries if not each.tied}
     sizes = {name: sum(_nbytes(specs[weight.name]) for weight in group) for name, (_, group) in groups.items()}
     parts = _split(sizes, sum(padded(4 * len(numbers)) for numbers in constants.values()), limit)
@@ -133,10 +136,10 @@ def _groups(arch: Arch, weights: dict[str, Weight]) -> dict[str, _Group]:
 def _file_type(plan: Plan, weights: dict[str, Weight], checkpoint: Checkpoint) -> int:
     """`general.file_type`: the mixture that gives these very types, or the one of the type that most weights have."""
     types = {name: _type(weight) for name, weight in weights.items()}
+    important = parse_recipe(plan.recipe).weighs
     for mixture, number in [(name, number) for name, (number, base) in MIXTURES.items() if base in types.values()]:
-        if {
-            name: kind for name, (kind, _) in choose(mixture, list(weights.values()), checkpoint.config).items()
-        } == types:
+        found = choose(mixture, list(weights.values()), checkpoint.config, important)
+        if {name: kind for name, (kind, _) in found.items()} == types:
             return number
     counts: dict[str, int] = {}
     for name, kind in types.items():

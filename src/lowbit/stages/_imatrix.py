@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -71,14 +72,16 @@ class Importance:
         means: mean square of each input by name of llama.cpp's tensor; those of a stack one after the other. 1 for a
             matrix that no row reached.
         arch: whose names these are.
+        stacks: how many weights of the model each of its tensors holds.
     """
 
     facts: Imatrix
     means: Mapping[str, Float[Tensor, " inputs"]]
     arch: Arch
+    stacks: Mapping[str, int]
 
-    def of(self, weight: Weight, experts: int = 1) -> Float[Tensor, " cols"] | None:
-        """For the inputs of a weight, `[outputs, inputs]`, of a layer of so many experts; None where it has no entry.
+    def of(self, weight: Weight) -> Float[Tensor, " cols"] | None:
+        """For the inputs of a weight, `[outputs, inputs]`; None where it has no entry.
 
         Raises:
             UsageError: the entry is for another number of inputs.
@@ -87,7 +90,7 @@ class Importance:
         found = self.means.get(place.name) if place else None
         if place is None or found is None:
             return None
-        stack, cols = experts if place.expert is not None else 1, weight.shape[-1]
+        stack, cols = self.stacks[place.name], weight.shape[-1]
         if len(found) != stack * cols:
             raise UsageError(
                 f"{self.facts.path} has {len(found):,} values for {place.name}, the model {stack * cols:,} inputs; "
@@ -97,27 +100,31 @@ class Importance:
         return found[start : start + cols]
 
 
-def read_importance(path: Path, config: Mapping[str, Any]) -> Importance:
-    """Read a file of either kind for a model with this `config.json`.
+def read_importance(path: Path, config: Mapping[str, Any], names: Iterable[str]) -> Importance:
+    """Read a file of either kind for a model with this `config.json` and weights of these names.
 
     Raises:
         CheckpointError: it is damaged, or has values that are negative or not finite.
+        UsageError: it has nothing of the model.
         UnsupportedError: names of llama.cpp are not known for this model.
     """
     arch = arch_of(config.get("model_type"))
     if arch is None:
         raise UnsupportedError(f"llama.cpp's names are not known for models of type {config.get('model_type')!r}")
     with open_regular(path) as file:
-        gguf = file.read(4) == b"GGUF"
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        gguf, digest = file.peek(4)[:4] == b"GGUF", hashlib.sha256()  # type: ignore[attr-defined]
+        while part := file.read(2**20):
+            digest.update(part)
     means, chunks, dataset = _read_gguf(path) if gguf else _read_older(path)
     if not means:
         raise CheckpointError(f"{path} has no entries; it is no importance matrix")
     for name, values in means.items():
         if not bool(values.isfinite().all()) or bool((values < 0).any()):
             raise CheckpointError(f"{path}: {show(name)} has a value that is negative or not finite")
-    return Importance(Imatrix(str(path), sha256, len(means), chunks, dataset), means, arch)
+    stacks = Counter(place.name for place in map(arch.place, names) if place)
+    if not stacks.keys() & means.keys():
+        raise UsageError(f"{path} has no entry for any weight of the model, its first is {show(next(iter(means)))}")
+    return Importance(Imatrix(str(path), digest.hexdigest(), len(means), chunks, dataset), means, arch, stacks)
 
 
 def _read_gguf(path: Path) -> tuple[dict[str, Tensor], int, str]:

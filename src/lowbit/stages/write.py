@@ -431,6 +431,8 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
         for key in ("scheme", "method"):
             if before[key] != after[key]:
                 return f"{key} of {before['name']} is {before[key]} there, {after[key]} here"
+    if old["plan"].get("imatrix") != new["plan"].get("imatrix"):
+        return "another importance matrix"
     if old["shard_bytes"] != new["shard_bytes"]:
         return "another shard size"
     return None if old["headers"] == new["headers"] else "other headers, as of another tokenizer in the input"
