@@ -15,6 +15,8 @@ from lowbit.stages import convert, imatrix, quantize, tune
 from lowbit.stages._adapter import Terms
 from lowbit.stages._changes import Goal
 from lowbit.stages._cost import Cost
+from lowbit.stages._directory import GGUF
+from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._windows import cut, encode
@@ -184,6 +186,14 @@ def run_imatrix(
         )
         data = imatrix.measure(source, samples.ids, list(text.sources), out.absolute().parent, watch, progress)
     write_atomic(out, data)
+
+
+def without_tokenizer(model: str, out: Path) -> str | None:
+    """Why a result that was made of a GGUF file alone has no tokenizer; None where it has one, or needs none."""
+    if not model.endswith(GGUF) or any(out.glob(f"*{GGUF}")):
+        return None
+    reason = untold(open_checkpoint(model))
+    return reason and f"no tokenizer was written: {reason}"
 
 
 def _open(request: Request) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from lowbit.cli import group
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.inspect import inspect
 from lowbit.pipeline import Request, run, run_conversion, run_imatrix
@@ -93,6 +96,36 @@ def test_a_file_alone_tells_configuration_and_tokenizer(base: Path, wiki_8m: Pat
     original = json.loads((wiki_8m / "config.json").read_text())
     for key in ("architectures", "hidden_size", "rms_norm_eps", "bos_token_id", "tie_word_embeddings", "vocab_size"):
         assert config[key] == original[key]
+
+
+def test_a_file_alone_is_quantized_into_other_formats(tmp_path: Path) -> None:
+    """With its tokenizer; where that is of a kind that nobody knows, one line says that there is none."""
+    source = saved("qwen3", tmp_path / "model")
+    file = alone(quantized(source, tmp_path / "f16", "f16"), tmp_path / "alone")
+    strange = rewritten(file, tmp_path / "strange.gguf", "tokenizer.ggml.pre", "nobody-knows")
+    for path, out in ((file, tmp_path / "out"), (strange, tmp_path / "bare")):
+        done = CliRunner().invoke(group, ["quantize", str(path), str(out), "--scheme", "int8-g32", "--threads", "1"])
+        assert done.exit_code == 0, done.output
+        assert ("no tokenizer was written" in done.output) == (path == strange)
+        assert (out / "tokenizer.json").exists() == (path == file)
+    ids = open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
+    assert open_tokenizer(open_checkpoint(tmp_path / "out"))(TEXT)["input_ids"] == ids
+    found, wanted = ours(tmp_path / "out", ids), ours(source, ids)
+    assert np.abs(found - wanted).max() <= 0.1 * np.abs(wanted).max()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+
+
+def rewritten(file: Path, out: Path, key: str, value: str) -> Path:
+    """A copy whose text under a key is another, of any length."""
+    found = read_gguf(file)
+    field, data = found.fields[key], file.read_bytes()
+    text = struct.pack("<Q", len(value)) + value.encode()
+    start = min(tensor.start for tensor in found.tensors.values())
+    last = max(found.tensors, key=lambda name: found.tensors[name].start)
+    end = data.index(last.encode()) + len(last) + 4 + 8 * len(found.tensors[last].shape) + 12
+    head = data[: field.start] + text + data[field.stop : end]
+    out.write_bytes(head + bytes(-len(head) % 32) + data[start:])
+    return out
 
 
 def byte_level(pattern: str | None = None, nfc: bool = False) -> Tokenizer:
@@ -417,9 +450,9 @@ def test_parts_of_a_model(base: Path, wiki_8m: Path, tmp_path: Path) -> None:
     assert [file.name for file in files] == [f"model-{n:05}-of-00005.gguf" for n in range(1, 6)]
     assert all(sum(len(data) for _, data in tensors(file).values()) <= 4_000_000 for file in files)
     agree(files[0], wiki_8m, SCHEMES["f16"])
+    joined = llama_quantize(files[0], tmp_path / "theirs.gguf", 7).read_bytes()
     for name, path in (("first", files[0]), ("directory", tmp_path / "out")):
-        joined = llama_quantize(files[0], tmp_path / "theirs.gguf", 18)
-        assert quantized(path, tmp_path / name, "q6_k").read_bytes() == joined.read_bytes()
+        assert quantized(path, tmp_path / name, "q8_0").read_bytes() == joined
     with pytest.raises(CheckpointError, match="name model-00001-of-00005"):
         open_checkpoint(files[1])
     files[3].unlink()

@@ -155,6 +155,12 @@ def make_rules(options: dict[str, Any]) -> Rules:
     return Rules(**rules, format=options.pop("form"), calibration=calibration)
 
 
+def note_tokenizer(reason: str | None) -> None:
+    """Say that no tokenizer was written, where there is a reason."""
+    if reason:
+        click.echo(f"lowbit: {reason}", err=True)
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

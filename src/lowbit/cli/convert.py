@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lowbit import plugins
-from lowbit.cli._options import Size, cores, progress_bars
+from lowbit.cli._options import Size, cores, note_tokenizer, progress_bars
 
 if TYPE_CHECKING:
     from lowbit.stages.convert import Converted
@@ -49,7 +49,7 @@ def command(model: str, out: Path, form: str, scheme: str | None, lossy: bool, a
 
     Killed at any moment, the same command goes on where it was. Everything written is read back and compared.
     """
-    from lowbit.pipeline import run_conversion
+    from lowbit.pipeline import run_conversion, without_tokenizer
     from lowbit.stages._changes import Goal
 
     def announce(planned: Converted, way: Any) -> None:
@@ -60,6 +60,7 @@ def command(model: str, out: Path, form: str, scheme: str | None, lossy: bool, a
     with progress_bars() as progress:
         done = run_conversion(model, out, Goal(form, scheme, lossy), progress=progress, announce=announce, **options)
     click.echo(json.dumps(asdict(done), indent=2) if as_json else _summary(done))
+    note_tokenizer(without_tokenizer(model, out))
 
 
 def _print(planned: Converted) -> None:

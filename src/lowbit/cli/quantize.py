@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lowbit.cli._options import Size, cores, make_rules, print_plan, progress_bars, rules_options
+from lowbit.cli._options import Size, cores, make_rules, note_tokenizer, print_plan, progress_bars, rules_options
 
 _EPILOG = """\b
 Schemes are GRID[-BLOCK][-OPTION...], as int4-g128-asym:
@@ -48,7 +48,7 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
     Killed at any moment, the same command goes on where it was. Everything written is read back and compared.
     OUT/report.html shows the result.
     """
-    from lowbit.pipeline import Request, run
+    from lowbit.pipeline import Request, run, without_tokenizer
 
     rules = make_rules(options)
     request = Request(model, out, rules, plan_file, command=shlex.join(["lowbit", *sys.argv[1:]]), **options)
@@ -62,5 +62,6 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
     with progress_bars() as progress:
         result = run(request, progress, announce)
     click.echo((out / ("report.json" if as_json else "report.md")).read_text(), nl=as_json)
+    note_tokenizer(without_tokenizer(model, out))
     if not as_json:
         click.echo(f"report: {result and (out / 'report.html').resolve()}")
