@@ -189,6 +189,22 @@ def test_refuses_in_one_sentence() -> None:
         choose("q8_0", weights(1), {"model_type": "bert"})
 
 
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -4.0])
+def test_numbers_of_a_rope_that_nothing_can_have(value: float, tmp_path: Path) -> None:
+    """They can be looked at, and evaluated by nobody."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_key_value("llama.rope.freq_base", value, gguf.GGUFValueType.FLOAT64)
+    for key in ("embedding_length", "attention.head_count", "context_length"):
+        writer.add_uint32(f"llama.{key}", 4)
+    writer.add_tensor("token_embd.weight", numbers(4, 32))
+    writer.add_tensor("rope_freqs.weight", np.array([1.0, 2.0, 4.0, 4.0], np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    assert list(open_gguf(tmp_path / "m.gguf").weights) == ["model.embed_tokens.weight"]
+    with pytest.raises(LowbitError, match="rope"):
+        make_plan(open_checkpoint(tmp_path / "m.gguf"), Rules())
+
+
 def older(entries: dict[str, tuple[int, list[float]]], tail: bytes = b"", count: int | None = None) -> bytes:
     """An importance matrix as llama-imatrix wrote it before GGUF."""
     data = struct.pack("<i", len(entries) if count is None else count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from math import isfinite, log, pi
+from math import log, pi
 from typing import Any
 
 from lowbit.errors import UnsupportedError
@@ -14,6 +14,7 @@ from lowbit.stages._gguf import Gguf
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 UNTOLD = "untold"  # type of a rope whose factors no type of transformers gives
 _TYPES = {"none": None, "linear": "linear", "yarn": "yarn"}
+_LARGEST = 3e38  # of float32, about
 _CLOSE = 1e-4  # relative: factors are float32
 
 
@@ -41,7 +42,7 @@ def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
 
 def _short(value: Any) -> Any:
     """A float32 with no more digits than tell it from the others, as people write them."""
-    if not isinstance(value, float) or not isfinite(value) or _single(value) != value:
+    if not isinstance(value, float) or not abs(value) < _LARGEST or _single(value) != value:
         return value
     return next(short for digits in range(6, 18) if _single(short := float(f"{value:.{digits}g}")) == value)
 

@@ -15,7 +15,6 @@ from lowbit.formats._mixtures import MIXTURES, choose, order, require_arch
 from lowbit.stages._gguf import FLOATS, entry, header_of, padded, read_gguf
 from lowbit.stages._gguf_metadata import metadata
 from lowbit.stages._gguf_model import weight_file
-from lowbit.stages._recipe import parse_recipe
 from lowbit.stages._shard import Shard
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Plan
@@ -136,11 +135,12 @@ def _groups(arch: Arch, weights: dict[str, Weight]) -> dict[str, _Group]:
 def _file_type(plan: Plan, weights: dict[str, Weight], checkpoint: Checkpoint) -> int:
     """`general.file_type`: the mixture that gives these very types, or the one of the type that most weights have."""
     types = {name: _type(weight) for name, weight in weights.items()}
-    important = parse_recipe(plan.recipe).weighs
+    told, config = list(weights.values()), checkpoint.config
     for mixture, number in [(name, number) for name, (number, base) in MIXTURES.items() if base in types.values()]:
-        found = choose(mixture, list(weights.values()), checkpoint.config, important)
-        if {name: kind for name, (kind, _) in found.items()} == types:
-            return number
+        for important in (False, True):
+            found = choose(mixture, told, config, important)
+            if {name: kind for name, (kind, _) in found.items()} == types:
+                return number
     counts: dict[str, int] = {}
     for name, kind in types.items():
         counts[kind] = counts.get(kind, 0) + prod(weights[name].shape)
