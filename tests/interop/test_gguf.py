@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import random
 import shutil
 import struct
 from pathlib import Path
@@ -363,7 +364,6 @@ def test_a_model_with_an_importance_matrix_is_llama_quantizes(
     found = quantized(base.parent, tmp_path / "ours", scheme, "imatrix", imatrix=path)
     left, right = tensors(found), tensors(theirs)
     assert [name for name in left if left[name] != right[name]] == []
-    assert left != tensors(quantized(base.parent, tmp_path / "without", scheme))
     assert found.read_bytes() == theirs.read_bytes()
 
 
@@ -546,7 +546,10 @@ def test_tokens_of_bytes_as_a_fallback(prefix: bool, tmp_path: Path) -> None:
     ids, _ = tokens_and_logits(file, TEXT)
     assert ids == open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
     assert len(ids) < len(TEXT) - 10  # most are no single characters
-    assert open_tokenizer(open_checkpoint(alone(file, tmp_path / "alone")))(TEXT)["input_ids"] == ids
+    told = open_tokenizer(open_checkpoint(alone(file, tmp_path / "alone")))
+    pieces = [TEXT[at : at + 3] for at in random.Random(0).choices(range(len(TEXT)), k=60)]  # not learned as they meet
+    for text in (TEXT, "".join(pieces)):
+        assert told(text)["input_ids"] == tokens_and_logits(file, text)[0]
 
 
 LLAMA3_SPLIT = QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")

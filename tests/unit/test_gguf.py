@@ -219,8 +219,8 @@ NAME = "blk.1.ffn_down.weight"
 DOWN = Weight("model.layers.1.mlp.down_proj.weight", (8, 3), torch.float32)
 
 
-def newer(path: Path, sums: Any, counts: Any, kind: str = "imatrix", **facts: Any) -> Path:
-    tensors = {f"{NAME}.in_sum2": np.array(sums, np.float32), f"{NAME}.counts": np.array(counts, np.float32)}
+def newer(path: Path, sums: Any, counts: Any, kind: str = "imatrix", name: str = NAME, **facts: Any) -> Path:
+    tensors = {f"{name}.in_sum2": np.array(sums, np.float32), f"{name}.counts": np.array(counts, np.float32)}
     keys = {f"imatrix.{key}": value for key, value in facts.items()}
     return write(path, {"general.type": kind, **keys}, tensors, {})
 
@@ -236,6 +236,17 @@ def test_both_kinds_of_importance_matrix(tmp_path: Path) -> None:
         assert found.of(Weight("model.layers.0.mlp.down_proj.weight", (8, 3), torch.float32)) is None
         with pytest.raises(UsageError, match="another model"):
             found.of(Weight(DOWN.name, (8, 4), torch.float32))
+
+
+def test_importance_of_experts(tmp_path: Path) -> None:
+    """Each has its count; all inputs of one that no token reached count 1, as in llama-quantize."""
+    names = [f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight" for expert in range(2)]
+    path = newer(tmp_path / "m.gguf", [[4.0, 0.0, 10.0], [7.0] * 3], [[4.0], [0.0]], name="blk.1.ffn_down_exps.weight")
+    found = read_importance(path, {"model_type": "mixtral"}, names)
+    values = [found.of(Weight(name, (8, 3), torch.float32)) for name in names]
+    assert [each.tolist() for each in values if each is not None] == [[1.0, 0.0, 2.5], [1.0, 1.0, 1.0]]
+    with pytest.raises(UsageError, match="another model"):
+        read_importance(path, {"model_type": "mixtral"}, names[:1]).of(Weight(names[0], (8, 3), torch.float32))
 
 
 def test_what_is_written_is_what_llama_imatrix_writes(tmp_path: Path) -> None:
