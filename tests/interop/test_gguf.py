@@ -547,8 +547,9 @@ def test_tokens_of_bytes_as_a_fallback(prefix: bool, tmp_path: Path) -> None:
     assert ids == open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
     assert len(ids) < len(TEXT) - 10  # most are no single characters
     told = open_tokenizer(open_checkpoint(alone(file, tmp_path / "alone")))
-    pieces = [TEXT[at : at + 3] for at in random.Random(0).choices(range(len(TEXT)), k=60)]  # not learned as they meet
-    for text in (TEXT, "".join(pieces)):
+    short = sorted(token for token in told.get_vocab() if len(token) < 4)
+    mixed = "".join(random.Random(5).choices(short, k=160)).replace("\u2581", " ")  # where the order of merges counts
+    for text in (TEXT, mixed):
         assert told(text)["input_ids"] == tokens_and_logits(file, text)[0]
 
 
