@@ -34,6 +34,7 @@ def quantize(
     context: int = 512,
     activations: str | None = None,
     calibration: str | Sequence[str] | None = None,
+    imatrix: str | Path | None = None,
     samples: int = 128,
     sequence_length: int | None = None,
     seed: int = 0,
@@ -56,6 +57,7 @@ def quantize(
         context: tokens per window of that evaluation.
         activations: scheme of the weights' inputs, as `int8-row`; None leaves them as they are.
         calibration: text for methods that learn, as `--calibration` takes it, or several.
+        imatrix: file with llama.cpp's importance matrix, in place of `calibration`, for method `imatrix`.
         samples: windows of that text.
         sequence_length: tokens per window; None for 2,048, or as many as the model takes.
         seed: of every choice at random.
@@ -70,6 +72,7 @@ def quantize(
     rules = Rules(
         scheme, method, format, skip, tuple((sets or {}).items()), options or {}, learned, activations=activations
     )
+    rules = replace(rules, imatrix=Path(imatrix) if imatrix else None)
     text, saved = evaluate and Path(evaluate), plan and Path(plan)
     limit = parse_size(ram) if isinstance(ram, str) else ram
     request = Request(str(model), Path(out), rules, saved or None, limit, threads, text or None, context)

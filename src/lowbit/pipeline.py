@@ -10,24 +10,27 @@ from typing import Any, final
 import torch
 
 from lowbit.budget import Estimate, MemoryWatch
-from lowbit.stages import convert, quantize, tune
+from lowbit.errors import UsageError
+from lowbit.stages import convert, imatrix, quantize, tune
 from lowbit.stages._adapter import Terms
 from lowbit.stages._changes import Goal
 from lowbit.stages._cost import Cost
+from lowbit.stages._directory import GGUF
+from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._windows import cut, encode
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
-from lowbit.stages.plan import Plan, Rules, as_planned, load_plan, make_plan, read_recipe
+from lowbit.stages.plan import Calibration, Plan, Rules, as_planned, load_plan, make_plan, read_recipe
 from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
 from lowbit.stages.rotate import Options as Rotation
 from lowbit.stages.rotate import prove, rotate
 from lowbit.stages.samples import Samples, read_samples, similarity
 from lowbit.stages.verify import verify
-from lowbit.stages.write import SHARD_BYTES, open_output, refuse_foreign
+from lowbit.stages.write import open_output, refuse_foreign, write_atomic
 
 
 @final
@@ -43,7 +46,7 @@ class Request:
         text: file to evaluate on; None to leave evaluation out.
         context: tokens per window of the evaluation.
         tokens: how many tokens to evaluate at most; None for all.
-        shard_bytes: largest output file.
+        shard_bytes: largest output file; None for 5 GB, or one file of GGUF.
         command: the command line, for the report.
         trust_remote_code: run Python code that the checkpoint brings.
     """
@@ -57,7 +60,7 @@ class Request:
     text: Path | None = None
     context: int = 512
     tokens: int | None = None
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: int | None = None
     command: str = ""
     trust_remote_code: bool = False
 
@@ -124,7 +127,7 @@ def run_conversion(
     goal: Goal,
     ram: int | None = None,
     threads: int = 1,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     progress: quantize.Progress = quantize.silent,
     announce: Callable[[convert.Converted, Estimate], None] | None = None,
 ) -> convert.Converted:
@@ -159,6 +162,38 @@ def run_conversion(
             result, largest=largest, verified=checked.tensors, resumed=output.resumed, seconds=clock.seconds,
             memory=memory,
         )  # fmt: skip
+
+
+def run_imatrix(
+    model: str,
+    out: Path,
+    text: Calibration,
+    progress: quantize.Progress = quantize.silent,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write the importance matrix of a float checkpoint: checkpoint -> samples -> imatrix.
+
+    Raises:
+        UsageError: `out` is there already.
+        LowbitError: see `lowbit.errors`.
+    """
+    if out.exists():
+        raise UsageError(f"{out} is there already and is left alone; name a new file")
+    with MemoryWatch(None).running() as watch, open_checkpoint(model, trust_remote_code) as source:
+        length = text.length or default_length(source)
+        samples = read_samples(
+            text.sources, source, samples=text.samples, length=length, seed=text.seed, sampling=text.sampling
+        )
+        data = imatrix.measure(source, samples.ids, list(text.sources), out.absolute().parent, watch, progress)
+    write_atomic(out, data)
+
+
+def without_tokenizer(model: str, out: Path) -> str | None:
+    """Why a result that was made of a GGUF file alone has no tokenizer; None where it has one, or needs none."""
+    if not model.endswith(GGUF) or any(out.glob(f"*{GGUF}")):
+        return None
+    reason = untold(open_checkpoint(model))
+    return reason and f"no tokenizer was written: {reason}"
 
 
 def _open(request: Request) -> Checkpoint:

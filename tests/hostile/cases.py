@@ -573,6 +573,37 @@ _ARCH = gguf_key("general.architecture", 8, gguf_text("llama"))
 _HEADS = gguf_key("llama.attention.head_count", 4, struct.pack("<I", 3))
 _QUERY = gguf_entry("blk.0.attn_q.weight", (32, 4))
 _TEXTS = struct.pack("<IQ", 8, 2**60)
+
+
+def _split(number: int, count: int, total: int, kind: int = 2) -> list[bytes]:
+    """The keys of a part of a split model."""
+    value = struct.pack("<H", count) if kind == 2 else gguf_text(str(count))
+    return [gguf_key("split.no", 2, struct.pack("<H", number)), gguf_key("split.count", kind, value),
+            gguf_key("split.tensors.count", 5, struct.pack("<i", total))]  # fmt: skip
+
+
+def _parts(first: bytes, second: bytes | None, name: str = "m-00001-of-00002.gguf") -> Callable[[Path], Path]:
+    """The first part of a split model, and the second beside it."""
+
+    def build(root: Path) -> Path:
+        if second is not None:
+            (root / "m-00002-of-00002.gguf").write_bytes(second)
+        return _bytes(first, name)(root)
+
+    return build
+
+
+def _part(number: int, count: int = 2, total: int = 2, name: str = "w", kind: int = 2) -> bytes:
+    return gguf_bytes([gguf_entry(name)], _split(number, count, total, kind))
+
+
+def _factors(values: Sequence[float], kind: int = 0, name: str = "rope_freqs.weight") -> Callable[[Path], Path]:
+    """A llama with factors of rope."""
+    data = struct.pack(f"<{len(values)}f", *values)
+    head = gguf_bytes([gguf_entry(name, (len(values),), kind)], [_ARCH], size=0)
+    return _bytes(head + data + bytes(-len(data) % 32), GGUF)
+
+
 GGUFS = [
     Case("gguf empty", _bytes(b"", GGUF), (GGUF, "0 bytes")),
     Case("gguf cut in the counts", _bytes(gguf_bytes()[:20], GGUF), (GGUF, "20 bytes")),
@@ -613,6 +644,20 @@ GGUFS = [
         (GGUF, "q8_0"),
         "gguf",
     ),
+    Case("gguf part without its second", _parts(_part(0), None), ("m-00001", "1 of 2", "m-00002")),
+    Case("gguf part of thousands", _parts(_part(0, 65535), None, "m-00001-of-65535.gguf"), ("of 65535",)),
+    Case("gguf part with another name", _parts(_part(0), None, "m.gguf"), ("one of 2 parts", "00001-of-00002")),
+    Case("gguf part with another count", _parts(_part(0, 3), None), ("one of 3 parts",)),
+    Case("gguf second part", _parts(_part(1), None), ("not the first of 2", "m-00001")),
+    Case("gguf part that is no part", _parts(_part(0), gguf_bytes()), ("m-00002", "part 1 of 1")),
+    Case("gguf first part twice", _parts(_part(0), _part(0, name="v")), ("m-00002", "part 1 of 2")),
+    Case("gguf parts of another model", _parts(_part(0), _part(1, 5, name="v")), ("m-00002", "part 2 of 5")),
+    Case("gguf too few tensors in parts", _parts(_part(0, total=3), _part(1, name="v")), ("should have 3", "2")),
+    Case("gguf tensor in two parts", _parts(_part(0), _part(1)), ("m-00002", "'w'", "another one")),
+    Case("gguf count of parts is a text", _parts(_part(0, kind=8), None), ("split.count", "no number")),
+    Case("gguf second part damaged", _parts(_part(0), b"GGUF"), ("m-00002", "4 bytes")),
+    Case("gguf factors of rope not finite", _factors([1.0, float("nan")]), (GGUF, "rope_freqs", "not finite")),
+    Case("gguf factors of rope in half", _factors([1.0] * 4, kind=1), (GGUF, "rope_freqs", "float32")),
     Case(
         "gguf two in a directory",
         _directory({}, **{"a.gguf": gguf_bytes(), "b.gguf": gguf_bytes()}),

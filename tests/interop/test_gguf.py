@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import random
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,21 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from lowbit.errors import UnsupportedError, UsageError
+from lowbit.cli import group
+from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.formats._mixtures import choose, place_of, require_arch
 from lowbit.inspect import inspect
-from lowbit.pipeline import Request, run, run_conversion
+from lowbit.pipeline import Request, run, run_conversion, run_imatrix
 from lowbit.stages._changes import Goal
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._model import open_blueprint, open_tokenizer
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.evaluate import evaluate
 from lowbit.stages.plan import Calibration, Rules
+from lowbit.stages.samples import read_samples
 
 llama_cpp: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -35,8 +40,8 @@ TEXT = "The river, it's said, had 1850 bridges; nobody knew why. Zürich  is üb
 SCHEMES = {"f32": 1e-4, "f16": 2e-3, "q8_0": 3e-2, "q4_0": 3e-2, "q4_k_m": 3e-2}
 
 
-def quantized(model: Path, out: Path, scheme: str, **rules: Any) -> Path:
-    run(Request(str(model), out, Rules(scheme=scheme, method="ggml", format="gguf", **rules)))
+def quantized(model: Path, out: Path, scheme: str, method: str = "ggml", **rules: Any) -> Path:
+    run(Request(str(model), out, Rules(scheme=scheme, method=method, format="gguf", **rules)))
     return out / "model.gguf"
 
 
@@ -57,10 +62,10 @@ def ours(path: Path, ids: list[int]) -> np.ndarray[Any, Any]:
     return found
 
 
-def agree(file: Path, source: Path, tolerance: float, share: float = 1.0) -> None:
+def agree(file: Path, source: Path, tolerance: float, share: float = 1.0, text: str = TEXT) -> None:
     """For this share of the positions; where rounding moves a token to another expert its logits are others."""
-    ids, theirs = tokens_and_logits(file, TEXT)
-    assert ids == open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
+    ids, theirs = tokens_and_logits(file, text)
+    assert ids == open_tokenizer(open_checkpoint(source))(text)["input_ids"]
     found = ours(file.parent, ids)
     worst = np.abs(found - theirs).max(1) / np.abs(found).max()
     assert np.quantile(worst, share) <= tolerance
@@ -73,13 +78,56 @@ def test_the_embedded_model_in_llama_cpp(scheme: str, wiki_8m: Path, tmp_path: P
     assert inspect(file).made_by["quantized_by"].startswith("lowbit ")
 
 
-def test_a_file_alone_tells_configuration_and_tokenizer(wiki_8m: Path, tmp_path: Path) -> None:
-    file = quantized(wiki_8m, tmp_path / "out", "q8_0")
-    (tmp_path / "alone").mkdir()
-    alone = Path(shutil.copy(file, tmp_path / "alone" / "other.gguf"))
-    ids = open_tokenizer(open_checkpoint(alone))(TEXT)["input_ids"]
-    assert ids == open_tokenizer(open_checkpoint(wiki_8m))(TEXT)["input_ids"]
-    assert np.array_equal(ours(alone, ids), ours(file.parent, ids))
+def alone(file: Path, folder: Path) -> Path:
+    """A copy with nothing beside it."""
+    folder.mkdir()
+    return Path(shutil.copy(file, folder / "other.gguf"))
+
+
+def test_a_file_alone_tells_configuration_and_tokenizer(base: Path, wiki_8m: Path, tmp_path: Path) -> None:
+    """It is evaluated, and becomes a checkpoint of transformers that computes the same."""
+    file = alone(base, tmp_path / "alone")
+    ids = open_tokenizer(open_checkpoint(wiki_8m))(TEXT)["input_ids"]
+    assert open_tokenizer(open_checkpoint(file))(TEXT)["input_ids"] == ids
+    wanted = ours(base.parent, ids)
+    assert np.array_equal(ours(file, ids), wanted)
+    run_conversion(str(file), tmp_path / "float", Goal("float"))
+    assert np.array_equal(ours(tmp_path / "float", ids), wanted)
+    assert open_tokenizer(open_checkpoint(tmp_path / "float"))(TEXT)["input_ids"] == ids
+    config = json.loads((tmp_path / "float" / "config.json").read_text())
+    original = json.loads((wiki_8m / "config.json").read_text())
+    for key in ("architectures", "hidden_size", "rms_norm_eps", "bos_token_id", "tie_word_embeddings", "vocab_size"):
+        assert config[key] == original[key]
+
+
+def test_a_file_alone_is_quantized_into_other_formats(tmp_path: Path) -> None:
+    """With its tokenizer; where that is of a kind that nobody knows, one line says that there is none."""
+    source = saved("qwen3", tmp_path / "model")
+    file = alone(quantized(source, tmp_path / "f16", "f16"), tmp_path / "alone")
+    strange = rewritten(file, tmp_path / "strange.gguf", "tokenizer.ggml.pre", "nobody-knows")
+    for path, out in ((file, tmp_path / "out"), (strange, tmp_path / "bare")):
+        done = CliRunner().invoke(group, ["quantize", str(path), str(out), "--scheme", "int8-g32", "--threads", "1"])
+        assert done.exit_code == 0, done.output
+        assert ("no tokenizer was written" in done.output) == (path == strange)
+        assert (out / "tokenizer.json").exists() == (path == file)
+    ids = open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
+    assert open_tokenizer(open_checkpoint(tmp_path / "out"))(TEXT)["input_ids"] == ids
+    found, wanted = ours(tmp_path / "out", ids), ours(source, ids)
+    assert np.abs(found - wanted).max() <= 0.1 * np.abs(wanted).max()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+
+
+def rewritten(file: Path, out: Path, key: str, value: str) -> Path:
+    """A copy whose text under a key is another, of any length."""
+    found = read_gguf(file)
+    field, data = found.fields[key], file.read_bytes()
+    text = struct.pack("<Q", len(value)) + value.encode()
+    start = min(tensor.start for tensor in found.tensors.values())
+    last = max(found.tensors, key=lambda name: found.tensors[name].start)
+    end = data.index(last.encode()) + len(last) + 4 + 8 * len(found.tensors[last].shape) + 12
+    head = data[: field.start] + text + data[field.stop : end]
+    out.write_bytes(head + bytes(-len(head) % 32) + data[start:])
+    return out
 
 
 def byte_level(pattern: str | None = None, nfc: bool = False) -> Tokenizer:
@@ -170,16 +218,15 @@ KINDS = [
 
 def saved(kind: str, path: Path, tokenizer: Tokenizer | None = None) -> Path:
     """A small random model with a tokenizer."""
-    tokenizer = tokenizer or (byte_level(QWEN, nfc=True) if kind.startswith("qwen") else byte_level())
-    return stored(models_of(kind), path, tokenizer)
+    own = byte_level(QWEN, nfc=True) if kind.startswith("qwen") else byte_level()
+    return saved_model(models_of(kind), path, tokenizer or own)
 
 
-def stored(made: Any, path: Path, tokenizer: Tokenizer | None = None) -> Path:
-    """A model with its weights spread, and a tokenizer."""
-    model = spread(made)
+def saved_model(model: Any, path: Path, tokenizer: Tokenizer) -> Path:
+    """With weights at random."""
+    model = spread(model)
     model.config.eos_token_id = 1
     model.save_pretrained(path)
-    tokenizer = tokenizer or byte_level()
     library: Any = transformers
     fast = library.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>")
     fast.save_pretrained(path)
@@ -196,8 +243,19 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     written, original = open_checkpoint(file), open_checkpoint(source)
     for name in written.weights:
         torch.testing.assert_close(written.dequantized(name), original.dequantized(name), rtol=0, atol=2e-7)
+    ids = list(range(2, 60))
+    found, wanted = ours(alone(file, tmp_path / "alone"), ids), ours(source, ids)
+    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
     sparse = kind in ("qwen3 moe", "mixtral")
     agree(quantized(source, tmp_path / "q8_0", "q8_0"), source, 0.1, 0.5 if sparse else 1.0)
+
+
+def test_what_llama_cpp_would_compute_in_another_way_is_refused(tmp_path: Path) -> None:
+    library: Any = transformers
+    config = library.Qwen2Config(**SMALL, rope_parameters=YARN | {"beta_fast": 8.0})
+    source = saved_model(library.Qwen2ForCausalLM(config), tmp_path / "model", byte_level())
+    with pytest.raises(UnsupportedError, match="beta_fast"):
+        quantized(source, tmp_path / "out", "f32")
 
 
 def test_gptq_goes_into_gguf_and_back_without_loss(wiki_8m: Path, tmp_path: Path) -> None:
@@ -231,20 +289,134 @@ def test_super_blocks_go_into_floats_and_into_nothing_else(wiki_8m: Path, tmp_pa
     assert np.array_equal(ours(tmp_path / "float", ids), ours(file.parent, ids))
     with pytest.raises(UnsupportedError, match="has no minima; use asym; with --lossy the relative squared error is"):
         run_conversion(str(file.parent), tmp_path / "no", Goal("compressed-tensors"))
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    with pytest.raises(UsageError, match=r"has no config.json beside its weights"):
-        run_conversion(str(shutil.copy(file, alone)), tmp_path / "no", Goal("gptq"))
 
 
-def llama_quantize(source: Path, out: Path, file_type: int, importance: Any = None) -> Path:
+def llama_quantize(
+    source: Path, out: Path, file_type: int, imatrix: tuple[Path, Means] | None = None, entries: Any = None
+) -> Path:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread = file_type, 1
-    if importance is not None:
-        parameters.imatrix = importance
+    parameters.imatrix = entries
+    if imatrix:
+        entries, keys = given_imatrix(*imatrix)
+        parameters.imatrix, parameters.kv_overrides = entries, keys
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
     assert code == 0
     return out
+
+
+Means = dict[str, np.ndarray[Any, Any]]
+
+
+def given_imatrix(path: Path, means: Means) -> tuple[Any, Any]:
+    """What llama-quantize hands on when it has read this file; the last entries end the lists."""
+    entries = (llama_cpp.llama_model_imatrix_data * (len(means) + 1))()
+    for place, (name, values) in zip(entries, means.items(), strict=False):
+        data = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
+        place.name, place.size = name.encode(), data.size
+        place.data = (ctypes.c_float * data.size)(*data.tolist())
+    keys = (llama_cpp.llama_model_kv_override * 5)()
+    told: list[tuple[str, str | int]] = [
+        ("file", str(path)),
+        ("dataset", "wiki.txt"),
+        ("entries_count", len(means)),
+        ("chunks_count", 7),
+    ]
+    for place, (name, value) in zip(keys, told, strict=False):
+        place.key, place.tag = f"quantize.imatrix.{name}".encode(), 3 if isinstance(value, str) else 0
+        if isinstance(value, str):
+            place.value.val_str = value.encode()[:127]
+        else:
+            place.value.val_i64 = value
+    return entries, keys
+
+
+def make_imatrix(model: Path, path: Path) -> Means:
+    """An importance matrix at random, written by the `gguf` package; one expert of a stack was never reached.
+
+    Returns what llama-quantize makes of it.
+    """
+    writer, means, chance = gguf.GGUFWriter(path, "none"), {}, np.random.default_rng(1)
+    del writer.kv_data[0]["general.architecture"]
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["wiki.txt"])
+    writer.add_uint32("imatrix.chunk_count", 7)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    for tensor in gguf.GGUFReader(model).tensors:
+        name, (cols, _, *stack) = str(tensor.name), [*tensor.shape.tolist(), 1][: max(len(tensor.shape), 2)]
+        if not name.startswith("blk.") or len(tensor.shape) < 2 or "inp" in name:
+            continue
+        sums = (chance.random((*stack, cols)) ** 4).astype(np.float32)
+        counts = np.arange(stack[0] if stack else 1, dtype=np.float32).reshape(-1, 1) + (0 if stack else 100)
+        writer.add_tensor(f"{name}.in_sum2", sums)
+        writer.add_tensor(f"{name}.counts", counts if stack else counts[0])
+        means[name] = np.where(counts > 0, sums.reshape(len(counts), -1) / np.maximum(counts, 1), np.float32(1))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return means
+
+
+@pytest.mark.parametrize(("scheme", "file_type"), [("q4_0", 2), ("q4_k_m", 15), ("iq4_xs", 30)])
+def test_a_model_with_an_importance_matrix_is_llama_quantizes(
+    scheme: str, file_type: int, base: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "imatrix.gguf"
+    means = make_imatrix(base, path)
+    theirs = llama_quantize(base, tmp_path / "theirs.gguf", file_type, (path, means))
+    found = quantized(base.parent, tmp_path / "ours", scheme, "imatrix", imatrix=path)
+    left, right = tensors(found), tensors(theirs)
+    assert [name for name in left if left[name] != right[name]] == []
+    assert found.read_bytes() == theirs.read_bytes()
+
+
+def test_experts_with_an_importance_matrix(tmp_path: Path) -> None:
+    """Each has a count of its own; one that no token reached counts all of its inputs the same."""
+    file, path = quantized(saved("mixtral", tmp_path / "model"), tmp_path / "f16", "f16"), tmp_path / "imatrix.gguf"
+    means = make_imatrix(file, path)
+    theirs = llama_quantize(file, tmp_path / "theirs.gguf", 2, (path, means))
+    found = quantized(file, tmp_path / "ours", "q4_0", "imatrix", imatrix=path)
+    assert found.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_an_importance_matrix_has_the_squares_of_what_layers_read(kind: str, tmp_path: Path) -> None:
+    """As hooks on the layers of transformers see it; llama.cpp quantizes with it what is quantized with it here."""
+    source = saved(kind, tmp_path / "model")
+    (tmp_path / "text").write_text(TEXT * 40)
+    text = Calibration((str(tmp_path / "text"),), samples=6, length=32)
+    run_imatrix(str(source), tmp_path / "imatrix.gguf", text)
+    ids = read_samples(text.sources, open_checkpoint(source), samples=6, length=32).ids
+    seen: dict[str, torch.Tensor] = {}
+
+    def see(name: str) -> Any:
+        def hook(module: Any, inputs: Any) -> None:
+            seen[name] = seen.get(name, 0) + inputs[0].double().square().reshape(-1, inputs[0].shape[-1]).sum(0)
+
+        return hook
+
+    model = open_blueprint(open_checkpoint(source), torch.float32).resident()
+    places = {"model.layers.1.self_attn.o_proj": "attn_output", "model.layers.1.mlp.down_proj": "ffn_down",
+              "model.layers.1.self_attn.k_proj": "attn_k", "transformer.h.1.mlp.c_proj": "ffn_down",
+              "transformer.h.1.attn.c_attn": "attn_qkv"}  # fmt: skip
+    for name, module in model.named_modules():
+        if name in places:
+            module.register_forward_pre_hook(see(name))
+    with torch.inference_mode():
+        model(input_ids=ids)
+    found = {str(tensor.name): tensor.data for tensor in gguf.GGUFReader(tmp_path / "imatrix.gguf").tensors}
+    for name, squares in seen.items():
+        stem = f"blk.1.{places[name]}.weight"
+        assert found[f"{stem}.counts"].tolist() == [ids.numel()]
+        np.testing.assert_allclose(found[f"{stem}.in_sum2"], squares.numpy(), rtol=1e-4)
+    assert len(seen) == {"llama": 3, "mixtral": 2, "gpt2": 2}[kind]
+    if kind == "mixtral":  # each token goes to two experts
+        counts, sums = (found[f"blk.1.ffn_up_exps.weight.{part}"] for part in ("counts", "in_sum2"))
+        assert (counts.sum(), sums.shape) == (2 * ids.numel(), (4, 64))
+        assert np.array_equal(sums, found["blk.1.ffn_gate_exps.weight.in_sum2"])
+    out = quantized(source, tmp_path / "out", "q4_0", "imatrix", imatrix=tmp_path / "imatrix.gguf")
+    assert "Q4_0" in {kind for kind, _ in tensors(out).values()}
 
 
 @pytest.fixture(scope="module")
@@ -269,10 +441,58 @@ def test_types_and_bytes_are_llama_quantizes(scheme: str, file_type: int, base: 
     theirs = llama_quantize(base, tmp_path / "theirs.gguf", file_type)
     found = quantized(base.parent, tmp_path / "ours", scheme)
     left, right = tensors(found), tensors(theirs)
-    assert list(left) == list(right)
     assert {name: kind for name, (kind, _) in left.items()} == {name: kind for name, (kind, _) in right.items()}
     assert [name for name in left if left[name] != right[name]] == []
-    assert gguf.GGUFReader(found).get_field("general.file_type").contents() == file_type  # type: ignore[union-attr]
+    assert found.read_bytes() == theirs.read_bytes()  # keys, their order and values too
+
+
+def test_parts_of_a_model(base: Path, wiki_8m: Path, tmp_path: Path) -> None:
+    """llama.cpp loads them; here a directory, or the first of them, is the model, and they become one file again."""
+    split = Request(str(wiki_8m), tmp_path / "out", Rules(scheme="f16", format="gguf"), shard_bytes=4_000_000)
+    run(split)
+    files = sorted((tmp_path / "out").glob("*.gguf"))
+    assert [file.name for file in files] == [f"model-{n:05}-of-00005.gguf" for n in range(1, 6)]
+    assert all(sum(len(data) for _, data in tensors(file).values()) <= 4_000_000 for file in files)
+    agree(files[0], wiki_8m, SCHEMES["f16"])
+    joined = llama_quantize(files[0], tmp_path / "theirs.gguf", 7).read_bytes()
+    for name, path in (("first", files[0]), ("directory", tmp_path / "out")):
+        assert quantized(path, tmp_path / name, "q8_0").read_bytes() == joined
+    with pytest.raises(CheckpointError, match="name model-00001-of-00005"):
+        open_checkpoint(files[1])
+    files[3].unlink()
+    with pytest.raises(CheckpointError, match=r"1 of 5 .*missing.*model-00004"):
+        open_checkpoint(files[0])
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 100.0}
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 32, "rope_theta": 10000.0,
+        "long_factor": [1.5 + k for k in range(8)], "short_factor": [1 + k / 16 for k in range(8)]}  # fmt: skip
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("Llama", {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0}),
+    "llama3": ("Llama", LLAMA3),
+    "yarn": ("Qwen2", YARN),
+    "yarn attention": ("Qwen3", YARN | {"factor": 8.0, "attention_factor": 1.5}),
+    "longrope": ("Phi3", LONG),
+    "longrope short": ("Phi3", LONG | {"original_max_position_embeddings": 300}),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_stretched_ropes(kind: str, tmp_path: Path) -> None:
+    """llama.cpp computes what transformers does; so does transformers from the file alone."""
+    library: Any = transformers
+    family, rope = ROPES[kind]
+    settings: dict[str, Any] = {**SMALL, "num_hidden_layers": 1, "head_dim": 16, "rope_parameters": rope}
+    if family == "Phi3":
+        settings |= {"pad_token_id": 0, "original_max_position_embeddings": rope["original_max_position_embeddings"]}
+    config = getattr(library, f"{family}Config")(**settings)
+    model = getattr(library, f"{family}ForCausalLM")(config)
+    source = saved_model(model, tmp_path / "model", byte_level())
+    file = quantized(source, tmp_path / "f32", "f32")
+    agree(file, source, 1e-4, text=TEXT + TEXT)
+    ids = list(range(2, 90))
+    found, wanted = ours(alone(file, tmp_path / "alone"), ids), ours(source, ids)
+    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize(
@@ -281,14 +501,14 @@ def test_types_and_bytes_are_llama_quantizes(scheme: str, file_type: int, base: 
 def test_types_are_llama_quantizes_under_an_importance_matrix(scheme: str, file_type: int, tmp_path: Path) -> None:
     size = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, **size}))
-    source = quantized(stored(model, tmp_path / "model"), tmp_path / "f16", "f16")
+    source = quantized(saved_model(model, tmp_path / "model", byte_level()), tmp_path / "f16", "f16")
     kinds = tensors(source)
     ones = (ctypes.c_float * 256)(*[1.0] * 256)
     entry = llama_cpp.llama_model_imatrix_data
     table = (entry * (len(kinds) + 1))(*[entry(name.encode(), ones, 256) for name in kinds], entry(None, None, 0))
-    theirs = tensors(llama_quantize(source, tmp_path / "theirs.gguf", file_type, table))
+    theirs = tensors(llama_quantize(source, tmp_path / "theirs.gguf", file_type, entries=table))
     checkpoint = open_checkpoint(tmp_path / "model")
-    found = choose(scheme, list(checkpoint.weights.values()), checkpoint.config)
+    found = choose(scheme, list(checkpoint.weights.values()), checkpoint.config, True)
     arch = require_arch(checkpoint.config)
     ours = {place_of(arch, checkpoint.weights[name]): kind.upper() for name, (kind, _) in found.items()}
     assert ours == {name: kind for name, (kind, _) in theirs.items()}
@@ -320,6 +540,8 @@ def test_a_sentencepiece_vocabulary(shared: Path, tmp_path: Path) -> None:
     kinds = {kind for kind, _ in tensors(file).values()}
     assert kinds == {"F32", "F16", "Q5_0", "Q8_0"}
     agree(file, source, 5e-2)
+    ids = open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
+    assert open_tokenizer(open_checkpoint(alone(file, tmp_path / "alone")))(TEXT)["input_ids"] == ids
 
 
 def with_bytes(prefix: bool) -> Tokenizer:
@@ -343,9 +565,15 @@ def with_bytes(prefix: bool) -> Tokenizer:
 @pytest.mark.parametrize("prefix", [True, False])
 def test_tokens_of_bytes_as_a_fallback(prefix: bool, tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "model", with_bytes(prefix))
-    ids, _ = tokens_and_logits(quantized(source, tmp_path / "out", "q8_0"), TEXT)
+    file = quantized(source, tmp_path / "out", "q8_0")
+    ids, _ = tokens_and_logits(file, TEXT)
     assert ids == open_tokenizer(open_checkpoint(source))(TEXT)["input_ids"]
     assert len(ids) < len(TEXT) - 10  # most are no single characters
+    told = open_tokenizer(open_checkpoint(alone(file, tmp_path / "alone")))
+    short = sorted(token for token in told.get_vocab() if len(token) < 4)
+    mixed = "".join(random.Random(5).choices(short, k=160)).replace("\u2581", " ")  # where the order of merges counts
+    for text in (TEXT, mixed):
+        assert told(text)["input_ids"] == tokens_and_logits(file, text)[0]
 
 
 LLAMA3_SPLIT = QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")
@@ -366,7 +594,9 @@ def test_splits_are_those_of_llama_cpp(pre: str, tmp_path: Path) -> None:
     file = quantized(source, tmp_path / "out", "q8_0")
     assert read_gguf(file).value("tokenizer.ggml.pre") == pre
     text = TEXT + " 1234567 I'll WE'RE  \n\n  end..."
-    assert tokens_and_logits(file, text)[0] == open_tokenizer(open_checkpoint(source))(text)["input_ids"]
+    ids = open_tokenizer(open_checkpoint(source))(text)["input_ids"]
+    assert tokens_and_logits(file, text)[0] == ids
+    assert open_tokenizer(open_checkpoint(alone(file, tmp_path / "alone")))(text)["input_ids"] == ids
 
 
 def test_a_split_that_nobody_knows_is_refused(tmp_path: Path) -> None:
@@ -376,7 +606,7 @@ def test_a_split_that_nobody_knows_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_saved_plan_is_carried_out(wiki_8m: Path, tmp_path: Path) -> None:
-    rules = {"skip": ["lm_head"], "sets": (("layers.0.*down_proj", "q6_k"), ("embed_tokens", "f16"))}
+    rules: dict[str, Any] = {"skip": ["lm_head"], "sets": (("layers.0.*down_proj", "q6_k"), ("embed_tokens", "f16"))}
     first = quantized(wiki_8m, tmp_path / "first", "q4_0", **rules)
     run(Request(str(wiki_8m), tmp_path / "second", Rules(format="gguf"), plan=first.parent / "lowbit-plan.json"))
     assert (tmp_path / "second" / "model.gguf").read_bytes() == first.read_bytes()

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.errors import CheckpointError, UnsupportedError, UsageError
+from lowbit.errors import CheckpointError, LowbitError, UnsupportedError, UsageError
 from lowbit.formats import Weight
 from lowbit.formats._gguf import archs, from_file, interleave, separate, to_file
 from lowbit.formats._mixtures import choose
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._gguf_model import open_gguf
+from lowbit.stages._imatrix import imatrix_bytes, read_importance
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules, make_plan
 from tests.hostile.cases import gguf_bytes, gguf_entry, gguf_key, gguf_text
@@ -125,7 +126,7 @@ def test_experts_are_slices_of_one_tensor(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", keys, {"blk.1.ffn_up_exps.weight": stack}, {})
     model = open_gguf(path)
     for expert in range(3):
-        found = model.file.tensor(f"model.layers.1.mlp.experts.{expert}.up_proj.weight")
+        found = model.files[0].tensor(f"model.layers.1.mlp.experts.{expert}.up_proj.weight")
         assert torch.equal(found, torch.from_numpy(stack[expert]))
     assert model.config["model_type"] == "qwen3_moe"
 
@@ -143,10 +144,10 @@ def test_what_is_not_utf8_is_an_error_when_it_is_asked_for(tmp_path: Path) -> No
         found.value("a")
 
 
-def test_a_file_alone_is_not_quantized(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.gguf", {"arch": "qwen2"}, {"token_embd.weight": numbers(4, 32)}, {})
-    with pytest.raises(UsageError, match=r"no config\.json"):
-        make_plan(open_checkpoint(path), Rules(format="gguf"))
+def test_a_file_alone_of_an_unknown_architecture_goes_nowhere(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", {"arch": "rwkv7"}, {"blk.0.time_mix.weight": numbers(4, 32)}, {})
+    with pytest.raises(UnsupportedError, match=r"no config\.json"):
+        make_plan(open_checkpoint(path), Rules())
 
 
 def weights(layers: int, width: int = 256) -> list[Weight]:
@@ -186,3 +187,133 @@ def test_refuses_in_one_sentence() -> None:
         choose("int4-g128", weights(1), CONFIG)
     with pytest.raises(UnsupportedError, match=r"llama.*bert"):
         choose("q8_0", weights(1), {"model_type": "bert"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -4.0])
+def test_numbers_of_a_rope_that_nothing_can_have(value: float, tmp_path: Path) -> None:
+    """They can be looked at, and evaluated by nobody."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_key_value("llama.rope.freq_base", value, gguf.GGUFValueType.FLOAT64)
+    for key in ("embedding_length", "attention.head_count", "context_length"):
+        writer.add_uint32(f"llama.{key}", 4)
+    writer.add_tensor("token_embd.weight", numbers(4, 32))
+    writer.add_tensor("rope_freqs.weight", np.array([1.0, 2.0, 4.0, 4.0], np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    assert list(open_gguf(tmp_path / "m.gguf").weights) == ["model.embed_tokens.weight"]
+    with pytest.raises(LowbitError, match="rope"):
+        make_plan(open_checkpoint(tmp_path / "m.gguf"), Rules())
+
+
+def older(entries: dict[str, tuple[int, list[float]]], tail: bytes = b"", count: int | None = None) -> bytes:
+    """An importance matrix as llama-imatrix wrote it before GGUF."""
+    data = struct.pack("<i", len(entries) if count is None else count)
+    for name, (calls, values) in entries.items():
+        text = name.encode()
+        data += struct.pack("<i", len(text)) + text + struct.pack("<ii", calls, len(values))
+        data += struct.pack(f"<{len(values)}f", *values)
+    return data + tail
+
+
+NAME = "blk.1.ffn_down.weight"
+DOWN = Weight("model.layers.1.mlp.down_proj.weight", (8, 3), torch.float32)
+
+
+def newer(path: Path, sums: Any, counts: Any, kind: str = "imatrix", name: str = NAME, **facts: Any) -> Path:
+    tensors = {f"{name}.in_sum2": np.array(sums, np.float32), f"{name}.counts": np.array(counts, np.float32)}
+    keys = {f"imatrix.{key}": value for key, value in facts.items()}
+    return write(path, {"general.type": kind, **keys}, tensors, {})
+
+
+def test_both_kinds_of_importance_matrix(tmp_path: Path) -> None:
+    (tmp_path / "old.dat").write_bytes(older({NAME: (2, [2.0, 0.0, 5.0])}, struct.pack("<ii", 9, 4) + b"text"))
+    new = newer(tmp_path / "new.gguf", [[4.0, 0.0, 10.0]], [[4.0]], chunk_count=9, datasets=["text"])
+    for path in (tmp_path / "old.dat", new):
+        found = read_importance(path, CONFIG, [DOWN.name])
+        values = found.of(DOWN)
+        assert values is not None and values.tolist() == [1.0, 0.0, 2.5]
+        assert (found.facts.chunks, found.facts.dataset, found.facts.entries) == (9, "text", 1)
+        assert found.of(Weight("model.layers.0.mlp.down_proj.weight", (8, 3), torch.float32)) is None
+        with pytest.raises(UsageError, match="another model"):
+            found.of(Weight(DOWN.name, (8, 4), torch.float32))
+
+
+def test_importance_of_experts(tmp_path: Path) -> None:
+    """Each has its count; all inputs of one that no token reached count 1, as in llama-quantize."""
+    names = [f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight" for expert in range(2)]
+    path = newer(tmp_path / "m.gguf", [[4.0, 0.0, 10.0], [7.0] * 3], [[4.0], [0.0]], name="blk.1.ffn_down_exps.weight")
+    found = read_importance(path, {"model_type": "mixtral"}, names)
+    values = [found.of(Weight(name, (8, 3), torch.float32)) for name in names]
+    assert [each.tolist() for each in values if each is not None] == [[1.0, 0.0, 2.5], [1.0, 1.0, 1.0]]
+    with pytest.raises(UsageError, match="another model"):
+        read_importance(path, {"model_type": "mixtral"}, names[:1]).of(Weight(names[0], (8, 3), torch.float32))
+
+
+def test_what_is_written_is_what_llama_imatrix_writes(tmp_path: Path) -> None:
+    """By its definition: names in order, a row for each expert, counts beside, in what the `gguf` package finds."""
+    sums = {"blk.1.b.weight": torch.tensor([[1.0, 2.0, 3.0]]), "blk.0.e.weight": torch.arange(6.0).reshape(2, 3)}
+    counts = {"blk.1.b.weight": [5.0], "blk.0.e.weight": [4.0, 0.0]}
+    (tmp_path / "m.gguf").write_bytes(imatrix_bytes(sums, counts, ["a.txt", "b.txt"], 3, 512))
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    found = {str(tensor.name): tensor for tensor in reader.tensors}
+    assert list(found) == [f"blk.{name}.weight.{part}" for name in ("0.e", "1.b") for part in ("in_sum2", "counts")]
+    assert [found["blk.0.e.weight.in_sum2"].shape.tolist(), found["blk.0.e.weight.counts"].shape.tolist()] == [
+        [3, 2],
+        [1, 2],
+    ]
+    assert found["blk.0.e.weight.in_sum2"].data.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert found["blk.1.b.weight.counts"].data.tolist() == [5]
+    keys = {
+        key: reader.get_field(key)
+        for key in ("general.type", "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
+    }
+    assert [field.contents() for field in keys.values() if field] == ["imatrix", ["a.txt", "b.txt"], 3, 512]
+
+
+GOOD = {NAME: (2, [2.0, 0.0, 5.0])}
+BAD: dict[str, tuple[Any, str]] = {
+    "empty": (b"", "truncated"),
+    "text": (b"some text that is none", "entries in"),
+    "no entries": (older({}), "0 entries"),
+    "far too many entries": (older(GOOD, count=2**30), "entries in"),
+    "fewer entries": (older(GOOD, count=2), "truncated"),
+    "name too long": (struct.pack("<ii", 1, 2**31 - 1) + bytes(40), "truncated"),
+    "name of negative length": (struct.pack("<ii", 1, -4) + bytes(40), "truncated"),
+    "name not utf-8": (struct.pack("<ii", 1, 2) + b"\xff\xfe" + bytes(40), "truncated"),
+    "no calls": (older({NAME: (0, [1.0] * 3)}), "0 calls"),
+    "too many values": (older(GOOD)[:-12], "3 values"),
+    "nan": (older({NAME: (1, [float("nan")] * 3)}), "not finite"),
+    "negative": (older({NAME: (1, [1.0, -1.0, 0.0])}), "negative"),
+    "another model": (older({"blk.7.ffn_down.weight": (1, [1.0])}), "no entry for any"),
+    "a model": (lambda path: newer(path, [[1.0] * 3], [[1.0]], kind="model"), "'model'"),
+    "sums alone": (
+        lambda path: write(path, {"general.type": "imatrix"}, {f"{NAME}.in_sum2": numbers(3)}, {}),
+        "no counts",
+    ),
+    "counts do not divide": (lambda path: newer(path, [[1.0] * 3], [[1.0], [2.0]]), "3 sums and 2 counts"),
+    "count nan": (lambda path: newer(path, [[1.0] * 3], [[float("nan")]]), "count that is"),
+    "count negative": (lambda path: newer(path, [[1.0] * 3], [[-1.0]]), "count that is"),
+    "sum infinite": (lambda path: newer(path, [[float("inf")] * 3], [[1.0]]), "not finite"),
+    "float16": (
+        lambda path: write(
+            path,
+            {"general.type": "imatrix"},
+            {f"{NAME}.in_sum2": numbers(3, dtype=np.float16), f"{NAME}.counts": numbers(1)},
+            {},
+        ),
+        "float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_importance_matrices_that_are_refused(case: str, tmp_path: Path) -> None:
+    made, says = BAD[case]
+    path = tmp_path / "imatrix"
+    if isinstance(made, bytes):
+        path.write_bytes(made)
+    else:
+        made(path)
+    with pytest.raises(LowbitError) as caught:
+        read_importance(path, CONFIG, [DOWN.name])
+    assert says in str(caught.value) and str(path) in str(caught.value) and str(caught.value).isprintable()

@@ -14,6 +14,7 @@ _COMMANDS = {
     "quantize": "Quantize a checkpoint, verify it, measure it, report.",
     "convert": "Take a checkpoint into another format, lossless where it holds the weights.",
     "plan": "Show which tensor would get which scheme, and why.",
+    "imatrix": "Write llama.cpp's importance matrix of a model.",
     "evaluate": "Perplexity, and divergence from a reference, with intervals.",
     "generate": "Continue a prompt, the weights multiplied as they are stored.",
     "inspect": "Tell what a checkpoint is and whether it is sound.",

@@ -97,6 +97,10 @@ _RULES = (
         "--calibration", "sources", multiple=True, metavar="TEXT",
         help="Text to learn from: FILE, FILE.jsonl[:FIELD] or hf:NAME[:CONFIG[:SPLIT[:FIELD]]]; repeatable.",
     ),
+    click.option(
+        "--imatrix", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+        help="llama.cpp's importance matrix, in place of --calibration; for --method imatrix.",
+    ),
     click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Windows of that text."),
     click.option(
         "--sequence-length", "length", type=click.IntRange(8), show_default="2048, or what the model takes",
@@ -146,10 +150,16 @@ def make_rules(options: dict[str, Any]) -> Rules:
         raise click.UsageError(
             f"--device {text['device']} is for --calibration; what needs no text is done on the processor"
         )
-    others = ("scheme", "method", "skip", "sets", "options", "blocks", "activations")
+    others = ("scheme", "method", "skip", "sets", "options", "blocks", "activations", "imatrix")
     rules = {name: options.pop(name) for name in others}
     calibration = Calibration(**text) if text["sources"] else None
     return Rules(**rules, format=options.pop("form"), calibration=calibration)
+
+
+def note_tokenizer(reason: str | None) -> None:
+    """Say that no tokenizer was written, where there is a reason."""
+    if reason:
+        click.echo(f"lowbit: {reason}", err=True)
 
 
 def cores() -> int:

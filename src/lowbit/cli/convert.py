@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lowbit import plugins
-from lowbit.cli._options import Size, cores, progress_bars
+from lowbit.cli._options import Size, cores, note_tokenizer, progress_bars
 
 if TYPE_CHECKING:
     from lowbit.stages.convert import Converted
@@ -40,14 +40,16 @@ Examples:
 )
 @click.option("--ram", type=Size(), help="Anonymous memory that the run may hold, as 4GiB; checked first, then kept.")
 @click.option("--threads", type=click.IntRange(1), default=cores, show_default="all cores", help="Workers.")
-@click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True, help="Largest output file.")
+@click.option(
+    "--shard-size", "shard_bytes", type=Size(), show_default="5GB, or one file of gguf", help="Largest output file."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one JSON document.")
 def command(model: str, out: Path, form: str, scheme: str | None, lossy: bool, as_json: bool, **options: Any) -> None:
     """Convert IN (a directory, file or hub name) into another format, in the directory OUT.
 
     Killed at any moment, the same command goes on where it was. Everything written is read back and compared.
     """
-    from lowbit.pipeline import run_conversion
+    from lowbit.pipeline import run_conversion, without_tokenizer
     from lowbit.stages._changes import Goal
 
     def announce(planned: Converted, way: Any) -> None:
@@ -58,6 +60,7 @@ def command(model: str, out: Path, form: str, scheme: str | None, lossy: bool, a
     with progress_bars() as progress:
         done = run_conversion(model, out, Goal(form, scheme, lossy), progress=progress, announce=announce, **options)
     click.echo(json.dumps(asdict(done), indent=2) if as_json else _summary(done))
+    note_tokenizer(without_tokenizer(model, out))
 
 
 def _print(planned: Converted) -> None:

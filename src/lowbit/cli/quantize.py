@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lowbit.cli._options import Size, cores, make_rules, print_plan, progress_bars, rules_options
+from lowbit.cli._options import Size, cores, make_rules, note_tokenizer, print_plan, progress_bars, rules_options
 
 _EPILOG = """\b
 Schemes are GRID[-BLOCK][-OPTION...], as int4-g128-asym:
@@ -38,7 +38,9 @@ Examples:
 @click.option("--evaluate", "text", type=click.Path(path_type=Path), help="Text to compare original and result on.")
 @click.option("--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per evaluation window.")
 @click.option("--tokens", type=click.IntRange(1), help="Evaluate on at most this many tokens.")
-@click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True, help="Largest output file.")
+@click.option(
+    "--shard-size", "shard_bytes", type=Size(), show_default="5GB, or one file of gguf", help="Largest output file."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **options: Any) -> None:
@@ -47,7 +49,7 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
     Killed at any moment, the same command goes on where it was. Everything written is read back and compared.
     OUT/report.html shows the result.
     """
-    from lowbit.pipeline import Request, run
+    from lowbit.pipeline import Request, run, without_tokenizer
 
     rules = make_rules(options)
     request = Request(model, out, rules, plan_file, command=shlex.join(["lowbit", *sys.argv[1:]]), **options)
@@ -61,5 +63,6 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
     with progress_bars() as progress:
         result = run(request, progress, announce)
     click.echo((out / ("report.json" if as_json else "report.md")).read_text(), nl=as_json)
+    note_tokenizer(without_tokenizer(model, out))
     if not as_json:
         click.echo(f"report: {result and (out / 'report.html').resolve()}")

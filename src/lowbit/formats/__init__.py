@@ -97,8 +97,9 @@ class Format:
         swaps: whether its readers put a weight `[outputs, inputs]` into the place of a `Conv1D`.
         container: kind of file that its tensors are in, or that says what they are; what is not quantized is `arrange`d
             for it.
-        choose: `(name, weights, config.json) -> {weight name: (scheme name or float type, reason)}` for names of
-            mixtures; where there is one, it decides in place of the general rules which weights are quantized.
+        choose: `(name, weights, config.json, important) -> {weight name: (scheme name or float type, reason)}` for
+            names of mixtures; where there is one, it decides in place of the general rules which weights are quantized;
+            `important`: whether with an importance matrix.
         encoder: method that makes every scheme of those mixtures: its default, and for where the chosen one cannot.
         learned_encoder: its default where there is text to learn from.
         arrange: `(weight, float type or "keep" or a scheme's name, config.json) -> weight` as the container has it:
@@ -117,7 +118,7 @@ class Format:
     fit_activations: Callable[[Scheme, Weight], Scheme] = no_activations
     swaps: bool = False
     container: Literal["safetensors", "gguf", "onnx"] = "safetensors"
-    choose: Callable[[str, Sequence[Weight], Mapping[str, Any]], dict[str, tuple[str, str]]] | None = None
+    choose: Callable[[str, Sequence[Weight], Mapping[str, Any], bool], dict[str, tuple[str, str]]] | None = None
     encoder: str = ""
     learned_encoder: str = ""
     arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None

@@ -37,6 +37,7 @@ class Arch:
         arch: of llama.cpp.
         model_types: of transformers; the first is taken where a file does not tell.
         sparse_type: the one that is taken where a file has experts.
+        classes: of transformers, by model type.
         names: module of llama.cpp, without the layer, to module of transformers with {} for numbers.
         keys: metadata key, without the architecture, to names in config.json.
         interleaved: rows of q and k are in another order in the file.
@@ -48,6 +49,7 @@ class Arch:
     arch: str
     model_types: tuple[str, ...]
     sparse_type: str
+    classes: Mapping[str, str]
     names: Mapping[str, str]
     keys: Mapping[str, tuple[str, ...]]
     interleaved: bool
@@ -107,6 +109,7 @@ def archs() -> tuple[Arch, ...]:
             row["arch"],
             tuple(row["model_types"]),
             row.get("sparse_type", row["model_types"][0]),
+            {kind: table["classes"][kind] for kind in row["model_types"]},
             joined("names", row),
             {key: tuple(names) for key, names in joined("keys", row).items()},
             row.get("interleaved", False),

@@ -1,8 +1,8 @@
 """llama.cpp's mixtures: which block type each tensor gets under a name as `q4_k_m`.
 
-The rules are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp, without an importance matrix (but for
-those that it writes with one alone: from `iq1_s` to `iq3_xs`). They go by the role of a tensor and by how many of that
-role came before it, layer by layer.
+The rules are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp. They go by the role of a tensor, by
+how many of that role came before it, layer by layer, and by whether there is an importance matrix (without which llama.cpp
+writes none from `iq1_s` to `iq3_xs`).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class _Model:
     experts: int
     large: bool
     has_output: bool
+    important: bool
 
 
 def require_arch(config: Mapping[str, Any]) -> Arch:
@@ -84,12 +85,15 @@ def float_only(weight: Weight, stored: str) -> bool:
     return len(weight.shape) != 2 or not stored.endswith("weight") or stem.endswith("_norm") or stem in _NEVER
 
 
-def choose(name: str, weights: Sequence[Weight], config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def choose(
+    name: str, weights: Sequence[Weight], config: Mapping[str, Any], important: bool = False
+) -> dict[str, tuple[str, str]]:
     """Name of the scheme (or of a float type) for each weight, and why.
 
     Args:
         name: of a mixture, or of a block type, which then all matrices get.
         weights: those that are stored, `[outputs, inputs]`.
+        important: whether they are quantized with an importance matrix.
 
     Raises:
         UnsupportedError: another name, or a model that `arch/gguf.toml` does not have.
@@ -98,7 +102,7 @@ def choose(name: str, weights: Sequence[Weight], config: Mapping[str, Any]) -> d
         raise UnsupportedError(f"gguf has no scheme {name!r}; there are: {', '.join([*MIXTURES, *BLOCKS])}")
     arch = require_arch(config)
     stored = {weight.name: place_of(arch, weight) for weight in weights}
-    model = _model(config, set(stored.values()))
+    model = _model(config, set(stored.values()), important)
     seen: dict[str, list[str]] = {}
     for weight in sorted(weights, key=lambda weight: order(stored[weight.name])):
         role, places = stored[weight.name].split(".")[-2], seen
@@ -124,12 +128,12 @@ def order(stored: str) -> tuple[int, str]:
     return (int(parts[1]) if parts[0] == "blk" else -1), stored
 
 
-def _model(config: Mapping[str, Any], stored: set[str]) -> _Model:
+def _model(config: Mapping[str, Any], stored: set[str], important: bool) -> _Model:
     layers, heads = _number(config, "num_hidden_layers", "n_layer"), _number(config, "num_attention_heads", "n_head")
     grouped = heads // max(_number(config, "num_key_value_heads") or heads, 1)
     large = config.get("model_type") in ("llama", "mistral") and layers == 80 and grouped > 1
     experts = _number(config, "num_local_experts", "num_experts")
-    return _Model(layers, grouped, experts, large, "output.weight" in stored)
+    return _Model(layers, grouped, experts, large, "output.weight" in stored, important)
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:
@@ -203,17 +207,19 @@ def _values(name: str, base: str, number: int, count: int, model: _Model) -> str
 
 
 def _down(name: str, base: str, number: int, model: _Model) -> str:
-    layers = model.layers
+    layers, first, important = model.layers, number < model.layers // 8, model.important
     return {
-        "iq3_m": "q4_k" if number < layers // 8 or (model.experts == 8 and _more(number, layers)) else base,
+        "iq3_m": "q4_k" if first or (model.experts == 8 and _more(number, layers)) else base,
         "q2_k": "q3_k",
         "q3_k_m": "q5_k" if number < layers // 16 else "q4_k",
         "q3_k_l": "q5_k",
         "q4_k_m": "q6_k" if _more(number, layers) else base,
         "q5_k_m": "q6_k" if _more(number, layers) else base,
-        "iq4_nl": "q5_k" if number < layers // 8 else base,
-        "iq4_xs": "q5_k" if number < layers // 8 else base,
-        "q4_k_s": "q5_k" if number < layers // 8 else base,
+        "iq4_nl": "q5_k" if first and not important else base,
+        "iq4_xs": "q5_k" if first and not important else base,
+        "q4_k_s": "q5_k" if first else base,
+        "q4_0": "q4_1" if first and important else base,
+        "q5_0": "q5_1" if first and important else base,
     }.get(name, base)
 
 

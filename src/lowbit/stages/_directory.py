@@ -15,6 +15,7 @@ TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 GGUF = ".gguf"
 ONNX = ".onnx"
 _OTHER_SUFFIXES = (GGUF, ".ggml", ".h5", ".msgpack", ONNX, ".onnx_data", ".tflite", ".pkl", ".npz")
+_PART = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\..*)")
 _PLAIN = re.compile(r"[\w .,+=@()-]+")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *_OTHER_SUFFIXES)
 
@@ -52,8 +53,9 @@ def find_shards(root: Path) -> tuple[list[Path], Index | None]:
             return loose, None
     for suffix in (GGUF, ONNX):
         models = sorted(path for path in root.glob(f"*{suffix}") if not path.name.startswith("."))
-        if len(models) == 1:
-            return models, None
+        if len(models) == 1 or (models and suffix == GGUF and _are_parts([path.name for path in models])):
+            _check_names(root, [path.name for path in models])
+            return models[:1], None
         if models:
             raise CheckpointError(
                 f"{root} holds {len(models)} {suffix[1:].upper()} files; "
@@ -63,6 +65,12 @@ def find_shards(root: Path) -> tuple[list[Path], Index | None]:
         f"{root} holds no weights, neither *.safetensors nor pytorch_model*.bin nor *.gguf nor *.onnx; "
         "if they are called otherwise, name the file itself"
     )
+
+
+def _are_parts(names: list[str]) -> bool:
+    """Whether files are named as the parts of one model."""
+    matches = [_PART.fullmatch(name) for name in names]
+    return len({(match[1], match[3]) for match in matches if match}) == 1 and all(matches)
 
 
 def _find_index(root: Path, name: str, pattern: str) -> Path | None:
@@ -92,7 +100,7 @@ def _check_names(root: Path, names: Collection[str]) -> None:
     for name in names:
         if not name.isprintable():
             raise CheckpointError(f"{root}: the name of {show(name)} holds control characters")
-        match = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\..*)", name)
+        match = _PART.fullmatch(name)
         if match:
             wanted = [f"{match[1]}{number:05}-of-{match[3]}{match[4]}" for number in range(1, int(match[3]) + 1)]
             _missing(root, sorted({*wanted} - {*names}), len(wanted))

@@ -11,9 +11,9 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, final
 
@@ -29,6 +29,9 @@ _LARGEST = 2**63 - 1
 _LONGEST_NAME = 63  # bytes; ggml keeps names in 64, with a zero at the end
 _RANK = 4
 _ALIGNMENT = 32
+_SMALL = 2**20  # bytes of a tensor that is read as numbers
+
+Value = bool | int | float | str | list[str] | list[int] | list[float]
 
 FLOATS: Mapping[str, tuple[int, torch.dtype]] = {
     "f32": (0, torch.float32), "f16": (1, torch.float16), "bf16": (30, torch.bfloat16), "f64": (28, torch.float64),
@@ -94,23 +97,46 @@ class Gguf:
         field = self.fields.get(key)
         if field is None:
             return default
-        with open_regular(self.path) as file:
-            if os.fstat(file.fileno()).st_size != self.size:
-                raise CheckpointError(f"{self.path} changed its size since it was opened; let its download end first")
-            file.seek(field.start)
-            data = file.read(field.stop - field.start)
+        data = self._read(field.start, field.stop)
         try:
             values = _texts(data, field.count) if field.item == _TEXT else _numbers(data, field)
         except UnicodeDecodeError:
             raise CheckpointError(f"{self.path}: the value of {show(key)} is not UTF-8") from None
         return values if field.kind == _ARRAY else values[0]
 
+    def raw(self, key: str) -> bytes:
+        """The value of a key that is there as it is stored: its type, then its bytes; raises like `value`."""
+        field = self.fields[key]
+        head = struct.pack("<IIQ", _ARRAY, field.item, field.count) if field.kind == _ARRAY else None
+        return (head or struct.pack("<I", field.kind)) + self._read(field.start, field.stop)
+
+    def floats(self, name: str) -> Sequence[float]:
+        """The values of a small tensor of float32.
+
+        Raises:
+            CheckpointError: it is of another type, large, or not finite; or the file changed its size.
+        """
+        tensor = self.tensors[name]
+        if tensor.type != "f32" or tensor.nbytes > _SMALL:
+            raise CheckpointError(f"{self.path}: {show(name)} is no vector of float32 of at most {_SMALL:,} bytes")
+        values = struct.unpack(f"<{tensor.nbytes // 4}f", self._read(tensor.start, tensor.start + tensor.nbytes))
+        if not all(map(isfinite, values)):
+            raise CheckpointError(f"{self.path}: {show(name)} has values that are not finite")
+        return values
+
+    def _read(self, start: int, stop: int) -> bytes:
+        with open_regular(self.path) as file:
+            if os.fstat(file.fileno()).st_size != self.size:
+                raise CheckpointError(f"{self.path} changed its size since it was opened; let its download end first")
+            file.seek(start)
+            return file.read(stop - start)
+
 
 def read_gguf(path: Path) -> Gguf:
     """Check a GGUF file and list its keys and tensors; reads the header only.
 
     Raises:
-        CheckpointError: not readable, truncated, of another version, split over files, or a header that contradicts
+        CheckpointError: not readable, truncated, of another version, or a header that contradicts
             itself or the file.
     """
     with open_regular(path) as file:
@@ -124,7 +150,6 @@ def read_gguf(path: Path) -> Gguf:
             fields = _fields(cursor, keys)
             alignment = _alignment(path, data, fields)
             entries = _entries(cursor, tensors)
-            _check_whole(path, data, fields)
             end = cursor.at
     return Gguf(path, size, fields, _placed(path, entries, -(-end // alignment) * alignment, alignment, size))
 
@@ -231,16 +256,6 @@ def _alignment(path: Path, data: memoryview, fields: Mapping[str, Field]) -> int
     return int(value)
 
 
-def _check_whole(path: Path, data: memoryview, fields: Mapping[str, Field]) -> None:
-    """A part of a model that is split over several files is none."""
-    field = fields.get("split.count")
-    parts = _numbers(bytes(data[field.start : field.stop]), field)[0] if field and field.kind in _SCALARS else 1
-    if parts > 1:
-        raise CheckpointError(
-            f"{path} is one of {parts} parts of a split model; join them with `llama-gguf-split --merge` first"
-        )
-
-
 def _entries(cursor: _Cursor, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
     """Name to shape, type and offset of every tensor, in the order of the list."""
     entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
@@ -295,6 +310,44 @@ def _row(where: str, shape: tuple[int, ...], number: int) -> tuple[str, int]:
     if len(shape) < 1 or cols % kind.weights:
         raise CheckpointError(f"{where}: {kind.name} takes rows of a multiple of {kind.weights}, not {show(cols)}")
     return kind.name, cols // kind.weights * kind.bytes
+
+
+def encoded(value: Value) -> bytes:
+    """A value as a file has it: its type, then its bytes. Whole numbers are uint32, those of lists int32."""
+    if isinstance(value, list):
+        item = {str: _TEXT, float: 6}.get(type(value[0]) if value else str, 5)
+        head = struct.pack("<IIQ", _ARRAY, item, len(value))
+        if item == _TEXT:
+            return head + b"".join(text(str(each)) for each in value)
+        return head + struct.pack(f"<{len(value)}{_SCALARS[item]}", *value)
+    if isinstance(value, str):
+        return struct.pack("<I", _TEXT) + text(value)
+    kind = 7 if isinstance(value, bool) else 4 if isinstance(value, int) else 6
+    return struct.pack("<I" + _SCALARS[kind], kind, value)
+
+
+def text(value: str) -> bytes:
+    """A text as a file has it."""
+    data = value.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def entry(name: str, shape: Sequence[int], type: str, offset: int) -> bytes:
+    """The entry of a tensor, of shape outermost axis first, `offset` bytes into the data."""
+    number = FLOATS[type][0] if type in FLOATS else BLOCKS[type].id
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), number, offset)
+
+
+def header_of(values: Mapping[str, bytes], entries: Sequence[bytes]) -> bytes:
+    """The first bytes of a file, up to its data: keys with encoded values, then tensors."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(entries), len(values))
+    head += b"".join(text(key) + value for key, value in values.items()) + b"".join(entries)
+    return head + bytes(-len(head) % _ALIGNMENT)
+
+
+def padded(size: int) -> int:
+    """The next multiple of the alignment."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _numbers(data: bytes, field: Field) -> list[Any]:

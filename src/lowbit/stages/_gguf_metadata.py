@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import pi
+from collections.abc import Mapping, Sequence
+from math import log, sqrt
 from typing import Any
 
 from lowbit import __version__
 from lowbit.errors import UnsupportedError
 from lowbit.formats._gguf import Arch
-from lowbit.stages._gguf_tokenizer import Value, tokenizer_values
+from lowbit.stages._directory import GGUF
+from lowbit.stages._gguf import Value, encoded, read_gguf
+from lowbit.stages._gguf_config import FREQUENCIES, LONG, SHORT, llama3_factors
+from lowbit.stages._gguf_model import COMPUTED
+from lowbit.stages._gguf_tokenizer import tokenizer_values
 from lowbit.stages._model import open_config
 from lowbit.stages._weightfile import show
 from lowbit.stages.checkpoint import Checkpoint
 
-__all__ = ["Value", "metadata"]
+Constants = dict[str, Sequence[float]]
 
+# Keys that are true of one file alone.
+_OF_THE_FILE = ("general.alignment", "split.no", "split.count", "split.tensors.count")
 _FLOATS = ("epsilon", "freq_base", "softcapping")
 
 
-def metadata(checkpoint: Checkpoint, arch: Arch, file_type: int) -> tuple[dict[str, Value], dict[str, Any]]:
-    """Values by key, in order, and small tensors by name, float32 arrays of numpy.
+def metadata(
+    checkpoint: Checkpoint, arch: Arch, file_type: int, imatrix: dict[str, bytes]
+) -> tuple[dict[str, bytes], Constants]:
+    """Values by key, in order and as the file has them, and small tensors of float32 by name.
+
+    What came from a GGUF file is handed on, in its order: as `llama-quantize` does, only the keys that tell of the
+    quantization are new, and last; those of the importance matrix are `imatrix`.
 
     Raises:
         CheckpointError: the checkpoint has no configuration or no tokenizer that `transformers` can use.
         UnsupportedError: a kind of rope or of tokenizer that is not written.
     """
+    last: dict[str, Value] = {"general.quantization_version": 2, "general.file_type": file_type}
+    if checkpoint.shards[0].suffix != GGUF:
+        values, constants = _made(checkpoint, arch, last)
+        return {key: encoded(value) for key, value in values.items()} | imatrix, constants
+    header = read_gguf(checkpoint.shards[0])
+    new = {key: encoded(value) for key, value in last.items()} | imatrix
+    kept = [key for key in header.fields if key not in new and key not in _OF_THE_FILE]
+    return {key: header.raw(key) for key in kept} | new, _carried(checkpoint)
+
+
+def _carried(checkpoint: Checkpoint) -> Constants:
+    """The factors of rope that a file has as tensors."""
+    headers = [read_gguf(path) for path in checkpoint.shards]
+    return {name: header.floats(name) for header in headers for name in COMPUTED if name in header.tensors}
+
+
+def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tuple[dict[str, Value], Constants]:
+    """Keys and small tensors from what lies beside a checkpoint of transformers."""
     facts = _flat(open_config(checkpoint).get_text_config().to_dict())
     for key, wanted in arch.requires.items():
         if facts.get(key, wanted) != wanted:
@@ -34,8 +63,7 @@ def metadata(checkpoint: Checkpoint, arch: Arch, file_type: int) -> tuple[dict[s
                 f"{arch.arch} as if it were {wanted!r}"
             )
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    values: dict[str, Value] = {"general.name": root.resolve().name or arch.arch, "general.file_type": file_type}
-    values["general.quantization_version"] = 2
+    values: dict[str, Value] = {"general.architecture": arch.arch, "general.name": root.resolve().name or arch.arch}
     values["general.quantized_by"] = f"lowbit {__version__}"
     for key, names in arch.keys.items():
         value = next((facts[name] for name in names if facts.get(name) is not None), None)
@@ -43,7 +71,7 @@ def metadata(checkpoint: Checkpoint, arch: Arch, file_type: int) -> tuple[dict[s
             values[f"{arch.arch}.{key}"] = float(value) if key.endswith(_FLOATS) else int(value)
     values |= _derived(arch, facts)
     rope, constants = _rope(arch, facts)
-    return values | rope | tokenizer_values(checkpoint, int(facts["vocab_size"])), constants
+    return values | rope | tokenizer_values(checkpoint, int(facts["vocab_size"])) | dict(last), constants
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +95,7 @@ def _head(facts: Mapping[str, Any]) -> int:
     return int(facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"])
 
 
-def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], dict[str, Any]]:
+def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], Constants]:
     """How positions are stretched: keys, or for Llama 3 the factor of each frequency as a tensor."""
     kind, name = facts.get("rope_type") or "default", arch.arch
     if arch.arch == "gemma3":
@@ -76,14 +104,47 @@ def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], dict[
         return {}, {}
     if kind == "linear":
         return {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": float(facts["factor"])}, {}
+    if kind == "yarn":
+        return {f"{name}.rope.scaling.{key}": value for key, value in _yarn(facts).items()}, {}
+    if kind in ("longrope", "su") and arch.arch == "phi3":
+        return _longrope(facts)
     if kind == "llama3":
-        import numpy as np
+        factors = llama3_factors(facts, float(facts["rope_theta"]), _head(facts))
+        return {}, {FREQUENCIES: factors}
+    raise UnsupportedError(
+        f"rope of type {show(kind)} is not written to GGUF for a model of the architecture {name}; default, linear, "
+        "llama3 and yarn are, and longrope for phi3"
+    )
 
-        return {}, {"rope_freqs.weight": np.array(_llama3(facts), dtype=np.float32)}
-    raise UnsupportedError(f"rope of type {show(kind)} is not written to GGUF; default, linear and llama3 are")
+
+def _yarn(facts: Mapping[str, Any]) -> dict[str, Value]:
+    """llama.cpp multiplies `attn_factor` with the factor of attention that follows from the stretching."""
+    betas = (facts.get("beta_fast") or 32, facts.get("beta_slow") or 1)
+    if betas != (32, 1) or facts.get("truncate") is False or (facts.get("mscale") and facts.get("mscale_all_dim")):
+        raise UnsupportedError(
+            "rope of type yarn with a beta_fast that is not 32, a beta_slow that is not 1, mscale_all_dim or without "
+            "truncation is not written to GGUF: llama.cpp would compute something else"
+        )
+    trained = int(facts["original_max_position_embeddings"])
+    factor = float(facts.get("factor") or facts["max_position_embeddings"] / trained)
+    found: dict[str, Value] = {"type": "yarn", "factor": factor, "original_context_length": trained}
+    if facts.get("attention_factor"):
+        found["attn_factor"] = float(facts["attention_factor"]) / (0.1 * log(factor) + 1 if factor > 1 else 1.0)
+    return found
 
 
-def _two_ropes(rope: Mapping[str, Any]) -> tuple[dict[str, Value], dict[str, Any]]:
+def _longrope(facts: Mapping[str, Any]) -> tuple[dict[str, Value], Constants]:
+    """Phi 3: factors for short and for long contexts; llama.cpp chooses by the size of its context."""
+    trained = int(facts["original_max_position_embeddings"])
+    scale = float(facts.get("factor") or facts["max_position_embeddings"] / trained)
+    factor = facts.get("attention_factor") or (sqrt(1 + log(scale) / log(trained)) if scale > 1 else 1.0)
+    keys: dict[str, Value] = {"phi3.rope.scaling.original_context_length": trained}
+    keys["phi3.rope.scaling.attn_factor"] = float(factor)
+    named = {LONG: "long_factor", SHORT: "short_factor"}
+    return keys, {name: facts[key] for name, key in named.items()}
+
+
+def _two_ropes(rope: Mapping[str, Any]) -> tuple[dict[str, Value], Constants]:
     """Gemma 3 has one for its global layers and one for those with a window."""
     wide, local = rope["full_attention"], rope["sliding_attention"]
     found: dict[str, Value] = {"gemma3.rope.freq_base": float(wide["rope_theta"])}
@@ -91,14 +152,3 @@ def _two_ropes(rope: Mapping[str, Any]) -> tuple[dict[str, Value], dict[str, Any
     if wide.get("rope_type", "default") == "linear":
         found |= {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": float(wide["factor"])}
     return found, {}
-
-
-def _llama3(facts: Mapping[str, Any]) -> list[float]:
-    """By how much each frequency is divided (transformers' `_compute_llama3_parameters`)."""
-    low, high, factor = (float(facts[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
-    trained, dims, found = float(facts["original_max_position_embeddings"]), _head(facts), []
-    for dim in range(0, dims, 2):
-        turns = trained / (2 * pi * float(facts["rope_theta"]) ** (dim / dims))
-        share = min(max((turns - low) / (high - low), 0.0), 1.0)
-        found.append(1 / ((1 - share) / factor + share))
-    return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -17,64 +18,123 @@ from lowbit.formats import Spec, Weight
 from lowbit.formats._ggml import BLOCKS
 from lowbit.formats._gguf import Arch, arch_named, from_file
 from lowbit.stages._gguf import FLOATS, Gguf, Stored, read_gguf
+from lowbit.stages._gguf_config import FREQUENCIES, LONG, SHORT, config_of
 from lowbit.stages._weightfile import Slot, WeightFile, show
 
 # Tensors that llama.cpp has and transformers computes from the configuration.
-_COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+COMPUTED = (FREQUENCIES, LONG, SHORT)
+_MOST_PARTS = 10_000
+
+
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class GgufModel:
-    """A file with the names of transformers, where `arch/gguf.toml` knows its architecture, or else with its own.
+    """A model with the names of transformers, where `arch/gguf.toml` knows its architecture, or else with its own.
 
     Attributes:
-        file: where the tensors are, by these names; each expert of a stack is a tensor.
+        files: where the tensors are, by these names; each expert of a stack is a tensor.
         weights: the tensors as weights; those in blocks have a scheme.
         config: what of `config.json` the header tells.
         edits: float tensors that are stored in another way than transformers has them, to what puts them right.
     """
 
-    file: WeightFile
+    files: tuple[WeightFile, ...]
     weights: Mapping[str, Weight]
     config: Mapping[str, Any]
     edits: Mapping[str, Callable[[Tensor], Tensor]]
 
 
 def open_gguf(path: Path) -> GgufModel:
-    """Check a GGUF file and give its tensors the names of transformers; reads the header only.
+    """Check a GGUF file, and the other parts where it is the first of several, and give its tensors the names of
+    transformers; reads headers only.
 
     Raises:
-        CheckpointError: it is damaged, or has a tensor or a shape that its architecture has not.
+        CheckpointError: it is damaged, a part is missing or is no part of this model, or it has a tensor or a shape
+            that its architecture has not.
     """
-    header = read_gguf(path)
+    headers = _parts(path)
+    header = headers[0]
     arch = arch_named(str(header.value("general.architecture")))
     facts = config_of(header, arch) if arch else {}
-    slots, weights = dict[str, Slot](), dict[str, Weight]()
-    for stored, tensor in header.tensors.items():
-        if arch and stored in _COMPUTED:
-            continue
-        for name, slot in _slots(header, arch, stored, tensor).items():
-            if name in slots:
-                raise CheckpointError(f"{path}: tensor {show(stored)} holds {name}, which another one holds too")
-            slots[name], weights[name] = slot, _weight(header, arch, facts, name, tensor)
+    files = tuple(weight_file(each, arch) for each in headers)
+    weights = dict[str, Weight]()
+    for file, each in zip(files, headers, strict=True):
+        for name, stored in _named(each, arch).items():
+            if name in weights:
+                raise CheckpointError(f"{file.path}: tensor {show(stored)} holds {name}, which another one holds too")
+            weights[name] = _weight(each, arch, facts, name, each.tensors[stored])
     edits = {
         name: partial(from_file, weight)
         for name, weight in weights.items()
         if weight.scheme is None and (weight.interleaved or weight.plus)
     }
-    skipped = [name for name in header.tensors if arch and name in _COMPUTED]
-    return GgufModel(WeightFile(path, header.size, slots, skipped=skipped), weights, facts, edits)
+    return GgufModel(files, weights, facts, edits)
 
 
-def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
-    """`config.json`, as far as the keys of the table go."""
-    told = {key: header.value(f"{arch.arch}.{key}") for key in arch.keys}
-    facts = {arch.keys[key][0]: value for key, value in told.items() if value is not None}
-    facts["model_type"] = arch.sparse_type if told.get("expert_count") else arch.model_types[0]
-    facts["tie_word_embeddings"] = "output.weight" not in header.tensors
-    embedding = header.tensors.get("token_embd.weight")
-    return facts | ({"vocab_size": embedding.shape[0]} if embedding and embedding.shape else {})
+def weight_file(header: Gguf, arch: Arch | None) -> WeightFile:
+    """One file with the names of transformers; raises like `open_gguf`."""
+    slots = dict[str, Slot]()
+    for stored, tensor in _tensors(header, arch):
+        for name, slot in _slots(header, arch, stored, tensor).items():
+            if name in slots:
+                raise CheckpointError(f"{header.path}: tensor {show(stored)} holds {name}, which another one holds too")
+            slots[name] = slot
+    skipped = [name for name in header.tensors if arch and name in COMPUTED]
+    return WeightFile(header.path, header.size, slots, skipped=skipped)
+
+
+def _tensors(header: Gguf, arch: Arch | None) -> list[tuple[str, Stored]]:
+    """The tensors that are weights of transformers."""
+    return [(name, tensor) for name, tensor in header.tensors.items() if arch is None or name not in COMPUTED]
+
+
+def _named(header: Gguf, arch: Arch | None) -> dict[str, str]:
+    """Name in transformers to name in the file."""
+    return {name: stored for stored, tensor in _tensors(header, arch) for name in _slots(header, arch, stored, tensor)}
+
+
+def _parts(path: Path) -> list[Gguf]:
+    """The headers of a model: of one file, or of all that it is split over, of which `path` is the first."""
+    header = read_gguf(path)
+    count, number = (_number(header, key, default) for key, default in (("split.count", 1), ("split.no", 0)))
+    if count <= 1:
+        return [header]
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match[3]) != count:
+        raise CheckpointError(
+            f"{path} is one of {count} parts of a split model and not named as these are; give it back its name, "
+            f"which ends in -{number + 1:05}-of-{count:05}.gguf"
+        )
+    names = [f"{match[1]}-{part:05}-of-{count:05}.gguf" for part in range(1, min(count, _MOST_PARTS) + 1)]
+    if number or int(match[2]) != 1:
+        raise CheckpointError(f"{path} is not the first of {count} parts of a split model; name {names[0]}")
+    missing = [name for name in names if not (path.parent / name).exists()]
+    if missing or count > _MOST_PARTS:
+        raise CheckpointError(f"{path}: {len(missing)} of {count} parts are missing: {show(missing)}")
+    return [header, *_others(header, [path.parent / name for name in names[1:]], count)]
+
+
+def _others(header: Gguf, paths: Sequence[Path], count: int) -> list[Gguf]:
+    """The headers of the second part and those after it."""
+    found = [read_gguf(path) for path in paths]
+    for place, each in enumerate(found, 1):
+        told = _number(each, "split.no", 0), _number(each, "split.count", 1)
+        if told != (place, count):
+            raise CheckpointError(f"{each.path} says that it is part {told[0] + 1} of {told[1]}, not what it is named")
+    total, wanted = sum(len(each.tensors) for each in (header, *found)), _number(header, "split.tensors.count", 0)
+    if total != wanted:
+        raise CheckpointError(f"{header.path} should have {wanted} tensors with the other parts, there are {total}")
+    return found
+
+
+def _number(header: Gguf, key: str, default: int) -> int:
+    value = header.value(key, default)
+    if not isinstance(value, int):
+        raise CheckpointError(f"{header.path}: {key} is {show(value)}, no number")
+    return value
 
 
 def _slots(header: Gguf, arch: Arch | None, stored: str, tensor: Stored) -> dict[str, Slot]:

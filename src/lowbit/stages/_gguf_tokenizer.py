@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.stages._gguf import Value
 from lowbit.stages._model import open_tokenizer
 from lowbit.stages._weightfile import show
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
-
-Value = bool | int | float | str | list[str] | list[int] | list[float]
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _BYTES = re.compile(r"<0x[0-9A-F]{2}>")

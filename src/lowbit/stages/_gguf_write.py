@@ -1,60 +1,109 @@
-"""The layout and header of a GGUF file from a plan; the bytes of the header are the `gguf` package's."""
+"""The layout and header of GGUF files from a plan."""
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from math import prod
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 from lowbit.errors import UsageError
 from lowbit.formats import Spec, Weight
 from lowbit.formats._ggml import type_of
 from lowbit.formats._gguf import Arch
 from lowbit.formats._mixtures import MIXTURES, choose, order, require_arch
-from lowbit.stages._gguf import FLOATS
-from lowbit.stages._gguf_metadata import Value, metadata
-from lowbit.stages._gguf_model import open_gguf
+from lowbit.stages._gguf import FLOATS, entry, header_of, padded, read_gguf
+from lowbit.stages._gguf_metadata import metadata
+from lowbit.stages._gguf_model import weight_file
 from lowbit.stages._shard import Shard
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Plan
 
 FILE = "model.gguf"
-_ALIGNMENT = 32
+_MOST_PARTS = 9_999
 _FLOAT_NAMES = {dtype: name for name, (_, dtype) in FLOATS.items()}
 # A tensor of the file: its type, and the weights that it holds, one after the other.
 _Group = tuple[str, list[Weight]]
 
 
-def gguf_shard(plan: Plan, checkpoint: Checkpoint) -> Shard:
-    """The one file of a plan: tensors in llama.cpp's order, each padded to 32 bytes.
+def gguf_shards(plan: Plan, checkpoint: Checkpoint, limit: int | None) -> list[Shard]:
+    """The files of a plan, one where `limit` is None: tensors in llama.cpp's order, each padded to 32 bytes.
+
+    A file ends before the tensor that would take its data beyond `limit` bytes. The first has the metadata; it and the
+    others say which part they are, as llama-gguf-split's do.
 
     Raises:
         UsageError: experts of one layer that do not share a type, or are not all there.
         CheckpointError: no configuration or no tokenizer to write beside the weights.
     """
+    if find_spec("gguf") is None:
+        raise UsageError("--format gguf needs the package gguf: pip install gguf")
     arch = require_arch(checkpoint.config)
-    weights = {entry.weight.name: entry.weight for entry in plan.entries if not entry.tied}
+    weights = {each.weight.name: each.weight for each in plan.entries if not each.tied}
     groups = _groups(arch, weights)
-    values, constants = metadata(checkpoint, arch, _file_type(plan, weights, checkpoint))
-    specs = {entry.weight.name: plan.layout(entry)[entry.weight.name] for entry in plan.entries if not entry.tied}
+    values, constants = metadata(
+        checkpoint, arch, _file_type(plan, weights, checkpoint), plan.imatrix.keys() if plan.imatrix else {}
+    )
+    specs = {each.weight.name: plan.layout(each)[each.weight.name] for each in plan.entries if not each.tied}
     sizes = {name: sum(_nbytes(specs[weight.name]) for weight in group) for name, (_, group) in groups.items()}
-    header = _header(arch, values, constants, groups, sizes)
-    offsets, at = dict[str, tuple[int, Spec]](), len(header)
-    for _, group in groups.values():
+    parts = _split(sizes, sum(padded(4 * len(numbers)) for numbers in constants.values()), limit)
+    total, shards = len(groups) + len(constants), []
+    for number, names in enumerate(parts):
+        told = {} if number else dict(values)
+        if len(parts) > 1:
+            told |= {"split.no": struct.pack("<IH", 2, number), "split.count": struct.pack("<IH", 2, len(parts)),
+                     "split.tensors.count": struct.pack("<Ii", 5, total)}  # fmt: skip
+        file = FILE if len(parts) == 1 else f"model-{number + 1:05}-of-{len(parts):05}.gguf"
+        members = {name: groups[name] for name in names}
+        shards.append(_shard(file, arch, told, {} if number else constants, members, specs))
+    return shards
+
+
+def _split(sizes: Mapping[str, int], first: int, limit: int | None) -> list[list[str]]:
+    """The names of the tensors of each file; `first`: bytes that the first has beside them."""
+    parts, filled = [list[str]()], first
+    for name, size in sizes.items():
+        if parts[-1] and limit is not None and filled + size > limit:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += padded(size)
+    if len(parts) > _MOST_PARTS:
+        raise UsageError(f"{len(parts):,} files are more than {_MOST_PARTS:,}; allow larger ones with --shard-size")
+    return parts
+
+
+def _shard(
+    file: str,
+    arch: Arch,
+    values: Mapping[str, bytes],
+    constants: Mapping[str, Sequence[float]],
+    groups: Mapping[str, _Group],
+    specs: Mapping[str, Spec],
+) -> Shard:
+    """One file; its small tensors are bytes of its header."""
+    entries, at, places = [], 0, dict[str, tuple[int, Spec]]()
+    for name, numbers in constants.items():
+        entries.append(entry(name, (len(numbers),), "f32", at))
+        at = padded(at + 4 * len(numbers))
+    for name, (kind, group) in groups.items():
+        shape = (len(group), *group[0].shape) if arch.stacks(name) else group[0].shape
+        entries.append(entry(name, shape, kind, at))
         for weight in group:
-            offsets[weight.name] = (at, specs[weight.name])
+            places[weight.name] = at, specs[weight.name]
             at += _nbytes(specs[weight.name])
-        at = _padded(at)
-    return Shard(FILE, offsets, header, at, lambda path: open_gguf(path).file)
+        at = padded(at)
+    header = header_of(values, entries)
+    base = len(header)
+    for numbers in constants.values():
+        header += struct.pack(f"<{len(numbers)}f", *numbers)
+        header += bytes(padded(len(header)) - len(header))
+    offsets = {name: (base + at, spec) for name, (at, spec) in places.items()}
+    return Shard(file, offsets, header, base + at, lambda path: weight_file(read_gguf(path), arch))
 
 
 def _nbytes(spec: Spec) -> int:
     return prod(spec.shape) * spec.dtype.itemsize
-
-
-def _padded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _type(weight: Weight) -> str:
@@ -83,58 +132,15 @@ def _groups(arch: Arch, weights: dict[str, Weight]) -> dict[str, _Group]:
     return groups
 
 
-def _header(
-    arch: Arch, values: dict[str, Value], constants: dict[str, Any], groups: dict[str, _Group], sizes: dict[str, int]
-) -> bytes:
-    """The first bytes of the file, up to the first weight; small tensors that llama.cpp wants beside these end it."""
-    try:
-        import gguf
-        import numpy as np
-    except ImportError:
-        raise UsageError("--format gguf needs the package gguf: pip install gguf") from None
-
-    with TemporaryDirectory() as folder:
-        path = Path(folder, FILE)
-        writer = gguf.GGUFWriter(path, arch.arch)
-        for key, value in values.items():
-            _add(writer, key, value)
-        for name, array in constants.items():
-            writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
-        for name, (kind, group) in groups.items():
-            shape = (len(group), *group[0].shape) if arch.stacks(name) else group[0].shape
-            rows = (*shape[:-1], sizes[name] // max(prod(shape[:-1]), 1))
-            raw = gguf.GGMLQuantizationType[kind.upper()]
-            writer.add_tensor_info(name, rows, np.dtype(np.uint8), sizes[name], raw)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        data = path.read_bytes()
-    for part in (b"", *(array.tobytes() for array in constants.values())):
-        data += part
-        data += bytes(_padded(len(data)) - len(data))
-    return data
-
-
-def _add(writer: Any, key: str, value: Value) -> None:
-    """One key; whole numbers as uint32, and lists of them as int32, as llama.cpp reads them."""
-    from gguf import GGUFValueType
-
-    if isinstance(value, list):
-        writer.add_array(key, value)
-    else:
-        kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
-        writer.add_key_value(key, value, GGUFValueType[kinds[type(value)]])
-
-
 def _file_type(plan: Plan, weights: dict[str, Weight], checkpoint: Checkpoint) -> int:
     """`general.file_type`: the mixture that gives these very types, or the one of the type that most weights have."""
     types = {name: _type(weight) for name, weight in weights.items()}
+    told, config = list(weights.values()), checkpoint.config
     for mixture, number in [(name, number) for name, (number, base) in MIXTURES.items() if base in types.values()]:
-        if {
-            name: kind for name, (kind, _) in choose(mixture, list(weights.values()), checkpoint.config).items()
-        } == types:
-            return number
+        for important in (False, True):
+            found = choose(mixture, told, config, important)
+            if {name: kind for name, (kind, _) in found.items()} == types:
+                return number
     counts: dict[str, int] = {}
     for name, kind in types.items():
         counts[kind] = counts.get(kind, 0) + prod(weights[name].shape)

@@ -7,8 +7,9 @@ only traced, when it places them.
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from torch.utils._pytree import tree_leaves
 from lowbit.errors import CheckpointError, LowbitError, UsageError
 from lowbit.stages._activations import round_inputs
 from lowbit.stages._directory import GGUF
+from lowbit.stages._gguf import read_gguf
+from lowbit.stages._gguf_config import require_told
+from lowbit.stages._gguf_vocabulary import alone, tokenizer_documents
 from lowbit.stages._weightfile import one_line, show
 from lowbit.stages.checkpoint import Checkpoint
 
@@ -35,7 +39,6 @@ else:  # the run-time check of annotations needs names, and importing these cost
 _REFUSALS = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError)
 # Codes and scales of a quantized weight while it is unpacked, in bytes per element, beside the result.
 _UNPACKING = 3
-_BESIDE = " that transformers finds in its GGUF file; put config.json and tokenizer of the original beside it"
 
 
 @final
@@ -370,26 +373,19 @@ def open_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    root, inside = _root(checkpoint), _gguf_file(checkpoint, "config.json")
-    if not inside and not (root / "config.json").exists():
+    root, told = _root(checkpoint), alone(checkpoint) and checkpoint.config
+    if not told and not (root / "config.json").exists():
         raise CheckpointError(
             f"{root} has no config.json, which names the model's architecture; put the original's there"
         )
-    with (
-        silent_transformers(),
-        _own_code(checkpoint),
-        refusals(f"{root} is no causal language model{_BESIDE if inside else ''}"),
-    ):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            root, trust_remote_code=checkpoint.trusted, local_files_only=True, **inside
-        )
+    with silent_transformers(), _own_code(checkpoint), refusals(f"{root} is no causal language model"):
+        config: PreTrainedConfig
+        if told:
+            require_told(told, checkpoint.path)
+            config = AutoConfig.for_model(**told)
+        else:
+            config = AutoConfig.from_pretrained(root, trust_remote_code=checkpoint.trusted, local_files_only=True)
     return config
-
-
-def _gguf_file(checkpoint: Checkpoint, name: str) -> dict[str, str]:
-    """For `from_pretrained`: the GGUF file to take what it asks for from, where no file of this name is beside it."""
-    shard = checkpoint.shards[0]
-    return {"gguf_file": shard.name} if shard.suffix == GGUF and not (_root(checkpoint) / name).exists() else {}
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -401,12 +397,27 @@ def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    root, inside = _root(checkpoint), _gguf_file(checkpoint, "tokenizer_config.json")
-    what = f"{root} has no usable tokenizer{_BESIDE if inside else ''}"
-    with silent_transformers(), _own_code(checkpoint), refusals(what):
+    root, shard = _root(checkpoint), checkpoint.shards[0]
+    inside = shard.suffix == GGUF and not (root / "tokenizer_config.json").exists()
+    with silent_transformers(), _own_code(checkpoint), refusals(f"{root} has no usable tokenizer"):
+        if inside:
+            return _told_tokenizer(tokenizer_documents(read_gguf(shard)))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            root, trust_remote_code=checkpoint.trusted, local_files_only=True, **inside
+            root, trust_remote_code=checkpoint.trusted, local_files_only=True
         )
+    return tokenizer
+
+
+def _told_tokenizer(documents: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of these two files."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {key: value for key, value in documents["tokenizer_config.json"].items() if key != "tokenizer_class"}
+    made = Tokenizer.from_str(json.dumps(documents["tokenizer.json"]))
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=made, **settings
+    )
     return tokenizer
 
 

@@ -50,6 +50,16 @@ class Recipe:
         return bool(self.transforms or self.corrections or self._record.needs or self.learns or self.tune)
 
     @property
+    def weighs(self) -> bool:
+        """Whether its method needs the mean square of inputs and nothing else."""
+        return self._record.needs == {"mean_square"} and not self.learns
+
+    @property
+    def weighs_alone(self) -> bool:
+        """Whether an importance matrix is all that it needs."""
+        return self.weighs and not (self.rotate or self.transforms or self.corrections or self.tune)
+
+    @property
     def learns(self) -> bool:
         """Whether its method sees a whole block."""
         return self._record.learn is not None

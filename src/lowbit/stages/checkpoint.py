@@ -183,6 +183,8 @@ def open_checkpoint(source: str | Path, trust_remote_code: bool = False) -> Chec
         (shards, index), extras = _find_shards(path, config), find_extras(path)
     else:
         shards, index, extras, config = [path], None, (), {}
+        if path.suffix == GGUF and (path.parent / "config.json").exists():
+            config = read_json(path.parent / "config.json")
     if shards[0].suffix == GGUF:
         return _open_gguf(path, shards[0], extras, config)
     if shards[0].suffix == ONNX:
@@ -204,11 +206,12 @@ def _open_gguf(path: Path, file: Path, extras: tuple[Path, ...], config: Mapping
     config = config or model.config
     if not model.weights:
         raise CheckpointError(f"{path} holds no tensors")
-    files = dict.fromkeys(model.file.slots, model.file)
-    specs = {name: slot.spec for name, slot in model.file.slots.items()}
+    files = {name: part for part in model.files for name in part.slots}
+    specs = {name: part.slots[name].spec for name, part in files.items()}
     weights = {name: replace(w, swapped=True) if swapped(config, w) else w for name, w in model.weights.items()}
     form = "gguf" if any(weight.scheme for weight in weights.values()) else None
-    return Checkpoint(path, config, specs, (file,), extras, form, weights, files, model.edits)
+    shards = tuple(part.path for part in model.files)
+    return Checkpoint(path, config, specs, shards, extras, form, weights, files, model.edits)
 
 
 def _find_shards(root: Path, config: Mapping[str, Any]) -> tuple[list[Path], Index | None]:

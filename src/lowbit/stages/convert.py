@@ -33,7 +33,7 @@ from lowbit.stages._rooms import Rooms
 from lowbit.stages._store import store
 from lowbit.stages._weightfile import read_json
 from lowbit.stages.checkpoint import Checkpoint, swapped
-from lowbit.stages.plan import Entry, Plan, arranged, check_beside, tied_names
+from lowbit.stages.plan import Entry, Plan, arranged, check_told, tied_names
 from lowbit.stages.quantize import Error, Progress, as_done, one_torch_thread, silent
 from lowbit.stages.write import Output, copy_atomic, source_digest, write_atomic
 from lowbit.tensors import QTensor, scale_shape, scheme_bytes
@@ -88,9 +88,8 @@ def plan_conversion(
         UnsupportedError: the target holds nothing like one of them.
         FormatError: a weight is damaged.
         ResourceError: the memory limit is too small.
-        UsageError: a GGUF file without the configuration that a result needs.
     """
-    check_beside(source)
+    check_told(source, goal.form)
     tied = tied_names(source)
     kept = {
         name: Change(weight, Entry(_kept(source, weight, goal), COPY, _reason(source, tied.get(name)), tied.get(name)))

@@ -21,12 +21,15 @@ from lowbit.formats._ggml import BLOCKS
 from lowbit.methods import Method
 from lowbit.methods._scales import shares_rows
 from lowbit.schemes import parse
-from lowbit.stages._directory import GGUF
+from lowbit.stages._gguf_config import require_told
+from lowbit.stages._gguf_vocabulary import alone
+from lowbit.stages._imatrix import Imatrix, Importance, read_importance
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe
 from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
 from lowbit.tensors import scheme_bytes
 
 VERSION = 2
+_UNSEEN = "; not in the importance matrix"
 _OUTSIDE = "; outside of the blocks, where no statistics are taken"
 _SWAPPED = "transposed linear layer (Conv1D)"
 _SWAPPING = "readers of this format know no such layer, those of gptq, gptq_v2 and bitsandbytes do"
@@ -78,6 +81,7 @@ class Rules:
         calibration: text for methods that need it.
         blocks: first block and the one after the last to quantize; None for all.
         activations: name of the scheme of the weights' inputs, tokens as rows; None where these stay as they are.
+        imatrix: importance matrix of llama.cpp to take instead of calibrating, for methods that need nothing else.
     """
 
     scheme: str | None = None
@@ -89,6 +93,7 @@ class Rules:
     calibration: Calibration | None = None
     blocks: tuple[int, int] | None = None
     activations: str | None = None
+    imatrix: Path | None = None
 
     def recipe(self) -> tuple[Recipe, dict[str, Any]]:
         """The steps of the method, and their options by `step.name`; raises `UsageError` where these make no sense."""
@@ -134,6 +139,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     recipe: str = "rtn"
     calibration: Calibration | None = None
+    imatrix: Imatrix | None = None
 
     @cached_property
     def rules(self) -> Format:
@@ -167,6 +173,7 @@ class Plan:
         """The plan as JSON, one tensor a line, stable to the byte."""
         head: dict[str, Any] = {"lowbit_plan": VERSION, "format": self.format, "recipe": self.recipe}
         head |= {"options": dict(self.options), "calibration": self.calibration and asdict(self.calibration)}
+        head |= {"imatrix": asdict(self.imatrix)} if self.imatrix else {}
         rows = ",\n".join("  " + json.dumps(_row(entry)) for entry in self.entries)
         return json.dumps(head)[:-1] + ', "tensors": [\n' + rows + "\n]}\n"
 
@@ -197,16 +204,17 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
             f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing it again would add error to "
             "error: start from the float checkpoint"
         )
-    check_beside(checkpoint)
     form: Format = plugins.load("formats", rules.format)
+    check_told(checkpoint, form)
     _check_patterns(checkpoint, rules)
     recipe, options = rules.recipe()
-    calibrated = recipe.calibrated or _stores_scale(rules.activations)
+    importance = _importance(rules, recipe, checkpoint)
+    calibrated = (recipe.calibrated and not importance) or _stores_scale(rules.activations)
     if calibrated and not rules.calibration:
         what = f"method {recipe}" if recipe.calibrated else f"a stored scale of activations ({rules.activations})"
         raise UsageError(f"{what} is learned from text: name some with --calibration FILE")
     tied = tied_names(checkpoint)
-    chosen = _chosen(checkpoint, rules, form, tied)
+    chosen = _chosen(checkpoint, rules, form, tied, recipe.weighs)
     entries = []
     for weight in map(_plain, checkpoint.weights.values()):
         if weight.name in tied:
@@ -220,24 +228,64 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
             raise UnsupportedError(f"{weight.name} is tied to another weight, which no reader would find; keep it")
         inside = _BLOCK.search(weight.name) is not None
         method, why = (recipe.method, "")
-        if not inside and recipe.calibrated:
-            method, why = _method(recipe.method).outside, _OUTSIDE
-        if form.encoder and wanted in BLOCKS and not (inside and recipe.calibrated):
+        seen = (
+            importance.of(replace(weight, shape=weight.shape[::-1]) if swap else weight) is not None
+            if importance
+            else inside
+        )
+        if not seen and recipe.calibrated:
+            method, why = _method(recipe.method).outside, _UNSEEN if importance else _OUTSIDE
+        if form.encoder and wanted in BLOCKS and not (seen and recipe.calibrated):
             method, why = _able(method, why, wanted, form.encoder)
         activations = rules.activations if inside else None
         entries.append(_entry(weight, wanted, reason + why, method, form, checkpoint.config, activations, swap))
     calibration = rules.calibration if calibrated else None
-    return Plan(rules.format.replace("_", "-"), tuple(entries), options, str(recipe), calibration)
+    facts = importance.facts if importance else None
+    return Plan(rules.format.replace("_", "-"), tuple(entries), options, str(recipe), calibration, facts)
 
 
-def check_beside(checkpoint: Checkpoint) -> None:
-    """A GGUF file tells less than a `config.json`, which the result needs."""
-    beside = any(extra.name == "config.json" for extra in checkpoint.extras)
-    if not beside and any(shard.suffix == GGUF for shard in checkpoint.shards):
+def _importance(rules: Rules, recipe: Recipe, checkpoint: Checkpoint) -> Importance | None:
+    """The importance matrix that was named."""
+    if rules.imatrix is None:
+        return None
+    if not recipe.weighs_alone:
         raise UsageError(
-            f"{checkpoint.path} has no config.json beside its weights: name the checkpoint that it was made from, "
-            "or put the original's configuration and tokenizer into a directory with it and name that"
+            f"--imatrix is for a method that needs the mean square of inputs and nothing else, as imatrix; {recipe} "
+            "is none"
         )
+    if rules.calibration:
+        raise UsageError("--imatrix takes the place of --calibration; name one of them")
+    return read_importance(rules.imatrix, checkpoint.config, checkpoint.weights)
+
+
+def importance_of(plan: Plan, checkpoint: Checkpoint) -> Importance | None:
+    """The importance matrix of a plan.
+
+    Raises:
+        CheckpointError: it is damaged, or gone.
+        UsageError: it is another than the plan was made with.
+    """
+    if plan.imatrix is None:
+        return None
+    found = read_importance(Path(plan.imatrix.path), checkpoint.config, checkpoint.weights)
+    if found.facts.sha256 != plan.imatrix.sha256:
+        raise UsageError(f"{plan.imatrix.path} is not the importance matrix that the plan was made with")
+    return found
+
+
+def check_told(checkpoint: Checkpoint, form: Format) -> None:
+    """A GGUF file alone must tell the configuration that another container needs.
+
+    Raises:
+        UnsupportedError: its architecture or its rope is none that is known.
+    """
+    if alone(checkpoint) and form.container != "gguf":
+        if not checkpoint.config:
+            raise UnsupportedError(
+                f"{checkpoint.path} is of an architecture that is not known here, and has no config.json beside it: "
+                "name the checkpoint that it was made from"
+            )
+        require_told(checkpoint.config, checkpoint.path)
 
 
 def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
@@ -266,7 +314,7 @@ def arranged(weight: Weight, wanted: str, form: Format, config: Mapping[str, Any
 
 
 def _chosen(
-    checkpoint: Checkpoint, rules: Rules, form: Format, tied: Mapping[str, str]
+    checkpoint: Checkpoint, rules: Rules, form: Format, tied: Mapping[str, str], important: bool
 ) -> Mapping[str, tuple[str, str]]:
     """What the format's mixture says of each weight that is stored."""
     if form.choose is None:
@@ -275,7 +323,7 @@ def _chosen(
     turned = [
         replace(w, shape=w.shape[::-1]) if swapped(checkpoint.config, w) and not w.swapped else w for w in weights
     ]
-    return form.choose((rules.scheme or form.default).lower(), turned, checkpoint.config)
+    return form.choose((rules.scheme or form.default).lower(), turned, checkpoint.config, important)
 
 
 def _stores_scale(activations: str | None) -> bool:
@@ -322,7 +370,7 @@ def _entry(
     turned = arranged(turned, wanted, form, config)
     if wanted == "keep" or (form.arrange and wanted in _NAMES.values()):
         kept = turned if form.arrange else weight
-        return Entry(kept, None, reason.removesuffix(_OUTSIDE), came=weight.dtype)
+        return Entry(kept, None, reason.removesuffix(_OUTSIDE).removesuffix(_UNSEEN), came=weight.dtype)
     scheme, method = parse(wanted), _method(name)
     if swap and not form.swaps:
         raise UnsupportedError(f"{weight.name} is a {_SWAPPED}; {_SWAPPING}")
@@ -395,6 +443,7 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
         data = json.loads(path.read_text())
         rows, name, options = data["tensors"], data["format"], data["options"]
         recipe, calibration = data["recipe"], data["calibration"] and Calibration(**data["calibration"])
+        imatrix = Imatrix(**data["imatrix"]) if data.get("imatrix") else None
         if data["lowbit_plan"] != VERSION:
             raise UsageError(f"{path}: plan version {data['lowbit_plan']}, this lowbit reads {VERSION}")
         form: Format = plugins.load("formats", name)
@@ -406,7 +455,7 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
-    return Plan(name, tuple(entries), options, recipe, calibration)
+    return Plan(name, tuple(entries), options, recipe, calibration, imatrix)
 
 
 def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:

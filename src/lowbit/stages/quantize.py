@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
+from types import MappingProxyType
 from typing import Any, TypeVar, final
 
 import torch
@@ -22,13 +23,16 @@ from lowbit.formats import Weight
 from lowbit.methods import Method, Stats
 from lowbit.methods._scales import nest
 from lowbit.schemes import Block, Scheme
+from lowbit.stages._imatrix import Importance
 from lowbit.stages._recipe import step_options
 from lowbit.stages._store import Value, store
 from lowbit.stages.checkpoint import Checkpoint
-from lowbit.stages.plan import Entry, Plan
+from lowbit.stages.plan import Entry, Plan, importance_of
 from lowbit.stages.write import Output, as_bytes
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
+MEAN_SQUARE = "mean_square"
+NOTHING: Stats = MappingProxyType({})
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 R = TypeVar("R")
@@ -93,7 +97,7 @@ def quantize(
     done = total - sum(entry.source_bytes for entry in todo)
     progress("quantize", done, total)
     with one_torch_thread(), ThreadPoolExecutor(way.threads, "quantize") as pool:
-        worker = _Worker(checkpoint, plan, output, way)
+        worker = _Worker(checkpoint, plan, output, way, importance_of(plan, checkpoint))
         for entry, _ in as_done(pool, worker.run, todo, 2 * way.threads):
             watch.check()
             done += entry.source_bytes
@@ -137,6 +141,7 @@ class _Worker:
     plan: Plan
     output: Output
     way: Estimate
+    importance: Importance | None
 
     def run(self, entry: Entry) -> None:
         """Read, quantize, store."""
@@ -148,7 +153,8 @@ class _Worker:
             if codes is None:
                 value = _kept(entry.weight, tensor).contiguous()
             else:
-                source, value, error = quantize_weight(self.plan.options, entry, tensor, codes, self.way.piece)
+                stats = _given(self.importance, entry)
+                source, value, error = quantize_weight(self.plan.options, entry, tensor, codes, self.way.piece, stats)
                 facts = {"relative_error": error.relative, "largest_error": error.largest}
             facts |= {"method": entry.method, "seconds": time.perf_counter() - start}
             scratch, workers = self.way.scratch, self.way.threads
@@ -161,7 +167,15 @@ def make(checkpoint: Checkpoint, plan: Plan, entry: Entry, piece: int) -> QTenso
     if entry.weight.scheme is None:
         return _kept(entry.weight, tensor)
     codes = torch.empty(view_shape(entry.weight.shape, entry.weight.scheme.block), dtype=torch.uint8)
-    return quantize_weight(plan.options, entry, tensor, codes, piece)[1]
+    stats = _given(importance_of(plan, checkpoint), entry)
+    return quantize_weight(plan.options, entry, tensor, codes, piece, stats)[1]
+
+
+def _given(importance: Importance | None, entry: Entry) -> Stats:
+    """The statistics of a weight that come from a file."""
+    method: Method = plugins.load("methods", entry.method or "rtn")
+    found = importance.of(entry.weight) if importance and MEAN_SQUARE in method.needs else None
+    return {} if found is None else {MEAN_SQUARE: found}
 
 
 def _kept(weight: Weight, tensor: Tensor) -> Tensor:
@@ -173,7 +187,7 @@ def _kept(weight: Weight, tensor: Tensor) -> Tensor:
 
 
 def quantize_weight(
-    chosen: Mapping[str, Any], entry: Entry, tensor: Tensor, codes: Tensor, elements: int
+    chosen: Mapping[str, Any], entry: Entry, tensor: Tensor, codes: Tensor, elements: int, given: Stats = NOTHING
 ) -> tuple[str, QTensor, Error]:
     """Run the entry's method over pieces of a weight; returns the digest of the input, the result and its error.
 
@@ -181,6 +195,7 @@ def quantize_weight(
         chosen: options of the method, as a plan has them.
         codes: room for those of the result.
         elements: of a piece.
+        given: statistics of the weight's inputs.
     """
     weight, scheme = entry.weight, entry.weight.scheme
     assert scheme is not None and entry.method is not None
@@ -189,7 +204,7 @@ def quantize_weight(
     view = tensor.reshape(codes.shape)
     hasher, error, pieces = xxhash.xxh3_128(), Error(), []
     with _located(weight.name, tensor):
-        stats = tensor_stats(view, scheme, elements)
+        stats = {**given, **tensor_stats(view, scheme, elements)}
         for rows, cols in pieces_of(weight.shape, scheme.block, elements):
             part = view[rows, cols]
             hasher.update(as_bytes(part))

@@ -35,7 +35,8 @@ from lowbit import __version__
 from lowbit.budget import format_size
 from lowbit.errors import JournalError, ResourceError
 from lowbit.formats import Spec, Weight
-from lowbit.stages._gguf_write import gguf_shard
+from lowbit.stages._gguf_vocabulary import told_by
+from lowbit.stages._gguf_write import gguf_shards
 from lowbit.stages._onnx_write import onnx_shard
 from lowbit.stages._shard import Shard, safetensors_shard
 from lowbit.stages._weightfile import WeightFile
@@ -92,15 +93,17 @@ class Record:
     verified: bool = False
 
 
-def make_shards(plan: Plan, limit: int = SHARD_BYTES, checkpoint: Checkpoint | None = None) -> list[Shard]:
-    """Distribute the plan's tensors, in its order, over files of at most `limit` bytes each; GGUF is one file.
+def make_shards(plan: Plan, limit: int | None = None, checkpoint: Checkpoint | None = None) -> list[Shard]:
+    """Distribute the plan's tensors, in its order, over files of at most `limit` bytes each.
+
+    Without a limit files are of 5 GB at most, but GGUF is one file.
 
     `checkpoint` is what the plan is for: a GGUF file holds its configuration and its tokenizer too, and beside the
     tensors of an ONNX model is the graph.
     """
     if plan.rules.container == "gguf" and checkpoint is not None:
-        return [gguf_shard(plan, checkpoint)]
-    shards = _weight_shards(plan, limit)
+        return gguf_shards(plan, checkpoint, limit)
+    shards = _weight_shards(plan, limit or SHARD_BYTES)
     if plan.rules.container == "onnx" and checkpoint is not None:
         return [*shards, onnx_shard(plan, checkpoint, shards)]
     return shards
@@ -320,9 +323,9 @@ class Output:
         for shard in self.shards:
             if not shard.offsets:
                 self._seal_empty(shard)
-        if len([shard for shard in self.shards if shard.offsets]) > 1:
+        if len([shard for shard in self.shards if shard.offsets]) > 1 and self.plan.rules.container != "gguf":
             write_atomic(self.path / "model.safetensors.index.json", self._index())
-        documents = self.plan.rules.config([entry.weight for entry in self.plan.entries], checkpoint.config)
+        documents = self._documents(checkpoint)
         root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
         for extra in checkpoint.extras:
             place = extra.relative_to(root)
@@ -332,6 +335,13 @@ class Output:
         for name in sorted(documents, reverse=True):
             write_atomic(self.path / name, (json.dumps(documents[name], indent=2) + "\n").encode())
         shutil.rmtree(self.path / WORK / "scratch", ignore_errors=True)
+
+    def _documents(self, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+        """JSON files by name: what declares the format, and what a GGUF file alone tells that becomes none."""
+        told = told_by(checkpoint)
+        if told and self.plan.rules.container == "gguf":
+            return {}
+        return told | self.plan.rules.config([entry.weight for entry in self.plan.entries], checkpoint.config)
 
     def _seal_empty(self, shard: Shard) -> None:
         self._file(shard)
@@ -345,7 +355,7 @@ class Output:
 
 
 @contextmanager
-def open_output(path: Path, checkpoint: Checkpoint, plan: Plan, shard_bytes: int = SHARD_BYTES) -> Iterator[Output]:
+def open_output(path: Path, checkpoint: Checkpoint, plan: Plan, shard_bytes: int | None = None) -> Iterator[Output]:
     """Open an empty directory, or go on in one that holds this very run.
 
     Raises:
@@ -383,7 +393,7 @@ def _lock(journal: int, path: Path) -> None:
         raise JournalError(f"another run is writing to {path}; wait for it or name another directory") from None
 
 
-def _identity(checkpoint: Checkpoint, plan: Plan, shard_bytes: int, shards: Sequence[Shard]) -> dict[str, Any]:
+def _identity(checkpoint: Checkpoint, plan: Plan, shard_bytes: int | None, shards: Sequence[Shard]) -> dict[str, Any]:
     """What must be equal for a run to go on: version, inputs by size and header, plan, shard size, headers.
 
     Contents of inputs are compared tensor by tensor (`Record.source`).
@@ -429,6 +439,8 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
         for key in ("scheme", "method"):
             if before[key] != after[key]:
                 return f"{key} of {before['name']} is {before[key]} there, {after[key]} here"
+    if old["plan"].get("imatrix") != new["plan"].get("imatrix"):
+        return "another importance matrix"
     if old["shard_bytes"] != new["shard_bytes"]:
         return "another shard size"
     return None if old["headers"] == new["headers"] else "other headers, as of another tokenizer in the input"

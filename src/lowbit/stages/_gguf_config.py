@@ -1,0 +1,162 @@
+"""What the header of a GGUF file tells of `config.json`: numbers under the names of transformers, and its rope."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from math import log, pi
+from typing import Any
+
+from lowbit.errors import UnsupportedError
+from lowbit.formats._gguf import Arch
+from lowbit.stages._gguf import Gguf
+
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+UNTOLD = "untold"  # type of a rope whose factors no type of transformers gives
+_TYPES = {"none": None, "linear": "linear", "yarn": "yarn"}
+_LARGEST = 3e38  # of float32, about
+_CLOSE = 1e-4  # relative: factors are float32
+
+
+def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
+    """`config.json`, as far as the header tells it; what it does not tell is what llama.cpp takes.
+
+    Raises:
+        CheckpointError: factors of rope that are damaged.
+    """
+    told = {key: header.value(f"{arch.arch}.{key}") for key in arch.keys}
+    facts = {arch.keys[key][0]: _short(value) for key, value in told.items() if value is not None}
+    kind = arch.sparse_type if told.get("expert_count") else arch.model_types[0]
+    facts |= {"model_type": kind, "architectures": [arch.classes[kind]], **arch.requires}
+    facts["tie_word_embeddings"] = "output.weight" not in header.tensors
+    embedding = header.tensors.get("token_embd.weight")
+    facts |= {"vocab_size": embedding.shape[0]} if embedding and embedding.shape else {}
+    for name in ("bos", "eos", "padding"):
+        facts[f"{name.removesuffix('ding')}_token_id"] = header.value(f"tokenizer.ggml.{name}_token_id")
+    try:
+        rope = _rope(header, arch, facts) if "rope.freq_base" in arch.keys else {}
+        return facts | _heads(header, arch, facts) | rope
+    except (TypeError, ValueError, ArithmeticError, LookupError):  # it can be inspected
+        return facts | {"rope_scaling": {"rope_type": UNTOLD}}
+
+
+def _short(value: Any) -> Any:
+    """A float32 with no more digits than tell it from the others, as people write them."""
+    if not isinstance(value, float) or not abs(value) < _LARGEST or _single(value) != value:
+        return value
+    return next(short for digits in range(6, 18) if _single(short := float(f"{value:.{digits}g}")) == value)
+
+
+def _single(value: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def require_told(config: Mapping[str, Any], where: object) -> None:
+    """Raise `UnsupportedError` where a file rotates in a way that `config.json` has no words for."""
+    if (config.get("rope_scaling") or {}).get("rope_type") == UNTOLD:
+        raise UnsupportedError(
+            f"{where} does not tell its heads and its rope in numbers that a model of transformers has; put the "
+            "original's config.json beside it"
+        )
+
+
+def _heads(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and width of heads where the configuration's defaults would be others."""
+    heads, name = facts.get("num_attention_heads") or facts.get("n_head"), arch.arch
+    if not isinstance(heads, int) or "num_attention_heads" not in facts:
+        return {}
+    found: dict[str, Any] = {} if "num_key_value_heads" in facts else {"num_key_value_heads": heads}
+    width, size = int(facts["hidden_size"]), header.value(f"{name}.attention.key_length")
+    if size and size * heads != width:
+        found["head_dim"] = int(size)
+    size = size or width // heads
+    turned = header.value(f"{name}.rope.dimension_count")
+    if turned and turned != size:
+        found["partial_rotary_factor"] = turned / size
+    if name in ("gemma2", "gemma3"):  # llama.cpp knows the largest by their numbers of layers
+        largest = facts["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[name]
+        found["query_pre_attn_scalar"] = width // heads if largest else size
+    return found
+
+
+def _rope(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, in the words that every version of transformers reads."""
+    name = arch.arch
+    found: dict[str, Any] = {"rope_theta": _short(float(header.value(f"{name}.rope.freq_base", 10000.0)))}
+    if name == "gemma3":
+        found["rope_local_base_freq"] = float(header.value("gemma3.rope.freq_base_swa", 10000.0))
+    if FREQUENCIES in header.tensors:
+        return found | {"rope_scaling": _llama3(header.floats(FREQUENCIES), found["rope_theta"])}
+    if LONG in header.tensors and SHORT in header.tensors:
+        return found | _longrope(header, name, facts)
+    factor = header.value(f"{name}.rope.scaling.factor") or header.value(f"{name}.rope.scale_linear") or 0.0
+    kind = _TYPES.get(header.value(f"{name}.rope.scaling.type", "linear"), UNTOLD)
+    if kind is None or (kind == "linear" and factor in (0.0, 1.0)):
+        return found
+    scaling = {"rope_type": kind, "factor": float(factor)}
+    return found | {"rope_scaling": scaling | (_yarn(header, name, facts, factor) if kind == "yarn" else {})}
+
+
+def _yarn(header: Gguf, name: str, facts: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    told = {key: header.value(f"{name}.rope.scaling.{key}") for key in
+            ("original_context_length", "attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_ext_factor",
+             "yarn_log_multiplier")}  # fmt: skip
+    if told["yarn_log_multiplier"] or told["yarn_ext_factor"] not in (None, 1.0):
+        return {"rope_type": UNTOLD}
+    found: dict[str, Any] = {
+        "original_max_position_embeddings": int(told["original_context_length"] or facts["max_position_embeddings"])
+    }
+    if told["attn_factor"] not in (None, 1.0):
+        found["attention_factor"] = float(told["attn_factor"]) * (0.1 * log(factor) + 1 if factor > 1 else 1)
+    names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
+    return found | {ours: float(told[key]) for ours, key in names.items() if told[key]}
+
+
+def _longrope(header: Gguf, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Phi 3: the context it was trained for is at the top, where its own code looks for it."""
+    longest = int(facts["max_position_embeddings"])
+    trained = int(header.value(f"{name}.rope.scaling.original_context_length", longest))
+    scaling = {"rope_type": "longrope", "long_factor": list(header.floats(LONG)),
+               "short_factor": list(header.floats(SHORT)), "original_max_position_embeddings": trained,
+               "attention_factor": float(header.value(f"{name}.rope.scaling.attn_factor", 1.0))}  # fmt: skip
+    return {"rope_scaling": scaling, "original_max_position_embeddings": trained}
+
+
+def llama3_factors(scaling: Mapping[str, Any], theta: float, dims: int) -> list[float]:
+    """By how much each frequency is divided (transformers' `_compute_llama3_parameters`)."""
+    low, high, factor = (float(scaling[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
+    trained, found = float(scaling["original_max_position_embeddings"]), []
+    for dim in range(0, dims, 2):
+        turns = trained / (2 * pi * theta ** (dim / dims))
+        share = min(max((turns - low) / (high - low), 0.0), 1.0)
+        found.append(1 / ((1 - share) / factor + share))
+    return found
+
+
+def _llama3(factors: Sequence[float], theta: float) -> dict[str, Any]:
+    """The numbers of llama3 that give these factors; between its two ends the share of each frequency is a line.
+
+    Only two of its three lengths can be told from factors: the lower end is taken to be 1, as in every model known.
+    """
+    factor, dims = max(factors), 2 * len(factors)
+    rates = [1 / (2 * pi * theta ** (dim / dims)) for dim in range(0, dims, 2)]
+    shares = [(1 / each - 1 / factor) / (1 - 1 / factor) if factor > 1 else 0.0 for each in factors]
+    between = [(rate, share) for rate, share in zip(rates, shares, strict=True) if 1e-5 < share < 1 - 1e-5]
+    if not between:
+        return {"rope_type": UNTOLD}
+    (first, top), (last, bottom) = between[0], between[-1]
+    slope = (top - bottom) / (first - last) if len(between) > 1 else (top + 1 / 3) / first
+    offset = slope * first - top
+    if slope <= 0 or offset <= 0:
+        return {"rope_type": UNTOLD}
+    trained = slope / offset  # share = (trained * rate - 1) / (high - 1)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": round(factor, 5),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": round(1 + 1 / offset, 3),
+        "original_max_position_embeddings": round(trained),
+    }
+    again = llama3_factors(scaling, theta, dims)
+    same = all(abs(one - other) <= _CLOSE * other for one, other in zip(again, factors, strict=True))
+    return scaling if same else {"rope_type": UNTOLD}

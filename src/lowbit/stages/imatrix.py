@@ -1,0 +1,121 @@
+"""An importance matrix as `llama-imatrix` makes it: text through the float model, one block in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import final
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from lowbit import plugins
+from lowbit.budget import MemoryWatch
+from lowbit.errors import UnsupportedError
+from lowbit.formats._gguf import Arch, arch_of
+from lowbit.stages._blocks import Entrance, LiveBlock
+from lowbit.stages._imatrix import imatrix_bytes
+from lowbit.stages._model import Blueprint, open_blueprint
+from lowbit.stages._products import Product
+from lowbit.stages._streams import Kind, Streams
+from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.quantize import MEAN_SQUARE, Progress, silent
+from lowbit.stats import State, Statistic
+
+_TOKENS = 4096  # that run through a block together
+_KIND: Kind = "float"
+
+
+@final
+class _Sums:
+    """A watch that sums the squares of what each weight reads."""
+
+    def __init__(self) -> None:
+        self._statistic: Statistic = plugins.load("stats", MEAN_SQUARE)
+        self.states: dict[str, State] = {}
+
+    def __call__(self, product: Product) -> None:
+        """See a product."""
+        for name in product.names:
+            state = self.states.setdefault(name, self._statistic.start(product.rows.shape[1], 0))
+            self._statistic.update(state, product.rows, None)
+
+
+def measure(
+    source: Checkpoint,
+    ids: Int64[Tensor, "windows tokens"],
+    texts: list[str],
+    folder: Path,
+    watch: MemoryWatch,
+    progress: Progress = silent,
+) -> bytes:
+    """The file for these windows; hidden states between blocks are in a temporary folder under `folder`.
+
+    Raises:
+        UnsupportedError: llama.cpp has no names for this model, or its blocks cannot be run on their own.
+        CheckpointError: it is no causal language model, or cannot be run.
+    """
+    arch = arch_of(source.config.get("model_type"))
+    if arch is None:
+        raise UnsupportedError(
+            f"llama.cpp's names are not known for models of type {source.config.get('model_type')!r}"
+        )
+    blueprint, states = open_blueprint(source, torch.float32), dict[str, State]()
+    with torch.no_grad(), TemporaryDirectory(dir=folder, prefix=".imatrix-") as place:
+        shape = (*ids.shape, blueprint.width)
+        streams = Streams(Path(place), (shape[0], shape[1], shape[2]), blueprint.dtype, (_KIND,))
+        entrance, batches = Entrance(blueprint, torch.device("cpu")), _batches(ids)
+        with streams.writing(_KIND, 0) as hidden:
+            for batch in batches:
+                hidden[batch] = entrance.hidden(ids[batch])
+        for index, path in enumerate(blueprint.blocks):
+            progress("imatrix", index, len(blueprint.blocks))
+            watch.check()
+            states |= _through(blueprint, path, index, ids, streams, entrance)
+            streams.forget(index + 1)
+        progress("imatrix", len(blueprint.blocks), len(blueprint.blocks))
+    sums, counts = _stacked(source, arch, states)
+    return imatrix_bytes(sums, counts, texts, ids.shape[0], ids.shape[1])
+
+
+def _batches(ids: Tensor) -> list[slice]:
+    step = max(_TOKENS // ids.shape[1], 1)
+    return [slice(at, min(at + step, len(ids))) for at in range(0, len(ids), step)]
+
+
+def _through(
+    blueprint: Blueprint, path: str, index: int, ids: Tensor, streams: Streams, entrance: Entrance
+) -> dict[str, State]:
+    """Run all windows through one block; returns the sums of its weights."""
+    names = [name for name in blueprint.blocks[path] if len(blueprint.checkpoint.weights[name].shape) == 2]
+    live, seen, inputs = LiveBlock(blueprint, path, names, torch.device("cpu")), _Sums(), streams.read(_KIND, index)
+    with streams.writing(_KIND, index + 1) as outputs:
+        for batch in _batches(ids):
+            call = entrance.calls(ids[batch])[path]
+            outputs[batch] = live.run(call, inputs[batch], watch=seen)
+    return seen.states
+
+
+def _stacked(
+    source: Checkpoint, arch: Arch, states: Mapping[str, State]
+) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    """Sums and counts under llama.cpp's names; an expert that no token reached has zeros."""
+    members: dict[str, dict[int, State]] = {}
+    for name, state in states.items():
+        found = arch.place(name)
+        if found is not None:
+            members.setdefault(found.name, {})[found.expert or 0] = state
+    sizes: dict[str, int] = {}
+    for name in source.weights:
+        found = arch.place(name)
+        if found is not None:
+            sizes[found.name] = max(sizes.get(found.name, 0), (found.expert or 0) + 1)
+    sums, counts = dict[str, Tensor](), dict[str, list[float]]()
+    for name, parts in members.items():
+        empty = torch.zeros_like(next(iter(parts.values()))["sum"])
+        experts = range(sizes[name])
+        sums[name] = torch.stack([parts[expert]["sum"] if expert in parts else empty for expert in experts])
+        counts[name] = [float(parts[expert]["count"]) if expert in parts else 0.0 for expert in experts]
+    return sums, counts
