@@ -25,6 +25,7 @@ Rows = Float[Tensor, "rows cols"]
 _ROWS, _COLUMNS = 512, 192  # of a weight that are looked at for the method; its error is of all
 _AWAY = 1e-3  # of a step: this much further than the nearest code is not rounding
 _NEAREST, _MOVED = 1e-3, 0.02  # shares of weights off their nearest code: up to here none, from here many
+_FAR = 16.0  # steps: further than compensation moves a weight; rows or columns were scaled in a way that is not seen
 _FITTED = 0.1  # the same as the first, under factors that were fitted
 _TOGETHER = 1.5  # mean squared correlation of two columns' residuals, over that of independent ones
 _SCALED = 0.02  # spread of the columns' factors, in powers of two
@@ -185,7 +186,7 @@ def _method(moved: float, farthest: float, together: float, ranged: bool, neares
         return ("rtn", "high") if ranged else ("nearest codes under searched scales", "medium")
     if moved >= _MOVED and farthest <= 1.05:
         return "autoround", "medium"
-    if moved >= _MOVED:
+    if moved >= _MOVED and farthest <= _FAR:
         return "gptq", "high" if together > _TOGETHER else "medium"
     return "unknown", "low"
 
