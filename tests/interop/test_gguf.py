@@ -499,7 +499,7 @@ def test_stretched_ropes(kind: str, tmp_path: Path) -> None:
     ("scheme", "file_type"), [("iq1_m", 31), ("iq2_xs", 20), ("iq2_m", 29), ("iq3_xxs", 23), ("iq3_xs", 22)]
 )
 def test_types_are_llama_quantizes_under_an_importance_matrix(scheme: str, file_type: int, tmp_path: Path) -> None:
-    size = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8}
+    size: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, **size}))
     source = quantized(saved_model(model, tmp_path / "model", byte_level()), tmp_path / "f16", "f16")
     kinds = tensors(source)

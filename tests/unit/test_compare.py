@@ -1,4 +1,4 @@
-"""What residuals tell of the method, on weights that definitions written here make, and on auto-round's own."""
+"""What residuals tell of the method, on weights that definitions written here make."""
 
 from __future__ import annotations
 
