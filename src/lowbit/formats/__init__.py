@@ -71,6 +71,11 @@ def no_activations(scheme: Scheme, weight: Weight) -> Scheme:
     )
 
 
+def never_hollow(scheme: Scheme) -> bool:
+    """What a format says that cannot tell whether it holds a weight without its codes."""
+    return False
+
+
 @dataclass(frozen=True)
 class Format:
     """One public layout.
@@ -101,6 +106,9 @@ class Format:
         encoder: method that makes every scheme of those mixtures, for where the chosen one cannot.
         arrange: `(weight, float type or "keep" or a scheme's name, config.json) -> weight` as the container has it:
             dtype, order of rows; None where it has them as the checkpoint does.
+        hollow: `(scheme) -> bool`: whether `unpack` and `pack` take codes on torch's device `meta`, which are a shape
+            and no bytes. They then leave alone where codes are stored, and do and check all else. Only true where no
+            code can be wrong.
     """
 
     about: str
@@ -118,3 +126,4 @@ class Format:
     choose: Callable[[str, Sequence[Weight], Mapping[str, Any]], dict[str, tuple[str, str]]] | None = None
     encoder: str = ""
     arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None
+    hollow: Callable[[Scheme], bool] = never_hollow
