@@ -151,6 +151,18 @@ NB_MODULE(_native, module) {
         },
         Unlocked());
     module.def(
+        "pack_awq",
+        [](const Bytes& codes, const AnyOut& words) {
+            pack_awq(kernels(), codes.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), words.data());
+        },
+        Unlocked());
+    module.def(
+        "unpack_awq",
+        [](const AnyIn& words, const Codes& codes) {
+            unpack_awq(kernels(), words.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), codes.data());
+        },
+        Unlocked());
+    module.def(
         "pack_nibbles_high_first",
         [](const Bytes& codes, const Codes& bytes) {
             pack_nibbles_high_first(kernels(), codes.data(), int64_t(codes.shape(0)), bytes.data());

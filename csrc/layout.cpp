@@ -84,6 +84,54 @@ void unpack_bits_transposed(const Kernels& kernels, const void* words, int64_t r
     });
 }
 
+// ---- eight rows to a word ----
+
+namespace {
+
+constexpr int awq_rows[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+
+// body(first of up to 16 lines of words, lines, first column, columns) for each tile.
+template <class Body>
+void each_awq_tile(int64_t lines, int64_t cols, Body body) {
+    for (int64_t line = 0; line < lines; line += tile_rows)
+        for (int64_t col = 0; col < cols; col += tile_words)
+            body(line, std::min(tile_rows, lines - line), col, std::min(tile_words, cols - col));
+}
+
+}  // namespace
+
+void pack_awq(const Kernels& kernels, const uint8_t* codes, int64_t rows, int64_t cols, void* words) {
+    auto to = static_cast<uint8_t*>(words);
+    int64_t lines = rows / 8;
+    Tile tile;
+    each_awq_tile(lines, cols, [&](int64_t line, int64_t high, int64_t col, int64_t count) {
+        for (int64_t i = 0; i < high; i++) {
+            const uint8_t* from[8];
+            for (int k = 0; k < 8; k++) from[k] = codes + (8 * (line + i) + awq_rows[k]) * cols + col;
+            for (int64_t c = 0; c < count; c++) {
+                uint32_t word = 0;
+                for (int k = 0; k < 8; k++) word |= uint32_t(from[k][c] & 15) << 4 * k;
+                tile[i][c] = word;
+            }
+        }
+        kernels.transpose_words(tile, tile_words, high, count, to + 4 * (col * lines + line), lines);
+    });
+}
+
+void unpack_awq(const Kernels& kernels, const void* words, int64_t rows, int64_t cols, uint8_t* codes) {
+    auto from = static_cast<const uint8_t*>(words);
+    int64_t lines = rows / 8;
+    Tile tile;
+    each_awq_tile(lines, cols, [&](int64_t line, int64_t high, int64_t col, int64_t count) {
+        kernels.transpose_words(from + 4 * (col * lines + line), lines, count, high, tile, tile_words);
+        for (int64_t i = 0; i < high; i++)
+            for (int k = 0; k < 8; k++) {
+                uint8_t* to = codes + (8 * (line + i) + awq_rows[k]) * cols + col;
+                for (int64_t c = 0; c < count; c++) to[c] = uint8_t(tile[i][c] >> 4 * k & 15);
+            }
+    });
+}
+
 // ---- nibbles ----
 
 namespace {

@@ -223,6 +223,11 @@ void unpack_bits_transposed(const Kernels&, const void* words, int64_t rows, int
 void pack_nibbles_high_first(const Kernels&, const uint8_t* codes, int64_t count, uint8_t* bytes);
 void unpack_nibbles_high_first(const Kernels&, const uint8_t* bytes, int64_t count, uint8_t* codes);
 
+// Word [k][j] holds column k of rows 8j to 8j + 7, the lowest four bits those of row 8j, then 2, 4, 6, 1, 3, 5, 7 (AWQ).
+// Rows are a multiple of 8.
+void pack_awq(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, void* words);
+void unpack_awq(const Kernels&, const void* words, int64_t rows, int64_t cols, uint8_t* codes);
+
 // Returns the first weight of a run that the type has no word for (IQ types hold runs of codes from a table), or -1.
 int64_t ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);
 void ggml_unpack(GgmlType, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>&);

@@ -194,6 +194,12 @@ static void compare_pack(const Kernels& kernels, int64_t rows, int64_t cols, int
             [&](const Kernels& k, uint8_t* out) { unpack_bits_transposed(k, words.at(), rows, cols, bits, out); });
     compare("pack_nibbles", kernels, grid, (count + 1) / 2,
             [&](const Kernels& k, uint8_t* out) { pack_nibbles_high_first(k, codes.at(), count, out); });
+    int64_t lines = (rows + 7) / 8;
+    Buffer eights = random_codes(8 * lines * cols, 255), packed = random_codes(4 * lines * cols, 255);
+    compare("pack_awq", kernels, grid, 4 * lines * cols,
+            [&](const Kernels& k, uint8_t* out) { pack_awq(k, eights.at(), 8 * lines, cols, out); });
+    compare("unpack_awq", kernels, grid, 8 * lines * cols,
+            [&](const Kernels& k, uint8_t* out) { unpack_awq(k, packed.at(), 8 * lines, cols, out); });
     Buffer nibbles = random_codes((count + 1) / 2, 255);
     compare("unpack_nibbles", kernels, grid, count,
             [&](const Kernels& k, uint8_t* out) { unpack_nibbles_high_first(k, nibbles.at(), count, out); });

@@ -270,6 +270,29 @@ def unpack_bits_transposed(
     return codes
 
 
+def pack_awq(
+    codes: UInt8[Tensor, "rows cols"], *, out: Int32[Tensor, "cols words"] | None = None
+) -> Int32[Tensor, "cols words"]:
+    """AWQ's qweight: the four low bits of eight rows to a word, the lowest those of row 0, then 2, 4, 6, 1, 3, 5, 7.
+
+    `rows` is a multiple of 8.
+    """
+    _check("codes", codes, _two(codes.shape), torch.uint8)
+    words = _out(out, (codes.shape[1], _eighth(codes.shape[0])), torch.int32)
+    _native.pack_awq(codes, words)
+    return words
+
+
+def unpack_awq(
+    words: Int32[Tensor, "cols words"], *, out: UInt8[Tensor, "rows cols"] | None = None
+) -> UInt8[Tensor, "rows cols"]:
+    """The codes that `pack_awq` was given."""
+    _check("words", words, _two(words.shape), torch.int32)
+    codes = _out(out, (8 * words.shape[1], words.shape[0]))
+    _native.unpack_awq(words, codes)
+    return codes
+
+
 def pack_nibbles_high_first(
     codes: UInt8[Tensor, "count"], *, out: UInt8[Tensor, "bytes"] | None = None
 ) -> UInt8[Tensor, "bytes"]:
@@ -699,6 +722,12 @@ def _quantized(
         _check("levels", levels, (256,), torch.float32)
     if levels is None and zero is None:
         raise ValueError("levels are needed where there is no zero")
+
+
+def _eighth(rows: int) -> int:
+    if rows % 8:
+        raise ValueError(f"codes have {rows} rows; they must be a multiple of 8")
+    return rows // 8
 
 
 def _words(cols: int, bits: int) -> int:

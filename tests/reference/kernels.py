@@ -96,6 +96,19 @@ def pack_bits(codes: Codes, bits: int) -> NDArray[np.int32]:
     return np.frombuffer(data, "<i4").reshape(codes.shape[0], size // 4)
 
 
+def pack_awq(codes: Codes) -> NDArray[np.int32]:
+    """Eight rows as the digits of a hexadecimal number, those of AutoAWQ's `order_map` from the lowest."""
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    words = [
+        [
+            int("".join(f"{eight[row][col] % 16:x}" for row in reversed(order)), 16)
+            for eight in codes.reshape(-1, 8, codes.shape[1])
+        ]
+        for col in range(codes.shape[1])
+    ]
+    return np.array(words, np.uint32).reshape(codes.shape[1], codes.shape[0] // 8).view(np.int32)
+
+
 def pack_nibbles_high_first(codes: Codes) -> Codes:
     """Two codes per byte, the first in the high nibble."""
     digits = "".join(f"{code:x}" for code in codes)

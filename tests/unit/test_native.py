@@ -237,6 +237,14 @@ def test_pack_bits_at_an_address_that_is_not_aligned(bits: int) -> None:
     torch.testing.assert_close(native.unpack_bits(out, bits, 100), codes, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (8, 0), (8, 1), (16, 31), (136, 33), (128, 513), (264, 1030)])
+def test_eight_rows_to_a_word(shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 256, shape).byte()
+    words = native.pack_awq(codes)
+    assert words.tolist() == oracle.pack_awq(codes.numpy()).tolist()
+    torch.testing.assert_close(native.unpack_awq(words), codes & 15, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 31, 4095, 4096, 4097, 10000])
 def test_nibbles(count: int) -> None:
     codes = torch.randint(0, 16, (count,)).byte()
@@ -283,6 +291,8 @@ MISTAKES: list[tuple[str, Callable[..., object], tuple[object, ...], dict[str, o
     ("bits is 0", native.pack_bits_transposed, (CODES, 0), {}),
     ("words has shape", native.unpack_bits, (WORDS, 4, 32), {}),
     ("words has shape", native.unpack_bits_transposed, (WORDS, 4, 32), {}),
+    ("12 rows", native.pack_awq, (torch.zeros(12, 4).byte(),), {}),
+    ("words is torch.uint8", native.unpack_awq, (CODES,), {}),
     ("packed has shape", native.unpack_nibbles_high_first, (CODES[0], 5), {}),
 ]
 

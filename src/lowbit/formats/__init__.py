@@ -71,6 +71,11 @@ def no_activations(scheme: Scheme, weight: Weight) -> Scheme:
     )
 
 
+def never_hollow(scheme: Scheme) -> bool:
+    """What a format says that cannot tell whether it holds a weight without its codes."""
+    return False
+
+
 @dataclass(frozen=True)
 class Format:
     """One public layout.
@@ -104,6 +109,9 @@ class Format:
         learned_encoder: its default where there is text to learn from.
         arrange: `(weight, float type or "keep" or a scheme's name, config.json) -> weight` as the container has it:
             dtype, order of rows; None where it has them as the checkpoint does.
+        hollow: `(scheme) -> bool`: whether `unpack` and `pack` take codes on torch's device `meta`, which are a shape
+            and no bytes. They then leave alone where codes are stored, and do and check all else. Only true where no
+            code can be wrong.
     """
 
     about: str
@@ -122,3 +130,4 @@ class Format:
     encoder: str = ""
     learned_encoder: str = ""
     arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None
+    hollow: Callable[[Scheme], bool] = never_hollow

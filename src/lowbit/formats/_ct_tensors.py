@@ -102,10 +102,18 @@ def pack(q: QTensor, into: Mapping[str, Tensor]) -> None:
         _pack_zeros(q.zeros, q.scheme, kind, into["weight_zero_point"])
 
 
+def hollow(scheme: Scheme) -> bool:
+    """Whether the layouts can be checked without the codes: packed integers, for which every pattern of bits is one."""
+    return scheme.grid.kind == "int"
+
+
 def _pack_codes(q: QTensor, kind: Container, into: Mapping[str, Tensor]) -> None:
     if kind == "pack-quantized":
-        native.pack_bits(q.codes, q.scheme.grid.bits, out=into["weight_packed"])
+        if not q.codes.is_meta:
+            native.pack_bits(q.codes, q.scheme.grid.bits, out=into["weight_packed"])
         into["weight_shape"].copy_(torch.tensor(q.shape))
+    elif q.codes.is_meta:
+        pass
     elif kind == "int-quantized":
         torch.sub(q.codes, _half(q.scheme), out=into["weight"].view(torch.uint8))
     elif "weight" in into:
@@ -226,6 +234,10 @@ def check_shape(tensors: Mapping[str, Tensor], shape: Shape) -> None:
 def _unpack_codes(
     scheme: Scheme, kind: Container, parts: Mapping[str, Tensor], codes: UInt8[Tensor, "rows cols"]
 ) -> UInt8[Tensor, "rows cols"]:
+    if codes.is_meta:
+        if kind == "int-quantized" and scheme.grid.bits < 8:
+            below("weight", parts["weight"].view(torch.uint8) + _half(scheme), 2**scheme.grid.bits)
+        return codes
     if kind in ("float-quantized", "mxfp8-quantized"):
         return _no_nan("weight", parts["weight"].view(torch.uint8))
     if kind == "pack-quantized":

@@ -110,7 +110,13 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor], offset: int) ->
     scales.copy_(exact(f"{weight.module}.scales", q.scales, scales.dtype).T)
     native.pack_bits(_stored_zeros(weight, q, offset), bits, out=into[f"{weight.module}.qzeros"])
     into[f"{weight.module}.g_idx"].copy_(_consecutive(q) if q.group_index is None else q.group_index)
-    native.pack_bits_transposed(q.codes, bits, out=into[f"{weight.module}.qweight"])
+    if not q.codes.is_meta:
+        native.pack_bits_transposed(q.codes, bits, out=into[f"{weight.module}.qweight"])
+
+
+def hollow(scheme: Scheme) -> bool:
+    """Whether the layout can be checked without the codes: every pattern of bits is one."""
+    return True
 
 
 def _stored_zeros(weight: Weight, q: QTensor, offset: int) -> UInt8[Tensor, "groups rows"]:
@@ -146,7 +152,8 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     if missing:
         raise FormatError(f"{missing[0]} is missing")
     qweight, qzeros, scales, *index = parts.values()
-    codes = native.unpack_bits_transposed(qweight.contiguous(), bits, weight.shape[1], out=codes)
+    if codes is None or not codes.is_meta:
+        codes = native.unpack_bits_transposed(qweight.contiguous(), bits, weight.shape[1], out=codes)
     scales = finite(f"{weight.module}.scales", scales.T.float()).contiguous()
     zeros = zero_points(weight, native.unpack_bits(qzeros.contiguous(), bits, weight.shape[0]), offset)
     q = QTensor(scheme, weight.shape, codes, scales, zeros)

@@ -6,20 +6,19 @@ A module with W `[N out, K in]` in G groups is stored as `qweight` int32 `[K, N/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Spec, Weight
-from lowbit.formats._checks import CHUNK, exact, finite, stored
-from lowbit.formats._gptq import Read, override, zero_points
+from lowbit.formats._checks import exact, finite, stored
+from lowbit.formats._gptq import Read, hollow, override, zero_points
 from lowbit.formats._linear import (
     SCALE_TYPES,
     check_matrix,
@@ -32,14 +31,11 @@ from lowbit.formats._linear import (
     skipped_modules,
 )
 from lowbit.schemes import FLOATS, Scheme, parse
-from lowbit.tensors import QTensor, Shape, scale_shape
+from lowbit.tensors import QTensor, scale_shape
 
 GROUPS = (32, 64, 128)
 _BITS, _WORD = 4, 8
 _MIDDLE = 8
-# Outputs of a word whose codes stand in the low and in the high nibbles of its four bytes: lowest first, the word holds
-# outputs 0, 2, 4, 6, 1, 3, 5, 7 (`order_map` in AutoAWQ).
-_LOW, _HIGH = [0, 4, 1, 5], [2, 6, 3, 7]
 
 
 def fit(scheme: Scheme, weight: Weight) -> Scheme:
@@ -114,29 +110,9 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
     scales = into[f"{weight.module}.scales"]
     scales.copy_(exact(f"{weight.module}.scales", q.scales, scales.dtype).T)
     zeros = torch.full(q.scales.shape, _MIDDLE, dtype=torch.uint8) if q.zeros is None else q.zeros
-    _pack_words(zeros, into[f"{weight.module}.qzeros"])
-    _pack_words(q.codes, into[f"{weight.module}.qweight"])
-
-
-def _pack_words(codes: UInt8[Tensor, "rows cols"], out: Tensor) -> None:
-    octets, target = codes.view(-1, _WORD, codes.shape[1]), out.view(torch.uint8)
-    for cols in _column_chunks(codes.shape):
-        part = octets[:, :, cols]
-        target[cols].copy_((part[:, _LOW] | part[:, _HIGH] << _BITS).flatten(0, 1).T)
-
-
-def _unpack_words(words: Tensor, codes: UInt8[Tensor, "rows cols"]) -> UInt8[Tensor, "rows cols"]:
-    octets, source = codes.view(-1, _WORD, codes.shape[1]), words.contiguous().view(torch.uint8)
-    for cols in _column_chunks(codes.shape):
-        part = source[cols].T.reshape(-1, len(_LOW), cols.stop - cols.start)
-        octets[:, _LOW, cols], octets[:, _HIGH, cols] = part & 2**_BITS - 1, part >> _BITS
-    return codes
-
-
-def _column_chunks(shape: Shape) -> Iterator[slice]:
-    """Runs of columns of about a quarter million elements: words of one column lie together in the file."""
-    step = max(CHUNK // max(shape[0], 1), 1)
-    return (slice(start, min(start + step, shape[1])) for start in range(0, shape[1], step))
+    native.pack_awq(zeros.contiguous(), out=into[f"{weight.module}.qzeros"])
+    if not q.codes.is_meta:
+        native.pack_awq(q.codes, out=into[f"{weight.module}.qweight"])
 
 
 def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None = None) -> QTensor:
@@ -151,11 +127,11 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     if all(shapes.get(name) == spec.shape for name, spec in columns.items()) and columns != layout(weight):
         return _unpack_gemv(weight, _parts(tensors, columns), codes)
     qweight, qzeros, scales = _parts(tensors, layout(weight))
-    zeros = _unpack_words(qzeros, torch.empty(scales.T.shape, dtype=torch.uint8)).T
+    zeros = native.unpack_awq(qzeros.contiguous()).T
     scales = finite(f"{weight.module}.scales", scales.T.float()).contiguous()
-    return QTensor(
-        planned(weight), weight.shape, _unpack_words(qweight, codes), scales, zero_points(weight, zeros, offset=0)
-    )
+    if not codes.is_meta:
+        native.unpack_awq(qweight.contiguous(), out=codes)
+    return QTensor(planned(weight), weight.shape, codes, scales, zero_points(weight, zeros, offset=0))
 
 
 def _parts(tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> list[Tensor]:
@@ -168,7 +144,8 @@ def _unpack_gemv(weight: Weight, parts: Sequence[Tensor], codes: Tensor) -> QTen
     groups = scale_shape(weight.shape, scheme.block)[1]
     zeros = native.unpack_bits(qzeros.contiguous(), _BITS, scales.shape[1])[:, :groups].T
     values = finite(f"{weight.module}.scales", scales[:, :groups].float()).contiguous()
-    native.unpack_bits(qweight.contiguous(), _BITS, weight.shape[1], out=codes)
+    if not codes.is_meta:
+        native.unpack_bits(qweight.contiguous(), _BITS, weight.shape[1], out=codes)
     return QTensor(scheme, weight.shape, codes, values, zero_points(weight, zeros, offset=0))
 
 
@@ -242,4 +219,5 @@ FORMAT = Format(
     config=config,
     recognise=recognise,
     owns=owns,
+    hollow=hollow,
 )

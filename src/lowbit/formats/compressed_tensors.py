@@ -303,4 +303,5 @@ FORMAT = Format(
     recognise=recognise,
     owns=owns,
     fit_activations=fit_activations,
+    hollow=tensors_of.hollow,
 )

@@ -30,4 +30,5 @@ FORMAT = Format(
     recognise=recognise,
     owns=_gptq.owns,
     swaps=True,
+    hollow=_gptq.hollow,
 )

@@ -7,9 +7,10 @@ nothing new, the blocks where each new one lies within an old one, the grid wher
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
-from math import copysign
+from math import copysign, isfinite
+from typing import final
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -19,7 +20,8 @@ from lowbit.errors import UnsupportedError, UsageError
 from lowbit.formats._checks import row_chunks
 from lowbit.formats._linear import row_block
 from lowbit.schemes import FAMILIES, FLOATS, Block, Grid, Scheme, Zero, parse
-from lowbit.tensors import QTensor, Shape, block_size, scale_shape, view_shape
+from lowbit.stages.quantize import Error
+from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
 _ZEROS: dict[Zero, tuple[Zero, ...]] = {
     "none": ("none", "int", "float", "min"),
@@ -96,16 +98,34 @@ def _blocks_within(q: QTensor, scheme: Scheme) -> Int64[Tensor, "blocks"] | None
     same_size = old.flat == new.flat and block_size(q.shape, old) == block_size(q.shape, new)
     if same_size or row_block(old, q.shape[-1]) == row_block(new, q.shape[-1]):
         return None
-    first, last = _corners(q.shape, new)
-    index, end = _block_of(q.shape, old, *first), _block_of(q.shape, old, *last)
-    whole = old.flat or block_size(q.shape, old)[1] >= q.shape[-1]
-    inside = (index == end) & ((first[0] == last[0]) | torch.tensor(whole or not new.flat))
-    if not bool(inside.all()):
+    index = _index_of(q.shape, old, new)
+    if index is None:
         raise UnsupportedError(f"its blocks ({old}) are not whole blocks of {new}")
     if q.group_index is not None:
         raise UnsupportedError(f"its columns are in groups of {old} in an order of their own (act-order)")
     plain = torch.equal(index, torch.arange(len(index))) and len(index) == _count(q.shape, old)
     return None if plain else index
+
+
+def _index_of(shape: Shape, old: Block, new: Block) -> Int64[Tensor, "blocks"] | None:
+    """For each new block, in order, the old one that it lies in; None where one lies in several."""
+    if not old.flat and not new.flat:
+        pairs = zip(view_shape(shape, new), block_size(shape, old), block_size(shape, new), strict=True)
+        down, across = (_along(*pair) for pair in pairs)
+        wide = scale_shape(shape, old)[1]
+        return None if down is None or across is None else (down[:, None] * wide + across).reshape(-1)
+    first, last = _corners(shape, new)
+    index, end = _block_of(shape, old, *first), _block_of(shape, old, *last)
+    whole = old.flat or block_size(shape, old)[1] >= shape[-1]
+    inside = (index == end) & ((first[0] == last[0]) | torch.tensor(whole or not new.flat))
+    return index if bool(inside.all()) else None
+
+
+def _along(length: int, old: int, new: int) -> Int64[Tensor, "blocks"] | None:
+    """The same for runs of one axis."""
+    first = torch.arange(0, length, new)
+    index = first // old
+    return index if torch.equal(index, ((first + new).clamp(max=length) - 1) // old) else None
 
 
 def _count(shape: Shape, block: Block) -> int:
@@ -232,3 +252,70 @@ def _codes(q: QTensor, scheme: Scheme) -> UInt8[Tensor, "rows cols"]:
 def _key(level: float) -> tuple[float, float]:
     """A level with its sign, which 0 has too."""
     return level, copysign(1.0, level)
+
+
+@final
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a tensor, as kernels take them."""
+
+    codes: UInt8[Tensor, "rows cols"]
+    scales: Float[Tensor, "rows blocks"]
+    zeros: Float[Tensor, "rows blocks"] | None
+    wide: int
+
+
+def _part(q: QTensor, start: int, stop: int) -> _Part:
+    rows, cols = view_shape(q.shape, Block(1, 0))
+    codes, (high, wide) = q.codes.view(rows, cols)[start:stop], block_size(q.shape, q.scheme.block)
+    if not q.scheme.block.flat and high == 1 and q.group_index is None:
+        zeros = None if q.shifts is None else _some(q.shifts, slice(start, stop))
+        return _Part(codes, _some(q.scales, slice(start, stop)), zeros, wide)
+    down, across = (torch.arange(start, stop) // high)[:, None], torch.arange(scale_shape(q.shape, q.scheme.block)[1])
+    if q.scheme.block.flat:
+        across, down, wide = torch.arange(start * cols, stop * cols).view(codes.shape) // wide, torch.tensor(0), 1
+    elif q.group_index is not None:
+        across, wide = q.group_index.long(), 1
+    shifts = q.zero_values()
+    return _Part(codes, q.scale_values()[down, across], None if shifts is None else shifts[down, across], wide)
+
+
+def _some(values: Tensor | QTensor, rows: slice) -> Float[Tensor, "rows blocks"]:
+    """Rows of scales or zero points in float32."""
+    if isinstance(values, QTensor):
+        return floats(values, rows.start, rows.stop)
+    return values[rows].float()
+
+
+def floats(q: QTensor, start: int, stop: int, out: Tensor | None = None) -> Float[Tensor, "rows cols"]:
+    """Rows of what `q` stands for, as `q.dequantize()` has them, without the rest; in the type of `out`, if given."""
+    if not _plain(q):
+        values = q.rows(start, stop)
+        return values if out is None else out.copy_(values)
+    part, minus = _part(q, start, stop), q.scheme.zero == "min"
+    out = torch.empty(part.codes.shape) if out is None else out
+    table = level_table(q.scheme.grid)
+    native.dequantize(part.codes, part.scales, part.zeros, table, 1, part.wide, minus=minus, out=out)
+    return out
+
+
+def _plain(q: QTensor) -> bool:
+    """Whether it is codes, scales and zero points alone, which the kernels take."""
+    return not (q.vectors or q.outliers or q.points) and q.order is None and q.offset is None
+
+
+def gap(q: QTensor, start: int, found: Float[Tensor, "rows cols"]) -> Error:
+    """How far floats, of any type, are from the rows of `q` that begin at `start`."""
+    if not _plain(q):
+        return error_of(floats(q, start, start + len(found)), found.float())
+    part, table = _part(q, start, start + len(found)), level_table(q.scheme.grid)
+    minus = q.scheme.zero == "min"
+    error = Error(*native.error(found, part.codes, part.scales, part.zeros, table, 1, part.wide, minus=minus))
+    return error if isfinite(error.power) else error_of(floats(q, start, start + len(found)), found.float())
+
+
+def error_of(wanted: Float[Tensor, "rows cols"], found: Float[Tensor, "rows cols"]) -> Error:
+    """How far floats are from others."""
+    apart = found - wanted
+    squared, power = (float(each.square().sum(dtype=torch.float64)) for each in (apart, wanted))
+    return Error(squared, power, float(apart.abs().max()) if apart.numel() else 0.0)

@@ -23,7 +23,7 @@ from lowbit.formats import Format, Spec, Weight, _float
 from lowbit.formats._linear import SCALE_TYPES, declared_dtype, row_block
 from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
-from lowbit.stages._carry import carried, spelled, variants
+from lowbit.stages._carry import carried, floats, gap, spelled, variants
 from lowbit.stages._rooms import Rooms
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, arranged
@@ -169,15 +169,8 @@ def difference(one: QTensor, other: QTensor, elements: int = _SAMPLE) -> Error:
     rows, cols = view_shape(one.shape, Block(1, 0))
     step, error = max(elements // max(cols, 1), 1), Error()
     for at in range(0, rows, step):
-        left, right = one.rows(at, min(at + step, rows)), other.rows(at, min(at + step, rows))
-        error += _error(left, right)
+        error += gap(one, at, floats(other, at, min(at + step, rows)))
     return error
-
-
-def _error(wanted: Tensor, found: Tensor) -> Error:
-    gap = found - wanted
-    squared, power = (float(each.square().sum(dtype=torch.float64)) for each in (gap, wanted))
-    return Error(squared, power, float(gap.abs().max()) if gap.numel() else 0.0)
 
 
 @final
@@ -213,13 +206,29 @@ class Changer:
         """The weight as the target's container has it."""
         return arranged(weight, str(weight.scheme or "keep"), self.goal.form, self.source.config)
 
-    def load(self, weight: Weight) -> QTensor:
-        """The weight, its codes in this thread's room where they are not a view of the file."""
+    def load(self, weight: Weight, hollow: bool = False) -> QTensor:
+        """The weight, its codes in this thread's room where they are not a view of the file; none, where `hollow`."""
         assert weight.scheme is not None
-        codes = self.rooms.get("codes", prod(weight.shape)).view(view_shape(weight.shape, weight.scheme.block))
+        shape = view_shape(weight.shape, weight.scheme.block)
+        if hollow:
+            codes = torch.empty(shape, dtype=torch.uint8, device="meta")
+        else:
+            codes = self.rooms.get("codes", prod(weight.shape)).view(shape)
         found = self.source.load(weight.name, codes)
         assert isinstance(found, QTensor)
         return found
+
+    def _hollow(self, weight: Weight, target: Weight) -> bool:
+        """Whether the scales and zero points of a weight tell if it is lossless there, whatever its codes."""
+        old, new = weight.scheme, target.scheme
+        assert old is not None and new is not None and self.source.format is not None
+        form: Format = plugins.load("formats", self.source.format)
+        return (
+            old.grid == new.grid
+            and "min" not in (old.zero, new.zero)
+            and form.hollow(old)
+            and self.goal.form.hollow(new)
+        )
 
     def lossless(self, weight: Weight) -> Change | str:
         """The change that keeps every value, or why there is none.
@@ -229,7 +238,8 @@ class Changer:
         """
         q, reasons, tried = None, list[str](), list[Weight]()
         for target in self.targets(weight, reasons):
-            q = q or self.load(weight)
+            hollow = self._hollow(weight, target)
+            q = q if q and (hollow or not q.codes.is_meta) else self.load(weight, hollow)
             tried.append(target)
             try:
                 made = self.checked(q, target)
@@ -258,12 +268,15 @@ class Changer:
         before = (q.scheme.grid, q.scheme.zero, row_block(q.scheme.block, q.shape[-1]))
         after = (target.scheme.grid, target.scheme.zero, row_block(target.scheme.block, q.shape[-1]))
         made = carried(q if before[0] == after[0] else self._copy(q), target.scheme, rounding)
-        if before != after and not rounding and difference(q, made).largest:
+        # Equal levels with equal scales and zero points are equal values; minima are products, which are rounded.
+        if "min" in (before[1], after[1]) and before[1] != after[1] and not rounding and difference(q, made).largest:
             raise UnsupportedError(f"its values are others in {target.scheme}")
         parts = self._room(self.goal.form.layout(target))
         self.goal.form.pack(target, made, parts)
         if made.group_index is not None:
-            codes = self.rooms.get("again", made.codes.numel()).view(made.codes.shape)
+            codes = (
+                made.codes if made.codes.is_meta else self.rooms.get("again", made.codes.numel()).view(made.codes.shape)
+            )
             index = self.goal.form.unpack(target, parts, codes).group_index
             if index is None or not torch.equal(index, made.group_index):
                 raise UnsupportedError(
@@ -373,22 +386,28 @@ class Changer:
         _, made, error = quantize_weight({}, entry, values.view(q.shape), codes, self.piece)
         return made, error
 
-    def _fill(self, q: QTensor, out: Tensor) -> Error:
-        """Rows of `q` into `out`, in its type; returns what rounding to that changes."""
-        rows, cols = out.shape
+    def _fill(self, q: QTensor, out: Tensor) -> None:
+        """Rows of `q` into `out`, in its type."""
+        step = max(_SAMPLE // max(out.shape[1], 1), 1)
+        for at in range(0, len(out), step):
+            floats(q, at, min(at + step, len(out)), out[at : at + step])
+
+    def _rounding(self, q: QTensor, dtype: torch.dtype) -> Error:
+        """What rounding the values of `q` to a float type changes."""
+        rows, cols = view_shape(q.shape, Block(1, 0))
         step, error = max(_SAMPLE // max(cols, 1), 1), Error()
-        for at in range(0, rows, step):
-            values, part = q.rows(at, min(at + step, rows)), out[at : at + step]
-            part.copy_(values)
-            error += Error() if out.dtype == torch.float32 else _error(values, part.float())
+        for at in range(0, rows if dtype != torch.float32 else 0, step):
+            error += gap(
+                q, at, floats(q, at, min(at + step, rows), torch.empty(min(step, rows - at), cols, dtype=dtype))
+            )
         return error
 
-    def made_float(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, Error]:
-        """The weight as the model holds it, in a float type, and what that changes."""
+    def made_float(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """The weight as the model holds it, in a float type."""
         rows, cols = view_shape(weight.shape, Block(1, 0))
         out = self.rooms.get("values", prod(weight.shape) * dtype.itemsize).view(dtype).view(rows, cols)
-        error = self._fill(self.load(weight), out)
-        return out.T.contiguous() if weight.swapped else out.view(weight.shape), error
+        self._fill(self.load(weight), out)
+        return out.T.contiguous() if weight.swapped else out.view(weight.shape)
 
     def to_float(self, weight: Weight) -> Change:
         """The float type that has every value, else the model's own, and the error in that."""
@@ -396,28 +415,26 @@ class Changer:
         if self.goal.scheme and named is None:
             raise UnsupportedError(f"--scheme {self.goal.scheme}: {_float.NAME} holds f16, bf16 or f32")
         choices, shape = [named] if named else self.dtypes(weight), weight.shape
-        made = [(dtype, self.made_float(weight, dtype)[1]) for dtype in choices]
+        q = self.load(weight)
+        made = [(dtype, self._rounding(q, dtype)) for dtype in choices]
         dtype, error = next((each for each in made if not each[1].largest), made[0])
         target = Weight(weight.name, shape[::-1] if weight.swapped else shape, dtype)
         why = "" if not error.largest else f"{_name(dtype)} does not have its values; --scheme f32 does"
         why = why or ("its inputs are no longer rounded" if weight.activations else "")
         return Change(weight, Entry(target, FLOAT, "dequantized"), not why, error, why)
 
-    def value(self, weight: Weight, entry: Entry) -> tuple[QTensor | Tensor, Error]:
+    def value(self, weight: Weight, entry: Entry) -> QTensor | Tensor:
         """What a change stores."""
         target = entry.weight
         if weight.scheme is None:
             kept = self.source.tensor(weight.name).to(target.dtype)
-            return (kept.T if weight.swapped != target.swapped else kept).contiguous(), Error()
+            return (kept.T if weight.swapped != target.swapped else kept).contiguous()
         if target.scheme is None:
             return self.made_float(weight, target.dtype)
         q = self.load(weight)
-        if entry.method == CARRY:
-            return carried(q, target.scheme), Error()
-        if entry.method == ROUND:
-            made = carried(q, target.scheme, rounding=True)
-            return made, difference(q, made)
-        return self.quantized(q, entry)
+        if entry.method in (CARRY, ROUND):
+            return carried(q, target.scheme, rounding=entry.method == ROUND)
+        return self.quantized(q, entry)[0]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -211,7 +211,7 @@ def convert(conversion: Conversion, output: Output, watch: MemoryWatch, progress
     def work(change: Change) -> None:
         start, name = time.perf_counter(), change.before.name
         source = source_digest(conversion.source, name)
-        value, error = changer.value(change.before, change.entry)
+        value, error = changer.value(change.before, change.entry), change.error
         facts = {"relative_error": error.relative, "largest_error": error.largest, "method": change.entry.method}
         facts |= {"seconds": time.perf_counter() - start}
         store(output, change.entry, value, source, facts, scratch=way.scratch, workers=way.threads)
@@ -253,7 +253,7 @@ def _documents(source: Checkpoint) -> set[str]:
 def remake(conversion: Conversion) -> Callable[[Entry], QTensor | Tensor]:
     """What makes a weight again, for `verify`."""
     changer, before = conversion.changer(), {change.before.name: change.before for change in conversion.changes}
-    return lambda entry: changer.value(before[entry.weight.name], entry)[0]
+    return lambda entry: changer.value(before[entry.weight.name], entry)
 
 
 @final
