@@ -1,8 +1,8 @@
 """llama.cpp's mixtures: which block type each tensor gets under a name as `q4_k_m`.
 
 The rules are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp. They go by the role of a tensor, by
-how many of that role came before it, layer by layer, and by whether there is an importance matrix (without which llama.cpp
-writes none from `iq1_s` to `iq3_xs`).
+how many of that role came before it, layer by layer, and by whether there is an importance matrix (without which
+llama.cpp writes none from `iq1_s` to `iq3_xs`).
 """
 
 from __future__ import annotations
