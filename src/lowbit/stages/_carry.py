@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from lowbit import native
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.formats._checks import row_chunks
 from lowbit.formats._linear import row_block
