@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from torch.nn.functional import kl_div
 
 import lowbit
+from lowbit.cli import group
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.native import DecoderShape
+from lowbit.runtime.bench import bench
 from lowbit.runtime.decoder import start
-from lowbit.runtime.generate import Sampling, chooser, generate
+from lowbit.runtime.generate import Sampling, answer, chooser, generate
 from lowbit.runtime.linear import Linear
 from lowbit.runtime.model import open_model
 from tests.reference.models import save_tiny
@@ -152,3 +156,40 @@ def test_texts_end_where_they_should(quantized: Path) -> None:
     assert stop in cut.text and cut.tokens < 20 and whole.startswith(cut.text)
     with pytest.raises(UsageError, match="tokens; this model takes"):
         generate(loaded, "word " * 3000, Sampling())
+
+
+def test_bench_measures_what_it_says(quantized: Path) -> None:
+    found = bench(quantized, prompt=16, tokens=4, threads=1)
+    assert found.others == 0 and {(each.way, each.bits) for each in found.kernels} == {("codes", 4), ("dense", 16)}
+    assert sum(each.bytes for each in found.kernels) == found.bytes > 3_000_000
+    assert sum(each.weights for each in found.kernels) == 57
+    assert found.share == pytest.approx(found.bytes * found.decode / found.read)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bench", "MODEL", "--prompt-tokens", "8", "--tokens", "2", "--explain"], "4 bits, codes"),
+        (["generate", "MODEL", "--prompt", "The city", "--max-tokens", "3"], "decoder: native"),
+        (["generate", "MODEL", "--prompt", "The city", "--max-tokens", "3", "--json"], '"tokens": 3'),
+        (["generate", "MODEL", "--prompt", "The city", "--chat"], "has no chat template"),
+    ],
+)
+def test_commands(quantized: Path, arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(group, [str(quantized) if each == "MODEL" else each for each in arguments])
+    assert said in result.output + str(result.exception or "")
+
+
+def test_a_conversation(quantized: Path, tmp_path: Path) -> None:
+    """Every turn sees those before it."""
+    shutil.copytree(quantized, tmp_path / "chat")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    arguments = ["chat", str(tmp_path / "chat"), "--max-tokens", "4", "--temperature", "0", "--system", "Be brief."]
+    result = CliRunner().invoke(group, arguments, input="The city\nThe river\n\n")
+    assert result.exit_code == 0, result.exception
+    loaded = open_model(tmp_path / "chat")
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The city"}]
+    first = answer(loaded, told, Sampling(tokens=4)).text
+    told += [{"role": "assistant", "content": first}, {"role": "user", "content": "The river"}]
+    assert result.output == f"{first}\n{answer(loaded, told, Sampling(tokens=4)).text}\n"

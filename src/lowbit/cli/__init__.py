@@ -17,6 +17,8 @@ _COMMANDS = {
     "imatrix": "Write llama.cpp's importance matrix of a model.",
     "evaluate": "Perplexity, and divergence from a reference, with intervals.",
     "generate": "Continue a prompt, the weights multiplied as they are stored.",
+    "chat": "The same as a conversation.",
+    "bench": "How fast a checkpoint runs here: load, prefill, decode, memory.",
     "inspect": "Tell what a checkpoint is and whether it is sound.",
     "demo": "Take the embedded model through the whole line.",
 }

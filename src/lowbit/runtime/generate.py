@@ -14,6 +14,7 @@ from lowbit.errors import UnsupportedError, UsageError
 from lowbit.runtime.decoder import start
 from lowbit.runtime.model import Loaded
 from lowbit.stages._model import refusals
+from lowbit.stages._weightfile import read_json
 
 
 @final
@@ -167,8 +168,10 @@ def chooser(sampling: Sampling) -> Callable[[Tensor, Tensor], int]:
 
 def _ends(loaded: Loaded) -> set[int]:
     """Tokens that end a text."""
-    found = getattr(loaded.model.generation_config, "eos_token_id", None) or loaded.tokenizer.eos_token_id
-    return set(found) if isinstance(found, list) else {found} - {None}
+    path = loaded.checkpoint.path / "generation_config.json"
+    told = read_json(path).get("eos_token_id") if path.exists() else None
+    said = (told, getattr(loaded.model.generation_config, "eos_token_id", None), loaded.tokenizer.eos_token_id)
+    return {token for each in said for token in (each if isinstance(each, list) else [each])} - {None}
 
 
 @final

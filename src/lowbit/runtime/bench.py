@@ -1,0 +1,122 @@
+"""How fast a checkpoint runs on this machine, and where the time goes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from lowbit.budget import anonymous_bytes
+from lowbit.native import isa
+from lowbit.runtime.decoder import start
+from lowbit.runtime.model import Loaded, open_model
+
+_READ = 2**28  # bytes of the array that is read to see how fast memory is
+
+
+@final
+@dataclass(frozen=True)
+class Kernel:
+    """Products of one kind: how many weights, their bytes, seconds to multiply all of them by one token, and the rates.
+
+    `share` is the bytes a second as a share of what a plain loop reads.
+    """
+
+    way: str
+    bits: int
+    weights: int
+    bytes: int
+    seconds: float
+    share: float
+
+
+@final
+@dataclass(frozen=True)
+class Bench:
+    """What was measured; medians where there are several.
+
+    Attributes:
+        isa: instruction set of the kernels.
+        threads: that shared each product.
+        load: seconds to open the checkpoint and put its weights in order.
+        first: seconds from a prompt of `prompt` tokens to the logits after it.
+        prefill: tokens of the prompt a second.
+        decode: tokens a second, one by one.
+        memory: anonymous bytes that the process held at the end.
+        bytes: of weights that a token reads.
+        read: bytes a second of a plain read loop.
+        share: of `read` that decoding reached, by the bytes of its weights.
+        kernels: of the products by kind.
+        others: weights that the kernels do not multiply.
+    """
+
+    isa: str
+    threads: int
+    prompt: int
+    tokens: int
+    load: float
+    first: float
+    prefill: float
+    decode: float
+    memory: int
+    bytes: int
+    read: float
+    share: float
+    kernels: tuple[Kernel, ...]
+    others: int
+
+
+def bench(path: str | Path, prompt: int = 256, tokens: int = 64, threads: int | None = None) -> Bench:
+    """Read a prompt and decode some tokens with the native decoder, and multiply each kind of weight alone.
+
+    Raises:
+        UnsupportedError: the native decoder does not run this model.
+        LowbitError: see `lowbit.errors`.
+    """
+    count = threads or torch.get_num_threads()
+    begin = time.perf_counter()
+    loaded = open_model(path, threads=count)
+    load = time.perf_counter() - begin
+    session = start(loaded, prompt + tokens, count)
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (prompt + tokens,), generator=torch.Generator().manual_seed(0))
+    first = _seconds(lambda: session.read(ids[:prompt]))
+    steps = [_seconds(lambda token=token: session.read(token[None]).argmax()) for token in ids[prompt:]]  # type: ignore[misc]
+    step, read = statistics.median(steps), _read_rate()
+    size = sum(packed.panels.nbytes for packed in loaded.kernels.values())
+    return Bench(
+        isa=isa(), threads=count, prompt=prompt, tokens=tokens, load=load, first=first, prefill=prompt / first,
+        decode=1 / step, memory=anonymous_bytes(), bytes=size, read=read, share=size / step / read,
+        kernels=_kernels(loaded, count, read), others=len(loaded.others),
+    )  # fmt: skip
+
+
+def _kernels(loaded: Loaded, threads: int, read: float) -> tuple[Kernel, ...]:
+    """Each kind of product, by itself."""
+    groups: dict[tuple[str, int], list[Any]] = {}
+    for packed in loaded.kernels.values():
+        groups.setdefault((packed.panels.way, packed.panels.bits), []).append(packed)
+    found = []
+    for (way, bits), members in sorted(groups.items()):
+        pairs = [(packed.matrix(), torch.randn(1, packed.inputs)) for packed in members]
+        seconds = statistics.median(_seconds(lambda: [matrix(x, threads) for matrix, x in pairs]) for _ in range(5))  # noqa: B023
+        size = sum(packed.panels.nbytes for packed in members)
+        found.append(Kernel(way, bits, len(members), size, seconds, size / seconds / read))
+    return tuple(found)
+
+
+def _read_rate() -> float:
+    """Bytes a second that summing an array reaches: the best of five."""
+    array = torch.ones(_READ // 8, dtype=torch.int64)
+    return _READ / min(_seconds(array.sum) for _ in range(5))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
