@@ -35,8 +35,10 @@ def command(
     loaded = open_model(model, threads=threads, trust_remote_code=trust_remote_code)
     messages = [{"role": "system", "content": system}] if system else []
     chosen = Sampling(tokens=max_tokens, **sampling)
-    for line in iter(lambda: click.get_text_stream("stdin").readline().strip(), ""):
-        messages.append({"role": "user", "content": line})
+    for line in click.get_text_stream("stdin"):
+        if not line.strip():
+            break
+        messages.append({"role": "user", "content": line.strip()})
         said = answer(loaded, messages, chosen, lambda part: click.echo(part, nl=False))
         click.echo()
         messages.append({"role": "assistant", "content": said.text})

@@ -171,7 +171,7 @@ def _ends(loaded: Loaded) -> set[int]:
     path = loaded.checkpoint.path / "generation_config.json"
     told = read_json(path).get("eos_token_id") if path.exists() else None
     said = (told, getattr(loaded.model.generation_config, "eos_token_id", None), loaded.tokenizer.eos_token_id)
-    return {token for each in said for token in (each if isinstance(each, list) else [each])} - {None}
+    return {int(token) for each in said for token in (each if isinstance(each, list) else [each]) if token is not None}
 
 
 @final
