@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -35,7 +36,7 @@ def command(
     loaded = open_model(model, threads=threads, trust_remote_code=trust_remote_code)
     messages = [{"role": "system", "content": system}] if system else []
     chosen = Sampling(tokens=max_tokens, **sampling)
-    for line in click.get_text_stream("stdin"):
+    for line in sys.stdin:
         if not line.strip():
             break
         messages.append({"role": "user", "content": line.strip()})
