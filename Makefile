@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 	$(BIN)/lowbit demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
