@@ -391,7 +391,7 @@ def block_errors(name: str, blocks: Tensor, weight: Floats, importance: Floats |
     return weighted.view(-1, BLOCKS[name].weights).sum(1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", list(SAVED))
 def test_no_block_is_worse_than_llama_cpps_and_the_whole_is_better(name: str) -> None:
     for what, weight in weights():
         for at, importance in enumerate(importances(weight.shape[1])):
