@@ -74,15 +74,15 @@ def test_a_gpt2_of_two_operators_in_onnxruntime(tmp_path: Path) -> None:
     check_logits(checkpoint)
 
 
-def test_a_llama_from_gptq_and_back(tmp_path: Path) -> None:
+def test_a_llama_from_compressed_tensors_and_back(tmp_path: Path) -> None:
     """The same logits in onnxruntime, and the same bytes after the way back; then a file that was cut off."""
-    written(tmp_path, "llama", "gptq", "int4-g16-asym", torch.bfloat16)
-    assert run_conversion(str(tmp_path / "gptq"), tmp_path / "onnx", Goal("onnx")).lossless
+    written(tmp_path, "llama", "compressed-tensors", "int4-g16-asym", torch.bfloat16)
+    assert run_conversion(str(tmp_path / "compressed-tensors"), tmp_path / "onnx", Goal("onnx")).lossless
     checkpoint = open_checkpoint(tmp_path / "onnx")
     assert schemes_of(checkpoint) == ["int4-g16-asym"] * 14
     check_logits(checkpoint)
-    assert run_conversion(str(tmp_path / "onnx"), tmp_path / "back", Goal("gptq")).lossless
-    first, back = (tmp_path / name / "model.safetensors" for name in ("gptq", "back"))
+    assert run_conversion(str(tmp_path / "onnx"), tmp_path / "back", Goal("compressed-tensors")).lossless
+    first, back = (tmp_path / name / "model.safetensors" for name in ("compressed-tensors", "back"))
     assert first.read_bytes() == back.read_bytes()
     data = tmp_path / "onnx" / "model.safetensors"
     data.write_bytes(data.read_bytes()[:-1])
