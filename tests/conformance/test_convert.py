@@ -81,7 +81,11 @@ def test_what_is_called_lossless_is_and_goes_back_to_the_same_bytes(
             assert found.format == target.replace("-", "_")
             for weight, value in wanted.items():
                 assert torch.equal(bits_of(found.dequantized(weight, torch.float32)), bits_of(value)), target
-        assert run_conversion(str(there), back, Goal(name)).lossless
+        try:
+            assert run_conversion(str(there), back, Goal(name)).lossless
+        except UnsupportedError:
+            assert respelled(change.entry.reason), target
+            continue
         if respelled(change.entry.reason):
             continue
         assert (back / "model.safetensors").read_bytes() == (start / "model.safetensors").read_bytes(), target

@@ -79,7 +79,7 @@ def test_a_llama_from_compressed_tensors_and_back(tmp_path: Path) -> None:
     written(tmp_path, "llama", "compressed-tensors", "int4-g16-asym", torch.bfloat16)
     assert run_conversion(str(tmp_path / "compressed-tensors"), tmp_path / "onnx", Goal("onnx")).lossless
     checkpoint = open_checkpoint(tmp_path / "onnx")
-    assert schemes_of(checkpoint) == ["int4-g16-asym"] * 14
+    assert schemes_of(checkpoint) == ["int4-g16-asym-bf16"] * 14
     check_logits(checkpoint)
     assert run_conversion(str(tmp_path / "onnx"), tmp_path / "back", Goal("compressed-tensors")).lossless
     first, back = (tmp_path / name / "model.safetensors" for name in ("compressed-tensors", "back"))

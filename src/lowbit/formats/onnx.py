@@ -109,7 +109,8 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
     else:
         wide = codes.shape[1] * scheme.block.cols
         padded = q.codes if wide == q.codes.shape[1] else pad(q.codes, (0, wide - q.codes.shape[1]))
-        native.pack_bits(padded, scheme.grid.bits, out=codes.view(len(codes), -1).view(torch.int32))
+        words = native.pack_bits(padded, scheme.grid.bits)  # a place in a file need not be one for words
+        codes.view(len(codes), -1).copy_(words.view(torch.uint8))
     if q.zeros is not None:
         zeros = into[f"{weight.module}.zero_points"]
         zeros.copy_(_stored_zeros(weight, q.zeros, zeros))
@@ -138,7 +139,9 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
         codes = torch.empty((rows, cols), dtype=torch.uint8) if codes is None else codes
         torch.bitwise_xor(packed.view(torch.uint8), 0 if scheme.zero == "int" else 128, out=codes)
     else:
-        words = packed.contiguous().view(rows, -1).view(torch.int32)[:, : ceil(cols * bits / _WORD)]
+        flat = packed.contiguous().view(rows, -1)
+        flat = flat.clone() if flat.storage_offset() % 4 else flat
+        words = flat.view(torch.int32)[:, : ceil(cols * bits / _WORD)]
         codes = native.unpack_bits(words.contiguous(), bits, cols, out=codes)
     zeros, blocks = found.get(f"{weight.module}.zero_points"), scale_shape(weight.shape, scheme.block)
     if zeros is not None:
@@ -157,8 +160,9 @@ def _found_zeros(weight: Weight, zeros: Tensor, blocks: tuple[int, int]) -> Tens
 
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The config.json of the source, which says that `model.onnx` is what tells of the weights."""
-    return {"config.json": declare(source, {"quant_method": METHOD})}
+    """The config.json of the source; where any weight is quantized it says that `model.onnx` tells of them."""
+    quantized = any(weight.scheme for weight in weights)
+    return {"config.json": declare(source, {"quant_method": METHOD} if quantized else None)}
 
 
 def is_declared(config: Mapping[str, Any]) -> bool:

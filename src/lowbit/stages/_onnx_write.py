@@ -66,8 +66,8 @@ def onnx_shard(plan: Plan, checkpoint: Checkpoint, shards: Sequence[Shard]) -> S
     blueprint = open_blueprint(checkpoint, torch.float32)
     model, sources = blueprint.hollow()
     entries = {entry.weight.name: entry for entry in plan.entries}
-    made = _export(blueprint, model)
     inside = {f"model.{name}": _entry(name, found, entries) for name, found in sources.items()}
+    made = _export(blueprint, model)
     # As inputs they are unknown to the optimizer, which would compute with them.
     parameters = [made.graph.initializers.pop(name) for name in list(made.graph.initializers) if name in inside]
     made.graph.inputs.extend(parameters)
