@@ -81,8 +81,6 @@ def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
     _check_bytes(kind, rows, cols, out)
     scale, scale_codes = _stored(name, q.scales)
     low, low_codes = (None, None) if q.minima is None else _stored(name, q.minima)
-    if q.codes.is_meta:
-        return
     parts = native.GgmlParts(q.codes.contiguous(), scale, low, scale_codes, low_codes)
     wrong = native.ggml_pack(kind.id, rows * cols // kind.weights, _negated(name, parts), out=out)
     if wrong is not None:

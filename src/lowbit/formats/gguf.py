@@ -137,11 +137,6 @@ def arrange(weight: Weight, wanted: str, config: Mapping[str, Any]) -> Weight:
     return replace(weight, dtype=dtype, interleaved=heads, plus=plus)
 
 
-def hollow(scheme: Scheme) -> bool:
-    """Whether a weight can be checked without its codes: where they stand between scales it is read as a whole."""
-    return False
-
-
 def owns(weight: Weight) -> Sequence[str]:
     """The one tensor of a weight."""
     return [weight.name]
@@ -163,5 +158,4 @@ FORMAT = Format(
     encoder="ggml_fit",
     learned_encoder="imatrix_fit",
     arrange=arrange,
-    hollow=hollow,
 )
