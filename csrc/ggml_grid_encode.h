@@ -367,3 +367,9 @@ void encode_any(GgmlType type, int64_t rows, int64_t cols, const float* weight, 
         (thirds ? encode_thirds : encode_signed)(type, search, weight + 256 * i, given, block);
     }
 }
+
+// These search all runs of codes already: there is nothing more to fit.
+void fit_any(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
+             const GgmlEncoded& out) {
+    (has_grid(type) ? encode_any : ggml_fit)(type, rows, cols, weight, importance, out);
+}

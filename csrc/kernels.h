@@ -563,7 +563,7 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
                            dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words,
-                           softmax,    softmax_slopes, encode_any, ggml_fit, product,       round_inputs,    attend,
+                           softmax,    softmax_slopes, encode_any, fit_any, product,       round_inputs,    attend,
                            gate};
 
 }  // namespace lowbit

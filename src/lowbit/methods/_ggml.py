@@ -55,7 +55,7 @@ def encode(
     wanted = None if importance is None else pad(importance.float(), (0, tail))
     found = _room(rows, cols + tail, whole, scheme)
     if weight.numel():
-        native.ggml_encode(_IDS[scheme], filled, wanted, out=found, fitted=fitted and not scheme.grid.table)
+        native.ggml_encode(_IDS[scheme], filled, wanted, out=found, fitted=fitted)
     scales = _part(found.scale, found.scale_codes, (rows, cols), scheme)
     minima = None if found.min is None else _part(found.min, found.min_codes, (rows, cols), scheme)
     return QTensor(scheme, (rows, cols), found.codes[:, :cols].contiguous(), scales, minima=minima)
