@@ -87,6 +87,17 @@ class Outliers:
 
 @final
 @dataclass(frozen=True)
+class Part:
+    """Some rows of a tensor as kernels take them: codes, and a scale and zero point for each `wide` columns."""
+
+    codes: UInt8[Tensor, "held cols"]  # of vectors none
+    scales: Float[Tensor, "rows blocks"]
+    zeros: Float[Tensor, "rows blocks"] | None
+    wide: int
+
+
+@final
+@dataclass(frozen=True)
 class QTensor:
     """A weight as codes on a grid.
 
@@ -190,31 +201,53 @@ class QTensor:
             out = (out + self.offset).to(dtype)
         return out.reshape(self.shape)
 
-    def rows(self, start: int, stop: int) -> Float[Tensor, "rows cols"]:
-        """Rows of what `dequantize()` gives, without the rest."""
+    @property
+    def plain(self) -> bool:
+        """Whether it is codes, scales and zero points alone, which is what kernels take."""
+        return not (self.vectors or self.outliers or self.points) and self.order is None and self.offset is None
+
+    def part(self, start: int, stop: int) -> Part:
+        """Some rows of the codes (none, of vectors), with their scales and zero points."""
         cols = view_shape(self.shape, Block(1, 0))[1]
+        codes = self.codes if self.vectors else self.codes.view(-1, cols)[start:stop]
         high, wide = block_size(self.shape, self.scheme.block)
+        if not self.scheme.block.flat and high == 1 and self.group_index is None:
+            zeros = None if self.shifts is None else _rows_of(self.shifts, start, stop)
+            return Part(codes, _rows_of(self.scales, start, stop), zeros, wide)
         down, across = (torch.arange(start, stop) // high)[:, None], torch.arange(self.scales.shape[1])
         if self.scheme.block.flat:
             across, down, wide = torch.arange(start * cols, stop * cols).view(-1, cols) // wide, torch.tensor(0), 1
         elif self.group_index is not None:
             across, wide = self.group_index.long(), 1
-        scales, zeros = self.scale_values()[down, across], self.zero_values()
-        zeros = None if zeros is None else zeros[down, across]
+        shifts = self.zero_values()
+        return Part(codes, self.scale_values()[down, across], None if shifts is None else shifts[down, across], wide)
+
+    def rows(self, start: int, stop: int, out: Tensor | None = None) -> Float[Tensor, "rows cols"]:
+        """Rows of what `dequantize()` gives, without the rest; in the type of `out`, where it is given."""
+        part = self.part(start, stop)
+        if self.plain:
+            return self._decoded(part, out)
         if self.vectors:
-            out = torch.cat([run.rows(start, stop) for run in self.vectors], 1)
-            out *= _spread(scales, wide, cols)
-            out -= 0.0 if zeros is None else _spread(zeros, wide, cols)
+            cols = view_shape(self.shape, Block(1, 0))[1]
+            found = torch.cat([run.rows(start, stop) for run in self.vectors], 1)
+            found *= _spread(part.scales, part.wide, cols)
+            found -= 0.0 if part.zeros is None else _spread(part.zeros, part.wide, cols)
         else:
-            codes, minus = self.codes.view(-1, cols)[start:stop], self.scheme.zero == "min"
-            out = torch.empty(codes.shape)
-            native.dequantize(codes, scales, zeros, level_table(self.scheme.grid), 1, wide, minus=minus, out=out)
-        out = out if self.offset is None else out + self.offset
+            found = self._decoded(part, None)
+        found = found if self.offset is None else found + self.offset
         if self.outliers is not None:
             at = (self.outliers.rows >= start) & (self.outliers.rows < stop)
             place = (self.outliers.rows[at] - start, self.outliers.cols[at])
-            out.index_put_(place, self.outliers.values[at], accumulate=True)
-        return out if self.order is None else torch.empty_like(out).index_copy_(1, self.order.long(), out)
+            found.index_put_(place, self.outliers.values[at], accumulate=True)
+        if self.order is not None:
+            found = torch.empty_like(found).index_copy_(1, self.order.long(), found)
+        return found if out is None else out.copy_(found)
+
+    def _decoded(self, part: Part, out: Tensor | None) -> Float[Tensor, "rows cols"]:
+        out = torch.empty(part.codes.shape) if out is None else out
+        table, minus = level_table(self.scheme.grid), self.scheme.zero == "min"
+        native.dequantize(part.codes, part.scales, part.zeros, table, 1, part.wide, minus=minus, out=out)
+        return out
 
     @property
     def nbytes(self) -> int:
@@ -251,6 +284,11 @@ class QTensor:
 def _expect(what: str, found: Shape, wanted: Shape) -> None:
     if tuple(found) != wanted:
         raise FormatError(f"{what} have shape {list(found)} where the scheme and the weight need {list(wanted)}")
+
+
+def _rows_of(values: Tensor | QTensor, start: int, stop: int) -> Float[Tensor, "rows blocks"]:
+    """Rows of scales or zero points in float32."""
+    return values.rows(start, stop) if isinstance(values, QTensor) else values[start:stop].float().contiguous()
 
 
 def _spread(values: Float[Tensor, "rows across"], wide: int, cols: int) -> Float[Tensor, "rows cols"]:

@@ -50,7 +50,7 @@ def pack(q: QTensor, exact: bool = False) -> Packed:
     Raises:
         UnsupportedError: blocks cut through the rows in a way that no scale per row and run of columns tells.
     """
-    if q.vectors or q.outliers or q.points or q.order is not None:
+    if not q.plain:
         raise UnsupportedError(f"{q.scheme} has more than codes, scales and zero points")
     order, cols = _order(q), q.shape[-1]
     step = _step(q)
@@ -128,7 +128,7 @@ def _step(q: QTensor) -> int:
         UnsupportedError: no multiple of 16, or blocks do not end with the rows.
     """
     wide, cols = block_size(q.shape, q.scheme.block)[1], q.shape[-1]
-    if q.offset is not None or len(q.shape) != 2 or (q.scheme.block.flat and cols % wide):
+    if len(q.shape) != 2 or (q.scheme.block.flat and cols % wide):
         raise UnsupportedError(f"{q.scheme} on {list(q.shape)} has no scale for each part of a row")
     if wide >= cols:
         return -(-cols // 32) * 32

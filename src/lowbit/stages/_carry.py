@@ -7,10 +7,9 @@ nothing new, the blocks where each new one lies within an old one, the grid wher
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from math import copysign, isfinite
-from typing import final
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -255,64 +254,15 @@ def _key(level: float) -> tuple[float, float]:
     return level, copysign(1.0, level)
 
 
-@final
-@dataclass(frozen=True)
-class _Part:
-    """Some rows of a tensor, as kernels take them."""
-
-    codes: UInt8[Tensor, "rows cols"]
-    scales: Float[Tensor, "rows blocks"]
-    zeros: Float[Tensor, "rows blocks"] | None
-    wide: int
-
-
-def _part(q: QTensor, start: int, stop: int) -> _Part:
-    rows, cols = view_shape(q.shape, Block(1, 0))
-    codes, (high, wide) = q.codes.view(rows, cols)[start:stop], block_size(q.shape, q.scheme.block)
-    if not q.scheme.block.flat and high == 1 and q.group_index is None:
-        zeros = None if q.shifts is None else _some(q.shifts, slice(start, stop))
-        return _Part(codes, _some(q.scales, slice(start, stop)), zeros, wide)
-    down, across = (torch.arange(start, stop) // high)[:, None], torch.arange(scale_shape(q.shape, q.scheme.block)[1])
-    if q.scheme.block.flat:
-        across, down, wide = torch.arange(start * cols, stop * cols).view(codes.shape) // wide, torch.tensor(0), 1
-    elif q.group_index is not None:
-        across, wide = q.group_index.long(), 1
-    shifts = q.zero_values()
-    return _Part(codes, q.scale_values()[down, across], None if shifts is None else shifts[down, across], wide)
-
-
-def _some(values: Tensor | QTensor, rows: slice) -> Float[Tensor, "rows blocks"]:
-    """Rows of scales or zero points in float32."""
-    if isinstance(values, QTensor):
-        return floats(values, rows.start, rows.stop)
-    return values[rows].float()
-
-
-def floats(q: QTensor, start: int, stop: int, out: Tensor | None = None) -> Float[Tensor, "rows cols"]:
-    """Rows of what `q` stands for, as `q.dequantize()` has them, without the rest; in the type of `out`, if given."""
-    if not _plain(q):
-        values = q.rows(start, stop)
-        return values if out is None else out.copy_(values)
-    part, minus = _part(q, start, stop), q.scheme.zero == "min"
-    out = torch.empty(part.codes.shape) if out is None else out
-    table = level_table(q.scheme.grid)
-    native.dequantize(part.codes, part.scales, part.zeros, table, 1, part.wide, minus=minus, out=out)
-    return out
-
-
-def _plain(q: QTensor) -> bool:
-    """Whether it is codes, scales and zero points alone, which the kernels take."""
-    return not (q.vectors or q.outliers or q.points) and q.order is None and q.offset is None
-
-
 def gap(q: QTensor, start: int, found: Float[Tensor, "rows cols"]) -> Error:
     """How far floats, of any type, are from the rows of `q` that begin at `start`."""
-    if not _plain(q):
-        return error_of(floats(q, start, start + len(found)), found.float())
-    part, table = _part(q, start, start + len(found)), level_table(q.scheme.grid)
-    minus = q.scheme.zero == "min"
-    error = Error(*native.error(found, part.codes, part.scales, part.zeros, table, 1, part.wide, minus=minus))
-    return error if isfinite(error.power) else error_of(floats(q, start, start + len(found)), found.float())
+    stop = start + len(found)
+    if q.plain:
+        part, table, minus = q.part(start, stop), level_table(q.scheme.grid), q.scheme.zero == "min"
+        error = Error(*native.error(found, part.codes, part.scales, part.zeros, table, 1, part.wide, minus=minus))
+        if isfinite(error.power):
+            return error
+    return error_of(q.rows(start, stop), found.float())
 
 
 def error_of(wanted: Float[Tensor, "rows cols"], found: Float[Tensor, "rows cols"]) -> Error:

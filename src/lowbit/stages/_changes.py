@@ -23,7 +23,7 @@ from lowbit.formats import Format, Spec, Weight, _float
 from lowbit.formats._linear import SCALE_TYPES, declared_dtype, row_block
 from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
-from lowbit.stages._carry import carried, floats, gap, spelled, variants
+from lowbit.stages._carry import carried, gap, spelled, variants
 from lowbit.stages._rooms import Rooms
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, arranged
@@ -169,7 +169,7 @@ def difference(one: QTensor, other: QTensor, elements: int = _SAMPLE) -> Error:
     rows, cols = view_shape(one.shape, Block(1, 0))
     step, error = max(elements // max(cols, 1), 1), Error()
     for at in range(0, rows, step):
-        error += gap(one, at, floats(other, at, min(at + step, rows)))
+        error += gap(one, at, other.rows(at, min(at + step, rows)))
     return error
 
 
@@ -390,16 +390,15 @@ class Changer:
         """Rows of `q` into `out`, in its type."""
         step = max(_SAMPLE // max(out.shape[1], 1), 1)
         for at in range(0, len(out), step):
-            floats(q, at, min(at + step, len(out)), out[at : at + step])
+            q.rows(at, min(at + step, len(out)), out[at : at + step])
 
     def _rounding(self, q: QTensor, dtype: torch.dtype) -> Error:
         """What rounding the values of `q` to a float type changes."""
         rows, cols = view_shape(q.shape, Block(1, 0))
         step, error = max(_SAMPLE // max(cols, 1), 1), Error()
         for at in range(0, rows if dtype != torch.float32 else 0, step):
-            error += gap(
-                q, at, floats(q, at, min(at + step, rows), torch.empty(min(step, rows - at), cols, dtype=dtype))
-            )
+            out = torch.empty(min(step, rows - at), cols, dtype=dtype)
+            error += gap(q, at, q.rows(at, at + len(out), out))
         return error
 
     def made_float(self, weight: Weight, dtype: torch.dtype) -> Tensor:
