@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,24 +22,11 @@ from typing import Any
 import torch
 
 import lowbit
+from lowbit.runtime.bench import read_rate, seconds
 from lowbit.runtime.decoder import start
 from lowbit.runtime.model import open_model
 
 PROMPT = 256
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Of one call."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
-def read_rate(threads: int) -> float:
-    """Bytes a second of a plain read loop, the best of five."""
-    torch.set_num_threads(threads)
-    array = torch.ones(1 << 25, dtype=torch.int64)
-    return array.nbytes / min(seconds(array.sum) for _ in range(5))
 
 
 def made(big: Path, work: Path, scheme: str) -> Path:
@@ -94,6 +80,7 @@ class Theirs:
 
 def measure(file: Path, threads: int, tokens: int, runs: int) -> dict[str, Any]:
     """Seconds of both, in turn."""
+    torch.set_num_threads(threads)
     capacity = PROMPT + tokens + 8
     sides: dict[str, Ours | Theirs] = {
         "ours": Ours(file, threads, capacity),
@@ -111,7 +98,7 @@ def measure(file: Path, threads: int, tokens: int, runs: int) -> dict[str, Any]:
     return {
         "decode_tokens_per_second": 1 / ours["decode"], "decode_ratio": theirs["decode"] / ours["decode"],
         "prefill_tokens_per_second": PROMPT / ours["prefill"], "prefill_ratio": theirs["prefill"] / ours["prefill"],
-        "share": mine.nbytes / ours["decode"] / read_rate(threads), "load_seconds": mine.load,
+        "share": mine.nbytes / ours["decode"] / read_rate(), "load_seconds": mine.load,
     }  # fmt: skip
 
 

@@ -40,7 +40,6 @@ class Decoder final {
     // Room for `capacity` positions.
     Decoder(const DecoderShape& shape, int64_t capacity, int threads);
     void add(const DecoderLayer& layer);
-    int64_t capacity() const { return capacity_; }
 
     // What comes of hidden states [tokens, hidden] (changed in place) at `position` and after, where all before are
     // known. `cosine` and `sine` are [tokens, head_size].

@@ -22,6 +22,39 @@ void each_field(I word, Body body) {
 template <int bits>
 constexpr int columns_of_word = 32 / bits;
 
+// Where the codes, scales and zero points of a panel are.
+template <int bits, class T>
+struct Panel {
+    const uint8_t *codes, *scale, *zero;
+    Panel(const Product& of, int64_t panel) {
+        int64_t first = panel * (of.cols / of.step) * 16 * T::size;
+        codes = of.codes + panel * (of.cols / columns_of_word<bits>) * 64;
+        scale = static_cast<const uint8_t*>(of.scale.data) + first;
+        zero = of.zero ? static_cast<const uint8_t*>(of.zero) + first : nullptr;
+    }
+    F scale_of(int64_t group) const { return T::load(scale + group * 16 * T::size); }
+    F zero_of(int64_t group) const { return zero ? T::load(zero + group * 16 * T::size) : set(0.0f); }
+};
+
+template <int n>
+struct Count {
+    static constexpr int value = n;
+};
+
+// body(panel, token, Count) for `wide` tokens at a time, then for the rest one by one.
+template <int wide, class Body>
+void each_tile(const Product& of, int64_t first, int64_t last, Body body) {
+    for (int64_t panel = first; panel < last; panel++) {
+        int64_t token = 0;
+        for (; token + wide <= of.tokens; token += wide) body(panel, token, Count<wide>{});
+        for (; token < of.tokens; token++) body(panel, token, Count<1>{});
+    }
+}
+
+void store_rows(const Product& of, int64_t panel, int64_t token, F value) {
+    store_some<F32>(of.out + token * of.rows + panel * 16, value, int(smaller(16, of.rows - panel * 16)));
+}
+
 int32_t four_inputs(const int8_t* from) {
     int32_t word;
     __builtin_memcpy(&word, from, 4);
@@ -44,11 +77,9 @@ struct TableBytes {
 template <int bits, class T, int tokens, class Dot>
 void integer_panel(const Product& of, int64_t panel, int64_t token, Dot dot, float offset) {
     constexpr int width = columns_of_word<bits>;
-    int64_t words = of.cols / width, blocks = of.cols / of.sub, per_scale = of.step / of.sub, groups = of.cols / of.step;
-    const uint8_t* codes = of.codes + panel * words * 64;
-    auto scale = static_cast<const uint8_t*>(of.scale.data) + panel * groups * 16 * T::size;
-    auto zero = static_cast<const uint8_t*>(of.zero);
-    if (zero) zero += panel * groups * 16 * T::size;
+    int64_t blocks = of.cols / of.sub, per_scale = of.step / of.sub;
+    Panel<bits, T> at_panel(of, panel);
+    const uint8_t* codes = at_panel.codes;
     F total[tokens];
     for (int t = 0; t < tokens; t++) total[t] = set(0.0f);
     for (int64_t block = 0; block < blocks; block++) {
@@ -61,8 +92,7 @@ void integer_panel(const Product& of, int64_t panel, int64_t token, Dot dot, flo
                     sum[t] = add(sum[t], dot(field, set(four_inputs(input))));
                 }
             });
-        int64_t group = block / per_scale * 16 * T::size;
-        F s = T::load(scale + group), z = zero ? T::load(zero + group) : set(0.0f);
+        F s = at_panel.scale_of(block / per_scale), z = at_panel.zero_of(block / per_scale);
         for (int t = 0; t < tokens; t++) {
             int64_t at = (token + t) * blocks + block;
             F part = mul(to_float(sum[t]), set(of.input_scale[at])), all = set(of.input_sum[at]);
@@ -71,19 +101,14 @@ void integer_panel(const Product& of, int64_t panel, int64_t token, Dot dot, flo
             total[t] = add(total[t], of.minus ? sub(part, mul(z, all)) : part);
         }
     }
-    for (int t = 0; t < tokens; t++) {
-        float* out = of.out + (token + t) * of.rows + panel * 16;
-        store_some<F32>(out, mul(total[t], set(of.unit)), int(smaller(16, of.rows - panel * 16)));
-    }
+    for (int t = 0; t < tokens; t++) store_rows(of, panel, token + t, mul(total[t], set(of.unit)));
 }
 
 template <int bits, class T, class Dot>
 void integer_panels(const Product& of, int64_t first, int64_t last, Dot dot, float offset) {
-    for (int64_t panel = first; panel < last; panel++) {
-        int64_t token = 0;
-        for (; token + 4 <= of.tokens; token += 4) integer_panel<bits, T, 4>(of, panel, token, dot, offset);
-        for (; token < of.tokens; token++) integer_panel<bits, T, 1>(of, panel, token, dot, offset);
-    }
+    each_tile<4>(of, first, last, [&](int64_t panel, int64_t token, auto count) {
+        integer_panel<bits, T, count.value>(of, panel, token, dot, offset);
+    });
 }
 
 // ---- floats: what codes stand for times the inputs as they are ----
@@ -97,29 +122,27 @@ struct Level256 {
     F operator()(I code) const { return lookup256(table, code); }
 };
 
-template <int bits, int byte, int tokens, class Level, class Take>
+template <int bits, int byte, class Level, class Take>
 void each_byte(I field, Level level, Take take) {
     take(level(both(shift_right<8 * byte>(field), set((1 << bits) - 1))), byte);
-    if constexpr (byte < 3) each_byte<bits, byte + 1, tokens>(field, level, take);
+    if constexpr (byte < 3) each_byte<bits, byte + 1>(field, level, take);
 }
 
 template <int bits, class T, int tokens, class Level>
 void float_panel(const Product& of, int64_t panel, int64_t token, Level level) {
     constexpr int width = columns_of_word<bits>;
     int64_t groups = of.cols / of.step;
-    const uint8_t* codes = of.codes + panel * (of.cols / width) * 64;
-    auto scale = static_cast<const uint8_t*>(of.scale.data) + panel * groups * 16 * T::size;
-    auto zero = static_cast<const uint8_t*>(of.zero);
-    if (zero) zero += panel * groups * 16 * T::size;
+    Panel<bits, T> at_panel(of, panel);
+    const uint8_t* codes = at_panel.codes;
     F total[tokens];
     for (int t = 0; t < tokens; t++) total[t] = set(0.0f);
     for (int64_t group = 0; group < groups; group++) {
-        F s = T::load(scale + group * 16 * T::size), z = zero ? T::load(zero + group * 16 * T::size) : set(0.0f);
+        F s = at_panel.scale_of(group), z = at_panel.zero_of(group);
         F sum[tokens], all[tokens];
         for (int t = 0; t < tokens; t++) sum[t] = all[t] = set(0.0f);
         for (int64_t col = group * of.step; col < (group + 1) * of.step; col += width, codes += 64)
             each_field<bits>(load_words(codes), [&](I field, int at) {
-                each_byte<bits, 0, tokens>(field, level, [&](F value, int byte) {
+                each_byte<bits, 0>(field, level, [&](F value, int byte) {
                     F shifted = of.minus ? value : sub(value, z);
                     for (int t = 0; t < tokens; t++) {
                         F input = set(of.input[(token + t) * of.cols + col + 4 * at + byte]);
@@ -133,19 +156,14 @@ void float_panel(const Product& of, int64_t panel, int64_t token, Level level) {
             total[t] = add(total[t], of.minus ? sub(part, mul(z, all[t])) : part);
         }
     }
-    for (int t = 0; t < tokens; t++) {
-        float* out = of.out + (token + t) * of.rows + panel * 16;
-        store_some<F32>(out, total[t], int(smaller(16, of.rows - panel * 16)));
-    }
+    for (int t = 0; t < tokens; t++) store_rows(of, panel, token + t, total[t]);
 }
 
 template <int bits, class T, class Level>
 void float_panels(const Product& of, int64_t first, int64_t last, Level level) {
-    for (int64_t panel = first; panel < last; panel++) {
-        int64_t token = 0;
-        for (; token + 4 <= of.tokens; token += 4) float_panel<bits, T, 4>(of, panel, token, level);
-        for (; token < of.tokens; token++) float_panel<bits, T, 1>(of, panel, token, level);
-    }
+    each_tile<4>(of, first, last, [&](int64_t panel, int64_t token, auto count) {
+        float_panel<bits, T, count.value>(of, panel, token, level);
+    });
 }
 
 template <int bits, class T>
@@ -176,19 +194,14 @@ void dense_panel(const Product& of, int64_t panel, int64_t token) {
             sum = add(sum, mul(value, set(of.input[(token + t) * of.cols + col])));
         }
     }
-    for (int t = 0; t < tokens; t++) {
-        float* out = of.out + (token + t) * of.rows + panel * 16;
-        store_some<F32>(out, add(total[0][t], total[1][t]), int(smaller(16, of.rows - panel * 16)));
-    }
+    for (int t = 0; t < tokens; t++) store_rows(of, panel, token + t, add(total[0][t], total[1][t]));
 }
 
 template <class T>
 void dense_panels(const Product& of, int64_t first, int64_t last) {
-    for (int64_t panel = first; panel < last; panel++) {
-        int64_t token = 0;
-        for (; token + 2 <= of.tokens; token += 2) dense_panel<T, 2>(of, panel, token);
-        for (; token < of.tokens; token++) dense_panel<T, 1>(of, panel, token);
-    }
+    each_tile<2>(of, first, last, [&](int64_t panel, int64_t token, auto count) {
+        dense_panel<T, count.value>(of, panel, token);
+    });
 }
 
 void product(const Product& of, int64_t first, int64_t last) {

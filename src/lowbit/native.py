@@ -511,7 +511,6 @@ class Matrix:
     Attributes:
         rows: of the weight, outputs.
         inputs: columns that it takes.
-        nbytes: that a product reads of it.
     """
 
     def __init__(
@@ -531,7 +530,7 @@ class Matrix:
                 raise ValueError("order must name every input once")
         if bias is not None:
             _check("bias", bias, (panels.rows,), torch.float32)
-        self.rows, self.inputs, self.nbytes = panels.rows, inputs, panels.nbytes
+        self.rows, self.inputs = panels.rows, inputs
         self.handle = _native.Matrix(
             WAYS.index(panels.way), panels.bits, panels.step, 16 if panels.step % 32 else 32, panels.rows, panels.cols,
             panels.codes.view(torch.uint8), panels.scale, panels.zero, panels.minus, panels.offset, panels.level,

@@ -85,9 +85,9 @@ def bench(path: str | Path, prompt: int = 256, tokens: int = 64, threads: int | 
     session = start(loaded, prompt + tokens, count)
     vocabulary = loaded.model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (prompt + tokens,), generator=torch.Generator().manual_seed(0))
-    first = _seconds(lambda: session.read(ids[:prompt]))
-    steps = [_seconds(lambda token=token: session.read(token[None]).argmax()) for token in ids[prompt:]]  # type: ignore[misc]
-    step, read = statistics.median(steps), _read_rate()
+    first = seconds(lambda: session.read(ids[:prompt]))
+    steps = [seconds(lambda token=token: session.read(token[None]).argmax()) for token in ids[prompt:]]  # type: ignore[misc]
+    step, read = statistics.median(steps), read_rate()
     size = sum(packed.panels.nbytes for packed in loaded.kernels.values())
     return Bench(
         isa=isa(), threads=count, prompt=prompt, tokens=tokens, load=load, first=first, prefill=prompt / first,
@@ -104,19 +104,20 @@ def _kernels(loaded: Loaded, threads: int, read: float) -> tuple[Kernel, ...]:
     found = []
     for (way, bits), members in sorted(groups.items()):
         pairs = [(packed.matrix(), torch.randn(1, packed.inputs)) for packed in members]
-        seconds = statistics.median(_seconds(lambda: [matrix(x, threads) for matrix, x in pairs]) for _ in range(5))  # noqa: B023
+        took = statistics.median(seconds(lambda: [matrix(x, threads) for matrix, x in pairs]) for _ in range(5))  # noqa: B023
         size = sum(packed.panels.nbytes for packed in members)
-        found.append(Kernel(way, bits, len(members), size, seconds, size / seconds / read))
+        found.append(Kernel(way, bits, len(members), size, took, size / took / read))
     return tuple(found)
 
 
-def _read_rate() -> float:
-    """Bytes a second that summing an array reaches: the best of five."""
+def read_rate() -> float:
+    """Bytes a second that summing an array by torch reaches: the best of five."""
     array = torch.ones(_READ // 8, dtype=torch.int64)
-    return _READ / min(_seconds(array.sum) for _ in range(5))
+    return _READ / min(seconds(array.sum) for _ in range(5))
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[[], object]) -> float:
+    """Of one call."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin

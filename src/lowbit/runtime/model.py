@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,17 +92,16 @@ def open_model(
     """
     checkpoint = open_checkpoint(path, trust_remote_code)
     blueprint = open_blueprint(checkpoint, torch.float32)
-    others = dict(_left_out(blueprint, reference))
-    names = [name for name in _matrices(blueprint) if name not in others]
-    packed = {}
-    for name in names:
+    places = _matrices(blueprint)
+    others, packed = dict(_left_out(checkpoint, places.keys(), reference)), {}
+    for name in [name for name in places if name not in others]:
         try:
             packed[name] = _pack(checkpoint, name, exact)
         except UnsupportedError as error:
             others[name] = str(error)
     alone = packed.keys() - _shared(blueprint)
     model = blueprint.with_parts(checkpoint.weights.keys() - alone)
-    _put(model, _matrices(blueprint), packed, threads or torch.get_num_threads())
+    _put(model, places, packed, threads or torch.get_num_threads())
     return Loaded(checkpoint, model, packed, others)
 
 
@@ -121,10 +121,9 @@ def _shared(blueprint: Blueprint) -> set[str]:
     return {name for parameter, names in blueprint.sources("").items() if parameter not in layers for name in names}
 
 
-def _left_out(blueprint: Blueprint, reference: bool) -> Iterator[tuple[str, str]]:
-    """Matrices that the kernels do not multiply, and why."""
-    whole = _matrices(blueprint)
-    for name, weight in blueprint.checkpoint.weights.items():
+def _left_out(checkpoint: Checkpoint, whole: AbstractSet[str], reference: bool) -> Iterator[tuple[str, str]]:
+    """Matrices that the kernels do not multiply, and why; `whole`: those that a linear layer has alone."""
+    for name, weight in checkpoint.weights.items():
         if reference and (weight.scheme or name in whole):
             yield name, "reference"
         elif weight.activations:
