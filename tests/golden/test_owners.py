@@ -52,6 +52,15 @@ def test_means_what_the_owner_says(name: str, case: dict[str, Any]) -> None:
         assert torch.equal(found, wanted[key]), key
 
 
+@pytest.mark.parametrize(("name", "case"), [case for case in CASES if case.values[0] == "modelopt"])
+def test_is_declared_as_its_owner_does(name: str, case: dict[str, Any]) -> None:
+    form, weights = format_of(case, tensors_of(case["tensors"]))
+    made = form.config(list(weights.values()), {})["config.json"]["quantization_config"]
+    told = [{key: part for key, part in each.items() if key not in ("ignore", "producer")}
+            for each in (made, case["config"]["quantization_config"])]  # fmt: skip
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_is_told(name: str, case: dict[str, Any], tmp_path: Path) -> None:
     """`lowbit inspect` names the format and finds nothing wrong."""

@@ -49,7 +49,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: the layout cannot hold it, or its readers refuse it.
     """
-    check_matrix(weight, "gptq")
+    check_matrix(weight, "gptq", scheme)
     fitted = replace(scheme, block=row_block(scheme.block, weight.shape[1]), scale="f16")
     reason = _misfit(fitted, weight)
     if reason:

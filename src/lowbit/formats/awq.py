@@ -44,7 +44,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: the layout cannot hold it, or its readers refuse it.
     """
-    check_matrix(weight, "awq")
+    check_matrix(weight, "awq", scheme)
     block = row_block(scheme.block, weight.shape[1])
     kept = scheme.block.cols == weight.shape[1] and scheme.block.cols in GROUPS  # a model has groups of one size
     fitted = replace(scheme, block=replace(block, cols=scheme.block.cols) if kept else block, scale="f16")

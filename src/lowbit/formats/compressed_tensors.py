@@ -56,7 +56,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: no layout holds it, or the reader refuses it; the text names what works.
     """
-    check_matrix(weight, "compressed-tensors")
+    check_matrix(weight, "compressed-tensors", scheme)
     _check_grid(scheme)
     if scheme.nested or scheme.scale == "e8m0":
         _check_groups(scheme, weight, f"use int4 or fp8-e4m3, or leave {weight.name} as it is (--skip)")

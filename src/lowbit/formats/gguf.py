@@ -34,7 +34,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: with the types, or those that divide the rows.
     """
-    check_matrix(weight, "gguf")
+    check_matrix(weight, "gguf", scheme)
     name, cols = type_of(scheme), weight.shape[1]
     if name is None:
         raise UnsupportedError(f"gguf stores ggml's types alone ({', '.join(BLOCKS)}), {scheme} is none of them")

@@ -123,6 +123,8 @@ def _with_inputs(weight: Weight, target: Weight, form: Format) -> Weight:
     wanted, scale = weight.activations, weight.input_scale
     if wanted is None:
         return target
+    if weight.scheme and target.scheme and weight.scheme.smooth != target.scheme.smooth:
+        raise UnsupportedError("its inputs are multiplied by factors before they are rounded")
     fitted = form.fit_activations(wanted, target)
     dtype = FLOATS.get(fitted.scale, torch.float32)
     if replace(fitted, scale=wanted.scale) != wanted:
