@@ -11,7 +11,7 @@ import torch
 
 from lowbit.budget import Estimate, MemoryWatch
 from lowbit.errors import UsageError
-from lowbit.stages import convert, imatrix, quantize, tune
+from lowbit.stages import convert, imatrix, quantize, sensitivity, tune
 from lowbit.stages._adapter import Terms
 from lowbit.stages._changes import Goal
 from lowbit.stages._cost import Cost
@@ -20,10 +20,20 @@ from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._windows import cut, encode
+from lowbit.stages.allocate import Budget, Problem, make_problem
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
-from lowbit.stages.plan import Calibration, Plan, Rules, as_planned, load_plan, make_plan, read_recipe
+from lowbit.stages.plan import (
+    Calibration,
+    Plan,
+    Rules,
+    as_planned,
+    load_plan,
+    make_offers,
+    make_plan,
+    read_recipe,
+)
 from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
 from lowbit.stages.rotate import Options as Rotation
@@ -42,6 +52,7 @@ class Request:
         model: directory, file or hub name of a float checkpoint.
         out: directory for the result: new, empty, or holding an unfinished run of the same request.
         rules: which tensor gets what; ignored where `plan` names a saved plan.
+        budget: what decides the schemes in place of `rules.scheme`.
         ram: anonymous memory allowed, in bytes; None for no limit.
         text: file to evaluate on; None to leave evaluation out.
         context: tokens per window of the evaluation.
@@ -63,6 +74,7 @@ class Request:
     shard_bytes: int | None = None
     command: str = ""
     trust_remote_code: bool = False
+    budget: Budget | None = None
 
 
 def run(
@@ -82,7 +94,7 @@ def run(
     clock, scores, most = Clock(), None, 0
     text = read_text(request.text) if request.text else None
     with MemoryWatch(request.ram).running() as watch, _open(request) as source:
-        plan = load_plan(request.plan, source) if request.plan else make_plan(source, request.rules)
+        plan = _plan(request, source, watch, progress)
         plan, samples = _with_samples(plan, source)
         source = as_planned(source, plan)
         if text:  # one that cannot be used is refused now, not after hours of calibration
@@ -119,6 +131,52 @@ def run(
             write_report(result, request.out)
             watch.check()
     return result
+
+
+def find_plan(request: Request, progress: quantize.Progress = quantize.silent) -> Plan:
+    """The plan of a request, whose `out` is where the plan will be saved: saved, by rules, or within the budget.
+
+    Raises:
+        LowbitError: see `lowbit.errors`.
+    """
+    with MemoryWatch(request.ram).running() as watch, _open(request) as source:
+        return _plan(request, source, watch, progress)
+
+
+def _plan(request: Request, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress) -> Plan:
+    """The same for an opened checkpoint."""
+    budget = request.budget
+    if request.plan:
+        return load_plan(request.plan, source)
+    if budget is None:
+        return make_plan(source, request.rules)
+    problem = _measured(request, budget, source, watch, progress)
+    if budget.bits is not None:
+        return problem.within_bits(budget.bits).plan
+    assert budget.size is not None
+    return problem.within_size(budget.size).plan
+
+
+def _measured(
+    request: Request, budget: Budget, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress
+) -> Problem:
+    """What the weights cost in each scheme, measured, or from a file; saved where the budget names one."""
+    rules, text, file = request.rules, request.rules.calibration, budget.sensitivity
+    offers = make_offers(source, rules, budget.choices(rules.format))
+    if text is None:
+        raise UsageError("a budget is decided by what errors do to text: name some with --calibration FILE")
+    samples = _read(text, source)
+    facts = sensitivity.conditions(source, rules, samples.sha256)
+    known = sensitivity.read_sensitivity(file, facts) if file and file.exists() else None
+    if known is None or not known.covers(offers):
+        folder = request.out.absolute().parent
+        losses = sensitivity.measure(
+            source, make_plan(source, rules), offers, samples.ids, folder, request.threads, watch, progress
+        )
+        known = sensitivity.Sensitivity(facts, losses).joined(known)
+        if file:
+            write_atomic(file, known.to_json().encode())
+    return make_problem(source, rules, offers, known.of(offers), budget.fused)
 
 
 def run_conversion(
@@ -180,10 +238,7 @@ def run_imatrix(
     if out.exists():
         raise UsageError(f"{out} is there already and is left alone; name a new file")
     with MemoryWatch(None).running() as watch, open_checkpoint(model, trust_remote_code) as source:
-        length = text.length or default_length(source)
-        samples = read_samples(
-            text.sources, source, samples=text.samples, length=length, seed=text.seed, sampling=text.sampling
-        )
+        samples = _read(text, source)
         data = imatrix.measure(source, samples.ids, list(text.sources), out.absolute().parent, watch, progress)
     write_atomic(out, data)
 
@@ -210,10 +265,14 @@ def _open(request: Request) -> Checkpoint:
 
 def _with_samples(plan: Plan, source: Checkpoint) -> tuple[Plan, Samples | None]:
     """The windows that the plan is calibrated on, and the plan with their hash: another text is another run."""
-    wanted = plan.calibration
-    if wanted is None:
+    if plan.calibration is None:
         return plan, None
-    samples = read_samples(
+    samples = _read(plan.calibration, source)
+    return replace(plan, calibration=replace(plan.calibration, sha256=samples.sha256)), samples
+
+
+def _read(wanted: Calibration, source: Checkpoint) -> Samples:
+    return read_samples(
         wanted.sources,
         source,
         samples=wanted.samples,
@@ -221,7 +280,6 @@ def _with_samples(plan: Plan, source: Checkpoint) -> tuple[Plan, Samples | None]
         seed=wanted.seed,
         sampling=wanted.sampling,
     )
-    return replace(plan, calibration=replace(wanted, sha256=samples.sha256)), samples
 
 
 def _calibration(

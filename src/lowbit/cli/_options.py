@@ -16,6 +16,7 @@ import click
 from lowbit import plugins
 
 if TYPE_CHECKING:
+    from lowbit.stages.allocate import Budget
     from lowbit.stages.plan import Plan, Rules
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,6 +40,10 @@ def _set(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) ->
         if not pattern or not scheme:
             raise click.BadParameter(f"{value!r} is not REGEX=SCHEME")
     return [(pattern, scheme) for pattern, scheme in pairs]
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in (value or "").split(",") if part.strip()))
 
 
 def _option(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
@@ -133,11 +138,52 @@ _RULES = (
 )  # fmt: skip
 
 
+_BUDGET = (
+    click.option(
+        "--bits-per-weight", "--bpw", "bits", type=click.FloatRange(0, min_open=True), metavar="X",
+        help="Choose each weight's scheme so that they have X bits in the mean, scales included.",
+    ),
+    click.option("--size", type=Size(), help="Choose schemes so that the weight files take so many bytes, as 3.9GiB."),
+    click.option(
+        "--schemes", callback=_names, metavar="S,S,...",
+        help="Schemes to choose from; keep is one. [default: int2-g64-asym,int3-g128,int4-g128,int4-g32,int8-g128; "
+        "for gguf q2_k,q3_k,iq4_xs,q4_k,q5_k,q6_k,q8_0]",
+    ),
+    click.option(
+        "--sensitivity", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Where what was measured for a budget is saved, and taken from if it is there.",
+    ),
+    click.option(
+        "--unfused", is_flag=True,
+        help="Let q, k and v, gate and up, and experts have schemes of their own: transformers can, vLLM cannot.",
+    ),
+)  # fmt: skip
+
+
 def rules_options(function: F) -> F:
     """Add the options that decide which tensor gets what."""
-    for option in reversed(_RULES):
+    for option in reversed((*_RULES, *_BUDGET)):
         function = option(function)
     return function
+
+
+def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | None:
+    """Take the options of a budget out of a command's options, before `make_rules`; None where none is asked for."""
+    from lowbit.stages.allocate import Budget
+
+    asked = {name: options.pop(name) for name in ("bits", "size")}
+    given = [name for name, value in asked.items() if value is not None]
+    others = {name: options.pop(name) for name in ("schemes", "sensitivity", "unfused")}
+    if not given:
+        if any(others.values()):
+            raise click.UsageError("--schemes, --sensitivity and --unfused go with --bits-per-weight or --size")
+        return None
+    if len(given) > 1:
+        raise click.UsageError("--bits-per-weight and --size are budgets; name one")
+    if options["scheme"] or plan_file:
+        raise click.UsageError("a budget chooses the schemes; leave out --scheme and --plan, or name --schemes")
+    fused = not others.pop("unfused")
+    return Budget(**asked, **others, fused=fused)
 
 
 def make_rules(options: dict[str, Any]) -> Rules:

@@ -9,7 +9,16 @@ from typing import Any
 
 import click
 
-from lowbit.cli._options import Size, cores, make_rules, note_tokenizer, print_plan, progress_bars, rules_options
+from lowbit.cli._options import (
+    Size,
+    cores,
+    make_budget,
+    make_rules,
+    note_tokenizer,
+    print_plan,
+    progress_bars,
+    rules_options,
+)
 
 _EPILOG = """\b
 Schemes are GRID[-BLOCK][-OPTION...], as int4-g128-asym:
@@ -51,8 +60,10 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
     """
     from lowbit.pipeline import Request, run, without_tokenizer
 
-    rules = make_rules(options)
-    request = Request(model, out, rules, plan_file, command=shlex.join(["lowbit", *sys.argv[1:]]), **options)
+    budget, rules = make_budget(options, plan_file), make_rules(options)
+    request = Request(
+        model, out, rules, plan_file, budget=budget, command=shlex.join(["lowbit", *sys.argv[1:]]), **options
+    )
 
     def announce(plan: Any, ways: Any) -> None:
         if not as_json:
