@@ -89,6 +89,10 @@ _RULES = (
         "--format", "form", default="compressed-tensors", show_default=True, metavar="F",
         help=f"One of {_listed('formats')}.",
     ),
+    click.option(
+        "--policy", metavar="NAME|FILE.toml",
+        help="Schemes by role and place: uniform, conservative, balanced, aggressive, or rules of your own.",
+    ),
     click.option("--skip", multiple=True, metavar="REGEX", help="Leave matching tensors as they are; repeatable."),
     click.option(
         "--set", "sets", multiple=True, callback=_set, metavar="REGEX=SCHEME",
@@ -196,7 +200,7 @@ def make_rules(options: dict[str, Any]) -> Rules:
         raise click.UsageError(
             f"--device {text['device']} is for --calibration; what needs no text is done on the processor"
         )
-    others = ("scheme", "method", "skip", "sets", "options", "blocks", "activations", "imatrix")
+    others = ("scheme", "method", "skip", "sets", "options", "blocks", "activations", "imatrix", "policy")
     rules = {name: options.pop(name) for name in others}
     calibration = Calibration(**text) if text["sources"] else None
     return Rules(**rules, format=options.pop("form"), calibration=calibration)

@@ -26,6 +26,7 @@ from lowbit.schemes import parse
 from lowbit.stages._gguf_config import require_told
 from lowbit.stages._gguf_vocabulary import alone
 from lowbit.stages._imatrix import Imatrix, Importance, read_importance
+from lowbit.stages._policy import assign, read_policy
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe
 from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
 from lowbit.tensors import scheme_bytes
@@ -84,6 +85,7 @@ class Rules:
         blocks: first block and the one after the last to quantize; None for all.
         activations: name of the scheme of the weights' inputs, tokens as rows; None where these stay as they are.
         imatrix: importance matrix of llama.cpp to take instead of calibrating, for methods that need nothing else.
+        policy: preset, or TOML file of rules, that chooses schemes by role and place (`_policy.py`).
     """
 
     scheme: str | None = None
@@ -96,6 +98,7 @@ class Rules:
     blocks: tuple[int, int] | None = None
     activations: str | None = None
     imatrix: Path | None = None
+    policy: str | None = None
 
     def recipe(self) -> tuple[Recipe, dict[str, Any]]:
         """The steps of the method, and their options by `step.name`; raises `UsageError` where these make no sense."""
@@ -304,7 +307,7 @@ def _maker(checkpoint: Checkpoint, rules: Rules) -> _Maker:
         what = f"method {recipe}" if recipe.calibrated else f"a stored scale of activations ({rules.activations})"
         raise UsageError(f"{what} is learned from text: name some with --calibration FILE")
     tied = tied_names(checkpoint)
-    chosen = _chosen(checkpoint, rules, form, tied, recipe.weighs)
+    chosen = {**_chosen(checkpoint, rules, form, tied, recipe.weighs), **_by_policy(checkpoint, rules, form, tied)}
     return _Maker(checkpoint, rules, form, recipe, options, importance, calibrated, tied, chosen)
 
 
@@ -388,6 +391,19 @@ def _chosen(
         replace(w, shape=w.shape[::-1]) if swapped(checkpoint.config, w) and not w.swapped else w for w in weights
     ]
     return form.choose((rules.scheme or form.default).lower(), turned, checkpoint.config, important)
+
+
+def _by_policy(
+    checkpoint: Checkpoint, rules: Rules, form: Format, tied: Mapping[str, str]
+) -> Mapping[str, tuple[str, str]]:
+    """What the policy says of each weight that is stored."""
+    if rules.policy is None:
+        return {}
+    weights = [weight for weight in checkpoint.weights.values() if weight.name not in tied]
+    base = rules.scheme or form.default
+    found = assign(read_policy(rules.policy), weights, checkpoint.config, base, rules.format)
+    # What stays in the run's scheme is left to a format that has mixtures: these know what fits a row.
+    return {name: said for name, said in found.items() if not (form.choose and said[0] == base)}
 
 
 def _stores_scale(activations: str | None) -> bool:
