@@ -134,12 +134,25 @@ struct Product {
     float* out;  // [tokens, rows]
 };
 
-// Attention of one query over the positions first to before last; keys and values are [positions, dim], dim a multiple
-// of 16, and `room` has place for the positions.
+// How keys and values are kept.
+enum class Keep { f32, f16, int8 };
+
+// Keys or values of one head [positions, dim]: floats, or bytes 128 above the value over the scale of their `block`
+// values (a multiple of 16 that divides dim).
+struct Kept {
+    Keep as;
+    void* data;
+    float* scale;  // [positions, dim / block], of bytes only
+    int64_t block;
+};
+
+// Attention of one query over the positions first to before last; dim is a multiple of 16, and `room` has place for the
+// positions, rounded up to 16. With a cap, scores become cap * tanh(score / cap).
 struct Attention {
     int64_t dim, first, last;
-    const float *query, *keys, *values;
-    float scale, *room, *out;
+    const float* query;
+    Kept keys, values;
+    float scale, cap, *room, *out;  // cap: 0 for none
 };
 
 struct ErrorSums {
@@ -201,7 +214,10 @@ struct Kernels {
     // times the sum of its integers.
     void (*round_inputs)(int64_t count, int64_t sub, const float* input, int8_t* rounded, float* scale, float* sum);
     void (*attend)(const Attention&);
-    void (*gate)(int64_t count, float* x, const float* up);  // x / (1 + exp(-x)) * up, in place of x
+    void (*keep)(int64_t position, int64_t dim, const float* from, const Kept& to);  // the values of one position
+
+    // x / (1 + exp(-x)) * up, or GELU (with tanh) of x times up, in place of x.
+    void (*gate)(int64_t count, bool gelu, float* x, const float* up);
 };
 
 // The table in use: the best that this CPU has, or the one that the environment variable LOWBIT_ISA names (a test
@@ -227,6 +243,14 @@ void unpack_nibbles_high_first(const Kernels&, const uint8_t* bytes, int64_t cou
 // Rows are a multiple of 8.
 void pack_awq(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, void* words);
 void unpack_awq(const Kernels&, const void* words, int64_t rows, int64_t cols, uint8_t* codes);
+
+// Codes [rows, cols] as panels (`Product::codes`) of `full` columns, of which column c is `order[c]` of the codes where
+// that is not null.
+void interleave(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t* order, int bits, int64_t full,
+                int threads, uint8_t* out);
+
+// [rows, cols] of elements of 2 or 4 bytes as [panels, full, 16]: scales, and weights that are floats.
+void interleave_floats(const void* values, int64_t rows, int64_t cols, int size, int64_t full, int threads, void* out);
 
 // Returns the first weight of a run that the type has no word for (IQ types hold runs of codes from a table), or -1.
 int64_t ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);

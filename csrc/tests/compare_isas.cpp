@@ -289,19 +289,34 @@ static void compare_dense(const Kernels& kernels, Dtype dtype, int64_t rows, int
     });
 }
 
+// Keys and values as they are kept, beside the bytes of `keep`.
+struct KeptRoom {
+    std::vector<uint8_t> data;
+    std::vector<float> scale;
+    Kept of;
+    KeptRoom(const Kernels& k, Keep as, int64_t dim, const std::vector<float>& from)
+        : data(from.size() * 4), scale(from.size() / 16 + 1), of{as, data.data(), scale.data(), 16} {
+        for (int64_t i = 0; i < int64_t(from.size()) / dim; i++) k.keep(i, dim, from.data() + i * dim, of);
+    }
+};
+
 static void compare_attention(const Kernels& kernels, int64_t dim, int64_t first, int64_t last) {
     auto query = random_scales(dim), keys = random_scales(last * dim), values = random_scales(last * dim);
-    compare("attend", kernels, {last, dim, first, 1}, 4 * dim, [&](const Kernels& k, uint8_t* out) {
-        std::vector<float> room(static_cast<size_t>(last - first)), found(static_cast<size_t>(dim));
-        k.attend({dim, first, last, query.data(), keys.data(), values.data(), 0.1f, room.data(), found.data()});
-        std::memcpy(out, found.data(), 4 * found.size());
-    });
-    compare("gate", kernels, {1, last, 1, 1}, 4 * last, [&](const Kernels& k, uint8_t* out) {
-        std::vector<float> x(keys.begin(), keys.begin() + last), up(values.begin(), values.begin() + last);
-        for (size_t i = 0; i < x.size(); i += 2) x[i] *= -100;
-        k.gate(last, x.data(), up.data());
-        std::memcpy(out, x.data(), 4 * x.size());
-    });
+    for (Keep as : {Keep::f32, Keep::f16, Keep::int8})
+        for (float cap : {0.0f, 5.0f})
+            compare("attend", kernels, {last, dim, first, 1}, 4 * dim, [&](const Kernels& k, uint8_t* out) {
+                std::vector<float> room(static_cast<size_t>(last - first)), found(static_cast<size_t>(dim));
+                KeptRoom kept(k, as, dim, keys), mixed(k, as, dim, values);
+                k.attend({dim, first, last, query.data(), kept.of, mixed.of, 0.1f, cap, room.data(), found.data()});
+                std::memcpy(out, found.data(), 4 * found.size());
+            });
+    for (bool gelu : {false, true})
+        compare("gate", kernels, {1, last, 1, 1}, 4 * last, [&](const Kernels& k, uint8_t* out) {
+            std::vector<float> x(keys.begin(), keys.begin() + last), up(values.begin(), values.begin() + last);
+            for (size_t i = 0; i < x.size(); i += 2) x[i] *= -100;
+            k.gate(last, gelu, x.data(), up.data());
+            std::memcpy(out, x.data(), 4 * x.size());
+        });
 }
 
 // Every number once, whatever the threads.

@@ -22,6 +22,7 @@ from torch import Tensor
 from lowbit import _native
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ROOM = 256  # positions for which a text has room at least
 
 
 def isa() -> str:
@@ -550,19 +551,24 @@ class Matrix:
         return out
 
 
+KEEPS = ("float32", "float16", "int8")
+
+
 @final
 @dataclass(frozen=True)
 class DecoderShape:
     """Sizes of a decoder of the Llama family.
 
     Attributes:
-        hidden: width of its states.
+        hidden: width of the hidden state.
         heads: of queries; a multiple of `key_heads`.
         head_size: a multiple of 16.
         inner: width of the feed-forward layer.
+        turned: dimensions of a head that turn with the position, even.
         epsilon: of its norms.
         scale: of attention's scores.
-        window: positions that a token sees; 0 for all before it.
+        cap: of these: they become `cap * tanh(score / cap)`; 0 for none.
+        gelu: whether the feed-forward layer's gate is GELU (with tanh), not SiLU.
     """
 
     hidden: int
@@ -570,15 +576,24 @@ class DecoderShape:
     key_heads: int
     head_size: int
     inner: int
+    turned: int
     epsilon: float
     scale: float
-    window: int = 0
+    cap: float = 0.0
+    gelu: bool = False
 
 
 @final
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Weights of a block: matrices, the norms before attention and feed-forward, and of heads where it has these."""
+    """Weights of a block: matrices, the norms before attention and feed-forward, and others where it has these.
+
+    Attributes:
+        attended: norm of what attention gives.
+        fed: norm of what the feed-forward layer gives.
+        window: positions that a token sees; 0 for all before it.
+        angles: number of the table of angles that turns its heads; -1 for none.
+    """
 
     query: Matrix
     key: Matrix
@@ -591,21 +606,52 @@ class DecoderLayer:
     after: Float[Tensor, "hidden"]
     query_norm: Float[Tensor, "head_size"] | None = None
     key_norm: Float[Tensor, "head_size"] | None = None
+    attended: Float[Tensor, "hidden"] | None = None
+    fed: Float[Tensor, "hidden"] | None = None
+    window: int = 0
+    angles: int = 0
+
+
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+NORMS = ("before", "after", "query_norm", "key_norm", "attended", "fed")
+
+
+@final
+class Cache:
+    """Keys and values of one text in all blocks of a decoder, which makes it.
+
+    Attributes:
+        known: tokens that it has.
+        limit: most that it takes; it grows to that.
+    """
+
+    def __init__(self, handle: _native.Cache, limit: int) -> None:
+        self.handle, self.limit, self.known = handle, limit, 0
+
+    def forget(self, known: int) -> None:
+        """Keep the first tokens alone."""
+        if not 0 <= known <= self.known:
+            raise ValueError(f"{known} tokens cannot be kept of {self.known}")
+        self.known = known
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are set aside."""
+        return self.handle.bytes
 
 
 @final
 class Decoder:
-    """The blocks of a model of the Llama family, with the keys and values of the tokens that they have seen."""
+    """The blocks of a model of the Llama family."""
 
-    def __init__(self, shape: DecoderShape, layers: Sequence[DecoderLayer], capacity: int, threads: int) -> None:
-        """Room for `capacity` positions, in float32."""
-        if shape.head_size % 16 or shape.heads % shape.key_heads or capacity < 1:
-            raise ValueError(f"{shape} with {capacity} positions is no decoder that runs here")
-        self.shape, self.capacity, self.known = shape, capacity, 0
+    def __init__(self, shape: DecoderShape, layers: Sequence[DecoderLayer], threads: int) -> None:
+        if shape.head_size % 16 or shape.heads % shape.key_heads or shape.turned % 2 or shape.turned > shape.head_size:
+            raise ValueError(f"{shape} is no decoder that runs here")
+        self.shape, self.tables = shape, 1 + max((layer.angles for layer in layers), default=0)
         self._layers = tuple(layers)  # their memory is read
         self._handle = _native.Decoder(
-            shape.hidden, shape.heads, shape.key_heads, shape.head_size, shape.inner, shape.epsilon, shape.scale,
-            shape.window, capacity, max(threads, 1),
+            shape.hidden, shape.heads, shape.key_heads, shape.head_size, shape.inner, shape.turned, shape.epsilon,
+            shape.scale, shape.cap, shape.gelu, max(threads, 1),
         )  # fmt: skip
         for layer in layers:
             self._add(layer)
@@ -622,37 +668,76 @@ class Decoder:
             matrix: Matrix = getattr(of, name)
             if (matrix.rows, matrix.inputs) != size:
                 raise ValueError(f"{name} is {matrix.rows} x {matrix.inputs}; it must be {size[0]} x {size[1]}")
-        norms = {
-            "before": shape.hidden,
-            "after": shape.hidden,
-            "query_norm": shape.head_size,
-            "key_norm": shape.head_size,
-        }
-        for name, count in norms.items():
+        for name in NORMS:
             if getattr(of, name) is not None:
+                count = shape.head_size if name in ("query_norm", "key_norm") else shape.hidden
                 _check(name, getattr(of, name), (count,), torch.float32)
-        self._handle.add(
-            of.query.handle, of.key.handle, of.value.handle, of.output.handle, of.gate.handle, of.up.handle,
-            of.down.handle, of.before, of.after, of.query_norm, of.key_norm,
-        )  # fmt: skip
+        matrices = [getattr(of, name).handle for name in MATRICES]
+        self._handle.add(matrices, [getattr(of, name) for name in NORMS], of.window, of.angles)
+
+    def cache(self, keep: str = "float32", limit: int = 1 << 31) -> Cache:
+        """Room for the keys and values of a text, kept as `float32`, `float16` or `int8` (a scale for each 32)."""
+        if keep not in KEEPS:
+            raise ValueError(f"keys and values are kept as one of {', '.join(KEEPS)}, not as {keep}")
+        return Cache(self._handle.cache(KEEPS.index(keep)), limit)
 
     def __call__(
         self,
         hidden: Float[Tensor, "tokens hidden"],
-        cosine: Float[Tensor, "tokens head_size"],
-        sine: Float[Tensor, "tokens head_size"],
+        parts: Sequence[tuple[Cache, int]],
+        cosine: Float[Tensor, "tables tokens turned"],
+        sine: Float[Tensor, "tables tokens turned"],
     ) -> Float[Tensor, "tokens hidden"]:
-        """What comes of tokens after those that it has seen, at the angles of their positions; then these are seen."""
-        tokens, size = hidden.shape[0], self.shape.head_size
+        """What comes of some tokens for each text after those that it has; then it has these too.
+
+        The tokens of all texts stand one after the other; `cosine` and `sine` are of the angles of their positions.
+        """
+        tokens = sum(count for _, count in parts)
         _check("hidden", hidden, (tokens, self.shape.hidden), torch.float32)
-        _check("cosine", cosine, (tokens, size), torch.float32)
-        _check("sine", sine, (tokens, size), torch.float32)
-        if self.known + tokens > self.capacity:
-            raise ValueError(f"{self.known} tokens and {tokens} more are over the capacity of {self.capacity}")
+        _check("cosine", cosine, (self.tables, tokens, self.shape.turned), torch.float32)
+        _check("sine", sine, (self.tables, tokens, self.shape.turned), torch.float32)
+        if len({id(cache) for cache, _ in parts}) < len(parts):
+            raise ValueError("a text is there twice")
+        for cache, count in parts:
+            if cache.known + count > cache.limit:
+                raise ValueError(f"{cache.known} tokens and {count} more are over the limit of {cache.limit}")
+        for cache, count in parts:
+            cache.handle.reserve(min(max(cache.known + count, _ROOM), max(cache.limit, 1)))
         out = hidden.detach().clone()
-        self._handle.run(out, self.known, cosine, sine)
-        self.known += tokens
+        caches, known, counts = zip(*((cache.handle, cache.known, count) for cache, count in parts), strict=True)
+        self._handle.run(out, list(caches), list(known), list(counts), cosine, sine)
+        for cache, count in parts:
+            cache.known += count
         return out
+
+
+def interleave(
+    codes: UInt8[Tensor, "rows cols"], order: Int64[Tensor, "cols"] | None, bits: int, full: int, threads: int = 1
+) -> UInt8[Tensor, "panels words 64"]:
+    """Codes as `Panels.codes` of `full` columns, of which column c is `order[c]` of the codes."""
+    rows, cols = _two(codes.shape)
+    _check("codes", codes, (rows, cols), torch.uint8)
+    if bits not in (2, 4, 8) or full < cols or full % 32:
+        raise ValueError(f"{cols} columns of {bits} bits make no panels of {full}")
+    if order is not None:
+        _check("order", order, (cols,), torch.int64)
+        if cols and not 0 <= int(order.min()) <= int(order.max()) < cols:
+            raise ValueError(f"order must name columns below {cols}")
+    out = torch.empty(ceil(rows / 16), full * bits // 32, 64, dtype=torch.uint8)
+    _native.interleave(codes, order, bits, full, max(threads, 1), out)
+    return out
+
+
+def interleave_floats(
+    values: Float[Tensor, "rows cols"], full: int, threads: int = 1
+) -> Float[Tensor, "panels full 16"]:
+    """Floats of 16 or 32 bits in panels of 16 rows and `full` columns, zeros where there are none."""
+    rows, cols = _weight(values)
+    if full < cols:
+        raise ValueError(f"{cols} columns are more than {full}")
+    out = torch.empty(ceil(rows / 16), full, 16, dtype=values.dtype)
+    _native.interleave_floats(values.detach(), full, max(threads, 1), out)
+    return out
 
 
 def _check_panels(of: Panels) -> None:

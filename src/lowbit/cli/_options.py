@@ -190,6 +190,25 @@ def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | Non
     return Budget(**asked, **others, fused=fused)
 
 
+_CONTEXT = (
+    click.option("--context", type=click.IntRange(1), help="Most tokens of a text.  [default: what the model takes]"),
+    click.option(
+        "--kv",
+        type=click.Choice(["float32", "float16", "int8"]),
+        default="float16",
+        show_default=True,
+        help="How keys and values are kept.",
+    ),
+)
+
+
+def context_options(function: F) -> F:
+    """Options of commands that read texts."""
+    for option in reversed(_CONTEXT):
+        function = option(function)
+    return function
+
+
 def make_rules(options: dict[str, Any]) -> Rules:
     """Take the options of `rules_options` out of a command's options, and make the `Rules` that they stand for."""
     from lowbit.stages.plan import Calibration, Rules

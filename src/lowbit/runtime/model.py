@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -93,15 +95,13 @@ def open_model(
     checkpoint = open_checkpoint(path, trust_remote_code)
     blueprint = open_blueprint(checkpoint, torch.float32)
     places = _matrices(blueprint)
-    others, packed = dict(_left_out(checkpoint, places.keys(), reference)), {}
-    for name in [name for name in places if name not in others]:
-        try:
-            packed[name] = _pack(checkpoint, name, exact)
-        except UnsupportedError as error:
-            others[name] = str(error)
+    others, workers = dict(_left_out(checkpoint, places.keys(), reference)), threads or torch.get_num_threads()
+    found = dict(_pack_all(checkpoint, [name for name in places if name not in others], exact, workers))
+    packed = {name: each for name, each in found.items() if isinstance(each, Packed)}
+    others |= {name: each for name, each in found.items() if isinstance(each, str)}
     alone = packed.keys() - _shared(blueprint)
     model = blueprint.with_parts(checkpoint.weights.keys() - alone)
-    _put(model, places, packed, threads or torch.get_num_threads())
+    _put(model, places, packed, workers)
     return Loaded(checkpoint, model, packed, others)
 
 
@@ -130,6 +130,23 @@ def _left_out(checkpoint: Checkpoint, whole: AbstractSet[str], reference: bool) 
             yield name, f"its inputs are quantized too ({weight.activations})"
         elif name not in whole and weight.scheme:
             yield name, "no linear layer has it alone"
+
+
+def _pack_all(
+    checkpoint: Checkpoint, names: list[str], exact: bool, threads: int
+) -> Iterator[tuple[str, Packed | str]]:
+    """Each weight as products read it, or why they do not; the largest first, so that no thread is left with it."""
+
+    def work(name: str) -> Packed | str:
+        try:
+            return _pack(checkpoint, name, exact)
+        except UnsupportedError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(threads) as pool:
+        order = sorted(names, key=lambda name: -prod(checkpoint.weights[name].shape))
+        jobs = {name: pool.submit(work, name) for name in order}
+        yield from ((name, jobs[name].result()) for name in names)
 
 
 def _pack(checkpoint: Checkpoint, name: str, exact: bool) -> Packed:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.errors import UnsupportedError
-from lowbit.native import Matrix, Panels
+from lowbit.native import Matrix, Panels, interleave, interleave_floats
 from lowbit.schemes import Grid
 from lowbit.tensors import QTensor, block_size, level_table, view_shape
 
@@ -36,15 +36,14 @@ class Packed:
         )
 
 
-def pack_dense(weight: Float[Tensor, "rows cols"]) -> Packed:
+def pack_dense(weight: Float[Tensor, "rows cols"], threads: int = 1) -> Packed:
     """A weight of floats, in the dtype that it has."""
     rows, cols = weight.shape
-    filled = pad(weight, (0, -cols % 32, 0, -rows % _LANES))
-    codes = filled.view(-1, _LANES, filled.shape[1]).transpose(1, 2).contiguous()
+    codes = interleave_floats(weight.contiguous(), -(-cols // 32) * 32, threads)
     return Packed(Panels("dense", rows, 8 * weight.element_size(), 16, codes), cols)
 
 
-def pack(q: QTensor, exact: bool = False) -> Packed:
+def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
     """A quantized weight `[rows, cols]`, its codes as they are; `exact`: for inputs that are not rounded.
 
     Raises:
@@ -60,7 +59,6 @@ def pack(q: QTensor, exact: bool = False) -> Packed:
     if values is not None:
         zero = _spread(q, values, step, full)
     codes = q.codes.reshape(-1, cols)
-    codes = codes if order is None else codes[:, order]
     grid, minus = q.scheme.grid, q.scheme.zero == "min"
     bits = next(bits for bits in (2, 4, 8) if len(grid.levels) <= 2**bits)
     meaning = _meaning(grid, zero is not None, exact)
@@ -68,8 +66,9 @@ def pack(q: QTensor, exact: bool = False) -> Packed:
     dtype = torch.float16 if narrow else torch.float32
     return Packed(
         Panels(
-            rows=codes.shape[0], bits=bits, step=step, codes=_interleave(codes, full, bits),
-            scale=_lanes(scale.to(dtype)), zero=None if zero is None else _lanes(zero.to(dtype)), minus=minus,
+            rows=codes.shape[0], bits=bits, step=step, codes=interleave(codes, order, bits, full, threads),
+            scale=interleave_floats(scale.to(dtype), full // step, threads),
+            zero=None if zero is None else interleave_floats(zero.to(dtype), full // step, threads), minus=minus,
             way=meaning.way, offset=meaning.offset, level=meaning.level, table=meaning.table, unit=meaning.unit,
         ),
         cols,
@@ -145,23 +144,8 @@ def _spread(q: QTensor, values: Tensor, step: int, full: int) -> Float[Tensor, "
     else:
         view_rows = view_shape(q.shape, q.scheme.block)[0]
         found = values if high == 1 else values.repeat_interleave(high, 0)[:view_rows]
-    return pad(found.float(), (0, full // step - found.shape[1]))
+    return pad(found.float(), (0, full // step - found.shape[1])).contiguous()
 
 
 def _exact_half(values: Tensor) -> bool:
     return torch.equal(values.half().float(), values)
-
-
-def _lanes(values: Float[Tensor, "rows steps"]) -> Float[Tensor, "panels steps 16"]:
-    filled = pad(values, (0, 0, 0, -values.shape[0] % _LANES))
-    return filled.view(-1, _LANES, filled.shape[1]).transpose(1, 2).contiguous()
-
-
-def _interleave(codes: Tensor, full: int, bits: int) -> Tensor:
-    """`[panels, words, 16 rows, 4 bytes]`: field f of byte k of word w is column `(w * fields + f) * 4 + k`."""
-    fields, (rows, cols) = 8 // bits, codes.shape
-    filled = pad(codes, (0, full - cols, 0, -rows % _LANES)).view(-1, _LANES, full // (4 * fields), fields, 4)
-    joined = filled[:, :, :, 0]
-    for field in range(1, fields):
-        joined = joined | filled[:, :, :, field] << bits * field
-    return joined.transpose(1, 2).reshape(len(filled), -1, 64).contiguous()

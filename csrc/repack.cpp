@@ -1,0 +1,107 @@
+// From rows of codes or floats to panels of sixteen rows, in the order in which product.h reads them.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "lowbit.h"
+#include "pool.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int64_t lanes = 16, tile_words = 512, panels_of_piece = 4;
+using Tile = uint32_t[lanes][tile_words];
+
+// A row's codes in the order of the panel, with zeros behind them.
+struct Line {
+    std::vector<uint8_t> bytes;
+    explicit Line(int64_t full) : bytes(size_t(full)) {}
+    const uint8_t* of(const uint8_t* row, int64_t cols, const int64_t* order) {
+        if (!order) std::memcpy(bytes.data(), row, size_t(cols));
+        for (int64_t i = 0; order && i < cols; i++) bytes[size_t(i)] = row[order[i]];
+        return bytes.data();
+    }
+};
+
+// Words that hold four columns a byte apart, and those after them in the bits above.
+template <int bits>
+void join(const uint8_t* codes, int64_t words, uint32_t* to) {
+    constexpr int fields = 8 / bits;
+    for (int64_t w = 0; w < words; w++) {
+        uint32_t part[fields], word = 0;
+        std::memcpy(part, codes + w * 4 * fields, sizeof part);
+        for (int f = 0; f < fields; f++) word |= part[f] << bits * f;
+        to[w] = word;
+    }
+}
+
+template <int bits>
+void interleave_panel(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t* order, int64_t full,
+                      std::vector<Line>& lines, uint8_t* out) {
+    constexpr int64_t width = 32 / bits;
+    const uint8_t* from[lanes] = {};
+    for (int64_t r = 0; r < rows; r++) from[r] = lines[size_t(r)].of(codes + r * cols, cols, order);
+    Tile tile = {};
+    for (int64_t word = 0, words = full / width; word < words; word += tile_words) {
+        int64_t count = std::min(tile_words, words - word);
+        for (int64_t r = 0; r < rows; r++) join<bits>(from[r] + word * width, count, tile[r]);
+        kernels().transpose_words(tile, tile_words, lanes, count, out + 64 * word, lanes);
+    }
+}
+
+template <class T>
+void interleave_floats_panel(const T* from, int64_t rows, int64_t cols, int64_t full, T* out) {
+    if constexpr (sizeof(T) == 4)
+        if (rows == lanes) {
+            kernels().transpose_words(from, cols, lanes, cols, out, lanes);
+            std::memset(out + cols * lanes, 0, size_t((full - cols) * lanes) * sizeof(T));
+            return;
+        }
+    std::memset(out, 0, size_t(full * lanes) * sizeof(T));
+    constexpr int64_t run = 32;  // columns of all rows that are in L1 together
+    for (int64_t col = 0; col < cols; col += run)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = col; c < std::min(col + run, cols); c++) out[c * lanes + r] = from[r * cols + c];
+}
+
+// body(panel, rows in it) for all panels.
+template <class Body>
+void each_panel(int64_t rows, int threads, Body body) {
+    share((rows + lanes - 1) / lanes, panels_of_piece, threads, [&](int64_t first, int64_t last) {
+        for (int64_t panel = first; panel < last; panel++) body(panel, std::min(lanes, rows - panel * lanes));
+    });
+}
+
+template <int bits>
+void interleave_all(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t* order, int64_t full, int threads,
+                    uint8_t* out) {
+    share((rows + lanes - 1) / lanes, panels_of_piece, threads, [&](int64_t first, int64_t last) {
+        std::vector<Line> lines;
+        lines.assign(size_t(lanes), Line(full));
+        for (int64_t panel = first; panel < last; panel++)
+            interleave_panel<bits>(codes + panel * lanes * cols, std::min(lanes, rows - panel * lanes), cols, order,
+                                   full, lines, out + panel * lanes * full * bits / 8);
+    });
+}
+
+}  // namespace
+
+void interleave(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t* order, int bits, int64_t full,
+                int threads, uint8_t* out) {
+    if (bits == 2) interleave_all<2>(codes, rows, cols, order, full, threads, out);
+    if (bits == 4) interleave_all<4>(codes, rows, cols, order, full, threads, out);
+    if (bits == 8) interleave_all<8>(codes, rows, cols, order, full, threads, out);
+}
+
+void interleave_floats(const void* values, int64_t rows, int64_t cols, int size, int64_t full, int threads, void* out) {
+    auto run = [&](auto element) {
+        using T = decltype(element);
+        each_panel(rows, threads, [&](int64_t panel, int64_t high) {
+            interleave_floats_panel(static_cast<const T*>(values) + panel * lanes * cols, high, cols, full,
+                                    static_cast<T*>(out) + panel * lanes * full);
+        });
+    };
+    size == 2 ? run(uint16_t{}) : run(uint32_t{});
+}
+
+}  // namespace lowbit
