@@ -291,7 +291,10 @@ MODELOPT = [
         "modelopt",
     ),
     Case(
-        "modelopt scales halves", _modelopt(weight_scale=torch.ones(16, 4).half()), ("m.weight_scale_2", "W4A8_AWQ"), "modelopt"
+        "modelopt scales halves",
+        _modelopt(weight_scale=torch.ones(16, 4).half()),
+        ("m.weight_scale_2", "W4A8_AWQ"),
+        "modelopt",
     ),
     Case("modelopt without weight", _modelopt(weight=None), ("m.weight is missing",), "modelopt"),
     Case("modelopt codes of one axis", _modelopt(weight=torch.zeros(16).byte()), ("m.weight", "[16]"), "modelopt"),
