@@ -81,7 +81,7 @@ struct Causal {
 enum class GgmlType {
     q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13, q6_k = 14,
     iq2_xxs = 16, iq2_xs = 17, iq3_xxs = 18, iq1_s = 19, iq4_nl = 20, iq3_s = 21, iq2_s = 22, iq4_xs = 23, iq1_m = 29,
-    tq1_0 = 34, tq2_0 = 35, mxfp4 = 39,
+    tq1_0 = 34, tq2_0 = 35, mxfp4 = 39, nvfp4 = 40,
 };
 
 // Weights and bytes of a block, how many blocks with scales of their own are in it (0: it has one scale), whether it
@@ -94,7 +94,7 @@ struct GgmlShape {
 GgmlShape ggml_shape(GgmlType type);  // all 0 where there is no such type
 
 // What is in blocks, each array for all of them; null where the type has none. Scales and minima as they are stored
-// (float16, or the byte of a power of two), signed codes in offset binary.
+// (float16, the byte of a power of two, or four of E4M3), signed codes in offset binary.
 template <class Byte>
 struct GgmlParts {
     Byte *codes, *scale, *min, *scale_codes, *min_codes;

@@ -321,7 +321,7 @@ class GgmlParts:
 
     Attributes:
         codes: one byte per weight, signed ones in offset binary.
-        scale: of each block, as stored: float16, or the byte of a power of two.
+        scale: of each block, as stored: float16, the byte of a power of two, or four of E4M3.
         min: float16 of each block.
         scale_codes: of the blocks within each block.
         min_codes: of the blocks within each block.

@@ -228,8 +228,13 @@ def run_imatrix(
     text: Calibration,
     progress: quantize.Progress = quantize.silent,
     trust_remote_code: bool = False,
+    ram: int | None = None,
+    announce: Callable[[Cost], None] | None = None,
 ) -> None:
     """Write the importance matrix of a float checkpoint: checkpoint -> samples -> imatrix.
+
+    Args:
+        announce: called once with the estimate, before the work.
 
     Raises:
         UsageError: `out` is there already.
@@ -237,9 +242,14 @@ def run_imatrix(
     """
     if out.exists():
         raise UsageError(f"{out} is there already and is left alone; name a new file")
-    with MemoryWatch(None).running() as watch, open_checkpoint(model, trust_remote_code) as source:
+    with MemoryWatch(ram).running() as watch, open_checkpoint(model, trust_remote_code) as source:
         samples = _read(text, source)
-        data = imatrix.measure(source, samples.ids, list(text.sources), out.absolute().parent, watch, progress)
+        cost = imatrix.estimate(source, (samples.ids.shape[0], samples.ids.shape[1]), ram)
+        if announce:
+            announce(cost)
+        folder, names = out.absolute().parent, list(text.sources)
+        data = imatrix.measure(source, samples.ids, names, folder, cost.tokens, watch, progress)
+        watch.check()
     write_atomic(out, data)
 
 

@@ -195,7 +195,7 @@ def _fp4_levels() -> tuple[float, ...]:
 GGML_TYPES = {
     "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14,
     "iq2_xxs": 16, "iq2_xs": 17, "iq3_xxs": 18, "iq1_s": 19, "iq4_nl": 20, "iq3_s": 21, "iq2_s": 22, "iq4_xs": 23,
-    "iq1_m": 29, "tq1_0": 34, "tq2_0": 35, "mxfp4": 39,
+    "iq1_m": 29, "tq1_0": 34, "tq2_0": 35, "mxfp4": 39, "nvfp4": 40,
 }  # fmt: skip
 # llama.cpp's non-linear 4 bits (ggml-common.h, kvalues_iq4nl).
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

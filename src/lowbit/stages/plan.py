@@ -356,10 +356,9 @@ def check_told(checkpoint: Checkpoint, form: Format) -> None:
 
 
 def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
-    """The method, or the format's own one for a scheme of a mixture that it cannot make; and why."""
-    if _method(method).objection(parse(wanted)) is None:
-        return method, why
-    return encoder, f"{why}; by {encoder}, {method} cannot make {wanted}"
+    """The method, or the format's own one (or `mse`) for a scheme of a mixture that it cannot make; and why."""
+    able = next((n for n in (method, encoder, "mse") if _method(n).objection(parse(wanted)) is None), encoder)
+    return able, why if able == method else f"{why}; by {able}, {method} cannot make {wanted}"
 
 
 def _plain(weight: Weight) -> Weight:
