@@ -49,19 +49,28 @@ void interleave_panel(const uint8_t* codes, int64_t rows, int64_t cols, const in
     }
 }
 
+// Whole rows of two-byte elements, two at a time as words.
+void interleave_pairs(const uint16_t* from, int64_t cols, uint16_t* out) {
+    uint32_t tile[tile_words][lanes];
+    for (int64_t pair = 0; pair < cols / 2; pair += tile_words) {
+        int64_t count = std::min(tile_words, cols / 2 - pair);
+        kernels().transpose_words(from + 2 * pair, cols / 2, lanes, count, tile, lanes);
+        for (int64_t i = 0; i < count; i++, out += 2 * lanes)
+            for (int64_t r = 0; r < lanes; r++)
+                out[r] = uint16_t(tile[i][r]), out[lanes + r] = uint16_t(tile[i][r] >> 16);
+    }
+}
+
 template <class T>
 void interleave_floats_panel(const T* from, int64_t rows, int64_t cols, int64_t full, T* out) {
-    if constexpr (sizeof(T) == 4)
-        if (rows == lanes) {
-            kernels().transpose_words(from, cols, lanes, cols, out, lanes);
-            std::memset(out + cols * lanes, 0, size_t((full - cols) * lanes) * sizeof(T));
-            return;
-        }
-    std::memset(out, 0, size_t(full * lanes) * sizeof(T));
-    constexpr int64_t run = 32;  // columns of all rows that are in L1 together
-    for (int64_t col = 0; col < cols; col += run)
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t c = col; c < std::min(col + run, cols); c++) out[c * lanes + r] = from[r * cols + c];
+    std::memset(out + cols * lanes, 0, size_t((full - cols) * lanes) * sizeof(T));
+    if constexpr (sizeof(T) == 4) {
+        if (rows == lanes) return kernels().transpose_words(from, cols, lanes, cols, out, lanes);
+    } else {
+        if (rows == lanes && cols % 2 == 0) return interleave_pairs(from, cols, out);
+    }
+    for (int64_t c = 0; c < cols; c++)
+        for (int64_t r = 0; r < lanes; r++) out[c * lanes + r] = r < rows ? from[r * cols + c] : T{};
 }
 
 // body(panel, rows in it) for all panels.

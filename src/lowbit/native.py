@@ -645,8 +645,12 @@ class Decoder:
     """The blocks of a model of the Llama family."""
 
     def __init__(self, shape: DecoderShape, layers: Sequence[DecoderLayer], threads: int) -> None:
-        if shape.head_size % 16 or shape.heads % shape.key_heads or shape.turned % 2 or shape.turned > shape.head_size:
+        sizes = (shape.hidden, shape.heads, shape.key_heads, shape.head_size, shape.inner, shape.turned)
+        odd = min(sizes) < 1 or shape.head_size % 16 or shape.heads % shape.key_heads or shape.turned % 2
+        if odd or shape.turned > shape.head_size:
             raise ValueError(f"{shape} is no decoder that runs here")
+        if any(layer.window < 0 or layer.angles < -1 for layer in layers):
+            raise ValueError("windows are at least 0 and tables of angles at least -1")
         self.shape, self.tables = shape, 1 + max((layer.angles for layer in layers), default=0)
         self._layers = tuple(layers)  # their memory is read
         self._handle = _native.Decoder(
@@ -757,6 +761,10 @@ def _check_panels(of: Panels) -> None:
     wanted = {"floats": of.level, "table": of.table}.get(of.way, of.codes)
     if wanted is None:
         raise ValueError(f"panels for {of.way} need what codes stand for")
+    if of.level is not None:
+        _check("level", of.level, (256,), torch.float32)
+    if of.table is not None:
+        _check("table", of.table, (16,), torch.uint8)
 
 
 def _causal(period: int, first: int, scale: float) -> None:

@@ -199,12 +199,24 @@ _CONTEXT = (
         show_default=True,
         help="How keys and values are kept.",
     ),
+    click.option(
+        "--cache",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Folder for what opening makes of the model, so that the next start takes no time.",
+    ),
 )
 
 
 def context_options(function: F) -> F:
     """Options of commands that read texts."""
     for option in reversed(_CONTEXT):
+        function = option(function)
+    return function
+
+
+def kept_options(function: F) -> F:
+    """Those of them that say what is kept."""
+    for option in reversed(_CONTEXT[1:]):
         function = option(function)
     return function
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -31,6 +32,7 @@ def command(
     threads: int | None,
     context: int | None,
     kv: str,
+    cache: Path | None,
     trust_remote_code: bool,
     max_tokens: int,
     **sampling: Any,
@@ -43,7 +45,9 @@ def command(
 
     if threads:
         torch.set_num_threads(threads)
-    runner = open_runner(model, threads=threads, trust_remote_code=trust_remote_code, context=context, keep=kv)
+    runner = open_runner(
+        model, threads=threads, trust_remote_code=trust_remote_code, context=context, keep=kv, cache=cache
+    )
     messages = [{"role": "system", "content": system}] if system else []
     chosen = Sampling(tokens=max_tokens, **sampling)
     for line in sys.stdin:

@@ -52,6 +52,7 @@ def command(
     threads: int | None,
     context: int | None,
     kv: str,
+    cache: Path | None,
     trust_remote_code: bool,
     as_json: bool,
     max_tokens: int,
@@ -73,7 +74,13 @@ def command(
     if threads:
         torch.set_num_threads(threads)
     runner = open_runner(
-        model, exact=exact, threads=threads, trust_remote_code=trust_remote_code, context=context, keep=kv
+        model,
+        exact=exact,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        context=context,
+        keep=kv,
+        cache=cache,
     )
     chosen = Sampling(tokens=max_tokens, **sampling)
     show = (lambda part: None) if as_json else lambda part: click.echo(part, nl=False)

@@ -75,7 +75,12 @@ class Bench:
 
 
 def bench(
-    path: str | Path, prompt: int = 256, tokens: int = 64, threads: int | None = None, keep: str = "float16"
+    path: str | Path,
+    prompt: int = 256,
+    tokens: int = 64,
+    threads: int | None = None,
+    keep: str = "float16",
+    cache: Path | None = None,
 ) -> Bench:
     """Read a prompt and decode some tokens with the native decoder, and multiply each kind of weight alone.
 
@@ -85,7 +90,7 @@ def bench(
     """
     count = threads or torch.get_num_threads()
     begin = time.perf_counter()
-    runner = open_runner(path, threads=count, context=prompt + tokens, keep=keep)
+    runner = open_runner(path, threads=count, context=prompt + tokens, keep=keep, cache=cache)
     load = time.perf_counter() - begin
     if runner.engine is None:
         raise UnsupportedError(runner.decoder)

@@ -70,6 +70,7 @@ class Engine:
 
     def __init__(self, native: Native, threads: int | None = None) -> None:
         self.native, self.threads = native, threads or torch.get_num_threads()
+        _check(native)
         layers = [self._layer(number) for number in range(len(native.windows))]
         self.decoder = Decoder(native.shape, layers, self.threads)
         self._head = self._matrix("head")
@@ -111,6 +112,20 @@ class Engine:
         """Cosine and sine `[tables, tokens, turned]` at these positions."""
         angles = (at.float()[:, None] * self._steps).repeat(1, 1, 2)
         return angles.cos() * self._factors, angles.sin() * self._factors
+
+
+def _check(native: Native) -> None:
+    """Raise ValueError where what is not given to `native.Decoder` does not fit the rest."""
+    wanted: dict[str, tuple[int, ...]] = {
+        f"angles.{i}": (native.shape.turned // 2,) for i in range(len(native.factors))
+    }
+    wanted |= {"norm": (native.shape.hidden,), "embedding": (native.matrices["head"].panels.rows, native.shape.hidden)}
+    for name, shape in wanted.items():
+        found = native.vectors[name]
+        if tuple(found.shape) != shape or not found.dtype.is_floating_point:
+            raise ValueError(f"{name} is {found.dtype} {list(found.shape)}; it must be floats {list(shape)}")
+    if len(native.angles) != len(native.windows) or native.matrices["head"].inputs != native.shape.hidden:
+        raise ValueError("angles, windows and the matrix of logits do not fit")
 
 
 @final

@@ -16,6 +16,7 @@ from lowbit.native import Matrix, Panels, interleave, interleave_floats
 from lowbit.schemes import Grid
 from lowbit.tensors import QTensor, block_size, level_table, view_shape
 
+LAYOUT = 1  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
 _LANES = 16
 _UNITS = (1.0, 2.0, 4.0, 8.0)
 
