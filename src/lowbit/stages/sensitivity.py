@@ -118,7 +118,8 @@ def measure(
             losses |= _block(run, paths[index], index, gradients)
         losses |= _outside(run, gradients)
         progress("measure", len(paths), len(paths))
-    return {name: losses.get(name, {}) for name in offers}
+    kept = {name: {label: 0.0 for label, entry in offers[name].items() if not entry.weight.scheme} for name in offers}
+    return {name: losses.get(name, {}) | kept[name] for name in offers}
 
 
 def _windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
