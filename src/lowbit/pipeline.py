@@ -208,7 +208,7 @@ def _measured(
     if known is None or not known.covers(offers):
         folder = request.out.absolute().parent
         losses = sensitivity.measure(
-            source, make_plan(source, rules), offers, samples.ids, folder, request.threads, watch, progress
+            source, make_plan(source, rules), offers, samples.ids, folder, request.ram, request.threads, watch, progress
         )
         known = sensitivity.Sensitivity(facts, losses).joined(known)
         if file:

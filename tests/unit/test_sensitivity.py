@@ -59,7 +59,7 @@ def test_what_is_predicted_is_the_divergence(kind: str, rules: Rules, schemes: t
     source = open_checkpoint(tmp_path / "m")
     offers = make_offers(source, rules, schemes)
     with MemoryWatch(None).running() as watch:
-        found = sensitivity.measure(source, make_plan(source, rules), offers, IDS, tmp_path, 1, watch)
+        found = sensitivity.measure(source, make_plan(source, rules), offers, IDS, tmp_path, None, 1, watch)
     assert found.keys() == offers.keys() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     model, ratios = model.double(), []
     weights = dict(model.named_parameters())
@@ -223,7 +223,7 @@ def test_one_window_is_too_few(tmp_path: Path) -> None:
     source, rules = open_checkpoint(tmp_path / "m"), Rules(method="rtn")
     offers, plan = make_offers(source, rules, ("int4-g8",)), make_plan(source, rules)
     with pytest.raises(UsageError, match="two windows"), MemoryWatch(None).running() as watch:
-        sensitivity.measure(source, plan, offers, IDS[:1], tmp_path, 1, watch)
+        sensitivity.measure(source, plan, offers, IDS[:1], tmp_path, None, 1, watch)
 
 
 def test_a_weight_that_no_scheme_fits_is_kept(tmp_path: Path) -> None:
