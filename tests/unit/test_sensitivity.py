@@ -73,10 +73,18 @@ def test_what_is_predicted_is_the_divergence(kind: str, rules: Rules, schemes: t
     assert min(ratios) > 0.4 and max(ratios) < 2.5, ratios
 
 
-def problem(path: Path, losses: Callable[[str, str], float], rules: Rules | None = None, fused: bool = True) -> Problem:
-    save_tiny("llama", path)
+OFFERED = ("int3-g8-f16", "int4-g8-f16", "int6-g8-f16", "int8-g8-f16")
+
+
+def problem(
+    path: Path,
+    losses: Callable[[str, str], float],
+    rules: Rules | None = None,
+    fused: bool = True,
+    schemes: tuple[str, ...] = OFFERED,
+) -> Problem:
+    save_tiny("llama", path, torch.float16)
     source, rules = open_checkpoint(path), rules or Rules(method="rtn")
-    schemes = ("q4_0", "q5_0", "q8_0") if rules.format == "gguf" else ("int3-g8", "int4-g8", "int6-g8", "int8-g8")
     offers = make_offers(source, rules, schemes)
     return make_problem(source, rules, offers, {n: {s: losses(n, s) for s in offers[n]} for n in offers}, fused)
 
@@ -91,8 +99,8 @@ def chosen(found: Allocation) -> dict[str, str]:
 
 
 def test_bits_are_kept_and_go_where_they_count(tmp_path: Path) -> None:
-    found = problem(tmp_path / "m", steep, fused=False).within_bits(6.0)
-    assert 5.5 < found.plan.bits_per_weight()[0] <= 6.0
+    found = problem(tmp_path / "m", steep, fused=False).within_bits(7.0)
+    assert 6.8 < found.plan.bits_per_weight()[0] <= 7.0
     schemes = chosen(found)
     more, less = schemes["model.layers.1.mlp.down_proj.weight"], schemes["model.layers.0.mlp.up_proj.weight"]
     assert parse(more).grid.bits > parse(less).grid.bits
@@ -106,10 +114,10 @@ def test_what_a_runtime_joins_has_one_scheme(tmp_path: Path) -> None:
 
     found = problem(tmp_path / "m", odd)
     assert sorted(len(group) for group in found.groups) == [1, 1, 1, 1, 2, 2, 3, 3]
-    schemes = chosen(found.within_bits(5.5))
+    schemes = chosen(found.within_bits(6.5))
     for names in found.groups:
         assert len({schemes[name] for name in names}) == 1
-    apart = chosen(problem(tmp_path / "n", odd, fused=False).within_bits(5.5))
+    apart = chosen(problem(tmp_path / "n", odd, fused=False).within_bits(6.5))
     assert apart["model.layers.0.self_attn.q_proj.weight"] != apart["model.layers.0.self_attn.v_proj.weight"]
 
 
@@ -129,7 +137,7 @@ def test_files_are_not_larger_than_asked(tmp_path: Path) -> None:
 
 def test_the_plan_is_one_like_any_other(tmp_path: Path) -> None:
     parts = problem(tmp_path / "m", steep)
-    plan = parts.within_bits(6.0).plan
+    plan = parts.within_bits(7.0).plan
     (tmp_path / "plan.json").write_text(plan.to_json())
     assert load_plan(tmp_path / "plan.json", parts.source) == plan
 
@@ -139,7 +147,7 @@ def test_set_and_skip_are_left_alone_by_a_budget(tmp_path: Path) -> None:
     parts = problem(tmp_path / "m", steep, rules)
     assert not [name for name in parts.offers if "o_proj" in name or "k_proj" in name]
     schemes = chosen(parts.within_bits(8.5))
-    assert "int2-g8" in schemes["model.layers.0.self_attn.k_proj.weight"]
+    assert schemes["model.layers.0.self_attn.k_proj.weight"].startswith("int2-g8")
     assert "model.layers.0.self_attn.o_proj.weight" not in schemes
 
 
@@ -227,9 +235,9 @@ def test_one_window_is_too_few(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_no_scheme_fits_is_kept(tmp_path: Path) -> None:
-    parts = problem(tmp_path / "m", steep, Rules(method="ggml", format="gguf"))
+    parts = problem(tmp_path / "m", steep, schemes=("int4-g32",))
     name = "model.layers.0.mlp.down_proj.weight"
-    assert parts.offers[name] == {}  # 48 inputs are no whole blocks of 32
+    assert parts.offers[name] == {}  # 48 inputs are no whole groups of 32
     plan = parts.smallest().plan
     entry = next(entry for entry in plan.entries if entry.weight.name == name)
     assert entry.weight.scheme is None and "none of the schemes on offer" in entry.reason
