@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import torch
@@ -18,9 +19,10 @@ from lowbit.stages._cost import Cost
 from lowbit.stages._directory import GGUF
 from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
+from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._windows import cut, encode
-from lowbit.stages.allocate import Budget, Problem, make_problem
+from lowbit.stages.allocate import Allocation, Budget, Problem, make_problem
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
@@ -39,6 +41,7 @@ from lowbit.stages.report import RunRecord, write_report
 from lowbit.stages.rotate import Options as Rotation
 from lowbit.stages.rotate import prove, rotate
 from lowbit.stages.samples import Samples, read_samples, similarity
+from lowbit.stages.search import Trial, asked, search
 from lowbit.stages.verify import verify
 from lowbit.stages.write import open_output, refuse_foreign, write_atomic
 
@@ -81,12 +84,14 @@ def run(
     request: Request,
     progress: quantize.Progress = quantize.silent,
     announce: Callable[[Plan, Sequence[Estimate | Cost | tune.Cost]], None] | None = None,
+    tell: Callable[[Trial], None] = lambda trial: None,
 ) -> RunRecord:
     """Carry out a request and write its report into the output directory.
 
     Args:
         progress: called with `(stage, done, total)`.
         announce: called once with the plan and the estimates of its stages before anything is written.
+        tell: called with each plan that is measured while one is searched that is as good as was asked for.
 
     Raises:
         LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same request goes on.
@@ -94,7 +99,7 @@ def run(
     clock, scores, most = Clock(), None, 0
     text = read_text(request.text) if request.text else None
     with MemoryWatch(request.ram).running() as watch, _open(request) as source:
-        plan = _plan(request, source, watch, progress)
+        plan = _plan(request, source, watch, progress, tell)
         plan, samples = _with_samples(plan, source)
         source = as_planned(source, plan)
         if text:  # one that cannot be used is refused now, not after hours of calibration
@@ -133,17 +138,27 @@ def run(
     return result
 
 
-def find_plan(request: Request, progress: quantize.Progress = quantize.silent) -> Plan:
-    """The plan of a request, whose `out` is where the plan will be saved: saved, by rules, or within the budget.
+def find_plan(
+    request: Request,
+    progress: quantize.Progress = quantize.silent,
+    tell: Callable[[Trial], None] = lambda trial: None,
+) -> Plan:
+    """The plan of a request, whose `out` is where the plan will be saved: saved, by rules, or for the budget.
 
     Raises:
         LowbitError: see `lowbit.errors`.
     """
     with MemoryWatch(request.ram).running() as watch, _open(request) as source:
-        return _plan(request, source, watch, progress)
+        return _plan(request, source, watch, progress, tell)
 
 
-def _plan(request: Request, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress) -> Plan:
+def _plan(
+    request: Request,
+    source: Checkpoint,
+    watch: MemoryWatch,
+    progress: quantize.Progress,
+    tell: Callable[[Trial], None],
+) -> Plan:
     """The same for an opened checkpoint."""
     budget = request.budget
     if request.plan:
@@ -153,8 +168,30 @@ def _plan(request: Request, source: Checkpoint, watch: MemoryWatch, progress: qu
     problem = _measured(request, budget, source, watch, progress)
     if budget.bits is not None:
         return problem.within_bits(budget.bits).plan
-    assert budget.size is not None
-    return problem.within_size(budget.size).plan
+    if budget.size is not None:
+        return problem.within_size(budget.size).plan
+    limit = budget.kl if budget.kl is not None else budget.perplexity
+    assert limit is not None
+
+    def measure(found: Allocation) -> Interval:
+        measured = _try(request, budget, found.plan, progress)
+        tell(Trial(found, measured, limit))
+        return measured
+
+    return search(problem, limit, measure).allocation.plan
+
+
+def _try(request: Request, budget: Budget, plan: Plan, progress: quantize.Progress) -> Interval:
+    """What the budget limits, of a plan that is carried out in a temporary folder beside the result."""
+    if request.text is None:
+        raise UsageError("what is asked for is measured on a text: name it with --evaluate")
+    with TemporaryDirectory(dir=request.out.absolute().parent, prefix=".search-") as folder:
+        file = Path(folder) / "plan.json"
+        write_atomic(file, plan.to_json().encode())
+        record = run(replace(request, out=Path(folder) / "out", plan=file, budget=None), progress)
+        quality = read_quality(record.evaluation)
+    assert quality is not None
+    return asked(budget, quality)
 
 
 def _measured(
@@ -171,7 +208,7 @@ def _measured(
     if known is None or not known.covers(offers):
         folder = request.out.absolute().parent
         losses = sensitivity.measure(
-            source, make_plan(source, rules), offers, samples.ids, folder, request.threads, watch, progress
+            source, make_plan(source, rules), offers, samples.ids, folder, request.ram, request.threads, watch, progress
         )
         known = sensitivity.Sensitivity(facts, losses).joined(known)
         if file:

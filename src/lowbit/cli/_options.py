@@ -18,6 +18,7 @@ from lowbit import plugins
 if TYPE_CHECKING:
     from lowbit.stages.allocate import Budget
     from lowbit.stages.plan import Plan, Rules
+    from lowbit.stages.search import Trial
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +33,23 @@ class Size(click.ParamType[int]):
         from lowbit.budget import parse_size
 
         return value if isinstance(value, int) else parse_size(value)
+
+
+@final
+class Share(click.ParamType[float]):
+    """A share, written `1%` or `0.01`."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            self.fail(f"{value!r} is no share; write it like 1%", param, ctx)
+        if not 0 < found < float("inf"):
+            self.fail(f"{value!r} is not above 0", param, ctx)
+        return found
 
 
 def _set(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -68,6 +86,11 @@ def _blocks(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 def _listed(folder: str) -> str:
     names = plugins.written() if folder == "formats" else plugins.names(folder)
     return ", ".join(name.replace("_", "-") for name in names if name not in plugins.CONVERTED)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _RULES = (
@@ -142,12 +165,22 @@ _RULES = (
 )  # fmt: skip
 
 
+_BUDGETS = "--bits-per-weight, --size, --max-kl and --max-ppl-increase"
 _BUDGET = (
     click.option(
         "--bits-per-weight", "--bpw", "bits", type=click.FloatRange(0, min_open=True), metavar="X",
         help="Choose each weight's scheme so that they have X bits in the mean, scales included.",
     ),
     click.option("--size", type=Size(), help="Choose schemes so that the weight files take so many bytes, as 3.9GiB."),
+    click.option(
+        "--max-kl", "kl", type=click.FloatRange(0, min_open=True), metavar="X",
+        help="The smallest result whose divergence from the original, in nats per token, is at most X on the text of "
+        "--evaluate, the end of its interval included; at most five plans are made and measured.",
+    ),
+    click.option(
+        "--max-ppl-increase", "perplexity", type=Share(), metavar="P%",
+        help="The same for the increase of the perplexity, as 1%.",
+    ),
     click.option(
         "--schemes", callback=_names, metavar="S,S,...",
         help="Schemes to choose from; keep is one. [default: int2-g64-asym,int3-g128,int4-g128,int4-g32,int8-g128; "
@@ -164,6 +197,29 @@ _BUDGET = (
 )  # fmt: skip
 
 
+_RUN = (
+    click.option(
+        "--ram", type=Size(), help="Anonymous memory that the run may hold, as 4GiB; checked first, then kept."
+    ),
+    click.option("--threads", type=click.IntRange(1), default=cores, show_default="all cores", help="Workers."),
+    click.option(
+        "--evaluate", "text", type=click.Path(path_type=Path), help="Text to compare original and result on."
+    ),
+    click.option(
+        "--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per evaluation window."
+    ),
+    click.option("--tokens", type=click.IntRange(1), help="Evaluate on at most this many tokens."),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings."),
+)  # fmt: skip
+
+
+def run_options(function: F) -> F:
+    """Add the options of a run: what it may use, and what it is measured on."""
+    for option in reversed(_RUN):
+        function = option(function)
+    return function
+
+
 def rules_options(function: F) -> F:
     """Add the options that decide which tensor gets what."""
     for option in reversed((*_RULES, *_BUDGET)):
@@ -175,15 +231,17 @@ def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | Non
     """Take the options of a budget out of a command's options, before `make_rules`; None where none is asked for."""
     from lowbit.stages.allocate import Budget
 
-    asked = {name: options.pop(name) for name in ("bits", "size")}
+    asked = {name: options.pop(name) for name in ("bits", "size", "kl", "perplexity")}
     given = [name for name, value in asked.items() if value is not None]
     others = {name: options.pop(name) for name in ("schemes", "sensitivity", "unfused")}
     if not given:
         if any(others.values()):
-            raise click.UsageError("--schemes, --sensitivity and --unfused go with --bits-per-weight or --size")
+            raise click.UsageError(f"--schemes, --sensitivity and --unfused go with {_BUDGETS}")
         return None
     if len(given) > 1:
-        raise click.UsageError("--bits-per-weight and --size are budgets; name one")
+        raise click.UsageError(f"name one of {_BUDGETS}")
+    if (asked["kl"] or asked["perplexity"]) and not options["text"]:
+        raise click.UsageError("what is asked for is measured on a text: name it with --evaluate")
     if options["scheme"] or plan_file:
         raise click.UsageError("a budget chooses the schemes; leave out --scheme and --plan, or name --schemes")
     fused = not others.pop("unfused")
@@ -243,11 +301,6 @@ def note_tokenizer(reason: str | None) -> None:
         click.echo(f"lowbit: {reason}", err=True)
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """A callback `(stage, done, total)`: bars with rate and time left on a terminal, plain lines elsewhere."""
@@ -293,6 +346,19 @@ class _Lines:
         left = (now - begun) * (total - done) / done if done else 0.0
         share = 100 * done / total if total else 100.0
         click.echo(f"{stage}: {share:.0f}%, {now - begun:.1f} s, {left:.0f} s left", err=True)
+
+
+def print_trial(trial: Trial) -> None:
+    """A plan that was measured for what was asked."""
+    from lowbit.budget import format_size
+
+    found, measured = trial.allocation, trial.measured
+    interval = "" if measured.low is None else f" [{measured.low:.4g}, {measured.high:.4g}]"
+    click.echo(
+        f"plan of {format_size(found.size)}: predicted {found.loss:.4g} nats per token; asked for at most "
+        f"{trial.limit:.4g}, measured {measured.value:.4g}{interval}: {'passes' if trial.passes else 'misses'}",
+        err=True,
+    )
 
 
 def print_plan(plan: Plan, err: bool) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from lowbit.cli._options import Size, cores, make_budget, make_rules, print_plan, progress_bars, rules_options
+from lowbit.cli._options import (
+    make_budget,
+    make_rules,
+    print_plan,
+    print_trial,
+    progress_bars,
+    rules_options,
+    run_options,
+)
 
 _EPILOG = """\b
 Examples:
@@ -21,15 +29,13 @@ Examples:
 @click.argument("model")
 @rules_options
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Save the plan as JSON, to edit and use.")
-@click.option("--ram", type=Size(), help="Anonymous memory that measuring for a budget may hold, as 4GiB.")
-@click.option("--threads", type=click.IntRange(1), default=cores, show_default="all cores", help="Workers.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
+@run_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON document.")
 def command(model: str, plan_file: Path | None, out: Path | None, as_json: bool, **options: Any) -> None:
     """Show which tensor of MODEL gets which scheme and method, with bytes before and after, and why.
 
-    With a budget (--bits-per-weight, --size), what each weight costs in each of --schemes is measured, and the schemes
-    are chosen that cost least.
+    With a budget (--bits-per-weight, --size, --max-kl, --max-ppl-increase), what each weight costs in each of --schemes
+    is measured, and the schemes are chosen that cost least.
     """
     from lowbit.pipeline import Request, find_plan
     from lowbit.stages.write import write_atomic
@@ -37,7 +43,7 @@ def command(model: str, plan_file: Path | None, out: Path | None, as_json: bool,
     budget, rules = make_budget(options, plan_file), make_rules(options)
     request = Request(model, out or Path("plan.json"), rules, plan_file, budget=budget, **options)
     with progress_bars() as progress:
-        plan = find_plan(request, progress)
+        plan = find_plan(request, progress, print_trial)
     if out:
         write_atomic(out, plan.to_json().encode())
     if as_json:

@@ -227,7 +227,8 @@ def make_offers(checkpoint: Checkpoint, rules: Rules, schemes: Sequence[str]) ->
     """
     maker, found = _maker(checkpoint, rules), dict[str, dict[str, Entry]]()
     for scheme in schemes:
-        parse(scheme)
+        if scheme != "keep":
+            parse(scheme)
     for weight in map(_plain, checkpoint.weights.values()):
         wanted, reason = maker.decide(weight)
         if weight.name in maker.tied or wanted == "keep" or wanted in _NAMES.values() or reason.startswith("--set"):

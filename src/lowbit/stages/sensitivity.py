@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, final
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from lowbit import plugins
 from lowbit.blocks import CPU
-from lowbit.budget import PIECE, MemoryWatch
-from lowbit.errors import UnsupportedError, UsageError
+from lowbit.budget import MARGIN, PIECE, MemoryWatch, anonymous_bytes, format_size, format_sum
+from lowbit.errors import ResourceError, UnsupportedError, UsageError
 from lowbit.methods import Method
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock
 from lowbit.stages._jobs import Job
@@ -41,6 +41,7 @@ from lowbit.stages._streams import Streams
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, Rules
 from lowbit.stages.quantize import Progress, make, one_torch_thread, silent, tensor_stats
+from lowbit.stats import Statistic
 from lowbit.tensors import QTensor
 
 Losses = dict[str, dict[str, float]]
@@ -50,8 +51,92 @@ VERSION = 1
 _FIT, _HELD = 16384, 4096  # tokens that methods learn from, and that errors are judged on
 _ROWS = 2048  # of the latter, that are kept for each weight
 _BATCH = 4096  # tokens that run through a block together
-_LOGITS = 2**24  # that are held at a time
+_LOGITS, _COPIES = 2**22, 8  # that are held at a time, and copies of them, those in float64 counted twice
+_JUDGED = 1024  # tokens on which what stands outside of the blocks is judged
+_BACKWARD = 4  # activations that are kept for the way back, over those of a forward pass
+_BESIDE = 40  # bytes per weight of a piece: rivals of the method, and their errors
 _STAND_IN = "gptq"  # for methods that learn a whole block, whose results are like its own but take hours
+
+
+@final
+@dataclass(frozen=True)
+class Way:
+    """How sensitivities are measured, and the anonymous memory in bytes that it takes at most.
+
+    Attributes:
+        parts: bytes by what they are for.
+        tokens: that run through a block together.
+        piece: weight elements that a worker takes at a time.
+        threads: workers.
+        sites: inputs whose statistics are accumulated at once; each time all windows run through the block.
+    """
+
+    parts: Mapping[str, int]
+    tokens: int
+    piece: int
+    threads: int
+    sites: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        return f"{format_size(self.total)} = {format_sum(self.parts)}"
+
+
+def plan_way(blueprint: Blueprint, offers: Offers, ids: Tensor, limit: int | None, threads: int) -> Way:
+    """The fastest way that fits the limit: fewer inputs at once, fewer workers, smaller batches and pieces.
+
+    Raises:
+        ResourceError: nothing fits; the text names the least limit that works.
+    """
+    length, base = ids.shape[1], anonymous_bytes() + MARGIN
+    every = max((len(names) for names in blueprint.blocks.values()), default=1)
+    ways = [
+        Way({"process": base, **_parts(blueprint, offers, length, tokens, piece, workers, sites)},
+            tokens, piece, workers, sites)
+        for tokens, piece in ((_BATCH, PIECE), (length, PIECE), (length, PIECE >> 4))
+        for sites, workers in dict.fromkeys(((every, threads), (1, threads), (1, 1)))
+    ]  # fmt: skip
+    for way in ways:
+        if limit is None or way.total <= limit:
+            return way
+    least = min(ways, key=lambda way: way.total)
+    raise ResourceError(
+        f"--ram {format_size(limit or 0)} is too little: measuring for a budget needs at least "
+        f"{format_size(least.total)} ({least}); shorter windows (--sequence-length) need less"
+    )
+
+
+def _parts(
+    blueprint: Blueprint, offers: Offers, length: int, tokens: int, piece: int, threads: int, sites: int
+) -> dict[str, int]:
+    """Bytes of one way of working, upper estimates."""
+    rows = [(names, [offers[name] for name in names if offers.get(name)]) for names in blueprint.blocks.values()]
+    inside = [[next(iter(entries.values())).weight.shape for entries in each] for _, each in rows]
+    methods = [_method(entry)[1] for _, each in rows for entries in each for entry in entries.values() if entry.method]
+    widths = [sorted((shape[-1] for shape in shapes), reverse=True) for shapes in inside]
+    kinds: list[Statistic] = [plugins.load("stats", name) for name in {need for m in methods for need in m.needs}]
+    wide, most = (
+        max((w for ws in widths for w in ws), default=0),
+        max((prod(s) for ss in inside for s in ss), default=0),
+    )
+    # Weights that read one input come first in the order of widths only by chance: all are counted.
+    statistics = max(
+        (sum(k.nbytes(w) for w in ws[:sites] for k in kinds) + 4 * _ROWS * sum(ws[:sites]) for ws in widths), default=0
+    )
+    judged = 4 * _ROWS * max((sum(map(sum, shapes)) for shapes in inside), default=0)
+    worker = max((m.prepared(wide) + int((m.workspace + _BESIDE) * min(piece, most)) for m in methods), default=0)
+    batch = max(tokens, length)
+    return {
+        "block": blueprint.streamed_bytes + blueprint.block_bytes,
+        "activations": _BACKWARD * batch * blueprint.token_bytes(length) + 4 * _LOGITS * _COPIES,
+        "gradients": 4 * max(_HELD, length) * blueprint.width + judged,
+        "statistics": statistics,
+        "working memory": threads * (worker + 3 * 4 * most),
+    }
 
 
 @final
@@ -66,7 +151,7 @@ class _Run:
     windows: Windows
     streams: Streams
     entrance: Entrance
-    threads: int
+    way: Way
 
     @property
     def held(self) -> slice:
@@ -85,6 +170,7 @@ def measure(
     offers: Offers,
     ids: Int64[Tensor, "windows tokens"],
     folder: Path,
+    ram: int | None,
     threads: int,
     watch: MemoryWatch,
     progress: Progress = silent,
@@ -96,20 +182,24 @@ def measure(
         offers: weights, and their entries by scheme.
         ids: windows of text; as many are used as are useful.
         folder: for a temporary folder with hidden states.
+        ram: bytes of anonymous memory allowed; None for no limit.
         threads: workers.
 
     Raises:
         UsageError: fewer than two windows.
+        ResourceError: the limit is too small, with the least that works.
         UnsupportedError: the model's blocks cannot be run on their own.
         WeightError: NaN or Inf in a weight.
     """
     windows, blueprint = _windows(ids), open_blueprint(source, torch.float32)
     if not blueprint.blocks:
         raise UnsupportedError(f"{source.path} has no list of blocks to measure; name a scheme for each weight")
+    way = plan_way(blueprint, offers, windows.ids, ram, threads)
+    windows = replace(windows, tokens=way.tokens)
     with TemporaryDirectory(dir=folder, prefix=".sensitivity-") as place:
         shape = (*windows.ids.shape, blueprint.width)
         streams = Streams(Path(place), (shape[0], shape[1], shape[2]), torch.float32, ("float",))
-        run = _Run(source, plan, offers, blueprint, windows, streams, Entrance(blueprint, CPU), threads)
+        run = _Run(source, plan, offers, blueprint, windows, streams, Entrance(blueprint, CPU), way)
         _forward(run, watch, progress)
         gradients, losses, paths = _last_gradients(run), Losses(), list(blueprint.blocks)
         for index in range(len(paths) - 1, -1, -1):
@@ -118,7 +208,8 @@ def measure(
             losses |= _block(run, paths[index], index, gradients)
         losses |= _outside(run, gradients)
         progress("measure", len(paths), len(paths))
-    return {name: losses.get(name, {}) for name in offers}
+    kept = {name: {label: 0.0 for label, entry in offers[name].items() if not entry.weight.scheme} for name in offers}
+    return {name: losses.get(name, {}) | kept[name] for name in offers}
 
 
 def _windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
@@ -211,15 +302,45 @@ def _block(run: _Run, path: str, index: int, gradients: Float[Tensor, "windows t
 
     steps = find_steps(live, lambda watch: once(slice(0, 1), watch))
     sites = [site for step in steps for site in step.sites if any(run.offers.get(name) for name in site)]
-    seen = {site: each.finish() for site, each in _statistics(run, sites, index, once).items()}
     probe = _backward(run, live, inputs, gradients)
-    jobs = [job for site, found in seen.items() for job in _jobs(run, live, site, found, probe)]
-    with one_torch_thread(), torch.no_grad(), ThreadPoolExecutor(run.threads, "measure") as pool:
-        found_losses = list(pool.map(lambda job: _loss(run, job[1], probe), jobs))
     losses = Losses()
-    for (scheme, job), loss in zip(jobs, found_losses, strict=True):
-        losses.setdefault(job.entry.weight.name, {})[scheme] = loss
+    for at in range(0, len(sites), run.way.sites):
+        seen = {
+            site: each.finish() for site, each in _statistics(run, sites[at : at + run.way.sites], index, once).items()
+        }
+        with one_torch_thread(), torch.no_grad(), ThreadPoolExecutor(run.way.threads, "measure") as pool:
+            tasks = [(label, pool.submit(_task, run, live, site, label, seen[site], probe))
+                     for site in seen for label in _labels(run, site)]  # fmt: skip
+            for label, task in tasks:
+                for name, loss in task.result().items():
+                    losses.setdefault(name, {})[label] = loss
     return losses
+
+
+def _labels(run: _Run, site: Site) -> list[str]:
+    """The schemes on offer for any weight of a site, but for `keep`."""
+    entries = [item for name in site for item in run.offers.get(name, {}).items()]
+    return list(dict.fromkeys(label for label, entry in entries if entry.weight.scheme))
+
+
+def _task(run: _Run, live: LiveBlock, site: Site, label: str, seen: Seen, probe: _Probe) -> dict[str, float]:
+    """Losses of the weights of one site in one scheme, quantized as the run would; what is prepared is shared."""
+    prepared: dict[Any, Mapping[str, Tensor]] = {}
+    found = dict[str, float]()
+    for name in site:
+        entry = run.offers.get(name, {}).get(label)
+        if entry is None or entry.weight.scheme is None:
+            continue
+        scheme, (chosen, method) = entry.weight.scheme, _method(entry)
+        if not method.needs <= seen.stats.keys() or method.objection(scheme):
+            chosen, method = method.outside, plugins.load("methods", method.outside)
+        options = step_options(method, chosen, run.plan.options)
+        if (chosen, scheme) not in prepared:
+            prepared[chosen, scheme] = method.prepare(seen.stats, scheme, options)
+        weight = live.weight(name).contiguous()
+        stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, run.way.piece)}
+        found[name] = _loss(run, Job(entry, chosen, weight, stats, seen, options, run.way.piece, weight), probe)
+    return found
 
 
 def _statistics(
@@ -265,25 +386,6 @@ def _method(entry: Entry) -> tuple[str, Method]:
     return _STAND_IN, plugins.load("methods", _STAND_IN)
 
 
-def _jobs(run: _Run, live: LiveBlock, site: Site, seen: Seen, probe: _Probe) -> Iterator[tuple[str, Job]]:
-    """The weights of one site in each of their schemes, to be quantized as the run would."""
-    prepared: dict[Any, Mapping[str, Tensor]] = {}
-    for name in site:
-        weight = live.weight(name).contiguous()
-        for label, entry in run.offers.get(name, {}).items():
-            scheme = entry.weight.scheme
-            if scheme is None:
-                continue
-            chosen, method = _method(entry)
-            if not method.needs <= seen.stats.keys() or method.objection(scheme):
-                chosen, method = method.outside, plugins.load("methods", method.outside)
-            options = step_options(method, chosen, run.plan.options)
-            if (chosen, scheme) not in prepared:
-                prepared[chosen, scheme] = method.prepare(seen.stats, scheme, options)
-            stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, PIECE)}
-            yield label, Job(entry, chosen, weight, stats, seen, options, PIECE, weight)
-
-
 def _loss(run: _Run, job: Job, probe: _Probe) -> float:
     """Half the mean of `(g^T E x)^2`."""
     pieces = [job.piece(rows) for rows in job.places()]
@@ -310,16 +412,17 @@ def _replaced(run: _Run, entry: Entry, gradients: Float[Tensor, "windows tokens 
     value = made.dequantize() if isinstance(made, QTensor) else made
     edits = {each: lambda _: value for each in (name, *(n for n, to in source.tied.items() if to == name))}
     blueprint = open_blueprint(replace(source, edits={**source.edits, **edits}), torch.float32)
-    ids, entrance = run.windows.ids[run.held], Entrance(blueprint, CPU)
-    first, last = (run.streams.read("float", at)[run.held] for at in (0, len(run.blueprint.blocks)))
+    count = max(_JUDGED // run.windows.ids.shape[1], 1)
+    ids, entrance = run.windows.ids[run.held][:count], Entrance(blueprint, CPU)
+    first, last = (run.streams.read("float", at)[run.held][:count] for at in (0, len(run.blueprint.blocks)))
     moved = torch.cat([entrance.hidden(batch) for batch in torch.split(ids, 1)]) - first
-    loss = float((moved * gradients).sum(-1).double().square().mean()) / 2
+    loss = float((moved * gradients[:count]).sum(-1).double().square().mean()) / 2
     ways = Exit(run.blueprint, run.entrance, ids), Exit(blueprint, entrance, ids)
     for window, part in _pieces(run, ids):
         before, after = (
             way.logits(ids[window, part][None], last[window, part][None])[0].double().log_softmax(-1) for way in ways
         )
-        loss += float((before.exp() * (before - after)).sum()) / run.tokens
+        loss += float((before.exp() * (before - after)).sum()) / ids.numel()
     return loss
 
 
