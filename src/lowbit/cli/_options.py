@@ -361,6 +361,9 @@ def print_trial(trial: Trial) -> None:
     )
 
 
+_WIDE, _PIPED = 120, 200  # columns: that reasons need, and of a table in a file
+
+
 def print_plan(plan: Plan, err: bool) -> None:
     """The plan as a table, runs of alike tensors folded, with bytes before and after."""
     from rich.console import Console
@@ -368,13 +371,17 @@ def print_plan(plan: Plan, err: bool) -> None:
 
     from lowbit.budget import format_size
 
-    table = Table("tensors", "shape", "scheme", "method", "before", "after", "reason", title=f"plan: {plan.format}")
+    screen = Console(stderr=err)
+    console = screen if screen.is_terminal else Console(stderr=err, width=_PIPED)
+    wide = console.width >= _WIDE
+    shown = slice(None) if wide else slice(6)  # where there is no room, reasons would be a letter a line
+    table = Table(*("tensors", "shape", "scheme", "method", "before", "after", "reason")[shown])
     for row in fold(plan):
-        table.add_row(*row)
+        table.add_row(*row[shown])
     before = sum(entry.source_bytes for entry in plan.entries if not entry.tied)
     after = sum(plan.stored_bytes(entry) for entry in plan.entries)
     bits, all_bits = plan.bits_per_weight()
-    console = Console(stderr=err)
+    console.print(f"plan: {plan.format}" + ("" if wide else f" (reasons: in {_WIDE} columns, or --json)"))
     console.print(table)
     console.print(
         f"{format_size(before)} -> {format_size(after)} ({before / max(after, 1):.2f} times smaller); "
