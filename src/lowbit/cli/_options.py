@@ -367,7 +367,7 @@ _WIDE, _PIPED = 120, 200  # columns: that reasons need, and of a table in a file
 def print_plan(plan: Plan, err: bool) -> None:
     """The plan as a table, runs of alike tensors folded, with bytes before and after."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from lowbit.budget import format_size
 
@@ -375,7 +375,8 @@ def print_plan(plan: Plan, err: bool) -> None:
     console = screen if screen.is_terminal else Console(stderr=err, width=_PIPED)
     wide = console.width >= _WIDE
     shown = slice(None) if wide else slice(6)  # where there is no room, reasons would be a letter a line
-    table = Table(*("tensors", "shape", "scheme", "method", "before", "after", "reason")[shown])
+    names = ("shape", "scheme", "method", "before", "after", "reason")
+    table = Table(*(Column("tensors", overflow="fold"), *names)[shown])
     for row in fold(plan):
         table.add_row(*row[shown])
     before = sum(entry.source_bytes for entry in plan.entries if not entry.tied)
