@@ -105,4 +105,4 @@ def _show(record: SweepRecord) -> None:
     for left in record.skipped:
         console.print(f"left out: {left.name}: {left.reason}", markup=False, style="dim")
     if not record.timed:
-        console.print("speed was not measured: the fewer bytes, the faster (--time measures it)")
+        console.print("speed was not measured: its weight counts for the size (--time measures it)")

@@ -111,17 +111,31 @@ def _log(point: Point) -> float:
 
 
 def recommend(points: Sequence[Point]) -> dict[str, Point]:
-    """For each kind of user the point of the frontier with the largest weighted sum of scores (`scores`).
+    """For each kind of user the point whose largest weighted shortfall is the least.
 
-    A point that another dominates in size and quality counts too where it was measured to be faster (`worth`).
+    A shortfall is 1 less a score (`scores`): the weighted Chebyshev distance from the ideal (Bowman, 1976), which finds
+    points between the ends of a frontier too, where a weighted sum only finds ends. Where speed was not measured its
+    weight counts for the size. A point that another dominates in size and quality counts too where it was measured to
+    be faster (`worth`).
     """
     kept = worth(points)
     marks = scores(kept)
+
+    def shortfall(point: Point, weights: Sequence[float]) -> tuple[float, float]:
+        short = [weight * (1 - mark) for weight, mark in zip(weights, marks[point.name], strict=True)]
+        return max(short), sum(short)
+
+    timed = all(point.speed for point in kept)
     return {
-        user: max(kept, key=lambda point: sum(w * s for w, s in zip(weights, marks[point.name], strict=True)))
+        user: min(kept, key=lambda point: shortfall(point, weights if timed else untimed(weights)))
         for user, weights in USERS.items()
         if kept
     }
+
+
+def untimed(weights: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Weights where speed was not measured: the fewer bytes, the faster."""
+    return weights[0], weights[1] + weights[2], 0.0
 
 
 def worth(points: Sequence[Point]) -> list[Point]:
@@ -136,7 +150,7 @@ def worth(points: Sequence[Point]) -> list[Point]:
 def scores(points: Sequence[Point]) -> dict[str, tuple[float, float, float]]:
     """Quality, size and speed of every point, each from 0 (the worst of these points) to 1 (the best), by logarithms.
 
-    Without a measured speed of all, a point is held to be the faster the fewer bytes it has.
+    Without a measured speed of all, that of the size stands in for it.
     """
     timed = all(point.speed for point in points)
     quality = _scaled([-_log(point) for point in points])

@@ -69,7 +69,7 @@ class SweepRecord:
                 user: {"point": point.name, "weights": dict(zip(_WEIGHED, USERS[user], strict=True))}
                 for user, point in self.recommended.items()
             },
-            "speed": "measured" if self.timed else "not measured: taken as the inverse of the size",
+            "speed": "measured" if self.timed else "not measured: its weight counts for the size",
         }  # fmt: skip
 
 
