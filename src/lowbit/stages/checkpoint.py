@@ -246,9 +246,10 @@ def arch_row(table: str, config: Mapping[str, Any], weight: Weight) -> dict[str,
 
 
 @cache
-def arch_rows(table: str) -> list[dict[str, Any]]:
-    """The rows of `arch/TABLE.toml`, in order."""
-    rows: list[dict[str, Any]] = tomllib.loads(package("lowbit").joinpath(f"arch/{table}.toml").read_text())[table]
+def arch_rows(table: str, part: str = "") -> list[dict[str, Any]]:
+    """The rows of `arch/TABLE.toml`, in order; of its part `part`, where it has several."""
+    text = package("lowbit").joinpath(f"arch/{table}.toml").read_text(encoding="utf-8")
+    rows: list[dict[str, Any]] = tomllib.loads(text)[part or table]
     return rows
 
 
