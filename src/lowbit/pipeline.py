@@ -22,7 +22,7 @@ from lowbit.stages._model import open_blueprint
 from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._windows import cut, encode
-from lowbit.stages.allocate import Allocation, Budget, Problem, make_problem
+from lowbit.stages.allocate import Allocation, Budget, Problem, make_problem, undecided
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
@@ -207,8 +207,9 @@ def _measured(
     known = sensitivity.read_sensitivity(file, facts) if file and file.exists() else None
     if known is None or not known.covers(offers):
         folder = request.out.absolute().parent
+        plan = undecided(source, rules, offers)
         losses = sensitivity.measure(
-            source, make_plan(source, rules), offers, samples.ids, folder, request.ram, request.threads, watch, progress
+            source, plan, offers, samples.ids, folder, request.ram, request.threads, watch, progress
         )
         known = sensitivity.Sensitivity(facts, losses).joined(known)
         if file:

@@ -90,7 +90,7 @@ def problem(
 
 
 def steep(name: str, scheme: str) -> float:
-    """Every bit quarters the loss; layer 1 matters a hundred times as much, down_proj ten times."""
+    """Each bit quarters the loss; layer 1 matters a hundred times as much, down_proj ten times."""
     return 4.0 ** -parse(scheme).grid.bits * (100 if ".1." in name else 1) * (10 if "down" in name else 1)
 
 

@@ -150,13 +150,18 @@ class Problem:
         return self._sums(lambda name, scheme: self.losses[name][scheme])
 
     def _stored(self) -> list[list[float]]:
-        plan = make_plan(self.source, self.rules)
+        plan = undecided(self.source, self.rules, self.offers)
         return self._sums(lambda name, scheme: plan.stored_bytes(self.offers[name][scheme]))
 
     def _sums(self, of: Callable[[str, str], float]) -> list[list[float]]:
         """For each group and scheme the sum over the group."""
         pairs = zip(self.groups, self.choices, strict=True)
         return [[float(sum(of(name, scheme) for name in group)) for scheme in schemes] for group, schemes in pairs]
+
+
+def undecided(source: Checkpoint, rules: Rules, offers: Offers) -> Plan:
+    """The plan before anything on offer is chosen: no scheme has to fit yet."""
+    return make_plan(source, rules, dict.fromkeys(offers, ("keep", "")))
 
 
 def make_problem(source: Checkpoint, rules: Rules, offers: Offers, losses: Losses, fused: bool) -> Problem:

@@ -337,6 +337,8 @@ def _task(run: _Run, live: LiveBlock, site: Site, label: str, seen: Seen, probe:
         options = step_options(method, chosen, run.plan.options)
         if (chosen, scheme) not in prepared:
             prepared[chosen, scheme] = method.prepare(seen.stats, scheme, options)
+        if not method.needs:  # a run without calibration takes what its method makes, without rivals
+            seen = replace(seen, held=torch.empty(0, 0))
         weight = live.weight(name).contiguous()
         stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, run.way.piece)}
         found[name] = _loss(run, Job(entry, chosen, weight, stats, seen, options, run.way.piece, weight), probe)
