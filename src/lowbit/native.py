@@ -698,8 +698,9 @@ class Decoder:
         """
         tokens = sum(count for _, count in parts)
         _check("hidden", hidden, (tokens, self.shape.hidden), torch.float32)
-        _check("cosine", cosine, (self.tables, tokens, self.shape.turned), torch.float32)
-        _check("sine", sine, (self.tables, tokens, self.shape.turned), torch.float32)
+        tables = max(self.tables, cosine.shape[0])
+        _check("cosine", cosine, (tables, tokens, self.shape.turned), torch.float32)
+        _check("sine", sine, (tables, tokens, self.shape.turned), torch.float32)
         if len({id(cache) for cache, _ in parts}) < len(parts):
             raise ValueError("a text is there twice")
         for cache, count in parts:

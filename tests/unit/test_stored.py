@@ -118,7 +118,7 @@ LIES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "a table that is not there": (_facts(lambda f: f["native"].update(angles=[0, 7])), "angles"),
     "half of the codes": (_halved("m/0.up/codes"), "codes has shape"),
     "half of an embedding": (_halved("v/embedding"), "embedding is"),
-    "half of a norm": (_halved("v/0.before"), "before has shape"),
+    "a norm in float64": (lambda t: t.update({"v/0.before": t["v/0.before"].double()}), "before is torch.float64"),
     "half of the angles": (_halved("v/angles.0"), "angles.0 is"),
     "a matrix less": (_facts(lambda f: f["matrices"].pop("1.down")), "1.down"),
     "scales as integers": (lambda t: t.update({"m/0.up/scale": t["m/0.up/scale"].to(torch.int32)}), "scale is"),

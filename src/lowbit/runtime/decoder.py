@@ -124,6 +124,8 @@ def _check(native: Native) -> None:
         found = native.vectors[name]
         if tuple(found.shape) != shape or not found.dtype.is_floating_point:
             raise ValueError(f"{name} is {found.dtype} {list(found.shape)}; it must be floats {list(shape)}")
+    if max(native.angles, default=0) >= len(native.factors):
+        raise ValueError(f"angles {native.angles} are of tables that are not there")
     if len(native.angles) != len(native.windows) or native.matrices["head"].inputs != native.shape.hidden:
         raise ValueError("angles, windows and the matrix of logits do not fit")
 
