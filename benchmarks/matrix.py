@@ -145,8 +145,8 @@ def write(source: Path, out: Path, tensors: Mapping[str, Tensor], documents: Map
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors", {"format": "pt"}
     )
-    for file, document in documents.items():
-        (out / file).write_text(json.dumps(document))
+    for name, document in documents.items():
+        (out / name).write_text(json.dumps(document))
 
 
 def read_only(source: Path, out: Path, name: str) -> str:
