@@ -376,7 +376,7 @@ def _torchao(**changes: Tensor | None) -> Build:
     return checkpoint({"quant_method": "torchao"}, {**parts, **changes})
 
 
-TAO4: dict[str, Tensor | None] = {
+TAO4 = {
     "_weight_qdata": torch.zeros(16, 64).char(),
     "_weight_scale": torch.ones(2, 16),
     "_weight_zero_point": torch.ones(2, 16),
@@ -411,11 +411,11 @@ TORCHAO = [
             ("scales integers", {"_weight_scale": torch.ones(2, 16).int()}, ("m._weight_scale", "int32")),
             ("codes unsigned", {"_weight_qdata": torch.zeros(16, 64).byte()}, ("m: torchao", "int4")),
             ("codes of one axis", {"_weight_qdata": torch.zeros(16).char()}, ("m: torchao", "int4")),
-            ("without codes", {"_weight_qdata": None}, ("m: torchao", "int4")),
             ("7 factors", {"_weight_act_pre_scale": torch.ones(7)}, ("m._weight_act_pre_scale", "[7]")),
             ("factor nan", {"_weight_act_pre_scale": torch.full((128,), NAN)}, ("act_pre_scale", "nan")),
         ]
     ),
+    Case("torchao int4 without codes", _torchao(**TAO4 | {"_weight_qdata": None}), ("m: torchao", "int4"), "torchao"),
     Case("torchao of another kind", _torchao(_weight_scale_and_zero=torch.ones(1)), ("scale_and_zero",), "torchao"),
     Case(
         "torchao zero points too few",
