@@ -203,7 +203,8 @@ def mxfp4() -> list[dict[str, Any]]:
 
 
 def torchao() -> list[dict[str, Any]]:
-    """Dequantized by torchao in float32."""
+    """Dequantized by torchao in float32; int4 by the functions of mslk that torchao calls, which run without a GPU."""
+    sys.modules["mslk"] = None  # type: ignore[assignment]  # torchao would import all of it
     made = import_module("torchao.quantization")
     flatten = import_module("torchao.prototype.safetensors.safetensors_support").flatten_tensor_state_dict
     cases = []
@@ -215,7 +216,31 @@ def torchao() -> list[dict[str, Any]]:
         quantized: Any = model["m"].weight
         meant = {"m.weight": quantized.dequantize(torch.float32)}
         cases.append(case({"quantization_config": {"quant_method": "torchao"}}, tensors, meant))
-    return cases
+    del sys.modules["mslk"]
+    for package in ("mslk", "mslk.quantize", "mslk.quantize.triton"):
+        _without_init(package)
+    sys.modules["mslk.quantize.triton.fp8_quantize"] = _Unused("fp8_quantize")
+    shuffle = import_module("mslk.quantize.shuffle")
+    return [*cases, *(_torchao_int4(shuffle, flatten, shifted) for shifted in (True, False))]
+
+
+def _torchao_int4(shuffle: Any, flatten: Any, shifted: bool) -> dict[str, Any]:
+    """`Int4Tensor` has no dequantizer: a weight on a grid is quantized without error, and means itself."""
+    kind = import_module("torchao.quantization").Int4Tensor
+    dice = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (4, 64), generator=dice)
+    codes[:, ::32], codes[:, 1::32] = 0, 15  # the ends of the grid are in each group
+    steps = torch.randint(-7, -3, (4, 2), generator=dice).float().exp2().repeat_interleave(32, 1)
+    weight = (codes - torch.randint(4, 12, (4, 2), generator=dice).repeat_interleave(32, 1)) * steps
+    if shifted:
+        parts = shuffle.int4_row_quantize_zp(weight, 32)
+    else:
+        weight = ((codes - 8) * steps).where(codes > 0, -8 * steps)
+        parts = *shuffle.int4_row_quantize(weight, 32), torch.zeros(2, 4)
+    packed, scale, zero = shuffle.pack_int4(parts[0]), *(part.bfloat16() for part in parts[1:])
+    made = kind(packed, scale, zero, [1, 32], weight.shape)
+    tensors, _ = flatten({"m.weight": made})
+    return case({"quantization_config": {"quant_method": "torchao"}}, tensors, {"m.weight": weight})
 
 
 def aqlm() -> list[dict[str, Any]]:
@@ -310,7 +335,7 @@ MAKERS: dict[str, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
     "bitnet": ("transformers 5.23.0", bitnet),
     "mlx": ("mlx 0.32.4", mlx),
     "mxfp4": ("transformers 5.23.0", mxfp4),
-    "torchao": ("torchao 0.18.0", torchao),
+    "torchao": ("torchao 0.18.0, mslk-cuda 1.1.0", torchao),
     "aqlm": ("aqlm 1.1.7, transformers 5.23.0", aqlm),
     "vptq": ("vptq 0.0.5.post1", vptq),
     "quanto": ("optimum-quanto 0.2.7", quanto),

@@ -24,7 +24,14 @@ CASES = [
     for number, each in enumerate(json.loads((HERE / f"{name}.json").read_text())["cases"])
 ]
 # Layouts that are read and never written: they have another that says the same.
-READ_ONLY = {"awq-1", "fp8-1", "bitnet-1", "mxfp4-0", "torchao-0", "torchao-1", *(f"quanto-{i}" for i in range(4))}
+READ_ONLY = {
+    "awq-1",
+    "fp8-1",
+    "bitnet-1",
+    "mxfp4-0",
+    *(f"torchao-{i}" for i in range(4)),
+    *(f"quanto-{i}" for i in range(4)),
+}
 
 
 def tensors_of(dumped: dict[str, Any]) -> dict[str, Tensor]:

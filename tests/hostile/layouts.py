@@ -376,6 +376,11 @@ def _torchao(**changes: Tensor | None) -> Build:
     return checkpoint({"quant_method": "torchao"}, {**parts, **changes})
 
 
+TAO4 = {
+    "_weight_qdata": torch.zeros(16, 64).char(),
+    "_weight_scale": torch.ones(2, 16),
+    "_weight_zero_point": torch.ones(2, 16),
+}
 TORCHAO = [
     Case("torchao scale nan", _torchao(_weight_scale=torch.full((16, 1), NAN)), ("m._weight_scale", "nan"), "torchao"),
     Case("torchao scale infinite", _torchao(_weight_scale=torch.full((16, 1), INF)), ("m._weight_scale",), "torchao"),
@@ -394,6 +399,23 @@ TORCHAO = [
     ),
     Case("torchao scales of 5 groups", _torchao(_weight_scale=torch.ones(16, 5)), ("m._weight_scale", "5]"), "torchao"),
     Case("torchao scales of no group", _torchao(_weight_scale=torch.ones(16, 0)), ("m._weight_scale", "0]"), "torchao"),
+    *(
+        Case(f"torchao int4, {what}", _torchao(**TAO4 | changes), said, "torchao")
+        for what, changes, said in [
+            ("scale nan", {"_weight_scale": torch.full((2, 16), NAN)}, ("m._weight_scale", "nan")),
+            ("shift infinite", {"_weight_zero_point": torch.full((2, 16), INF)}, ("m._weight_zero_point", "inf")),
+            ("shifts too few", {"_weight_zero_point": torch.ones(1, 16)}, ("m._weight_zero_point", "[1, 16]")),
+            ("scales of 7 rows", {"_weight_scale": torch.ones(2, 7)}, ("m._weight_scale", "[2, 7]")),
+            ("scales of 5 groups", {"_weight_scale": torch.ones(5, 16)}, ("m._weight_scale", "[5, 16]")),
+            ("scales of no group", {"_weight_scale": torch.ones(0, 16)}, ("m._weight_scale", "[0, 16]")),
+            ("scales integers", {"_weight_scale": torch.ones(2, 16).int()}, ("m._weight_scale", "int32")),
+            ("codes unsigned", {"_weight_qdata": torch.zeros(16, 64).byte()}, ("m: torchao", "int4")),
+            ("codes of one axis", {"_weight_qdata": torch.zeros(16).char()}, ("m: torchao", "int4")),
+            ("7 factors", {"_weight_act_pre_scale": torch.ones(7)}, ("m._weight_act_pre_scale", "[7]")),
+            ("factor nan", {"_weight_act_pre_scale": torch.full((128,), NAN)}, ("act_pre_scale", "nan")),
+        ]
+    ),
+    Case("torchao int4 without codes", _torchao(**TAO4 | {"_weight_qdata": None}), ("m: torchao", "int4"), "torchao"),
     Case("torchao of another kind", _torchao(_weight_scale_and_zero=torch.ones(1)), ("scale_and_zero",), "torchao"),
     Case(
         "torchao zero points too few",
