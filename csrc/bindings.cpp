@@ -16,6 +16,8 @@ template <class T>
 using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 using AnyIn = Array<nb::ro>;
 using AnyOut = nb::ndarray<nb::c_contig, nb::device::cpu>;
+using LinesIn = nb::ndarray<nb::ro, nb::device::cpu>;  // whose rows are contiguous, and may be apart
+using LinesOut = nb::ndarray<nb::device::cpu>;
 using Bytes = Array<const uint8_t>;
 using Codes = Array<uint8_t>;
 using Floats = Array<const float>;
@@ -145,28 +147,30 @@ NB_MODULE(_native, module) {
         Unlocked());
     module.def(
         "pack_bits_transposed",
-        [](const Bytes& codes, int bits, const AnyOut& words) {
+        [](const Bytes& codes, int bits, const LinesOut& words) {
             pack_bits_transposed(kernels(), codes.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), bits,
-                                 words.data());
+                                 words.data(), words.stride(0));
         },
         Unlocked());
     module.def(
         "unpack_bits_transposed",
-        [](const AnyIn& words, int bits, const Codes& codes) {
-            unpack_bits_transposed(kernels(), words.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), bits,
-                                   codes.data());
+        [](const LinesIn& words, int bits, const Codes& codes) {
+            unpack_bits_transposed(kernels(), words.data(), words.stride(0), int64_t(codes.shape(0)),
+                                   int64_t(codes.shape(1)), bits, codes.data());
         },
         Unlocked());
     module.def(
         "pack_awq",
-        [](const Bytes& codes, const AnyOut& words) {
-            pack_awq(kernels(), codes.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), words.data());
+        [](const Bytes& codes, const LinesOut& words) {
+            pack_awq(kernels(), codes.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), words.data(),
+                     words.stride(0));
         },
         Unlocked());
     module.def(
         "unpack_awq",
-        [](const AnyIn& words, const Codes& codes) {
-            unpack_awq(kernels(), words.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), codes.data());
+        [](const LinesIn& words, const Codes& codes) {
+            unpack_awq(kernels(), words.data(), words.stride(0), int64_t(codes.shape(0)), int64_t(codes.shape(1)),
+                       codes.data());
         },
         Unlocked());
     module.def(

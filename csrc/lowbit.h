@@ -231,18 +231,21 @@ static inline int64_t words_per_row(int64_t cols, int bits) { return (cols * bit
 // is even, to the one of smaller magnitude; where these are equal too, to the greater.
 Levels nearest_level(const float* sorted, const uint8_t* codes, int count);
 
-// Word j of packed row n goes to words[j * rows + n]: the layout of GPTQ's qweight, where rows are output features.
-void pack_bits_transposed(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, int bits, void* words);
-void unpack_bits_transposed(const Kernels&, const void* words, int64_t rows, int64_t cols, int bits, uint8_t* codes);
+// Word j of packed row n goes to words[j * stride + n]: the layout of GPTQ's qweight, where rows are output features, and
+// the stride is their number, of which `rows` may be some.
+void pack_bits_transposed(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, int bits, void* words,
+                          int64_t stride);
+void unpack_bits_transposed(const Kernels&, const void* words, int64_t stride, int64_t rows, int64_t cols, int bits,
+                            uint8_t* codes);
 
 // Two codes per byte, the first in the high nibble (bitsandbytes); an odd last byte has a zero low nibble.
 void pack_nibbles_high_first(const Kernels&, const uint8_t* codes, int64_t count, uint8_t* bytes);
 void unpack_nibbles_high_first(const Kernels&, const uint8_t* bytes, int64_t count, uint8_t* codes);
 
-// Word [k][j] holds column k of rows 8j to 8j + 7, the lowest four bits those of row 8j, then 2, 4, 6, 1, 3, 5, 7 (AWQ).
-// Rows are a multiple of 8.
-void pack_awq(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, void* words);
-void unpack_awq(const Kernels&, const void* words, int64_t rows, int64_t cols, uint8_t* codes);
+// Word words[k * stride + j] holds column k of rows 8j to 8j + 7, the lowest four bits those of row 8j, then 2, 4, 6, 1,
+// 3, 5, 7 (AWQ). Rows are a multiple of 8.
+void pack_awq(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, void* words, int64_t stride);
+void unpack_awq(const Kernels&, const void* words, int64_t stride, int64_t rows, int64_t cols, uint8_t* codes);
 
 // Codes [rows, cols] as panels (`Product::codes`) of `full` columns, of which column c is `order[c]` of the codes where
 // that is not null.

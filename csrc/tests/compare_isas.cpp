@@ -189,17 +189,17 @@ static void compare_pack(const Kernels& kernels, int64_t rows, int64_t cols, int
     compare("unpack_bits", kernels, grid, count,
             [&](const Kernels& k, uint8_t* out) { k.unpack_bits(words.at(), rows, cols, bits, out); });
     compare("pack_bits_transposed", kernels, grid, size,
-            [&](const Kernels& k, uint8_t* out) { pack_bits_transposed(k, codes.at(), rows, cols, bits, out); });
+            [&](const Kernels& k, uint8_t* out) { pack_bits_transposed(k, codes.at(), rows, cols, bits, out, rows); });
     compare("unpack_bits_transposed", kernels, grid, count,
-            [&](const Kernels& k, uint8_t* out) { unpack_bits_transposed(k, words.at(), rows, cols, bits, out); });
+            [&](const Kernels& k, uint8_t* out) { unpack_bits_transposed(k, words.at(), rows, rows, cols, bits, out); });
     compare("pack_nibbles", kernels, grid, (count + 1) / 2,
             [&](const Kernels& k, uint8_t* out) { pack_nibbles_high_first(k, codes.at(), count, out); });
     int64_t lines = (rows + 7) / 8;
     Buffer eights = random_codes(8 * lines * cols, 255), packed = random_codes(4 * lines * cols, 255);
     compare("pack_awq", kernels, grid, 4 * lines * cols,
-            [&](const Kernels& k, uint8_t* out) { pack_awq(k, eights.at(), 8 * lines, cols, out); });
+            [&](const Kernels& k, uint8_t* out) { pack_awq(k, eights.at(), 8 * lines, cols, out, lines); });
     compare("unpack_awq", kernels, grid, 8 * lines * cols,
-            [&](const Kernels& k, uint8_t* out) { unpack_awq(k, packed.at(), 8 * lines, cols, out); });
+            [&](const Kernels& k, uint8_t* out) { unpack_awq(k, packed.at(), lines, 8 * lines, cols, out); });
     Buffer nibbles = random_codes((count + 1) / 2, 255);
     compare("unpack_nibbles", kernels, grid, count,
             [&](const Kernels& k, uint8_t* out) { unpack_nibbles_high_first(k, nibbles.at(), count, out); });

@@ -253,10 +253,10 @@ def unpack_bits(
 def pack_bits_transposed(
     codes: UInt8[Tensor, "rows cols"], bits: int, *, out: Int32[Tensor, "words rows"] | None = None
 ) -> Int32[Tensor, "words rows"]:
-    """`pack_bits(codes, bits).T`, contiguous: GPTQ's qweight, where rows are output features."""
+    """`pack_bits(codes, bits).T`: GPTQ's qweight, where rows are output features. `out` may be some of its columns."""
     _check("codes", codes, _two(codes.shape), torch.uint8)
     rows, cols = codes.shape
-    words = _out(out, (_words(cols, bits), rows), torch.int32)
+    words = _lines_out(out, (_words(cols, bits), rows))
     _native.pack_bits_transposed(codes, bits, words)
     return words
 
@@ -264,8 +264,8 @@ def pack_bits_transposed(
 def unpack_bits_transposed(
     words: Int32[Tensor, "words rows"], bits: int, cols: int, *, out: UInt8[Tensor, "rows cols"] | None = None
 ) -> UInt8[Tensor, "rows cols"]:
-    """The codes that `pack_bits_transposed` was given."""
-    _check("words", words, (_words(cols, bits), _two(words.shape)[1]), torch.int32)
+    """The codes that `pack_bits_transposed` was given; `words` may be some columns of a matrix."""
+    _check_lines("words", words, (_words(cols, bits), _two(words.shape)[1]))
     codes = _out(out, (words.shape[1], cols))
     _native.unpack_bits_transposed(words, bits, codes)
     return codes
@@ -276,10 +276,10 @@ def pack_awq(
 ) -> Int32[Tensor, "cols words"]:
     """AWQ's qweight: the four low bits of eight rows to a word, the lowest those of row 0, then 2, 4, 6, 1, 3, 5, 7.
 
-    `rows` is a multiple of 8.
+    `rows` is a multiple of 8. `out` may be some columns of a matrix.
     """
     _check("codes", codes, _two(codes.shape), torch.uint8)
-    words = _out(out, (codes.shape[1], _eighth(codes.shape[0])), torch.int32)
+    words = _lines_out(out, (codes.shape[1], _eighth(codes.shape[0])))
     _native.pack_awq(codes, words)
     return words
 
@@ -287,8 +287,8 @@ def pack_awq(
 def unpack_awq(
     words: Int32[Tensor, "cols words"], *, out: UInt8[Tensor, "rows cols"] | None = None
 ) -> UInt8[Tensor, "rows cols"]:
-    """The codes that `pack_awq` was given."""
-    _check("words", words, _two(words.shape), torch.int32)
+    """The codes that `pack_awq` was given; `words` may be some columns of a matrix."""
+    _check_lines("words", words, _two(words.shape))
     codes = _out(out, (8 * words.shape[1], words.shape[0]))
     _native.unpack_awq(words, codes)
     return codes
@@ -780,6 +780,19 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dty
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}")
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous and on the CPU")
+
+
+def _check_lines(name: str, words: Tensor, shape: tuple[int, int]) -> None:
+    """As `_check` for words whose rows are contiguous each."""
+    _check(name, words[:1], (min(shape[0], 1), shape[1]), torch.int32)
+    if tuple(words.shape) != shape:
+        raise ValueError(f"{name} has shape {list(words.shape)}; it must be {list(shape)}")
+
+
+def _lines_out(out: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    words = torch.empty(shape, dtype=torch.int32) if out is None else out
+    _check_lines("out", words, shape)
+    return words
 
 
 def _two(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -192,7 +192,8 @@ def _stored(values: Float[Tensor, "..."], dtype: torch.dtype, what: str, roundin
     found = values.to(dtype).float()
     wrong = (~found.isfinite() | ((found == 0) & (values != 0))) if rounding else found != values
     if bool(wrong.any()):
-        value, name = values[wrong][0].item(), str(dtype).removeprefix("torch.")
+        first = int(wrong.reshape(-1).view(torch.uint8).argmax())
+        value, name = values.reshape(-1)[first].item(), str(dtype).removeprefix("torch.")
         raise UnsupportedError(f"the {what} {value:.9g} is no {name}, in which it would be stored")
     return found
 

@@ -95,11 +95,18 @@ class Checkpoint:
             CheckpointError: no such weight, or the file changed since it was opened.
             FormatError: the stored pieces break the layout of their format.
         """
+        return self.unpacked(name, self.stored(name), codes)
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """The stored tensors of one weight by name, in order; raises like `tensor`."""
+        return {piece: self.tensor(piece) for piece in self.pieces(name)}
+
+    def unpacked(self, name: str, pieces: Mapping[str, Tensor], codes: Tensor | None = None) -> Tensor | QTensor:
+        """One logical weight from its stored tensors; raises like `load`."""
         weight = self.weights.get(name)
         if weight is None or weight.scheme is None or self.format is None:
-            return self.tensor(name)
+            return pieces[name]
         form: Format = plugins.load("formats", self.format)
-        pieces = {piece: self.tensor(piece) for piece in self.pieces(name)}
         try:
             return form.unpack(weight, pieces, codes)
         except (LowbitError, *_STUMBLES) as error:
