@@ -374,11 +374,11 @@ def print_plan(plan: Plan, err: bool) -> None:
     screen = Console(stderr=err)
     console = screen if screen.is_terminal else Console(stderr=err, width=_PIPED)
     wide = console.width >= _WIDE
-    shown = slice(None) if wide else slice(6)  # where there is no room, reasons would be a letter a line
-    names = ("shape", "scheme", "method", "before", "after", "reason")
-    table = Table(*(Column("tensors", overflow="fold"), *names)[shown])
+    # Where there is no room, reasons would be a letter a line.
+    headers = ["shape", "scheme", "method", "before", "after", *(["reason"] if wide else [])]
+    table = Table(Column("tensors", overflow="fold"), *headers)
     for row in fold(plan):
-        table.add_row(*row[shown])
+        table.add_row(*row[: 1 + len(headers)])
     before = sum(entry.source_bytes for entry in plan.entries if not entry.tied)
     after = sum(plan.stored_bytes(entry) for entry in plan.entries)
     bits, all_bits = plan.bits_per_weight()
