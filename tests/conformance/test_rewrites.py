@@ -59,7 +59,7 @@ def test_a_transform_leaves_inputs_of_zero_alone_and_is_followed_by_a_method(nam
     assert transform.search(SITES[0], block, stats, transform.options()) is None
     assert transform.method in plugins.names("methods")
     assert transform.about and is_dataclass(transform.options) and (DOCS / f"{name}.md").exists()
-    assert transform.windows(transform.options()) > 0
+    assert transform.tokens(transform.options(), 64) > 0
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (3, 40), (48, 32)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.blocks import Block, Site, Weights
+from lowbit.transforms._search import judging
 from lowbit.transforms.awq import TRANSFORM, Options
 from tests.reference.small_block import SITES, Small, as_block, small, statistics
 
@@ -131,7 +132,22 @@ def test_the_estimate_counts_the_windows_that_are_run(duo: bool) -> None:
         return out
 
     assert TRANSFORM.search(SITES[0], replace(block, run=run), statistics(model, SITES[0]), options) is not None
-    assert sum(runs) == TRANSFORM.windows(options)
+    length = model.x.shape[1]
+    assert sum(runs) * length == TRANSFORM.tokens(options, length)
+
+
+def test_long_windows_count_for_several() -> None:
+    assert [judging(16, length) for length in (20, 512, 1000, 2048, 100_000)] == [16, 16, 8, 4, 1]
+    model, runs = small(times=20), list[int]()
+    block = as_block(replace(model, x=torch.randn(6, 1024, 32)), "int3-g16")
+
+    def run(indices: Sequence[int], weights: Weights) -> Tensor:
+        runs.extend(indices)
+        out: Tensor = block.run(indices, weights)
+        return out
+
+    TRANSFORM.search(SITES[0], replace(block, run=run), statistics(model, SITES[0]), replace(ONE_SET, windows=4))
+    assert set(runs) <= {0, 1, 3, 4} and runs.count(0) == 21
 
 
 def test_options_are_checked() -> None:

@@ -1,4 +1,4 @@
-"""`lowbit --help` answers at once, because nothing heavy is imported before it is needed."""
+"""`lowbit --help` answers at once, because nothing heavy is imported before it is needed; lines of progress."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from lowbit.cli._options import _Lines
 
 HEAVY = {"torch", "transformers", "numpy", "altair", "safetensors", "tokenizers", "rich"}
 MAIN = "from lowbit.cli import main; main()"
@@ -62,3 +64,19 @@ def test_the_help_of_quantize_names_every_scheme_method_and_format() -> None:
     listed = [name for folder in folders for name in plugins.names(folder) if name not in unmade]
     plugged = [name.replace("_", "-") for name in listed]
     assert not [name for name in [*grids, *plugged, "rotate", "tune"] if not re.search(rf"\b{name}\b", text)]
+
+
+def test_time_left_is_that_of_the_stage_and_of_what_this_run_did(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two models with the same stage one after the other; the second goes on where an earlier run was."""
+    steps = [(0, 0), (10, 2), (20, 4), (100, 2), (110, 3), (120, 4)]
+    clock = iter([seconds for seconds, _ in steps])
+    lines = _Lines(lambda: next(clock))
+    for _, done in steps:
+        lines.show("calibrate", done, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "calibrate: 50%, 10.0 s, 10 s left",
+        "calibrate: 100%, 20.0 s",
+        "calibrate: 50%, 0.0 s",
+        "calibrate: 75%, 10.0 s, 10 s left",
+        "calibrate: 100%, 20.0 s",
+    ]

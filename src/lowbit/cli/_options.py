@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lowbit.stages.search import Trial
 
 F = TypeVar("F", bound=Callable[..., Any])
+_STEPS = 100_000  # a stage with more is counted in bytes, not in blocks or windows
 
 
 @final
@@ -320,11 +321,13 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     from rich import progress
     from rich.console import Console
 
+    from lowbit.budget import format_size
+
     columns = (
         progress.TextColumn("{task.description:>10}"),
         progress.BarColumn(),
         progress.TaskProgressColumn(),
-        progress.TransferSpeedColumn(),
+        progress.TextColumn("{task.fields[rate]}"),
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
@@ -333,29 +336,37 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(stage, total=total, rate="")
+            task = bars.tasks[tasks[stage]]
+            if done < task.completed:  # the stage of another model
+                bars.reset(task.id, total=total)
+            rate = f"{format_size(int(task.speed))}/s" if task.speed and total > _STEPS else ""
+            bars.update(task.id, completed=done, total=total, rate=rate)
 
         yield show
 
 
 @final
 class _Lines:
-    """Plain progress: the first and last line of a stage, and one every five seconds between."""
+    """Plain progress: the end of a stage, and a line every five seconds before it."""
 
-    def __init__(self) -> None:
-        self._start: dict[str, float] = {}
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._stages: dict[str, tuple[float, int, int]] = {}  # when it began, what was done then, and what is done
         self._last = 0.0
 
     def show(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        begun = self._start.setdefault(stage, now)
+        now = self._clock()
+        begun, first, before = self._stages.get(stage, (now, done, done))
+        if done < before:  # the stage of another model
+            begun, first = now, done
+        self._stages[stage] = begun, first, done
         if done < total and now - self._last < 5:
             return
         self._last = now
-        left = (now - begun) * (total - done) / done if done else 0.0
         share = 100 * done / total if total else 100.0
-        click.echo(f"{stage}: {share:.0f}%, {now - begun:.1f} s, {left:.0f} s left", err=True)
+        left = f", {(now - begun) * (total - done) / (done - first):.0f} s left" if first < done < total else ""
+        click.echo(f"{stage}: {share:.0f}%, {now - begun:.1f} s{left}", err=True)
 
 
 def print_trial(trial: Trial) -> None:

@@ -51,7 +51,9 @@ Order = Literal["static", "none", "group", "aware"]
 LANES = 128  # rows that are rounded together; a fixed number, so that products round the same however rows are cut
 _WIDEST = 512  # columns of the widest block whose scale is searched or refitted on the way
 _NARROWEST = 32  # columns of the narrowest block whose scale is refitted: below, it gains little and costs most
-_FULL = 2048  # columns up to which products are in float32; then in bfloat16, several times as fast, to 0.3% alike
+# Columns up to which products are in float32; then in bfloat16, several times as fast where the processor has it (and
+# thirty times as slow where it has not), to 0.3% alike.
+_FULL = 2048
 _DOUBLE = 4096  # columns up to which the factorization is in float64
 
 
@@ -108,7 +110,7 @@ def prepare(stats: Stats, scheme: Scheme, loop: Loop) -> Stats:
 
 
 def _product_type(cols: int) -> torch.dtype:
-    return torch.float32 if cols <= _FULL else torch.bfloat16
+    return torch.bfloat16 if cols > _FULL and native.computes_bfloat16() else torch.float32
 
 
 def prepared_bytes(cols: int) -> int:

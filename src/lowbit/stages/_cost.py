@@ -194,8 +194,8 @@ class _Facts:
             weights = sum(prod(entry.weight.shape) for entry in entries)
             passes = _PASSES * (1 + self.paired) + self.floats + len(self.transforms)
             learned = self.method.windows(self._options()) * self.windows[1]
-            searched = (
-                sum(4 * t.windows(step_options(t, n, self.plan.options)) for t, n in self._named()) * self.windows[1]
+            searched = sum(
+                4 * t.tokens(step_options(t, n, self.plan.options), self.windows[1]) for t, n in self._named()
             )
             total += BESIDE * 2 * weights * (passes * tokens + learned + searched) / fast
             total += _LOOPS * sum(self._solve(entry, tokens) for entry in entries) / slow

@@ -7,18 +7,17 @@ with round-to-nearest and with `mse`; the best is kept.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from lowbit import native
 from lowbit.budget import MemoryWatch
 from lowbit.errors import ResourceError, UnsupportedError, UsageError
 from lowbit.stages._adapter import Terms
@@ -144,14 +143,8 @@ def compute_dtype(plan: Plan) -> torch.dtype:
         found: torch.dtype = getattr(torch, plan.calibration.dtype)
         return found
     sources = {entry.weight.dtype for entry in plan.entries if entry.weight.scheme}
-    fast = plan.calibration.device != "cpu" or computes_bfloat16()
+    fast = plan.calibration.device != "cpu" or native.computes_bfloat16()
     return torch.bfloat16 if sources == {torch.bfloat16} and fast else torch.float32
-
-
-def computes_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices by itself."""
-    info = Path("/proc/cpuinfo")
-    return info.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", info.read_text()) is not None
 
 
 def _begin(prepared: Prepared, output: Output) -> Calibration:

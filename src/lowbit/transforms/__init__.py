@@ -29,7 +29,8 @@ class Transform:
         options: frozen dataclass of its own options.
         needs: names of statistics of the site's input that `search` reads.
         method: the method that quantizes after it where the user names none.
-        windows: `options -> ` windows that `search` runs through a block for one site, for the estimate of time.
+        tokens: `(options, tokens of a window) -> ` tokens that `search` runs through a block for one site, for the
+            estimate of time.
         batch: `options -> ` windows that go back through the block at once, for the estimate of memory; 0 for none.
     """
 
@@ -38,5 +39,5 @@ class Transform:
     options: type = NoOptions
     needs: frozenset[str] = field(default_factory=frozenset)
     method: str = "rtn"
-    windows: Callable[[Any], int] = lambda options: 0
+    tokens: Callable[[Any, int], int] = lambda options, length: 0
     batch: Callable[[Any], int] = lambda options: 0

@@ -13,6 +13,7 @@ from lowbit.blocks import Block, Site, Weights
 Factors = Float[Tensor, "channels"]
 
 _BATCH = 4  # windows per run: enough rows for fast products, few enough that activations stay small beside weights
+_WINDOW = 512  # tokens of a window that counts as one where candidates are judged
 _LEAST = 1e-4  # of the largest: a channel that is nearly never used pulls no other factor
 
 
@@ -24,6 +25,11 @@ def spread(block: Block, count: int) -> tuple[list[int], list[int]]:
     total = min(2 * count, block.windows)
     chosen = [i * block.windows // total for i in range(total)]
     return chosen[::2], chosen[1::2]
+
+
+def judging(windows: int, length: int) -> int:
+    """How many windows of `length` tokens judge where `windows` were asked for: longer ones are several."""
+    return max(windows * _WINDOW // max(length, _WINDOW), 1)
 
 
 def rounded(site: Site, block: Block, factors: Factors) -> dict[str, Tensor]:
@@ -47,7 +53,7 @@ def output_error(block: Block, indices: Sequence[int], weights: Weights, factors
 
 def choose(site: Site, block: Block, candidates: Iterable[Factors], windows: int) -> Factors | None:
     """The candidate with the least output error; None where it does not beat no factors, on other windows too."""
-    search, confirm = spread(block, windows)
+    search, confirm = spread(block, judging(windows, block.target([0]).shape[1]))
 
     def error_of(factors: Factors, indices: Sequence[int]) -> float:
         return output_error(block, indices, rounded(site, block, factors), dict.fromkeys(site.weights, factors))

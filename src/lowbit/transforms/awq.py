@@ -16,7 +16,7 @@ from lowbit.methods import Stats
 from lowbit.schemes import Scheme
 from lowbit.tensors import block_size
 from lowbit.transforms import Transform
-from lowbit.transforms._search import Factors, balanced, choose, floored
+from lowbit.transforms._search import Factors, balanced, choose, floored, judging
 
 
 @final
@@ -27,7 +27,8 @@ class Options:
     Attributes:
         ratios: exponents tried, evenly spaced up to 1.
         duo: also try factors that divide by the size of the weights.
-        windows: calibration windows by which candidates are judged; as many others confirm the choice.
+        windows: calibration windows by which candidates are judged, a longer one than 512 tokens for several; as many
+            others confirm the choice.
     """
 
     ratios: int = 20
@@ -81,5 +82,7 @@ TRANSFORM = Transform(
     needs=frozenset({"mean_abs"}),
     method="clip",
     # Besides the candidates: no factors, and on other windows no factors and the best.
-    windows=lambda options: options.windows * (options.ratios * (2 if options.duo else 1) + 3),
+    tokens=lambda options, length: (
+        length * judging(options.windows, length) * (options.ratios * (2 if options.duo else 1) + 3)
+    ),
 )

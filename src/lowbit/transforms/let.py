@@ -15,7 +15,7 @@ from lowbit.methods import Stats
 from lowbit.methods._learn import grouped, within_rows
 from lowbit.schemes import Scheme
 from lowbit.transforms import Transform
-from lowbit.transforms._search import Factors, balanced, choose, rounded, smoothing
+from lowbit.transforms._search import Factors, balanced, choose, judging, rounded, smoothing
 
 
 @final
@@ -28,7 +28,8 @@ class Options:
         batch: windows per step.
         lr: rate for the logarithms of the factors; it falls to 0 along a line.
         strengths: of smoothing, tried for the start as `smoothquant` tries them.
-        windows: calibration windows by which start and end are judged; as many others confirm the choice.
+        windows: calibration windows by which start and end are judged, a longer one than 512 tokens for several; as
+            many others confirm the choice.
     """
 
     steps: int = 40
@@ -126,5 +127,7 @@ TRANSFORM = Transform(
     method="omniquant",
     # Forward, and backward twice as long; the start's candidates, and both ends on the windows that choose and confirm.
     batch=lambda options: options.batch,
-    windows=lambda options: 3 * options.steps * options.batch + options.windows * (options.strengths + 8),
+    tokens=lambda options, length: (
+        length * (3 * options.steps * options.batch + judging(options.windows, length) * (options.strengths + 8))
+    ),
 )

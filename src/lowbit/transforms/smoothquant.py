@@ -8,7 +8,7 @@ from typing import final
 from lowbit.blocks import Block, Site
 from lowbit.methods import Stats
 from lowbit.transforms import Transform
-from lowbit.transforms._search import Factors, choose, smoothing
+from lowbit.transforms._search import Factors, choose, judging, smoothing
 
 
 @final
@@ -18,7 +18,8 @@ class Options:
 
     Attributes:
         strengths: values of alpha tried, evenly spaced from 0 to 1, both included.
-        windows: calibration windows by which candidates are judged; as many others confirm the choice.
+        windows: calibration windows by which candidates are judged, a longer one than 512 tokens for several; as many
+            others confirm the choice.
     """
 
     strengths: int = 21
@@ -41,5 +42,5 @@ TRANSFORM = Transform(
     options=Options,
     needs=frozenset({"absmax"}),
     # Besides the candidates: no factors, and on other windows no factors and the best.
-    windows=lambda options: options.windows * (options.strengths + 3),
+    tokens=lambda options, length: length * judging(options.windows, length) * (options.strengths + 3),
 )
