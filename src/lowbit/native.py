@@ -16,7 +16,7 @@ from math import ceil
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int32, Int64, UInt8
+from jaxtyping import Float, Int8, Int32, Int64, UInt8
 from torch import Tensor
 
 from lowbit import _native
@@ -456,6 +456,7 @@ def causal_softmax_slopes(
 
 
 WAYS = ("floats", "codes", "table", "dense")
+CODE_BITS = (2, 3, 4, 5, 6, 8)  # of codes in panels
 
 
 @final
@@ -469,13 +470,18 @@ class Panels:
         way: how it is computed: `floats` (what codes stand for, times the inputs), `codes` or `table` (codes, or the
             entries of `table` at them, times inputs rounded to int8), `dense` (a weight of floats).
         rows: of the weight.
-        bits: 2, 4 or 8 of a code; of an element where it is dense.
+        bits: 2, 3, 4, 5, 6 or 8 of a code; of an element where it is dense.
         step: columns that share a scale, a multiple of 16.
-        codes: `[panels, words, 64]` bytes; `words` hold 32 / bits columns of each row. Dense: `[panels, cols, 16]`.
-        scale: `[panels, cols / step, 16]`, float16 or float32; None where it is dense.
+        codes: `[panels, words, 64]` bytes, `bits` words for 32 columns. Dense: `[panels, cols, 16]`.
+        scale: `[panels, cols / step, 16]`, float16 or float32; None where it is dense. Nested: one for each
+            run, `[panels, cols / over, 16]`.
         zero: the same of zero points, or of minima with `minus`.
         minus: whether it is `code * scale - zero`, not `(code - zero) * scale`.
         offset: what a code is above what it stands for, beside `zero`.
+        over: where scales are nested, the columns that share `scale`, a multiple of `2 * step`; else 0.
+        fine: int8 `[panels, cols / step / 2, 16, 2]`, what `scale` is multiplied by in each step.
+        fine_zero: the same for `zero`; None where there is none, or with `joined`.
+        joined: whether `fine` has both, scales in the lower four bits and minima in the upper.
         level: what codes stand for, 256 entries (way `floats`).
         table: the same as bytes, 16 entries (way `table`), `unit` times as large as they should be.
     """
@@ -489,6 +495,10 @@ class Panels:
     zero: Tensor | None = None
     minus: bool = False
     offset: float = 0.0
+    over: int = 0
+    fine: Int8[Tensor, "panels pairs 16 2"] | None = None
+    fine_zero: Int8[Tensor, "panels pairs 16 2"] | None = None
+    joined: bool = False
     level: Float[Tensor, "256"] | None = None
     table: UInt8[Tensor, "16"] | None = None
     unit: float = 1.0
@@ -496,12 +506,18 @@ class Panels:
     @property
     def cols(self) -> int:
         """Columns with those that fill up, a multiple of 32."""
-        return self.codes.shape[1] * (1 if self.way == "dense" else 32 // self.bits)
+        return self.codes.shape[1] if self.way == "dense" else self.codes.shape[1] * 32 // self.bits
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads of it."""
-        return sum(part.nbytes for part in (self.codes, self.scale, self.zero) if part is not None)
+        parts = (self.codes, self.scale, self.zero, self.fine, self.fine_zero)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    @property
+    def sub(self) -> int:
+        """Inputs that are rounded together, where they are."""
+        return self.over or (16 if self.step % 32 else 32)
 
 
 @final
@@ -532,16 +548,18 @@ class Matrix:
             _check("bias", bias, (panels.rows,), torch.float32)
         self.rows, self.inputs = panels.rows, inputs
         self.handle = _native.Matrix(
-            WAYS.index(panels.way), panels.bits, panels.step, 16 if panels.step % 32 else 32, panels.rows, panels.cols,
-            panels.codes.view(torch.uint8), panels.scale, panels.zero, panels.minus, panels.offset, panels.level,
-            panels.table, panels.unit, WEIGHT_DTYPES.index(panels.codes.dtype) if panels.way == "dense" else 0,
+            WAYS.index(panels.way), panels.bits, panels.step, panels.over or panels.step, panels.sub, panels.rows,
+            panels.cols, panels.codes.view(torch.uint8), panels.scale, panels.zero, _as_bytes(panels.fine),
+            _as_bytes(panels.fine_zero), panels.joined, panels.minus, panels.offset, panels.level, panels.table,
+            panels.unit, WEIGHT_DTYPES.index(panels.codes.dtype) if panels.way == "dense" else 0,
             inputs, order, bias, (panels, order, bias),
         )  # fmt: skip
 
     def __call__(self, inputs: Float[Tensor, "tokens inputs"], threads: int = 1) -> Float[Tensor, "tokens rows"]:
         """`inputs @ weight.T + bias` in float32.
 
-        With the ways `codes` and `table`, inputs are rounded to int8 in blocks of 32, or of 16 where scales are such.
+        With the ways `codes` and `table`, inputs are rounded to int8 in blocks of 32, of 16 where scales are such, or
+        of a run where scales are nested.
         Sums are in an order of the weight's own: any number of threads and every instruction set gives the same bits.
         """
         _check("inputs", inputs, (inputs.shape[0], self.inputs), torch.float32)
@@ -660,18 +678,42 @@ def _check_panels(of: Panels) -> None:
     if of.way == "dense":
         _check("codes", of.codes, (down, of.cols, 16), *WEIGHT_DTYPES)
         return
-    if of.bits not in (2, 4, 8) or of.step < 16 or of.step % 16 or of.cols % 32 or of.cols % of.step:
+    if of.bits not in CODE_BITS or of.step < 16 or of.step % 16 or of.cols % 32 or of.cols % of.step:
         raise ValueError(f"{of.cols} columns of {of.bits} bits in steps of {of.step} make no panels")
     _check("codes", of.codes, (down, of.cols * of.bits // 32, 64), torch.uint8)
+    _check_nested(of, down)
     for name, part in {"scale": of.scale, "zero": of.zero}.items():
         if part is not None or name == "scale":
             assert part is not None and of.scale is not None
-            _check(name, part, (down, of.cols // of.step, 16), torch.float16, torch.float32)
+            _check(name, part, (down, of.cols // (of.over or of.step), 16), torch.float16, torch.float32)
             if part.dtype != of.scale.dtype:
                 raise ValueError(f"zero is {part.dtype} beside scales in {of.scale.dtype}")
     wanted = {"floats": of.level, "table": of.table}.get(of.way, of.codes)
     if wanted is None:
         raise ValueError(f"panels for {of.way} need what codes stand for")
+
+
+def _check_nested(of: Panels, down: int) -> None:
+    """`over` and the integers of nested scales; the sums of a run must fit int32."""
+    fine = (of.fine, of.fine_zero)
+    if not of.over:
+        if any(part is not None for part in fine) or of.joined:
+            raise ValueError("steps have integers, and no run that they are in")
+        return
+    if of.step not in (16, 32) or of.over % (2 * of.step) or not 0 < of.over <= 512 or of.cols % of.over:
+        raise ValueError(f"steps of {of.step} in runs of {of.over} on {of.cols} columns make no panels")
+    apart = of.zero is not None and not of.joined
+    if of.way not in ("codes", "table") or of.bits == 8 or of.fine is None or apart != (of.fine_zero is not None):
+        raise ValueError(f"nested scales of {of.bits} bits for {of.way} need integers for scales and for minima")
+    if (of.zero is not None) != of.minus or not float(of.offset).is_integer():
+        raise ValueError("nested zero points are minima, and an offset beside nested scales is an integer")
+    for name, part in zip(("fine", "fine_zero"), fine, strict=True):
+        if part is not None:
+            _check(name, part, (down, of.cols // of.step // 2, 16, 2), torch.int8)
+
+
+def _as_bytes(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.view(torch.uint8)
 
 
 def _causal(period: int, first: int, scale: float) -> None:

@@ -21,8 +21,17 @@ from tests.reference.qtensors import random_qtensor, slow_dequantize
 
 CODES = ["int2-g64", "int3-g32", "int4-g64", "int4-row", "int4-tensor", "int4-g64-asym", "int8-g128", "int8-row",
          "int8-g32-asym", "int4-g64-fzero", "int4-g64-min", "int8-g16-min", "int2-g16-min", "int4-g48", "q4_0", "q8_0",
-         "q4_k", "q2_k", "q6_k", "q3_k", "int4-64x64", "levels[-1,0,1]-tensor"]  # fmt: skip
+         "q4_k", "q2_k", "q6_k", "q3_k", "int3-g64", "int5-g32-min", "int6-row", "int4-64x64",
+         "levels[-1,0,1]-tensor"]  # fmt: skip
 TABLE = ["mxfp4", "nvfp4", "iq4_nl", "iq4_xs"]
+NESTED = {
+    "q2_k": 2.625,
+    "q3_k": 3.5625,
+    "q4_k": 4.625,
+    "q5_k": 5.625,
+    "q6_k": 6.5625,
+    "iq4_xs": 4.3125,
+}  # bits a weight
 FLOATS = ["fp4-g64", "nf4-g64", "nf4-g64-dq", "fp8-e4m3-tensor", "fp8-e4m3-row", "fp8-e4m3-64x64", "mxfp8"]
 SHAPES = [(1, 1), (16, 32), (17, 33), (5, 130), (130, 48), (33, 300)]
 
@@ -44,7 +53,7 @@ def wanted(q: QTensor, x: Tensor) -> Tensor:
 
 def rounded(packed: Packed, x: Tensor) -> Tensor:
     """What the kernel makes of its inputs, block by block in the order in which it takes them."""
-    block = 16 if packed.panels.step % 32 else 32
+    block = packed.panels.sub
     ordered = x if packed.order is None else x[:, packed.order]
     out = ordered.double().clone()
     for row in out:
@@ -78,6 +87,23 @@ def test_integer_products_differ_by_the_rounding_of_inputs_alone(scheme: str) ->
         packed = pack(q)
         assert packed.panels.way == ("table" if scheme in TABLE else "codes")
         close(multiply(packed, x), wanted(q, rounded(packed, x)), 2e-5)
+
+
+@pytest.mark.parametrize("scheme", NESTED)
+def test_nested_scales_stay_nested(scheme: str) -> None:
+    for rows, cols in [(16, 256), (33, 768)]:
+        q = random_qtensor(parse(scheme), (rows, cols), seed=4)
+        packed, x = pack(q), inputs(19, cols, seed=5)
+        assert packed.panels.over == 256
+        assert packed.panels.nbytes * 8 == NESTED[scheme] * -(-rows // 16) * 16 * cols
+        close(multiply(packed, x), wanted(q, rounded(packed, x)), 2e-5)
+
+
+@pytest.mark.parametrize("scheme", ["int3-g64", "int5-g16", "int6-row", "int8-g48", "iq4_nl", "q4_k", "q3_k"])
+def test_many_tokens_give_the_bits_of_each_alone(scheme: str) -> None:
+    q, x = random_qtensor(parse(scheme), (20, 768), seed=6), inputs(70, 768)
+    packed = pack(q)
+    assert torch.equal(multiply(packed, x, 2), torch.cat([multiply(packed, each[None]) for each in x]))
 
 
 def test_other_tables_are_multiplied_as_floats() -> None:
@@ -123,13 +149,15 @@ from lowbit import native
 from lowbit.runtime.panels import pack, pack_dense
 from lowbit.schemes import parse
 from tests.reference.qtensors import random_qtensor
-from tests.unit.test_multiply import CODES, TABLE, FLOATS, SHAPES, inputs, multiply
+from tests.unit.test_multiply import CODES, TABLE, FLOATS, NESTED, SHAPES, inputs, multiply
 digest = hashlib.sha256()
 for scheme in [*CODES, *TABLE, *FLOATS]:
     for shape in SHAPES[1:]:
         for exact in (False, True):
             packed = pack(random_qtensor(parse(scheme), shape), exact)
             digest.update(multiply(packed, inputs(5, shape[1])).numpy().tobytes())
+for scheme in NESTED:
+    digest.update(multiply(pack(random_qtensor(parse(scheme), (20, 512))), inputs(17, 512)).numpy().tobytes())
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     weight = torch.randn(33, 130, generator=torch.Generator().manual_seed(0)).to(dtype)
     digest.update(multiply(pack_dense(weight), inputs(5, 130)).numpy().tobytes())

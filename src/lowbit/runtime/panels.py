@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import mmap
+import sys
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int8, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.errors import UnsupportedError
-from lowbit.native import Matrix, Panels
+from lowbit.native import CODE_BITS, Matrix, Panels
 from lowbit.schemes import Grid
 from lowbit.tensors import QTensor, block_size, level_table, view_shape
 
+LAYOUT = 2  # counts up when the bytes of panels change; what keeps panels must keep it too
 _LANES = 16
+_LARGE = 1 << 22  # bytes from which pages of 2 MiB pay
 _UNITS = (1.0, 2.0, 4.0, 8.0)
 
 
@@ -40,8 +44,8 @@ def pack_dense(weight: Float[Tensor, "rows cols"]) -> Packed:
     """A weight of floats, in the dtype that it has."""
     rows, cols = weight.shape
     filled = pad(weight, (0, -cols % 32, 0, -rows % _LANES))
-    codes = filled.view(-1, _LANES, filled.shape[1]).transpose(1, 2).contiguous()
-    return Packed(Panels("dense", rows, 8 * weight.element_size(), 16, codes), cols)
+    codes = filled.view(-1, _LANES, filled.shape[1]).transpose(1, 2)
+    return Packed(Panels("dense", rows, 8 * weight.element_size(), 16, _placed(codes)), cols)
 
 
 def pack(q: QTensor, exact: bool = False) -> Packed:
@@ -55,26 +59,68 @@ def pack(q: QTensor, exact: bool = False) -> Packed:
     order, cols = _order(q), q.shape[-1]
     step = _step(q)
     full = -(-cols // lcm(step, 32)) * lcm(step, 32)
-    scale, zero = _spread(q, q.scale_values(), step, full), None
-    values = q.zero_values()
-    if values is not None:
-        zero = _spread(q, values, step, full)
     codes = q.codes.reshape(-1, cols)
     codes = codes if order is None else codes[:, order]
-    grid, minus = q.scheme.grid, q.scheme.zero == "min"
-    bits = next(bits for bits in (2, 4, 8) if len(grid.levels) <= 2**bits)
-    meaning = _meaning(grid, zero is not None, exact)
+    grid = q.scheme.grid
+    bits = next(bits for bits in CODE_BITS if len(grid.levels) <= 2**bits)
+    meaning = _meaning(grid, q.scheme.zero != "none", exact)
+    bare = Panels(
+        rows=codes.shape[0], bits=bits, step=step, codes=_placed(_interleave(codes, full, bits)),
+        minus=q.scheme.zero == "min", way=meaning.way, offset=meaning.offset, level=meaning.level, table=meaning.table,
+        unit=meaning.unit,
+    )  # fmt: skip
+    over = _run(q, step) if meaning.way != "floats" else 0
+    return Packed(_with_nested(bare, q, over) if over else _with_scales(bare, q, full), cols, order)
+
+
+def _with_scales(bare: Panels, q: QTensor, full: int) -> Panels:
+    """Panels with the scales and zero points of each step as they are."""
+    scale, values = _spread(q, q.scale_values(), bare.step, full), q.zero_values()
+    zero = None if values is None else _spread(q, values, bare.step, full)
     narrow = _exact_half(scale) and (zero is None or _exact_half(zero))
     dtype = torch.float16 if narrow else torch.float32
-    return Packed(
-        Panels(
-            rows=codes.shape[0], bits=bits, step=step, codes=_interleave(codes, full, bits),
-            scale=_lanes(scale.to(dtype)), zero=None if zero is None else _lanes(zero.to(dtype)), minus=minus,
-            way=meaning.way, offset=meaning.offset, level=meaning.level, table=meaning.table, unit=meaning.unit,
-        ),
-        cols,
-        order,
+    return replace(bare, scale=_lanes(scale.to(dtype)), zero=None if zero is None else _lanes(zero.to(dtype)))
+
+
+def _with_nested(bare: Panels, q: QTensor, over: int) -> Panels:
+    """Panels with the integers of scales and minima, and the scales of these for each run of columns."""
+    scale, low = _integers(q.scales), _integers(q.minima)
+    assert scale is not None
+    (fine, outer), (fine_zero, zero) = scale, low or (None, None)
+    joined = fine_zero is not None and bool(((fine | fine_zero) & ~15 == 0).all())
+    if joined:
+        assert fine_zero is not None
+        fine, fine_zero = fine | fine_zero << 4, None
+    return replace(
+        bare, over=over, scale=_lanes(outer.half()), zero=None if zero is None else _lanes(zero.half()),
+        fine=_placed(_pairs(fine)), fine_zero=None if fine_zero is None else _placed(_pairs(fine_zero)), joined=joined,
     )  # fmt: skip
+
+
+def _run(q: QTensor, step: int) -> int:
+    """Columns that share a scale of nested scales; 0 where kernels do not take these nested."""
+    if step not in (16, 32) or q.group_index is not None or not isinstance(q.scales, QTensor):
+        return 0
+    over, both = step * q.scales.scheme.block.cols, (q.scales, q.minima)
+    wanted = 2 if q.scheme.zero == "min" else 1 if q.scheme.zero == "none" else 3
+    fits = 0 < over <= 512 and over % (2 * step) == 0 and q.shape[-1] % over == 0 and q.scheme.block.rows == 1
+    return over if fits and sum(_integers(part) is not None for part in both) == wanted else 0
+
+
+def _integers(values: Tensor | QTensor | None) -> tuple[Int8[Tensor, "rows steps"], Float[Tensor, "rows runs"]] | None:
+    """Quantized scales as small integers and their own scales, if they are that and these are exact in float16."""
+    if not isinstance(values, QTensor) or isinstance(values.scales, QTensor) or not values.plain:
+        return None
+    block, levels = values.scheme.block, torch.tensor(values.scheme.grid.levels)
+    small = bool(((levels == levels.round()) & (levels >= -128) & (levels <= 127)).all())
+    if not small or block.flat or block.rows != 1 or values.scheme.zero != "none" or not _exact_half(values.scales):
+        return None
+    return levels.to(torch.int8)[values.codes.long()], values.scales
+
+
+def _pairs(values: Int8[Tensor, "rows steps"]) -> Int8[Tensor, "panels pairs 16 2"]:
+    filled = pad(values, (0, 0, 0, -values.shape[0] % _LANES))
+    return filled.view(-1, _LANES, filled.shape[1] // 2, 2).transpose(1, 2).contiguous()
 
 
 @final
@@ -158,10 +204,31 @@ def _lanes(values: Float[Tensor, "rows steps"]) -> Float[Tensor, "panels steps 1
 
 
 def _interleave(codes: Tensor, full: int, bits: int) -> Tensor:
-    """`[panels, words, 16 rows, 4 bytes]`: field f of byte k of word w is column `(w * fields + f) * 4 + k`."""
-    fields, (rows, cols) = 8 // bits, codes.shape
-    filled = pad(codes, (0, full - cols, 0, -rows % _LANES)).view(-1, _LANES, full // (4 * fields), fields, 4)
-    joined = filled[:, :, :, 0]
+    """`[panels, words, 64]`: for 32 columns, the words of the lower bits of all codes, then those of the upper."""
+    rows, cols = codes.shape
+    filled = pad(codes, (0, full - cols, 0, -rows % _LANES)).view(-1, _LANES, full // 32, 8, 4)
+    low = {3: 2, 5: 4, 6: 4}.get(bits, bits)
+    words = [_words(filled, low, 0)] if low == bits else [_words(filled, low, 0), _words(filled, bits - low, low)]
+    return torch.cat(words, 2).view(len(filled), -1, 64)
+
+
+def _words(
+    codes: UInt8[Tensor, "panels 16 chunks 8 4"], bits: int, first: int
+) -> UInt8[Tensor, "panels chunks words 64"]:
+    """Field f of byte k of word w of a row: bits `first` and on of column `(w * 8 / bits + f) * 4 + k` of a chunk."""
+    fields = 8 // bits
+    parts = ((codes >> first) & (2**bits - 1)).unflatten(3, (bits, fields))
+    joined = parts[:, :, :, :, 0]
     for field in range(1, fields):
-        joined = joined | filled[:, :, :, field] << bits * field
-    return joined.transpose(1, 2).reshape(len(filled), -1, 64).contiguous()
+        joined = joined | parts[:, :, :, :, field] << bits * field
+    return joined.permute(0, 2, 3, 1, 4).flatten(3).contiguous()
+
+
+def _placed(values: Tensor) -> Tensor:
+    """The same values, contiguous; many in large pages, where looking up addresses does not hold up reading."""
+    if values.nbytes < _LARGE or sys.platform != "linux":
+        return values.contiguous()
+    room = mmap.mmap(-1, values.nbytes)
+    room.madvise(mmap.MADV_HUGEPAGE)
+    placed: Tensor = torch.frombuffer(room, dtype=values.dtype).view(values.shape)
+    return placed.copy_(values)
