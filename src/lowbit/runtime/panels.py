@@ -217,7 +217,7 @@ def _words(
 ) -> UInt8[Tensor, "panels chunks words 64"]:
     """Field f of byte k of word w of a row: bits `first` and on of column `(w * 8 / bits + f) * 4 + k` of a chunk."""
     fields = 8 // bits
-    parts = ((codes >> first) & (2**bits - 1)).unflatten(3, (bits, fields))
+    parts: Tensor = ((codes >> first) & (2**bits - 1)).unflatten(3, (bits, fields))
     joined = parts[:, :, :, :, 0]
     for field in range(1, fields):
         joined = joined | parts[:, :, :, :, field] << bits * field
