@@ -68,6 +68,7 @@ def llmcompressor(job: Job, clock: Clock) -> Weights:
     datasets: Any = import_module("datasets")
     with timed(clock, "load"):
         model, tokenizer = load(job)
+        model.to(job["device"])
     args = {"num_bits": job["bits"], "type": "int", "symmetric": job["sym"], "strategy": "group"}
     groups = {"group_0": {"targets": ["Linear"], "weights": args | {"group_size": job["group"]}}}
     common = {"config_groups": groups, "ignore": ["lm_head"]}
@@ -151,7 +152,7 @@ def auto_round(job: Job, clock: Clock) -> Weights:
     with timed(clock, "quantize"):
         rounder = lib.AutoRound(
             model, tokenizer, bits=job["bits"], group_size=job["group"], sym=job["sym"], dataset=rows,
-            nsamples=len(rows), seqlen=len(windows(job)[0]), seed=job["seed"], device_map="cpu", **more,
+            nsamples=len(rows), seqlen=len(windows(job)[0]), seed=job["seed"], device_map=job["device"], **more,
         )  # fmt: skip
         quantized, _ = rounder.quantize()
     return floats(quantized)

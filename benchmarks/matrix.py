@@ -1,26 +1,31 @@
 """Which conversions are lossless: every format that is read, in several schemes, into every format that is written.
 
-    python benchmarks/matrix.py [--dtype float16] [--json]
+    python benchmarks/matrix.py [--dtype float16] [--only FORMAT] [--json]
 
-Formats are found by listing. For each format and each scheme that it holds, a small checkpoint is made (bell-shaped
-weights, rounded to nearest; `act-order`: columns in groups of an order of their own) and converted to every other.
-Lossless conversions are read again, compared to the bit, and converted back; a star says that this gave other bytes of
-the same values, because the other format spells the scheme otherwise. A number is the relative squared error with
-`--lossy`. `-`: refused, the reasons follow. Prints the table of docs/formats/conversion.md.
+Formats are found by listing. For each format and each kind of scheme that it holds, a whole small Llama is made, two
+of its matrices in that scheme (bell-shaped weights, rounded to nearest; `act-order`: columns in groups of an order of
+their own; codebooks and outliers at random), and converted to every format that is written. `=`: lossless, and read
+again and compared to the bit; `=w`: weights are, and the inputs are no longer rounded; a number is the relative squared
+error with `--lossy`; `-`: refused, the reasons follow. Prints the table of docs/formats/conversion.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 import lowbit
@@ -29,23 +34,28 @@ from lowbit.errors import FormatError, LowbitError, UnsupportedError
 from lowbit.formats import Format, Weight
 from lowbit.schemes import parse
 from lowbit.stages.checkpoint import open_checkpoint
-from lowbit.stages.convert import Converted
 from lowbit.stages.plan import Entry
 from lowbit.stages.quantize import quantize_weight
-from lowbit.tensors import view_shape
+from lowbit.tensors import QTensor, view_shape
+from tests.reference.qtensors import random_qtensor
 
 SCHEMES = (
-    "int2-g64", "int3-g128", "int4-g32", "int4-g128", "int4-row", "int8-g128", "int8-row", "int4-g64-asym",
-    "int8-g64-asym", "int4-g64-fzero", "nf4-g64", "nf4-g64-dq", "fp4-g64", "fp8-e4m3-tensor", "fp8-e4m3-row",
-    "fp8-e4m3-128x128", "mxfp4", "mxfp8", "nvfp4",
+    "int2-g64", "int4-g32", "int4-g128", "int8-row", "int4-g64-asym", "int4-g64-fzero", "int4-g64-min",
+    "int4-g64-smooth", "nf4-g64", "nf4-g64-dq", "fp4-g64", "fp8-e4m3-tensor", "fp8-e4m3-row", "fp8-e4m3-128x128",
+    "mxfp4", "mxfp8", "nvfp4", "levels[-1,0,1]-tensor", "vectors[1x8:8+8]-row", "vectors[8x1:8]-column-min-perm",
+    "spqr-sparse7",
 )  # fmt: skip
-NAMES = [f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "down")]
-SHAPE = (128, 256)
+WHOLE = {
+    "gguf": ("q4_0", "q4_1", "q8_0", "q4_k", "q6_k", "iq4_xs", "iq3_s", "tq2_0", "mxfp4", "nvfp4"),
+    "onnx": SCHEMES,
+}
+SHAPE = (256, 256)
+CHOSEN = re.compile(r"mlp\.(up|down)_proj\.weight")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One conversion: `lossless`, `lossless*`, the error, or `-`; and the reason where it is not lossless."""
+    """One conversion: `=`, `=w`, the error, or `-`; the reason of a refusal, else the scheme that was written."""
 
     source: str
     scheme: str
@@ -55,44 +65,140 @@ class Result:
     to: str = ""
 
 
-def packed(form: Format, name: str, seed: int, scheme: str, act_order: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A weight of random values, rounded to nearest, as the format stores it."""
-    weight = Weight(name, SHAPE, dtype)
-    weight = replace(weight, scheme=form.fit(parse(scheme), weight))
+def original(path: Path, dtype: torch.dtype) -> Path:
+    """A whole model of floats, with its tokenizer."""
+    library: Any = transformers
+    torch.manual_seed(0)
+    sizes = {"hidden_size": SHAPE[1], "intermediate_size": SHAPE[0], "num_hidden_layers": 1, "vocab_size": 260}
+    config = library.LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=64, initializer_range=0.05)
+    library.LlamaForCausalLM(config).to(dtype).save_pretrained(path)
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    library.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    return path
+
+
+def quantized(weight: Weight, values: Tensor, act_order: bool) -> QTensor:
+    """The weight rounded to nearest, or at random in schemes that no method makes."""
     assert weight.scheme is not None
-    values = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) / 20
-    codes = torch.empty(view_shape(SHAPE, weight.scheme.block), dtype=torch.uint8)
-    _, q, _ = quantize_weight({}, Entry(weight, "rtn", ""), values, codes, 1 << 20)
+    if weight.scheme.grid.runs or weight.scheme.zero == "quantized":
+        return random_qtensor(weight.scheme, weight.shape)
+    plain = replace(weight.scheme, smooth=False)
+    codes = torch.empty(view_shape(SHAPE, plain.block), dtype=torch.uint8)
+    q = quantize_weight({}, Entry(replace(weight, scheme=plain), "rtn", ""), values.float(), codes, 1 << 20)[1]
+    if weight.scheme.smooth:
+        return replace(q, scheme=weight.scheme, factors=1 + torch.arange(SHAPE[1]) / SHAPE[1])
     if act_order and q.scales.shape[1] > 1:
-        order = torch.randperm(SHAPE[1], generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(SHAPE[1], generator=torch.Generator().manual_seed(0))
         q = replace(q, group_index=(order % q.scales.shape[1]).int())
-    into = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in form.layout(weight).items()}
-    form.pack(weight, q, into)
+    return q
+
+
+def stored(form: Format, weight: Weight, values: Tensor, act_order: bool) -> dict[str, Tensor]:
+    """A weight as the format has it."""
+    into = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in form.layout(weight).items()}
+    form.pack(weight, quantized(weight, values, act_order), into)
     if act_order and form.unpack(weight, into, None).group_index is None:
         raise UnsupportedError("there is no place for the order, or one group only")
     return into
 
 
-def make(path: Path, form: Format, scheme: str, act_order: bool, dtype: torch.dtype) -> bool:
-    """A checkpoint of two quantized weights and two others; False where the format does not hold it."""
-    tensors = {"model.embed_tokens.weight": torch.zeros(64, SHAPE[1], dtype=dtype)}
-    tensors |= {"model.norm.weight": torch.ones(SHAPE[1], dtype=dtype)}
-    weights = [Weight(name, tuple(tensor.shape), dtype) for name, tensor in tensors.items()]
+def fitted(form: Format, weight: Weight, scheme: str) -> Weight:
+    """The weight in a scheme, with its inputs rounded where the format cannot declare it without."""
+    chosen = replace(weight, scheme=form.fit(parse(scheme), weight))
     try:
-        for seed, name in enumerate(NAMES):
-            tensors |= packed(form, name, seed, scheme, act_order, dtype)
-            weight = Weight(name, SHAPE, dtype)
-            weights.append(replace(weight, scheme=form.fit(parse(scheme), weight)))
-    except (UnsupportedError, FormatError):
-        return False
-    path.mkdir()
-    config = {"model_type": "llama", "torch_dtype": str(dtype).removeprefix("torch.")}
+        form.config([chosen], {})
+    except UnsupportedError:
+        assert chosen.scheme
+        return replace(chosen, activations=form.fit_activations(chosen.scheme, chosen), input_scale=0.5)
+    return chosen
+
+
+def packed(source: Path, out: Path, form: Format, scheme: str, act_order: bool) -> None:
+    """A checkpoint in a format of safetensors, written without the line.
+
+    Raises:
+        UnsupportedError, FormatError: the format does not hold it.
+    """
+    tensors, weights = dict[str, Tensor](), list[Weight]()
+    for name, values in load_file(source / "model.safetensors").items():
+        weight = Weight(name, tuple(values.shape), values.dtype)
+        if CHOSEN.search(name):
+            weight = fitted(form, weight, scheme)
+            tensors |= stored(form, weight, values, act_order)
+        else:
+            tensors[name] = values
+        weights.append(weight)
+    config = json.loads((source / "config.json").read_text())
     if act_order:
-        config |= {"quantization_config": {"desc_act": True}}  # type: ignore[dict-item]
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    for file, document in form.config(weights, config).items():
-        (path / file).write_text(json.dumps(document))
-    return True
+        config |= {"quantization_config": {"desc_act": True}}
+    write(source, out, tensors, form.config(weights, config))
+
+
+def write(source: Path, out: Path, tensors: Mapping[str, Tensor], documents: Mapping[str, Any]) -> None:
+    """Files of a checkpoint, its tokenizer among them."""
+    out.mkdir()
+    for file in source.glob("tokenizer*"):
+        (out / file.name).write_bytes(file.read_bytes())
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors", {"format": "pt"}
+    )
+    for name, document in documents.items():
+        (out / name).write_text(json.dumps(document))
+
+
+def read_only(source: Path, out: Path, name: str) -> str:
+    """A checkpoint in a format that is never written, by its owner's names; returns its scheme."""
+    config = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    dice = torch.Generator().manual_seed(0)
+    if name == "mxfp4":
+        sizes = (2, SHAPE[0], SHAPE[1] // 32)
+        tensors["model.layers.0.mlp.experts.down_proj_blocks"] = torch.randint(256, (*sizes, 16), generator=dice).byte()
+        tensors["model.layers.0.mlp.experts.down_proj_scales"] = torch.randint(115, 125, sizes, generator=dice).byte()
+        write(source, out, tensors, {"config.json": {**config, "quantization_config": {"quant_method": "mxfp4"}}})
+        return "mxfp4"
+    parts = {"torchao": ("_weight_qdata", "_weight_scale"), "quanto": ("weight._data", "weight._scale")}[name]
+    for weight in list(filter(CHOSEN.search, tensors)):
+        values, module = tensors.pop(weight).float(), weight.rpartition(".")[0]
+        scale = (values.abs().amax(1, keepdim=True) / 127).half()
+        tensors[f"{module}.{parts[0]}"] = (values / scale).round().clamp(-127, 127).to(torch.int8)
+        tensors[f"{module}.{parts[1]}"] = scale
+    told = {"quantization_config": {"quant_method": "torchao"}} if name == "torchao" else {}
+    write(source, out, tensors, {"config.json": {**config, **told}})
+    return "int8-row"
+
+
+def sources(model: Path, root: Path, only: str | None) -> Iterator[tuple[str, str, Path]]:
+    """Format, scheme and checkpoint; of the schemes that are one in a format one."""
+    for name in plugins.names("formats"):
+        form: Format = plugins.load("formats", name)
+        if only and name != only.replace("-", "_"):
+            continue
+        if name in plugins.READ_ONLY:
+            yield name, read_only(model, root / name, name), root / name
+            continue
+        for number, scheme in enumerate(distinct(form, WHOLE.get(name, SCHEMES))):
+            for act_order in (False, True) if name.startswith("gptq") and scheme == "int4-g128" else (False,):
+                out = root / f"{name}-{number}-{act_order}"
+                with suppress(UnsupportedError, FormatError):
+                    if form.container == "safetensors":
+                        packed(model, out, form, scheme, act_order)
+                    else:
+                        chosen = {CHOSEN.pattern: scheme, ".": "keep"}
+                        lowbit.quantize(model, out, format=name, method="rtn", sets=chosen)
+                    yield name, f"{scheme}, act-order" if act_order else scheme, out
+
+
+def distinct(form: Format, schemes: tuple[str, ...]) -> list[str]:
+    """The schemes that a format holds, those that are one in it once."""
+    found: dict[str, str] = {}
+    for scheme in schemes:
+        with suppress(UnsupportedError):
+            found.setdefault(str(form.fit(parse(scheme), Weight("m.up_proj.weight", SHAPE, torch.float16))), scheme)
+    return list(found.values())
 
 
 def values(path: Path) -> dict[str, Tensor]:
@@ -102,101 +208,80 @@ def values(path: Path) -> dict[str, Tensor]:
 
 
 def equal(one: Path, other: Path) -> bool:
-    """Whether two checkpoints stand for the same weights, to the bit."""
+    """Whether two checkpoints stand for the same quantized weights, to the bit."""
     left, right = values(one), values(other)
-    return left.keys() == right.keys() and all(torch.equal(bits(left[name]), bits(right[name])) for name in left)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor."""
-    return tensor.contiguous().view(torch.uint8)
-
-
-def attempt(root: Path, source: str, scheme: str, target: str) -> Result:
-    """Convert `root/in` to a format, and back where that was lossless."""
-    start, there, back = root / "in", root / target, root / f"{target}-back"
+def attempt(name: str, scheme: str, start: Path, target: str, root: Path) -> Result:
+    """Convert a checkpoint, and look at the result where that was lossless."""
+    there = root / target
     try:
-        done = lowbit.convert(start, there, format=target)
-    except UnsupportedError as refused:
-        try:
-            done = lowbit.convert(start, there, format=target, lossy=True)
-        except LowbitError as error:
-            return Result(source, scheme, target, "-", str(error))
-        return Result(source, scheme, target, f"{done.error:.2g}", str(refused), named(done))
-    if not equal(start, there):
-        raise SystemExit(f"{source} {scheme} to {target} was called lossless, and is not")
-    lowbit.convert(there, back, format=source)
-    if not equal(start, back):
-        raise SystemExit(f"{source} {scheme} to {target} and back gave other weights")
-    same = (back / "model.safetensors").read_bytes() == (start / "model.safetensors").read_bytes()
-    return Result(source, scheme, target, "lossless" if same or target == "float" else "lossless*", "", named(done))
+        done = lowbit.convert(start, there, format=target, lossy=True)
+    except LowbitError as error:
+        return Result(name, scheme, target, "-", short(str(error)))
+    to = next((group.after for group in done.groups if group.after), None) or "floats"
+    if done.lossless and not equal(start, there):
+        raise SystemExit(f"{name} {scheme} to {target} was called lossless, and is not")
+    lossy = f"{done.error:.2g}" if done.error else "=w"
+    return Result(name, scheme, target, "=" if done.lossless else lossy, "", to)
 
 
-def named(done: Converted) -> str:
-    """The scheme that was written."""
-    return next((group.after for group in done.groups if group.after), None) or "kept"
+def short(reason: str) -> str:
+    """A refusal without the names of files and weights."""
+    text = re.sub(r"^\S*model\S*( \[[\d, ]+\])?: ", "", reason)
+    text = re.sub(r"cannot hold [^:]+", "cannot hold it", re.sub(r"(/|model\.)\S+", "a weight", text))
+    return re.sub(r"\([a-z0-9_, ]{90,}\), \S+ is none", "of llama.cpp, it is none", text)
 
 
-def held(form: Format, dtype: torch.dtype) -> list[str]:
-    """The schemes that a format holds, those that are one in it once."""
-    found: dict[str, str] = {}
-    for scheme in SCHEMES:
-        with suppress(UnsupportedError):
-            found.setdefault(str(form.fit(parse(scheme), Weight(NAMES[0], SHAPE, dtype))), scheme)
-    return list(found.values())
-
-
-def results(dtype: torch.dtype) -> list[Result]:
+def results(dtype: torch.dtype, only: str | None) -> Iterator[Result]:
     """All conversions."""
-    found: list[Result] = []
-    formats = [name.replace("_", "-") for name in plugins.names("formats")]
-    for source in formats:
-        form: Format = plugins.load("formats", source)
-        for scheme in held(form, dtype):
-            for act_order in (False, True):
-                with tempfile.TemporaryDirectory(prefix="lowbit-matrix-") as folder:
-                    root = Path(folder)
-                    if not make(root / "made", form, scheme, act_order, dtype):
-                        continue
-                    try:
-                        lowbit.convert(root / "made", root / "in", format=source)  # the same, as we write it
-                    except LowbitError as error:
-                        print(f"{source} {scheme}: {error}", file=sys.stderr)
-                        continue
-                    print(source, scheme, "act-order" if act_order else "", file=sys.stderr, flush=True)
-                    name = f"{scheme}, act-order" if act_order else scheme
-                    found += [attempt(root, source, name, target) for target in [*formats, "float"] if target != source]
-    return found
+    targets = [name.replace("_", "-") for name in plugins.written()] + ["float"]
+    with tempfile.TemporaryDirectory(prefix="lowbit-matrix-") as folder:
+        model = original(Path(folder, "model"), dtype)
+        for name, scheme, start in sources(model, Path(folder), only):
+            print(name, scheme, file=sys.stderr, flush=True)
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                for target in targets:
+                    if target != name.replace("_", "-"):
+                        yield attempt(name.replace("_", "-"), scheme, start, target, Path(place))
 
 
 def table(found: list[Result]) -> str:
     """Markdown: a row for each source, a column for each target, and the reasons."""
     targets = list(dict.fromkeys(each.target for each in found))
     targets.sort(key=lambda name: (name == "float", name))
+    reasons = {reason: i for i, reason in enumerate(dict.fromkeys(each.reason for each in found if each.reason), 1)}
     rows: dict[tuple[str, str], dict[str, Result]] = {}
     for each in found:
         rows.setdefault((each.source, each.scheme), {})[each.target] = each
     lines = [f"| from | scheme | {' | '.join(targets)} |", "|---|---" + "|---" * len(targets) + "|"]
     for (source, scheme), row in rows.items():
-        cells = [cell(row[target]) if target in row else "" for target in targets]
+        cells = [cell(row[target], reasons) if target in row else "" for target in targets]
         lines.append(f"| {source} | `{scheme}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())])
 
 
-def cell(each: Result) -> str:
-    """The outcome, and for a number the scheme that it is of."""
-    return f"{each.outcome} `{each.to}`" if each.outcome[0].isdigit() and each.to != "kept" else each.outcome
+def cell(each: Result, reasons: Mapping[str, int]) -> str:
+    """The outcome, with the number of its reason."""
+    return f"- ({reasons[each.reason]})" if each.reason else each.outcome
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", help="one format to convert from")
+    parser.add_argument("--json", action="store_true", help="a line for each conversion, as it is done")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = results(getattr(torch, args.dtype))
-    print(json.dumps([asdict(each) for each in found], indent=1) if args.json else table(found))
+    found = []
+    for each in results(getattr(torch, args.dtype), args.only):
+        found.append(each)
+        if args.json:
+            print(json.dumps(asdict(each)), flush=True)
+    if not args.json:
+        print(table(found))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ Every run is a process of its own, one at a time; its seconds, its perplexity an
 DIR/results.jsonl, so that the benchmark goes on where it was and repeats nothing. Those of the README's table are in
 benchmarks/results/quality. `--again` repeats runs that were timed beside other work, `--summary` runs nothing. `--only`
 selects runs by name, as `gptq:int4-g128`, `^lowbit:`. Options of our methods follow after `@`, as in `--ours autoround
-gptq+tune@tune.target=text`. Packages need not share an interpreter: `--python NAME=PATH` names each one's; those of
-this interpreter are found without it, others are left out.
+gptq+tune@tune.target=text`. `--device cuda` runs ours, llm-compressor and auto-round there. Packages need
+not share an interpreter: `--python NAME=PATH` names each one's; those of this interpreter are found without it, others
+are left out.
 
 Seconds are those of calibrating and quantizing alone, the whole process is given apart. Perplexity is that of
 `lowbit evaluate`: peers' weights are written as they compute with them, in float32. Intervals are of the mean over
@@ -186,11 +187,13 @@ def command(bench: Bench, run: Run, out: Path) -> list[str]:
         line += ["--option", f"iterations={options.iterations}"] if "autoround" in method and not more else []
         line += [part for option in more for part in ("--option", option)]
         line += [] if _free(run) else [*text, "--seed", run.seed]
+        line += [] if _free(run) else ["--device", options.device]
         return [sys.executable, *map(str, line), "--threads", str(options.threads)]
     job = {
         "tool": run.tool, "method": run.method, "model": str(options.model), "windows": str(bench.windows(run.seed)),
         "out": str(out), "bits": bits, "group": group, "sym": symmetric and run.method not in ZEROS, "batch": 8,
         "iterations": options.iterations, "threads": options.threads, "seed": run.seed,
+        "device": options.device,
     }  # fmt: skip
     # -P: a folder beside the script is no place for its imports.
     return [bench.interpreters[run.tool], "-P", str(Path(__file__).with_name("_peers.py")), json.dumps(job)]
@@ -208,7 +211,7 @@ def execute(bench: Bench, run: Run) -> Record:
     done = subprocess.run(command(bench, run, out), env=os.environ | more, capture_output=True, text=True, check=False)
     wall = time.perf_counter() - start
     others = (others_time() - others) / (wall * (os.cpu_count() or 1))
-    record = {"run": str(run), **asdict(run), "wall": wall, "threads": int(threads)}
+    record = {"run": str(run), **asdict(run), "wall": wall, "threads": int(threads), "device": bench.options.device}
     record |= {"others": others, "quiet": others < QUIET}
     (bench.work / "logs").mkdir(exist_ok=True)
     (bench.work / "logs" / f"{out.name}.txt").write_text(done.stdout + done.stderr)
@@ -338,6 +341,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     for name in ("again", "summary", "json"):
         parser.add_argument(f"--{name}", action="store_true")
     return parser.parse_args()

@@ -23,8 +23,7 @@ import torch
 
 import lowbit
 from lowbit.runtime.bench import read_rate, seconds
-from lowbit.runtime.decoder import start
-from lowbit.runtime.model import open_model
+from lowbit.runtime.runner import open_runner
 
 PROMPT = 256
 
@@ -42,13 +41,15 @@ class Ours:
 
     def __init__(self, file: Path, threads: int, capacity: int) -> None:
         begin = time.perf_counter()
-        self.loaded, self.threads, self.capacity = open_model(file.parent, threads=threads), threads, capacity
+        runner = open_runner(file.parent, threads=threads, context=capacity)
         self.load = time.perf_counter() - begin
-        self.nbytes = sum(packed.panels.nbytes for packed in self.loaded.kernels.values())
+        assert runner.engine
+        self.engine, self.capacity = runner.engine, capacity
+        self.nbytes = sum(packed.panels.nbytes for packed in self.engine.native.matrices.values())
 
     def prefill(self, ids: list[int]) -> None:
         """A new text."""
-        self.session = start(self.loaded, self.capacity, self.threads)
+        self.session = self.engine.start(self.capacity, "float16")
         self.session.read(torch.tensor(ids))
 
     def decode(self, token: int) -> None:

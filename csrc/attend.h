@@ -1,40 +1,106 @@
-// Attention of one query, and the gate of a feed-forward layer. Included by kernels.h.
+// Attention of one query, keys and values as they are kept, and the gate of a feed-forward layer. Included by kernels.h.
 
-F dot_of(const float* a, const float* b, int64_t count) {
-    F sum = set(0.0f);
-    for (int64_t i = 0; i < count; i += 16) sum = add(sum, mul(load_f32(a + i), load_f32(b + i)));
-    return sum;
+template <class T>
+struct KeptFloats {
+    const uint8_t* data;
+    explicit KeptFloats(const Kept& of) : data(static_cast<const uint8_t*>(of.data)) {}
+    F operator()(int64_t at) const { return T::load(data + at * T::size); }
+};
+struct KeptBytes {
+    const uint8_t* data;
+    const float* scale;
+    int64_t block;
+    explicit KeptBytes(const Kept& of) : data(static_cast<const uint8_t*>(of.data)), scale(of.scale), block(of.block) {}
+    F operator()(int64_t at) const {
+        return mul(sub(to_float(load_u8(data + at)), set(128.0f)), set(scale[at / block]));
+    }
+};
+
+// Writes one position.
+void keep(int64_t position, int64_t dim, const float* from, const Kept& to) {
+    auto data = static_cast<uint8_t*>(to.data);
+    int64_t at = position * dim;
+    if (to.as == Keep::f32) __builtin_memcpy(data + 4 * at, from, size_t(4 * dim));
+    for (int64_t i = 0; to.as == Keep::f16 && i < dim; i += 16) store_f16(data + 2 * (at + i), load_f32(from + i));
+    for (int64_t i = 0; to.as == Keep::int8 && i < dim; i += to.block) {
+        F most = set(0.0f);
+        for (int64_t j = i; j < i + to.block; j += 16)
+            most = max(most, floats(both(bits(load_f32(from + j)), set(0x7fffffff))));
+        float largest = greatest(most), up = largest > 1e-30f ? 127 / largest : 0;
+        to.scale[(at + i) / to.block] = largest / 127;
+        for (int64_t j = i; j < i + to.block; j += 16)
+            store_u8(data + at + j, add(to_int(rint(mul(load_f32(from + j), set(up)))), set(128)));
+    }
 }
 
-void attend(const Attention& of) {
-    int64_t seen = of.last - of.first;
-    const float* keys = of.keys + of.first * of.dim;
-    const float* values = of.values + of.first * of.dim;
-    float most = -__builtin_inff();
-    for (int64_t i = 0; i < seen; i++) {
-        float score = of.scale * sum_of(dot_of(of.query, keys + i * of.dim, of.dim));
-        of.room[i] = score, most = score > most ? score : most;
+// tanh(x) to about 2**-18.
+F tanh_of(F x) {
+    F size = floats(both(bits(x), set(0x7fffffff))), power = exp_negative(mul(size, set(-2.0f)));
+    F share = div(sub(set(1.0f), power), add(set(1.0f), power));
+    return floats(either(bits(share), both(bits(x), set(int32_t(0x80000000)))));
+}
+
+template <class Key>
+void score(const Attention& of, Key key) {
+    for (int64_t i = of.first; i < of.last; i++) {
+        F sum = set(0.0f);
+        for (int64_t col = 0; col < of.dim; col += 16)
+            sum = add(sum, mul(load_f32(of.query + col), key(i * of.dim + col)));
+        of.room[i - of.first] = of.scale * sum_of(sum);
     }
+}
+
+// Scores to their share of the sum; returns 1 over the sum.
+float weigh(const Attention& of) {
+    int64_t seen = of.last - of.first;
+    float most = -__builtin_inff();
+    for (int64_t i = 0; of.cap > 0 && i < seen; i += 16) {
+        F part = load_some<F32>(of.room + i, int(smaller(16, seen - i)));
+        store_some<F32>(of.room + i, mul(tanh_of(mul(part, set(1 / of.cap))), set(of.cap)), int(smaller(16, seen - i)));
+    }
+    for (int64_t i = 0; i < seen; i++) most = of.room[i] > most ? of.room[i] : most;
     F sum = set(0.0f);
     each_16(seen, seen, [&](int64_t at, auto count) {
         F power = exp_negative(sub(load_some<F32>(of.room + at, count), set(most)));
         store_some<F32>(of.room + at, power, count);
         sum = add(sum, first_lanes(power, count));
     });
-    float share = 1 / sum_of(sum);
+    return 1 / sum_of(sum);
+}
+
+template <class Value>
+void mix(const Attention& of, float share, Value value) {
     for (int64_t col = 0; col < of.dim; col += 16) {
         F total = set(0.0f);
-        for (int64_t i = 0; i < seen; i++) total = add(total, mul(set(of.room[i]), load_f32(values + i * of.dim + col)));
+        for (int64_t i = of.first; i < of.last; i++)
+            total = add(total, mul(set(of.room[i - of.first]), value(i * of.dim + col)));
         store_f32(of.out + col, mul(total, set(share)));
     }
 }
 
-// x / (1 + exp(-x)) * up, in place of x.
-void gate(int64_t count, float* x, const float* up) {
+template <class Body>
+void as_kept(const Kept& of, Body body) {
+    if (of.as == Keep::f32) body(KeptFloats<F32>(of));
+    if (of.as == Keep::f16) body(KeptFloats<F16>(of));
+    if (of.as == Keep::int8) body(KeptBytes(of));
+}
+
+void attend(const Attention& of) {
+    as_kept(of.keys, [&](auto key) { score(of, key); });
+    float share = weigh(of);
+    as_kept(of.values, [&](auto value) { mix(of, share, value); });
+}
+
+// x times the logistic function of x; or of 2 sqrt(2 / pi) (x + 0.044715 x**3), which is GELU with tanh.
+void gate(int64_t count, bool gelu, float* x, const float* up) {
     each_16(count, count, [&](int64_t at, auto lanes) {
-        F value = load_some<F32>(x + at, lanes);
-        F power = exp_negative(min(value, sub(set(0.0f), value)));  // of -|x|
-        M positive = at_least(value, set(0.0f));
+        F value = load_some<F32>(x + at, lanes), turned = value;
+        if (gelu) {
+            F cube = mul(mul(value, value), mul(value, set(0.044715f)));
+            turned = mul(add(value, cube), set(1.5957691216f));
+        }
+        F power = exp_negative(min(turned, sub(set(0.0f), turned)));  // of -|turned|
+        M positive = at_least(turned, set(0.0f));
         F above = floats(select(positive, bits(set(1.0f)), bits(power)));
         F share = div(above, add(set(1.0f), power));
         store_some<F32>(x + at, mul(mul(value, share), load_some<F32>(up + at, lanes)), lanes);

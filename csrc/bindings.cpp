@@ -16,6 +16,8 @@ template <class T>
 using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 using AnyIn = Array<nb::ro>;
 using AnyOut = nb::ndarray<nb::c_contig, nb::device::cpu>;
+using LinesIn = nb::ndarray<nb::ro, nb::device::cpu>;  // whose rows are contiguous, and may be apart
+using LinesOut = nb::ndarray<nb::device::cpu>;
 using Bytes = Array<const uint8_t>;
 using Codes = Array<uint8_t>;
 using Floats = Array<const float>;
@@ -42,6 +44,13 @@ static auto data_or_null(const std::optional<Array>& array) {
 struct Held {
     Matrix matrix;
     nb::object kept;
+};
+
+// A decoder, and what its caches must fit.
+struct HeldDecoder {
+    DecoderShape shape;
+    int64_t layers;
+    Decoder of;
 };
 
 NB_MODULE(_native, module) {
@@ -138,28 +147,30 @@ NB_MODULE(_native, module) {
         Unlocked());
     module.def(
         "pack_bits_transposed",
-        [](const Bytes& codes, int bits, const AnyOut& words) {
+        [](const Bytes& codes, int bits, const LinesOut& words) {
             pack_bits_transposed(kernels(), codes.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), bits,
-                                 words.data());
+                                 words.data(), words.stride(0));
         },
         Unlocked());
     module.def(
         "unpack_bits_transposed",
-        [](const AnyIn& words, int bits, const Codes& codes) {
-            unpack_bits_transposed(kernels(), words.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), bits,
-                                   codes.data());
+        [](const LinesIn& words, int bits, const Codes& codes) {
+            unpack_bits_transposed(kernels(), words.data(), words.stride(0), int64_t(codes.shape(0)),
+                                   int64_t(codes.shape(1)), bits, codes.data());
         },
         Unlocked());
     module.def(
         "pack_awq",
-        [](const Bytes& codes, const AnyOut& words) {
-            pack_awq(kernels(), codes.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), words.data());
+        [](const Bytes& codes, const LinesOut& words) {
+            pack_awq(kernels(), codes.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), words.data(),
+                     words.stride(0));
         },
         Unlocked());
     module.def(
         "unpack_awq",
-        [](const AnyIn& words, const Codes& codes) {
-            unpack_awq(kernels(), words.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), codes.data());
+        [](const LinesIn& words, const Codes& codes) {
+            unpack_awq(kernels(), words.data(), words.stride(0), int64_t(codes.shape(0)), int64_t(codes.shape(1)),
+                       codes.data());
         },
         Unlocked());
     module.def(
@@ -255,27 +266,50 @@ NB_MODULE(_native, module) {
                 multiply(inputs.data(), int64_t(inputs.shape(0)), {{&self.matrix, out.data()}}, threads);
             },
             Unlocked());
-    nb::class_<Decoder>(module, "Decoder")
+    module.def(
+        "interleave",
+        [](const Bytes& codes, const std::optional<Array<const int64_t>>& order, int bits, int64_t full, int threads,
+           const Codes& out) {
+            interleave(codes.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), data_or_null(order), bits, full,
+                       threads, out.data());
+        },
+        nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), Unlocked());
+    module.def(
+        "interleave_floats",
+        [](const AnyIn& values, int64_t full, int threads, const AnyOut& out) {
+            interleave_floats(values.data(), int64_t(values.shape(0)), int64_t(values.shape(1)), int(values.itemsize()),
+                              full, threads, out.data());
+        },
+        Unlocked());
+    nb::class_<Cache>(module, "Cache")
+        .def("reserve", &Cache::reserve, Unlocked())
+        .def_prop_ro("bytes", &Cache::bytes);
+    nb::class_<HeldDecoder>(module, "Decoder")
         .def("__init__",
-             [](Decoder* self, int64_t hidden, int64_t heads, int64_t key_heads, int64_t head_size, int64_t inner,
-                float epsilon, float scale, int64_t window, int64_t capacity, int threads) {
-                 DecoderShape shape{hidden, heads, key_heads, head_size, inner, epsilon, scale, window};
-                 new (self) Decoder(shape, capacity, threads);
+             [](HeldDecoder* self, int64_t hidden, int64_t heads, int64_t key_heads, int64_t head_size, int64_t inner,
+                int64_t turned, float epsilon, float scale, float cap, bool gelu, int threads) {
+                 DecoderShape shape{hidden, heads, key_heads, head_size, inner, turned, epsilon, scale, cap, gelu};
+                 new (self) HeldDecoder{shape, 0, Decoder(shape, threads)};
              })
         .def(
             "add",
-            [](Decoder& self, const Held& query, const Held& key, const Held& value, const Held& output,
-               const Held& gate, const Held& up, const Held& down, const Floats& before, const Floats& after,
-               const MaybeFloats& query_norm, const MaybeFloats& key_norm) {
-                self.add({query.matrix, key.matrix, value.matrix, output.matrix, gate.matrix, up.matrix, down.matrix,
-                          before.data(), after.data(), data_or_null(query_norm), data_or_null(key_norm)});
-            },
-            nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-            nb::arg().none(), nb::arg().none())
+            [](HeldDecoder& self, const std::vector<const Held*>& matrices, const std::vector<MaybeFloats>& norms,
+               int64_t window, int64_t angles) {
+                auto matrix = [&](size_t i) { return matrices.at(i)->matrix; };
+                auto norm = [&](size_t i) { return data_or_null(norms.at(i)); };
+                self.of.add({matrix(0), matrix(1), matrix(2), matrix(3), matrix(4), matrix(5), matrix(6), norm(0),
+                             norm(1), norm(2), norm(3), norm(4), norm(5), window, angles});
+                self.layers++;
+            })
+        .def("cache", [](const HeldDecoder& self, int as) { return new Cache(self.shape, self.layers, Keep(as)); })
         .def(
             "run",
-            [](Decoder& self, const FloatsOut& hidden, int64_t position, const Floats& cosine, const Floats& sine) {
-                self.run(hidden.data(), int64_t(hidden.shape(0)), position, cosine.data(), sine.data());
+            [](HeldDecoder& self, const FloatsOut& hidden, const std::vector<Cache*>& caches,
+               const std::vector<int64_t>& positions, const std::vector<int64_t>& tokens, const Floats& cosine,
+               const Floats& sine) {
+                std::vector<Part> parts;
+                for (size_t i = 0; i < caches.size(); i++) parts.push_back({caches[i], positions.at(i), tokens.at(i)});
+                self.of.run(hidden.data(), parts, cosine.data(), sine.data());
             },
             Unlocked());
 }

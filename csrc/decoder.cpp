@@ -2,20 +2,28 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "pool.h"
 
 namespace lowbit {
 namespace {
 
+constexpr int64_t piece = 8;  // tokens that a thread takes at a time, where each is little work
+
+// In eight sums, which the compiler may keep side by side.
 void norm(const float* from, const float* weight, int64_t count, float epsilon, float* to) {
-    double sum = 0;
-    for (int64_t i = 0; i < count; i++) sum += double(from[i]) * from[i];
+    double part[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (int k = 0; k < 8; k++) part[k] += double(from[i + k]) * from[i + k];
+    for (; i < count; i++) part[0] += double(from[i]) * from[i];
+    double sum = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
     auto scale = float(1 / std::sqrt(sum / double(count) + epsilon));
-    for (int64_t i = 0; i < count; i++) to[i] = from[i] * scale * weight[i];
+    for (i = 0; i < count; i++) to[i] = from[i] * scale * weight[i];
 }
 
-// The first half of a head and the second are the two coordinates that turn.
+// The first half of what turns of a head and the second are the two coordinates that turn.
 void turn(float* head, int64_t size, const float* cosine, const float* sine) {
     for (int64_t i = 0, half = size / 2; i < half; i++) {
         float x = head[i], y = head[i + half];
@@ -27,82 +35,122 @@ void grow(std::vector<float>& room, int64_t size) {
     if (int64_t(room.size()) < size) room.resize(size_t(size));
 }
 
-}  // namespace
-
-Decoder::Decoder(const DecoderShape& shape, int64_t capacity, int threads)
-    : shape_(shape), capacity_(capacity), threads_(threads) {}
-
-void Decoder::add(const DecoderLayer& layer) {
-    auto size = size_t(shape_.key_heads * capacity_ * shape_.head_size);
-    layers_.push_back({layer, std::vector<float>(size), std::vector<float>(size)});
+template <class T>
+std::unique_ptr<T[]> moved(const T* from, int64_t rows, int64_t before, int64_t after) {
+    auto to = std::make_unique_for_overwrite<T[]>(size_t(rows * after));
+    for (int64_t row = 0; before && row < rows; row++)
+        std::memcpy(to.get() + row * after, from + row * before, size_t(before) * sizeof(T));
+    return to;
 }
 
-void Decoder::run(float* hidden, int64_t tokens, int64_t position, const float* cosine, const float* sine) {
-    int64_t queries = shape_.heads * shape_.head_size, keys = shape_.key_heads * shape_.head_size;
-    grow(normed_, tokens * shape_.hidden), grow(query_, tokens * queries), grow(mixed_, tokens * queries);
-    grow(key_, tokens * keys), grow(value_, tokens * keys);
-    grow(inner_, tokens * shape_.inner), grow(up_, tokens * shape_.inner);
-    for (Layer& layer : layers_) {
-        attention(layer, hidden, tokens, position, cosine, sine);
-        feed(layer, hidden, tokens);
+}  // namespace
+
+Cache::Cache(const DecoderShape& shape, int64_t layers, Keep as)
+    : as_(as), heads_(shape.key_heads), rows_(2 * layers * shape.key_heads), block_(shape.head_size % 32 ? 16 : 32) {
+    row_bytes_ = shape.head_size * (as == Keep::f32 ? 4 : as == Keep::f16 ? 2 : 1);
+    row_scales_ = as == Keep::int8 ? shape.head_size / block_ : 0;
+}
+
+void Cache::reserve(int64_t positions) {
+    if (positions <= capacity_) return;
+    int64_t wanted = std::max(positions, capacity_ + capacity_ / 2);
+    data_ = moved(data_.get(), rows_, capacity_ * row_bytes_, wanted * row_bytes_);
+    scale_ = moved(scale_.get(), rows_, capacity_ * row_scales_, wanted * row_scales_);
+    capacity_ = wanted;
+}
+
+Kept Cache::kept(int64_t side, int64_t head) const {
+    int64_t at = (side * heads_ + head) * capacity_;
+    return {as_, data_.get() + at * row_bytes_, scale_.get() + at * row_scales_, block_};
+}
+
+void Decoder::run(float* hidden, const std::vector<Part>& parts, const float* cosine, const float* sine) {
+    spots_.clear();
+    for (const Part& part : parts)
+        for (int64_t t = 0; t < part.tokens; t++) spots_.push_back({part.cache, part.position + t});
+    int64_t queries = shape_.heads * shape_.head_size, keys = shape_.key_heads * shape_.head_size, count = tokens();
+    grow(normed_, count * shape_.hidden), grow(query_, count * queries), grow(mixed_, count * queries);
+    grow(key_, count * keys), grow(value_, count * keys);
+    grow(inner_, count * shape_.inner), grow(up_, count * shape_.inner);
+    for (size_t layer = 0; layer < layers_.size(); layer++) {
+        attention(layer, hidden, cosine, sine);
+        feed(layers_[layer], hidden);
     }
 }
 
-void Decoder::attention(Layer& layer, float* hidden, int64_t tokens, int64_t position, const float* cosine,
-                        const float* sine) {
-    const DecoderLayer& of = layer.of;
-    for (int64_t t = 0; t < tokens; t++)
-        norm(hidden + t * shape_.hidden, of.before, shape_.hidden, shape_.epsilon, normed_.data() + t * shape_.hidden);
-    multiply(normed_.data(), tokens, {{&of.query, query_.data()}, {&of.key, key_.data()}, {&of.value, value_.data()}},
+void Decoder::normed(const float* hidden, const float* weight) {
+    share(tokens(), piece, threads_, [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; t++)
+            norm(hidden + t * shape_.hidden, weight, shape_.hidden, shape_.epsilon, normed_.data() + t * shape_.hidden);
+    });
+}
+
+// What a part of the block gave, through a norm of its own where it has one.
+void Decoder::add_to(float* hidden, const float* weight) {
+    for (int64_t t = 0; weight && t < tokens(); t++) {
+        float* at = normed_.data() + t * shape_.hidden;
+        norm(at, weight, shape_.hidden, shape_.epsilon, at);
+    }
+    for (int64_t i = 0; i < tokens() * shape_.hidden; i++) hidden[i] += normed_[size_t(i)];
+}
+
+void Decoder::attention(size_t layer, float* hidden, const float* cosine, const float* sine) {
+    const DecoderLayer& of = layers_[layer];
+    normed(hidden, of.before);
+    multiply(normed_.data(), tokens(), {{&of.query, query_.data()}, {&of.key, key_.data()}, {&of.value, value_.data()}},
              threads_);
-    for (int64_t t = 0; t < tokens; t++)
-        place(layer, t, position + t, cosine + t * shape_.head_size, sine + t * shape_.head_size);
-    attend(layer, tokens, position);
-    multiply(mixed_.data(), tokens, {{&of.output, normed_.data()}}, threads_);
-    for (int64_t i = 0; i < tokens * shape_.hidden; i++) hidden[i] += normed_[size_t(i)];
+    share(tokens(), piece, threads_, [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; t++) place(layer, t, cosine, sine);
+    });
+    attend(layer);
+    multiply(mixed_.data(), tokens(), {{&of.output, normed_.data()}}, threads_);
+    add_to(hidden, of.attended);
 }
 
 // Norms and positions of a token's heads; its keys and values to where they are kept.
-void Decoder::place(Layer& layer, int64_t token, int64_t position, const float* cosine, const float* sine) {
-    int64_t size = shape_.head_size;
-    for (int64_t head = 0; head < shape_.heads; head++) {
-        float* query = query_.data() + (token * shape_.heads + head) * size;
-        if (layer.of.query_norm) norm(query, layer.of.query_norm, size, shape_.epsilon, query);
-        turn(query, size, cosine, sine);
-    }
+void Decoder::place(size_t layer, int64_t token, const float* cosine, const float* sine) {
+    const DecoderLayer& of = layers_[layer];
+    int64_t size = shape_.head_size, angle = (of.angles * tokens() + token) * shape_.turned;
+    auto ready = [&](float* head, const float* weight) {
+        if (weight) norm(head, weight, size, shape_.epsilon, head);
+        if (of.angles >= 0) turn(head, shape_.turned, cosine + angle, sine + angle);
+        return head;
+    };
+    for (int64_t head = 0; head < shape_.heads; head++)
+        ready(query_.data() + (token * shape_.heads + head) * size, of.query_norm);
+    const Spot& spot = spots_[size_t(token)];
     for (int64_t head = 0; head < shape_.key_heads; head++) {
-        float* key = key_.data() + (token * shape_.key_heads + head) * size;
-        if (layer.of.key_norm) norm(key, layer.of.key_norm, size, shape_.epsilon, key);
-        turn(key, size, cosine, sine);
-        const float* value = value_.data() + (token * shape_.key_heads + head) * size;
-        int64_t at = (head * capacity_ + position) * size;
-        std::copy(key, key + size, layer.keys.data() + at);
-        std::copy(value, value + size, layer.values.data() + at);
+        int64_t at = (token * shape_.key_heads + head) * size;
+        kernels().keep(spot.position, size, ready(key_.data() + at, of.key_norm), spot.cache->keys(int64_t(layer), head));
+        kernels().keep(spot.position, size, value_.data() + at, spot.cache->values(int64_t(layer), head));
     }
 }
 
-void Decoder::attend(Layer& layer, int64_t tokens, int64_t position) {
-    int64_t size = shape_.head_size, shared = shape_.heads / shape_.key_heads;
-    share(tokens * shape_.heads, 1, threads_, [&](int64_t first, int64_t last) {
-        std::vector<float> room(size_t(position + tokens) + 16);
+void Decoder::attend(size_t layer) {
+    int64_t size = shape_.head_size, shared = shape_.heads / shape_.key_heads, window = layers_[layer].window;
+    share(tokens() * shape_.heads, 1, threads_, [&](int64_t first, int64_t last) {
+        std::vector<float> room;
         for (int64_t i = first; i < last; i++) {
-            int64_t token = i / shape_.heads, seen = position + token + 1;
-            int64_t kept = (i % shape_.heads) / shared * capacity_ * size;
-            int64_t begin = shape_.window ? std::max<int64_t>(seen - shape_.window, 0) : 0;
-            kernels().attend({size, begin, seen, query_.data() + i * size, layer.keys.data() + kept,
-                              layer.values.data() + kept, shape_.scale, room.data(), mixed_.data() + i * size});
+            const Spot& spot = spots_[size_t(i / shape_.heads)];
+            int64_t head = i % shape_.heads / shared, seen = spot.position + 1;
+            int64_t begin = window ? std::max<int64_t>(seen - window, 0) : 0;
+            grow(room, seen - begin + 16);
+            kernels().attend({size, begin, seen, query_.data() + i * size, spot.cache->keys(int64_t(layer), head),
+                              spot.cache->values(int64_t(layer), head), shape_.scale, shape_.cap, room.data(),
+                              mixed_.data() + i * size});
         }
     });
 }
 
-void Decoder::feed(const Layer& layer, float* hidden, int64_t tokens) {
-    const DecoderLayer& of = layer.of;
-    for (int64_t t = 0; t < tokens; t++)
-        norm(hidden + t * shape_.hidden, of.after, shape_.hidden, shape_.epsilon, normed_.data() + t * shape_.hidden);
-    multiply(normed_.data(), tokens, {{&of.gate, inner_.data()}, {&of.up, up_.data()}}, threads_);
-    kernels().gate(tokens * shape_.inner, inner_.data(), up_.data());
-    multiply(inner_.data(), tokens, {{&of.down, normed_.data()}}, threads_);
-    for (int64_t i = 0; i < tokens * shape_.hidden; i++) hidden[i] += normed_[size_t(i)];
+void Decoder::feed(const DecoderLayer& of, float* hidden) {
+    normed(hidden, of.after);
+    multiply(normed_.data(), tokens(), {{&of.gate, inner_.data()}, {&of.up, up_.data()}}, threads_);
+    share(tokens(), piece, threads_, [&](int64_t first, int64_t last) {
+        int64_t at = first * shape_.inner;
+        kernels().gate((last - first) * shape_.inner, shape_.gelu, inner_.data() + at, up_.data() + at);
+    });
+    multiply(inner_.data(), tokens(), {{&of.down, normed_.data()}}, threads_);
+    add_to(hidden, of.fed);
 }
 
 }  // namespace lowbit

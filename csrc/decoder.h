@@ -1,7 +1,7 @@
-// A decoder of the Llama family: what a block computes for some tokens after those that it has seen.
+// A decoder of the Llama family: what its blocks compute for tokens after those that a text has.
 #pragma once
 
-#include <deque>
+#include <memory>
 #include <vector>
 
 #include "lowbit.h"
@@ -25,40 +25,72 @@ void multiply(const float* inputs, int64_t tokens, const std::vector<Task>& task
 
 struct DecoderLayer {
     Matrix query, key, value, output, gate, up, down;
-    const float *before, *after;  // weights of the norms [hidden]
+    const float *before, *after;         // weights of the norms before attention and feed-forward [hidden]
     const float *query_norm, *key_norm;  // of the norms of heads [head_size], or null
+    const float *attended, *fed;         // of norms of what attention and feed-forward give [hidden], or null
+    int64_t window;                      // positions that a token sees; 0: all before it
+    int64_t angles;                      // which table of angles turns its heads; -1: none
 };
 
 struct DecoderShape {
     int64_t hidden, heads, key_heads, head_size, inner;  // inner: of the feed-forward layer
-    float epsilon, scale;                                // of the norms, of attention's scores
-    int64_t window;                                      // positions that a token sees; 0: all before it
+    int64_t turned;                                      // dimensions of a head that turn, even
+    float epsilon, scale, cap;                           // of the norms, of attention's scores; their cap or 0
+    bool gelu;                                           // the gate is GELU, not SiLU
+};
+
+// Keys and values of one text, in every layer.
+class Cache final {
+  public:
+    Cache(const DecoderShape& shape, int64_t layers, Keep as);
+
+    // Room for so many positions; those that are there stay.
+    void reserve(int64_t positions);
+    Kept keys(int64_t layer, int64_t head) const { return kept(2 * layer, head); }
+    Kept values(int64_t layer, int64_t head) const { return kept(2 * layer + 1, head); }
+    int64_t bytes() const { return rows_ * capacity_ * (row_bytes_ + row_scales_ * 4); }
+
+  private:
+    Kept kept(int64_t side, int64_t head) const;
+
+    Keep as_;
+    int64_t heads_, rows_, block_, row_bytes_, row_scales_, capacity_ = 0;  // rows: heads of all layers, keys and values
+    std::unique_ptr<uint8_t[]> data_;  // [layers, 2, heads, capacity, dim]
+    std::unique_ptr<float[]> scale_;
+};
+
+// Tokens of one text: at `position` and after, where all before are known.
+struct Part {
+    Cache* cache;
+    int64_t position, tokens;
 };
 
 class Decoder final {
   public:
-    // Room for `capacity` positions.
-    Decoder(const DecoderShape& shape, int64_t capacity, int threads);
-    void add(const DecoderLayer& layer);
+    Decoder(const DecoderShape& shape, int threads) : shape_(shape), threads_(threads) {}
+    void add(const DecoderLayer& layer) { layers_.push_back(layer); }
 
-    // What comes of hidden states [tokens, hidden] (changed in place) at `position` and after, where all before are
-    // known. `cosine` and `sine` are [tokens, head_size].
-    void run(float* hidden, int64_t tokens, int64_t position, const float* cosine, const float* sine);
+    // What comes of the hidden states of all tokens [tokens, hidden], changed in place; caches have room for them.
+    // `cosine` and `sine` are [tables, tokens, turned].
+    void run(float* hidden, const std::vector<Part>& parts, const float* cosine, const float* sine);
 
   private:
-    struct Layer {
-        DecoderLayer of;
-        std::vector<float> keys, values;  // [key_heads, capacity, head_size]
+    struct Spot {
+        Cache* cache;
+        int64_t position;
     };
-    void attention(Layer& layer, float* hidden, int64_t tokens, int64_t position, const float* cosine, const float* sine);
-    void attend(Layer& layer, int64_t tokens, int64_t position);
-    void feed(const Layer& layer, float* hidden, int64_t tokens);
-    void place(Layer& layer, int64_t token, int64_t position, const float* cosine, const float* sine);
+    void attention(size_t layer, float* hidden, const float* cosine, const float* sine);
+    void place(size_t layer, int64_t token, const float* cosine, const float* sine);
+    void attend(size_t layer);
+    void feed(const DecoderLayer& of, float* hidden);
+    void normed(const float* hidden, const float* weight);
+    void add_to(float* hidden, const float* weight);
+    int64_t tokens() const { return int64_t(spots_.size()); }
 
     DecoderShape shape_;
-    int64_t capacity_;
     int threads_;
-    std::deque<Layer> layers_;
+    std::vector<DecoderLayer> layers_;
+    std::vector<Spot> spots_;  // of the tokens that run
     std::vector<float> normed_, query_, key_, value_, mixed_, inner_, up_;
 };
 

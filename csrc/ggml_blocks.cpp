@@ -127,6 +127,10 @@ void move_plain(GgmlType type, const Block<Part>& b, Byte* at) {
         break;
     case GgmlType::q8_0: M::raw(2, b.scale, at), M::signed_bytes(32, b.codes, at + 2); break;
     case GgmlType::mxfp4: M::raw(1, b.scale, at), nibbles<M>(32, b.codes, at + 1); break;
+    case GgmlType::nvfp4:
+        M::raw(4, b.scale, at);
+        for (int i = 0; i < 4; i++) nibbles<M>(16, b.codes + 16 * i, at + 4 + 8 * i);
+        break;
     case GgmlType::tq1_0:
         M::ternary(32, 5, b.codes, at), M::ternary(16, 5, b.codes + 160, at + 32);
         M::ternary(4, 4, b.codes + 240, at + 48), M::raw(2, b.scale, at + 52);
@@ -195,6 +199,7 @@ GgmlShape ggml_shape(GgmlType type) {
     case GgmlType::q5_1: return {32, 24, 0, true, 2};
     case GgmlType::q8_0: return {32, 34, 0, false, 2};
     case GgmlType::mxfp4: return {32, 17, 0, false, 1};
+    case GgmlType::nvfp4: return {64, 36, 0, false, 4};
     case GgmlType::q2_k: return {256, 84, 16, true, 2};
     case GgmlType::q3_k: return {256, 110, 16, false, 2};
     case GgmlType::q4_k: return {256, 144, 8, true, 2};

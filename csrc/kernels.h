@@ -564,6 +564,6 @@ extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
                            dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words,
                            softmax,    softmax_slopes, encode_any, fit_any, product,       round_inputs,    attend,
-                           gate};
+                           keep,       gate};
 
 }  // namespace lowbit

@@ -45,10 +45,11 @@ Levels nearest_level(const float* sorted, const uint8_t* codes, int count) {
 
 // ---- transposed words ----
 
-// Rows are packed in tiles of 16 x 512 words: a line of the output is written whole, and the tile stays in L1.
+// Rows are packed in tiles of 64 x 128 words, which stay in L1. Lines of words are far apart, and each is read or written in
+// runs of 256 bytes: of shorter ones the cache holds too few, since their addresses differ by powers of two.
 namespace {
 
-constexpr int64_t tile_rows = 16, tile_words = 512;
+constexpr int64_t tile_rows = 64, tile_words = 128;
 using Tile = uint32_t[tile_rows][tile_words];
 
 // body(row, rows, first code, codes, first word, words) for each tile.
@@ -65,21 +66,21 @@ void each_tile(int64_t rows, int64_t cols, int bits, Body body) {
 }  // namespace
 
 void pack_bits_transposed(const Kernels& kernels, const uint8_t* codes, int64_t rows, int64_t cols, int bits,
-                          void* words) {
+                          void* words, int64_t stride) {
     auto to = static_cast<uint8_t*>(words);
     Tile tile;
     each_tile(rows, cols, bits, [&](int64_t row, int64_t high, int64_t col, int64_t wide, int64_t word, int64_t count) {
         for (int64_t i = 0; i < high; i++) kernels.pack_bits(codes + (row + i) * cols + col, 1, wide, bits, tile[i]);
-        kernels.transpose_words(tile, tile_words, high, count, to + 4 * (word * rows + row), rows);
+        kernels.transpose_words(tile, tile_words, high, count, to + 4 * (word * stride + row), stride);
     });
 }
 
-void unpack_bits_transposed(const Kernels& kernels, const void* words, int64_t rows, int64_t cols, int bits,
-                            uint8_t* codes) {
+void unpack_bits_transposed(const Kernels& kernels, const void* words, int64_t stride, int64_t rows, int64_t cols,
+                            int bits, uint8_t* codes) {
     auto from = static_cast<const uint8_t*>(words);
     Tile tile;
     each_tile(rows, cols, bits, [&](int64_t row, int64_t high, int64_t col, int64_t wide, int64_t word, int64_t count) {
-        kernels.transpose_words(from + 4 * (word * rows + row), rows, count, high, tile, tile_words);
+        kernels.transpose_words(from + 4 * (word * stride + row), stride, count, high, tile, tile_words);
         for (int64_t i = 0; i < high; i++) kernels.unpack_bits(tile[i], 1, wide, bits, codes + (row + i) * cols + col);
     });
 }
@@ -90,7 +91,7 @@ namespace {
 
 constexpr int awq_rows[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 
-// body(first of up to 16 lines of words, lines, first column, columns) for each tile.
+// body(first of up to 64 lines of words, lines, first column, columns) for each tile.
 template <class Body>
 void each_awq_tile(int64_t lines, int64_t cols, Body body) {
     for (int64_t line = 0; line < lines; line += tile_rows)
@@ -98,9 +99,31 @@ void each_awq_tile(int64_t lines, int64_t cols, Body body) {
             body(line, std::min(tile_rows, lines - line), col, std::min(tile_words, cols - col));
 }
 
+// Nibbles of eight rows side by side: first pairs of rows as bytes, then four of these; both loops become vectors.
+void join_eight(const uint8_t* const (&rows)[8], int64_t count, uint32_t* words) {
+    uint8_t pairs[4][tile_words];
+    for (int k = 0; k < 4; k++)
+        for (int64_t c = 0; c < count; c++) pairs[k][c] = uint8_t((rows[2 * k][c] & 15) | rows[2 * k + 1][c] << 4);
+    auto to = reinterpret_cast<uint8_t*>(words);
+    for (int64_t c = 0; c < count; c++)
+        for (int k = 0; k < 4; k++) to[4 * c + k] = pairs[k][c];
+}
+
+void split_eight(const uint32_t* words, int64_t count, uint8_t* const (&rows)[8]) {
+    uint8_t pairs[4][tile_words];
+    auto from = reinterpret_cast<const uint8_t*>(words);
+    for (int64_t c = 0; c < count; c++)
+        for (int k = 0; k < 4; k++) pairs[k][c] = from[4 * c + k];
+    for (int k = 0; k < 4; k++)
+        for (int64_t c = 0; c < count; c++) {
+            rows[2 * k][c] = pairs[k][c] & 15;
+            rows[2 * k + 1][c] = pairs[k][c] >> 4;
+        }
+}
+
 }  // namespace
 
-void pack_awq(const Kernels& kernels, const uint8_t* codes, int64_t rows, int64_t cols, void* words) {
+void pack_awq(const Kernels& kernels, const uint8_t* codes, int64_t rows, int64_t cols, void* words, int64_t stride) {
     auto to = static_cast<uint8_t*>(words);
     int64_t lines = rows / 8;
     Tile tile;
@@ -108,27 +131,23 @@ void pack_awq(const Kernels& kernels, const uint8_t* codes, int64_t rows, int64_
         for (int64_t i = 0; i < high; i++) {
             const uint8_t* from[8];
             for (int k = 0; k < 8; k++) from[k] = codes + (8 * (line + i) + awq_rows[k]) * cols + col;
-            for (int64_t c = 0; c < count; c++) {
-                uint32_t word = 0;
-                for (int k = 0; k < 8; k++) word |= uint32_t(from[k][c] & 15) << 4 * k;
-                tile[i][c] = word;
-            }
+            join_eight(from, count, tile[i]);
         }
-        kernels.transpose_words(tile, tile_words, high, count, to + 4 * (col * lines + line), lines);
+        kernels.transpose_words(tile, tile_words, high, count, to + 4 * (col * stride + line), stride);
     });
 }
 
-void unpack_awq(const Kernels& kernels, const void* words, int64_t rows, int64_t cols, uint8_t* codes) {
+void unpack_awq(const Kernels& kernels, const void* words, int64_t stride, int64_t rows, int64_t cols, uint8_t* codes) {
     auto from = static_cast<const uint8_t*>(words);
     int64_t lines = rows / 8;
     Tile tile;
     each_awq_tile(lines, cols, [&](int64_t line, int64_t high, int64_t col, int64_t count) {
-        kernels.transpose_words(from + 4 * (col * lines + line), lines, count, high, tile, tile_words);
-        for (int64_t i = 0; i < high; i++)
-            for (int k = 0; k < 8; k++) {
-                uint8_t* to = codes + (8 * (line + i) + awq_rows[k]) * cols + col;
-                for (int64_t c = 0; c < count; c++) to[c] = uint8_t(tile[i][c] >> 4 * k & 15);
-            }
+        kernels.transpose_words(from + 4 * (col * stride + line), stride, count, high, tile, tile_words);
+        for (int64_t i = 0; i < high; i++) {
+            uint8_t* to[8];
+            for (int k = 0; k < 8; k++) to[k] = codes + (8 * (line + i) + awq_rows[k]) * cols + col;
+            split_eight(tile[i], count, to);
+        }
     });
 }
 

@@ -81,7 +81,7 @@ struct Causal {
 enum class GgmlType {
     q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13, q6_k = 14,
     iq2_xxs = 16, iq2_xs = 17, iq3_xxs = 18, iq1_s = 19, iq4_nl = 20, iq3_s = 21, iq2_s = 22, iq4_xs = 23, iq1_m = 29,
-    tq1_0 = 34, tq2_0 = 35, mxfp4 = 39,
+    tq1_0 = 34, tq2_0 = 35, mxfp4 = 39, nvfp4 = 40,
 };
 
 // Weights and bytes of a block, how many blocks with scales of their own are in it (0: it has one scale), whether it
@@ -94,7 +94,7 @@ struct GgmlShape {
 GgmlShape ggml_shape(GgmlType type);  // all 0 where there is no such type
 
 // What is in blocks, each array for all of them; null where the type has none. Scales and minima as they are stored
-// (float16, or the byte of a power of two), signed codes in offset binary.
+// (float16, the byte of a power of two, or four of E4M3), signed codes in offset binary.
 template <class Byte>
 struct GgmlParts {
     Byte *codes, *scale, *min, *scale_codes, *min_codes;
@@ -147,12 +147,25 @@ struct Rounded {
     int64_t count, sub, step;
 };
 
-// Attention of one query over the positions first to before last; keys and values are [positions, dim], dim a multiple
-// of 16, and `room` has place for the positions.
+// How keys and values are kept.
+enum class Keep { f32, f16, int8 };
+
+// Keys or values of one head [positions, dim]: floats, or bytes 128 above the value over the scale of their `block`
+// values (a multiple of 16 that divides dim).
+struct Kept {
+    Keep as;
+    void* data;
+    float* scale;  // [positions, dim / block], of bytes only
+    int64_t block;
+};
+
+// Attention of one query over the positions first to before last; dim is a multiple of 16, and `room` has place for the
+// positions, rounded up to 16. With a cap, scores become cap * tanh(score / cap).
 struct Attention {
     int64_t dim, first, last;
-    const float *query, *keys, *values;
-    float scale, *room, *out;
+    const float* query;
+    Kept keys, values;
+    float scale, cap, *room, *out;  // cap: 0 for none
 };
 
 struct ErrorSums {
@@ -215,7 +228,10 @@ struct Kernels {
     void (*round_inputs)(const Rounded&, const float* input, int8_t* rounded, float* scale, float* sum,
                          int16_t* step_sum);
     void (*attend)(const Attention&);
-    void (*gate)(int64_t count, float* x, const float* up);  // x / (1 + exp(-x)) * up, in place of x
+    void (*keep)(int64_t position, int64_t dim, const float* from, const Kept& to);  // the values of one position
+
+    // x / (1 + exp(-x)) * up, or GELU (with tanh) of x times up, in place of x.
+    void (*gate)(int64_t count, bool gelu, float* x, const float* up);
 };
 
 // The table in use: the best that this CPU has, or the one that the environment variable LOWBIT_ISA names (a test
@@ -229,18 +245,29 @@ static inline int64_t words_per_row(int64_t cols, int bits) { return (cols * bit
 // is even, to the one of smaller magnitude; where these are equal too, to the greater.
 Levels nearest_level(const float* sorted, const uint8_t* codes, int count);
 
-// Word j of packed row n goes to words[j * rows + n]: the layout of GPTQ's qweight, where rows are output features.
-void pack_bits_transposed(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, int bits, void* words);
-void unpack_bits_transposed(const Kernels&, const void* words, int64_t rows, int64_t cols, int bits, uint8_t* codes);
+// Word j of packed row n goes to words[j * stride + n]: the layout of GPTQ's qweight, where rows are output features, and
+// the stride is their number, of which `rows` may be some.
+void pack_bits_transposed(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, int bits, void* words,
+                          int64_t stride);
+void unpack_bits_transposed(const Kernels&, const void* words, int64_t stride, int64_t rows, int64_t cols, int bits,
+                            uint8_t* codes);
 
 // Two codes per byte, the first in the high nibble (bitsandbytes); an odd last byte has a zero low nibble.
 void pack_nibbles_high_first(const Kernels&, const uint8_t* codes, int64_t count, uint8_t* bytes);
 void unpack_nibbles_high_first(const Kernels&, const uint8_t* bytes, int64_t count, uint8_t* codes);
 
-// Word [k][j] holds column k of rows 8j to 8j + 7, the lowest four bits those of row 8j, then 2, 4, 6, 1, 3, 5, 7 (AWQ).
-// Rows are a multiple of 8.
-void pack_awq(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, void* words);
-void unpack_awq(const Kernels&, const void* words, int64_t rows, int64_t cols, uint8_t* codes);
+// Word words[k * stride + j] holds column k of rows 8j to 8j + 7, the lowest four bits those of row 8j, then 2, 4, 6, 1,
+// 3, 5, 7 (AWQ). Rows are a multiple of 8.
+void pack_awq(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, void* words, int64_t stride);
+void unpack_awq(const Kernels&, const void* words, int64_t stride, int64_t rows, int64_t cols, uint8_t* codes);
+
+// Codes [rows, cols] of 2 to 6 or 8 bits as panels (`Product::codes`) of `full` columns, of which column c is `order[c]`
+// of the codes where that is not null.
+void interleave(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t* order, int bits, int64_t full,
+                int threads, uint8_t* out);
+
+// [rows, cols] of elements of 2 or 4 bytes as [panels, full, 16]: scales, and weights that are floats.
+void interleave_floats(const void* values, int64_t rows, int64_t cols, int size, int64_t full, int threads, void* out);
 
 // Returns the first weight of a run that the type has no word for (IQ types hold runs of codes from a table), or -1.
 int64_t ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);

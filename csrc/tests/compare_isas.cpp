@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <random>
 
 #include "decoder.h"
@@ -189,17 +190,17 @@ static void compare_pack(const Kernels& kernels, int64_t rows, int64_t cols, int
     compare("unpack_bits", kernels, grid, count,
             [&](const Kernels& k, uint8_t* out) { k.unpack_bits(words.at(), rows, cols, bits, out); });
     compare("pack_bits_transposed", kernels, grid, size,
-            [&](const Kernels& k, uint8_t* out) { pack_bits_transposed(k, codes.at(), rows, cols, bits, out); });
+            [&](const Kernels& k, uint8_t* out) { pack_bits_transposed(k, codes.at(), rows, cols, bits, out, rows); });
     compare("unpack_bits_transposed", kernels, grid, count,
-            [&](const Kernels& k, uint8_t* out) { unpack_bits_transposed(k, words.at(), rows, cols, bits, out); });
+            [&](const Kernels& k, uint8_t* out) { unpack_bits_transposed(k, words.at(), rows, rows, cols, bits, out); });
     compare("pack_nibbles", kernels, grid, (count + 1) / 2,
             [&](const Kernels& k, uint8_t* out) { pack_nibbles_high_first(k, codes.at(), count, out); });
     int64_t lines = (rows + 7) / 8;
     Buffer eights = random_codes(8 * lines * cols, 255), packed = random_codes(4 * lines * cols, 255);
     compare("pack_awq", kernels, grid, 4 * lines * cols,
-            [&](const Kernels& k, uint8_t* out) { pack_awq(k, eights.at(), 8 * lines, cols, out); });
+            [&](const Kernels& k, uint8_t* out) { pack_awq(k, eights.at(), 8 * lines, cols, out, lines); });
     compare("unpack_awq", kernels, grid, 8 * lines * cols,
-            [&](const Kernels& k, uint8_t* out) { unpack_awq(k, packed.at(), 8 * lines, cols, out); });
+            [&](const Kernels& k, uint8_t* out) { unpack_awq(k, packed.at(), lines, 8 * lines, cols, out); });
     Buffer nibbles = random_codes((count + 1) / 2, 255);
     compare("unpack_nibbles", kernels, grid, count,
             [&](const Kernels& k, uint8_t* out) { unpack_nibbles_high_first(k, nibbles.at(), count, out); });
@@ -298,19 +299,34 @@ static void compare_dense(const Kernels& kernels, Dtype dtype, int64_t rows, int
     });
 }
 
+// Keys and values as they are kept, beside the bytes of `keep`.
+struct KeptRoom {
+    std::vector<uint8_t> data;
+    std::vector<float> scale;
+    Kept of;
+    KeptRoom(const Kernels& k, Keep as, int64_t dim, const std::vector<float>& from)
+        : data(from.size() * 4), scale(from.size() / 16 + 1), of{as, data.data(), scale.data(), 16} {
+        for (int64_t i = 0; i < int64_t(from.size()) / dim; i++) k.keep(i, dim, from.data() + i * dim, of);
+    }
+};
+
 static void compare_attention(const Kernels& kernels, int64_t dim, int64_t first, int64_t last) {
     auto query = random_scales(dim), keys = random_scales(last * dim), values = random_scales(last * dim);
-    compare("attend", kernels, {last, dim, first, 1}, 4 * dim, [&](const Kernels& k, uint8_t* out) {
-        std::vector<float> room(static_cast<size_t>(last - first)), found(static_cast<size_t>(dim));
-        k.attend({dim, first, last, query.data(), keys.data(), values.data(), 0.1f, room.data(), found.data()});
-        std::memcpy(out, found.data(), 4 * found.size());
-    });
-    compare("gate", kernels, {1, last, 1, 1}, 4 * last, [&](const Kernels& k, uint8_t* out) {
-        std::vector<float> x(keys.begin(), keys.begin() + last), up(values.begin(), values.begin() + last);
-        for (size_t i = 0; i < x.size(); i += 2) x[i] *= -100;
-        k.gate(last, x.data(), up.data());
-        std::memcpy(out, x.data(), 4 * x.size());
-    });
+    for (Keep as : {Keep::f32, Keep::f16, Keep::int8})
+        for (float cap : {0.0f, 5.0f})
+            compare("attend", kernels, {last, dim, first, 1}, 4 * dim, [&](const Kernels& k, uint8_t* out) {
+                std::vector<float> room(static_cast<size_t>(last - first + 16)), found(static_cast<size_t>(dim));
+                KeptRoom kept(k, as, dim, keys), mixed(k, as, dim, values);
+                k.attend({dim, first, last, query.data(), kept.of, mixed.of, 0.1f, cap, room.data(), found.data()});
+                std::memcpy(out, found.data(), 4 * found.size());
+            });
+    for (bool gelu : {false, true})
+        compare("gate", kernels, {1, last, 1, 1}, 4 * last, [&](const Kernels& k, uint8_t* out) {
+            std::vector<float> x(keys.begin(), keys.begin() + last), up(values.begin(), values.begin() + last);
+            for (size_t i = 0; i < x.size(); i += 2) x[i] *= -100;
+            k.gate(last, gelu, x.data(), up.data());
+            std::memcpy(out, x.data(), 4 * x.size());
+        });
 }
 
 // Every number once, whatever the threads.
@@ -324,7 +340,7 @@ static void check_share(int64_t count, int64_t piece, int threads) {
 }
 
 // Some tokens through two blocks, for the sanitizers: what comes of it is tested elsewhere.
-static void run_decoder(int threads) {
+static void run_decoder(int threads, Keep as) {
     constexpr int64_t hidden = 32, heads = 2, size = 16, inner = 48, tokens = 5;
     auto norm = random_scales(hidden);
     std::deque<std::vector<float>> kept;
@@ -336,16 +352,21 @@ static void run_decoder(int threads) {
         of.codes = reinterpret_cast<const uint8_t*>(weight.data());
         return Matrix{of, nullptr, cols, norm.data()};
     };
-    Decoder decoder({hidden, heads, 1, size, inner, 1e-5f, 0.25f, 3}, 2 * tokens, threads);
+    DecoderShape shape{hidden, heads, 1, size, inner, size, 1e-5f, 0.25f, as == Keep::f16 ? 5.0f : 0.0f, as == Keep::f16};
+    Decoder decoder(shape, threads);
     for (int i = 0; i < 2; i++) {
         auto add_no_bias = [](Matrix of) { return of.bias = nullptr, of; };
+        const float* own = i ? norm.data() : nullptr;
         decoder.add({matrix(heads * size, hidden), matrix(size, hidden), matrix(size, hidden), matrix(hidden, heads * size),
                      add_no_bias(matrix(inner, hidden)), add_no_bias(matrix(inner, hidden)), matrix(hidden, inner),
-                     norm.data(), norm.data(), norm.data(), nullptr});
+                     norm.data(), norm.data(), norm.data(), nullptr, own, own, i ? 3 : 0, 0});
     }
-    auto angles = random_scales(tokens * size), states = random_scales(tokens * hidden);
-    decoder.run(states.data(), tokens, 0, angles.data(), angles.data());
-    decoder.run(states.data(), tokens, tokens, angles.data(), angles.data());
+    Cache cache(shape, 2, as), other(shape, 2, as);
+    auto angles = random_scales(2 * tokens * size), states = random_scales(2 * tokens * hidden);
+    cache.reserve(tokens), other.reserve(tokens);
+    decoder.run(states.data(), {{&cache, 0, tokens}, {&other, 0, tokens}}, angles.data(), angles.data());
+    cache.reserve(2 * tokens);
+    decoder.run(states.data(), {{&cache, tokens, tokens}}, angles.data(), angles.data());
     for (float value : states)
         if (!std::isfinite(value)) failures++, std::printf("decoder: not finite\n");
 }
@@ -359,7 +380,8 @@ static constexpr GgmlType ggml_types[] = {
 int main() {
     for (int threads : {1, 2, 5})
         for (int64_t count : {0, 1, 7, 100}) check_share(count, 3, threads);
-    for (int threads : {1, 3}) run_decoder(threads);
+    for (int threads : {1, 3})
+        for (Keep as : {Keep::f32, Keep::f16, Keep::int8}) run_decoder(threads, as);
     for (GgmlType type : ggml_types)
         for (int64_t blocks : {0, 1, 5}) check_ggml_blocks(type, blocks);
 

@@ -136,6 +136,10 @@ class Matrix:
     ) -> None: ...
     def multiply(self, inputs: Tensor, threads: int, out: Tensor, /) -> None: ...
 
+class Cache:
+    bytes: int
+    def reserve(self, positions: int, /) -> None: ...
+
 class Decoder:
     def __init__(
         self,
@@ -144,26 +148,26 @@ class Decoder:
         key_heads: int,
         head_size: int,
         inner: int,
+        turned: int,
         epsilon: float,
         scale: float,
-        window: int,
-        capacity: int,
+        cap: float,
+        gelu: bool,
         threads: int,
         /,
     ) -> None: ...
-    def add(
+    def add(self, matrices: list[Matrix], norms: list[Tensor | None], window: int, angles: int, /) -> None: ...
+    def cache(self, keep: int, /) -> Cache: ...
+    def run(
         self,
-        query: Matrix,
-        key: Matrix,
-        value: Matrix,
-        output: Matrix,
-        gate: Matrix,
-        up: Matrix,
-        down: Matrix,
-        before: Tensor,
-        after: Tensor,
-        query_norm: Tensor | None,
-        key_norm: Tensor | None,
+        hidden: Tensor,
+        caches: list[Cache],
+        positions: list[int],
+        tokens: list[int],
+        cosine: Tensor,
+        sine: Tensor,
         /,
     ) -> None: ...
-    def run(self, hidden: Tensor, position: int, cosine: Tensor, sine: Tensor, /) -> None: ...
+
+def interleave(codes: Tensor, order: Tensor | None, bits: int, full: int, threads: int, out: Tensor, /) -> None: ...
+def interleave_floats(values: Tensor, full: int, threads: int, out: Tensor, /) -> None: ...

@@ -91,7 +91,7 @@ class Estimate:
     """Anonymous memory that a run will hold at most, in bytes, and how it must work to stay there.
 
     Attributes:
-        base: what the process holds before it starts (interpreter and libraries).
+        base: what the process holds before it starts (interpreter and libraries), and what all workers share.
         workspace: temporaries of one worker on one piece of a tensor.
         buffers: codes, scales and packed parts of the largest tensor, per worker; 0 where they live in a scratch file.
         threads: workers.
@@ -124,7 +124,9 @@ MARGIN = 48 * 2**20
 PIECE = 1 << 21
 
 
-def plan_memory(*, limit: int | None, threads: int, element_bytes: float, buffers: int, fixed: int) -> Estimate:
+def plan_memory(
+    *, limit: int | None, threads: int, element_bytes: float, buffers: int, fixed: int, shared: int = 0
+) -> Estimate:
     """The fastest way of working that fits the limit: fewer threads, then codes in a scratch file, then smaller pieces.
 
     Args:
@@ -133,11 +135,12 @@ def plan_memory(*, limit: int | None, threads: int, element_bytes: float, buffer
         element_bytes: temporaries per weight element of a piece, largest over the methods of the plan.
         buffers: bytes of codes of the largest tensor.
         fixed: bytes that one worker holds of its tensor in any case (its scales).
+        shared: bytes that are held once beside all workers.
 
     Raises:
         ResourceError: nothing fits; the text names the least limit that works.
     """
-    base = anonymous_bytes() + MARGIN
+    base = anonymous_bytes() + MARGIN + shared
 
     def estimate(workers: int, scratch: bool, piece: int) -> Estimate:
         held = fixed + (0 if scratch else buffers)

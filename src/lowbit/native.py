@@ -10,9 +10,11 @@ Kernels run on the calling thread and release the interpreter lock: give each th
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Literal, final
 
 import torch
@@ -22,6 +24,8 @@ from torch import Tensor
 from lowbit import _native
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ROOM = 256  # positions for which a text has room at least
+_LARGE = 1 << 22  # bytes from which pages of 2 MiB pay
 
 
 def isa() -> str:
@@ -252,10 +256,10 @@ def unpack_bits(
 def pack_bits_transposed(
     codes: UInt8[Tensor, "rows cols"], bits: int, *, out: Int32[Tensor, "words rows"] | None = None
 ) -> Int32[Tensor, "words rows"]:
-    """`pack_bits(codes, bits).T`, contiguous: GPTQ's qweight, where rows are output features."""
+    """`pack_bits(codes, bits).T`: GPTQ's qweight, where rows are output features. `out` may be some of its columns."""
     _check("codes", codes, _two(codes.shape), torch.uint8)
     rows, cols = codes.shape
-    words = _out(out, (_words(cols, bits), rows), torch.int32)
+    words = _lines_out(out, (_words(cols, bits), rows))
     _native.pack_bits_transposed(codes, bits, words)
     return words
 
@@ -263,8 +267,8 @@ def pack_bits_transposed(
 def unpack_bits_transposed(
     words: Int32[Tensor, "words rows"], bits: int, cols: int, *, out: UInt8[Tensor, "rows cols"] | None = None
 ) -> UInt8[Tensor, "rows cols"]:
-    """The codes that `pack_bits_transposed` was given."""
-    _check("words", words, (_words(cols, bits), _two(words.shape)[1]), torch.int32)
+    """The codes that `pack_bits_transposed` was given; `words` may be some columns of a matrix."""
+    _check_lines("words", words, (_words(cols, bits), _two(words.shape)[1]))
     codes = _out(out, (words.shape[1], cols))
     _native.unpack_bits_transposed(words, bits, codes)
     return codes
@@ -275,10 +279,10 @@ def pack_awq(
 ) -> Int32[Tensor, "cols words"]:
     """AWQ's qweight: the four low bits of eight rows to a word, the lowest those of row 0, then 2, 4, 6, 1, 3, 5, 7.
 
-    `rows` is a multiple of 8.
+    `rows` is a multiple of 8. `out` may be some columns of a matrix.
     """
     _check("codes", codes, _two(codes.shape), torch.uint8)
-    words = _out(out, (codes.shape[1], _eighth(codes.shape[0])), torch.int32)
+    words = _lines_out(out, (codes.shape[1], _eighth(codes.shape[0])))
     _native.pack_awq(codes, words)
     return words
 
@@ -286,8 +290,8 @@ def pack_awq(
 def unpack_awq(
     words: Int32[Tensor, "cols words"], *, out: UInt8[Tensor, "rows cols"] | None = None
 ) -> UInt8[Tensor, "rows cols"]:
-    """The codes that `pack_awq` was given."""
-    _check("words", words, _two(words.shape), torch.int32)
+    """The codes that `pack_awq` was given; `words` may be some columns of a matrix."""
+    _check_lines("words", words, _two(words.shape))
     codes = _out(out, (8 * words.shape[1], words.shape[0]))
     _native.unpack_awq(words, codes)
     return codes
@@ -320,7 +324,7 @@ class GgmlParts:
 
     Attributes:
         codes: one byte per weight, signed ones in offset binary.
-        scale: of each block, as stored: float16, or the byte of a power of two.
+        scale: of each block, as stored: float16, the byte of a power of two, or four of E4M3.
         min: float16 of each block.
         scale_codes: of the blocks within each block.
         min_codes: of the blocks within each block.
@@ -568,19 +572,24 @@ class Matrix:
         return out
 
 
+KEEPS = ("float32", "float16", "int8")
+
+
 @final
 @dataclass(frozen=True)
 class DecoderShape:
     """Sizes of a decoder of the Llama family.
 
     Attributes:
-        hidden: width of its states.
+        hidden: width of the hidden state.
         heads: of queries; a multiple of `key_heads`.
         head_size: a multiple of 16.
         inner: width of the feed-forward layer.
+        turned: dimensions of a head that turn with the position, even.
         epsilon: of its norms.
         scale: of attention's scores.
-        window: positions that a token sees; 0 for all before it.
+        cap: of these: they become `cap * tanh(score / cap)`; 0 for none.
+        gelu: whether the feed-forward layer's gate is GELU (with tanh), not SiLU.
     """
 
     hidden: int
@@ -588,15 +597,24 @@ class DecoderShape:
     key_heads: int
     head_size: int
     inner: int
+    turned: int
     epsilon: float
     scale: float
-    window: int = 0
+    cap: float = 0.0
+    gelu: bool = False
 
 
 @final
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Weights of a block: matrices, the norms before attention and feed-forward, and of heads where it has these."""
+    """Weights of a block: matrices, the norms before attention and feed-forward, and others where it has these.
+
+    Attributes:
+        attended: norm of what attention gives.
+        fed: norm of what the feed-forward layer gives.
+        window: positions that a token sees; 0 for all before it.
+        angles: number of the table of angles that turns its heads; -1 for none.
+    """
 
     query: Matrix
     key: Matrix
@@ -609,21 +627,56 @@ class DecoderLayer:
     after: Float[Tensor, "hidden"]
     query_norm: Float[Tensor, "head_size"] | None = None
     key_norm: Float[Tensor, "head_size"] | None = None
+    attended: Float[Tensor, "hidden"] | None = None
+    fed: Float[Tensor, "hidden"] | None = None
+    window: int = 0
+    angles: int = 0
+
+
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+NORMS = ("before", "after", "query_norm", "key_norm", "attended", "fed")
+
+
+@final
+class Cache:
+    """Keys and values of one text in all blocks of a decoder, which makes it.
+
+    Attributes:
+        known: tokens that it has.
+        limit: most that it takes; it grows to that.
+    """
+
+    def __init__(self, handle: _native.Cache, limit: int) -> None:
+        self.handle, self.limit, self.known = handle, limit, 0
+
+    def forget(self, known: int) -> None:
+        """Keep the first tokens alone."""
+        if not 0 <= known <= self.known:
+            raise ValueError(f"{known} tokens cannot be kept of {self.known}")
+        self.known = known
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are set aside."""
+        return self.handle.bytes
 
 
 @final
 class Decoder:
-    """The blocks of a model of the Llama family, with the keys and values of the tokens that they have seen."""
+    """The blocks of a model of the Llama family."""
 
-    def __init__(self, shape: DecoderShape, layers: Sequence[DecoderLayer], capacity: int, threads: int) -> None:
-        """Room for `capacity` positions, in float32."""
-        if shape.head_size % 16 or shape.heads % shape.key_heads or capacity < 1:
-            raise ValueError(f"{shape} with {capacity} positions is no decoder that runs here")
-        self.shape, self.capacity, self.known = shape, capacity, 0
+    def __init__(self, shape: DecoderShape, layers: Sequence[DecoderLayer], threads: int) -> None:
+        sizes = (shape.hidden, shape.heads, shape.key_heads, shape.head_size, shape.inner, shape.turned)
+        odd = min(sizes) < 1 or shape.head_size % 16 or shape.heads % shape.key_heads or shape.turned % 2
+        if odd or shape.turned > shape.head_size:
+            raise ValueError(f"{shape} is no decoder that runs here")
+        if any(layer.window < 0 or layer.angles < -1 for layer in layers):
+            raise ValueError("windows are at least 0 and tables of angles at least -1")
+        self.shape, self.tables = shape, 1 + max((layer.angles for layer in layers), default=0)
         self._layers = tuple(layers)  # their memory is read
         self._handle = _native.Decoder(
-            shape.hidden, shape.heads, shape.key_heads, shape.head_size, shape.inner, shape.epsilon, shape.scale,
-            shape.window, capacity, max(threads, 1),
+            shape.hidden, shape.heads, shape.key_heads, shape.head_size, shape.inner, shape.turned, shape.epsilon,
+            shape.scale, shape.cap, shape.gelu, max(threads, 1),
         )  # fmt: skip
         for layer in layers:
             self._add(layer)
@@ -640,37 +693,87 @@ class Decoder:
             matrix: Matrix = getattr(of, name)
             if (matrix.rows, matrix.inputs) != size:
                 raise ValueError(f"{name} is {matrix.rows} x {matrix.inputs}; it must be {size[0]} x {size[1]}")
-        norms = {
-            "before": shape.hidden,
-            "after": shape.hidden,
-            "query_norm": shape.head_size,
-            "key_norm": shape.head_size,
-        }
-        for name, count in norms.items():
+        for name in NORMS:
             if getattr(of, name) is not None:
+                count = shape.head_size if name in ("query_norm", "key_norm") else shape.hidden
                 _check(name, getattr(of, name), (count,), torch.float32)
-        self._handle.add(
-            of.query.handle, of.key.handle, of.value.handle, of.output.handle, of.gate.handle, of.up.handle,
-            of.down.handle, of.before, of.after, of.query_norm, of.key_norm,
-        )  # fmt: skip
+        matrices = [getattr(of, name).handle for name in MATRICES]
+        self._handle.add(matrices, [getattr(of, name) for name in NORMS], of.window, of.angles)
+
+    def cache(self, keep: str = "float32", limit: int = 1 << 31) -> Cache:
+        """Room for the keys and values of a text, kept as `float32`, `float16` or `int8` (a scale for each 32)."""
+        if keep not in KEEPS:
+            raise ValueError(f"keys and values are kept as one of {', '.join(KEEPS)}, not as {keep}")
+        return Cache(self._handle.cache(KEEPS.index(keep)), limit)
 
     def __call__(
         self,
         hidden: Float[Tensor, "tokens hidden"],
-        cosine: Float[Tensor, "tokens head_size"],
-        sine: Float[Tensor, "tokens head_size"],
+        parts: Sequence[tuple[Cache, int]],
+        cosine: Float[Tensor, "tables tokens turned"],
+        sine: Float[Tensor, "tables tokens turned"],
     ) -> Float[Tensor, "tokens hidden"]:
-        """What comes of tokens after those that it has seen, at the angles of their positions; then these are seen."""
-        tokens, size = hidden.shape[0], self.shape.head_size
+        """What comes of some tokens for each text after those that it has; then it has these too.
+
+        The tokens of all texts stand one after the other; `cosine` and `sine` are of the angles of their positions.
+        """
+        tokens = sum(count for _, count in parts)
         _check("hidden", hidden, (tokens, self.shape.hidden), torch.float32)
-        _check("cosine", cosine, (tokens, size), torch.float32)
-        _check("sine", sine, (tokens, size), torch.float32)
-        if self.known + tokens > self.capacity:
-            raise ValueError(f"{self.known} tokens and {tokens} more are over the capacity of {self.capacity}")
+        tables = max(self.tables, cosine.shape[0])
+        _check("cosine", cosine, (tables, tokens, self.shape.turned), torch.float32)
+        _check("sine", sine, (tables, tokens, self.shape.turned), torch.float32)
+        if len({id(cache) for cache, _ in parts}) < len(parts):
+            raise ValueError("a text is there twice")
+        for cache, count in parts:
+            if cache.known + count > cache.limit:
+                raise ValueError(f"{cache.known} tokens and {count} more are over the limit of {cache.limit}")
+        for cache, count in parts:
+            cache.handle.reserve(min(max(cache.known + count, _ROOM), max(cache.limit, 1)))
         out = hidden.detach().clone()
-        self._handle.run(out, self.known, cosine, sine)
-        self.known += tokens
+        caches, known, counts = zip(*((cache.handle, cache.known, count) for cache, count in parts), strict=True)
+        self._handle.run(out, list(caches), list(known), list(counts), cosine, sine)
+        for cache, count in parts:
+            cache.known += count
         return out
+
+
+def interleave(
+    codes: UInt8[Tensor, "rows cols"], order: Int64[Tensor, "cols"] | None, bits: int, full: int, threads: int = 1
+) -> UInt8[Tensor, "panels words 64"]:
+    """Codes as `Panels.codes` of `full` columns, of which column c is `order[c]` of the codes."""
+    rows, cols = _two(codes.shape)
+    _check("codes", codes, (rows, cols), torch.uint8)
+    if bits not in CODE_BITS or full < cols or full % 32:
+        raise ValueError(f"{cols} columns of {bits} bits make no panels of {full}")
+    if order is not None:
+        _check("order", order, (cols,), torch.int64)
+        if cols and not 0 <= int(order.min()) <= int(order.max()) < cols:
+            raise ValueError(f"order must name columns below {cols}")
+    out = _room((ceil(rows / 16), full * bits // 32, 64), torch.uint8)
+    _native.interleave(codes, order, bits, full, max(threads, 1), out)
+    return out
+
+
+def interleave_floats(
+    values: Float[Tensor, "rows cols"], full: int, threads: int = 1
+) -> Float[Tensor, "panels full 16"]:
+    """Floats of 16 or 32 bits in panels of 16 rows and `full` columns, zeros where there are none."""
+    rows, cols = _weight(values)
+    if full < cols:
+        raise ValueError(f"{cols} columns are more than {full}")
+    out = _room((ceil(rows / 16), full, 16), values.dtype)
+    _native.interleave_floats(values.detach(), full, max(threads, 1), out)
+    return out
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty tensor; a large one in large pages, where looking up addresses does not hold up reading."""
+    size = prod(shape) * dtype.itemsize
+    if size < _LARGE or sys.platform != "linux":
+        return torch.empty(shape, dtype=dtype)
+    room = mmap.mmap(-1, size)
+    room.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(room, dtype=dtype).view(shape)
 
 
 def _check_panels(of: Panels) -> None:
@@ -691,6 +794,10 @@ def _check_panels(of: Panels) -> None:
     wanted = {"floats": of.level, "table": of.table}.get(of.way, of.codes)
     if wanted is None:
         raise ValueError(f"panels for {of.way} need what codes stand for")
+    if of.level is not None:
+        _check("level", of.level, (256,), torch.float32)
+    if of.table is not None:
+        _check("table", of.table, (16,), torch.uint8)
 
 
 def _check_nested(of: Panels, down: int) -> None:
@@ -705,8 +812,8 @@ def _check_nested(of: Panels, down: int) -> None:
     apart = of.zero is not None and not of.joined
     if of.way not in ("codes", "table") or of.bits == 8 or of.fine is None or apart != (of.fine_zero is not None):
         raise ValueError(f"nested scales of {of.bits} bits for {of.way} need integers for scales and for minima")
-    if (of.zero is not None) != of.minus or not float(of.offset).is_integer():
-        raise ValueError("nested zero points are minima, and an offset beside nested scales is an integer")
+    if (of.zero is not None) != of.minus or not float(of.offset).is_integer() or abs(of.offset) > 128:
+        raise ValueError("nested zero points are minima, and an offset beside nested scales is a small integer")
     for name, part in zip(("fine", "fine_zero"), fine, strict=True):
         if part is not None:
             _check(name, part, (down, of.cols // of.step // 2, 16, 2), torch.int8)
@@ -728,6 +835,19 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dty
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}")
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous and on the CPU")
+
+
+def _check_lines(name: str, words: Tensor, shape: tuple[int, int]) -> None:
+    """As `_check` for words whose rows are contiguous each."""
+    _check(name, words[:1], (min(shape[0], 1), shape[1]), torch.int32)
+    if tuple(words.shape) != shape:
+        raise ValueError(f"{name} has shape {list(words.shape)}; it must be {list(shape)}")
+
+
+def _lines_out(out: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    words = torch.empty(shape, dtype=torch.int32) if out is None else out
+    _check_lines("out", words, shape)
+    return words
 
 
 def _two(shape: tuple[int, ...]) -> tuple[int, int]:

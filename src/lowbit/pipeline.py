@@ -5,30 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import torch
 
 from lowbit.budget import Estimate, MemoryWatch
 from lowbit.errors import UsageError
-from lowbit.stages import convert, imatrix, quantize, tune
+from lowbit.stages import convert, imatrix, quantize, sensitivity, tune
 from lowbit.stages._adapter import Terms
 from lowbit.stages._changes import Goal
 from lowbit.stages._cost import Cost
 from lowbit.stages._directory import GGUF
 from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
+from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._windows import cut, encode
+from lowbit.stages.allocate import Allocation, Budget, Problem, make_problem, undecided
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
-from lowbit.stages.plan import Calibration, Plan, Rules, as_planned, load_plan, make_plan, read_recipe
+from lowbit.stages.plan import (
+    Calibration,
+    Plan,
+    Rules,
+    as_planned,
+    load_plan,
+    make_offers,
+    make_plan,
+    read_recipe,
+)
 from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
 from lowbit.stages.rotate import Options as Rotation
 from lowbit.stages.rotate import prove, rotate
 from lowbit.stages.samples import Samples, read_samples, similarity
+from lowbit.stages.search import Trial, asked, search
 from lowbit.stages.verify import verify
 from lowbit.stages.write import open_output, refuse_foreign, write_atomic
 
@@ -42,6 +55,7 @@ class Request:
         model: directory, file or hub name of a float checkpoint.
         out: directory for the result: new, empty, or holding an unfinished run of the same request.
         rules: which tensor gets what; ignored where `plan` names a saved plan.
+        budget: what decides the schemes in place of `rules.scheme`.
         ram: anonymous memory allowed, in bytes; None for no limit.
         text: file to evaluate on; None to leave evaluation out.
         context: tokens per window of the evaluation.
@@ -63,18 +77,21 @@ class Request:
     shard_bytes: int | None = None
     command: str = ""
     trust_remote_code: bool = False
+    budget: Budget | None = None
 
 
 def run(
     request: Request,
     progress: quantize.Progress = quantize.silent,
     announce: Callable[[Plan, Sequence[Estimate | Cost | tune.Cost]], None] | None = None,
+    tell: Callable[[Trial], None] = lambda trial: None,
 ) -> RunRecord:
     """Carry out a request and write its report into the output directory.
 
     Args:
         progress: called with `(stage, done, total)`.
         announce: called once with the plan and the estimates of its stages before anything is written.
+        tell: called with each plan that is measured while one is searched that is as good as was asked for.
 
     Raises:
         LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same request goes on.
@@ -82,7 +99,7 @@ def run(
     clock, scores, most = Clock(), None, 0
     text = read_text(request.text) if request.text else None
     with MemoryWatch(request.ram).running() as watch, _open(request) as source:
-        plan = load_plan(request.plan, source) if request.plan else make_plan(source, request.rules)
+        plan = _plan(request, source, watch, progress, tell)
         plan, samples = _with_samples(plan, source)
         source = as_planned(source, plan)
         if text:  # one that cannot be used is refused now, not after hours of calibration
@@ -119,6 +136,85 @@ def run(
             write_report(result, request.out)
             watch.check()
     return result
+
+
+def find_plan(
+    request: Request,
+    progress: quantize.Progress = quantize.silent,
+    tell: Callable[[Trial], None] = lambda trial: None,
+) -> Plan:
+    """The plan of a request, whose `out` is where the plan will be saved: saved, by rules, or for the budget.
+
+    Raises:
+        LowbitError: see `lowbit.errors`.
+    """
+    with MemoryWatch(request.ram).running() as watch, _open(request) as source:
+        return _plan(request, source, watch, progress, tell)
+
+
+def _plan(
+    request: Request,
+    source: Checkpoint,
+    watch: MemoryWatch,
+    progress: quantize.Progress,
+    tell: Callable[[Trial], None],
+) -> Plan:
+    """The same for an opened checkpoint."""
+    budget = request.budget
+    if request.plan:
+        return load_plan(request.plan, source)
+    if budget is None:
+        return make_plan(source, request.rules)
+    problem = _measured(request, budget, source, watch, progress)
+    if budget.bits is not None:
+        return problem.within_bits(budget.bits).plan
+    if budget.size is not None:
+        return problem.within_size(budget.size).plan
+    limit = budget.kl if budget.kl is not None else budget.perplexity
+    assert limit is not None
+
+    def measure(found: Allocation) -> Interval:
+        measured = _try(request, budget, found.plan, progress)
+        tell(Trial(found, measured, limit))
+        return measured
+
+    return search(problem, limit, measure).allocation.plan
+
+
+def _try(request: Request, budget: Budget, plan: Plan, progress: quantize.Progress) -> Interval:
+    """What the budget limits, of a plan that is carried out in a temporary folder beside the result."""
+    if request.text is None:
+        raise UsageError("what is asked for is measured on a text: name it with --evaluate")
+    with TemporaryDirectory(dir=request.out.absolute().parent, prefix=".search-") as folder:
+        file = Path(folder) / "plan.json"
+        write_atomic(file, plan.to_json().encode())
+        record = run(replace(request, out=Path(folder) / "out", plan=file, budget=None), progress)
+        quality = read_quality(record.evaluation)
+    assert quality is not None
+    return asked(budget, quality)
+
+
+def _measured(
+    request: Request, budget: Budget, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress
+) -> Problem:
+    """What the weights cost in each scheme, measured, or from a file; saved where the budget names one."""
+    rules, text, file = request.rules, request.rules.calibration, budget.sensitivity
+    offers = make_offers(source, rules, budget.choices(rules.format))
+    if text is None:
+        raise UsageError("a budget is decided by what errors do to text: name some with --calibration FILE")
+    samples = _read(text, source)
+    facts = sensitivity.conditions(source, rules, samples.sha256)
+    known = sensitivity.read_sensitivity(file, facts) if file and file.exists() else None
+    if known is None or not known.covers(offers):
+        folder = request.out.absolute().parent
+        plan = undecided(source, rules, offers)
+        losses = sensitivity.measure(
+            source, plan, offers, samples.ids, folder, request.ram, request.threads, watch, progress
+        )
+        known = sensitivity.Sensitivity(facts, losses).joined(known)
+        if file:
+            write_atomic(file, known.to_json().encode())
+    return make_problem(source, rules, offers, known.of(offers), budget.fused)
 
 
 def run_conversion(
@@ -170,8 +266,13 @@ def run_imatrix(
     text: Calibration,
     progress: quantize.Progress = quantize.silent,
     trust_remote_code: bool = False,
+    ram: int | None = None,
+    announce: Callable[[Cost], None] | None = None,
 ) -> None:
     """Write the importance matrix of a float checkpoint: checkpoint -> samples -> imatrix.
+
+    Args:
+        announce: called once with the estimate, before the work.
 
     Raises:
         UsageError: `out` is there already.
@@ -179,12 +280,14 @@ def run_imatrix(
     """
     if out.exists():
         raise UsageError(f"{out} is there already and is left alone; name a new file")
-    with MemoryWatch(None).running() as watch, open_checkpoint(model, trust_remote_code) as source:
-        length = text.length or default_length(source)
-        samples = read_samples(
-            text.sources, source, samples=text.samples, length=length, seed=text.seed, sampling=text.sampling
-        )
-        data = imatrix.measure(source, samples.ids, list(text.sources), out.absolute().parent, watch, progress)
+    with MemoryWatch(ram).running() as watch, open_checkpoint(model, trust_remote_code) as source:
+        samples = _read(text, source)
+        cost = imatrix.estimate(source, (samples.ids.shape[0], samples.ids.shape[1]), ram)
+        if announce:
+            announce(cost)
+        folder, names = out.absolute().parent, list(text.sources)
+        data = imatrix.measure(source, samples.ids, names, folder, cost.tokens, watch, progress)
+        watch.check()
     write_atomic(out, data)
 
 
@@ -210,10 +313,14 @@ def _open(request: Request) -> Checkpoint:
 
 def _with_samples(plan: Plan, source: Checkpoint) -> tuple[Plan, Samples | None]:
     """The windows that the plan is calibrated on, and the plan with their hash: another text is another run."""
-    wanted = plan.calibration
-    if wanted is None:
+    if plan.calibration is None:
         return plan, None
-    samples = read_samples(
+    samples = _read(plan.calibration, source)
+    return replace(plan, calibration=replace(plan.calibration, sha256=samples.sha256)), samples
+
+
+def _read(wanted: Calibration, source: Checkpoint) -> Samples:
+    return read_samples(
         wanted.sources,
         source,
         samples=wanted.samples,
@@ -221,7 +328,6 @@ def _with_samples(plan: Plan, source: Checkpoint) -> tuple[Plan, Samples | None]
         seed=wanted.seed,
         sampling=wanted.sampling,
     )
-    return replace(plan, calibration=replace(wanted, sha256=samples.sha256)), samples
 
 
 def _calibration(

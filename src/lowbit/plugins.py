@@ -6,6 +6,7 @@ imports nothing, loading imports one file. Names starting with an underscore are
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def names(folder: str) -> list[str]:
     return sorted(file.stem for file in files if not file.stem.startswith("_"))
 
 
+@cache
 def load(folder: str, name: str) -> Any:
     """The record that the plug-in file defines; `-` in a name stands for `_`.
 

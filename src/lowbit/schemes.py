@@ -9,6 +9,7 @@ A name reads `grid[-block][-option...]`:
     block   tensor | row | column | gN (N along the input) | flatN (N of the flattened tensor) | RxC
     option  asym (integer zero point), fzero (float zero point), min (a float that is subtracted),
             dq (double-quantized scales), perm (columns in an order of their own), sparseN (spqr: N outliers),
+            smooth (columns have factors, by which inputs are multiplied first),
             f16 | bf16 | f32 (type of the scales)
 
 `int4-g128` is symmetric with float16 scales. `str(parse(name))` is the canonical spelling of `name`. Names of llama.cpp
@@ -107,6 +108,7 @@ class Scheme:
     `perm`: columns are stored in an order of their own, which is stored too; blocks are of columns as they are stored.
     Codebooks of vectors are of the type of the scales. The zero kind `quantized`: zero points that are numbers in
     units of a code, quantized like the scales. `outliers`: numbers beside, each of which is added to one weight.
+    `smooth`: each column has a factor beside its scales, which a runtime multiplies the inputs by.
     """
 
     grid: Grid
@@ -117,8 +119,11 @@ class Scheme:
     offset: bool = False
     perm: bool = False
     outliers: int = 0
+    smooth: bool = False
 
     def __str__(self) -> str:
+        if self.smooth:
+            return f"{replace(self, smooth=False)}-smooth"
         if self.zero == "quantized":
             words = ["spqr", "perm" if self.perm else "", f"sparse{self.outliers}" if self.outliers else ""]
             return "-".join(word for word in words if word)
@@ -190,7 +195,7 @@ def _fp4_levels() -> tuple[float, ...]:
 GGML_TYPES = {
     "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14,
     "iq2_xxs": 16, "iq2_xs": 17, "iq3_xxs": 18, "iq1_s": 19, "iq4_nl": 20, "iq3_s": 21, "iq2_s": 22, "iq4_xs": 23,
-    "iq1_m": 29, "tq1_0": 34, "tq2_0": 35, "mxfp4": 39,
+    "iq1_m": 29, "tq1_0": 34, "tq2_0": 35, "mxfp4": 39, "nvfp4": 40,
 }  # fmt: skip
 # llama.cpp's non-linear 4 bits (ggml-common.h, kvalues_iq4nl).
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -390,8 +395,8 @@ def parse(name: str) -> Scheme:
             scheme = replace(scheme, zero=_ZEROS[part])
         elif part == "dq":
             scheme = replace(scheme, nested=DOUBLE, scale="f32")
-        elif part == "perm":
-            scheme = replace(scheme, perm=True)
+        elif part in ("perm", "smooth"):
+            scheme = replace(scheme, perm=scheme.perm or part == "perm", smooth=scheme.smooth or part == "smooth")
         elif re.fullmatch(r"sparse[1-9]\d*", part):
             scheme = replace(scheme, outliers=int(part.removeprefix("sparse")))
         elif part in get_args(ScaleType)[:3]:
@@ -415,5 +420,5 @@ def _check(name: str, base: Scheme, scheme: Scheme) -> None:
     if scheme.zero == "min" and scheme.nested == DOUBLE:
         raise UsageError(f"scheme {name!r}: what min subtracts is not double-quantized; leave out dq, or use q4_k")
     family = _family_of(base)
-    if family in _FIXED and scheme != base:
+    if family in _FIXED and replace(scheme, smooth=False) != base:
         raise UsageError(f"scheme {name!r}: {family} fixes its block and its scales, write {family!r} alone")

@@ -109,7 +109,7 @@ class QTensor:
     What some layouts have beside that is the least that holds them exactly: codebooks belong to a tensor and are a
     part of it (`vectors`), since a grid is what tensors share; an order of the columns (`order`) is not undone in
     codes, since blocks and vectors are of columns as they are stored. Factors of inputs are scales under blocks of one
-    column.
+    column, or `factors` where there are other scales too.
 
     Attributes:
         scheme: grid, block and kinds; says how the other parts are read.
@@ -125,6 +125,7 @@ class QTensor:
         order: column of the weight that each stored column is, `[cols]`, where `scheme.perm` is set.
         points: zero points of the kind `quantized`, of the shape of the scales.
         outliers: what is added to some weights, `scheme.outliers` of them.
+        factors: what each column of the weight is multiplied by at last, `[cols]`, where `scheme.smooth` is set.
     """
 
     scheme: Scheme
@@ -139,6 +140,7 @@ class QTensor:
     order: Int32[Tensor, "inputs"] | None = None
     points: QTensor | None = None
     outliers: Outliers | None = None
+    factors: Float[Tensor, "inputs"] | None = None
 
     def __post_init__(self) -> None:
         blocks = scale_shape(self.shape, self.scheme.block)
@@ -151,6 +153,8 @@ class QTensor:
                 _expect("codebooks", book.shape, (run_groups(run, size), 2**bits, run.rows, run.cols))
         if (self.order is not None) != self.scheme.perm:
             raise FormatError(f"scheme {self.scheme} and its order of columns do not agree")
+        factors = () if self.factors is None else tuple(self.factors.shape)
+        _expect("factors", factors, view_shape(self.shape, Block(1, 0))[1:] if self.scheme.smooth else ())
         _expect("outliers", (len(self.outliers.values) if self.outliers else 0,), (self.scheme.outliers,))
         _expect("scales", self.scales.shape, blocks)
         if self.zeros is not None:
@@ -182,7 +186,7 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that this tensor stands for, in `shape`; computed in float32, rounded once to `dtype`."""
-        if self.vectors or self.order is not None or self.outliers is not None:
+        if self.vectors or self.order is not None or self.outliers is not None or self.factors is not None:
             rows, cols = view_shape(self.shape, Block(1, 0))
             found, step = torch.empty(rows, cols, dtype=dtype), max(_PIECE // max(cols, 1), 1)
             for start in range(0, rows, step):
@@ -204,7 +208,8 @@ class QTensor:
     @property
     def plain(self) -> bool:
         """Whether it is codes, scales and zero points alone, which is what kernels take."""
-        return not (self.vectors or self.outliers or self.points) and self.order is None and self.offset is None
+        beside = (self.order, self.offset, self.factors)
+        return not (self.vectors or self.outliers or self.points) and all(part is None for part in beside)
 
     def part(self, start: int, stop: int) -> Part:
         """Some rows of the codes (none, of vectors), with their scales and zero points."""
@@ -241,6 +246,7 @@ class QTensor:
             found.index_put_(place, self.outliers.values[at], accumulate=True)
         if self.order is not None:
             found = torch.empty_like(found).index_copy_(1, self.order.long(), found)
+        found = found if self.factors is None else found.mul_(self.factors)
         return found if out is None else out.copy_(found)
 
     def _decoded(self, part: Part, out: Tensor | None) -> Float[Tensor, "rows cols"]:
@@ -270,7 +276,7 @@ class QTensor:
             yield from ((f"minima.{name}", part) for name, part in self.minima.parts())
         minima = None if isinstance(self.minima, QTensor) else self.minima
         optional = {"zeros": self.zeros, "minima": minima, "offset": self.offset, "group_index": self.group_index}
-        optional["order"] = self.order
+        optional |= {"order": self.order, "factors": self.factors}
         for i, vectors in enumerate(self.vectors):
             optional[f"vectors.{i}.codes"] = vectors.codes
             optional |= {f"vectors.{i}.books.{b}": book for b, book in enumerate(vectors.books)}
@@ -335,9 +341,8 @@ def scheme_bytes(scheme: Scheme, shape: Shape) -> int:
     floats = ceil(prod(blocks) * SCALE_BITS[scheme.scale] / 8)
     zeros = {"none": 0, "int": integers, "float": floats, "min": scales, "quantized": scales}[scheme.zero]
     offset = 4 if scheme.offset else 0
-    order = (
-        2 * view_shape(shape, Block(1, 0))[1] if scheme.perm else 0
-    )  # formats have 16 bits for the number of a column
+    # formats have 16 bits for the number of a column, and for its factor
+    order = 2 * view_shape(shape, Block(1, 0))[1] * (scheme.perm + scheme.smooth)
     # of outliers 16 bits for the column and 16 for the value, and where each row starts
     outliers = 4 * (scheme.outliers + view_shape(shape, Block(1, 0))[0] + 1) if scheme.outliers else 0
     vectors = scheme.grid.kind == "vectors"

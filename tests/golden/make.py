@@ -6,8 +6,10 @@ checkpoint: its configuration, its tensors, and the weights that the owner says 
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -129,15 +131,8 @@ def mlx() -> list[dict[str, Any]]:
 
 
 def modelopt() -> list[dict[str, Any]]:
-    """NVFP4 by `NVFP4QTensor`, with a scale for the inputs and without; declared as the export converts it."""
-    root = "modelopt.torch.quantization"
-    for package in ("modelopt", "modelopt.torch", root, f"{root}.backends", f"{root}.qtensor", "modelopt.torch.export"):
-        _without_init(package)
-    for unused in ("config", "utils.layerwise_calib", "utils.shared_input", "backends.utils", "extensions"):
-        sys.modules[f"{root}.{unused}"] = _Unused(unused)
-    for unused in ("modelopt.torch.utils", "modelopt.torch.utils.network"):
-        sys.modules[unused] = _Unused(unused)
-    kind = import_module(f"{root}.qtensor.nvfp4_tensor").NVFP4QTensor
+    """NVFP4 by `NVFP4QTensor`, with a scale for the inputs and without; integers and FP8 as the export writes them."""
+    kind = import_module("modelopt.torch.quantization.qtensor").NVFP4QTensor
     convert = import_module("modelopt.torch.export.convert_hf_config").convert_hf_quant_config_format
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     cases = []
@@ -149,7 +144,50 @@ def modelopt() -> list[dict[str, Any]]:
         declared = convert({"quantization": {"quant_algo": algorithm, "exclude_modules": ["lm_head"]}})
         tensors = {f"{MODULE}.{name}": tensor for name, tensor in parts.items()}
         cases.append(case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": meant}))
-    return cases
+    dice = torch.Generator().manual_seed(0)
+    integers = torch.randint(-7, 8, (8, 32), generator=dice)
+    integers[:, ::16] = 7
+    floats = torch.randn(8, 256, generator=dice).clamp(-1.7, 1.7)
+    floats[:, ::128] = 1.75  # 448 / 256: scales are powers of two, so that no order of operations matters
+    factors = (torch.rand(32, generator=dice) + 0.5).bfloat16().float()
+    return [
+        *cases,
+        _modelopt_export("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", integers / 64),
+        _modelopt_export("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", integers / 32, factors),
+        _modelopt_export("FP8_DEFAULT_CFG", floats[:, :32]),
+        _modelopt_export("FP8_PER_CHANNEL_PER_TOKEN_CFG", floats[:, :32] / torch.arange(8).exp2()[:, None]),
+        _modelopt_export("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", floats),
+    ]
+
+
+def _modelopt_export(name: str, weight: Tensor, factors: Tensor | None = None) -> dict[str, Any]:
+    """One matrix of a Llama through quantization and export; it means what its module multiplies by."""
+    quantization, transformers = import_module("modelopt.torch.quantization"), import_module("transformers")
+    module, (rows, cols) = "model.layers.0.mlp.down_proj", weight.shape
+    sizes = {"hidden_size": rows, "intermediate_size": cols, "num_hidden_layers": 1, "vocab_size": 8}
+    sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(**sizes, dtype="float32", architectures=["LlamaForCausalLM"])
+    model = transformers.LlamaForCausalLM(config)
+    layer = model.get_submodule(module)
+    layer.weight.data = weight.float().clone()
+    rules = copy.deepcopy(getattr(quantization, name))
+    kept = [rule for rule in rules["quant_cfg"] if rule["quantizer_name"] in ("*weight_quantizer", "*input_quantizer")]
+    for rule in kept:
+        rule["quantizer_name"] = rule["quantizer_name"].replace("*", f"*{module}.")
+        if "INT4" in name and rule.get("cfg"):
+            rule["cfg"]["block_sizes"][-1] = 16
+    rules["quant_cfg"] = [{"quantizer_name": "*", "enable": False}, *kept]
+    quantization.quantize(model, rules, lambda each: each(torch.arange(8)[None]))
+    if factors is not None:
+        layer.input_quantizer.pre_quant_scale = factors
+    exact = layer(torch.eye(cols)).T if "INT4" in name else layer.weight_quantizer(layer.weight)
+    meant = exact.detach().clone()
+    with tempfile.TemporaryDirectory() as folder:
+        import_module("modelopt.torch.export").export_hf_checkpoint(model, export_dir=folder)
+        stored = import_module("safetensors.torch").load_file(f"{folder}/model.safetensors")
+        declared = json.loads(Path(folder, "config.json").read_text())["quantization_config"]
+    tensors = {key: tensor for key, tensor in stored.items() if key.startswith(module)}
+    return case({"quantization_config": declared, "dtype": "float32"}, tensors, {f"{module}.weight": meant})
 
 
 def mxfp4() -> list[dict[str, Any]]:
@@ -165,7 +203,8 @@ def mxfp4() -> list[dict[str, Any]]:
 
 
 def torchao() -> list[dict[str, Any]]:
-    """Dequantized by torchao in float32."""
+    """Dequantized by torchao in float32; int4 by the functions of mslk that torchao calls, which run without a GPU."""
+    sys.modules["mslk"] = None  # type: ignore[assignment]  # torchao would import all of it
     made = import_module("torchao.quantization")
     flatten = import_module("torchao.prototype.safetensors.safetensors_support").flatten_tensor_state_dict
     cases = []
@@ -177,7 +216,31 @@ def torchao() -> list[dict[str, Any]]:
         quantized: Any = model["m"].weight
         meant = {"m.weight": quantized.dequantize(torch.float32)}
         cases.append(case({"quantization_config": {"quant_method": "torchao"}}, tensors, meant))
-    return cases
+    del sys.modules["mslk"]
+    for package in ("mslk", "mslk.quantize", "mslk.quantize.triton"):
+        _without_init(package)
+    sys.modules["mslk.quantize.triton.fp8_quantize"] = _Unused("fp8_quantize")
+    shuffle = import_module("mslk.quantize.shuffle")
+    return [*cases, *(_torchao_int4(shuffle, flatten, shifted) for shifted in (True, False))]
+
+
+def _torchao_int4(shuffle: Any, flatten: Any, shifted: bool) -> dict[str, Any]:
+    """`Int4Tensor` has no dequantizer: a weight on a grid is quantized without error, and means itself."""
+    kind = import_module("torchao.quantization").Int4Tensor
+    dice = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (4, 64), generator=dice)
+    codes[:, ::32], codes[:, 1::32] = 0, 15  # the ends of the grid are in each group
+    steps = torch.randint(-7, -3, (4, 2), generator=dice).float().exp2().repeat_interleave(32, 1)
+    weight = (codes - torch.randint(4, 12, (4, 2), generator=dice).repeat_interleave(32, 1)) * steps
+    if shifted:
+        parts = shuffle.int4_row_quantize_zp(weight, 32)
+    else:
+        weight = ((codes - 8) * steps).where(codes > 0, -8 * steps)
+        parts = *shuffle.int4_row_quantize(weight, 32), torch.zeros(2, 4)
+    packed, scale, zero = shuffle.pack_int4(parts[0]), *(part.bfloat16() for part in parts[1:])
+    made = kind(packed, scale, zero, [1, 32], weight.shape)
+    tensors, _ = flatten({"m.weight": made})
+    return case({"quantization_config": {"quant_method": "torchao"}}, tensors, {"m.weight": weight})
 
 
 def aqlm() -> list[dict[str, Any]]:
@@ -272,7 +335,7 @@ MAKERS: dict[str, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
     "bitnet": ("transformers 5.23.0", bitnet),
     "mlx": ("mlx 0.32.4", mlx),
     "mxfp4": ("transformers 5.23.0", mxfp4),
-    "torchao": ("torchao 0.18.0", torchao),
+    "torchao": ("torchao 0.18.0, mslk-cuda 1.1.0", torchao),
     "aqlm": ("aqlm 1.1.7, transformers 5.23.0", aqlm),
     "vptq": ("vptq 0.0.5.post1", vptq),
     "quanto": ("optimum-quanto 0.2.7", quanto),

@@ -24,7 +24,14 @@ CASES = [
     for number, each in enumerate(json.loads((HERE / f"{name}.json").read_text())["cases"])
 ]
 # Layouts that are read and never written: they have another that says the same.
-READ_ONLY = {"awq-1", "fp8-1", "bitnet-1", "mxfp4-0", "torchao-0", "torchao-1", *(f"quanto-{i}" for i in range(4))}
+READ_ONLY = {
+    "awq-1",
+    "fp8-1",
+    "bitnet-1",
+    "mxfp4-0",
+    *(f"torchao-{i}" for i in range(4)),
+    *(f"quanto-{i}" for i in range(4)),
+}
 
 
 def tensors_of(dumped: dict[str, Any]) -> dict[str, Tensor]:
@@ -50,6 +57,15 @@ def test_means_what_the_owner_says(name: str, case: dict[str, Any]) -> None:
     for key, weight in weights.items():
         found = unpacked(form, weight, tensors).dequantize(wanted[key].dtype)
         assert torch.equal(found, wanted[key]), key
+
+
+@pytest.mark.parametrize(("name", "case"), [case for case in CASES if case.values[0] == "modelopt"])
+def test_is_declared_as_its_owner_does(name: str, case: dict[str, Any]) -> None:
+    form, weights = format_of(case, tensors_of(case["tensors"]))
+    made = form.config(list(weights.values()), {})["config.json"]["quantization_config"]
+    told = [{key: part for key, part in each.items() if key not in ("ignore", "producer")}
+            for each in (made, case["config"]["quantization_config"])]  # fmt: skip
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)

@@ -572,6 +572,15 @@ def _gguf(*entries: bytes, **parts: Any) -> Callable[[Path], Path]:
 _ARCH = gguf_key("general.architecture", 8, gguf_text("llama"))
 _HEADS = gguf_key("llama.attention.head_count", 4, struct.pack("<I", 3))
 _QUERY = gguf_entry("blk.0.attn_q.weight", (32, 4))
+
+
+def _scaled(shape: Sequence[int] = (1,), kind: int = 40, value: float = 1.0) -> Callable[[Path], Path]:
+    """A matrix in NVFP4, or another type, with what multiplies its scales."""
+    at = 160 if kind == 40 else 512
+    names = gguf_entry("blk.0.ffn_up.weight", (64, 4), kind), gguf_entry("blk.0.ffn_up.scale", shape, 0, at)
+    return _bytes(gguf_bytes(names, [_ARCH], size=at) + struct.pack("<8f", *[value] * 8), GGUF)
+
+
 _TEXTS = struct.pack("<IQ", 8, 2**60)
 
 
@@ -636,6 +645,10 @@ GGUFS = [
     Case("gguf more data", _gguf(size=160), (GGUF, "32 more bytes")),
     Case("gguf no tensors", _bytes(gguf_bytes([], size=0), GGUF), ("no tensors",)),
     Case("gguf tensor that llama has not", _gguf(gguf_entry("blk.0.odd.weight"), keys=[_ARCH]), (GGUF, "odd", "llama")),
+    Case("gguf scale of two numbers", _scaled((2,)), (GGUF, "ffn_up.scale", "one float32")),
+    Case("gguf scale without an axis", _scaled(()), (GGUF, "ffn_up.scale", "one float32")),
+    Case("gguf scale nan", _scaled(value=NAN), (GGUF, "mlp.up_proj.scale", "nan")),
+    Case("gguf scale of float16", _scaled(kind=1), (GGUF, "ffn_up.scale", "no tensor for it")),
     Case("gguf no heads", _gguf(_QUERY, keys=[_ARCH], size=512), (GGUF, "heads")),
     Case("gguf heads do not divide", _gguf(_QUERY, keys=[_ARCH, _HEADS], size=512), (GGUF, "3 heads")),
     Case(

@@ -252,6 +252,13 @@ def _modelopt(algorithm: Any = "NVFP4", **changes: Tensor | None) -> Build:
     return checkpoint({"quant_method": "modelopt", "quant_algo": algorithm}, {**parts, **changes})
 
 
+INT4 = {
+    "weight": torch.zeros(16, 32).byte(),
+    "weight_scale": torch.ones(32, 2),
+    "weight_scale_2": None,
+    "input_scale": None,
+}
+EIGHT = {"weight": torch.zeros(16, 32).to(E4M3), "weight_scale": torch.tensor(1.0), "weight_scale_2": None}
 MODELOPT = [
     Case(
         "modelopt scale nan",
@@ -284,12 +291,48 @@ MODELOPT = [
         "modelopt",
     ),
     Case(
-        "modelopt scales halves", _modelopt(weight_scale=torch.ones(16, 4).half()), ("m.weight", "float16"), "modelopt"
+        "modelopt scales halves",
+        _modelopt(weight_scale=torch.ones(16, 4).half()),
+        ("m.weight_scale_2", "W4A8_AWQ"),
+        "modelopt",
     ),
     Case("modelopt without weight", _modelopt(weight=None), ("m.weight is missing",), "modelopt"),
     Case("modelopt codes of one axis", _modelopt(weight=torch.zeros(16).byte()), ("m.weight", "[16]"), "modelopt"),
     Case("modelopt row of 24", _modelopt(weight=torch.zeros(16, 12).byte()), ("m.weight", "24 values"), "modelopt"),
-    Case("modelopt smoothed", _modelopt(pre_quant_scale=torch.ones(64)), ("m.pre_quant_scale",), "modelopt"),
+    Case("modelopt factors nan", _modelopt(pre_quant_scale=torch.full((64,), NAN)), ("m.pre_quant", "nan"), "modelopt"),
+    Case("modelopt factors too few", _modelopt(pre_quant_scale=torch.ones(32)), ("m.pre_quant", "[32]"), "modelopt"),
+    Case("modelopt factors integers", _modelopt(pre_quant_scale=torch.ones(64).int()), ("m.pre_quant",), "modelopt"),
+    Case(
+        "modelopt factors alone",
+        _modelopt(weight_scale=None, pre_quant_scale=torch.ones(64)),
+        ("m.pre_quant_scale", "not quantized"),
+        "modelopt",
+    ),
+    *(
+        Case(f"modelopt integers, {what}", _modelopt("W4A16_AWQ", **INT4 | changes), said, "modelopt")
+        for what, changes, said in [
+            ("scale nan", {"weight_scale": torch.full((32, 2), NAN)}, ("m.weight_scale", "nan")),
+            ("scale infinite", {"weight_scale": torch.full((32, 2), INF)}, ("m.weight_scale", "inf")),
+            ("scales of 16 rows", {"weight_scale": torch.ones(16, 2)}, ("m.weight_scale", "[16, 2]")),
+            ("scales of 3 groups", {"weight_scale": torch.ones(32, 3)}, ("m.weight_scale", "[32, 3]")),
+            ("scales of no group", {"weight_scale": torch.ones(32, 0)}, ("m.weight_scale", "[32, 0]")),
+            ("scales of one axis", {"weight_scale": torch.ones(32)}, ("m.weight_scale", "[32]")),
+            ("scales integers", {"weight_scale": torch.ones(32, 2).int()}, ("m.weight", "int32")),
+            ("codes signed", {"weight": torch.zeros(16, 32).char()}, ("m.weight", "int8")),
+            ("of FP8", {"weight_scale_2": torch.tensor(1.0)}, ("m.weight_scale_2", "W4A8_AWQ")),
+        ]
+    ),
+    *(
+        Case(f"modelopt FP8, {what}", _modelopt("FP8", **EIGHT | changes), said, "modelopt")
+        for what, changes, said in [
+            ("code nan", {"weight": torch.full((16, 32), NAN).to(E4M3)}, ("m.weight", "NaN")),
+            ("scale nan", {"weight_scale": torch.tensor(NAN)}, ("m.weight_scale", "nan")),
+            ("7 scales", {"weight_scale": torch.ones(7)}, ("m.weight_scale", "[7]")),
+            ("scales of 128 columns", {"weight_scale": torch.ones(1, 1, 2, 1)}, ("m.weight_scale", "[1, 1, 2, 1]")),
+            ("with factors", {"pre_quant_scale": torch.ones(32)}, ("m.pre_quant_scale", "FP8")),
+            ("input scale negative", {"input_scale": torch.tensor(-1.0)}, ("m.input_scale", "positive")),
+        ]
+    ),
     Case("modelopt by W8A8", _modelopt("W8A8_SQ_PER_CHANNEL"), ("W8A8_SQ_PER_CHANNEL",), "modelopt"),
     Case("modelopt by a list", _modelopt(["NVFP4"]), ("['NVFP4']",), "modelopt"),
 ]
@@ -333,6 +376,11 @@ def _torchao(**changes: Tensor | None) -> Build:
     return checkpoint({"quant_method": "torchao"}, {**parts, **changes})
 
 
+TAO4 = {
+    "_weight_qdata": torch.zeros(16, 64).char(),
+    "_weight_scale": torch.ones(2, 16),
+    "_weight_zero_point": torch.ones(2, 16),
+}
 TORCHAO = [
     Case("torchao scale nan", _torchao(_weight_scale=torch.full((16, 1), NAN)), ("m._weight_scale", "nan"), "torchao"),
     Case("torchao scale infinite", _torchao(_weight_scale=torch.full((16, 1), INF)), ("m._weight_scale",), "torchao"),
@@ -351,6 +399,23 @@ TORCHAO = [
     ),
     Case("torchao scales of 5 groups", _torchao(_weight_scale=torch.ones(16, 5)), ("m._weight_scale", "5]"), "torchao"),
     Case("torchao scales of no group", _torchao(_weight_scale=torch.ones(16, 0)), ("m._weight_scale", "0]"), "torchao"),
+    *(
+        Case(f"torchao int4, {what}", _torchao(**TAO4 | changes), said, "torchao")
+        for what, changes, said in [
+            ("scale nan", {"_weight_scale": torch.full((2, 16), NAN)}, ("m._weight_scale", "nan")),
+            ("shift infinite", {"_weight_zero_point": torch.full((2, 16), INF)}, ("m._weight_zero_point", "inf")),
+            ("shifts too few", {"_weight_zero_point": torch.ones(1, 16)}, ("m._weight_zero_point", "[1, 16]")),
+            ("scales of 7 rows", {"_weight_scale": torch.ones(2, 7)}, ("m._weight_scale", "[2, 7]")),
+            ("scales of 5 groups", {"_weight_scale": torch.ones(5, 16)}, ("m._weight_scale", "[5, 16]")),
+            ("scales of no group", {"_weight_scale": torch.ones(0, 16)}, ("m._weight_scale", "[0, 16]")),
+            ("scales integers", {"_weight_scale": torch.ones(2, 16).int()}, ("m._weight_scale", "int32")),
+            ("codes unsigned", {"_weight_qdata": torch.zeros(16, 64).byte()}, ("m: torchao", "int4")),
+            ("codes of one axis", {"_weight_qdata": torch.zeros(16).char()}, ("m: torchao", "int4")),
+            ("7 factors", {"_weight_act_pre_scale": torch.ones(7)}, ("m._weight_act_pre_scale", "[7]")),
+            ("factor nan", {"_weight_act_pre_scale": torch.full((128,), NAN)}, ("act_pre_scale", "nan")),
+        ]
+    ),
+    Case("torchao int4 without codes", _torchao(**TAO4 | {"_weight_qdata": None}), ("m: torchao", "int4"), "torchao"),
     Case("torchao of another kind", _torchao(_weight_scale_and_zero=torch.ones(1)), ("scale_and_zero",), "torchao"),
     Case(
         "torchao zero points too few",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import random
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from lowbit.cli import group
-from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.errors import CheckpointError, ResourceError, UnsupportedError
 from lowbit.formats._mixtures import choose, place_of, require_arch
 from lowbit.inspect import inspect
 from lowbit.pipeline import Request, run, run_conversion, run_imatrix
@@ -28,7 +30,8 @@ from lowbit.stages._gguf import read_gguf
 from lowbit.stages._model import open_blueprint, open_tokenizer
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.evaluate import evaluate
-from lowbit.stages.plan import Calibration, Rules
+from lowbit.stages.plan import Calibration, Rules, make_plan
+from lowbit.stages.quantize import estimate_memory
 from lowbit.stages.samples import read_samples
 
 llama_cpp: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -37,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is dep
 TEXT = "The river, it's said, had 1850 bridges; nobody knew why. Zürich  is über 9,000 miles away!\n\tÇa va?"
 # Types of the file and how far llama.cpp's logits may be from ours, as a share of the largest: it rounds activations to
 # 8 bits where weights are in blocks, and to 16 where they are float16.
-SCHEMES = {"f32": 1e-4, "f16": 2e-3, "q8_0": 3e-2, "q4_0": 3e-2, "q4_k_m": 3e-2}
+SCHEMES = {"f32": 1e-4, "f16": 2e-3, "q8_0": 3e-2, "q4_0": 3e-2, "q4_k_m": 3e-2, "nvfp4": 3e-2}
 
 
 def quantized(model: Path, out: Path, scheme: str, method: str = "ggml", **rules: Any) -> Path:
@@ -282,6 +285,21 @@ def test_a_float_model_goes_into_gguf_and_back(kind: str, tmp_path: Path) -> Non
         torch.testing.assert_close(found.dequantized(name), original.dequantized(name), rtol=0, atol=2e-7)
 
 
+def test_nvfp4_of_experts_comes_from_modelopt_and_goes_back(tmp_path: Path) -> None:
+    """The number that multiplies the scales of an expert is one of a tensor beside; llama.cpp multiplies by it."""
+    source, start, there, back = saved("mixtral", tmp_path / "model"), *(tmp_path / name for name in "abc")
+    run(Request(str(source), start, Rules(scheme="nvfp4", format="modelopt", skip=("w2|down",))))
+    assert run_conversion(str(start), there, Goal("gguf")).lossless
+    file = there / "model.gguf"
+    assert sum(name.endswith(".scale") for name in tensors(file)) == 2 * 6
+    agree(file, start, 0.1, 0.5)
+    run_conversion(str(alone(file, tmp_path / "alone")), back, Goal("modelopt"))
+    before, after = (
+        {n: c.dequantized(n, torch.float32) for n in c.weights} for c in map(open_checkpoint, (start, back))
+    )
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_super_blocks_go_into_floats_and_into_nothing_else(wiki_8m: Path, tmp_path: Path) -> None:
     file = quantized(wiki_8m, tmp_path / "out", "q4_k_m")
     assert run_conversion(str(file.parent), tmp_path / "float", Goal("float", "f32")).lossless
@@ -366,6 +384,11 @@ def test_a_model_with_an_importance_matrix_is_llama_quantizes(
     means = make_imatrix(base, path)
     theirs = llama_quantize(base, tmp_path / "theirs.gguf", file_type, (path, means))
     found = quantized(base.parent, tmp_path / "ours", scheme, "imatrix", imatrix=path)
+    plan = make_plan(open_checkpoint(base.parent), Rules(scheme=scheme, method="imatrix", format="gguf", imatrix=path))
+    assert plan.imatrix and sum(mean.nbytes for mean in means.values()) <= plan.imatrix.memory
+    os.truncate(shutil.copy(path, tmp_path / "large"), 2**30)
+    large = replace(plan, imatrix=replace(plan.imatrix, path=str(tmp_path / "large")))
+    assert estimate_memory(large, None, 1).total - estimate_memory(plan, None, 1).total > 2**31
     left, right = tensors(found), tensors(theirs)
     assert [name for name in left if left[name] != right[name]] == []
     assert found.read_bytes() == theirs.read_bytes()
@@ -386,7 +409,12 @@ def test_an_importance_matrix_has_the_squares_of_what_layers_read(kind: str, tmp
     source = saved(kind, tmp_path / "model")
     (tmp_path / "text").write_text(TEXT * 40)
     text = Calibration((str(tmp_path / "text"),), samples=6, length=32)
-    run_imatrix(str(source), tmp_path / "imatrix.gguf", text)
+    costs: list[Any] = []
+    run_imatrix(str(source), tmp_path / "imatrix.gguf", text, ram=2**31, announce=costs.append)
+    (cost,) = costs
+    assert cost.tokens == 4096 and cost.base < cost.total < cost.base + 2**26
+    with pytest.raises(ResourceError, match=r"--ram 8 MiB is too little: this needs at least .*--sequence-length"):
+        run_imatrix(str(source), tmp_path / "again.gguf", text, ram=2**23)
     ids = read_samples(text.sources, open_checkpoint(source), samples=6, length=32).ids
     seen: dict[str, torch.Tensor] = {}
 

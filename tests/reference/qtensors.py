@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import gguf
@@ -32,6 +33,10 @@ def blocks(shape: tuple[int, ...], block: Block) -> tuple[int, int]:
 def random_qtensor(scheme: Scheme, shape: tuple[int, ...], seed: int = 0, lowest_zero: int = 0) -> QTensor:
     """Codes over the whole grid, scales over some decades; integer zero points from `lowest_zero` upwards."""
     dice = torch.Generator().manual_seed(seed)
+    if scheme.smooth:
+        found = random_qtensor(replace(scheme, smooth=False), shape, seed, lowest_zero)
+        factors = (torch.rand(shape[-1], generator=dice) + 0.5).bfloat16().float()
+        return replace(found, scheme=scheme, factors=factors)
     if scheme.grid.runs:
         return _random_vectors(scheme, shape, dice)
     if scheme.zero == "quantized":
@@ -164,6 +169,8 @@ def slow_dequantize(q: QTensor) -> Tensor:
     if q.order is not None:
         columns = q.order.tolist()
         out = np.stack([out[:, columns.index(col)] for col in range(cols)], 1)
+    if q.factors is not None:
+        out = out * q.factors.numpy()
     return torch.from_numpy(out).reshape(q.shape)
 
 

@@ -27,8 +27,8 @@ LAYERS = (
     PLUGINS,
     REWRITES,
     ("stages",),
-    ("pipeline", "inspect", "runtime"),
-    ("api",),
+    ("pipeline", "inspect", "runtime", "advise"),
+    ("api", "sweep"),
     ("cli",),
     ("__main__",),
 )

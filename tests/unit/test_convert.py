@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lowbit
-from lowbit.errors import FormatError, JournalError, ResourceError, UnsupportedError
+from lowbit.errors import FormatError, JournalError, ResourceError, UnsupportedError, VerifyError
 from lowbit.schemes import Scheme, parse
+from lowbit.stages import _store
 from lowbit.stages._adapter import read_adapter, write_adapter
 from lowbit.stages._carry import carried, variants
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.convert import Converted, Group
+from lowbit.stages.write import Output
 from lowbit.tensors import QTensor
 from tests.reference.checkpoints import NAMES, SHAPE, scattered, write_checkpoint
 from tests.reference.qtensors import random_qtensor, slow_dequantize
@@ -333,6 +335,44 @@ def test_memory_that_is_short_is_made_up_for_by_files_without_a_name(tmp_path: P
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "small"))
     assert one == other
     assert {file.name for file in tmp_path.iterdir()} == {"in", "out", "small"}
+
+
+@pytest.mark.parametrize(("name", "into", "scheme"), [
+    ("gptq_v2", "compressed_tensors", "int4-g128-asym"), ("awq", "gptq_v2", "int4-g128-asym"),
+    ("compressed_tensors", "awq", "int4-g128-asym"), ("compressed_tensors", "gptq", "int3-g128"),
+])  # fmt: skip
+def test_panels_of_rows_make_the_whole(
+    name: str, into: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several panels, the last of fewer rows: values by the slow definition, and the same files from one panel."""
+    meant = write_checkpoint(tmp_path / "in", name, {NAME: scheme}, shape=(288, 128))
+    lowbit.convert(tmp_path / "in", tmp_path / "one", format=into)
+    monkeypatch.setattr(_store, "_PANEL", 2**14)
+    assert lowbit.convert(tmp_path / "in", tmp_path / "out", format=into).largest == 0
+    assert torch.equal(dequantized(tmp_path / "out"), slow_dequantize(meant[NAME]).view(288, 128))
+    files = ("model.safetensors", ".lowbit/journal.jsonl")
+    (one, journal), (many, other) = ([(tmp_path / at / file).read_bytes() for file in files] for at in ("one", "out"))
+    assert one == many and digests(journal) == digests(other)
+
+
+def digests(journal: bytes) -> list[tuple[Any, Any]]:
+    return sorted((str(line["meant"]), str(line["stored"])) for line in map(json.loads, journal.splitlines()[1:]))
+
+
+@pytest.mark.parametrize("element", [0, 287 * 128])
+def test_what_a_disk_did_to_a_panel_is_named(element: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "in", "gptq", {NAME: "int4-g128"}, shape=(288, 128))
+    write = Output.write
+
+    def damaged(output: Output, name: str, data: memoryview, at: int = 0) -> None:
+        write(output, name, data, at)
+        if name.endswith("weight_packed"):
+            write(output, name, memoryview(bytes([data[element // 2] ^ 1])), element // 2)
+
+    monkeypatch.setattr(Output, "write", damaged)
+    monkeypatch.setattr(_store, "_PANEL", 2**14)
+    with pytest.raises(VerifyError, match=rf"differs from what was meant in element {element} of its codes: "):
+        lowbit.convert(tmp_path / "in", tmp_path / "out", format="compressed_tensors")
 
 
 def test_schemes_of_others_are_read(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ gguf = pytest.importorskip("gguf", reason="compares with gguf")
 NAMES = list(BLOCKS)
 TABLES = [name for name in NAMES if BLOCKS[name].scheme.grid.table]
 WEIGHTED = ["iq1_s", "iq2_xxs", "iq2_xs"]  # llama.cpp encodes these under importances alone
-PLAIN = [name for name in NAMES if name not in WEIGHTED]
+ENCODED = [name for name in NAMES if name != "nvfp4"]  # whose scale over all is no part of the blocks
+PLAIN = [name for name in ENCODED if name not in WEIGHTED]
 NESTED = [name for name in PLAIN if BLOCKS[name].scheme.nested]
 Floats = NDArray[np.float32]
 
@@ -39,6 +40,12 @@ def stored(q: QTensor, name: str) -> Tensor:
     out = torch.full((q.codes.shape[0], BLOCKS[name].row_bytes(q.codes.shape[1])), 0xA5, dtype=torch.uint8)
     pack(q, name, out)
     return out
+
+
+def random(name: str, shape: tuple[int, int], seed: int) -> QTensor:
+    """A random tensor of a type; of NVFP4 one whose scales are not multiplied further, as blocks alone mean."""
+    q = random_qtensor(BLOCKS[name].scheme, shape, seed)
+    return replace(q, scales=replace(q.scales, scales=torch.ones(1, 1))) if name == "nvfp4" else q  # type: ignore[type-var]
 
 
 def meant(name: str, blocks: Tensor) -> Tensor:
@@ -52,9 +59,12 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 
 def assert_means(q: QTensor, name: str, blocks: Tensor) -> None:
-    """Equal to the bit, but that E2M1 has a -0 and ggml's table for it has not."""
+    """Equal to the bit, but that E2M1 has a -0 and ggml's table for it has not; a scale of 0 gives both."""
     found, wanted = q.dequantize(), meant(name, blocks)
-    assert torch.equal(bits_of(found + 0.0 if name == "mxfp4" else found), bits_of(wanted))
+    assert torch.equal(
+        bits_of(found + 0.0 if name in ("mxfp4", "nvfp4") else found),
+        bits_of(wanted + 0.0 if name == "nvfp4" else wanted),
+    )
 
 
 # ---- layouts ----
@@ -73,11 +83,11 @@ def test_a_type_is_found_by_its_scheme() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_mean_the_same_to_their_owner(name: str) -> None:
-    q = random_qtensor(BLOCKS[name].scheme, (3, 768), seed=3)
+    q = random(name, (3, 768), 3)
     blocks = stored(q, name)
     assert_means(q, name, blocks)
     assert torch.equal(bits_of(q.dequantize()), bits_of(slow_dequantize(q)))
-    assert blocks.numel() == q.nbytes
+    assert blocks.numel() == q.nbytes - 4 * (name == "nvfp4")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,6 +99,8 @@ def test_any_bytes_are_read_as_their_owner_reads_them_and_come_back(name: str) -
         blocks.view(-1, kind.bytes)[:, at + 1] &= 0xBB
     if name == "mxfp4":
         blocks.view(-1, kind.bytes)[:, 0] %= 250  # beyond, numbers overflow
+    if name == "nvfp4":
+        blocks.view(-1, kind.bytes)[:, :4] %= 127  # beyond, it is NaN or negative
     if name == "iq1_m":
         blocks.view(-1, kind.bytes)[:, 55] &= 0xBF  # the half is in four pieces
     if name == "tq2_0":
@@ -101,13 +113,22 @@ def test_any_bytes_are_read_as_their_owner_reads_them_and_come_back(name: str) -
 
 def half_places(name: str) -> list[int]:
     """Where a block has its float16 numbers."""
-    first = {"iq1_m": [], "q2_k": [80, 82], "q3_k": [108], "q6_k": [208], "tq1_0": [52], "tq2_0": [64], "mxfp4": []}
+    first = {
+        "iq1_m": [],
+        "q2_k": [80, 82],
+        "q3_k": [108],
+        "q6_k": [208],
+        "tq1_0": [52],
+        "tq2_0": [64],
+        "mxfp4": [],
+        "nvfp4": [],
+    }
     return first.get(name, [0, 2] if name in ("q4_1", "q5_1", "q4_k", "q5_k") else [0])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_packed_is_unpacked(name: str) -> None:
-    q = random_qtensor(BLOCKS[name].scheme, (5, 512), seed=1)
+    q = random(name, (5, 512), 1)
     buffer = torch.full_like(q.codes, 0xEE)
     found = unpack(name, stored(q, name), (5, 512), buffer)
     assert found.codes.data_ptr() == buffer.data_ptr() and found.scheme == q.scheme
@@ -151,6 +172,11 @@ def damaged(name: str) -> Iterator[tuple[str, str, Tensor, tuple[int, ...]]]:
             for i in range(4):
                 broken[1, 49 + 2 * i] = (int(broken[1, 49 + 2 * i]) & 15) | (piece >> 4 * i & 15) << 4
             yield what, "must be finite", broken.view(whole.shape), (2, 512)
+    if name == "nvfp4":
+        for what, byte in (("a scale that is NaN", 0x7F), ("a negative scale", 0x80)):
+            broken = whole.clone()
+            broken[1, 36 + 2] = byte
+            yield what, f"scales of nvfp4 holds code {byte}", broken, (2, 512)
     if name == "tq2_0":
         broken = whole.clone()
         broken[0, 7] = 0xC0
@@ -255,7 +281,7 @@ def ours(name: str, weight: Floats, importance: Floats | None) -> QTensor:
     return imatrix.quantize(matrix, {"mean_square": torch.from_numpy(importance)}, scheme, NoOptions())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ENCODED)
 def test_encoders_give_the_bytes_of_llama_cpp(name: str) -> None:
     for what, weight in weights():
         for importance in importances(weight.shape[1]):
@@ -278,7 +304,7 @@ dice, seen = torch.Generator().manual_seed(1), hashlib.sha256()
 weight = torch.randn(7, 768, generator=dice)
 weight[2], weight[3], weight[4] = 0, weight[3] * 1e-39, 0.3
 stats = {"mean_square": torch.rand(768, generator=dice)}
-for name in GGML_TYPES:
+for name in sorted({*GGML_TYPES} - {"nvfp4"}):
     for method in (ggml, imatrix, ggml_fit, imatrix_fit):
         for _, part in method.quantize(weight, stats, parse(name), NoOptions()).parts():
             seen.update(part.numpy().tobytes())
@@ -298,7 +324,7 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
     assert len({line[1] for line in lines}) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in TABLES])
+@pytest.mark.parametrize("name", [name for name in ENCODED if name not in TABLES])
 def test_what_float16_cannot_hold_stays_finite_and_all_else_is_theirs(name: str) -> None:
     dice = np.random.default_rng(2)
     weight = (dice.standard_normal((6, 512)) * np.exp(dice.standard_normal((6, 512)) * 6)).astype(np.float32)

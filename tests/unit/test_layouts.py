@@ -62,6 +62,8 @@ def declaration(name: str, weights: list[Weight], key: str = "quantization_confi
         ("mlx", "int4-g64", (64, 128), "int4-g64-min-bf16"),
         ("mlx", "int6-row-asym", (3, 128), "int6-g128-min-bf16"),
         ("modelopt", "nvfp4", (3, 48), "nvfp4"),
+        ("modelopt", "int4-g64-smooth", (4, 128), "int4-g64-f32-smooth"),
+        ("modelopt", "fp8-e4m3-row-bf16", (3, 5), "fp8-e4m3-row"),
         ("aqlm", "vectors[1x8:16]", (3, 48), "vectors[1x8:16]-row-bf16"),
     ],
 )
@@ -96,6 +98,12 @@ def test_fit_says_how_it_is_stored(name: str, scheme: str, shape: tuple[int, int
         ("eetq", "int8-row-asym", (64, 128), "use that"),
         ("eetq", "int8-row", (64, 96), "--skip"),
         ("modelopt", "nvfp4", (64, 40), "16 divides"),
+        ("modelopt", "int4-g32", (64, 128), "groups of 64 or 128"),
+        ("modelopt", "int4-g64", (63, 128), "even number"),
+        ("modelopt", "int4-flat64", (64, 128), "compressed-tensors"),
+        ("modelopt", "fp8-e4m3-row-smooth", (64, 128), "no factors"),
+        ("modelopt", "fp8-e4m3-128x128", (64, 128), "multiples of 128"),
+        ("gptq", "int4-g64-smooth", (64, 128), "--format modelopt"),
         ("bitnet", "levels[-1,0,1]-row", (64, 128), "levels"),
         ("aqlm", "int4-g64", (64, 128), "no method makes yet; convert keeps"),
         ("aqlm", "vectors[1x8:8+4]", (64, 128), "cannot hold"),
@@ -275,8 +283,32 @@ def test_modelopt_declares_activations_or_none() -> None:
         "exclude_modules": ["lm_head", "model.layers.1.b"],
     }
     assert declaration("modelopt", [plain])["quant_algo"] == "W4A16_NVFP4"
-    with pytest.raises(UnsupportedError, match="for all nvfp4 weights or for none"):
-        form_of("modelopt").config([plain, rounded], {})
+    mixed = form_of("modelopt").config([plain, rounded, kept], {})
+    told = mixed["hf_quant_config.json"]["quantization"]
+    layers = {
+        MODULE: {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+        "x": {"quant_algo": "NVFP4", "group_size": 16},
+    }
+    assert (told["quant_algo"], told["quantized_layers"]) == ("MIXED_PRECISION", layers)
+    declared = mixed["config.json"]["quantization_config"]
+    assert declared["config_groups"] == {
+        "group_0": {"weights": numbers, "targets": [MODULE]},
+        "group_1": {"weights": numbers, "input_activations": numbers, "targets": ["x"]},
+    }
+    assert declared["quantized_layers"] == layers
+
+
+def test_modelopt_declares_fp8_under_one_scale_with_that_of_its_inputs_alone() -> None:
+    plain = weight("modelopt", "fp8-e4m3-tensor")
+    with pytest.raises(UnsupportedError, match="--activations fp8-e4m3-tensor"):
+        form_of("modelopt").config([plain], {})
+    assert declaration("modelopt", [replace(plain, activations=parse("fp8-e4m3-tensor"))])["quant_algo"] == "FP8"
+
+
+def test_modelopt_says_that_some_weights_have_factors() -> None:
+    weights = [weight("modelopt", "nvfp4"), weight("modelopt", "nvfp4-smooth", "x")]
+    details = form_of("modelopt").config(weights, {})["hf_quant_config.json"]["quantization"]
+    assert (details["quant_algo"], details["pre_quant_scale"]) == ("NVFP4_AWQ", True)
 
 
 def test_modelopt_stores_the_reciprocal_of_what_multiplies_inputs() -> None:

@@ -106,6 +106,14 @@ def test_many_tokens_give_the_bits_of_each_alone(scheme: str) -> None:
     assert torch.equal(multiply(packed, x, 2), torch.cat([multiply(packed, each[None]) for each in x]))
 
 
+@pytest.mark.parametrize("scheme", ["q4_k", "q2_k", "q3_k", "int4-g32-asym"])
+def test_rows_of_a_merged_matrix_are_multiplied_alone(scheme: str) -> None:
+    packed, x = pack(random_qtensor(parse(scheme), (80, 512))), inputs(3, 512)
+    whole = multiply(packed, x)
+    for first, count in ((0, 32), (32, 16), (48, 32)):
+        assert torch.equal(multiply(packed.part(first, count), x), whole[:, first : first + count])
+
+
 def test_other_tables_are_multiplied_as_floats() -> None:
     for scheme in FLOATS:
         assert pack(random_qtensor(parse(scheme), (16, 64))).panels.way == "floats"
@@ -208,7 +216,8 @@ def test_panels_that_lie_are_refused() -> None:
 
     x = torch.ones(1, 64)
     for wrong in (
-        replace(good, bits=3), replace(good, step=24), replace(good, rows=17), replace(good, step=128),
+        replace(good, bits=3), replace(good, bits=7), replace(good, over=64), replace(good, joined=True),
+        replace(good, step=24), replace(good, rows=17), replace(good, step=128),
         replace(good, scale=None), replace(good, way="table"), replace(good, way="floats"),
         replace(good, zero=torch.zeros(1, 2, 16)), replace(good, codes=good.codes[:, 1:]),
     ):  # fmt: skip

@@ -245,6 +245,30 @@ def test_eight_rows_to_a_word(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(native.unpack_awq(words), codes & 15, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_some_rows_of_transposed_words(bits: int) -> None:
+    """Panels of rows fill the words of the whole, and are found in them; nothing beside them is touched."""
+    codes = torch.randint(0, 2**bits, (200, 300)).byte()
+    whole = native.pack_bits_transposed(codes, bits)
+    made, back = torch.full_like(whole, -1), torch.empty_like(codes)
+    for start, stop in ((128, 200), (0, 128)):
+        native.pack_bits_transposed(codes[start:stop], bits, out=made[:, start:stop])
+        native.unpack_bits_transposed(whole[:, start:stop], bits, 300, out=back[start:stop])
+        assert start == 0 or bool((made[:, :start] == -1).all())
+    assert torch.equal(made, whole) and torch.equal(back, codes)
+
+
+def test_some_rows_of_eights() -> None:
+    codes = torch.randint(0, 16, (200, 300)).byte()
+    whole = native.pack_awq(codes)
+    made, back = torch.full_like(whole, -1), torch.empty_like(codes)
+    for start, stop in ((128, 200), (0, 128)):
+        native.pack_awq(codes[start:stop], out=made[:, start // 8 : stop // 8])
+        native.unpack_awq(whole[:, start // 8 : stop // 8], out=back[start:stop])
+        assert start == 0 or bool((made[:, : start // 8] == -1).all())
+    assert torch.equal(made, whole) and torch.equal(back, codes)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 31, 4095, 4096, 4097, 10000])
 def test_nibbles(count: int) -> None:
     codes = torch.randint(0, 16, (count,)).byte()
@@ -293,6 +317,9 @@ MISTAKES: list[tuple[str, Callable[..., object], tuple[object, ...], dict[str, o
     ("words has shape", native.unpack_bits_transposed, (WORDS, 4, 32), {}),
     ("12 rows", native.pack_awq, (torch.zeros(12, 4).byte(),), {}),
     ("words is torch.uint8", native.unpack_awq, (CODES,), {}),
+    ("words must be contiguous", native.unpack_awq, (WORDS.T,), {}),
+    ("words must be contiguous", native.unpack_bits_transposed, (WORDS.T, 4, 24), {}),
+    ("out has shape", native.pack_bits_transposed, (CODES, 4), {"out": WORDS}),
     ("packed has shape", native.unpack_nibbles_high_first, (CODES[0], 5), {}),
 ]
 

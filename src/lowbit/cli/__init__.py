@@ -14,6 +14,8 @@ _COMMANDS = {
     "quantize": "Quantize a checkpoint, verify it, measure it, report.",
     "convert": "Take a checkpoint into another format, lossless where it holds the weights.",
     "plan": "Show which tensor would get which scheme, and why.",
+    "advise": "Say what fits on a machine, what its runtimes load, and what to take.",
+    "sweep": "Measure many schemes and methods, and draw quality against size.",
     "imatrix": "Write llama.cpp's importance matrix of a model.",
     "evaluate": "Perplexity, and divergence from a reference, with intervals.",
     "generate": "Continue a prompt, the weights multiplied as they are stored.",

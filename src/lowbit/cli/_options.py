@@ -16,7 +16,9 @@ import click
 from lowbit import plugins
 
 if TYPE_CHECKING:
+    from lowbit.stages.allocate import Budget
     from lowbit.stages.plan import Plan, Rules
+    from lowbit.stages.search import Trial
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,12 +35,33 @@ class Size(click.ParamType[int]):
         return value if isinstance(value, int) else parse_size(value)
 
 
+@final
+class Share(click.ParamType[float]):
+    """A share, written `1%` or `0.01`."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            self.fail(f"{value!r} is no share; write it like 1%", param, ctx)
+        if not 0 < found < float("inf"):
+            self.fail(f"{value!r} is not above 0", param, ctx)
+        return found
+
+
 def _set(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:
     pairs = [value.rpartition("=")[::2] for value in values]
     for value, (pattern, scheme) in zip(values, pairs, strict=True):
         if not pattern or not scheme:
             raise click.BadParameter(f"{value!r} is not REGEX=SCHEME")
     return [(pattern, scheme) for pattern, scheme in pairs]
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in (value or "").split(",") if part.strip()))
 
 
 def _option(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
@@ -65,6 +88,11 @@ def _listed(folder: str) -> str:
     return ", ".join(name.replace("_", "-") for name in names if name not in plugins.CONVERTED)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 _RULES = (
     click.option(
         "--scheme", metavar="S",
@@ -83,6 +111,10 @@ _RULES = (
     click.option(
         "--format", "form", default="compressed-tensors", show_default=True, metavar="F",
         help=f"One of {_listed('formats')}.",
+    ),
+    click.option(
+        "--policy", metavar="NAME|FILE.toml",
+        help="Schemes by role and place: uniform, conservative, balanced, aggressive, or rules of your own.",
     ),
     click.option("--skip", multiple=True, metavar="REGEX", help="Leave matching tensors as they are; repeatable."),
     click.option(
@@ -133,9 +165,116 @@ _RULES = (
 )  # fmt: skip
 
 
+_BUDGETS = "--bits-per-weight, --size, --max-kl and --max-ppl-increase"
+_BUDGET = (
+    click.option(
+        "--bits-per-weight", "--bpw", "bits", type=click.FloatRange(0, min_open=True), metavar="X",
+        help="Choose each weight's scheme so that they have X bits in the mean, scales included.",
+    ),
+    click.option("--size", type=Size(), help="Choose schemes so that the weight files take so many bytes, as 3.9GiB."),
+    click.option(
+        "--max-kl", "kl", type=click.FloatRange(0, min_open=True), metavar="X",
+        help="The smallest result whose divergence from the original, in nats per token, is at most X on the text of "
+        "--evaluate, the end of its interval included; at most five plans are made and measured.",
+    ),
+    click.option(
+        "--max-ppl-increase", "perplexity", type=Share(), metavar="P%",
+        help="The same for the increase of the perplexity, as 1%.",
+    ),
+    click.option(
+        "--schemes", callback=_names, metavar="S,S,...",
+        help="Schemes to choose from; keep is one. [default: int2-g64-asym,int3-g128,int4-g128,int4-g32,int8-g128; "
+        "for gguf q2_k,q3_k,iq4_xs,q4_k,q5_k,q6_k,q8_0]",
+    ),
+    click.option(
+        "--sensitivity", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Where what was measured for a budget is saved, and taken from if it is there.",
+    ),
+    click.option(
+        "--unfused", is_flag=True,
+        help="Let q, k and v, gate and up, and experts have schemes of their own: transformers can, vLLM cannot.",
+    ),
+)  # fmt: skip
+
+
+_RUN = (
+    click.option(
+        "--ram", type=Size(), help="Anonymous memory that the run may hold, as 4GiB; checked first, then kept."
+    ),
+    click.option("--threads", type=click.IntRange(1), default=cores, show_default="all cores", help="Workers."),
+    click.option(
+        "--evaluate", "text", type=click.Path(path_type=Path), help="Text to compare original and result on."
+    ),
+    click.option(
+        "--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per evaluation window."
+    ),
+    click.option("--tokens", type=click.IntRange(1), help="Evaluate on at most this many tokens."),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings."),
+)  # fmt: skip
+
+
+def run_options(function: F) -> F:
+    """Add the options of a run: what it may use, and what it is measured on."""
+    for option in reversed(_RUN):
+        function = option(function)
+    return function
+
+
 def rules_options(function: F) -> F:
     """Add the options that decide which tensor gets what."""
-    for option in reversed(_RULES):
+    for option in reversed((*_RULES, *_BUDGET)):
+        function = option(function)
+    return function
+
+
+def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | None:
+    """Take the options of a budget out of a command's options, before `make_rules`; None where none is asked for."""
+    from lowbit.stages.allocate import Budget
+
+    asked = {name: options.pop(name) for name in ("bits", "size", "kl", "perplexity")}
+    given = [name for name, value in asked.items() if value is not None]
+    others = {name: options.pop(name) for name in ("schemes", "sensitivity", "unfused")}
+    if not given:
+        if any(others.values()):
+            raise click.UsageError(f"--schemes, --sensitivity and --unfused go with {_BUDGETS}")
+        return None
+    if len(given) > 1:
+        raise click.UsageError(f"name one of {_BUDGETS}")
+    if (asked["kl"] or asked["perplexity"]) and not options["text"]:
+        raise click.UsageError("what is asked for is measured on a text: name it with --evaluate")
+    if options["scheme"] or plan_file:
+        raise click.UsageError("a budget chooses the schemes; leave out --scheme and --plan, or name --schemes")
+    fused = not others.pop("unfused")
+    return Budget(**asked, **others, fused=fused)
+
+
+_CONTEXT = (
+    click.option("--context", type=click.IntRange(1), help="Most tokens of a text.  [default: what the model takes]"),
+    click.option(
+        "--kv",
+        type=click.Choice(["float32", "float16", "int8"]),
+        default="float16",
+        show_default=True,
+        help="How keys and values are kept.",
+    ),
+    click.option(
+        "--cache",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Folder for what opening makes of the model, so that the next start takes no time.",
+    ),
+)
+
+
+def context_options(function: F) -> F:
+    """Options of commands that read texts."""
+    for option in reversed(_CONTEXT):
+        function = option(function)
+    return function
+
+
+def kept_options(function: F) -> F:
+    """Those of them that say what is kept."""
+    for option in reversed(_CONTEXT[1:]):
         function = option(function)
     return function
 
@@ -150,7 +289,7 @@ def make_rules(options: dict[str, Any]) -> Rules:
         raise click.UsageError(
             f"--device {text['device']} is for --calibration; what needs no text is done on the processor"
         )
-    others = ("scheme", "method", "skip", "sets", "options", "blocks", "activations", "imatrix")
+    others = ("scheme", "method", "skip", "sets", "options", "blocks", "activations", "imatrix", "policy")
     rules = {name: options.pop(name) for name in others}
     calibration = Calibration(**text) if text["sources"] else None
     return Rules(**rules, format=options.pop("form"), calibration=calibration)
@@ -160,11 +299,6 @@ def note_tokenizer(reason: str | None) -> None:
     """Say that no tokenizer was written, where there is a reason."""
     if reason:
         click.echo(f"lowbit: {reason}", err=True)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -214,20 +348,41 @@ class _Lines:
         click.echo(f"{stage}: {share:.0f}%, {now - begun:.1f} s, {left:.0f} s left", err=True)
 
 
+def print_trial(trial: Trial) -> None:
+    """A plan that was measured for what was asked."""
+    from lowbit.budget import format_size
+
+    found, measured = trial.allocation, trial.measured
+    interval = "" if measured.low is None else f" [{measured.low:.4g}, {measured.high:.4g}]"
+    click.echo(
+        f"plan of {format_size(found.size)}: predicted {found.loss:.4g} nats per token; asked for at most "
+        f"{trial.limit:.4g}, measured {measured.value:.4g}{interval}: {'passes' if trial.passes else 'misses'}",
+        err=True,
+    )
+
+
+_WIDE, _PIPED = 120, 200  # columns: that reasons need, and of a table in a file
+
+
 def print_plan(plan: Plan, err: bool) -> None:
     """The plan as a table, runs of alike tensors folded, with bytes before and after."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from lowbit.budget import format_size
 
-    table = Table("tensors", "shape", "scheme", "method", "before", "after", "reason", title=f"plan: {plan.format}")
+    screen = Console(stderr=err)
+    console = screen if screen.is_terminal else Console(stderr=err, width=_PIPED)
+    wide = console.width >= _WIDE
+    shown = slice(None) if wide else slice(6)  # where there is no room, reasons would be a letter a line
+    names = ("shape", "scheme", "method", "before", "after", "reason")
+    table = Table(*(Column("tensors", overflow="fold"), *names)[shown])
     for row in fold(plan):
-        table.add_row(*row)
+        table.add_row(*row[shown])
     before = sum(entry.source_bytes for entry in plan.entries if not entry.tied)
     after = sum(plan.stored_bytes(entry) for entry in plan.entries)
     bits, all_bits = plan.bits_per_weight()
-    console = Console(stderr=err)
+    console.print(f"plan: {plan.format}" + ("" if wide else f" (reasons: in {_WIDE} columns, or --json)"))
     console.print(table)
     console.print(
         f"{format_size(before)} -> {format_size(after)} ({before / max(after, 1):.2f} times smaller); "

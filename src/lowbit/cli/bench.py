@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from lowbit.cli._options import kept_options
 
 if TYPE_CHECKING:
     from lowbit.runtime.bench import Bench
@@ -22,10 +25,20 @@ Examples:
 @click.argument("model")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of the prompt.")
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to decode after it.")
+@kept_options
 @click.option("--threads", type=click.IntRange(1), help="Threads.  [default: torch's own]")
 @click.option("--explain", is_flag=True, help="Each kind of product by itself: bytes, time, share of memory's speed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
-def command(model: str, prompt_tokens: int, tokens: int, threads: int | None, explain: bool, as_json: bool) -> None:
+def command(
+    model: str,
+    prompt_tokens: int,
+    tokens: int,
+    kv: str,
+    cache: Path | None,
+    threads: int | None,
+    explain: bool,
+    as_json: bool,
+) -> None:
     """Measure MODEL (a directory, file or hub name): load, prefill, decode, memory."""
     import torch
 
@@ -33,7 +46,7 @@ def command(model: str, prompt_tokens: int, tokens: int, threads: int | None, ex
 
     if threads:
         torch.set_num_threads(threads)
-    found = bench(model, prompt_tokens, tokens, threads)
+    found = bench(model, prompt_tokens, tokens, threads, kv, cache)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
     else:
@@ -52,7 +65,7 @@ def _print(found: Bench, explain: bool) -> None:
         f"prefill, {found.prompt} tokens": f"{found.prefill:.1f} tokens/s, first token after {found.first:.3f} s",
         f"decode, {found.tokens} tokens": f"{found.decode:.1f} tokens/s",
         "weights of a token": f"{format_size(found.bytes)}, {found.share:.0%} of the {found.read / 1e9:.1f} GB/s read",
-        "memory": format_size(found.memory),
+        "memory": f"{format_size(found.memory)}, {format_size(found.kept)} of them for keys and values",
         "kernels": f"{found.isa}, {found.threads} threads; {found.others} weights not on them",
     }
     table = Table(show_header=False)
@@ -60,7 +73,7 @@ def _print(found: Bench, explain: bool) -> None:
         table.add_row(*row)
     console.print(table)
     if explain:
-        kinds = Table("product", "weights", "bytes", "time", "GB/s", "share", title="by kind, one token")
+        kinds = Table("product", "weights", "bytes", "time", "GB/s", "share", title=f"by kind, one token, {found.isa}")
         for each in found.kernels:
             rate = f"{each.bytes / each.seconds / 1e9:.1f}"
             name = f"{each.bits} bits, {each.way}"

@@ -5,25 +5,30 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lowbit.cli._options import context_options
+
 if TYPE_CHECKING:
     from lowbit.runtime.generate import Generated
-    from lowbit.runtime.model import Loaded
+    from lowbit.runtime.runner import Runner
 
 _EXAMPLES = """\b
 Examples:
   lowbit generate ./llama-w4 --prompt 'The capital of France is'
   lowbit generate ./llama-w4 --chat --prompt 'Who are you?' --temperature 0.7 --top-p 0.9
   lowbit generate model.Q4_K_M.gguf --prompt 'Once' --max-tokens 64 --threads 8
+  lowbit generate ./llama-w4 --prompt 'Once' --prompt 'Twice' --prompts more.txt --json
 """
 
 
 @click.command(epilog=_EXAMPLES)
 @click.argument("model")
-@click.option("--prompt", required=True, help="Text to continue; - reads it from the standard input.")
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue, - for the standard input; may be repeated.")
+@click.option("--prompts", "file", type=click.Path(exists=True, dir_okay=False), help="More of them, one on each line.")
 @click.option("--chat", is_flag=True, help="The prompt is a message; answer it through the model's chat template.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Most tokens to generate.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token.")
@@ -33,48 +38,71 @@ Examples:
 @click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, help="Above 1: less of it.")
 @click.option("--stop", multiple=True, help="End after this string; may be given again.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choices.")
+@context_options
 @click.option("--exact", is_flag=True, help="Do not round activations to int8; slower.")
 @click.option("--threads", type=click.IntRange(1), help="Threads.  [default: torch's own]")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document, at the end.")
 def command(
     model: str,
-    prompt: str,
+    prompts: tuple[str, ...],
+    file: str | None,
     chat: bool,
     exact: bool,
     threads: int | None,
+    context: int | None,
+    kv: str,
+    cache: Path | None,
     trust_remote_code: bool,
     as_json: bool,
     max_tokens: int,
     **sampling: Any,
 ) -> None:
-    """Continue a prompt with MODEL (a directory, file or hub name), its weights multiplied as they are stored."""
+    """Continue a prompt with MODEL (a directory, file or hub name), its weights multiplied as they are stored.
+
+    Several prompts are continued at once, and printed when all have ended.
+    """
     import torch
 
-    from lowbit.runtime.generate import Sampling, answer, generate
-    from lowbit.runtime.model import open_model
+    from lowbit.runtime.generate import Sampling, answer, generate, generate_all
+    from lowbit.runtime.runner import open_runner
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    texts += Path(file).read_text().splitlines() if file else []
+    if not texts or (chat and len(texts) > 1):
+        raise click.UsageError("give a --prompt" + (", and only one with --chat" if texts else " or --prompts"))
     if threads:
         torch.set_num_threads(threads)
-    loaded = open_model(model, exact=exact, threads=threads, trust_remote_code=trust_remote_code)
+    runner = open_runner(
+        model,
+        exact=exact,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        context=context,
+        keep=kv,
+        cache=cache,
+    )
     chosen = Sampling(tokens=max_tokens, **sampling)
     show = (lambda part: None) if as_json else lambda part: click.echo(part, nl=False)
-    if chat:
-        result = answer(loaded, [{"role": "user", "content": text}], chosen, show)
+    if len(texts) > 1:
+        results = generate_all(runner, texts, chosen)
+    elif chat:
+        results = [answer(runner, [{"role": "user", "content": texts[0]}], chosen, show)]
     else:
-        result = generate(loaded, text, chosen, show)
+        results = [generate(runner, texts[0], chosen, show)]
+    found = [{**asdict(each), "rate": each.rate, "others": runner.others} for each in results]
     if as_json:
-        click.echo(json.dumps({**asdict(result), "rate": result.rate, "others": loaded.others}, indent=2))
-    else:
-        _print(result, loaded)
+        click.echo(json.dumps(found if len(found) > 1 else found[0], indent=2))
+        return
+    for prompt, each in zip(texts, results, strict=True):
+        click.echo(f"\n{prompt}\u2192{each.text}" if len(results) > 1 else "")
+        _print(each, runner)
 
 
-def _print(result: Generated, loaded: Loaded) -> None:
-    left = f"; {len(loaded.others)} weights not on the kernels (--json names them)" if loaded.others else ""
-    click.echo()
+def _print(result: Generated, runner: Runner) -> None:
+    left = f"; {len(runner.others)} weights not on the kernels (--json names them)" if runner.others else ""
     click.echo(
         f"{result.prompt_tokens} tokens read, first after {result.first:.2f} s, then {result.tokens} tokens at "
-        f"{result.rate:.1f} a second; {len(loaded.kernels)} weights on the kernels{left}; decoder: {result.decoder}",
+        f"{result.rate:.1f} a second; {runner.kernels} weights on the kernels{left}; decoder: {result.decoder}",
         err=True,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lowbit.cli._options import progress_bars
+from lowbit.cli._options import Size, progress_bars
 
 _EXAMPLES = """\b
 Examples:
@@ -33,8 +33,9 @@ Examples:
     show_default=True, help="How windows are chosen.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every choice at random.")
+@click.option("--ram", type=Size(), help="Anonymous memory that the run may hold, as 4GiB; checked first, then kept.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
-def command(model: str, out: Path, trust_remote_code: bool, **text: Any) -> None:
+def command(model: str, out: Path, ram: int | None, trust_remote_code: bool, **text: Any) -> None:
     """Write the importance matrix of MODEL into the file OUT, for llama-quantize or for lowbit quantize --imatrix.
 
     For each weight of the blocks the sum of squares of every input and the number of rows, of the float model, in one
@@ -44,5 +45,8 @@ def command(model: str, out: Path, trust_remote_code: bool, **text: Any) -> None
     from lowbit.stages.plan import Calibration
 
     with progress_bars() as progress:
-        run_imatrix(model, out, Calibration(**text), progress, trust_remote_code)
+        run_imatrix(
+            model, out, Calibration(**text), progress, trust_remote_code, ram,
+            lambda cost: click.echo(f"memory: at most {cost}", err=True),
+        )  # fmt: skip
     click.echo(f"{out}: importance matrix; use it with lowbit quantize --method imatrix --imatrix, or llama-quantize")

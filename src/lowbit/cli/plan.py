@@ -7,22 +7,43 @@ from typing import Any
 
 import click
 
-from lowbit.cli._options import make_rules, print_plan, rules_options
+from lowbit.cli._options import (
+    make_budget,
+    make_rules,
+    print_plan,
+    print_trial,
+    progress_bars,
+    rules_options,
+    run_options,
+)
+
+_EPILOG = """\b
+Examples:
+  lowbit plan MODEL --scheme int4-g128 --set 'down_proj=int8' --out plan.json
+  lowbit plan MODEL --bits-per-weight 3.5 --method gptq --calibration wiki.txt --out plan.json
+  lowbit plan MODEL --size 3.9GiB --format gguf --calibration wiki.txt --out plan.json
+"""
 
 
-@click.command(epilog="Example: lowbit plan MODEL --scheme int4-g128 --set 'down_proj=int8' --out plan.json")
+@click.command(epilog=_EPILOG)
 @click.argument("model")
 @rules_options
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Save the plan as JSON, to edit and use.")
+@run_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON document.")
-def command(model: str, plan_file: Path | None, out: Path | None, as_json: bool, **rules: Any) -> None:
-    """Show which tensor of MODEL gets which scheme and method, with bytes before and after, and why."""
-    from lowbit.stages.checkpoint import open_checkpoint
-    from lowbit.stages.plan import load_plan, make_plan
+def command(model: str, plan_file: Path | None, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Show which tensor of MODEL gets which scheme and method, with bytes before and after, and why.
+
+    With a budget (--bits-per-weight, --size, --max-kl, --max-ppl-increase), what each weight costs in each of --schemes
+    is measured, and the schemes are chosen that cost least.
+    """
+    from lowbit.pipeline import Request, find_plan
     from lowbit.stages.write import write_atomic
 
-    with open_checkpoint(model) as checkpoint:
-        plan = load_plan(plan_file, checkpoint) if plan_file else make_plan(checkpoint, make_rules(rules))
+    budget, rules = make_budget(options, plan_file), make_rules(options)
+    request = Request(model, out or Path("plan.json"), rules, plan_file, budget=budget, **options)
+    with progress_bars() as progress:
+        plan = find_plan(request, progress, print_trial)
     if out:
         write_atomic(out, plan.to_json().encode())
     if as_json:

@@ -9,7 +9,17 @@ from typing import Any
 
 import click
 
-from lowbit.cli._options import Size, cores, make_rules, note_tokenizer, print_plan, progress_bars, rules_options
+from lowbit.cli._options import (
+    Size,
+    make_budget,
+    make_rules,
+    note_tokenizer,
+    print_plan,
+    print_trial,
+    progress_bars,
+    rules_options,
+    run_options,
+)
 
 _EPILOG = """\b
 Schemes are GRID[-BLOCK][-OPTION...], as int4-g128-asym:
@@ -33,15 +43,10 @@ Examples:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @rules_options
-@click.option("--ram", type=Size(), help="Anonymous memory that the run may hold, as 4GiB; checked first, then kept.")
-@click.option("--threads", type=click.IntRange(1), default=cores, show_default="all cores", help="Workers.")
-@click.option("--evaluate", "text", type=click.Path(path_type=Path), help="Text to compare original and result on.")
-@click.option("--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per evaluation window.")
-@click.option("--tokens", type=click.IntRange(1), help="Evaluate on at most this many tokens.")
+@run_options
 @click.option(
     "--shard-size", "shard_bytes", type=Size(), show_default="5GB, or one file of gguf", help="Largest output file."
 )
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **options: Any) -> None:
     """Quantize MODEL (a directory, file or hub name) into the directory OUT.
@@ -51,8 +56,10 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
     """
     from lowbit.pipeline import Request, run, without_tokenizer
 
-    rules = make_rules(options)
-    request = Request(model, out, rules, plan_file, command=shlex.join(["lowbit", *sys.argv[1:]]), **options)
+    budget, rules = make_budget(options, plan_file), make_rules(options)
+    request = Request(
+        model, out, rules, plan_file, budget=budget, command=shlex.join(["lowbit", *sys.argv[1:]]), **options
+    )
 
     def announce(plan: Any, ways: Any) -> None:
         if not as_json:
@@ -61,7 +68,7 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
             click.echo(f"memory: at most {way}", err=True)
 
     with progress_bars() as progress:
-        result = run(request, progress, announce)
+        result = run(request, progress, announce, print_trial)
     click.echo((out / ("report.json" if as_json else "report.md")).read_text(), nl=as_json)
     note_tokenizer(without_tokenizer(model, out))
     if not as_json:

@@ -77,6 +77,19 @@ def never_hollow(scheme: Scheme) -> bool:
 
 
 @dataclass(frozen=True)
+class CodeRows:
+    """How a format stores codes alone, of some rows of a weight `[rows, cols]`: a multiple of 32, the last apart.
+
+    Attributes:
+        pack: `(weight, codes, start, into)` fills what `pack` of the format leaves out: codes of rows from `start` on.
+        unpack: `(weight, tensors, start, codes)`: the inverse, of contiguous tensors that `unpack` of the format took.
+    """
+
+    pack: Callable[[Weight, Tensor, int, Mapping[str, Tensor]], None]
+    unpack: Callable[[Weight, Mapping[str, Tensor], int, Tensor], None]
+
+
+@dataclass(frozen=True)
 class Format:
     """One public layout.
 
@@ -112,6 +125,7 @@ class Format:
         hollow: `(scheme) -> bool`: whether `unpack` and `pack` take codes on torch's device `meta`, which are a shape
             and no bytes. They then leave alone where codes are stored, and do and check all else. Only true where no
             code can be wrong.
+        rows: codes of some rows, of the schemes that are `hollow`; None where there are none.
     """
 
     about: str
@@ -131,3 +145,4 @@ class Format:
     learned_encoder: str = ""
     arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None
     hollow: Callable[[Scheme], bool] = never_hollow
+    rows: CodeRows | None = None

@@ -109,17 +109,33 @@ def hollow(scheme: Scheme) -> bool:
 
 def _pack_codes(q: QTensor, kind: Container, into: Mapping[str, Tensor]) -> None:
     if kind == "pack-quantized":
-        if not q.codes.is_meta:
-            native.pack_bits(q.codes, q.scheme.grid.bits, out=into["weight_packed"])
         into["weight_shape"].copy_(torch.tensor(q.shape))
-    elif q.codes.is_meta:
-        pass
-    elif kind == "int-quantized":
-        torch.sub(q.codes, _half(q.scheme), out=into["weight"].view(torch.uint8))
+    if q.codes.is_meta:
+        return
+    if q.scheme.grid.kind == "int":
+        pack_rows(q.scheme, q.codes, 0, into)
     elif "weight" in into:
         into["weight"].view(torch.uint8).copy_(q.codes)
     else:
         _pack_nibbles(q.codes, into["weight_packed"])
+
+
+def pack_rows(scheme: Scheme, codes: UInt8[Tensor, "rows cols"], start: int, into: Mapping[str, Tensor]) -> None:
+    """Fill rows of integer codes from `start` on."""
+    rows = slice(start, start + len(codes))
+    if "weight" in into:
+        torch.sub(codes, _half(scheme), out=into["weight"].view(torch.uint8)[rows])
+    else:
+        native.pack_bits(codes, scheme.grid.bits, out=into["weight_packed"][rows])
+
+
+def unpack_rows(scheme: Scheme, tensors: Mapping[str, Tensor], start: int, codes: UInt8[Tensor, "rows cols"]) -> None:
+    """The rows of integer codes from `start` on, of contiguous tensors."""
+    rows = slice(start, start + len(codes))
+    if "weight" in tensors:
+        torch.add(tensors["weight"].view(torch.uint8)[rows], _half(scheme), out=codes)
+    else:
+        native.unpack_bits(tensors["weight_packed"][rows], scheme.grid.bits, codes.shape[1], out=codes)
 
 
 def _pack_nibbles(codes: UInt8[Tensor, "rows cols"], out: UInt8[Tensor, "rows half"]) -> None:
@@ -240,10 +256,8 @@ def _unpack_codes(
         return codes
     if kind in ("float-quantized", "mxfp8-quantized"):
         return _no_nan("weight", parts["weight"].view(torch.uint8))
-    if kind == "pack-quantized":
-        native.unpack_bits(parts["weight_packed"].contiguous(), scheme.grid.bits, codes.shape[1], out=codes)
-    elif kind == "int-quantized":
-        torch.add(parts["weight"].view(torch.uint8), _half(scheme), out=codes)
+    if scheme.grid.kind == "int":
+        unpack_rows(scheme, {name: part.contiguous() for name, part in parts.items()}, 0, codes)
         below("weight", codes, 2**scheme.grid.bits)
     else:
         _unpack_nibbles(parts["weight_packed"], codes)

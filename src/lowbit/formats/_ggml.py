@@ -52,13 +52,20 @@ class BlockType:
         return cols // self.weights * self.bytes
 
 
+# Its blocks have four scales in E4M3, unsigned; what multiplies these is a tensor beside (`formats/gguf.py`).
+_SCALED = "nvfp4"
+
+
 def _block_type(name: str) -> BlockType:
     scheme = parse(name)
+    if name == _SCALED:
+        return BlockType(name, GGML_TYPES[name], 64, 36, scheme)
     weights = scheme.block.cols * (scheme.nested.block.cols if scheme.nested else 1)
     return BlockType(name, GGML_TYPES[name], weights, scheme_bytes(scheme, (1, weights)), scheme)
 
 
 BLOCKS: Mapping[str, BlockType] = {name: _block_type(name) for name in GGML_TYPES}
+_NAN = 0x7F  # of E4M3; above are negative numbers
 _NAMES = {kind.scheme: name for name, kind in BLOCKS.items()}
 
 
@@ -127,6 +134,9 @@ def _check_bytes(kind: BlockType, rows: int, cols: int, stored: Tensor) -> None:
 
 def _stored(name: str, values: Tensor | QTensor) -> tuple[Tensor, Tensor | None]:
     """Scales or minima as bytes, and their codes where they are quantized."""
+    if name == _SCALED:
+        assert isinstance(values, QTensor)
+        return below(f"scales of {name}", values.codes.contiguous(), _NAN), None
     if isinstance(values, QTensor):
         assert isinstance(values.scales, Tensor)
         return _bytes(f"scales of {name}", values.scales), values.codes.contiguous()
@@ -149,9 +159,10 @@ def _negated(name: str, parts: native.GgmlParts) -> native.GgmlParts:
 
 def _empty_parts(kind: BlockType, rows: int, cols: int, codes: Tensor) -> native.GgmlParts:
     scheme, upper = kind.scheme, (rows, cols // kind.weights)
-    size = 1 if scheme.scale == "e8m0" else 2
+    size = {"e8m0": 1, "e4m3": 4}.get(scheme.scale, 2)
     scale = torch.empty(prod(upper) * size, dtype=torch.uint8)
-    lower = torch.empty(rows, cols // scheme.block.cols, dtype=torch.uint8) if scheme.nested else None
+    nested = scheme.nested is not None and kind.name != _SCALED
+    lower = torch.empty(rows, cols // scheme.block.cols, dtype=torch.uint8) if nested else None
     if scheme.zero != "min":
         return native.GgmlParts(codes, scale, None, lower)
     return native.GgmlParts(
@@ -160,7 +171,12 @@ def _empty_parts(kind: BlockType, rows: int, cols: int, codes: Tensor) -> native
 
 
 def _meant(kind: BlockType, what: str, raw: Tensor, codes: Tensor | None, blocks: tuple[int, int]) -> Tensor | QTensor:
-    """The scales (or minima) that bytes and codes stand for."""
+    """The scales (or minima) that bytes and codes stand for; of NVFP4 before what multiplies them all."""
+    if kind.name == _SCALED:
+        assert kind.scheme.nested
+        below(f"scales of {kind.name}", raw, _NAN)
+        whole = torch.ones(scale_shape(blocks, kind.scheme.nested.block))
+        return QTensor(kind.scheme.nested, blocks, raw.reshape(blocks), whole)
     upper = scale_shape(blocks, kind.scheme.nested.block) if kind.scheme.nested else blocks
     if kind.scheme.scale == "e8m0":
         return _powers(kind.name, raw.reshape(upper))

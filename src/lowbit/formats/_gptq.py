@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import FormatError, UnsupportedError
-from lowbit.formats import Spec, Weight
+from lowbit.formats import CodeRows, Spec, Weight
 from lowbit.formats._checks import exact, finite, stored
 from lowbit.formats._linear import (
     SCALE_TYPES,
@@ -49,7 +49,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: the layout cannot hold it, or its readers refuse it.
     """
-    check_matrix(weight, "gptq")
+    check_matrix(weight, "gptq", scheme)
     fitted = replace(scheme, block=row_block(scheme.block, weight.shape[1]), scale="f16")
     reason = _misfit(fitted, weight)
     if reason:
@@ -111,7 +111,12 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor], offset: int) ->
     native.pack_bits(_stored_zeros(weight, q, offset), bits, out=into[f"{weight.module}.qzeros"])
     into[f"{weight.module}.g_idx"].copy_(_consecutive(q) if q.group_index is None else q.group_index)
     if not q.codes.is_meta:
-        native.pack_bits_transposed(q.codes, bits, out=into[f"{weight.module}.qweight"])
+        _pack_rows(weight, q.codes, 0, into)
+
+
+def _pack_rows(weight: Weight, codes: UInt8[Tensor, "rows cols"], start: int, into: Mapping[str, Tensor]) -> None:
+    out = into[f"{weight.module}.qweight"][:, start : start + len(codes)]
+    native.pack_bits_transposed(codes, planned(weight).grid.bits, out=out)
 
 
 def hollow(scheme: Scheme) -> bool:
@@ -152,12 +157,21 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     if missing:
         raise FormatError(f"{missing[0]} is missing")
     qweight, qzeros, scales, *index = parts.values()
-    if codes is None or not codes.is_meta:
-        codes = native.unpack_bits_transposed(qweight.contiguous(), bits, weight.shape[1], out=codes)
+    codes = torch.empty(weight.shape, dtype=torch.uint8) if codes is None else codes
+    if not codes.is_meta:
+        _unpack_rows(weight, {f"{weight.module}.qweight": qweight.contiguous()}, 0, codes)
     scales = finite(f"{weight.module}.scales", scales.T.float()).contiguous()
     zeros = zero_points(weight, native.unpack_bits(qzeros.contiguous(), bits, weight.shape[0]), offset)
     q = QTensor(scheme, weight.shape, codes, scales, zeros)
     return replace(q, group_index=_group_index(weight, q, index[0])) if index else q
+
+
+def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, codes: UInt8[Tensor, "rows cols"]) -> None:
+    words = tensors[f"{weight.module}.qweight"][:, start : start + len(codes)]
+    native.unpack_bits_transposed(words, planned(weight).grid.bits, codes.shape[1], out=codes)
+
+
+ROWS = CodeRows(_pack_rows, _unpack_rows)
 
 
 def zero_points(weight: Weight, raw: UInt8[Tensor, "groups rows"], offset: int) -> UInt8[Tensor, "rows groups"] | None:

@@ -16,12 +16,16 @@ SCALE_TYPES: dict[torch.dtype, ScaleType] = {dtype: name for name, dtype in FLOA
 _FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_TYPES}
 
 
-def check_matrix(weight: Weight, format: str) -> None:
-    """Refuse what is no `weight` of a `Linear`.
+def check_matrix(weight: Weight, format: str, scheme: Scheme, smooth: bool = False) -> None:
+    """Refuse what is no `weight` of a `Linear`, and factors of inputs where the format has no place for them.
 
     Raises:
-        UnsupportedError: another name, or another number of axes than 2.
+        UnsupportedError: another name, another number of axes than 2, or such a scheme.
     """
+    if scheme.smooth and not smooth:
+        raise UnsupportedError(
+            f"{format} cannot hold {scheme}: it has no place for factors of inputs; use --format modelopt"
+        )
     if not weight.name.endswith(".weight") or len(weight.shape) != 2:
         raise UnsupportedError(
             f"{format} stores matrices that are the `weight` of a module, {weight.name} with {len(weight.shape)} axes "

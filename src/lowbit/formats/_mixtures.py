@@ -28,9 +28,11 @@ MIXTURES: Mapping[str, tuple[int, str]] = {
     "iq2_s": (28, "iq2_xs"), "iq2_m": (29, "iq2_s"), "iq3_xxs": (23, "iq3_xxs"), "iq3_xs": (22, "iq3_s"),
     "iq3_s": (26, "iq3_s"), "iq3_m": (27, "iq3_s"),
     "iq4_nl": (25, "iq4_nl"), "iq4_xs": (30, "iq4_xs"), "tq1_0": (36, "tq1_0"), "tq2_0": (37, "tq2_0"),
+    "nvfp4": (39, "nvfp4"),
 }  # fmt: skip
 _FALLBACK = {
-    "q2_k": "q4_0", "q3_k": "q4_0", "tq1_0": "q4_0", "tq2_0": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
+    "q2_k": "q4_0", "q3_k": "q4_0", "tq1_0": "q4_0", "tq2_0": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1",
+    "q6_k": "q8_0", "nvfp4": "q8_0",
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),
 }  # fmt: skip
 _NEVER = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types")
@@ -147,13 +149,13 @@ def _wanted(name: str, role: str, number: int, count: int, model: _Model, cols: 
     if base in FLOATS or name not in MIXTURES:
         return base
     if role == "output" or (role == "token_embd" and not model.has_output):
-        if base == "q8_0" or cols % BLOCKS[base].weights:
+        if base in ("q8_0", "nvfp4") or cols % BLOCKS[base].weights:
             return "q8_0"
         return "q5_k" if name in _TWO or name == "iq3_xxs" else "q6_k"
     if role == "token_embd":
         if name in _TWO or name == "iq3_xxs":
             return "iq3_s" if name in (*_TWO_MORE, "iq3_xxs") else "q2_k"
-        return "q4_k" if name in ("tq1_0", "tq2_0") else base
+        return {"tq1_0": "q4_k", "tq2_0": "q4_k", "nvfp4": "q8_0"}.get(name, base)
     if name in _TWO:
         return _two_bits(name, base, role, number, model)
     if role == "attn_v":

@@ -39,7 +39,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: another scheme, or vectors that do not divide the weight.
     """
-    check_matrix(weight, "aqlm")
+    check_matrix(weight, "aqlm", scheme)
     runs = scheme.grid.runs
     if (
         len(runs) != 1

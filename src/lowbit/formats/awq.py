@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import FormatError, UnsupportedError
-from lowbit.formats import Format, Spec, Weight
+from lowbit.formats import CodeRows, Format, Spec, Weight
 from lowbit.formats._checks import exact, finite, stored
 from lowbit.formats._gptq import Read, hollow, override, zero_points
 from lowbit.formats._linear import (
@@ -44,7 +44,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: the layout cannot hold it, or its readers refuse it.
     """
-    check_matrix(weight, "awq")
+    check_matrix(weight, "awq", scheme)
     block = row_block(scheme.block, weight.shape[1])
     kept = scheme.block.cols == weight.shape[1] and scheme.block.cols in GROUPS  # a model has groups of one size
     fitted = replace(scheme, block=replace(block, cols=scheme.block.cols) if kept else block, scale="f16")
@@ -112,7 +112,12 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
     zeros = torch.full(q.scales.shape, _MIDDLE, dtype=torch.uint8) if q.zeros is None else q.zeros
     native.pack_awq(zeros.contiguous(), out=into[f"{weight.module}.qzeros"])
     if not q.codes.is_meta:
-        native.pack_awq(q.codes, out=into[f"{weight.module}.qweight"])
+        _pack_rows(weight, q.codes, 0, into)
+
+
+def _pack_rows(weight: Weight, codes: Tensor, start: int, into: Mapping[str, Tensor]) -> None:
+    words = slice(start // _WORD, (start + len(codes)) // _WORD)
+    native.pack_awq(codes, out=into[f"{weight.module}.qweight"][:, words])
 
 
 def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None = None) -> QTensor:
@@ -130,8 +135,16 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     zeros = native.unpack_awq(qzeros.contiguous()).T
     scales = finite(f"{weight.module}.scales", scales.T.float()).contiguous()
     if not codes.is_meta:
-        native.unpack_awq(qweight.contiguous(), out=codes)
+        _unpack_rows(weight, {f"{weight.module}.qweight": qweight.contiguous()}, 0, codes)
     return QTensor(planned(weight), weight.shape, codes, scales, zero_points(weight, zeros, offset=0))
+
+
+def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, codes: Tensor) -> None:
+    qweight, stop = tensors[f"{weight.module}.qweight"], start + len(codes)
+    if tuple(qweight.shape) == layout(weight)[f"{weight.module}.qweight"].shape:
+        native.unpack_awq(qweight[:, start // _WORD : stop // _WORD], out=codes)
+    else:  # gemv
+        native.unpack_bits(qweight[start:stop], _BITS, weight.shape[1], out=codes)
 
 
 def _parts(tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> list[Tensor]:
@@ -145,7 +158,7 @@ def _unpack_gemv(weight: Weight, parts: Sequence[Tensor], codes: Tensor) -> QTen
     zeros = native.unpack_bits(qzeros.contiguous(), _BITS, scales.shape[1])[:, :groups].T
     values = finite(f"{weight.module}.scales", scales[:, :groups].float()).contiguous()
     if not codes.is_meta:
-        native.unpack_bits(qweight.contiguous(), _BITS, weight.shape[1], out=codes)
+        _unpack_rows(weight, {f"{weight.module}.qweight": qweight.contiguous()}, 0, codes)
     return QTensor(scheme, weight.shape, codes, values, zero_points(weight, zeros, offset=0))
 
 
@@ -220,4 +233,5 @@ FORMAT = Format(
     recognise=recognise,
     owns=owns,
     hollow=hollow,
+    rows=CodeRows(_pack_rows, _unpack_rows),
 )

@@ -38,7 +38,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: another scheme, or rows that do not come in fours.
     """
-    check_matrix(weight, "bitnet")
+    check_matrix(weight, "bitnet", scheme)
     if scheme.grid != _TERNARY.grid or scheme.block != _TERNARY.block or scheme.nested:
         raise UnsupportedError(f"bitnet cannot hold {scheme}: it has one scheme, {_TERNARY}; use that")
     if weight.shape[0] % _QUARTERS:

@@ -36,7 +36,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: the layout does not hold it.
     """
-    check_matrix(weight, "bitsandbytes")
+    check_matrix(weight, "bitsandbytes", scheme)
     if scheme.grid == _ROWS.grid:
         return _fit_rows(scheme, weight)
     if scheme.grid not in _TABLES.values():

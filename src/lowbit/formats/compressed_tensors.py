@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, UnsupportedError
-from lowbit.formats import Format, Spec, Weight
+from lowbit.formats import CodeRows, Format, Spec, Weight
 from lowbit.formats import _ct_tensors as tensors_of
 from lowbit.formats._checks import exact
 from lowbit.formats._ct_config import EMBEDDING, Declared, declared, quantization_config, read_activations, read_scheme
@@ -56,7 +56,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: no layout holds it, or the reader refuses it; the text names what works.
     """
-    check_matrix(weight, "compressed-tensors")
+    check_matrix(weight, "compressed-tensors", scheme)
     _check_grid(scheme)
     if scheme.nested or scheme.scale == "e8m0":
         _check_groups(scheme, weight, f"use int4 or fp8-e4m3, or leave {weight.name} as it is (--skip)")
@@ -192,6 +192,14 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
         return tensors_of.unpack(planned(weight), weight.shape, _local(weight, tensors), codes)
 
 
+def _pack_rows(weight: Weight, codes: Tensor, start: int, into: Mapping[str, Tensor]) -> None:
+    tensors_of.pack_rows(planned(weight), codes, start, _local(weight, into))
+
+
+def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, codes: Tensor) -> None:
+    tensors_of.unpack_rows(planned(weight), _local(weight, tensors), start, codes)
+
+
 def _local(weight: Weight, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {name: f"{weight.module}.{name}" for name in _WEIGHT_PARTS}
     return {name: tensors[full] for name, full in names.items() if full in tensors}
@@ -304,4 +312,5 @@ FORMAT = Format(
     owns=owns,
     fit_activations=fit_activations,
     hollow=tensors_of.hollow,
+    rows=CodeRows(_pack_rows, _unpack_rows),
 )

@@ -39,7 +39,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: another scheme, sides that 64 does not divide, or the output head.
     """
-    check_matrix(weight, "eetq")
+    check_matrix(weight, "eetq", scheme)
     fitted = replace(scheme, block=row_block(scheme.block, weight.shape[1]), scale="f16")
     if scheme.scale not in FLOATS or fitted != _ROWS:
         raise UnsupportedError(f"eetq cannot hold {scheme}: it has {_ROWS}; use that, or --format compressed-tensors")

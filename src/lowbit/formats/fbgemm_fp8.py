@@ -27,7 +27,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: another scheme, or the output head.
     """
-    check_matrix(weight, "fbgemm_fp8")
+    check_matrix(weight, "fbgemm_fp8", scheme)
     plain = scheme.scale in FLOATS
     if not plain or replace(scheme, block=row_block(scheme.block, weight.shape[1]), scale="f32") != _ROWS:
         raise UnsupportedError(

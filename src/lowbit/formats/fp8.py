@@ -43,7 +43,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: another scheme, or sides that such blocks do not divide.
     """
-    check_matrix(weight, "fp8")
+    check_matrix(weight, "fp8", scheme)
     if scheme.scale not in FLOATS or replace(scheme, scale="f32") != _WRITTEN:
         raise UnsupportedError(
             f"fp8 cannot hold {scheme}: it has {_WRITTEN}; use that, --format fbgemm_fp8 for fp8-e4m3-row, or --format "

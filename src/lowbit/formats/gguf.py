@@ -15,16 +15,17 @@ from torch import Tensor
 
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Spec, Weight
-from lowbit.formats._checks import stored
+from lowbit.formats._checks import finite, stored
 from lowbit.formats._ggml import BLOCKS, BlockType, type_of
 from lowbit.formats._ggml import pack as pack_blocks
 from lowbit.formats._ggml import unpack as unpack_blocks
 from lowbit.formats._gguf import interleave, separate
 from lowbit.formats._linear import check_matrix, check_planned, declare, planned
 from lowbit.formats._mixtures import choose, float_only, place_of, require_arch
-from lowbit.schemes import Scheme
+from lowbit.schemes import Scheme, parse
 from lowbit.tensors import QTensor
 
+_NVFP4 = parse("nvfp4")
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -34,7 +35,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: with the types, or those that divide the rows.
     """
-    check_matrix(weight, "gguf")
+    check_matrix(weight, "gguf", scheme)
     name, cols = type_of(scheme), weight.shape[1]
     if name is None:
         raise UnsupportedError(f"gguf stores ggml's types alone ({', '.join(BLOCKS)}), {scheme} is none of them")
@@ -46,9 +47,14 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
 
 
 def layout(weight: Weight) -> dict[str, Spec]:
-    """One tensor of bytes under the name of the weight."""
+    """A tensor of bytes under the name of the weight; of NVFP4 also one number, which multiplies its scales."""
     *rows, cols = weight.shape
-    return {weight.name: Spec(torch.uint8, (*rows, _kind(weight).row_bytes(cols)))}
+    beside = {_scale_of(weight): Spec(torch.float32, (1,))} if weight.scheme == _NVFP4 else {}
+    return {weight.name: Spec(torch.uint8, (*rows, _kind(weight).row_bytes(cols))), **beside}
+
+
+def _scale_of(weight: Weight) -> str:
+    return f"{weight.module}.scale"
 
 
 def _kind(weight: Weight) -> BlockType:
@@ -66,6 +72,8 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
     """
     check_planned(weight, q)
     out, name = into[weight.name], _kind(weight).name
+    if isinstance(q.scales, QTensor) and _scale_of(weight) in into:
+        into[_scale_of(weight)].copy_(q.scales.scale_values().reshape(1))
     if not weight.interleaved:
         pack_blocks(q, name, out)
         return
@@ -87,6 +95,9 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None) 
         q = unpack_blocks(kind.name, part.reshape(-1, part.shape[-1]), weight.shape, codes)
     except FormatError as error:
         raise FormatError(f"{weight.name}: {error}") from None
+    if isinstance(q.scales, QTensor) and _scale_of(weight) in tensors:
+        scale = stored(tensors, _scale_of(weight), torch.float32, (1,))
+        q = replace(q, scales=replace(q.scales, scales=finite(_scale_of(weight), scale).reshape(1, 1)))
     if not weight.interleaved:
         return q
     rows = weight.shape[0]
@@ -102,7 +113,8 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None) 
 
 def _rows(q: QTensor, index: Tensor) -> QTensor:
     """Some rows of a tensor whose blocks are within a row."""
-    scales, minima = _part(q.scales, index), None if q.minima is None else _part(q.minima, index)
+    scales = q.scales if not q.scheme.block.rows else _part(q.scales, index)  # of NVFP4's scales there is one
+    minima = None if q.minima is None else _part(q.minima, index)
     return replace(q, shape=(len(index), *q.shape[1:]), codes=q.codes[index], scales=scales, minima=minima)
 
 
@@ -126,10 +138,13 @@ def arrange(weight: Weight, wanted: str, config: Mapping[str, Any]) -> Weight:
     """Rows in llama.cpp's order, norms as they are used, and the float type of what is not quantized.
 
     Raises:
-        UnsupportedError: llama.cpp has no such architecture or tensor, as far as `arch/gguf.toml` tells.
+        UnsupportedError: llama.cpp has no such architecture or tensor, as far as `arch/gguf.toml` tells, or no place
+            for the scale of such a scheme.
     """
     arch = require_arch(config)
     stored = place_of(arch, weight)
+    if wanted == "nvfp4" and stored.startswith("token_embd."):
+        raise UnsupportedError(f"{weight.name}: llama.cpp looks up rows without the scale beside nvfp4; use q8_0")
     dtype = _DTYPES.get(wanted, weight.dtype)
     if wanted not in BLOCKS and float_only(weight, stored):
         dtype = torch.float32
@@ -138,8 +153,8 @@ def arrange(weight: Weight, wanted: str, config: Mapping[str, Any]) -> Weight:
 
 
 def owns(weight: Weight) -> Sequence[str]:
-    """The one tensor of a weight."""
-    return [weight.name]
+    """The tensor of a weight, and what may multiply its scales."""
+    return [weight.name, _scale_of(weight)] if weight.scheme == _NVFP4 else [weight.name]
 
 
 FORMAT = Format(

@@ -61,7 +61,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: the layout does not hold it.
     """
-    check_matrix(weight, "hqq")
+    check_matrix(weight, "hqq", scheme)
     if scheme.grid.kind != "int" or scheme.grid.bits not in _WRITTEN or scheme.nested:
         raise UnsupportedError(
             f"hqq cannot hold {scheme}: it packs integers of 1, 2, 3, 4 and 8 bits with plain scales; use one of them "

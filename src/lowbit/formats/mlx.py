@@ -38,7 +38,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: the layout does not hold it.
     """
-    check_matrix(weight, "mlx")
+    check_matrix(weight, "mlx", scheme)
     if scheme.grid.kind != "int" or scheme.grid.bits not in BITS or scheme.nested:
         raise UnsupportedError(
             f"mlx cannot hold {scheme}: it has integers of {', '.join(map(str, BITS))} bits with plain scales; use "

@@ -34,7 +34,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: neither operator holds it.
     """
-    check_matrix(weight, "onnx")
+    check_matrix(weight, "onnx", scheme)
     if scheme.grid.kind != "int" or scheme.grid.bits not in BITS or scheme.nested or scheme.zero == "min":
         raise UnsupportedError(
             f"onnx cannot hold {scheme}: onnxruntime computes with integers of 2, 4 and 8 bits with plain scales; use "

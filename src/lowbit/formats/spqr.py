@@ -33,7 +33,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: another scheme, or a weight of no whole tiles.
     """
-    check_matrix(weight, "spqr")
+    check_matrix(weight, "spqr", scheme)
     if scheme.zero != "quantized":
         raise UnsupportedError(
             f"spqr cannot hold {scheme}: it has 3 bits under quantized scales and outliers, which no method makes yet; "

@@ -42,7 +42,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: another scheme, or runs that do not divide the weight.
     """
-    check_matrix(weight, "vptq")
+    check_matrix(weight, "vptq", scheme)
     *outliers, main = scheme.grid.runs or (Run(0, 0, ()),)
     fits = main.cols == 1 and len(main.bits) in (1, 2) and len(outliers) <= 1
     fits &= all(run.cols == 1 and run.rows > 1 and len(run.bits) == 1 and not run.group for run in outliers)

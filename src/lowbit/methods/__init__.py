@@ -73,4 +73,6 @@ class Method:
         """The reason why this method cannot use a scheme; None where it can."""
         if scheme.grid.table and not self.tables:
             return "it rounds weight by weight, and this scheme has runs of codes from a table; use imatrix, or ggml"
+        if scheme.smooth:
+            return "it makes no factors of inputs; those are read with a checkpoint"
         return self.supports(scheme)

@@ -19,7 +19,7 @@ from lowbit.schemes import ALIASES, GGML_TYPES, Scheme, parse
 from lowbit.tensors import QTensor, scale_shape
 
 _ROW = parse("int8-row")  # whole rows are looked through faster than blocks
-_IDS = {parse(name): number for name, number in GGML_TYPES.items()}
+_IDS = {parse(name): number for name, number in GGML_TYPES.items() if name != "nvfp4"}  # whose scale is the tensor's
 
 
 def objection(scheme: Scheme) -> str | None:

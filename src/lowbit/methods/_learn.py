@@ -95,8 +95,9 @@ class Grouped:
         return groups if self.signs is None else groups * self.signs[at]
 
     def parts(self, affine: Affine) -> Iterator[tuple[slice, PerGroup, PerGroup | None]]:
-        """Runs of groups that fit the cache, with their scales and zero points."""
-        size = max(CHUNK // max(self.values.shape[1], 1), 1)
+        """Runs of groups that fit the cache (a GPU takes all at once), with their scales and zero points."""
+        here = self.values.device.type == "cpu"
+        size = max(CHUNK // max(self.values.shape[1], 1), 1) if here else max(len(self.values), 1)
         for start in range(0, len(self.values), size):
             at = slice(start, start + size)
             yield at, affine.scales[at] * affine.unit, None if affine.zeros is None else affine.zeros[at]

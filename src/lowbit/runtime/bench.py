@@ -12,9 +12,10 @@ from typing import Any, final
 import torch
 
 from lowbit.budget import anonymous_bytes
+from lowbit.errors import UnsupportedError
 from lowbit.native import isa
-from lowbit.runtime.decoder import start
-from lowbit.runtime.model import Loaded, open_model
+from lowbit.runtime.decoder import Native
+from lowbit.runtime.runner import open_runner
 
 _READ = 2**28  # bytes of the array that is read to see how fast memory is
 
@@ -53,6 +54,7 @@ class Bench:
         share: of `read` that decoding reached, by the bytes of its weights.
         kernels: of the products by kind.
         others: weights that the kernels do not multiply.
+        kept: bytes of keys and values at the end.
     """
 
     isa: str
@@ -69,9 +71,17 @@ class Bench:
     share: float
     kernels: tuple[Kernel, ...]
     others: int
+    kept: int
 
 
-def bench(path: str | Path, prompt: int = 256, tokens: int = 64, threads: int | None = None) -> Bench:
+def bench(
+    path: str | Path,
+    prompt: int = 256,
+    tokens: int = 64,
+    threads: int | None = None,
+    keep: str = "float16",
+    cache: Path | None = None,
+) -> Bench:
     """Read a prompt and decode some tokens with the native decoder, and multiply each kind of weight alone.
 
     Raises:
@@ -80,26 +90,30 @@ def bench(path: str | Path, prompt: int = 256, tokens: int = 64, threads: int | 
     """
     count = threads or torch.get_num_threads()
     begin = time.perf_counter()
-    loaded = open_model(path, threads=count)
+    runner = open_runner(path, threads=count, context=prompt + tokens, keep=keep, cache=cache)
     load = time.perf_counter() - begin
-    session = start(loaded, prompt + tokens, count)
-    vocabulary = loaded.model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (prompt + tokens,), generator=torch.Generator().manual_seed(0))
+    if runner.engine is None:
+        raise UnsupportedError(runner.decoder)
+    native = runner.engine.native
+    ids = torch.randint(
+        len(native.vectors["embedding"]), (prompt + tokens,), generator=torch.Generator().manual_seed(0)
+    )
+    session = runner.engine.start(prompt + tokens, keep)
     first = seconds(lambda: session.read(ids[:prompt]))
     steps = [seconds(lambda token=token: session.read(token[None]).argmax()) for token in ids[prompt:]]  # type: ignore[misc]
     step, read = statistics.median(steps), read_rate()
-    size = sum(packed.panels.nbytes for packed in loaded.kernels.values())
+    size = sum(packed.panels.nbytes for packed in native.matrices.values())
     return Bench(
         isa=isa(), threads=count, prompt=prompt, tokens=tokens, load=load, first=first, prefill=prompt / first,
         decode=1 / step, memory=anonymous_bytes(), bytes=size, read=read, share=size / step / read,
-        kernels=_kernels(loaded, count, read), others=len(loaded.others),
+        kernels=_kernels(native, count, read), others=len(runner.others), kept=session.cache.nbytes,
     )  # fmt: skip
 
 
-def _kernels(loaded: Loaded, threads: int, read: float) -> tuple[Kernel, ...]:
+def _kernels(native: Native, threads: int, read: float) -> tuple[Kernel, ...]:
     """Each kind of product, by itself."""
     groups: dict[tuple[str, int], list[Any]] = {}
-    for packed in loaded.kernels.values():
+    for packed in native.matrices.values():
         groups.setdefault((packed.panels.way, packed.panels.bits), []).append(packed)
     found = []
     for (way, bits), members in sorted(groups.items()):

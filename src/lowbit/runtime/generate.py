@@ -8,13 +8,12 @@ from time import perf_counter
 from typing import Any, final
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
-from lowbit.errors import UnsupportedError, UsageError
-from lowbit.runtime.decoder import start
-from lowbit.runtime.model import Loaded
+from lowbit.errors import UsageError
+from lowbit.runtime.runner import Runner
 from lowbit.stages._model import refusals
-from lowbit.stages._weightfile import read_json
 
 
 @final
@@ -65,72 +64,71 @@ class Generated:
 
 
 def generate(
-    loaded: Loaded, prompt: str, sampling: Sampling, show: Callable[[str], None] = lambda text: None
+    runner: Runner, prompt: str, sampling: Sampling, show: Callable[[str], None] = lambda text: None
 ) -> Generated:
     """Continue a prompt; `show` gets the text piece by piece.
 
     Raises:
         UsageError: the prompt is empty, or too long for the model.
     """
-    return _run(loaded, loaded.tokenizer(prompt, return_tensors="pt").input_ids, sampling, show)
+    return _run(runner, _ids(runner, prompt), sampling, show)
+
+
+def generate_all(runner: Runner, prompts: Sequence[str], sampling: Sampling) -> list[Generated]:
+    """Continue some prompts; natively all at once, so that weights are read once for a token of each.
+
+    Raises:
+        UsageError: a prompt is empty, or too long for the model.
+    """
+    engine = runner.engine
+    if engine is None:
+        return [generate(runner, prompt, sampling) for prompt in prompts]
+    texts = [_Text(runner, _ids(runner, prompt), sampling, lambda part: None) for prompt in prompts]
+    sessions = {text: engine.start(runner.limit, runner.keep) for text in texts}
+    with torch.inference_mode():
+        left = [text for text in texts if text.take(sessions[text].follow(text.seen))]
+        while left:
+            logits = engine.read([(sessions[text], text.seen[-1:]) for text in left])
+            left = [text for text, row in zip(left, logits, strict=True) if text.take(row)]
+    return [text.result() for text in texts]
 
 
 def answer(
-    loaded: Loaded,
+    runner: Runner,
     messages: Sequence[dict[str, str]],
     sampling: Sampling,
     show: Callable[[str], None] = lambda text: None,
 ) -> Generated:
     """Answer a conversation, `{"role": ..., "content": ...}` each, through the chat template of the model.
 
+    What the last text of the runner and this one begin with is not read again.
+
     Raises:
         UsageError: the model has no chat template.
     """
-    if not getattr(loaded.tokenizer, "chat_template", None):
+    if not getattr(runner.tokenizer, "chat_template", None):
         raise UsageError(
             "the tokenizer of this model has no chat template; continue a text with lowbit generate --prompt"
         )
     with refusals("the chat template of this model"):
-        found: Any = loaded.tokenizer.apply_chat_template(
+        found: Any = runner.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-    return _run(loaded, found["input_ids"], sampling, show)
+    return _run(runner, found["input_ids"].view(-1), sampling, show)
 
 
-def _run(loaded: Loaded, ids: Tensor, sampling: Sampling, show: Callable[[str], None]) -> Generated:
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if ids.shape[-1] == 0 or (limit and ids.shape[-1] >= limit):
-        raise UsageError(f"the prompt has {ids.shape[-1]} tokens; this model takes 1 to {(limit or 1 << 31) - 1}")
-    tokens = min(sampling.tokens, limit - ids.shape[-1]) if limit else sampling.tokens
-    reader = _Reader(loaded, show)
-    step, decoder = _steps(loaded, ids.shape[-1] + tokens)
-    choose, ends = chooser(sampling), _ends(loaded)
+def _ids(runner: Runner, prompt: str) -> Int64[Tensor, " tokens"]:
+    found: Tensor = runner.tokenizer(prompt, return_tensors="pt").input_ids
+    return found.view(-1)
+
+
+def _run(runner: Runner, ids: Tensor, sampling: Sampling, show: Callable[[str], None]) -> Generated:
+    text = _Text(runner, ids, sampling, show)
     with torch.inference_mode(), refusals("the model fails on this prompt"):
-        seen, new = ids.view(-1), ids.view(-1)
-        for _ in range(tokens):
-            token = choose(seen, step(new))
-            reader.take(token)
-            if token in ends or reader.ended(sampling.stop):
-                break
-            new = torch.tensor([token])
-            seen = torch.cat([seen, new])
-    return reader.result(ids.shape[-1], decoder)
-
-
-def _steps(loaded: Loaded, capacity: int) -> tuple[Callable[[Tensor], Tensor], str]:
-    """What reads tokens and gives the logits of the next: the native decoder, or transformers; and which, or why."""
-    try:
-        return start(loaded, capacity).read, "native"
-    except UnsupportedError as error:
-        reason = str(error)
-    cache: list[Any] = [None]
-
-    def step(new: Tensor) -> Tensor:
-        out = loaded.model(input_ids=new[None], past_key_values=cache[0], use_cache=True, logits_to_keep=1)
-        cache[0] = out.past_key_values
-        return out.logits[0, -1]  # type: ignore[no-any-return]
-
-    return step, reason
+        more = text.take(runner.reader.follow(ids))
+        while more:
+            more = text.take(runner.reader.read(text.seen[-1:]))
+    return text.result()
 
 
 def chooser(sampling: Sampling) -> Callable[[Tensor, Tensor], int]:
@@ -166,39 +164,38 @@ def chooser(sampling: Sampling) -> Callable[[Tensor, Tensor], int]:
     return choose
 
 
-def _ends(loaded: Loaded) -> set[int]:
-    """Tokens that end a text."""
-    path = loaded.checkpoint.path / "generation_config.json"
-    told = read_json(path).get("eos_token_id") if path.exists() else None
-    said = (told, getattr(loaded.model.generation_config, "eos_token_id", None), loaded.tokenizer.eos_token_id)
-    return {int(token) for each in said for token in (each if isinstance(each, list) else [each]) if token is not None}
-
-
 @final
-class _Reader:
-    """Takes tokens as they come and shows the text that can no longer change."""
+class _Text:
+    """A text while it is written: takes logits, and shows what can no longer change.
 
-    def __init__(self, loaded: Loaded, show: Callable[[str], None]) -> None:
-        self._tokenizer, self._show = loaded.tokenizer, show
-        self._ids: list[int] = []
-        self._shown = self._text = ""
-        self._start, self._first = perf_counter(), 0.0
+    Attributes:
+        seen: its tokens, the prompt's first.
+    """
 
-    def take(self, token: int) -> None:
-        """One more token."""
-        self._first = self._first or perf_counter()
-        self._ids.append(token)
-        self._text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        if not self._text.endswith("\ufffd"):  # bytes of a character that is not whole yet
-            self._show(self._text[len(self._shown) :])
-            self._shown = self._text
+    def __init__(self, runner: Runner, ids: Tensor, sampling: Sampling, show: Callable[[str], None]) -> None:
+        if not 0 < len(ids) < runner.limit:
+            raise UsageError(f"the prompt has {len(ids)} tokens; this model takes 1 to {runner.limit - 1}")
+        self.seen, self._prompt, self._runner, self._show = ids, len(ids), runner, show
+        self._left, self._stops = min(sampling.tokens, runner.limit - len(ids)), sampling.stop
+        self._choose = chooser(sampling)
+        self._shown = self._written = ""
+        self._start, self._first, self._end = perf_counter(), 0.0, 0.0
 
-    def ended(self, stops: Sequence[str]) -> bool:
-        """Whether one of these strings is in the text."""
-        return any(stop in self._text for stop in stops)
+    def take(self, logits: Tensor) -> bool:
+        """Choose a token; whether the text goes on after it."""
+        token = self._choose(self.seen, logits)
+        self.seen, self._left = torch.cat([self.seen, torch.tensor([token])]), self._left - 1
+        self._written = str(self._runner.tokenizer.decode(self.seen[self._prompt :], skip_special_tokens=True))
+        if not self._written.endswith("\ufffd"):  # bytes of a character that is not whole yet
+            self._show(self._written[len(self._shown) :])
+            self._shown = self._written
+        self._end = perf_counter()
+        self._first = self._first or self._end
+        ended = token in self._runner.ends or token == self._runner.tokenizer.eos_token_id
+        return self._left > 0 and not ended and not any(stop in self._written for stop in self._stops)
 
-    def result(self, prompt: int, decoder: str) -> Generated:
+    def result(self) -> Generated:
         """What came, and how long it took."""
-        self._show(self._text[len(self._shown) :])
-        end, first = perf_counter(), self._first or self._start
-        return Generated(decoder, self._text, prompt, len(self._ids), first - self._start, end - self._start)
+        self._show(self._written[len(self._shown) :])
+        count, first, whole = len(self.seen) - self._prompt, self._first - self._start, self._end - self._start
+        return Generated(self._runner.decoder, self._written, self._prompt, count, first, whole)

@@ -17,6 +17,7 @@ class Linear(nn.Module):
 
     Attributes:
         packed: the weight.
+        bias: what is added, or None.
         matrix: the weight with its bias, to multiply by.
         in_features: its columns.
         out_features: its rows.
@@ -25,7 +26,8 @@ class Linear(nn.Module):
 
     def __init__(self, packed: Packed, bias: Tensor | None, threads: int) -> None:
         super().__init__()
-        self.packed, self.matrix, self.threads = packed, packed.matrix(bias), threads
+        self.packed, self.bias, self.threads = packed, bias, threads
+        self.matrix = packed.matrix(bias)
         self.in_features, self.out_features = packed.inputs, packed.panels.rows
 
     def forward(self, inputs: Float[Tensor, "*tokens inputs"]) -> Float[Tensor, "*tokens outputs"]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import torch
 
-from lowbit.errors import UnsupportedError
+from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.formats import Weight
 from lowbit.runtime.linear import Linear
 from lowbit.runtime.panels import Packed, pack, pack_dense
+from lowbit.runtime.stored import Stored, read_stored, stored_path, write_stored
 from lowbit.stages._model import Blueprint, open_blueprint, open_tokenizer
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint, swapped
 from lowbit.tensors import QTensor
@@ -59,13 +62,14 @@ def load(
     reference: bool = False,
     threads: int | None = None,
     trust_remote_code: bool = False,
+    cache: str | Path | None = None,
 ) -> PreTrainedModel:
     """A model of `transformers` from a checkpoint in any format that is read; see `open_model`.
 
     Raises:
         LowbitError: see `lowbit.errors`.
     """
-    return open_model(path, exact, reference, threads, trust_remote_code).model
+    return open_model(path, exact, reference, threads, trust_remote_code, Path(cache) if cache else None).model
 
 
 def open_model(
@@ -74,6 +78,7 @@ def open_model(
     reference: bool = False,
     threads: int | None = None,
     trust_remote_code: bool = False,
+    cache: Path | None = None,
 ) -> Loaded:
     """Fill the model's class with the weights of a checkpoint; matrices stay packed and are multiplied as they are.
 
@@ -86,6 +91,7 @@ def open_model(
         reference: whether every weight is dequantized and multiplied by `torch` instead: slow and obviously right.
         threads: of the kernels; None for those of `torch`.
         trust_remote_code: run Python code that the checkpoint brings.
+        cache: folder where the weights are kept in the order in which they are multiplied, for the next call.
 
     Raises:
         LowbitError: see `lowbit.errors`.
@@ -93,15 +99,19 @@ def open_model(
     checkpoint = open_checkpoint(path, trust_remote_code)
     blueprint = open_blueprint(checkpoint, torch.float32)
     places = _matrices(blueprint)
-    others, packed = dict(_left_out(checkpoint, places.keys(), reference)), {}
-    for name in [name for name in places if name not in others]:
-        try:
-            packed[name] = _pack(checkpoint, name, exact)
-        except UnsupportedError as error:
-            others[name] = str(error)
+    others, workers = dict(_left_out(checkpoint, places.keys(), reference)), threads or torch.get_num_threads()
+    file = stored_path(cache, checkpoint, f"weights, exact {exact}") if cache and not reference else None
+    stored = read_stored(file) if file and file.exists() else None
+    if stored is None:
+        stored = _pack_all(checkpoint, [name for name in places if name not in others], exact, workers)
+        if file:
+            write_stored(file, stored)
+    packed, others = dict(stored.matrices), others | stored.facts["others"]
+    if not packed.keys() <= places.keys():
+        raise CheckpointError(f"{file} has weights that the model does not have; delete it")
     alone = packed.keys() - _shared(blueprint)
     model = blueprint.with_parts(checkpoint.weights.keys() - alone)
-    _put(model, places, packed, threads or torch.get_num_threads())
+    _put(model, places, packed, workers)
     return Loaded(checkpoint, model, packed, others)
 
 
@@ -130,6 +140,23 @@ def _left_out(checkpoint: Checkpoint, whole: AbstractSet[str], reference: bool) 
             yield name, f"its inputs are quantized too ({weight.activations})"
         elif name not in whole and weight.scheme:
             yield name, "no linear layer has it alone"
+
+
+def _pack_all(checkpoint: Checkpoint, names: list[str], exact: bool, threads: int) -> Stored:
+    """Weights as products read them, and why others are not; the largest first, so that no thread is left with it."""
+
+    def work(name: str) -> Packed | str:
+        try:
+            return _pack(checkpoint, name, exact)
+        except UnsupportedError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(threads) as pool:
+        order = sorted(names, key=lambda name: -prod(checkpoint.weights[name].shape))
+        found = dict(zip(order, pool.map(work, order), strict=True))
+    packed = {name: each for name in names if isinstance(each := found[name], Packed)}
+    others = {name: each for name in names if isinstance(each := found[name], str)}
+    return Stored({"others": others}, packed, {})
 
 
 def _pack(checkpoint: Checkpoint, name: str, exact: bool) -> Packed:

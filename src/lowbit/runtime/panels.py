@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import mmap
-import sys
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int8, Int64, UInt8
+from jaxtyping import Float, Int8, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.errors import UnsupportedError
-from lowbit.native import CODE_BITS, Matrix, Panels
+from lowbit.native import CODE_BITS, Matrix, Panels, interleave, interleave_floats
 from lowbit.schemes import Grid
 from lowbit.tensors import QTensor, block_size, level_table, view_shape
 
-LAYOUT = 2  # counts up when the bytes of panels change; what keeps panels must keep it too
+LAYOUT = 2  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
 _LANES = 16
-_LARGE = 1 << 22  # bytes from which pages of 2 MiB pay
+_PARTS = ("codes", "scale", "zero", "fine", "fine_zero")  # these have an entry per panel
 _UNITS = (1.0, 2.0, 4.0, 8.0)
 
 
@@ -39,16 +37,23 @@ class Packed:
             self.panels, self.inputs, self.order, None if bias is None else bias.detach().float().contiguous()
         )
 
+    def part(self, first: int, count: int) -> Packed:
+        """Some of its rows, of whole panels, in the memory where they are."""
+        panels, part = self.panels, slice(first // _LANES, -(-(first + count) // _LANES))
+        if count == panels.rows:
+            return self
+        parts = {name: value[part] for name in _PARTS if (value := getattr(panels, name)) is not None}
+        return replace(self, panels=replace(panels, rows=count, **parts))
 
-def pack_dense(weight: Float[Tensor, "rows cols"]) -> Packed:
+
+def pack_dense(weight: Float[Tensor, "rows cols"], threads: int = 1) -> Packed:
     """A weight of floats, in the dtype that it has."""
     rows, cols = weight.shape
-    filled = pad(weight, (0, -cols % 32, 0, -rows % _LANES))
-    codes = filled.view(-1, _LANES, filled.shape[1]).transpose(1, 2)
-    return Packed(Panels("dense", rows, 8 * weight.element_size(), 16, _placed(codes)), cols)
+    codes = interleave_floats(weight.contiguous(), -(-cols // 32) * 32, threads)
+    return Packed(Panels("dense", rows, 8 * weight.element_size(), 16, codes), cols)
 
 
-def pack(q: QTensor, exact: bool = False) -> Packed:
+def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
     """A quantized weight `[rows, cols]`, its codes as they are; `exact`: for inputs that are not rounded.
 
     Raises:
@@ -59,30 +64,30 @@ def pack(q: QTensor, exact: bool = False) -> Packed:
     order, cols = _order(q), q.shape[-1]
     step = _step(q)
     full = -(-cols // lcm(step, 32)) * lcm(step, 32)
-    codes = q.codes.reshape(-1, cols)
-    codes = codes if order is None else codes[:, order]
-    grid = q.scheme.grid
+    codes, grid = q.codes.reshape(-1, cols), q.scheme.grid
     bits = next(bits for bits in CODE_BITS if len(grid.levels) <= 2**bits)
     meaning = _meaning(grid, q.scheme.zero != "none", exact)
     bare = Panels(
-        rows=codes.shape[0], bits=bits, step=step, codes=_placed(_interleave(codes, full, bits)),
+        rows=codes.shape[0], bits=bits, step=step, codes=interleave(codes, order, bits, full, threads),
         minus=q.scheme.zero == "min", way=meaning.way, offset=meaning.offset, level=meaning.level, table=meaning.table,
         unit=meaning.unit,
     )  # fmt: skip
     over = _run(q, step) if meaning.way != "floats" else 0
-    return Packed(_with_nested(bare, q, over) if over else _with_scales(bare, q, full), cols, order)
+    return Packed(_with_nested(bare, q, over, threads) if over else _with_scales(bare, q, full, threads), cols, order)
 
 
-def _with_scales(bare: Panels, q: QTensor, full: int) -> Panels:
+def _with_scales(bare: Panels, q: QTensor, full: int, threads: int) -> Panels:
     """Panels with the scales and zero points of each step as they are."""
     scale, values = _spread(q, q.scale_values(), bare.step, full), q.zero_values()
     zero = None if values is None else _spread(q, values, bare.step, full)
     narrow = _exact_half(scale) and (zero is None or _exact_half(zero))
     dtype = torch.float16 if narrow else torch.float32
-    return replace(bare, scale=_lanes(scale.to(dtype)), zero=None if zero is None else _lanes(zero.to(dtype)))
+    return replace(
+        bare, scale=_lanes(scale.to(dtype), threads), zero=None if zero is None else _lanes(zero.to(dtype), threads)
+    )
 
 
-def _with_nested(bare: Panels, q: QTensor, over: int) -> Panels:
+def _with_nested(bare: Panels, q: QTensor, over: int, threads: int) -> Panels:
     """Panels with the integers of scales and minima, and the scales of these for each run of columns."""
     scale, low = _integers(q.scales), _integers(q.minima)
     assert scale is not None
@@ -92,8 +97,9 @@ def _with_nested(bare: Panels, q: QTensor, over: int) -> Panels:
         assert fine_zero is not None
         fine, fine_zero = fine | fine_zero << 4, None
     return replace(
-        bare, over=over, scale=_lanes(outer.half()), zero=None if zero is None else _lanes(zero.half()),
-        fine=_placed(_pairs(fine)), fine_zero=None if fine_zero is None else _placed(_pairs(fine_zero)), joined=joined,
+        bare, over=over, scale=_lanes(outer.half(), threads),
+        zero=None if zero is None else _lanes(zero.half(), threads), fine=_pairs(fine, threads),
+        fine_zero=None if fine_zero is None else _pairs(fine_zero, threads), joined=joined,
     )  # fmt: skip
 
 
@@ -118,9 +124,14 @@ def _integers(values: Tensor | QTensor | None) -> tuple[Int8[Tensor, "rows steps
     return levels.to(torch.int8)[values.codes.long()], values.scales
 
 
-def _pairs(values: Int8[Tensor, "rows steps"]) -> Int8[Tensor, "panels pairs 16 2"]:
-    filled = pad(values, (0, 0, 0, -values.shape[0] % _LANES))
-    return filled.view(-1, _LANES, filled.shape[1] // 2, 2).transpose(1, 2).contiguous()
+def _lanes(values: Float[Tensor, "rows steps"], threads: int) -> Float[Tensor, "panels steps 16"]:
+    return interleave_floats(values.contiguous(), values.shape[1], threads)
+
+
+def _pairs(values: Int8[Tensor, "rows steps"], threads: int) -> Int8[Tensor, "panels pairs 16 2"]:
+    """Two steps are moved as one element of 16 bits."""
+    lanes = _lanes(values.contiguous().view(torch.float16), threads)
+    return lanes.view(torch.int8).view(*lanes.shape, 2)
 
 
 @final
@@ -196,39 +207,3 @@ def _spread(q: QTensor, values: Tensor, step: int, full: int) -> Float[Tensor, "
 
 def _exact_half(values: Tensor) -> bool:
     return torch.equal(values.half().float(), values)
-
-
-def _lanes(values: Float[Tensor, "rows steps"]) -> Float[Tensor, "panels steps 16"]:
-    filled = pad(values, (0, 0, 0, -values.shape[0] % _LANES))
-    return filled.view(-1, _LANES, filled.shape[1]).transpose(1, 2).contiguous()
-
-
-def _interleave(codes: Tensor, full: int, bits: int) -> Tensor:
-    """`[panels, words, 64]`: for 32 columns, the words of the lower bits of all codes, then those of the upper."""
-    rows, cols = codes.shape
-    filled = pad(codes, (0, full - cols, 0, -rows % _LANES)).view(-1, _LANES, full // 32, 8, 4)
-    low = {3: 2, 5: 4, 6: 4}.get(bits, bits)
-    words = [_words(filled, low, 0)] if low == bits else [_words(filled, low, 0), _words(filled, bits - low, low)]
-    return torch.cat(words, 2).view(len(filled), -1, 64)
-
-
-def _words(
-    codes: UInt8[Tensor, "panels 16 chunks 8 4"], bits: int, first: int
-) -> UInt8[Tensor, "panels chunks words 64"]:
-    """Field f of byte k of word w of a row: bits `first` and on of column `(w * 8 / bits + f) * 4 + k` of a chunk."""
-    fields = 8 // bits
-    parts: Tensor = ((codes >> first) & (2**bits - 1)).unflatten(3, (bits, fields))
-    joined = parts[:, :, :, :, 0]
-    for field in range(1, fields):
-        joined = joined | parts[:, :, :, :, field] << bits * field
-    return joined.permute(0, 2, 3, 1, 4).flatten(3).contiguous()
-
-
-def _placed(values: Tensor) -> Tensor:
-    """The same values, contiguous; many in large pages, where looking up addresses does not hold up reading."""
-    if values.nbytes < _LARGE or sys.platform != "linux":
-        return values.contiguous()
-    room = mmap.mmap(-1, values.nbytes)
-    room.madvise(mmap.MADV_HUGEPAGE)
-    placed: Tensor = torch.frombuffer(room, dtype=values.dtype).view(values.shape)
-    return placed.copy_(values)

@@ -116,6 +116,11 @@ def round_inputs(
         (scheme, scale), *others = sorted(kinds, key=str) if kinds else [(None, None)]
         if scheme is None and not others:
             continue
+        if any((weights[name].scheme or scheme).smooth for name in names if scheme):
+            raise UnsupportedError(
+                f"{parameter} reads inputs that are multiplied by factors before they are rounded: that cannot be "
+                "evaluated here"
+            )
         pairs = [terms[name] for name in names if name in terms]
         single = model.get_parameter(parameter).dim() == 2 and (len(names) == 1 or not pairs)
         if others or scheme is None or not single:

@@ -58,7 +58,7 @@ class _Recorder(nn.Module):
 
     def __init__(self, block: nn.Module, answer: Any, last: bool) -> None:
         super().__init__()
-        self.block, self._answer, self._last = block, answer, last
+        self.block, self.answer, self._last = block, answer, last
         self.call: Call | None = None
         self.hidden: Tensor | None = None
 
@@ -74,7 +74,7 @@ class _Recorder(nn.Module):
         self.call = Call(args if named else args[1:], kwargs, named)
         if self._last:
             raise _Reached
-        return self._answer
+        return self.answer
 
 
 @final
@@ -134,9 +134,30 @@ class Entrance:
             model(input_ids=ids, use_cache=False)
 
 
-def _replace(model: nn.Module, paths: Sequence[str], answer: Any) -> dict[str, _Recorder]:
-    """Put recorders in the place of blocks; the last one ends the run."""
-    recorders = {path: _Recorder(model.get_submodule(path), answer, path == paths[-1]) for path in paths}
+@final
+class Exit:
+    """What stands after the blocks of a model: turns the last hidden state into logits, on the processor."""
+
+    def __init__(self, blueprint: Blueprint, entrance: Entrance, ids: Int64[Tensor, "windows tokens"]) -> None:
+        paths = list(blueprint.blocks)
+        args, kwargs = entrance.calls(ids[:1])[paths[0]].with_hidden(entrance.hidden(ids[:1]))
+        with torch.no_grad():
+            answer = blueprint.filled(paths[0])(*args, **kwargs)
+        self._rest = tuple(answer[1:]) if isinstance(answer, tuple) else None
+        self._model = blueprint.streamed().requires_grad_(False)
+        self._recorders = _replace(self._model, paths, None, ends=False)
+
+    def logits(self, ids: Int64[Tensor, "windows tokens"], hidden: Tensor) -> Tensor:
+        """Logits for the hidden state after the last block; differentiable. Each position stands alone."""
+        for recorder in self._recorders.values():
+            recorder.answer = hidden if self._rest is None else (hidden, *self._rest)
+        found: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return found
+
+
+def _replace(model: nn.Module, paths: Sequence[str], answer: Any, ends: bool = True) -> dict[str, _Recorder]:
+    """Put recorders in the place of blocks; the last one `ends` the run."""
+    recorders = {path: _Recorder(model.get_submodule(path), answer, ends and path == paths[-1]) for path in paths}
     for path, recorder in recorders.items():
         model.set_submodule(path, recorder)
     return recorders

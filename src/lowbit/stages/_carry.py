@@ -36,6 +36,9 @@ _NOWHERE = 255
 
 def variants(scheme: Scheme) -> Iterator[Scheme]:
     """Schemes that may hold the values of a tensor in `scheme`, those that change least first; `carried` decides."""
+    if scheme.smooth:
+        yield from (replace(each, smooth=True) for each in variants(replace(scheme, smooth=False)))
+        scheme = replace(scheme, smooth=False)
     plain = replace(scheme, nested=None, scale="f32")
     bases = [scheme, plain] if scheme.nested or scheme.scale == "e8m0" else [scheme]
     for grid in chain([scheme.grid], wider(scheme.grid)):  # the others are hardly ever needed
@@ -85,11 +88,14 @@ def carried(q: QTensor, scheme: Scheme, rounding: bool = False) -> QTensor:
         return q
     if q.vectors or q.order is not None or q.points is not None:
         raise UnsupportedError(f"its codes are of {q.scheme}, and nothing else has them")
+    if q.factors is not None and not scheme.smooth and bool((q.factors != 1).any()):
+        raise UnsupportedError("its inputs are multiplied by factors of their own, and there is no place for these")
     index = _blocks_within(q, scheme)
     scales = _block_values(q.scales, q, scheme, index, "scale", rounding)
     zeros, minima = _zeros(q, scheme, index, rounding), _minima(q, scheme, index, rounding)
     codes = _codes(q, scheme).view(view_shape(q.shape, scheme.block))
-    return QTensor(scheme, q.shape, codes, scales, zeros, q.offset, q.group_index, minima)
+    factors = q.factors if scheme.smooth else None
+    return QTensor(scheme, q.shape, codes, scales, zeros, q.offset, q.group_index, minima, factors=factors)
 
 
 def _blocks_within(q: QTensor, scheme: Scheme) -> Int64[Tensor, "blocks"] | None:
@@ -186,7 +192,8 @@ def _stored(values: Float[Tensor, "..."], dtype: torch.dtype, what: str, roundin
     found = values.to(dtype).float()
     wrong = (~found.isfinite() | ((found == 0) & (values != 0))) if rounding else found != values
     if bool(wrong.any()):
-        value, name = values[wrong][0].item(), str(dtype).removeprefix("torch.")
+        first = int(wrong.reshape(-1).view(torch.uint8).argmax())
+        value, name = values.reshape(-1)[first].item(), str(dtype).removeprefix("torch.")
         raise UnsupportedError(f"the {what} {value:.9g} is no {name}, in which it would be stored")
     return found
 

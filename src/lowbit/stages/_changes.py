@@ -25,6 +25,7 @@ from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
 from lowbit.stages._carry import carried, gap, spelled, variants
 from lowbit.stages._rooms import Rooms
+from lowbit.stages._store import Streamed
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, arranged
 from lowbit.stages.quantize import Error, quantize_weight
@@ -123,6 +124,8 @@ def _with_inputs(weight: Weight, target: Weight, form: Format) -> Weight:
     wanted, scale = weight.activations, weight.input_scale
     if wanted is None:
         return target
+    if weight.scheme and target.scheme and weight.scheme.smooth != target.scheme.smooth:
+        raise UnsupportedError("its inputs are multiplied by factors before they are rounded")
     fitted = form.fit_activations(wanted, target)
     dtype = FLOATS.get(fitted.scale, torch.float32)
     if replace(fitted, scale=wanted.scale) != wanted:
@@ -206,15 +209,18 @@ class Changer:
         """The weight as the target's container has it."""
         return arranged(weight, str(weight.scheme or "keep"), self.goal.form, self.source.config)
 
-    def load(self, weight: Weight, hollow: bool = False) -> QTensor:
-        """The weight, its codes in this thread's room where they are not a view of the file; none, where `hollow`."""
+    def load(self, weight: Weight, hollow: bool = False, pieces: Mapping[str, Tensor] | None = None) -> QTensor:
+        """The weight, its codes in this thread's room where they are not a view of the file; none, where `hollow`.
+
+        `pieces`: its stored tensors, where they are at hand.
+        """
         assert weight.scheme is not None
         shape = view_shape(weight.shape, weight.scheme.block)
         if hollow:
             codes = torch.empty(shape, dtype=torch.uint8, device="meta")
         else:
             codes = self.rooms.get("codes", prod(weight.shape)).view(shape)
-        found = self.source.load(weight.name, codes)
+        found = self.source.unpacked(weight.name, pieces or self.source.stored(weight.name), codes)
         assert isinstance(found, QTensor)
         return found
 
@@ -422,18 +428,29 @@ class Changer:
         why = why or ("its inputs are no longer rounded" if weight.activations else "")
         return Change(weight, Entry(target, FLOAT, "dequantized"), not why, error, why)
 
-    def value(self, weight: Weight, entry: Entry) -> QTensor | Tensor:
-        """What a change stores."""
+    def value(
+        self, weight: Weight, entry: Entry, pieces: Mapping[str, Tensor] | None = None
+    ) -> QTensor | Tensor | Streamed:
+        """What a change stores; streamed where codes alone go from one layout into another."""
         target = entry.weight
+        pieces = pieces or self.source.stored(weight.name)
         if weight.scheme is None:
-            kept = self.source.tensor(weight.name).to(target.dtype)
+            kept = pieces[weight.name].to(target.dtype)
             return (kept.T if weight.swapped != target.swapped else kept).contiguous()
         if target.scheme is None:
             return self.made_float(weight, target.dtype)
-        q = self.load(weight)
-        if entry.method in (CARRY, ROUND):
-            return carried(q, target.scheme, rounding=entry.method == ROUND)
-        return self.quantized(q, entry)[0]
+        if entry.method not in (CARRY, ROUND):
+            return self.quantized(self.load(weight, pieces=pieces), entry)[0]
+        streams = self._hollow(weight, target)
+        q = carried(self.load(weight, streams, pieces), target.scheme, rounding=entry.method == ROUND)
+        return self._streamed(weight, q, pieces) if streams else q
+
+    def _streamed(self, weight: Weight, q: QTensor, pieces: Mapping[str, Tensor]) -> Streamed:
+        """A tensor without codes, with those of the weight."""
+        form: Format = plugins.load("formats", str(self.source.format))
+        assert form.rows is not None
+        unpack, dense = form.rows.unpack, {name: piece.contiguous() for name, piece in pieces.items()}
+        return Streamed(q, lambda start, codes: unpack(weight, dense, start, codes))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -365,6 +365,37 @@ def _finish(chart: alt.LayerChart | alt.FacetChart, description: str, height: in
     return spec
 
 
+def frontier_chart(values: Sequence[Mapping[str, Any]]) -> Spec | None:
+    """Divergence against size with intervals, a colour per method; a line through what nothing dominates.
+
+    Args:
+        values: a row per point: name, method, scheme, bytes, divergence, low, high, frontier, knee.
+    """
+    if not values:
+        return None
+    rows = [{**row, "MiB": row["bytes"] / 2**20, "shown": f"{row['divergence']:.4g} ({row['low']:.4g} to "
+             f"{row['high']:.4g})", "size": format_size(row["bytes"])} for row in values]  # fmt: skip
+    labels = list(dict.fromkeys(row["method"] for row in rows))[:ROLES]
+    log = alt.Scale(type="log", nice=False, padding=30)
+    x = alt.X("MiB:Q", scale=log, axis=alt.Axis(title="weights, MiB (log scale)", format="~s", grid=False))
+    lows, highs = [row["low"] for row in rows if row["low"] > 0], [row["high"] for row in rows]
+    powers = [10.0**at for at in range(floor(log10(min(lows, default=1e-9))), ceil(log10(max(*highs, 1e-9))) + 1)]
+    axis = alt.Axis(title="KL divergence, nats per token (log scale)", format=".2~g", values=powers)
+    y = alt.Y("divergence:Q", scale=log, axis=axis)
+    pick = alt.selection_point(fields=["method"], bind="legend")
+    base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
+    faded = alt.condition(pick, alt.value(1), alt.value(0.12))
+    tips = _tips(point="name:N", method="method:N", divergence="shown:N", size="size:N")
+    colour = _ordinal("method", labels, [f"var(--c{index})" for index in range(len(labels))])
+    best = base.transform_filter("datum.frontier")
+    line = best.mark_line(strokeWidth=1.5, color="var(--muted)").encode(y=y, order="MiB:Q")
+    bars = base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q", scale=log), y2="high:Q", color=colour, opacity=faded)
+    marks = base.mark_point(filled=True, size=36).encode(y=y, color=colour, opacity=faded, tooltip=tips)
+    text = best.mark_text(align="left", dx=7, dy=-7, fontSize=11).encode(y=y, text="scheme:N")
+    ring = base.transform_filter("datum.knee").mark_point(size=260, strokeWidth=2, color="var(--accent)").encode(y=y)
+    return _finish(alt.layer(line, bars, marks, text, ring).add_params(pick), "Divergence against size", 380)
+
+
 def draw(run: RunRecord) -> dict[str, Spec]:
     """Every chart that this run has data for, by the name of its place in the page."""
     where = places(row.name for row in run.rows)

@@ -197,7 +197,7 @@ class _Facts:
             searched = (
                 sum(4 * t.windows(step_options(t, n, self.plan.options)) for t, n in self._named()) * self.windows[1]
             )
-            total += _BESIDE * 2 * weights * (passes * tokens + learned + searched) / fast
+            total += BESIDE * 2 * weights * (passes * tokens + learned + searched) / fast
             total += _LOOPS * sum(self._solve(entry, tokens) for entry in entries) / slow
         return total
 
@@ -216,7 +216,7 @@ class _Facts:
 
 
 _PASSES = 3.5  # passes over a block: up to each of its steps, and one for its output
-_BESIDE = 2.7  # attention, norms and copies beside the products of a pass: measured on models of 8M and 1.1B parameters
+BESIDE = 2.7  # attention, norms and copies beside the products of a pass: measured on models of 8M and 1.1B parameters
 _LOOPS = 2.0  # what the loops over columns fall short of plain products
 
 

@@ -40,7 +40,7 @@ FLOATS: Mapping[str, tuple[int, torch.dtype]] = {
 _PLAIN = dict(FLOATS.values())
 _BLOCKS = {kind.id: kind for kind in BLOCKS.values()}
 # Types of ggml that are known and not read.
-_OTHERS = {9: "Q8_1", 15: "Q8_K", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0"}
+_OTHERS = {9: "Q8_1", 15: "Q8_K", 41: "Q1_0", 42: "Q2_0"}
 
 
 @final

@@ -23,6 +23,8 @@ from lowbit.stages._weightfile import Slot, WeightFile, show
 
 # Tensors that llama.cpp has and transformers computes from the configuration.
 COMPUTED = (FREQUENCIES, LONG, SHORT)
+# Beside a tensor in NVFP4: what multiplies its scales, and what kernels for its inputs need.
+_SCALE, _INPUTS = "scale", "input_scale"
 _MOST_PARTS = 10_000
 
 
@@ -82,13 +84,41 @@ def weight_file(header: Gguf, arch: Arch | None) -> WeightFile:
             if name in slots:
                 raise CheckpointError(f"{header.path}: tensor {show(stored)} holds {name}, which another one holds too")
             slots[name] = slot
-    skipped = [name for name in header.tensors if arch and name in COMPUTED]
+    slots |= _scales(header, arch)
+    skipped = [name for name in header.tensors if (arch and name in COMPUTED) or _beside(header, name, _INPUTS)]
     return WeightFile(header.path, header.size, slots, skipped=skipped)
 
 
 def _tensors(header: Gguf, arch: Arch | None) -> list[tuple[str, Stored]]:
     """The tensors that are weights of transformers."""
-    return [(name, tensor) for name, tensor in header.tensors.items() if arch is None or name not in COMPUTED]
+    rest = {name: tensor for name, tensor in header.tensors.items() if arch is None or name not in COMPUTED}
+    beside = {name for name in rest for part in (_SCALE, _INPUTS) if _beside(header, name, part)}
+    return [(name, tensor) for name, tensor in rest.items() if name not in beside]
+
+
+def _beside(header: Gguf, name: str, part: str) -> str | None:
+    """The tensor in NVFP4 that one with this name belongs to as such a part."""
+    owner = f"{name.removesuffix(part)}weight" if name.endswith(f".{part}") else ""
+    return owner if owner in header.tensors and header.tensors[owner].type == "nvfp4" else None
+
+
+def _scales(header: Gguf, arch: Arch | None) -> dict[str, Slot]:
+    """What multiplies the scales of NVFP4, one number for each weight of a stack, under the name that it has here."""
+    found = {}
+    for name, tensor in header.tensors.items():
+        owner = _beside(header, name, _SCALE)
+        if owner is None:
+            continue
+        members = list(_slots(header, arch, owner, header.tensors[owner]))
+        if tensor.type != "f32" or tensor.shape != (len(members),):
+            raise CheckpointError(
+                f"{header.path}: tensor {show(name)} is {tensor.type} {show(list(tensor.shape))}, not one float32 for "
+                f"each of {len(members)} weights"
+            )
+        for index, member in enumerate(members):
+            spec = Spec(torch.float32, (1,))
+            found[f"{member.removesuffix('weight')}{_SCALE}"] = Slot(spec, tensor.start + 4 * index, 1)
+    return found
 
 
 def _named(header: Gguf, arch: Arch | None) -> dict[str, str]:

@@ -44,10 +44,11 @@ def gguf_shards(plan: Plan, checkpoint: Checkpoint, limit: int | None) -> list[S
     values, constants = metadata(
         checkpoint, arch, _file_type(plan, weights, checkpoint), plan.imatrix.keys() if plan.imatrix else {}
     )
-    specs = {each.weight.name: plan.layout(each)[each.weight.name] for each in plan.entries if not each.tied}
+    specs = {name: spec for each in plan.entries if not each.tied for name, spec in plan.layout(each).items()}
     sizes = {name: sum(_nbytes(specs[weight.name]) for weight in group) for name, (_, group) in groups.items()}
+    beside = sum(_scale(group[0]) in specs for _, group in groups.values())
     parts = _split(sizes, sum(padded(4 * len(numbers)) for numbers in constants.values()), limit)
-    total, shards = len(groups) + len(constants), []
+    total, shards = len(groups) + len(constants) + beside, []
     for number, names in enumerate(parts):
         told = {} if number else dict(values)
         if len(parts) > 1:
@@ -93,6 +94,10 @@ def _shard(
             places[weight.name] = at, specs[weight.name]
             at += _nbytes(specs[weight.name])
         at = padded(at)
+        if _scale(group[0]) in specs:
+            entries.append(entry(f"{name.removesuffix('weight')}scale", (len(group),), "f32", at))
+            places |= {_scale(weight): (at + 4 * i, specs[_scale(weight)]) for i, weight in enumerate(group)}
+            at = padded(at + 4 * len(group))
     header = header_of(values, entries)
     base = len(header)
     for numbers in constants.values():
@@ -100,6 +105,11 @@ def _shard(
         header += bytes(padded(len(header)) - len(header))
     offsets = {name: (base + at, spec) for name, (at, spec) in places.items()}
     return Shard(file, offsets, header, base + at, lambda path: weight_file(read_gguf(path), arch))
+
+
+def _scale(weight: Weight) -> str:
+    """What the number that multiplies the scales of a weight is called, if it has one; one tensor for all experts."""
+    return f"{weight.module}.scale"
 
 
 def _nbytes(spec: Spec) -> int:

@@ -50,6 +50,11 @@ class Imatrix:
     chunks: int
     dataset: str
 
+    @property
+    def memory(self) -> int:
+        """Bytes while it is read: the values, the file where it is of the older kind, and a tensor's check."""
+        return 3 * Path(self.path).stat().st_size
+
     def keys(self) -> dict[str, bytes]:
         """Keys of a GGUF file, with encoded values; texts are cut to 127 bytes, as llama.cpp's are."""
         found: dict[str, bytes] = {"quantize.imatrix.file": encoded(_cut(self.path))}

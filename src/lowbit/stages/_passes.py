@@ -141,6 +141,6 @@ class Passes:
             nearest=lambda name, weight: self._state.nearest(name, weight).dequantize(),
             activations={name: scheme for name, scheme in activations.items() if scheme},
             seed=self.index,
-            threads=work.way.threads,
+            threads=work.way.threads if work.device.type == "cpu" else 1,  # a GPU wants few large products
             device=work.device,
         )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 import xxhash
@@ -19,16 +20,38 @@ from lowbit.errors import LowbitError, VerifyError
 from lowbit.formats._gguf import to_file
 from lowbit.stages.plan import Entry
 from lowbit.stages.write import Output, Record, as_bytes, digest
-from lowbit.tensors import QTensor
+from lowbit.tensors import QTensor, view_shape
 
 Value = QTensor | Tensor
 _RUN = 4 * 2**20  # bytes: little enough to be in the processor's cache from writing to reading
+_PANEL = 2**21  # codes: few panels, which a core still finds in its share of the cache
+_LINES = 128  # rows of a panel are a multiple of it: transposed words come in runs of several lines of the cache
+
+
+@final
+@dataclass(frozen=True)
+class Streamed:
+    """A quantized weight whose codes are made some rows at a time, and never are in memory together.
+
+    Attributes:
+        q: it, with codes on the device `meta`.
+        fill: `(start, codes)` makes its rows from `start` on.
+    """
+
+    q: QTensor
+    fill: Callable[[int, Tensor], None]
+
+    def whole(self) -> QTensor:
+        """It with its codes."""
+        codes = torch.empty(self.q.codes.shape, dtype=torch.uint8)
+        self.fill(0, codes)
+        return replace(self.q, codes=codes)
 
 
 def store(
     output: Output,
     entry: Entry,
-    value: Value,
+    value: Value | Streamed,
     source: Tensor | str,
     facts: Mapping[str, Any],
     *,
@@ -38,7 +61,8 @@ def store(
     """Finish one weight.
 
     Args:
-        value: what was meant: contiguous, in the type that is stored, where the weight is not quantized.
+        value: what was meant: contiguous, in the type that is stored, where the weight is not quantized; streamed only
+            in schemes of which the format packs rows.
         source: what was read, or its digest.
         facts: for the report; to its `seconds` those of packing and writing are added.
         scratch: packed and read back in mapped files, for little memory, and not in this thread's buffers.
@@ -55,6 +79,8 @@ def store(
         written, reading = _copy(output, entry, packed)
         meant = written if packed is value else {"weight": digest(value)}
         stored = {name: written["weight"]}
+    elif isinstance(value, Streamed):
+        meant, stored, reading = _stream(output, entry, value, scratch)
     else:
         meant = {part: digest(tensor.contiguous()) for part, tensor in value.parts()}
         stored, reading = _pack(output, entry, value, meant, scratch)
@@ -100,6 +126,56 @@ def _pack(
     return stored, reading
 
 
+def _stream(
+    output: Output, entry: Entry, value: Streamed, scratch: bool
+) -> tuple[dict[str, str], dict[str, str], float]:
+    """As `_pack`, but codes are packed, and unpacked again, in panels of rows; returns what was meant, too."""
+    weight, rules = entry.weight, output.plan.rules
+    assert rules.rows is not None
+    pack, parts = rules.rows.pack, output.into(entry, mapped=scratch)
+    rules.pack(weight, value.q, parts)
+    meant = _digests(value, lambda start, codes: pack(weight, codes, start, parts))
+    for name, part in () if scratch else parts.items():
+        output.write(name, as_bytes(part))
+    stored = {name: digest(part) for name, part in parts.items()}
+    start = time.perf_counter()
+    if _read_back(output, entry, scratch) != meant:
+        find = lambda: rules.unpack(weight, output.read(entry, True), None)
+        compare(output.path, weight.name, meant, find, value.whole)
+    reading = time.perf_counter() - start
+    for name, part in parts.items():
+        output.let_go(name, part.nbytes)
+    return meant, stored, reading
+
+
+def _read_back(output: Output, entry: Entry, scratch: bool) -> dict[str, str] | None:
+    """Digests of the parts of a weight whose codes are read in panels of rows; None where it cannot be read."""
+    weight, rules = entry.weight, output.plan.rules
+    assert rules.rows is not None
+    unpack, tensors = rules.rows.unpack, output.read(entry, scratch)
+    assert weight.scheme is not None
+    codes = torch.empty(view_shape(weight.shape, weight.scheme.block), dtype=torch.uint8, device="meta")
+    try:
+        q = rules.unpack(weight, tensors, codes)
+    except LowbitError:
+        return None
+    return _digests(Streamed(q, lambda start, codes: unpack(weight, tensors, start, codes)), lambda start, codes: None)
+
+
+def _digests(value: Streamed, use: Callable[[int, Tensor], None]) -> dict[str, str]:
+    """Digest of each part; `use` gets the first row of each panel, and its codes."""
+    hasher, (rows, cols) = xxhash.xxh3_128(), value.q.codes.shape
+    step = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES
+    room = torch.empty(min(step, rows), cols, dtype=torch.uint8)
+    for start in range(0, rows, step):
+        codes = room[: rows - start]
+        value.fill(start, codes)
+        hasher.update(as_bytes(codes))
+        use(start, codes)
+    others = {name: digest(part.contiguous()) for name, part in value.q.parts() if name != "codes"}
+    return {"codes": hasher.hexdigest(), **others}
+
+
 def compare(
     path: Path, name: str, meant: Mapping[str, str], find: Callable[[], Value], again: Callable[[], Value | None]
 ) -> None:
@@ -122,6 +198,11 @@ def compare(
         value = again()
         where = f"its {wrong[0]}" if value is None else _where(wrong[0], found, parts_of(value))
         raise VerifyError(f"{path}: {name} differs from what was meant in {where}")
+
+
+def whole(value: Value | Streamed) -> Value:
+    """A weight with its codes."""
+    return value.whole() if isinstance(value, Streamed) else value
 
 
 def parts_of(value: Value) -> dict[str, Tensor]:

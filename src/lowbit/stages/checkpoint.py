@@ -95,11 +95,18 @@ class Checkpoint:
             CheckpointError: no such weight, or the file changed since it was opened.
             FormatError: the stored pieces break the layout of their format.
         """
+        return self.unpacked(name, self.stored(name), codes)
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """The stored tensors of one weight by name, in order; raises like `tensor`."""
+        return {piece: self.tensor(piece) for piece in self.pieces(name)}
+
+    def unpacked(self, name: str, pieces: Mapping[str, Tensor], codes: Tensor | None = None) -> Tensor | QTensor:
+        """One logical weight from its stored tensors; raises like `load`."""
         weight = self.weights.get(name)
         if weight is None or weight.scheme is None or self.format is None:
-            return self.tensor(name)
+            return pieces[name]
         form: Format = plugins.load("formats", self.format)
-        pieces = {piece: self.tensor(piece) for piece in self.pieces(name)}
         try:
             return form.unpack(weight, pieces, codes)
         except (LowbitError, *_STUMBLES) as error:
@@ -246,9 +253,10 @@ def arch_row(table: str, config: Mapping[str, Any], weight: Weight) -> dict[str,
 
 
 @cache
-def arch_rows(table: str) -> list[dict[str, Any]]:
-    """The rows of `arch/TABLE.toml`, in order."""
-    rows: list[dict[str, Any]] = tomllib.loads(package("lowbit").joinpath(f"arch/{table}.toml").read_text())[table]
+def arch_rows(table: str, part: str = "") -> list[dict[str, Any]]:
+    """The rows of `arch/TABLE.toml`, in order; of its part `part`, where it has several."""
+    text = package("lowbit").joinpath(f"arch/{table}.toml").read_text(encoding="utf-8")
+    rows: list[dict[str, Any]] = tomllib.loads(text)[part or table]
     return rows
 
 

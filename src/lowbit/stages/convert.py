@@ -30,12 +30,12 @@ from lowbit.stages._adapter import ADAPTER, CONFIG, WEIGHTS
 from lowbit.stages._changes import COPY, METHODS, Change, Changer, Goal, model_dtype, plan_of
 from lowbit.stages._history import CONVERSION, PLAN, conversion_note
 from lowbit.stages._rooms import Rooms
-from lowbit.stages._store import store
+from lowbit.stages._store import store, whole
 from lowbit.stages._weightfile import read_json
 from lowbit.stages.checkpoint import Checkpoint, swapped
 from lowbit.stages.plan import Entry, Plan, arranged, check_told, tied_names
 from lowbit.stages.quantize import Error, Progress, as_done, one_torch_thread, silent
-from lowbit.stages.write import Output, copy_atomic, source_digest, write_atomic
+from lowbit.stages.write import Output, copy_atomic, pieces_digest, write_atomic
 from lowbit.tensors import QTensor, scale_shape, scheme_bytes
 
 R = TypeVar("R")
@@ -210,8 +210,9 @@ def convert(conversion: Conversion, output: Output, watch: MemoryWatch, progress
 
     def work(change: Change) -> None:
         start, name = time.perf_counter(), change.before.name
-        source = source_digest(conversion.source, name)
-        value, error = changer.value(change.before, change.entry), change.error
+        pieces = conversion.source.stored(name)
+        source, error = pieces_digest(list(pieces.values())), change.error
+        value = changer.value(change.before, change.entry, pieces)
         facts = {"relative_error": error.relative, "largest_error": error.largest, "method": change.entry.method}
         facts |= {"seconds": time.perf_counter() - start}
         store(output, change.entry, value, source, facts, scratch=way.scratch, workers=way.threads)
@@ -253,7 +254,7 @@ def _documents(source: Checkpoint) -> set[str]:
 def remake(conversion: Conversion) -> Callable[[Entry], QTensor | Tensor]:
     """What makes a weight again, for `verify`."""
     changer, before = conversion.changer(), {change.before.name: change.before for change in conversion.changes}
-    return lambda entry: changer.value(before[entry.weight.name], entry)
+    return lambda entry: whole(changer.value(before[entry.weight.name], entry))
 
 
 @final

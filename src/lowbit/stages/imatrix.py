@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import final
@@ -12,10 +13,11 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lowbit import plugins
-from lowbit.budget import MemoryWatch
-from lowbit.errors import UnsupportedError
+from lowbit.budget import MARGIN, MemoryWatch, anonymous_bytes, format_size
+from lowbit.errors import ResourceError, UnsupportedError
 from lowbit.formats._gguf import Arch, arch_of
 from lowbit.stages._blocks import Entrance, LiveBlock
+from lowbit.stages._cost import BESIDE, Cost, rate
 from lowbit.stages._imatrix import imatrix_bytes
 from lowbit.stages._model import Blueprint, open_blueprint
 from lowbit.stages._products import Product
@@ -24,7 +26,7 @@ from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.quantize import MEAN_SQUARE, Progress, silent
 from lowbit.stats import State, Statistic
 
-_TOKENS = 4096  # that run through a block together
+_TOKENS = (4096, 2048, 1024, 512)  # that run through a block together
 _KIND: Kind = "float"
 
 
@@ -43,15 +45,62 @@ class _Sums:
             self._statistic.update(state, product.rows, None)
 
 
+def estimate(source: Checkpoint, windows: tuple[int, int], limit: int | None) -> Cost:
+    """What `measure` will take for this number of windows and tokens of each: the fastest way that fits the limit.
+
+    Raises:
+        ResourceError: nothing fits; the text names the least limit that works.
+        UnsupportedError, CheckpointError: like `measure`.
+    """
+    blueprint = open_blueprint(source, torch.float32)
+    ways = [_cost(blueprint, windows, tokens) for tokens in dict.fromkeys(max(each, windows[1]) for each in _TOKENS)]
+    found = next((way for way in ways if limit is None or way.total <= limit), None)
+    if found is None:
+        least = ways[-1]
+        raise ResourceError(
+            f"--ram {format_size(limit or 0)} is too little: this needs at least {format_size(least.total)} ({least}); "
+            "windows of fewer tokens need less (--sequence-length)"
+        )
+    return found
+
+
+def _cost(blueprint: Blueprint, windows: tuple[int, int], tokens: int) -> Cost:
+    """Of batches of that many tokens. Sums of all blocks are held in float64, at last as they are and as a file."""
+    inside = [blueprint.checkpoint.weights[name] for names in blueprint.blocks.values() for name in names]
+    weights = [weight for weight in inside if len(weight.shape) == 2]
+    sums = sum(8 * weight.shape[-1] for weight in weights)
+    widest = max((weight.shape[-1] for weight in weights), default=0)
+    squares = 4 * tokens * widest  # of a batch's inputs
+    hidden = prod(windows) * blueprint.width * blueprint.dtype.itemsize
+    products = 2 * sum(prod(weight.shape) for weight in weights) * prod(windows)
+    return Cost(
+        base=anonymous_bytes() + MARGIN,
+        block=blueprint.block_bytes,
+        activations=tokens * blueprint.token_bytes(windows[1]) + squares,
+        statistics=3 * sums,
+        workspace=0,
+        disk=2 * hidden,
+        seconds=BESIDE * products / rate(blueprint.dtype),
+        tokens=tokens,
+        piece=0,
+        threads=1,
+        sites=1,
+    )
+
+
 def measure(
     source: Checkpoint,
     ids: Int64[Tensor, "windows tokens"],
     texts: list[str],
     folder: Path,
+    tokens: int,
     watch: MemoryWatch,
     progress: Progress = silent,
 ) -> bytes:
     """The file for these windows; hidden states between blocks are in a temporary folder under `folder`.
+
+    Args:
+        tokens: that run through a block together, `Cost.tokens`.
 
     Raises:
         UnsupportedError: llama.cpp has no names for this model, or its blocks cannot be run on their own.
@@ -66,33 +115,39 @@ def measure(
     with torch.no_grad(), TemporaryDirectory(dir=folder, prefix=".imatrix-") as place:
         shape = (*ids.shape, blueprint.width)
         streams = Streams(Path(place), (shape[0], shape[1], shape[2]), blueprint.dtype, (_KIND,))
-        entrance, batches = Entrance(blueprint, torch.device("cpu")), _batches(ids)
+        entrance, batches = Entrance(blueprint, torch.device("cpu")), _batches(ids, tokens)
         with streams.writing(_KIND, 0) as hidden:
             for batch in batches:
                 hidden[batch] = entrance.hidden(ids[batch])
         for index, path in enumerate(blueprint.blocks):
             progress("imatrix", index, len(blueprint.blocks))
             watch.check()
-            states |= _through(blueprint, path, index, ids, streams, entrance)
+            states |= _through(blueprint, path, index, ids, batches, streams, entrance)
             streams.forget(index + 1)
         progress("imatrix", len(blueprint.blocks), len(blueprint.blocks))
     sums, counts = _stacked(source, arch, states)
     return imatrix_bytes(sums, counts, texts, ids.shape[0], ids.shape[1])
 
 
-def _batches(ids: Tensor) -> list[slice]:
-    step = max(_TOKENS // ids.shape[1], 1)
+def _batches(ids: Tensor, tokens: int) -> list[slice]:
+    step = max(tokens // ids.shape[1], 1)
     return [slice(at, min(at + step, len(ids))) for at in range(0, len(ids), step)]
 
 
 def _through(
-    blueprint: Blueprint, path: str, index: int, ids: Tensor, streams: Streams, entrance: Entrance
+    blueprint: Blueprint,
+    path: str,
+    index: int,
+    ids: Tensor,
+    batches: list[slice],
+    streams: Streams,
+    entrance: Entrance,
 ) -> dict[str, State]:
     """Run all windows through one block; returns the sums of its weights."""
     names = [name for name in blueprint.blocks[path] if len(blueprint.checkpoint.weights[name].shape) == 2]
     live, seen, inputs = LiveBlock(blueprint, path, names, torch.device("cpu")), _Sums(), streams.read(_KIND, index)
     with streams.writing(_KIND, index + 1) as outputs:
-        for batch in _batches(ids):
+        for batch in batches:
             call = entrance.calls(ids[batch])[path]
             outputs[batch] = live.run(call, inputs[batch], watch=seen)
     return seen.states

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, final
 
 import torch
@@ -24,6 +26,7 @@ from lowbit.schemes import parse
 from lowbit.stages._gguf_config import require_told
 from lowbit.stages._gguf_vocabulary import alone
 from lowbit.stages._imatrix import Imatrix, Importance, read_importance
+from lowbit.stages._policy import assign, read_policy
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe
 from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
 from lowbit.tensors import scheme_bytes
@@ -82,6 +85,7 @@ class Rules:
         blocks: first block and the one after the last to quantize; None for all.
         activations: name of the scheme of the weights' inputs, tokens as rows; None where these stay as they are.
         imatrix: importance matrix of llama.cpp to take instead of calibrating, for methods that need nothing else.
+        policy: preset, or TOML file of rules, that chooses schemes by role and place (`_policy.py`).
     """
 
     scheme: str | None = None
@@ -94,6 +98,7 @@ class Rules:
     blocks: tuple[int, int] | None = None
     activations: str | None = None
     imatrix: Path | None = None
+    policy: str | None = None
 
     def recipe(self) -> tuple[Recipe, dict[str, Any]]:
         """The steps of the method, and their options by `step.name`; raises `UsageError` where these make no sense."""
@@ -192,13 +197,102 @@ def _row(entry: Entry) -> dict[str, Any]:
     }
 
 
-def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, rules: Rules, given: Mapping[str, tuple[str, str]] = MappingProxyType({})
+) -> Plan:
     """The plan for a float checkpoint under the user's rules and the defaults of `arch/keep.toml`.
+
+    Args:
+        given: `{weight name: (scheme name or "keep", reason)}`, found for a budget; in place of the rules.
 
     Raises:
         UsageError: a rule that cannot be read or matches nothing, a checkpoint that is quantized already.
         UnsupportedError: a scheme that the format or the method cannot hold, naming the tensor.
     """
+    maker = _maker(checkpoint, rules)
+    entries = [maker.entry(weight, given.get(weight.name)) for weight in map(_plain, checkpoint.weights.values())]
+    calibration = rules.calibration if maker.calibrated else None
+    facts = maker.importance.facts if maker.importance else None
+    return Plan(rules.format.replace("_", "-"), tuple(entries), maker.options, str(maker.recipe), calibration, facts)
+
+
+def make_offers(checkpoint: Checkpoint, rules: Rules, schemes: Sequence[str]) -> dict[str, dict[str, Entry]]:
+    """What a budget may choose from: weight name to scheme name to the entry that it would have in the plan.
+
+    Weights that the rules quantize and no `--set` names take part, with the schemes that format and method can hold
+    for them; one that can have none of them has no choices.
+
+    Raises:
+        UsageError, UnsupportedError: as `make_plan`; a name that is no scheme.
+    """
+    maker, found = _maker(checkpoint, rules), dict[str, dict[str, Entry]]()
+    for scheme in schemes:
+        if scheme != "keep":
+            parse(scheme)
+    for weight in map(_plain, checkpoint.weights.values()):
+        wanted, reason = maker.decide(weight)
+        if weight.name in maker.tied or wanted == "keep" or wanted in _NAMES.values() or reason.startswith("--set"):
+            continue
+        found[weight.name] = {}
+        for scheme in schemes:
+            with suppress(UnsupportedError):
+                found[weight.name][scheme] = maker.entry(weight, (scheme, ""))
+    return found
+
+
+@final
+@dataclass(frozen=True)
+class _Maker:
+    """What the entries of a plan are made from."""
+
+    checkpoint: Checkpoint
+    rules: Rules
+    form: Format
+    recipe: Recipe
+    options: Mapping[str, Any]
+    importance: Importance | None
+    calibrated: bool
+    tied: Mapping[str, str]
+    chosen: Mapping[str, tuple[str, str]]
+
+    def swap(self, weight: Weight) -> bool:
+        """Whether the model holds the transpose of what formats store."""
+        return swapped(self.checkpoint.config, weight) and not weight.swapped
+
+    def decide(self, weight: Weight) -> tuple[str, str]:
+        """Scheme name, float type or `keep` by the rules, and the reason."""
+        chosen = self.chosen.get(weight.name)
+        wanted, reason = _decide(weight, self.rules, self.checkpoint.config, self.form.default, chosen)
+        if self.swap(weight) and not self.form.swaps and wanted != "keep" and not reason.startswith("--set"):
+            return "keep", f"{_SWAPPED}; {_SWAPPING}"
+        return wanted, reason
+
+    def entry(self, weight: Weight, given: tuple[str, str] | None = None) -> Entry:
+        """The entry of one weight, as decided or as given."""
+        tied, form, recipe = self.tied, self.form, self.recipe
+        if weight.name in tied:
+            return Entry(weight, None, f"shares the storage of {tied[weight.name]}", tied[weight.name])
+        wanted, reason = given or self.decide(weight)
+        if wanted != "keep" and weight.name in tied.values() and not form.choose:
+            raise UnsupportedError(f"{weight.name} is tied to another weight, which no reader would find; keep it")
+        inside = _BLOCK.search(weight.name) is not None
+        method, why = recipe.method, ""
+        seen = self._important(weight) if self.importance else inside
+        if not seen and recipe.calibrated:
+            method, why = _method(recipe.method).outside, _UNSEEN if self.importance else _OUTSIDE
+        if form.encoder and wanted in BLOCKS and not (seen and recipe.calibrated):
+            method, why = _able(method, why, wanted, form.encoder)
+        activations = self.rules.activations if inside else None
+        swap, config = self.swap(weight), self.checkpoint.config
+        return _entry(weight, wanted, reason + why, method, form, config, activations, swap)
+
+    def _important(self, weight: Weight) -> bool:
+        turned = replace(weight, shape=weight.shape[::-1]) if self.swap(weight) else weight
+        return self.importance is not None and self.importance.of(turned) is not None
+
+
+def _maker(checkpoint: Checkpoint, rules: Rules) -> _Maker:
+    """Check the rules; raises as `make_plan` does."""
     if checkpoint.format:
         raise UsageError(
             f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing it again would add error to "
@@ -214,34 +308,8 @@ def make_plan(checkpoint: Checkpoint, rules: Rules) -> Plan:
         what = f"method {recipe}" if recipe.calibrated else f"a stored scale of activations ({rules.activations})"
         raise UsageError(f"{what} is learned from text: name some with --calibration FILE")
     tied = tied_names(checkpoint)
-    chosen = _chosen(checkpoint, rules, form, tied, recipe.weighs)
-    entries = []
-    for weight in map(_plain, checkpoint.weights.values()):
-        if weight.name in tied:
-            entries.append(Entry(weight, None, f"shares the storage of {tied[weight.name]}", tied[weight.name]))
-            continue
-        swap = swapped(checkpoint.config, weight) and not weight.swapped
-        wanted, reason = _decide(weight, rules, checkpoint.config, form.default, chosen.get(weight.name))
-        if swap and not form.swaps and wanted != "keep" and not reason.startswith("--set"):
-            wanted, reason = "keep", f"{_SWAPPED}; {_SWAPPING}"
-        if wanted != "keep" and weight.name in tied.values() and not form.choose:
-            raise UnsupportedError(f"{weight.name} is tied to another weight, which no reader would find; keep it")
-        inside = _BLOCK.search(weight.name) is not None
-        method, why = (recipe.method, "")
-        seen = (
-            importance.of(replace(weight, shape=weight.shape[::-1]) if swap else weight) is not None
-            if importance
-            else inside
-        )
-        if not seen and recipe.calibrated:
-            method, why = _method(recipe.method).outside, _UNSEEN if importance else _OUTSIDE
-        if form.encoder and wanted in BLOCKS and not (seen and recipe.calibrated):
-            method, why = _able(method, why, wanted, form.encoder)
-        activations = rules.activations if inside else None
-        entries.append(_entry(weight, wanted, reason + why, method, form, checkpoint.config, activations, swap))
-    calibration = rules.calibration if calibrated else None
-    facts = importance.facts if importance else None
-    return Plan(rules.format.replace("_", "-"), tuple(entries), options, str(recipe), calibration, facts)
+    chosen = {**_chosen(checkpoint, rules, form, tied, recipe.weighs), **_by_policy(checkpoint, rules, form, tied)}
+    return _Maker(checkpoint, rules, form, recipe, options, importance, calibrated, tied, chosen)
 
 
 def _importance(rules: Rules, recipe: Recipe, checkpoint: Checkpoint) -> Importance | None:
@@ -289,10 +357,9 @@ def check_told(checkpoint: Checkpoint, form: Format) -> None:
 
 
 def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
-    """The method, or the format's own one for a scheme of a mixture that it cannot make; and why."""
-    if _method(method).objection(parse(wanted)) is None:
-        return method, why
-    return encoder, f"{why}; by {encoder}, {method} cannot make {wanted}"
+    """The method, or the format's own one (or `mse`) for a scheme of a mixture that it cannot make; and why."""
+    able = next((n for n in (method, encoder, "mse") if _method(n).objection(parse(wanted)) is None), encoder)
+    return able, why if able == method else f"{why}; by {able}, {method} cannot make {wanted}"
 
 
 def _plain(weight: Weight) -> Weight:
@@ -324,6 +391,19 @@ def _chosen(
         replace(w, shape=w.shape[::-1]) if swapped(checkpoint.config, w) and not w.swapped else w for w in weights
     ]
     return form.choose((rules.scheme or form.default).lower(), turned, checkpoint.config, important)
+
+
+def _by_policy(
+    checkpoint: Checkpoint, rules: Rules, form: Format, tied: Mapping[str, str]
+) -> Mapping[str, tuple[str, str]]:
+    """What the policy says of each weight that is stored."""
+    if rules.policy is None:
+        return {}
+    weights = [weight for weight in checkpoint.weights.values() if weight.name not in tied]
+    base = rules.scheme or form.default
+    found = assign(read_policy(rules.policy), weights, checkpoint.config, base, rules.format)
+    # What stays in the run's scheme is left to a format that has mixtures: these know what fits a row.
+    return {name: said for name, said in found.items() if not (form.choose and said[0] == base)}
 
 
 def _stores_scale(activations: str | None) -> bool:

@@ -75,6 +75,7 @@ def estimate_memory(plan: Plan, limit: int | None, threads: int) -> Estimate:
         element_bytes=max((method.workspace for method in methods), default=0.0),
         buffers=max((_buffers(plan, entry) for entry in plan.entries if entry.weight.scheme), default=0),
         fixed=16 * max(scales, default=0),
+        shared=plan.imatrix.memory if plan.imatrix else 0,
     )
 
 

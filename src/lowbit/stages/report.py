@@ -45,7 +45,7 @@ from lowbit.stages.write import write_atomic
 
 __all__ = [
     "Count", "Histogram", "Machine", "Memory", "Outcome", "Result", "Row", "RunRecord", "Source", "Verification",
-    "write_report",
+    "render_page", "write_report",
 ]  # fmt: skip
 
 VERSION = 1
@@ -114,18 +114,20 @@ def _page(run: RunRecord, facts: Mapping[str, Any]) -> str:
     from lowbit.stages._charts import draw
 
     charts = draw(run)
-    vega, script = _data("vega.js"), _data("page.js")
-    return _environment(page=True).get_template("page.html.j2").render(
-        facts,
-        charts=charts,
-        grids=[each for each in _grids(run) if each[0] in charts],
-        style=Markup(_data("page.css")),
-        vega=Markup(vega),
-        script=Markup(script),
-        policy=_policy(vega, script),
-        bands=BANDS,
-        position=position,
-        percent=words.percent,
+    grids = [each for each in _grids(run) if each[0] in charts]
+    more = {"charts": charts, "grids": grids, "bands": BANDS, "position": position, "percent": words.percent}
+    return render_page("page.html.j2", "page.js", {**facts, **more})
+
+
+def render_page(template: str, program: str, facts: Mapping[str, Any]) -> str:
+    """A page that needs no network: a template of `data/report` with the style, Vega and one program of the same place.
+
+    Args:
+        facts: what the template shows; names in it are escaped.
+    """
+    vega, script = _data("vega.js"), _data(program)
+    return _environment(page=True).get_template(template).render(
+        facts, style=Markup(_data("page.css")), vega=Markup(vega), script=Markup(script), policy=_policy(vega, script)
     )  # fmt: skip
 
 

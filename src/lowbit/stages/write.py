@@ -58,10 +58,13 @@ def digest(tensor: Tensor) -> str:
 
 def source_digest(checkpoint: Checkpoint, name: str) -> str:
     """Digest of what a weight was read from: its tensor, or the stored pieces of a quantized one, in order."""
-    found, hasher = [checkpoint.tensor(piece) for piece in checkpoint.pieces(name)], xxhash.xxh3_128()
-    if len(found) == 1:
-        return digest(found[0].contiguous())
-    for piece in found:
+    return pieces_digest(list(checkpoint.stored(name).values()))
+
+
+def pieces_digest(pieces: Sequence[Tensor]) -> str:
+    """Digest of the stored pieces of a weight."""
+    hasher = xxhash.xxh3_128()
+    for piece in pieces:
         hasher.update(as_bytes(piece.contiguous()))
     return hasher.hexdigest()
 

@@ -1,0 +1,130 @@
+// From rows of codes or floats to panels of sixteen rows, in the order in which product.h reads them.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "lowbit.h"
+#include "pool.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int64_t lanes = 16, tile_words = 512, panels_of_piece = 4;
+using Tile = uint32_t[lanes][tile_words];
+
+// A row's codes in the order of the panel, with zeros behind them.
+struct Line {
+    std::vector<uint8_t> bytes;
+    explicit Line(int64_t full) : bytes(size_t(full)) {}
+    const uint8_t* of(const uint8_t* row, int64_t cols, const int64_t* order) {
+        if (!order) std::memcpy(bytes.data(), row, size_t(cols));
+        for (int64_t i = 0; order && i < cols; i++) bytes[size_t(i)] = row[order[i]];
+        return bytes.data();
+    }
+};
+
+// Words of a chunk of 32 codes that hold `bits` bits of each, from bit `first` on: four columns a byte apart, and those
+// after them in the bits above.
+template <int bits, int first>
+void join(const uint8_t* codes, uint32_t* to) {
+    constexpr int fields = 8 / bits;
+    constexpr uint32_t mask = ((1u << bits) - 1) * 0x01010101u;
+    for (int w = 0; w < bits; w++) {
+        uint32_t part[fields], word = 0;
+        std::memcpy(part, codes + w * 4 * fields, sizeof part);
+        for (int f = 0; f < fields; f++) word |= (part[f] >> first & mask) << bits * f;
+        to[w] = word;
+    }
+}
+
+template <int bits>
+void join_chunks(const uint8_t* codes, int64_t chunks, uint32_t* to) {
+    constexpr int low = bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits, high = bits - low;
+    for (int64_t chunk = 0; chunk < chunks; chunk++, codes += 32, to += bits) {
+        join<low, 0>(codes, to);
+        if constexpr (high > 0) join<high, low>(codes, to + low);
+    }
+}
+
+template <int bits>
+void interleave_panel(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t* order, int64_t full,
+                      std::vector<Line>& lines, uint8_t* out) {
+    constexpr int64_t at_once = tile_words / bits;
+    const uint8_t* from[lanes] = {};
+    for (int64_t r = 0; r < rows; r++) from[r] = lines[size_t(r)].of(codes + r * cols, cols, order);
+    Tile tile = {};
+    for (int64_t chunk = 0, chunks = full / 32; chunk < chunks; chunk += at_once) {
+        int64_t count = std::min(at_once, chunks - chunk);
+        for (int64_t r = 0; r < rows; r++) join_chunks<bits>(from[r] + chunk * 32, count, tile[r]);
+        kernels().transpose_words(tile, tile_words, lanes, count * bits, out + 64 * bits * chunk, lanes);
+    }
+}
+
+// Whole rows of two-byte elements, two at a time as words.
+void interleave_pairs(const uint16_t* from, int64_t cols, uint16_t* out) {
+    uint32_t tile[tile_words][lanes];
+    for (int64_t pair = 0; pair < cols / 2; pair += tile_words) {
+        int64_t count = std::min(tile_words, cols / 2 - pair);
+        kernels().transpose_words(from + 2 * pair, cols / 2, lanes, count, tile, lanes);
+        for (int64_t i = 0; i < count; i++, out += 2 * lanes)
+            for (int64_t r = 0; r < lanes; r++)
+                out[r] = uint16_t(tile[i][r]), out[lanes + r] = uint16_t(tile[i][r] >> 16);
+    }
+}
+
+template <class T>
+void interleave_floats_panel(const T* from, int64_t rows, int64_t cols, int64_t full, T* out) {
+    std::memset(out + cols * lanes, 0, size_t((full - cols) * lanes) * sizeof(T));
+    if constexpr (sizeof(T) == 4) {
+        if (rows == lanes) return kernels().transpose_words(from, cols, lanes, cols, out, lanes);
+    } else {
+        if (rows == lanes && cols % 2 == 0) return interleave_pairs(from, cols, out);
+    }
+    for (int64_t c = 0; c < cols; c++)
+        for (int64_t r = 0; r < lanes; r++) out[c * lanes + r] = r < rows ? from[r * cols + c] : T{};
+}
+
+// body(panel, rows in it) for all panels.
+template <class Body>
+void each_panel(int64_t rows, int threads, Body body) {
+    share((rows + lanes - 1) / lanes, panels_of_piece, threads, [&](int64_t first, int64_t last) {
+        for (int64_t panel = first; panel < last; panel++) body(panel, std::min(lanes, rows - panel * lanes));
+    });
+}
+
+template <int bits>
+void interleave_all(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t* order, int64_t full, int threads,
+                    uint8_t* out) {
+    share((rows + lanes - 1) / lanes, panels_of_piece, threads, [&](int64_t first, int64_t last) {
+        std::vector<Line> lines;
+        lines.assign(size_t(lanes), Line(full));
+        for (int64_t panel = first; panel < last; panel++)
+            interleave_panel<bits>(codes + panel * lanes * cols, std::min(lanes, rows - panel * lanes), cols, order,
+                                   full, lines, out + panel * lanes * full * bits / 8);
+    });
+}
+
+}  // namespace
+
+void interleave(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t* order, int bits, int64_t full,
+                int threads, uint8_t* out) {
+    if (bits == 2) interleave_all<2>(codes, rows, cols, order, full, threads, out);
+    if (bits == 3) interleave_all<3>(codes, rows, cols, order, full, threads, out);
+    if (bits == 4) interleave_all<4>(codes, rows, cols, order, full, threads, out);
+    if (bits == 5) interleave_all<5>(codes, rows, cols, order, full, threads, out);
+    if (bits == 6) interleave_all<6>(codes, rows, cols, order, full, threads, out);
+    if (bits == 8) interleave_all<8>(codes, rows, cols, order, full, threads, out);
+}
+
+void interleave_floats(const void* values, int64_t rows, int64_t cols, int size, int64_t full, int threads, void* out) {
+    auto run = [&](auto element) {
+        using T = decltype(element);
+        each_panel(rows, threads, [&](int64_t panel, int64_t high) {
+            interleave_floats_panel(static_cast<const T*>(values) + panel * lanes * cols, high, cols, full,
+                                    static_cast<T*>(out) + panel * lanes * full);
+        });
+    };
+    size == 2 ? run(uint16_t{}) : run(uint32_t{});
+}
+
+}  // namespace lowbit

@@ -1,0 +1,187 @@
+"""A checkpoint that is ready to continue texts: natively, or as the class of `transformers` computes it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import UnsupportedError, UsageError
+from lowbit.native import DecoderShape
+from lowbit.runtime.decoder import Engine, Native, Session, native_of
+from lowbit.runtime.model import Loaded, open_model
+from lowbit.runtime.stored import Stored, damaged, read_stored, stored_path, write_stored
+from lowbit.stages._model import open_tokenizer
+from lowbit.stages._weightfile import read_json
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+else:  # the run-time check of annotations needs names, and importing these costs a second
+    PreTrainedModel = PreTrainedTokenizerBase = object
+
+_ENDLESS = 1 << 31
+
+
+@final
+class Plain:
+    """A text that a model of `transformers` reads."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache: Any = None
+
+    def follow(self, ids: Tensor) -> Tensor:
+        """Be the text of these tokens."""
+        self._cache = None
+        return self.read(ids)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Read more tokens."""
+        with torch.inference_mode():
+            out = self._model(input_ids=ids[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = out.past_key_values
+        logits: Tensor = out.logits[0, -1]
+        return logits
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Runner:
+    """What continues texts. Made by `open_runner`.
+
+    Attributes:
+        checkpoint: where the model comes from.
+        decoder: what computes its blocks: `native`, or why it is the class of transformers.
+        engine: the native decoder, if it is that.
+        model: the model of transformers, if it is that.
+        limit: most tokens of a text, with its prompt.
+        ends: tokens that end one.
+        keep: how the native decoder keeps keys and values, one of `native.KEEPS`.
+        kernels: number of weights that the kernels multiply.
+        others: weights that are computed with in another way, with the reason.
+    """
+
+    checkpoint: Checkpoint
+    decoder: str
+    engine: Engine | None
+    model: PreTrainedModel | None
+    limit: int
+    ends: frozenset[int]
+    keep: str
+    kernels: int
+    others: dict[str, str]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That lies with the checkpoint.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be used.
+        """
+        return open_tokenizer(self.checkpoint)
+
+    @cached_property
+    def reader(self) -> Session | Plain:
+        """One text, the last: the native decoder does not read again what a new text begins with too."""
+        return self.engine.start(self.limit, self.keep) if self.engine else Plain(self.model)
+
+
+def open_runner(
+    path: str | Path,
+    *,
+    exact: bool = False,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    context: int | None = None,
+    keep: str = "float16",
+    cache: Path | None = None,
+) -> Runner:
+    """Open a checkpoint (as `open_model` does) to continue texts with it.
+
+    Args:
+        context: most tokens of a text, with its prompt; None for what the model takes.
+        keep: how the native decoder keeps keys and values: `float32`, `float16` or `int8`.
+        cache: folder where what is made of the checkpoint for the native decoder is kept, and found at the next start.
+
+    Raises:
+        UsageError: `context` is more than the model takes.
+        LowbitError: see `lowbit.errors`.
+    """
+    file = None
+    if cache:
+        checkpoint = open_checkpoint(path, trust_remote_code)
+        file = stored_path(cache, checkpoint, f"native, exact {exact}")
+        if file.exists():
+            return _stored_runner(checkpoint, file, threads, context, keep)
+    loaded = open_model(path, exact, threads=threads, trust_remote_code=trust_remote_code)
+    runner = runner_of(loaded, threads, context, keep)
+    if file and runner.engine:
+        write_stored(file, _stored(runner.engine.native, loaded))
+    return runner
+
+
+def runner_of(loaded: Loaded, threads: int | None = None, context: int | None = None, keep: str = "float16") -> Runner:
+    """A runner of a model that is loaded; see `open_runner`."""
+    engine, decoder = None, "native"
+    try:
+        engine = Engine(native_of(loaded), threads)
+    except UnsupportedError as error:
+        decoder = str(error)
+    return Runner(
+        loaded.checkpoint, decoder, engine, loaded.model, _limit(_positions(loaded), context), _ends(loaded), keep,
+        len(loaded.kernels), loaded.others,
+    )  # fmt: skip
+
+
+def _positions(loaded: Loaded) -> int:
+    return getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or _ENDLESS
+
+
+def _limit(model: int, asked: int | None) -> int:
+    if asked and asked > model:
+        raise UsageError(f"a context of {asked} tokens is more than this model takes, which is {model}")
+    return asked or model
+
+
+def _ends(loaded: Loaded) -> frozenset[int]:
+    """Tokens that end a text."""
+    path = loaded.checkpoint.path / "generation_config.json"
+    told = read_json(path).get("eos_token_id") if path.exists() else None
+    said = (told, getattr(loaded.model.generation_config, "eos_token_id", None))
+    ends = {token for each in said for token in (each if isinstance(each, list) else [each]) if token is not None}
+    return frozenset(map(int, ends))
+
+
+def _stored(native: Native, loaded: Loaded) -> Stored:
+    """What a later start needs of a model."""
+    facts = {name: value for name, value in vars(native).items() if name not in ("shape", "matrices", "vectors")}
+    about = {"positions": _positions(loaded), "ends": sorted(_ends(loaded)), "kernels": len(loaded.kernels)}
+    vectors = {**native.vectors, "embedding": _narrow(native.vectors["embedding"])}
+    facts = {"native": facts, "shape": asdict(native.shape), **about, "others": loaded.others}
+    return Stored(facts, native.matrices, vectors)
+
+
+def _narrow(table: Tensor) -> Tensor:
+    """In 16 bits where these hold every value."""
+    found = (table.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+    return next((each for each in found if torch.equal(each.float(), table)), table)
+
+
+def _stored_runner(checkpoint: Checkpoint, file: Path, threads: int | None, context: int | None, keep: str) -> Runner:
+    stored = read_stored(file)
+    facts = stored.facts
+    try:
+        told: dict[str, Any] = {
+            name: tuple(each) if isinstance(each, list) else each for name, each in facts["native"].items()
+        }
+        native = Native(DecoderShape(**facts["shape"]), stored.matrices, stored.vectors, **told)
+        engine, positions, ends = Engine(native, threads), int(facts["positions"]), frozenset(map(int, facts["ends"]))
+        kernels, others = int(facts["kernels"]), dict(facts["others"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise damaged(file, error) from error
+    return Runner(checkpoint, "native", engine, None, _limit(positions, context), ends, keep, kernels, others)

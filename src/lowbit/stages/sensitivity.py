@@ -1,0 +1,506 @@
+"""Sensitivity: how much worse the model's predictions get with one weight in one scheme, in nats per token.
+
+To second order the divergence from the original is half the mean of `(g^T E x)^2` over tokens: `x` is what the weight
+reads, `E` the error that the method leaves in this scheme, and `g` the gradient, at the layer's output, of the log
+probability of a token drawn from the model's own prediction (the Fisher information; Amari 1998,
+doi:10.1162/089976698300017746). The model runs forward block by block, hidden states are kept on disk; then backward,
+one block in memory at a time, and each block's weights are quantized by the method of the plan in all their schemes.
+What stands outside of the blocks is measured as it is: with the embedding or the head replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import inf, prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, final
+
+import torch
+import xxhash
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from lowbit import plugins
+from lowbit.blocks import CPU
+from lowbit.budget import MARGIN, PIECE, MemoryWatch, anonymous_bytes, format_size, format_sum
+from lowbit.errors import ResourceError, UnsupportedError, UsageError
+from lowbit.methods import Method
+from lowbit.stages._blocks import Entrance, Exit, LiveBlock
+from lowbit.stages._jobs import Job
+from lowbit.stages._model import Blueprint, open_blueprint
+from lowbit.stages._observe import Accumulator, Observer, Seen, Windows
+from lowbit.stages._products import Product
+from lowbit.stages._recipe import step_options
+from lowbit.stages._sites import Found, Site, find_steps
+from lowbit.stages._streams import Streams
+from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.plan import Entry, Plan, Rules
+from lowbit.stages.quantize import Progress, make, one_torch_thread, silent, tensor_stats
+from lowbit.stats import Statistic
+from lowbit.tensors import QTensor
+
+Losses = dict[str, dict[str, float]]
+Offers = Mapping[str, Mapping[str, Entry]]
+
+VERSION = 1
+_FIT, _HELD = 16384, 4096  # tokens that methods learn from, and that errors are judged on
+_ROWS = 2048  # of the latter, that are kept for each weight
+_BATCH = 4096  # tokens that run through a block together
+_LOGITS, _COPIES = 2**22, 8  # that are held at a time, and copies of them, those in float64 counted twice
+_JUDGED = 1024  # tokens on which what stands outside of the blocks is judged
+_BACKWARD = 4  # activations that are kept for the way back, over those of a forward pass
+_BESIDE = 40  # bytes per weight of a piece: rivals of the method, and their errors
+_STAND_IN = "gptq"  # for methods that learn a whole block, whose results are like its own but take hours
+
+
+@final
+@dataclass(frozen=True)
+class Way:
+    """How sensitivities are measured, and the anonymous memory in bytes that it takes at most.
+
+    Attributes:
+        parts: bytes by what they are for.
+        tokens: that run through a block together.
+        piece: weight elements that a worker takes at a time.
+        threads: workers.
+        sites: inputs whose statistics are accumulated at once; each time all windows run through the block.
+    """
+
+    parts: Mapping[str, int]
+    tokens: int
+    piece: int
+    threads: int
+    sites: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        return f"{format_size(self.total)} = {format_sum(self.parts)}"
+
+
+def plan_way(blueprint: Blueprint, offers: Offers, ids: Tensor, limit: int | None, threads: int) -> Way:
+    """The fastest way that fits the limit: fewer inputs at once, fewer workers, smaller batches and pieces.
+
+    Raises:
+        ResourceError: nothing fits; the text names the least limit that works.
+    """
+    length, base = ids.shape[1], anonymous_bytes() + MARGIN
+    every = max((len(names) for names in blueprint.blocks.values()), default=1)
+    ways = [
+        Way({"process": base, **_parts(blueprint, offers, length, tokens, piece, workers, sites)},
+            tokens, piece, workers, sites)
+        for tokens, piece in ((_BATCH, PIECE), (length, PIECE), (length, PIECE >> 4))
+        for sites, workers in dict.fromkeys(((every, threads), (1, threads), (1, 1)))
+    ]  # fmt: skip
+    for way in ways:
+        if limit is None or way.total <= limit:
+            return way
+    least = min(ways, key=lambda way: way.total)
+    raise ResourceError(
+        f"--ram {format_size(limit or 0)} is too little: measuring for a budget needs at least "
+        f"{format_size(least.total)} ({least}); shorter windows (--sequence-length) need less"
+    )
+
+
+def _parts(
+    blueprint: Blueprint, offers: Offers, length: int, tokens: int, piece: int, threads: int, sites: int
+) -> dict[str, int]:
+    """Bytes of one way of working, upper estimates."""
+    rows = [(names, [offers[name] for name in names if offers.get(name)]) for names in blueprint.blocks.values()]
+    inside = [[next(iter(entries.values())).weight.shape for entries in each] for _, each in rows]
+    methods = [_method(entry)[1] for _, each in rows for entries in each for entry in entries.values() if entry.method]
+    widths = [sorted((shape[-1] for shape in shapes), reverse=True) for shapes in inside]
+    kinds: list[Statistic] = [plugins.load("stats", name) for name in {need for m in methods for need in m.needs}]
+    wide, most = (
+        max((w for ws in widths for w in ws), default=0),
+        max((prod(s) for ss in inside for s in ss), default=0),
+    )
+    # Weights that read one input come first in the order of widths only by chance: all are counted.
+    statistics = max(
+        (sum(k.nbytes(w) for w in ws[:sites] for k in kinds) + 4 * _ROWS * sum(ws[:sites]) for ws in widths), default=0
+    )
+    judged = 4 * _ROWS * max((sum(map(sum, shapes)) for shapes in inside), default=0)
+    worker = max((m.prepared(wide) + int((m.workspace + _BESIDE) * min(piece, most)) for m in methods), default=0)
+    batch = max(tokens, length)
+    return {
+        "block": blueprint.streamed_bytes + blueprint.block_bytes,
+        "activations": _BACKWARD * batch * blueprint.token_bytes(length) + 4 * _LOGITS * _COPIES,
+        "gradients": 4 * max(_HELD, length) * blueprint.width + judged,
+        "statistics": statistics,
+        "working memory": threads * (worker + 3 * 4 * most),
+    }
+
+
+@final
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from block to block."""
+
+    source: Checkpoint
+    plan: Plan
+    offers: Offers
+    blueprint: Blueprint
+    windows: Windows
+    streams: Streams
+    entrance: Entrance
+    way: Way
+
+    @property
+    def held(self) -> slice:
+        """The windows that judge."""
+        return slice(self.windows.fit, len(self.windows.ids))
+
+    @property
+    def tokens(self) -> int:
+        """In these windows."""
+        return self.windows.ids[self.held].numel()
+
+
+def measure(
+    source: Checkpoint,
+    plan: Plan,
+    offers: Offers,
+    ids: Int64[Tensor, "windows tokens"],
+    folder: Path,
+    ram: int | None,
+    threads: int,
+    watch: MemoryWatch,
+    progress: Progress = silent,
+) -> Losses:
+    """The predicted divergence, in nats per token, of each weight in each of its schemes.
+
+    Args:
+        plan: any plan of these rules; its options and its importance matrix are used.
+        offers: weights, and their entries by scheme.
+        ids: windows of text; as many are used as are useful.
+        folder: for a temporary folder with hidden states.
+        ram: bytes of anonymous memory allowed; None for no limit.
+        threads: workers.
+
+    Raises:
+        UsageError: fewer than two windows.
+        ResourceError: the limit is too small, with the least that works.
+        UnsupportedError: the model's blocks cannot be run on their own.
+        WeightError: NaN or Inf in a weight.
+    """
+    windows, blueprint = _windows(ids), open_blueprint(source, torch.float32)
+    if not blueprint.blocks:
+        raise UnsupportedError(f"{source.path} has no list of blocks to measure; name a scheme for each weight")
+    way = plan_way(blueprint, offers, windows.ids, ram, threads)
+    windows = replace(windows, tokens=way.tokens)
+    with TemporaryDirectory(dir=folder, prefix=".sensitivity-") as place:
+        shape = (*windows.ids.shape, blueprint.width)
+        streams = Streams(Path(place), (shape[0], shape[1], shape[2]), torch.float32, ("float",))
+        run = _Run(source, plan, offers, blueprint, windows, streams, Entrance(blueprint, CPU), way)
+        _forward(run, watch, progress)
+        gradients, losses, paths = _last_gradients(run), Losses(), list(blueprint.blocks)
+        for index in range(len(paths) - 1, -1, -1):
+            progress("measure", len(paths) - 1 - index, len(paths))
+            watch.check()
+            losses |= _block(run, paths[index], index, gradients)
+        losses |= _outside(run, gradients)
+        progress("measure", len(paths), len(paths))
+    kept = {name: {label: 0.0 for label, entry in offers[name].items() if not entry.weight.scheme} for name in offers}
+    return {name: losses.get(name, {}) | kept[name] for name in offers}
+
+
+def _windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
+    """Windows to learn from, then windows to judge on; no more than are useful."""
+    count, length = ids.shape
+    if count < 2:
+        raise UsageError("a budget needs two windows of text, one to learn from and one to judge on; raise --samples")
+    held = min(max(_HELD // length, 1), max(count // 4, 1))
+    fit = min(max(_FIT // length, 1), count - held)
+    return Windows(ids[: fit + held], fit, _BATCH)
+
+
+@torch.no_grad()
+def _forward(run: _Run, watch: MemoryWatch, progress: Progress) -> None:
+    """Write the inputs of every block, and the last one's outputs."""
+    ids, paths = run.windows.ids, list(run.blueprint.blocks)
+    with run.streams.writing("float", 0) as hidden:
+        for batch in run.windows.batches:
+            hidden[batch] = run.entrance.hidden(ids[batch])
+    for index, path in enumerate(paths):
+        progress("forward", index, len(paths))
+        watch.check()
+        live, inputs = LiveBlock(run.blueprint, path, (), CPU), run.streams.read("float", index)
+        with run.streams.writing("float", index + 1) as outputs:
+            for batch in run.windows.batches:
+                outputs[batch] = live.run(run.entrance.calls(ids[batch])[path], inputs[batch])
+    progress("forward", len(paths), len(paths))
+
+
+def _last_gradients(run: _Run) -> Float[Tensor, "windows tokens width"]:
+    """Gradients at the last block's output, in the windows that judge, for one drawn token at each position."""
+    ids, hidden = run.windows.ids[run.held], run.streams.read("float", len(run.blueprint.blocks))[run.held]
+    way, dice = Exit(run.blueprint, run.entrance, ids), torch.Generator().manual_seed(0)
+    gradients = torch.empty(hidden.shape)
+    for window, part in _pieces(run, ids):
+        state = hidden[window, part][None].clone().requires_grad_()
+        with torch.enable_grad():
+            chances = way.logits(ids[window, part][None], state)[0].float().log_softmax(-1)
+            drawn = torch.multinomial(chances.detach().exp(), 1, generator=dice)
+            (gradients[window, part],) = torch.autograd.grad(chances.gather(1, drawn).sum(), state)
+    return gradients
+
+
+def _pieces(run: _Run, ids: Int64[Tensor, "windows tokens"]) -> Iterator[tuple[int, slice]]:
+    """Windows, a run of tokens at a time."""
+    step = max(_LOGITS // run.blueprint.vocabulary, 1)
+    return ((window, slice(at, at + step)) for window in range(len(ids)) for at in range(0, ids.shape[1], step))
+
+
+@final
+class _Probe:
+    """Sees the products of passes with gradients: what each weight reads, and the gradients of what it makes.
+
+    Args:
+        live: the block.
+        step: of these rows one in so many is kept.
+    """
+
+    def __init__(self, live: LiveBlock, step: int) -> None:
+        self._live, self._step = live, step
+        self.seen: dict[str, list[list[Tensor]]] = {}
+
+    def __call__(self, product: Product, result: Tensor) -> Tensor:
+        """See a product and what it made."""
+        rows = product.rows.detach()[:: self._step].clone()
+        pairs = [[rows] for _ in product.names]
+        for name, pair in zip(product.names, pairs, strict=True):
+            self.seen.setdefault(name, []).append(pair)
+
+        def keep(gradient: Tensor) -> None:
+            heights = [len(self._live.weight(name)) for name in product.names]
+            flat = gradient.reshape(-1, gradient.shape[-1])[:: self._step]
+            for pair, part in zip(pairs, torch.split(flat, heights, -1), strict=True):
+                pair.append(part.clone())
+
+        if result.requires_grad:
+            result.register_hook(keep)  # type: ignore[no-untyped-call]
+        return result
+
+
+def _block(run: _Run, path: str, index: int, gradients: Float[Tensor, "windows tokens width"]) -> Losses:
+    """Losses of the weights of one block; `gradients` at its output become those at its input."""
+    inside = run.blueprint.blocks[path]
+    matrices = [name for name in inside if len(run.source.weights[name].shape) == 2]
+    live, inputs, ids = LiveBlock(run.blueprint, path, matrices, CPU), run.streams.read("float", index), run.windows.ids
+
+    def once(batch: slice, watch: Callable[[Product], Any]) -> None:
+        with torch.no_grad():
+            live.run(run.entrance.calls(ids[batch])[path], inputs[batch], watch=watch)
+
+    steps = find_steps(live, lambda watch: once(slice(0, 1), watch))
+    sites = [site for step in steps for site in step.sites if any(run.offers.get(name) for name in site)]
+    probe = _backward(run, live, inputs, gradients)
+    losses = Losses()
+    for at in range(0, len(sites), run.way.sites):
+        seen = {
+            site: each.finish() for site, each in _statistics(run, sites[at : at + run.way.sites], index, once).items()
+        }
+        with one_torch_thread(), torch.no_grad(), ThreadPoolExecutor(run.way.threads, "measure") as pool:
+            tasks = [(label, pool.submit(_task, run, live, site, label, seen[site], probe))
+                     for site in seen for label in _labels(run, site)]  # fmt: skip
+            for label, task in tasks:
+                for name, loss in task.result().items():
+                    losses.setdefault(name, {})[label] = loss
+    return losses
+
+
+def _labels(run: _Run, site: Site) -> list[str]:
+    """The schemes on offer for any weight of a site, but for `keep`."""
+    entries = [item for name in site for item in run.offers.get(name, {}).items()]
+    return list(dict.fromkeys(label for label, entry in entries if entry.weight.scheme))
+
+
+def _task(run: _Run, live: LiveBlock, site: Site, label: str, seen: Seen, probe: _Probe) -> dict[str, float]:
+    """Losses of the weights of one site in one scheme, quantized as the run would; what is prepared is shared."""
+    prepared: dict[Any, Mapping[str, Tensor]] = {}
+    found = dict[str, float]()
+    for name in site:
+        entry = run.offers.get(name, {}).get(label)
+        if entry is None or entry.weight.scheme is None:
+            continue
+        scheme, (chosen, method) = entry.weight.scheme, _method(entry)
+        if not method.needs <= seen.stats.keys() or method.objection(scheme):
+            chosen, method = method.outside, plugins.load("methods", method.outside)
+        options = step_options(method, chosen, run.plan.options)
+        if (chosen, scheme) not in prepared:
+            prepared[chosen, scheme] = method.prepare(seen.stats, scheme, options)
+        if not method.needs:  # a run without calibration takes what its method makes, without rivals
+            seen = replace(seen, held=torch.empty(0, 0))
+        weight = live.weight(name).contiguous()
+        stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, run.way.piece)}
+        found[name] = _loss(run, Job(entry, chosen, weight, stats, seen, options, run.way.piece, weight), probe)
+    return found
+
+
+def _statistics(
+    run: _Run, sites: Sequence[Site], index: int, once: Callable[[slice, Callable[[Product], Any]], None]
+) -> dict[Site, Accumulator]:
+    """What the methods on offer need of each site."""
+    entries = {site: [e for name in site for e in run.offers.get(name, {}).values()] for site in sites}
+    needs = {site: {need for entry in each for need in _method(entry)[1].needs} for site, each in entries.items()}
+    found = {site: Accumulator(sorted(needs[site]), index, run.tokens) for site in sites}
+    for batch in run.windows.batches if sites else ():
+        observer = Observer(sites, frozenset())
+        with suppress(Found):
+            once(batch, observer)
+        for site, rows in observer.rows.items():
+            found[site].take(rows, None, batch.start >= run.windows.fit)
+    return found
+
+
+def _backward(run: _Run, live: LiveBlock, inputs: Tensor, gradients: Tensor) -> _Probe:
+    """Run the windows that judge forward and backward through a block."""
+    probe = _Probe(live, _step(run))
+    for batch in run.windows.batches:
+        if batch.start < run.windows.fit:
+            continue
+        at = slice(batch.start - run.windows.fit, batch.stop - run.windows.fit)
+        hidden = inputs[batch].clone().requires_grad_()
+        with torch.enable_grad():
+            out = live.run(run.entrance.calls(run.windows.ids[batch])[live.path], hidden, after=probe)
+            (gradients[at],) = torch.autograd.grad(out, hidden, gradients[at])
+    return probe
+
+
+def _step(run: _Run) -> int:
+    return max(run.tokens // _ROWS, 1)
+
+
+def _method(entry: Entry) -> tuple[str, Method]:
+    """The method that makes a weight, or stands in for it."""
+    assert entry.method is not None
+    method: Method = plugins.load("methods", entry.method)
+    if not method.learn:
+        return entry.method, method
+    return _STAND_IN, plugins.load("methods", _STAND_IN)
+
+
+def _loss(run: _Run, job: Job, probe: _Probe) -> float:
+    """Half the mean of `(g^T E x)^2`."""
+    pieces = [job.piece(rows) for rows in job.places()]
+    _, made = job.choose(pieces)
+    error = made.qtensor.dequantize().view_as(job.whole) - job.whole
+    pairs = [pair for pair in probe.seen.get(job.entry.weight.name, []) if len(pair) == 2]
+    total = sum(float(((x @ error.T) * g).sum(1).double().square().sum()) for x, g in pairs)
+    return total * _step(run) / (2 * run.tokens)
+
+
+@torch.no_grad()
+def _outside(run: _Run, gradients: Float[Tensor, "windows tokens width"]) -> Losses:
+    """Losses of the weights outside of the blocks: of what enters the first block, and of the predictions."""
+    inside = frozenset[str]().union(*run.blueprint.blocks.values())
+    losses = Losses()
+    for name, entries in run.offers.items():
+        if name not in inside:
+            losses[name] = {label: _replaced(run, entry, gradients) for label, entry in entries.items()}
+    return losses
+
+
+def _replaced(run: _Run, entry: Entry, gradients: Float[Tensor, "windows tokens width"]) -> float:
+    made, source, name = make(run.source, run.plan, entry, PIECE), run.source, entry.weight.name
+    value = made.dequantize() if isinstance(made, QTensor) else made
+    edits = {each: lambda _: value for each in (name, *(n for n, to in source.tied.items() if to == name))}
+    blueprint = open_blueprint(replace(source, edits={**source.edits, **edits}), torch.float32)
+    count = max(_JUDGED // run.windows.ids.shape[1], 1)
+    ids, entrance = run.windows.ids[run.held][:count], Entrance(blueprint, CPU)
+    first, last = (run.streams.read("float", at)[run.held][:count] for at in (0, len(run.blueprint.blocks)))
+    moved = torch.cat([entrance.hidden(batch) for batch in torch.split(ids, 1)]) - first
+    loss = float((moved * gradients[:count]).sum(-1).double().square().mean()) / 2
+    ways = Exit(run.blueprint, run.entrance, ids), Exit(blueprint, entrance, ids)
+    for window, part in _pieces(run, ids):
+        before, after = (
+            way.logits(ids[window, part][None], last[window, part][None])[0].double().log_softmax(-1) for way in ways
+        )
+        loss += float((before.exp() * (before - after)).sum()) / ids.numel()
+    return loss
+
+
+@final
+@dataclass(frozen=True)
+class Sensitivity:
+    """What was measured, and under which conditions; data that is saved and used again.
+
+    Attributes:
+        facts: what must be the same for the losses to hold: model, format, recipe, options and text.
+        losses: nats per token, by weight and scheme.
+    """
+
+    facts: Mapping[str, Any]
+    losses: Losses
+
+    def covers(self, offers: Offers) -> bool:
+        """Whether all that is on offer was measured."""
+        return all(
+            name in self.losses and entries.keys() <= self.losses[name].keys() for name, entries in offers.items()
+        )
+
+    def of(self, offers: Offers) -> Losses:
+        """The losses of what is on offer, in its order."""
+        known = {name: self.losses.get(name, {}) for name in offers}
+        return {name: {s: known[name][s] for s in entries if s in known[name]} for name, entries in offers.items()}
+
+    def joined(self, other: Sensitivity | None) -> Sensitivity:
+        """With what another measurement under these conditions has beside it."""
+        rows = other.losses if other else Losses()
+        both = {name: {**rows.get(name, {}), **self.losses.get(name, {})} for name in {**rows, **self.losses}}
+        return replace(self, losses=both)
+
+    def to_json(self) -> str:
+        """The whole as JSON, one weight a line."""
+        head = json.dumps({"lowbit_sensitivity": VERSION, **self.facts})[:-1]
+        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in self.losses.items())
+        return f'{head}, "losses": {{\n{rows}\n}}}}\n'
+
+
+def conditions(source: Checkpoint, rules: Rules, sha256: str) -> dict[str, Any]:
+    """Under what a measurement holds: model, format, recipe with its options, and text by its hash."""
+    inputs = [source.config, {name: [str(spec.dtype), spec.shape] for name, spec in source.specs.items()}]
+    recipe, options = rules.recipe()
+    return {
+        "model": xxhash.xxh3_128_hexdigest(json.dumps(inputs, sort_keys=True, default=str).encode()),
+        "format": rules.format.replace("_", "-"),
+        "recipe": str(recipe),
+        "options": json.loads(json.dumps(options)),
+        "text": sha256,
+    }
+
+
+def read_sensitivity(path: Path, facts: Mapping[str, Any]) -> Sensitivity:
+    """A saved measurement, if it was made under these conditions.
+
+    Raises:
+        UsageError: it is none, or was made under others; the text names the first.
+    """
+    try:
+        data = json.loads(path.read_text())
+        version, losses = data.pop("lowbit_sensitivity"), data.pop("losses")
+        rows = {name: {scheme: _number(loss) for scheme, loss in row.items()} for name, row in losses.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path} holds no sensitivities: {type(error).__name__}: {error}") from None
+    if version != VERSION:
+        raise UsageError(f"{path}: sensitivities of version {version}, this lowbit reads {VERSION}")
+    for key in {**data, **facts}:
+        if data.get(key) != facts.get(key):
+            raise UsageError(
+                f"{path} was measured with {key} {data.get(key)!r}, not {facts.get(key)!r}; name another --sensitivity"
+            )
+    return Sensitivity(data, rows)
+
+
+def _number(loss: Any) -> float:
+    if isinstance(loss, bool) or not isinstance(loss, int | float) or not 0 <= loss < inf:
+        raise ValueError(f"{loss!r} is no loss")
+    return float(loss)

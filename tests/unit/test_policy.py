@@ -1,0 +1,161 @@
+"""Policies: what each role gets, said by hand for a small model; wrong files end in one sentence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowbit.errors import UnsupportedError, UsageError
+from lowbit.stages._policy import presets, role_of, step
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
+from lowbit.stages.plan import Rules, make_plan
+
+PARTS = {
+    "self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o",
+    "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down",
+}  # fmt: skip
+BLOCKS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    path = tmp_path_factory.mktemp("policy")
+    names = [f"model.layers.{block}.{part}.weight" for block in range(BLOCKS) for part in PARTS]
+    names += ["model.layers.1.mlp.experts.0.up_proj.weight", "model.layers.1.mlp.gate.weight"]
+    names += ["model.embed_tokens.weight", "lm_head.weight"]
+    save_file({name: torch.ones(64, 256, dtype=torch.bfloat16) for name in names}, path / "model.safetensors")
+    config = {"model_type": "llama", "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 4}
+    (path / "config.json").write_text(json.dumps({**config, "hidden_size": 256, "vocab_size": 64}))
+    return open_checkpoint(path)
+
+
+def schemes(model: Checkpoint, rules: Rules) -> dict[str, str]:
+    """Tensor, without its common words, to its scheme, without the type of scales that the format has."""
+    plan = make_plan(model, rules)
+    return {
+        entry.weight.name.removeprefix("model.").removesuffix(".weight"): str(entry.weight.scheme).removesuffix("-bf16")
+        for entry in plan.entries
+        if entry.weight.scheme
+    }
+
+
+def test_roles_are_told_from_names() -> None:
+    for part, role in PARTS.items():
+        assert role_of(f"model.layers.0.{part}.weight") == role
+    said = {
+        "transformer.h.3.attn.c_attn.weight": "qkv", "transformer.h.3.attn.c_proj.weight": "o",
+        "transformer.h.3.mlp.c_proj.weight": "down", "transformer.h.3.mlp.c_fc.weight": "up",
+        "transformer.wte.weight": "embedding", "model.layers.0.mlp.gate.weight": None,
+        "model.decoder.layers.1.self_attn.out_proj.weight": "o", "model.decoder.layers.1.fc2.weight": "down",
+        "model.layers.0.block_sparse_moe.experts.3.w1.weight": "gate",
+        "gpt_neox.layers.0.mlp.dense_4h_to_h.weight": "down", "gpt_neox.layers.0.attention.dense.weight": "o",
+        "bert.encoder.layer.0.output.dense.weight": "down", "bert.encoder.layer.0.attention.output.dense.weight": "o",
+        "bert.encoder.layer.0.intermediate.dense.weight": "up", "model.norm.weight": None,
+    }  # fmt: skip
+    assert {name: role_of(name) for name in said} == said
+
+
+def test_conservative_is_what_its_page_says(model: Checkpoint) -> None:
+    found = schemes(model, Rules("int3-g64-asym", policy="conservative"))
+    eight, four, three = "int8-g64-asym", "int4-g64-asym", "int3-g64-asym"
+    for block in range(BLOCKS):
+        for part, role in PARTS.items():
+            middle = three if role in ("gate", "up") else four
+            assert found[f"layers.{block}.{part}"] == (eight if block in (0, 3) else middle), (block, part)
+    assert found["layers.1.mlp.experts.0.up_proj"] == three
+    assert not {"embed_tokens", "lm_head", "layers.1.mlp.gate"} & found.keys()
+
+
+def test_aggressive_lowers_the_middle_and_uniform_nothing(model: Checkpoint) -> None:
+    low = schemes(model, Rules("int4-g64", policy="aggressive"))
+    assert {name for name, scheme in low.items() if scheme == "int3-g64"} == {
+        "layers.1.mlp.gate_proj", "layers.1.mlp.up_proj", "layers.1.mlp.experts.0.up_proj",
+        "layers.2.mlp.gate_proj", "layers.2.mlp.up_proj",
+    }  # fmt: skip
+    assert schemes(model, Rules("int4-g64", policy="uniform")) == schemes(model, Rules("int4-g64"))
+
+
+def test_balanced_in_a_gguf_file_has_the_embedding_too(model: Checkpoint) -> None:
+    extra = {"layers.1.mlp.experts.0.up_proj", "layers.1.mlp.gate"}
+    rules = Rules("q4_k", format="gguf", policy="balanced", skip=("experts", r"mlp\.gate\."))
+    with pytest.raises(UnsupportedError, match="experts"):  # llama.cpp has no such tensor in a Llama
+        make_plan(model, rules)
+    kept = {name: weight for name, weight in model.weights.items() if not any(part in name for part in extra)}
+    found = schemes(replace(model, weights=kept), Rules("q4_k", format="gguf", policy="balanced"))
+    high = {name for name, scheme in found.items() if scheme == "q5_k"}
+    assert high == {"layers.0.mlp.down_proj", "layers.3.mlp.down_proj"}
+    assert found["embed_tokens"] == found["lm_head"] == "int8-g32"  # llama.cpp's q8_0
+
+
+def test_rules_of_the_users_own_and_set_over_them(model: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        '[[rule]]\nrole = ["q", "k"]\nblocks = [1, -1]\nscheme = "int8-row"\nreason = "mine"\n'
+        '[[rule]]\nrole = "head"\nscheme = "int8-row"\n'
+        '[[rule]]\npattern = "layers.2.*up_proj"\nscheme = "keep"\n'
+    )
+    rules = Rules("int4-g64", policy=str(file), sets=((r"3\.self_attn\.q_proj", "int2-g64"),))
+    found = schemes(model, rules)
+    assert {name for name, scheme in found.items() if scheme == "int8-row"} == {
+        "layers.1.self_attn.q_proj", "layers.1.self_attn.k_proj", "layers.3.self_attn.k_proj", "lm_head",
+    }  # fmt: skip
+    assert found["layers.3.self_attn.q_proj"] == "int2-g64" and "layers.2.mlp.up_proj" not in found
+    assert found["layers.0.self_attn.q_proj"] == "int4-g64"
+    reasons = {entry.weight.name: entry.reason for entry in make_plan(model, rules).entries}
+    assert reasons["model.layers.1.self_attn.q_proj.weight"] == "policy mine.toml: mine"
+
+
+@pytest.mark.parametrize(
+    ("base", "wanted", "scheme"),
+    [
+        ("int4-g128", "lower", "int3-g128"), ("int8-row", "higher", "int8-row"), ("q2_k", "highest", "q8_0"),
+        ("nvfp4", "higher", "fp8-e4m3-row"), ("int2-g64-asym-bf16", "higher", "int3-g64-asym-bf16"),
+        ("nf4-g64", "base", "nf4-g64"), ("nf4-g64", "int8-row", "int8-row"), ("Q4_K", "lower", "q3_k"),
+    ],
+)  # fmt: skip
+def test_steps_of_the_ladders(base: str, wanted: str, scheme: str) -> None:
+    assert step(base, wanted, "p") == scheme
+
+
+def test_every_preset_makes_a_plan_and_says_why(model: Checkpoint) -> None:
+    for name in presets():
+        plan = make_plan(model, Rules("int4-g64", policy=name))
+        assert all(f"policy {name}: " in entry.reason for entry in plan.entries if entry.weight.scheme), name
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no .*rule"),
+        ("rule = 3", "no .*rule"),
+        ("[[rule", "is not a policy"),
+        ("[[rule]]\nrole = 'q'", "rule 1 names no scheme"),
+        ("[[rule]]\nscheme = 4", "scheme is 4"),
+        ("[[rule]]\nscheme = 'int4'\nrole = 'queue'", "no role is called 'queue'; there are: embedding"),
+        ("[[rule]]\nscheme = 'int4'\nroll = 'q'", "there is no 'roll'"),
+        ("[[rule]]\nscheme = 'int4'\nblocks = 'middle'", "'middle' is not"),
+        ("[[rule]]\nscheme = 'int4'\nblocks = [true]", "True is not"),
+        ("[[rule]]\nscheme = 'int4'\npattern = '['", "not a regular expression"),
+        ("[[rule]]\nscheme = 'int4'\nexperts = 'all'", "experts is 'all'"),
+        ("[[rule]]\nscheme = 'int4'\nrows = 'frequent'", "no public format holds rows"),
+        ("[[rule]]\nscheme = 'int4'\nheads = [1]", "no public format holds heads"),
+        ("[[rule]]\nscheme = 'int99'", "no scheme is called"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(model: Checkpoint, tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=words):
+        make_plan(model, Rules("int4-g64", policy=str(file)))
+
+
+def test_an_unknown_policy_and_a_scheme_on_no_ladder_are_one_sentence(model: Checkpoint) -> None:
+    with pytest.raises(UsageError, match="there are: uniform, conservative, balanced, aggressive, or FILE"):
+        make_plan(model, Rules("int4-g64", policy="careful"))
+    with pytest.raises(UsageError, match="higher than nf4-g64, which is on no ladder"):
+        make_plan(model, Rules("nf4-g64", format="bitsandbytes", policy="balanced"))

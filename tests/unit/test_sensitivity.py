@@ -1,0 +1,243 @@
+"""What errors are predicted to cost, what is chosen for a budget, and the search for a quality."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.budget import MemoryWatch
+from lowbit.errors import QualityError, UsageError
+from lowbit.methods import NoOptions, rtn
+from lowbit.schemes import parse
+from lowbit.stages import sensitivity
+from lowbit.stages._quality import Interval
+from lowbit.stages.allocate import Allocation, Problem, make_problem
+from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.stages.plan import Rules, load_plan, make_offers, make_plan
+from lowbit.stages.search import search
+from lowbit.stages.write import make_shards
+from tests.reference.models import save_tiny
+
+# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+IDS = torch.randint(3, 96, (64, 24), generator=torch.Generator().manual_seed(1))
+HELD = IDS[48:]
+
+
+def divergence(model: Any, name: str, value: Tensor) -> float:
+    """KL of the model from itself with one weight replaced, by transformers in float64, on the windows that judge."""
+    weight = dict(model.named_parameters())[name]
+    kept, before = weight.detach().clone(), model(HELD).logits.log_softmax(-1)
+    weight.copy_(value)
+    after = model(HELD).logits.log_softmax(-1)
+    weight.copy_(kept)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def rounded(weight: Tensor, scheme: str) -> Tensor:
+    return rtn.quantize(weight.float().contiguous(), {}, parse(scheme), NoOptions()).dequantize().to(weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules", "schemes"),
+    [
+        ("llama", Rules(method="rtn"), ("int4-g8", "int6-g8")),
+        ("gpt2", Rules(method="rtn", format="gptq"), ("int4-g16",)),
+        ("llama", Rules(method="ggml", format="gguf"), ("q8_0", "q4_0")),
+    ],
+)
+@torch.no_grad()
+def test_what_is_predicted_is_the_divergence(kind: str, rules: Rules, schemes: tuple[str, ...], tmp_path: Path) -> None:
+    model = save_tiny(kind, tmp_path / "m")
+    source = open_checkpoint(tmp_path / "m")
+    offers = make_offers(source, rules, schemes)
+    with MemoryWatch(None).running() as watch:
+        found = sensitivity.measure(source, make_plan(source, rules), offers, IDS, tmp_path, None, 1, watch)
+    assert found.keys() == offers.keys() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    model, ratios = model.double(), []
+    weights = dict(model.named_parameters())
+    for name, row in found.items():
+        for scheme, loss in row.items():
+            weight, turned = weights[name].detach(), kind == "gpt2"
+            value = rounded(weight.T if turned else weight, scheme)
+            ratios.append(loss / divergence(model, name, value.T if turned else value))
+    assert len(ratios) >= 8
+    assert 0.75 < sum(ratios) / len(ratios) < 1.3, ratios
+    assert min(ratios) > 0.4 and max(ratios) < 2.5, ratios
+
+
+OFFERED = ("int3-g8-f16", "int4-g8-f16", "int6-g8-f16", "int8-g8-f16")
+
+
+def problem(
+    path: Path,
+    losses: Callable[[str, str], float],
+    rules: Rules | None = None,
+    fused: bool = True,
+    schemes: tuple[str, ...] = OFFERED,
+) -> Problem:
+    save_tiny("llama", path, torch.float16)
+    source, rules = open_checkpoint(path), rules or Rules(method="rtn")
+    offers = make_offers(source, rules, schemes)
+    return make_problem(source, rules, offers, {n: {s: losses(n, s) for s in offers[n]} for n in offers}, fused)
+
+
+def steep(name: str, scheme: str) -> float:
+    """Each bit quarters the loss; layer 1 matters a hundred times as much, down_proj ten times."""
+    return 4.0 ** -parse(scheme).grid.bits * (100 if ".1." in name else 1) * (10 if "down" in name else 1)
+
+
+def chosen(found: Allocation) -> dict[str, str]:
+    return {e.weight.name: str(e.weight.scheme) for e in found.plan.entries if e.weight.scheme}
+
+
+def test_bits_are_kept_and_go_where_they_count(tmp_path: Path) -> None:
+    found = problem(tmp_path / "m", steep, fused=False).within_bits(7.0)
+    assert 6.8 < found.plan.bits_per_weight()[0] <= 7.0
+    schemes = chosen(found)
+    more, less = schemes["model.layers.1.mlp.down_proj.weight"], schemes["model.layers.0.mlp.up_proj.weight"]
+    assert parse(more).grid.bits > parse(less).grid.bits
+    assert found.loss == pytest.approx(sum(steep(name, scheme) for name, scheme in schemes.items()))
+    assert all("costs" in entry.reason for entry in found.plan.entries if entry.weight.scheme)
+
+
+def test_what_a_runtime_joins_has_one_scheme(tmp_path: Path) -> None:
+    def odd(name: str, scheme: str) -> float:
+        return steep(name, scheme) * (1000 if "q_proj" in name or "up_proj" in name else 1)
+
+    found = problem(tmp_path / "m", odd)
+    assert sorted(len(group) for group in found.groups) == [1, 1, 1, 1, 2, 2, 3, 3]
+    schemes = chosen(found.within_bits(6.5))
+    for names in found.groups:
+        assert len({schemes[name] for name in names}) == 1
+    apart = chosen(problem(tmp_path / "n", odd, fused=False).within_bits(6.5))
+    assert apart["model.layers.0.self_attn.q_proj.weight"] != apart["model.layers.0.self_attn.v_proj.weight"]
+
+
+def test_files_are_not_larger_than_asked(tmp_path: Path) -> None:
+    parts = problem(tmp_path / "m", steep)
+    smallest, largest = parts.smallest().size, parts.within_loss(0.0).size
+    for share in (0.0, 0.3, 0.7, 1.0):
+        size = int(smallest + share * (largest - smallest))
+        found = parts.within_size(size)
+        assert found.size == sum(shard.nbytes for shard in make_shards(found.plan)) <= size
+        assert found.size > size - 0.05 * largest
+    with pytest.raises(UsageError, match=f"takes {smallest:,}"):
+        parts.within_size(smallest - 1)
+    with pytest.raises(UsageError, match="together"):
+        parts.within_bits(3.0)
+
+
+def test_the_plan_is_one_like_any_other(tmp_path: Path) -> None:
+    parts = problem(tmp_path / "m", steep)
+    plan = parts.within_bits(7.0).plan
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    assert load_plan(tmp_path / "plan.json", parts.source) == plan
+
+
+def test_set_and_skip_are_left_alone_by_a_budget(tmp_path: Path) -> None:
+    rules = Rules(method="rtn", skip=("o_proj",), sets=(("k_proj", "int2-g8"),))
+    parts = problem(tmp_path / "m", steep, rules)
+    assert not [name for name in parts.offers if "o_proj" in name or "k_proj" in name]
+    schemes = chosen(parts.within_bits(8.5))
+    assert schemes["model.layers.0.self_attn.k_proj.weight"].startswith("int2-g8")
+    assert "model.layers.0.self_attn.o_proj.weight" not in schemes
+
+
+class Measured:
+    """Stands in for quantizing: what is measured is some function of what is predicted."""
+
+    def __init__(self, truth: Callable[[float], float]) -> None:
+        self.truth, self.seen = truth, list[Allocation]()
+
+    def __call__(self, found: Allocation) -> Interval:
+        self.seen.append(found)
+        value = self.truth(found.loss)
+        return Interval(value, 0.9 * value, 1.1 * value)
+
+
+@pytest.mark.parametrize("truth", [lambda x: 3 * x, lambda x: x / 3, lambda x: x**0.7 / 2, lambda x: 2 * x**1.5 + 0.02])
+def test_the_search_ends_with_a_plan_that_passes_and_is_nearly_the_smallest(
+    truth: Callable[[float], float], tmp_path: Path
+) -> None:
+    parts, limit = problem(tmp_path / "m", steep, fused=False), 1.0
+    measure = Measured(truth)
+    found = search(parts, limit, measure)
+    assert found.passes and 1.1 * truth(found.allocation.loss) <= limit and len(measure.seen) <= 5
+    low, high = 1e-9, 100.0  # the largest predicted loss that passes
+    for _ in range(60):
+        low, high = (m, high) if 1.1 * truth(m := (low * high) ** 0.5) <= limit else (low, m)
+    assert found.allocation.size <= 1.04 * parts.within_loss(low).size
+
+
+def test_a_quality_that_no_plan_has_is_refused_with_the_best(tmp_path: Path) -> None:
+    with pytest.raises(QualityError, match="best of 1 measured has 5, upper end 5"):
+        search(problem(tmp_path / "m", steep), 1e-9, Measured(lambda _: 5.0))
+
+
+FACTS: Mapping[str, Any] = {"model": "m", "format": "gguf", "recipe": "rtn", "options": {}, "text": "t"}
+ROWS = {"a": {"q4_0": 0.5, "q8_0": 0.0}}
+
+
+def test_what_was_measured_is_saved_and_used_again(tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    file.write_text(sensitivity.Sensitivity(FACTS, ROWS).to_json())
+    found = sensitivity.read_sensitivity(file, FACTS)
+    assert found.losses == ROWS
+    more = sensitivity.Sensitivity(FACTS, {"a": {"q5_0": 0.25}, "b": {"q4_0": 1.0}}).joined(found)
+    assert more.losses == {"a": {**ROWS["a"], "q5_0": 0.25}, "b": {"q4_0": 1.0}}
+
+
+SAVED = json.loads(sensitivity.Sensitivity(FACTS, ROWS).to_json())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "holds no sensitivities"),
+        ("[" * 100_000, "holds no sensitivities"),
+        ("[]", "holds no sensitivities"),
+        ("null", "holds no sensitivities"),
+        ({**SAVED, "losses": [1]}, "holds no sensitivities"),
+        ({**SAVED, "losses": {"a": 1}}, "holds no sensitivities"),
+        ({**SAVED, "losses": {"a": {"q4_0": "1"}}}, "is no loss"),
+        ({**SAVED, "losses": {"a": {"q4_0": True}}}, "is no loss"),
+        ({**SAVED, "losses": {"a": {"q4_0": -1.0}}}, "is no loss"),
+        ({**SAVED, "losses": {"a": {"q4_0": float("nan")}}}, "is no loss"),
+        ({**SAVED, "losses": {"a": {"q4_0": float("inf")}}}, "is no loss"),
+        ({key: value for key, value in SAVED.items() if key != "losses"}, "holds no sensitivities"),
+        ({**SAVED, "lowbit_sensitivity": 99}, "version 99"),
+        ({**SAVED, "recipe": "gptq"}, "measured with recipe 'gptq', not 'rtn'"),
+        ({**SAVED, "other": 1}, "measured with other 1"),
+        ({key: value for key, value in SAVED.items() if key != "text"}, "measured with text None"),
+    ],
+)
+def test_a_damaged_file_or_one_of_another_run_is_refused(content: Any, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UsageError, match=words):
+        sensitivity.read_sensitivity(file, FACTS)
+
+
+def test_one_window_is_too_few(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "m")
+    source, rules = open_checkpoint(tmp_path / "m"), Rules(method="rtn")
+    offers, plan = make_offers(source, rules, ("int4-g8",)), make_plan(source, rules)
+    with pytest.raises(UsageError, match="two windows"), MemoryWatch(None).running() as watch:
+        sensitivity.measure(source, plan, offers, IDS[:1], tmp_path, None, 1, watch)
+
+
+def test_a_weight_that_no_scheme_fits_is_kept(tmp_path: Path) -> None:
+    parts = problem(tmp_path / "m", steep, schemes=("int4-g32",))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert parts.offers[name] == {}  # 48 inputs are no whole groups of 32
+    plan = parts.smallest().plan
+    entry = next(entry for entry in plan.entries if entry.weight.name == name)
+    assert entry.weight.scheme is None and "none of the schemes on offer" in entry.reason

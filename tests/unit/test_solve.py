@@ -1,0 +1,99 @@
+"""The solver against trying everything, and its speed."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from lowbit.errors import UsageError
+from lowbit.stages.solve import exact, relaxed, solve
+
+
+def brute(losses: list[list[float]], sizes: list[list[float]], budget: float) -> float:
+    """The least loss of all combinations that fit."""
+    loss, size = np.zeros(1), np.zeros(1)
+    for ours, theirs in zip(losses, sizes, strict=True):
+        loss, size = (loss[:, None] + np.array(ours)).ravel(), (size[:, None] + np.array(theirs)).ravel()
+    return float(loss[size <= budget].min())
+
+
+def case(dice: np.random.Generator, items: int, most: int) -> tuple[list[list[float]], list[list[float]], float]:
+    """Sizes that grow, losses that mostly fall, as those of schemes of more and more bits do."""
+    losses, sizes = [], []
+    for _ in range(items):
+        count = int(dice.integers(1, most + 1))
+        bits = np.sort(dice.choice([2.25, 3.125, 3.5, 4.125, 5.0, 6.5, 8.125], count, replace=False))
+        weights = int(dice.choice([65536, 131072, 196608, 1_000_003]))
+        losses.append((dice.lognormal(-6, 2) * 4.0**-bits * dice.lognormal(0, 0.3, count)).tolist())
+        sizes.append(np.ceil(bits * weights / 8).tolist())
+    least, most_size = sum(map(min, sizes)), sum(map(max, sizes))
+    return losses, sizes, float(least + dice.random() * (most_size - least))
+
+
+def test_a_thousand_cases_are_within_half_a_percent_of_trying_everything() -> None:
+    dice = np.random.default_rng(0)
+    for _ in range(1000):
+        losses, sizes, budget = case(dice, int(dice.integers(1, 9)), 4)
+        found = solve(losses, sizes, budget)
+        best = brute(losses, sizes, budget)
+        assert found.size <= budget
+        assert found.loss == pytest.approx(sum(row[k] for row, k in zip(losses, found.picked, strict=True)))
+        assert found.bound <= best * (1 + 1e-9) and found.loss <= best * 1.005
+
+
+def test_the_relaxation_alone_is_near_the_exact_solution() -> None:
+    dice, worst = np.random.default_rng(1), 0.0
+    for _ in range(10):
+        losses, sizes, budget = case(dice, 60, 4)
+        table = [np.array([row + [np.inf] * (4 - len(row)) for row in rows]) for rows in (losses, sizes)]
+        near, best = relaxed(table[0], table[1], budget)[0], exact(table[0], table[1], budget)
+        assert best is not None
+        sums = [sum(row[k] for row, k in zip(losses, picked, strict=True)) for picked in (near, best)]
+        worst = max(worst, sums[0] / sums[1])
+    assert 1 - 1e-4 <= worst < 1.05
+
+
+def test_two_thousand_tensors_with_eight_schemes_take_under_two_seconds() -> None:
+    dice = np.random.default_rng(2)
+    losses, sizes, budget = case(dice, 2000, 7)
+    losses, sizes = [[*row, row[-1] / 2] for row in losses], [[*row, row[-1] * 2] for row in sizes]
+    start = time.process_time()
+    found = solve(losses, sizes, budget)
+    assert time.process_time() - start < 2
+    assert found.size <= budget and found.loss <= found.bound * 1.001
+
+
+def test_loss_and_size_may_change_places() -> None:
+    dice = np.random.default_rng(3)
+    for _ in range(10):
+        losses, sizes, budget = case(dice, 6, 4)
+        limit = solve(losses, sizes, budget).loss
+        found = solve(sizes, losses, limit)
+        assert found.size <= limit and found.loss <= brute(sizes, losses, limit) * 1.005
+
+
+@pytest.mark.parametrize("losses", [[[0.0, 0.0]], [[1.0], [2.0]], [[0.0, 1.0], [3.0, 3.0]]])
+def test_losses_of_zero_and_equal_ones(losses: list[list[float]]) -> None:
+    sizes = [[2.0] * len(row) for row in losses]
+    assert solve(losses, sizes, 2.0 * len(losses)).loss == brute(losses, sizes, 2.0 * len(losses))
+
+
+def test_too_small_a_budget_is_refused_with_the_least() -> None:
+    with pytest.raises(UsageError, match="add up to 30, more than 29"):
+        solve([[1.0, 0.5], [1.0]], [[10.0, 20.0], [20.0]], 29.0)
+
+
+def test_nothing_to_choose() -> None:
+    assert solve([], [], 0.0).picked == ()
+
+
+def test_the_brute_force_itself() -> None:
+    losses, sizes = [[3.0, 1.0], [5.0, 4.0]], [[1.0, 2.0], [1.0, 3.0]]
+    sums = [
+        (sum(losses[i][k] for i, k in enumerate(ks)), sum(sizes[i][k] for i, k in enumerate(ks)))
+        for ks in itertools.product(range(2), repeat=2)
+    ]
+    assert brute(losses, sizes, 4.0) == min(loss for loss, size in sums if size <= 4)
