@@ -290,10 +290,18 @@ def compare(bench: Bench, cell: str, rows: dict[str, Record]) -> Iterator[Record
         if seeds:
             runs = [[f"{name}:{cell}:{seed}" for seed in seeds] for name in (one, other)]
             scores = {kind: bench.change(runs[0], runs[1], kind) for kind in bench.texts}
-            times = {key: rows[one][key] / rows[other][key] for key in ("quantize", "wall")}
-            quiet = rows[one]["quiet"] and rows[other]["quiet"]
             change = {kind: asdict(score) for kind, score in scores.items()}
-            yield {"ours": one, "peer": other, "seeds": seeds, "change": change, "time": times, "quiet": quiet}
+            yield {"ours": one, "peer": other, "seeds": seeds, "change": change, **times(bench, runs)}
+
+
+def times(bench: Bench, runs: Sequence[Sequence[str]]) -> Record:
+    """Median ratio of seconds over the seeds that both ran on one kind of device; of quiet ones, if there are any."""
+    pairs = [(bench.done[one], bench.done[other]) for one, other in zip(*runs, strict=True)]
+    pairs = [pair for pair in pairs if len({(r.get("device", "cpu"), r["threads"]) for r in pair}) == 1]
+    quiet = [pair for pair in pairs if all(r["quiet"] for r in pair)]
+    chosen = quiet or pairs
+    ratios = {key: median(a[key] / b[key] for a, b in chosen) if chosen else nan for key in ("quantize", "wall")}
+    return {"time": ratios, "quiet": bool(quiet), "device": chosen[0][0].get("device", "cpu") if chosen else None}
 
 
 def show(found: Record) -> None:
@@ -306,11 +314,10 @@ def show(found: Record) -> None:
             seconds = f"{row['quantize']:>8.1f}s {row['wall']:>8.1f}s{noise}"
             print(f"  {name:<26} {row['perplexity']:>10.3f} {1000 * row['kl']:>8.3f} {len(row['seeds']):>6} {seconds}")
         for row in part["comparisons"]:
-            times = f"time x{row['time']['quantize']:.2f}, process x{row['time']['wall']:.2f}"
-            noise = "" if row["quiet"] else " (noisy)"
-            print(
-                f"  {row['ours']} - {row['peer']}: {verdict(row['change'])}, {len(row['seeds'])} seeds; {times}{noise}"
-            )
+            place = f" on {row['device']}" + ("" if row["quiet"] else " (noisy)")
+            ratios = f"time x{row['time']['quantize']:.2f}, process x{row['time']['wall']:.2f}{place}"
+            ratios = ratios if row["device"] else "not on the same device"
+            print(f"  {row['ours']} - {row['peer']}: {verdict(row['change'])}, {len(row['seeds'])} seeds; {ratios}")
     for run, error in found["errors"].items():
         print(f"failed: {run}: {error}")
 

@@ -65,6 +65,8 @@ def test_what_is_called_lossless_is_and_goes_back_to_the_same_bytes(
         )
     except FormatError:
         pytest.skip(f"{name} has no such tensors at random")
+    except UnsupportedError as error:
+        pytest.skip(f"{name} has no such tensors alone: {error}")
     wanted = {weight: slow_dequantize(q) for weight, q in meant.items()}
     start = tmp_path / "start"
     assert run_conversion(str(tmp_path / "made"), start, Goal(name)).lossless, "into its own format"

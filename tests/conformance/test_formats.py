@@ -78,7 +78,7 @@ def fitted(form: Format, scheme: str) -> Iterator[Weight]:
     for i, shape in enumerate(SHAPES):
         weight = Weight(NAME, shape, DTYPES[i % len(DTYPES)])
         with suppress(UnsupportedError):
-            yield replace(weight, scheme=form.fit(parse(scheme), weight))
+            yield declarable(form, replace(weight, scheme=form.fit(parse(scheme), weight)))
 
 
 def allocate(form: Format, weight: Weight, fill: int) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ def test_means_what_the_slow_definition_says(name: str) -> None:
 def declarable(form: Format, weight: Weight) -> Weight:
     """The weight, with its inputs rounded by a stored scale where the format cannot declare it without."""
     try:
-        form.config([weight], SOURCE)
+        form.layout(weight)
     except UnsupportedError:
         assert weight.scheme is not None
         return replace(weight, activations=form.fit_activations(weight.scheme, weight), input_scale=0.5)
@@ -216,7 +216,6 @@ def test_is_found_again_in_a_file(name: str, scheme: str, tmp_path: Path) -> Non
     weight = next((w for w in fitted(form, scheme) if prod(w.shape) > 2000), None)
     if weight is None:
         return  # not stored; test_stores_its_default_scheme sees to it that some are
-    weight = declarable(form, weight)
     weights = model(weight)
     meant = checkpoint(form, weights, tmp_path)
     found, tensors = opened(form, tmp_path)

@@ -24,6 +24,7 @@ from tests.reference.models import save_tiny
 # Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch sees")
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "gptq", {}),
     ("llama", "awq+gptaq", {}),
@@ -46,15 +47,16 @@ def test_the_device_refuses_what_is_not_on_it(elsewhere: ProcessPoolExecutor) ->
     assert "same device" in elsewhere.submit(simulated.refusal).result()
 
 
+@pytest.mark.parametrize("place", [simulated.NAME, pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize(("kind", "method", "more"), CASES)
 def test_blocks_on_a_device_give_what_they_give_on_the_processor(
-    kind: str, method: str, more: dict[str, Any], elsewhere: ProcessPoolExecutor, tmp_path: Path
+    kind: str, method: str, more: dict[str, Any], place: str, elsewhere: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
     save_tiny(kind, tmp_path / "model")
     there, devices = elsewhere.submit(
-        simulated.quantized, tmp_path / "model", tmp_path / "there", method, simulated.NAME, **more
+        simulated.quantized, tmp_path / "model", tmp_path / "there", method, place, **more
     ).result()
-    assert devices == {simulated.NAME}
+    assert devices == {place}
     here, devices = simulated.quantized(tmp_path / "model", tmp_path / "here", method, "cpu", **more)
     assert devices == {"cpu"} and here.keys() == there.keys() and here
     for name, weight in here.items() if method in ("gptq", "autoround") else ():

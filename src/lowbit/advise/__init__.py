@@ -249,8 +249,9 @@ def _load(option: Option, hardware: Hardware) -> Mapping[str, Any] | str:
         + (f" ({row['note']})" if "note" in row else "")
         for row in rows
     )
-    level = f" {hardware.level:g}" if hardware.level else ""
-    return f"{option.runtime} does not load {option.kind} on {hardware.vendor}{level}: it does on {where or 'nothing'}"
+    level = f" {hardware.level:g}" if hardware.vendor in ("nvidia", "amd") else ""
+    elsewhere = f"; it does on {where}" if where else ""
+    return f"it does not load {option.kind} on {hardware.vendor}{level}{elsewhere}"
 
 
 def _unjudged(form: str) -> Mapping[str, Any]:

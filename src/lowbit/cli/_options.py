@@ -222,7 +222,14 @@ def run_options(function: F) -> F:
 
 def rules_options(function: F) -> F:
     """Add the options that decide which tensor gets what."""
-    for option in reversed((*_RULES, *_BUDGET)):
+    for option in reversed(_RULES):
+        function = option(function)
+    return function
+
+
+def budget_options(function: F) -> F:
+    """Add the options that have schemes found."""
+    for option in reversed(_BUDGET):
         function = option(function)
     return function
 
@@ -361,24 +368,23 @@ def print_trial(trial: Trial) -> None:
     )
 
 
-_WIDE, _PIPED = 120, 200  # columns: that reasons need, and of a table in a file
+_WIDE = 120  # columns that reasons need
 
 
 def print_plan(plan: Plan, err: bool) -> None:
     """The plan as a table, runs of alike tensors folded, with bytes before and after."""
-    from rich.console import Console
     from rich.table import Column, Table
 
     from lowbit.budget import format_size
+    from lowbit.cli._screen import table_console
 
-    screen = Console(stderr=err)
-    console = screen if screen.is_terminal else Console(stderr=err, width=_PIPED)
+    console = table_console(err)
     wide = console.width >= _WIDE
-    shown = slice(None) if wide else slice(6)  # where there is no room, reasons would be a letter a line
-    names = ("shape", "scheme", "method", "before", "after", "reason")
-    table = Table(*(Column("tensors", overflow="fold"), *names)[shown])
+    # Where there is no room, reasons would be a letter a line.
+    headers = ["shape", "scheme", "method", "before", "after", *(["reason"] if wide else [])]
+    table = Table(Column("tensors", overflow="fold"), *headers)
     for row in fold(plan):
-        table.add_row(*row[shown])
+        table.add_row(*row[: 1 + len(headers)])
     before = sum(entry.source_bytes for entry in plan.entries if not entry.tied)
     after = sum(plan.stored_bytes(entry) for entry in plan.entries)
     bits, all_bits = plan.bits_per_weight()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rich.console import Console
     from rich.table import Table
 
     from lowbit.inspect.facts import Finding, Inspection
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
 
 SHOWN = 20
 WORST = 4
+_PIPED = 200  # columns of a table that goes into a file or a pipe
+
+
+def table_console(stderr: bool = False) -> Console:
+    """Where tables are printed: as wide as the terminal; wide enough for most where there is none."""
+    from rich.console import Console
+
+    screen = Console(stderr=stderr, highlight=False)
+    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=_PIPED)
 
 
 def name_lines(name: Name) -> Iterator[str]:

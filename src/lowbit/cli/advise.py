@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lowbit.advise import Advice
 
-SHOWN = 20
+SHOWN = 12
 _EPILOG = """\b
 Examples:
   lowbit advise MODEL --hardware rtx-4090 --context 8192 --runtime vllm
@@ -88,11 +88,10 @@ def command(
 
 
 def _show(advice: Advice, model: str) -> None:
-    from rich.console import Console
-
     from lowbit.budget import format_size
+    from lowbit.cli._screen import table_console
 
-    console, question = Console(highlight=False), advice.question
+    console, question = table_console(), advice.question
     hardware = question.hardware
     has = format_size(advice.memory) if advice.memory else "memory not told"
     level = f" {hardware.level:g}" if hardware.vendor in ("nvidia", "amd") else ""
@@ -111,9 +110,13 @@ def _show(advice: Advice, model: str) -> None:
             console.print(f"   lowbit quantize {model} OUT {option.command}", markup=False, soft_wrap=True)
     if len(advice.options) > SHOWN:
         console.print(f"... and {len(advice.options) - SHOWN} more: --runtime narrows, --json has them all")
-    for option in advice.refused[:SHOWN]:
-        said = f"not {option.runtime}, {option.scheme or 'as it is'} ({option.kind}): {option.refused}"
-        console.print(said, markup=False, style="dim")
+    refused: dict[str, list[str]] = {}
+    for option in advice.refused:
+        refused.setdefault(f"{option.runtime}: {option.refused}", []).append(option.scheme or "as it is")
+    for reason, schemes in list(refused.items())[:SHOWN]:
+        console.print(f"not {', '.join(dict.fromkeys(schemes))}; {reason}", markup=False, style="dim")
+    if len(refused) > SHOWN:
+        console.print(f"... and {len(refused) - SHOWN} more reasons: --json has them all")
     console.print(f"training    {advice.training}", markup=False)
     for note in advice.notes:
         console.print(f"note        {note}", markup=False)
@@ -141,6 +144,11 @@ def _table(advice: Advice) -> Table:
     table = Table(*columns, box=SIMPLE, pad_edge=False)
     for column in (table.columns[0], *table.columns[4:]):
         column.justify = "right"
+    for column in table.columns[1:4]:
+        column.no_wrap, column.overflow = (
+            True,
+            "fold",
+        )  # names are read as a whole; figures break between number and unit
     for place, option in enumerate(advice.options[:SHOWN], 1):
         sizes = (option.file, option.weights, option.cache, option.working, option.total)
         loss = f" ({option.loss.value:+.2%})" if option.loss else ""
@@ -153,9 +161,9 @@ def _table(advice: Advice) -> Table:
 
 def _show_precisions(as_json: bool) -> None:
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
+    from lowbit.cli._screen import table_console
     from lowbit.stages.checkpoint import arch_rows
 
     rows = arch_rows("precisions")
@@ -166,5 +174,4 @@ def _show_precisions(as_json: bool) -> None:
     for row in rows:
         numbers = (f"{row[key]:g}" for key in ("bits", "exponent", "mantissa", "largest", "smallest"))
         table.add_row(row["name"], *numbers, row["hardware"])
-    console = Console()
-    console.print(table, width=max(console.width, 150), no_wrap=False)
+    table_console().print(table)

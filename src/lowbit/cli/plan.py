@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lowbit.cli._options import (
+    budget_options,
     make_budget,
     make_rules,
     print_plan,
@@ -28,6 +29,7 @@ Examples:
 @click.command(epilog=_EPILOG)
 @click.argument("model")
 @rules_options
+@budget_options
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Save the plan as JSON, to edit and use.")
 @run_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON document.")

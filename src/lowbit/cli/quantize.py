@@ -11,6 +11,7 @@ import click
 
 from lowbit.cli._options import (
     Size,
+    budget_options,
     make_budget,
     make_rules,
     note_tokenizer,
@@ -43,6 +44,7 @@ Examples:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @rules_options
+@budget_options
 @run_options
 @click.option(
     "--shard-size", "shard_bytes", type=Size(), show_default="5GB, or one file of gguf", help="Largest output file."

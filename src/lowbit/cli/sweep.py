@@ -80,13 +80,13 @@ def command(
 
 def _show(record: SweepRecord) -> None:
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
     from lowbit.budget import format_size
+    from lowbit.cli._screen import table_console
     from lowbit.stages._frontier import USERS
 
-    console = Console(highlight=False)
+    console = table_console()
     table = Table(
         "point", "size", "bits", "KL divergence", "95% interval", "beside the others", box=SIMPLE, pad_edge=False
     )

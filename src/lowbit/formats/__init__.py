@@ -125,7 +125,7 @@ class Format:
         hollow: `(scheme) -> bool`: whether `unpack` and `pack` take codes on torch's device `meta`, which are a shape
             and no bytes. They then leave alone where codes are stored, and do and check all else. Only true where no
             code can be wrong.
-        rows: codes of some rows, of the schemes that are `hollow`; None where there are none.
+        rows: codes of some rows, of the schemes that are `hollow`; None where they are not had so.
     """
 
     about: str

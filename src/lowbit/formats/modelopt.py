@@ -107,7 +107,12 @@ def fit_activations(scheme: Scheme, weight: Weight) -> Scheme:
 
 
 def layout(weight: Weight) -> dict[str, Spec]:
-    """Names, dtypes and shapes of the tensors that `pack` fills."""
+    """Names, dtypes and shapes of the tensors that `pack` fills.
+
+    Raises:
+        UnsupportedError: FP8 under one scale, and inputs without.
+    """
+    _check_declared(weight)
     scheme, (rows, cols) = planned(weight), weight.shape
     found = {"weight": Spec(torch.float8_e4m3fn if _is_fp8(scheme) else torch.uint8, (rows, cols))}
     found["weight_scale"] = Spec(torch.float32, _scales(scheme, weight.shape))
@@ -260,14 +265,18 @@ def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, di
 _GROUPED = ("NVFP4", "W4A16_NVFP4", "FP8")
 
 
-def _details(weight: Weight, smooth: bool) -> dict[str, Any]:
-    """What ModelOpt says of one weight; `smooth`: some weights of the model have factors."""
-    scheme = planned(weight)
-    if scheme == _FP8 and not weight.activations:
+def _check_declared(weight: Weight) -> None:
+    if weight.scheme == _FP8 and not weight.activations:
         raise UnsupportedError(
             f"{weight.name}: modelopt's {_FP8} rounds inputs by a stored scale; use --activations {_FP8}, or --format "
             "compressed-tensors"
         )
+
+
+def _details(weight: Weight, smooth: bool) -> dict[str, Any]:
+    """What ModelOpt says of one weight; `smooth`: some weights of the model have factors."""
+    scheme = planned(weight)
+    _check_declared(weight)
     eight = {_FP8: "FP8", _ROWS: "FP8_PER_CHANNEL_PER_TOKEN", _BLOCKS: "fp8_pb_wo"}.get(scheme)
     if eight:
         return {"quant_algo": eight}

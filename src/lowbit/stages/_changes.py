@@ -441,16 +441,14 @@ class Changer:
             return self.made_float(weight, target.dtype)
         if entry.method not in (CARRY, ROUND):
             return self.quantized(self.load(weight, pieces=pieces), entry)[0]
-        streams = self._hollow(weight, target)
-        q = carried(self.load(weight, streams, pieces), target.scheme, rounding=entry.method == ROUND)
-        return self._streamed(weight, q, pieces) if streams else q
-
-    def _streamed(self, weight: Weight, q: QTensor, pieces: Mapping[str, Tensor]) -> Streamed:
-        """A tensor without codes, with those of the weight."""
         form: Format = plugins.load("formats", str(self.source.format))
+        streams = self._hollow(weight, target) and bool(form.rows and self.goal.form.rows)
+        q = carried(self.load(weight, streams, pieces), target.scheme, rounding=entry.method == ROUND)
+        if not streams:
+            return q
         assert form.rows is not None
         unpack, dense = form.rows.unpack, {name: piece.contiguous() for name, piece in pieces.items()}
-        return Streamed(q, lambda start, codes: unpack(weight, dense, start, codes))
+        return Streamed(q, lambda start, codes: unpack(weight, dense, start, codes))  # `q` has no codes
 
 
 def _name(dtype: torch.dtype) -> str:
