@@ -346,7 +346,8 @@ static void run_decoder(int threads, Keep as) {
     std::deque<std::vector<float>> kept;
     auto matrix = [&](int64_t rows, int64_t cols) {
         int64_t full = (cols + 31) / 32 * 32;
-        const auto& weight = kept.emplace_back(random_scales((rows + 15) / 16 * 16 * full));
+        auto& weight = kept.emplace_back(random_scales((rows + 15) / 16 * 16 * full));
+        for (float& each : weight) each /= 1024;  // keys and values must fit float16
         Product of{};
         of.way = Way::dense, of.rows = rows, of.cols = full, of.bits = 32;
         of.codes = reinterpret_cast<const uint8_t*>(weight.data());

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lowbit.errors import UnsupportedError
@@ -34,14 +35,18 @@ def names(folder: str) -> list[str]:
     return sorted(file.stem for file in files if not file.stem.startswith("_"))
 
 
-@cache
 def load(folder: str, name: str) -> Any:
     """The record that the plug-in file defines; `-` in a name stands for `_`.
 
     Raises:
         UnsupportedError: no such file in the folder; the text lists those there are.
     """
+    return getattr(_module(folder, name), _ATTRIBUTE[folder])
+
+
+@cache  # asked for every weight, and listing a folder takes longer than the rest; what failed is asked again
+def _module(folder: str, name: str) -> ModuleType:
     stem = name.replace("-", "_")
     if stem not in names(folder):
         raise UnsupportedError(f"no {folder[:-1]} is called {name!r}; there are: {', '.join(names(folder))}")
-    return getattr(import_module(f"lowbit.{folder}.{stem}"), _ATTRIBUTE[folder])
+    return import_module(f"lowbit.{folder}.{stem}")

@@ -131,6 +131,19 @@ def test_experts_are_slices_of_one_tensor(tmp_path: Path) -> None:
     assert model.config["model_type"] == "qwen3_moe"
 
 
+def test_nvfp4_without_a_scale_beside_it_has_a_scale_of_one(tmp_path: Path) -> None:
+    """As in llama.cpp, which multiplies only where the file has `NAME.scale`."""
+    blocks = np.random.default_rng(0).integers(0, 120, (4, 36), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "nobody")
+    writer.add_tensor("a.weight", blocks, raw_dtype=Kind.NVFP4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = open_checkpoint(tmp_path / "m.gguf").dequantized("a.weight", torch.float32)
+    np.testing.assert_allclose(found.numpy(), gguf.quants.dequantize(blocks, Kind.NVFP4), rtol=1e-6)
+
+
 def test_an_unknown_architecture_keeps_its_names(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", {"arch": "rwkv7"}, {"blk.0.time_mix.weight": numbers(2, 2)}, {})
     assert list(open_gguf(path).weights) == ["blk.0.time_mix.weight"]

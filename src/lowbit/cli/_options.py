@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -60,8 +61,10 @@ def _set(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) ->
     return [(pattern, scheme) for pattern, scheme in pairs]
 
 
-def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in (value or "").split(",") if part.strip()))
+def listed(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Names between commas, each once; a comma within brackets is part of a name."""
+    parts = re.split(r",(?![^\[]*\])", value or "")
+    return tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
 
 
 def _option(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
@@ -182,7 +185,7 @@ _BUDGET = (
         help="The same for the increase of the perplexity, as 1%.",
     ),
     click.option(
-        "--schemes", callback=_names, metavar="S,S,...",
+        "--schemes", callback=listed, metavar="S,S,...",
         help="Schemes to choose from; keep is one. [default: int2-g64-asym,int3-g128,int4-g128,int4-g32,int8-g128; "
         "for gguf q2_k,q3_k,iq4_xs,q4_k,q5_k,q6_k,q8_0]",
     ),
@@ -398,8 +401,6 @@ def print_plan(plan: Plan, err: bool) -> None:
 
 def fold(plan: Plan) -> list[tuple[str, ...]]:
     """Rows of the plan's table: tensors that differ only in numbers (layers, experts) share one."""
-    import re
-
     from lowbit.budget import format_size
 
     groups: dict[tuple[str, ...], list[Any]] = {}

@@ -129,26 +129,13 @@ def _table(advice: Advice) -> Table:
     from lowbit.budget import format_size
 
     columns = (
-        "",
-        "runtime",
-        "scheme",
-        "format",
-        "bits",
-        "file",
-        "weights",
-        "cache",
-        "working",
-        "all",
-        "tokens/s at most",
-    )
+        "", "runtime", "scheme", "format", "bits", "file", "weights", "cache", "working", "all", "tokens/s at most",
+    )  # fmt: skip
     table = Table(*columns, box=SIMPLE, pad_edge=False)
     for column in (table.columns[0], *table.columns[4:]):
         column.justify = "right"
-    for column in table.columns[1:4]:
-        column.no_wrap, column.overflow = (
-            True,
-            "fold",
-        )  # names are read as a whole; figures break between number and unit
+    for column in table.columns[1:4]:  # names are read as a whole; figures may break between number and unit
+        column.no_wrap, column.overflow = True, "fold"
     for place, option in enumerate(advice.options[:SHOWN], 1):
         sizes = (option.file, option.weights, option.cache, option.working, option.total)
         loss = f" ({option.loss.value:+.2%})" if option.loss else ""

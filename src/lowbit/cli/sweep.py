@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowbit.cli._options import Size, cores, make_rules, progress_bars, rules_options
+from lowbit.cli._options import listed, make_rules, progress_bars, rules_options, run_options
 
 if TYPE_CHECKING:
     from lowbit.stages.sweep_report import SweepRecord
@@ -22,25 +21,15 @@ Examples:
 """
 
 
-def _listed(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """Names between commas; a comma within brackets is part of a name."""
-    return tuple(part.strip() for part in re.split(r",(?![^\[]*\])", value or "") if part.strip())
-
-
 @click.command(epilog=_EPILOG)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--schemes", required=True, callback=_listed, metavar="A,B", help="Schemes, or FORMAT:SCHEME.")
-@click.option("--methods", callback=_listed, metavar="X,Y", help="Methods or recipes.  [default: the format's own]")
+@click.option("--schemes", required=True, callback=listed, metavar="A,B", help="Schemes, or FORMAT:SCHEME.")
+@click.option("--methods", callback=listed, metavar="X,Y", help="Methods or recipes.  [default: the format's own]")
 @rules_options
-@click.option("--evaluate", "text", required=True, type=click.Path(path_type=Path), help="Text to compare on.")
-@click.option("--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per evaluation window.")
-@click.option("--tokens", type=click.IntRange(1), help="Evaluate on at most this many tokens.")
-@click.option("--ram", type=Size(), help="Anonymous memory that each run may hold, as 4GiB.")
-@click.option("--threads", type=click.IntRange(1), default=cores, show_default="all cores", help="Workers.")
+@run_options
 @click.option("--time", "timed", is_flag=True, help="Time decoding of each point on this machine.")
 @click.option("--keep", is_flag=True, help="Keep the quantized models, in OUT/models.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print sweep.json.")
 def command(
     model: str,

@@ -95,7 +95,7 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None) 
         q = unpack_blocks(kind.name, part.reshape(-1, part.shape[-1]), weight.shape, codes)
     except FormatError as error:
         raise FormatError(f"{weight.name}: {error}") from None
-    if isinstance(q.scales, QTensor) and _scale_of(weight) in tensors:
+    if isinstance(q.scales, QTensor) and weight.scheme == _NVFP4:
         scale = stored(tensors, _scale_of(weight), torch.float32, (1,))
         q = replace(q, scales=replace(q.scales, scales=finite(_scale_of(weight), scale).reshape(1, 1)))
     if not weight.interleaved:

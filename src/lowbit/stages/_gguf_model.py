@@ -85,8 +85,10 @@ def weight_file(header: Gguf, arch: Arch | None) -> WeightFile:
                 raise CheckpointError(f"{header.path}: tensor {show(stored)} holds {name}, which another one holds too")
             slots[name] = slot
     slots |= _scales(header, arch)
+    ones = dict.fromkeys(_scale_names(header, arch) - slots.keys(), torch.ones(1))
+    slots |= {name: Slot(Spec(torch.float32, (1,)), 0, 0) for name in ones}
     skipped = [name for name in header.tensors if (arch and name in COMPUTED) or _beside(header, name, _INPUTS)]
-    return WeightFile(header.path, header.size, slots, skipped=skipped)
+    return WeightFile(header.path, header.size, slots, skipped=skipped, values=ones)
 
 
 def _tensors(header: Gguf, arch: Arch | None) -> list[tuple[str, Stored]]:
@@ -116,9 +118,18 @@ def _scales(header: Gguf, arch: Arch | None) -> dict[str, Slot]:
                 f"each of {len(members)} weights"
             )
         for index, member in enumerate(members):
-            spec = Spec(torch.float32, (1,))
-            found[f"{member.removesuffix('weight')}{_SCALE}"] = Slot(spec, tensor.start + 4 * index, 1)
+            found[_scale_of(member)] = Slot(Spec(torch.float32, (1,)), tensor.start + 4 * index, 1)
     return found
+
+
+def _scale_names(header: Gguf, arch: Arch | None) -> set[str]:
+    """What multiplies the scales of every weight in NVFP4 is called so; where it is not in the file it is 1."""
+    members = (_slots(header, arch, name, each) for name, each in header.tensors.items() if each.type == "nvfp4")
+    return {_scale_of(member) for slots in members for member in slots}
+
+
+def _scale_of(member: str) -> str:
+    return f"{member.removesuffix('weight')}{_SCALE}"
 
 
 def _named(header: Gguf, arch: Arch | None) -> dict[str, str]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import final
@@ -16,7 +14,7 @@ from lowbit import plugins
 from lowbit.errors import UsageError
 from lowbit.formats import Format
 from lowbit.formats._gguf import arch_of
-from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.checkpoint import Checkpoint, arch_rows
 from lowbit.stages.plan import Entry, Plan, Rules, make_plan
 from lowbit.stages.sensitivity import Losses, Offers
 from lowbit.stages.solve import solve
@@ -98,7 +96,7 @@ class Problem:
 
     def within_size(self, size: int) -> Allocation:
         """The best plan whose weight files take at most so many bytes."""
-        sizes, smallest = self._stored(), self.smallest()
+        sizes, smallest = self._stored, self.smallest()
         if smallest.size > size:
             raise UsageError(f"--size {size:,} bytes: with the smallest of --schemes the model takes {smallest.size:,}")
         room = size - (smallest.size - sum(map(min, sizes)))
@@ -112,11 +110,11 @@ class Problem:
     def within_loss(self, loss: float) -> Allocation:
         """The smallest plan whose predicted divergence is at most this."""
         losses = self._losses()
-        return self._made(solve(self._stored(), losses, max(loss, sum(map(min, losses)))).picked)
+        return self._made(solve(self._stored, losses, max(loss, sum(map(min, losses)))).picked)
 
     def smallest(self) -> Allocation:
         """The plan of fewest bytes."""
-        sizes = self._stored()
+        sizes = self._stored
         return self._made([row.index(min(row)) for row in sizes])
 
     def _made(self, picked: Sequence[int]) -> Allocation:
@@ -149,7 +147,9 @@ class Problem:
     def _losses(self) -> list[list[float]]:
         return self._sums(lambda name, scheme: self.losses[name][scheme])
 
+    @cached_property
     def _stored(self) -> list[list[float]]:
+        """Bytes in the file; each takes a plan, and each round of a search asks for them."""
         plan = undecided(self.source, self.rules, self.offers)
         return self._sums(lambda name, scheme: plan.stored_bytes(self.offers[name][scheme]))
 
@@ -193,15 +193,9 @@ def _group(source: Checkpoint, rules: Rules, name: str, fused: bool) -> str:
         place = arch.place(name) if arch else None
         return place.name if place else name
     if form.container == "safetensors" and fused:
-        for pattern, into in _fused():
-            name = re.sub(pattern, into, name)
+        for row in arch_rows("fused"):
+            name = re.sub(row["pattern"], row["into"], name)
     return name
-
-
-@cache
-def _fused() -> tuple[tuple[str, str], ...]:
-    rows = tomllib.loads((files("lowbit") / "arch" / "fused.toml").read_text())["fused"]
-    return tuple((row["pattern"], row["into"]) for row in rows)
 
 
 def _bytes(entry: Entry) -> int:

@@ -120,12 +120,13 @@ def _page(run: RunRecord, facts: Mapping[str, Any]) -> str:
 
 
 def render_page(template: str, program: str, facts: Mapping[str, Any]) -> str:
-    """A page that needs no network: a template of `data/report` with the style, Vega and one program of the same place.
+    """A page that needs no network: a template of `data/report`, with style, Vega and programs of the same place.
 
     Args:
+        program: what it runs after what every page does (`common.js`).
         facts: what the template shows; names in it are escaped.
     """
-    vega, script = _data("vega.js"), _data(program)
+    vega, script = _data("vega.js"), _data("common.js") + _data(program)
     return _environment(page=True).get_template(template).render(
         facts, style=Markup(_data("page.css")), vega=Markup(vega), script=Markup(script), policy=_policy(vega, script)
     )  # fmt: skip

@@ -1,17 +1,3 @@
-"use strict";
-
-// Theme: the system's, until the reader chooses.
-const root = document.documentElement;
-const dark = () => (root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-const toggle = document.getElementById("theme");
-toggle.hidden = false;
-toggle.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; });
-
-const specs = JSON.parse(document.getElementById("charts").textContent);
-for (const [name, spec] of Object.entries(specs)) {
-  if (spec) vegaEmbed(`#chart-${name}`, spec, { renderer: "svg", ast: true, actions: false });
-}
-
 // Weights of the reader's own: the point whose largest weighted shortfall is the least (stages/_frontier.py).
 const scores = Object.entries(JSON.parse(document.getElementById("scores").textContent));
 const sliders = ["quality", "size", "speed"].map((name) => document.getElementById(`weigh-${name}`));
