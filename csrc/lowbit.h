@@ -119,7 +119,7 @@ enum class Way { floats, codes, table, dense };
 struct Product {
     Way way;
     int64_t rows, cols;
-    int bits;             // 2, 3, 4, 5, 6 or 8; dense: of an element
+    int bits;             // 2, 3, 4, 5, 6 or 8; way table: 4; dense: of an element
     int64_t step;         // columns that share a scale, a multiple of 16; nested: 16 or 32
     int64_t over;         // columns of a run, a multiple of 2 * step; where nothing is nested: step
     const uint8_t* codes; // [panels, chunks, words, 16, 4]; product.h says which bits are where

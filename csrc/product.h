@@ -1,13 +1,29 @@
-// Products of a repacked weight with activations. Included by kernels.h. Sixteen rows are a panel, a lane each, so that
-// a sum over columns stays in its lane and scales are loaded as they lie. A word of a lane holds four columns a byte
-// apart, which is what one byte product with a broadcast of four inputs takes; narrower codes share the bytes, field by
-// field. Thirty-two columns are a chunk: their words stand together, those of codes of 3, 5 and 6 bits as the lower 2 or
-// 4 bits of all and then the bits above. What inner loops call is inlined, so that sums stay in registers.
-#if defined(__AVX2__)
+// Products of a repacked weight with activations, for one instruction set: LOWBIT_SIMD is the header with its lanes, and
+// LOWBIT_PRODUCT the name. Sixteen rows are a panel, a lane each, so that a sum over columns stays in its lane and scales
+// are loaded as they lie. A word of a lane holds four columns a byte apart, which is what one byte product with a
+// broadcast of four inputs takes; narrower codes share the bytes, field by field. Thirty-two columns are a chunk: their
+// words stand together, those of codes of 3, 5 and 6 bits as the lower 2 or 4 bits of all and then the bits above.
+//
+// Templates are what the innermost loop differs in: where codes come from, and how many tokens it takes. What there is
+// once per block of columns (types, steps, kinds of zero) is asked there. What inner loops call is inlined, so that sums
+// stay in registers.
+#include "lowbit.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__)
 #define LOWBIT_INLINE [[gnu::always_inline]] inline
 #else
 #define LOWBIT_INLINE inline
 #endif
+
+namespace lowbit {
+namespace {
+
+#include "lanes.h"
+
 template <int bits>
 constexpr int lower = bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits;
 
@@ -34,25 +50,12 @@ LOWBIT_INLINE I codes_of(const uint8_t* chunk) {
     return code;
 }
 
-const uint8_t* codes_of_panel(const Product& of, int64_t panel) { return of.codes + panel * of.cols * of.bits * 2; }
-
-// The scales of a panel, or its zero points; null has 0.
-template <class T>
-F scales_at(const Product& of, const void* scale, int64_t panel, int64_t group) {
+// Scales of a panel, or its zero points; null has 0.
+LOWBIT_INLINE F scales_at(const Product& of, const void* scale, int64_t panel, int64_t group) {
     if (!scale) return set(0.0f);
-    return T::load(static_cast<const uint8_t*>(scale) + (panel * (of.cols / of.over) + group) * 16 * T::size);
-}
-
-template <int n>
-struct Count {
-    static constexpr int value = n;
-};
-
-// body(token, Count) for `wide` tokens at a time, then for the rest one by one.
-template <int wide, class Body>
-void each_tile(int64_t first, int64_t last, Body body) {
-    for (; first + wide <= last; first += wide) body(first, Count<wide>{});
-    for (; first < last; first++) body(first, Count<1>{});
+    int64_t at = (panel * (of.cols / of.over) + group) * 16;
+    if (of.scale.dtype == Dtype::f16) return load_f16(static_cast<const uint8_t*>(scale) + 2 * at);
+    return load_f32(static_cast<const uint8_t*>(scale) + 4 * at);
 }
 
 void store_rows(const Product& of, int64_t panel, int64_t token, F value) {
@@ -85,9 +88,8 @@ struct OffsetCodes {  // code - 128, for codes of 8 bits
         return differ(load_words(chunk + 64 * quad), set(int32_t(0x80808080)));
     }
 };
-template <int width>
 struct TableCodes {
-    static constexpr int bits = width, most = 128;
+    static constexpr int bits = 4, most = 128;
     static constexpr bool is_signed = true;
     I table;
     template <int quad>
@@ -96,201 +98,274 @@ struct TableCodes {
     }
 };
 // What another source gave, written down a byte each.
-template <class Source>
+template <int greatest, bool negative>
 struct Unpacked {
-    static constexpr int bits = 8, most = Source::most;
-    static constexpr bool is_signed = Source::is_signed;
+    static constexpr int bits = 8, most = greatest;
+    static constexpr bool is_signed = negative;
     template <int quad>
     LOWBIT_INLINE I at(const uint8_t* chunk) const {
         return load_words(chunk + 64 * quad);
     }
 };
 
-template <int quad, class Source>
-LOWBIT_INLINE void unpack_quads(const Source& source, const uint8_t* chunk, uint8_t* bytes) {
-    store_words(bytes + 64 * quad, source.template at<quad>(chunk));
-    if constexpr (quad < 7) unpack_quads<quad + 1>(source, chunk, bytes);
-}
+// How many quads fit into sums of 16 bits.
+template <class Source>
+constexpr int fit = 32767 / (254 * Source::most);
 
-// Inputs of some tokens at a column.
+// Inputs of some tokens, from a column on.
+template <int tokens>
 struct Row {
-    const int8_t* first;
-    int64_t stride;
-    LOWBIT_INLINE I four(int token, int at) const { return set(four_bytes(first + token * stride + at)); }
+    const int8_t* at[tokens];
+    LOWBIT_INLINE I four(int token, int64_t column) const { return set(four_bytes(at[token] + column)); }
 };
 
-template <int quad, int last, bool begins, class Source, int tokens>
-LOWBIT_INLINE void sum_pairs(const Source& source, const uint8_t* chunk, const Row& input, I (&pairs)[tokens]) {
+// Adds the products of the quads from `quad` to before `last`, two sums of 16 bits in each lane.
+template <int quad, int last, class Source, int tokens>
+LOWBIT_INLINE void add_products(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col,
+                                I (&pairs)[tokens]) {
     I codes = source.template at<quad>(chunk);
     for (int t = 0; t < tokens; t++) {
-        I inputs = input.four(t, 4 * quad);
-        I found = Source::is_signed ? dot_signed(codes, inputs) : dot_bytes(codes, inputs);
-        pairs[t] = begins ? found : add_pairs(pairs[t], found);
+        I inputs = input.four(t, col + 4 * quad);
+        pairs[t] = add_pairs(pairs[t], Source::is_signed ? dot_signed(codes, inputs) : dot_bytes(codes, inputs));
     }
-    if constexpr (quad + 1 < last) sum_pairs<quad + 1, last, false>(source, chunk, input, pairs);
+    if constexpr (quad + 1 < last) add_products<quad + 1, last>(source, chunk, input, col, pairs);
 }
 
-// Adds the quads from `quad` to before `last` of a chunk, times `factor` (its halves), to sums. Sums of pairs are added up
-// in 16 bits as long as the greatest code lets them.
+// Adds these to sums of 32 bits, times `factor` (its halves).
 template <int quad, int last, class Source, int tokens>
-LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const Row& input, I factor, I (&sum)[tokens]) {
-    constexpr int fit = 32767 / (254 * Source::most), until = quad + fit < last ? quad + fit : last;
+LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col, I factor,
+                             I (&sum)[tokens]) {
+    constexpr int until = quad + fit<Source> < last ? quad + fit<Source> : last;
     I pairs[tokens];
-    sum_pairs<quad, until, true>(source, chunk, input, pairs);
+    for (I& each : pairs) each = set(0);
+    add_products<quad, until>(source, chunk, input, col, pairs);
     for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], dot_pairs(pairs[t], factor));
-    if constexpr (until < last) add_quads<until, last>(source, chunk, input, factor, sum);
+    if constexpr (until < last) add_quads<until, last>(source, chunk, input, col, factor, sum);
 }
 
-// Columns from `first` to before `last`, whole groups, of a panel; `codes` are those of the columns.
+// What both halves of a chunk are multiplied by, and whether something comes between them.
+struct Halves {
+    I first, second;
+    bool apart;
+};
+
+// Adds a chunk of columns from `col` on. Where halves are apart, between() is called when the first is added.
+template <class Source, int tokens, class Between>
+LOWBIT_INLINE void add_chunk(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col,
+                             const Halves& halves, I (&sum)[tokens], Between& between) {
+    if constexpr (fit<Source> < 8) {
+        add_quads<0, 4>(source, chunk, input, col, halves.first, sum);
+        if (halves.apart) between.half();
+        add_quads<4, 8>(source, chunk, input, col, halves.second, sum);
+    } else {
+        I pairs[tokens];
+        for (I& each : pairs) each = set(0);
+        add_products<0, 4>(source, chunk, input, col, pairs);
+        if (halves.apart) {
+            for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], dot_pairs(pairs[t], halves.first)), pairs[t] = set(0);
+            between.half();
+        }
+        add_products<4, 8>(source, chunk, input, col, pairs);
+        for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], dot_pairs(pairs[t], halves.second));
+    }
+}
+
+// Columns from `first` to before `last` of a panel; `codes` are those of the columns.
 struct Span {
     int64_t panel, first, last;
     const uint8_t* codes;
 };
 
-// Scales as they are: each block of inputs that were rounded together is a sum of its own.
-template <class T>
-struct Plain {
-    static int64_t least(const Product& of) { return of.step; }
+// Sums of some tokens: of what is done, and of the group that is open, without its scale; and the sum of its inputs.
+template <int tokens>
+struct Sums {
+    F total[tokens], open[tokens], inputs[tokens];
+};
 
-    template <class Source, int tokens>
-    LOWBIT_INLINE static void add_span(const Product& of, const Source& source, const Span& span, int64_t token, F (&total)[tokens]) {
-        int64_t blocks = of.cols / of.sub;
-        for (int64_t col = span.first; col < span.last; col += of.step) {
-            F sum[tokens], all[tokens];
-            for (int t = 0; t < tokens; t++) sum[t] = all[t] = set(0.0f);
-            for (int64_t at = col; at < col + of.step; at += of.sub) {
-                I dots[tokens];
-                block(of, source, span, token, at, dots);
-                for (int t = 0; t < tokens; t++) {
-                    int64_t input = (token + t) * blocks + at / of.sub;
-                    sum[t] = fma(to_float(dots[t]), set(of.input_scale[input]), sum[t]);
-                    all[t] = add(all[t], set(of.input_sum[input]));
-                }
-            }
-            group(of, span.panel, col / of.step, sum, all, total);
+// Scales as they are: each block of inputs that were rounded together is a sum of its own.
+template <int tokens>
+struct Plain {
+    const Product& of;
+    int64_t panel, blocks, block, group, left;
+    const int64_t (&token)[tokens];
+    Sums<tokens> sums;
+    I dots[tokens];
+
+    LOWBIT_INLINE Plain(const Product& product, const Span& span, const int64_t (&tokens_of)[tokens], const Sums<tokens>& begun)
+        : of(product), panel(span.panel), blocks(of.cols / of.sub), block(span.first / of.sub), group(span.first / of.step),
+          left(of.step - span.first % of.step), token(tokens_of), sums(begun) {
+        for (I& each : dots) each = set(0);
+    }
+
+    template <class Source>
+    LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
+        Halves ones{set(0x00010001), set(0x00010001), of.sub < 32};
+        const uint8_t* chunk = span.codes;
+        for (int64_t col = span.first; col < span.last; col += 32, chunk += 64 * Source::bits) {
+            add_chunk(source, chunk, input, col, ones, dots, *this);
+            if ((col + 32) % of.sub == 0) end_block();
         }
     }
+    LOWBIT_INLINE void half() { end_block(); }
 
   private:
-    template <class Source, int tokens>
-    LOWBIT_INLINE static void block(const Product& of, const Source& source, const Span& span, int64_t token, int64_t col,
-                      I (&dots)[tokens]) {
-        int64_t chunk = col / 32 - span.first / 32;
-        const uint8_t* codes = span.codes + chunk * 64 * Source::bits;
-        Row input{of.rounded + token * of.cols + col / 32 * 32, of.cols};
-        I one = set(0x00010001);
-        for (int t = 0; t < tokens; t++) dots[t] = set(0);
-        if (of.sub == 32) add_quads<0, 8>(source, codes, input, one, dots);
-        else if (col % 32) add_quads<4, 8>(source, codes, input, one, dots);
-        else add_quads<0, 4>(source, codes, input, one, dots);
-    }
-
-    template <int tokens>
-    LOWBIT_INLINE static void group(const Product& of, int64_t panel, int64_t group, const F (&sum)[tokens], const F (&all)[tokens],
-                      F (&total)[tokens]) {
-        F s = scales_at<T>(of, of.scale.data, panel, group), z = scales_at<T>(of, of.zero, panel, group);
-        F none = set(0.0f), shift = sub(none, of.minus ? set(of.offset) : add(z, set(of.offset)));
+    LOWBIT_INLINE void end_block() {
         for (int t = 0; t < tokens; t++) {
-            total[t] = fma(fma(shift, all[t], sum[t]), s, total[t]);
-            if (of.minus) total[t] = fma(sub(none, z), all[t], total[t]);
+            int64_t input = token[t] * blocks + block;
+            sums.open[t] = fma(to_float(dots[t]), set(of.input_scale[input]), sums.open[t]);
+            sums.inputs[t] = add(sums.inputs[t], set(of.input_sum[input]));
+            dots[t] = set(0);
         }
+        block++, left -= of.sub;
+        if (left == 0) end_group();
+    }
+    LOWBIT_INLINE void end_group() {
+        F s = scales_at(of, of.scale.data, panel, group), z = scales_at(of, of.zero, panel, group), none = set(0.0f);
+        F shift = sub(none, of.minus ? set(of.offset) : add(z, set(of.offset)));
+        for (int t = 0; t < tokens; t++) {
+            sums.total[t] = fma(fma(shift, sums.inputs[t], sums.open[t]), s, sums.total[t]);
+            if (of.minus) sums.total[t] = fma(sub(none, z), sums.inputs[t], sums.total[t]);
+            sums.open[t] = sums.inputs[t] = none;
+        }
+        group++, left = of.step;
     }
 };
 
 // Scales that are small integers times one of a longer run, which inputs are rounded by as well: integers up to its end.
-template <class T>
+template <int tokens>
 struct Nested {
-    static int64_t least(const Product& of) { return of.over; }
+    const Product& of;
+    int64_t panel, steps;
+    const int64_t (&token)[tokens];
+    Sums<tokens> sums;
+    I dots[tokens], shift[tokens];
 
-    template <class Source, int tokens>
-    LOWBIT_INLINE static void add_span(const Product& of, const Source& source, const Span& span, int64_t token, F (&total)[tokens]) {
-        int64_t runs = of.cols / of.over;
-        for (int64_t col = span.first; col < span.last; col += of.over) {
-            I sum[tokens], shift[tokens];
-            for (int t = 0; t < tokens; t++) sum[t] = shift[t] = set(0);
-            for (int64_t at = col; at < col + of.over; at += 2 * of.step) two_steps(of, source, span, token, at, sum, shift);
-            int64_t run = col / of.over;
-            F s = scales_at<T>(of, of.scale.data, span.panel, run), z = scales_at<T>(of, of.zero, span.panel, run);
-            for (int t = 0; t < tokens; t++) {
-                if (!of.zero) sum[t] = sub(sum[t], mul(shift[t], set(int32_t(of.offset))));
-                F part = mul(to_float(sum[t]), s);
-                if (of.zero) part = sub(part, mul(to_float(shift[t]), z));
-                total[t] = fma(part, set(of.input_scale[(token + t) * runs + run]), total[t]);
+    LOWBIT_INLINE Nested(const Product& product, const Span& span, const int64_t (&tokens_of)[tokens], const Sums<tokens>& begun)
+        : of(product), panel(span.panel), steps(of.cols / of.step), token(tokens_of), sums(begun) {}
+
+    template <class Source>
+    LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
+        const uint8_t* chunk = span.codes;
+        for (int64_t run = span.first / of.over; run < span.last / of.over; run++) {
+            for (int t = 0; t < tokens; t++) dots[t] = shift[t] = set(0);
+            for (int64_t col = run * of.over; col < (run + 1) * of.over; col += 2 * of.step) {
+                I factor = factors(col / of.step);
+                for (int64_t at = 0; at < 2 * of.step; at += 32, chunk += 64 * Source::bits) {
+                    Halves halves{twice(factor, at ? 1 : 0), twice(factor, at || of.step == 16 ? 1 : 0), of.step == 16};
+                    add_chunk(source, chunk, input, col + at, halves, dots, *this);
+                }
             }
+            end_run(run);
         }
     }
+    LOWBIT_INLINE void half() {}
 
   private:
-    template <class Source, int tokens>
-    LOWBIT_INLINE static void two_steps(const Product& of, const Source& source, const Span& span, int64_t token, int64_t col,
-                          I (&sum)[tokens], I (&shift)[tokens]) {
-        int64_t steps = of.cols / of.step, pair = (span.panel * steps + col / of.step) * 16;
-        I factor = load_pairs(of.fine + pair), low = factor;
+    // Of two steps; adds what zeros make of these.
+    LOWBIT_INLINE I factors(int64_t step) {
+        int64_t at = (panel * steps + step) * 16;
+        I factor = load_pairs(of.fine + at), low = factor;
         if (of.joined) {
             factor = both(low, set(0x000f000f)), low = both(shift_right<4>(low), set(0x000f000f));
         } else if (of.fine_zero) {
-            low = load_pairs(of.fine_zero + pair);
+            low = load_pairs(of.fine_zero + at);
         }
-        const uint8_t* chunk = span.codes + (col / 32 - span.first / 32) * 64 * Source::bits;
-        Row input{of.rounded + token * of.cols + col, of.cols};
-        if (of.step == 32) {
-            add_quads<0, 8>(source, chunk, input, twice<0>(factor), sum);
-            input.first += 32;
-            add_quads<0, 8>(source, chunk + 64 * Source::bits, input, twice<1>(factor), sum);
-        } else {
-            add_quads<0, 4>(source, chunk, input, twice<0>(factor), sum);
-            add_quads<4, 8>(source, chunk, input, twice<1>(factor), sum);
+        if (of.zero || of.offset != 0)
+            for (int t = 0; t < tokens; t++)
+                shift[t] = add(shift[t], dot_pairs(low, set(four_bytes(of.step_sum + token[t] * steps + step))));
+        return factor;
+    }
+    LOWBIT_INLINE void end_run(int64_t run) {
+        F s = scales_at(of, of.scale.data, panel, run), z = scales_at(of, of.zero, panel, run);
+        for (int t = 0; t < tokens; t++) {
+            if (!of.zero) dots[t] = sub(dots[t], mul(shift[t], set(int32_t(of.offset))));
+            F part = mul(to_float(dots[t]), s);
+            if (of.zero) part = sub(part, mul(to_float(shift[t]), z));
+            sums.total[t] = fma(part, set(of.input_scale[token[t] * (of.cols / of.over) + run]), sums.total[t]);
         }
-        if (!of.zero && of.offset == 0) return;
-        for (int t = 0; t < tokens; t++)
-            shift[t] = add(shift[t], dot_pairs(low, set(four_bytes(of.step_sum + (token + t) * steps + col / of.step))));
     }
 };
 
-// One token, or few: codes are unpacked on the way to each.
-template <class Scales, class Source>
-void few_tokens(const Product& of, const Source& source, int64_t panel) {
-    each_tile<tile>(0, of.tokens, [&](int64_t token, auto count) {
-        F total[count.value];
-        for (F& each : total) each = set(0.0f);
-        Scales::add_span(of, source, Span{panel, 0, of.cols, codes_of_panel(of, panel)}, token, total);
-        for (int t = 0; t < count.value; t++) store_rows(of, panel, token + t, mul(total[t], set(of.unit)));
-    });
+template <template <int> class Scales, class Source, int tokens>
+LOWBIT_INLINE void add_span(const Product& of, const Source& source, const Span& span, const int64_t (&token)[tokens],
+                            Sums<tokens>& sums) {
+    Row<tokens> input;
+    for (int t = 0; t < tokens; t++) input.at[t] = of.rounded + token[t] * of.cols;
+    Scales<tokens> state(of, span, token, sums);
+    state.add_span(source, span, input);
+    sums = state.sums;
+}
+
+const uint8_t* codes_of_panel(const Product& of, int64_t panel) { return of.codes + panel * of.cols * of.bits * 2; }
+
+// One token: codes are unpacked on the way.
+template <template <int> class Scales, class Source>
+void one_token(const Product& of, const Source& source, int64_t first, int64_t last) {
+    constexpr int64_t token[1] = {0};
+    for (int64_t panel = first; panel < last; panel++) {
+        Sums<1> sums{{set(0.0f)}, {set(0.0f)}, {set(0.0f)}};
+        add_span<Scales>(of, source, Span{panel, 0, of.cols, codes_of_panel(of, panel)}, token, sums);
+        store_rows(of, panel, 0, mul(sums.total[0], set(of.unit)));
+    }
 }
 
 // Many: some columns are unpacked for as many tokens as keep their sums in the nearest memory.
 constexpr int64_t columns_at_once = 512, tokens_at_once = 64;
 
-template <class Scales, class Source>
-void many_tokens(const Product& of, const Source& source, int64_t panel, int64_t wide) {
-    uint8_t bytes[16 * columns_at_once];
-    float totals[tokens_at_once][16];
-    for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
-        int64_t count = smaller(tokens_at_once, of.tokens - token);
-        for (int64_t t = 0; t < count; t++) store_f32(totals[t], set(0.0f));
-        for (int64_t col = 0; col < of.cols; col += wide) {
-            int64_t last = smaller(col + wide, of.cols);
-            const uint8_t* codes = codes_of_panel(of, panel) + col / 32 * 64 * Source::bits;
-            for (int64_t chunk = 0; chunk < (last - col) / 32; chunk++)
-                unpack_quads<0>(source, codes + chunk * 64 * Source::bits, bytes + chunk * 512);
-            each_tile<tile>(0, count, [&](int64_t t, auto some) {
-                F total[some.value];
-                for (int i = 0; i < some.value; i++) total[i] = load_f32(totals[t + i]);
-                Scales::add_span(of, Unpacked<Source>{}, Span{panel, col, last, bytes}, token + t, total);
-                for (int i = 0; i < some.value; i++) store_f32(totals[t + i], total[i]);
-            });
-        }
-        for (int64_t t = 0; t < count; t++) store_rows(of, panel, token + t, mul(load_f32(totals[t]), set(of.unit)));
+struct Bytes {
+    uint8_t at[16 * columns_at_once];
+};
+struct Near {
+    float total[tokens_at_once][16], open[tokens_at_once][16], inputs[tokens_at_once][16];
+};
+
+template <int quad = 0, class Source>
+LOWBIT_INLINE void unpack_quads(const Source& source, const uint8_t* chunk, uint8_t* bytes) {
+    store_words(bytes + 64 * quad, source.template at<quad>(chunk));
+    if constexpr (quad < 7) unpack_quads<quad + 1>(source, chunk, bytes);
+}
+template <class Source>
+void unpack(const Source& source, const uint8_t* codes, int64_t chunks, uint8_t* bytes) {
+    for (int64_t i = 0; i < chunks; i++) unpack_quads(source, codes + i * 64 * Source::bits, bytes + i * 512);
+}
+
+// A tile of tokens, of which `count` are there: others repeat the last.
+template <template <int> class Scales, class Source>
+void add_tile(const Product& of, const Span& span, int64_t first, int64_t count, Near& kept, int64_t at) {
+    int64_t token[tile], place[tile];
+    Sums<tile> sums;
+    for (int t = 0; t < tile; t++) {
+        token[t] = first + smaller(t, count - 1), place[t] = at + smaller(t, count - 1);
+        sums.total[t] = load_f32(kept.total[place[t]]), sums.open[t] = load_f32(kept.open[place[t]]);
+        sums.inputs[t] = load_f32(kept.inputs[place[t]]);
+    }
+    add_span<Scales>(of, Source{}, span, token, sums);
+    for (int t = 0; t < tile; t++) {
+        store_f32(kept.total[place[t]], sums.total[t]), store_f32(kept.open[place[t]], sums.open[t]);
+        store_f32(kept.inputs[place[t]], sums.inputs[t]);
     }
 }
 
-template <class Scales, class Source>
-void integer_panels(const Product& of, int64_t first, int64_t last, const Source& source) {
-    int64_t least = Scales::least(of) % 32 ? 2 * Scales::least(of) : Scales::least(of);
-    int64_t wide = columns_at_once / least * least;
-    for (int64_t panel = first; panel < last; panel++) {
-        if (of.tokens < 2 * tile || wide == 0) few_tokens<Scales>(of, source, panel);
-        else many_tokens<Scales>(of, source, panel, wide);
+template <class Source>
+auto tile_of(const Product& of) {
+    using Bytes = Unpacked<Source::is_signed ? 128 : Source::most < 15 ? 15 : Source::most, Source::is_signed>;
+    return of.fine ? add_tile<Nested, Bytes> : add_tile<Plain, Bytes>;
+}
+
+template <class Source>
+void many_tokens(const Product& of, int64_t panel, const Source& source) {
+    auto add = tile_of<Source>(of);
+    int64_t wide = of.fine ? columns_at_once / of.over * of.over : columns_at_once;
+    Bytes bytes;
+    for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
+        int64_t count = smaller(tokens_at_once, of.tokens - token);
+        Near kept = {};
+        for (int64_t col = 0; col < of.cols; col += wide) {
+            Span span{panel, col, smaller(col + wide, of.cols), bytes.at};
+            unpack(source, codes_of_panel(of, panel) + col / 32 * 64 * Source::bits, (span.last - col) / 32, bytes.at);
+            for (int64_t t = 0; t < count; t += tile) add(of, span, token + t, smaller(tile, count - t), kept, t);
+        }
+        for (int64_t t = 0; t < count; t++) store_rows(of, panel, token + t, mul(load_f32(kept.total[t]), set(of.unit)));
     }
 }
 
@@ -305,39 +380,54 @@ struct Level256 {
     F operator()(I code) const { return lookup256(table, code); }
 };
 
-template <int bits, int byte, class Level, class Take>
-void each_byte(I codes, Level level, int column, Take take) {
-    take(level(both(shift_right<8 * byte>(codes), set((1 << bits) - 1))), column + byte);
-    if constexpr (byte < 3) each_byte<bits, byte + 1>(codes, level, column, take);
+template <int n>
+struct Count {
+    static constexpr int value = n;
+};
+
+template <class Body>
+void with_codes(int bits, Body body) {
+    if (bits == 2) body(Codes<2>{});
+    if (bits == 3) body(Codes<3>{});
+    if (bits == 4) body(Codes<4>{});
+    if (bits == 5) body(Codes<5>{});
+    if (bits == 6) body(Codes<6>{});
+    if (bits == 8) body(Codes<8>{});
 }
 
-template <int bits, int quad, int last, class Level, class Take>
-void each_column(const uint8_t* chunk, Level level, Take take) {
-    each_byte<bits, 0>(codes_of<bits, quad>(chunk), level, 4 * quad, take);
-    if constexpr (quad + 1 < last) each_column<bits, quad + 1, last>(chunk, level, take);
+// body(token, Count) for `wide` tokens at a time, then for the rest one by one.
+template <int wide, class Body>
+void each_tile(int64_t first, int64_t last, Body body) {
+    for (; first + wide <= last; first += wide) body(first, Count<wide>{});
+    for (; first < last; first++) body(first, Count<1>{});
 }
 
-template <int bits, class T, int tokens, class Level>
+template <int byte = 0, class Level, class Take>
+LOWBIT_INLINE void each_byte(I codes, Level level, int64_t column, Take& take) {
+    take(level(both(shift_right<8 * byte>(codes), set(255))), column + byte);
+    if constexpr (byte < 3) each_byte<byte + 1>(codes, level, column, take);
+}
+
+template <int tokens, class Level>
 void float_panel(const Product& of, int64_t panel, int64_t token, Level level) {
-    F total[tokens];
-    for (int t = 0; t < tokens; t++) total[t] = set(0.0f);
+    uint8_t chunk[512];
+    F total[tokens], sum[tokens], all[tokens];
+    for (F& each : total) each = set(0.0f);
     for (int64_t group = 0; group < of.cols / of.step; group++) {
-        F s = scales_at<T>(of, of.scale.data, panel, group), z = scales_at<T>(of, of.zero, panel, group);
-        F sum[tokens], all[tokens];
+        F s = scales_at(of, of.scale.data, panel, group), z = scales_at(of, of.zero, panel, group);
         for (int t = 0; t < tokens; t++) sum[t] = all[t] = set(0.0f);
-        for (int64_t col = group * of.step; col < (group + 1) * of.step; col += 16) {
-            const float* input = of.input + token * of.cols + col / 32 * 32;
-            auto take = [&](F value, int column) {
-                F shifted = of.minus ? value : sub(value, z);
-                for (int t = 0; t < tokens; t++) {
-                    F each = set(input[t * of.cols + column]);
-                    sum[t] = fma(shifted, each, sum[t]);
-                    if (of.minus) all[t] = add(all[t], each);
-                }
-            };
-            const uint8_t* chunk = codes_of_panel(of, panel) + col / 32 * 64 * bits;
-            if (col % 32) each_column<bits, 4, 8>(chunk, level, take);
-            else each_column<bits, 0, 4>(chunk, level, take);
+        auto take = [&](F value, int64_t column) {
+            F shifted = of.minus ? value : sub(value, z);
+            for (int t = 0; t < tokens; t++) {
+                F each = set(of.input[(token + t) * of.cols + column]);
+                sum[t] = fma(shifted, each, sum[t]);
+                if (of.minus) all[t] = add(all[t], each);
+            }
+        };
+        for (int64_t col = group * of.step; col < (group + 1) * of.step; col += 4) {
+            const uint8_t* codes = codes_of_panel(of, panel) + col / 32 * 64 * of.bits;
+            if (col % 32 == 0) with_codes(of.bits, [&](auto source) { unpack(source, codes, 1, chunk); });
+            each_byte(load_words(chunk + col % 32 * 16), level, col, take);
         }
         for (int t = 0; t < tokens; t++) {
             total[t] = fma(sum[t], s, total[t]);
@@ -347,12 +437,10 @@ void float_panel(const Product& of, int64_t panel, int64_t token, Level level) {
     for (int t = 0; t < tokens; t++) store_rows(of, panel, token + t, total[t]);
 }
 
-template <int bits, class T, class Level>
+template <class Level>
 void float_panels(const Product& of, int64_t first, int64_t last, Level level) {
     for (int64_t panel = first; panel < last; panel++)
-        each_tile<4>(0, of.tokens, [&](int64_t token, auto count) {
-            float_panel<bits, T, count.value>(of, panel, token, level);
-        });
+        each_tile<4>(0, of.tokens, [&](int64_t token, auto count) { float_panel<count.value>(of, panel, token, level); });
 }
 
 // ---- weights that are floats themselves ----
@@ -382,69 +470,31 @@ void dense_panels(const Product& of, int64_t first, int64_t last) {
 
 // ---- which of these ----
 
-template <int bits, class T>
+template <class Source>
+void integer_panels(const Product& of, int64_t first, int64_t last, const Source& source) {
+    if (of.tokens == 1) return of.fine ? one_token<Nested>(of, source, first, last) : one_token<Plain>(of, source, first, last);
+    for (int64_t panel = first; panel < last; panel++) many_tokens(of, panel, source);
+}
+
 void code_panels(const Product& of, int64_t first, int64_t last) {
-    auto integers = [&](const auto& source) {
-        of.fine ? integer_panels<Nested<T>>(of, first, last, source) : integer_panels<Plain<T>>(of, first, last, source);
-    };
-    if constexpr (bits <= 4) {
-        if (of.way == Way::floats) return float_panels<bits, T>(of, first, last, Level16{load_f32(of.level)});
-        if (of.way == Way::table) return integers(TableCodes<bits>{table_of_bytes(of.table)});
-    }
-    if (of.way == Way::floats) return float_panels<bits, T>(of, first, last, Level256{of.level});
-    if constexpr (bits < 8) {
-        integers(Codes<bits>{});
-    } else {
-        Product centred = of;
-        centred.offset -= 128;
-        integer_panels<Plain<T>>(centred, first, last, OffsetCodes{});
-    }
+    if (of.way == Way::table) return integer_panels(of, first, last, TableCodes{table_of_bytes(of.table)});
+    if (of.bits < 8)
+        return with_codes(of.bits, [&](auto source) {
+            if constexpr (source.bits < 8) integer_panels(of, first, last, source);
+        });
+    Product centred = of;
+    centred.offset -= 128;
+    integer_panels(centred, first, last, OffsetCodes{});
 }
 
-template <class Body>
-void with_bits(int bits, Body body) {
-    if (bits == 2) body(Count<2>{});
-    if (bits == 3) body(Count<3>{});
-    if (bits == 4) body(Count<4>{});
-    if (bits == 5) body(Count<5>{});
-    if (bits == 6) body(Count<6>{});
-    if (bits == 8) body(Count<8>{});
+}  // namespace
+
+void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last);
+void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last) {
+    if (of.way == Way::dense) with_dtype(of.scale.dtype, [&](auto type) { dense_panels<decltype(type)>(of, first, last); });
+    else if (of.way != Way::floats) code_panels(of, first, last);
+    else if (of.bits <= 4) float_panels(of, first, last, Level16{load_f32(of.level)});
+    else float_panels(of, first, last, Level256{of.level});
 }
 
-void product(const Product& of, int64_t first, int64_t last) {
-    if (of.way == Way::dense) {
-        with_dtype(of.scale.dtype, [&](auto type) { dense_panels<decltype(type)>(of, first, last); });
-        return;
-    }
-    with_bits(of.bits, [&](auto bits) {
-        if (of.scale.dtype == Dtype::f16) code_panels<bits.value, F16>(of, first, last);
-        else code_panels<bits.value, F32>(of, first, last);
-    });
-}
-
-// ---- inputs as int8 ----
-
-// A block of `sub` inputs; what a step of its integers is.
-float round_block(int64_t sub, const float* input, int8_t* rounded) {
-    F most = set(0.0f);
-    for (int64_t i = 0; i < sub; i += 16) most = max(most, floats(both(bits(load_f32(input + i)), set(0x7fffffff))));
-    float largest = greatest(most), up = largest > 1e-30f ? 127 / largest : 0;
-    for (int64_t i = 0; i < sub; i += 16)
-        store_u8(rounded + i, both(to_int(rint(mul(load_f32(input + i), set(up)))), set(0xff)));
-    return largest / 127;
-}
-
-int32_t sum_of_bytes(int64_t count, const int8_t* bytes) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < count; i++) sum += bytes[i];
-    return sum;
-}
-
-void round_inputs(const Rounded& of, const float* input, int8_t* rounded, float* scale, float* sum, int16_t* step_sum) {
-    for (int64_t block = 0; block < of.count / of.sub; block++, input += of.sub, rounded += of.sub) {
-        scale[block] = round_block(of.sub, input, rounded);
-        if (!of.step) sum[block] = scale[block] * float(sum_of_bytes(of.sub, rounded));
-        for (int64_t i = 0; of.step && i < of.sub / of.step; i++)
-            *step_sum++ = int16_t(sum_of_bytes(of.step, rounded + i * of.step));
-    }
-}
+}  // namespace lowbit

@@ -164,11 +164,10 @@ I dot_pairs(I a, I b) { return {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi
 I load_pairs(const void* from) {
     return {_mm256_cvtepi8_epi16(_mm_loadu_si128(narrow(from))), _mm256_cvtepi8_epi16(_mm_loadu_si128(narrow(from) + 1))};
 }
-template <int which>
-I twice(I pairs) {
-    constexpr int mask = which ? 0xf5 : 0xa0;
-    auto of = [](__m256i a) { return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(a, mask), mask); };
-    return {of(pairs.low), of(pairs.high)};
+I twice(I pairs, int which) {
+    __m256i order = _mm256_set1_epi64x(which ? 0x0706070603020302 : 0x0504050401000100);
+    order = _mm256_add_epi8(order, _mm256_set_epi64x(0x0808080808080808, 0, 0x0808080808080808, 0));
+    return {_mm256_shuffle_epi8(pairs.low, order), _mm256_shuffle_epi8(pairs.high, order)};
 }
 I table_of_bytes(const int8_t* from) {
     __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128(narrow(from)));

@@ -116,10 +116,10 @@ I dot_signed(I a, I b) {
 I add_pairs(I a, I b) { return {_mm512_add_epi16(a.all, b.all)}; }
 I dot_pairs(I a, I b) { return {_mm512_madd_epi16(a.all, b.all)}; }
 I load_pairs(const void* from) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(wide(from)))}; }
-template <int which>
-I twice(I pairs) {
-    constexpr int mask = which ? 0xf5 : 0xa0;
-    return {_mm512_shufflehi_epi16(_mm512_shufflelo_epi16(pairs.all, mask), mask)};
+I twice(I pairs, int which) {
+    __m512i order = _mm512_set1_epi64(which ? 0x0706070603020302 : 0x0504050401000100);
+    order = _mm512_add_epi8(order, _mm512_broadcast_i32x4(_mm_set_epi64x(0x0808080808080808, 0)));
+    return {_mm512_shuffle_epi8(pairs.all, order)};
 }
 I table_of_bytes(const int8_t* from) { return {_mm512_broadcast_i32x4(_mm_loadu_si128(narrow(from)))}; }
 I lookup_bytes(I table, I index) { return {_mm512_shuffle_epi8(table.all, index.all)}; }

@@ -290,8 +290,7 @@ I load_pairs(const void* from) {
     return each<I>([&](int i) { return pair_of(bytes[2 * i], bytes[2 * i + 1]); });
 }
 // One half of each lane in both.
-template <int which>
-I twice(I pairs) {
+I twice(I pairs, int which) {
     return each<I>([&](int i) { return pair_of(half_of(pairs.at[i], which), half_of(pairs.at[i], which)); });
 }
 

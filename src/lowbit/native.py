@@ -474,7 +474,7 @@ class Panels:
         way: how it is computed: `floats` (what codes stand for, times the inputs), `codes` or `table` (codes, or the
             entries of `table` at them, times inputs rounded to int8), `dense` (a weight of floats).
         rows: of the weight.
-        bits: 2, 3, 4, 5, 6 or 8 of a code; of an element where it is dense.
+        bits: 2, 3, 4, 5, 6 or 8 of a code, 4 with a `table`; of an element where it is dense.
         step: columns that share a scale, a multiple of 16.
         codes: `[panels, words, 64]` bytes, `bits` words for 32 columns. Dense: `[panels, cols, 16]`.
         scale: `[panels, cols / step, 16]`, float16 or float32; None where it is dense. Nested: one for each
@@ -771,7 +771,7 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = prod(shape) * dtype.itemsize
     if size < _LARGE or sys.platform != "linux":
         return torch.empty(shape, dtype=dtype)
-    room = mmap.mmap(-1, size)
+    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory seldom gets large pages
     room.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(room, dtype=dtype).view(shape)
 
@@ -781,7 +781,8 @@ def _check_panels(of: Panels) -> None:
     if of.way == "dense":
         _check("codes", of.codes, (down, of.cols, 16), *WEIGHT_DTYPES)
         return
-    if of.bits not in CODE_BITS or of.step < 16 or of.step % 16 or of.cols % 32 or of.cols % of.step:
+    fits = of.bits in CODE_BITS and (of.way != "table" or of.bits == 4)
+    if not fits or of.step < 16 or of.step % 16 or of.cols % 32 or of.cols % of.step:
         raise ValueError(f"{of.cols} columns of {of.bits} bits in steps of {of.step} make no panels")
     _check("codes", of.codes, (down, of.cols * of.bits // 32, 64), torch.uint8)
     _check_nested(of, down)

@@ -65,8 +65,9 @@ def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
     step = _step(q)
     full = -(-cols // lcm(step, 32)) * lcm(step, 32)
     codes, grid = q.codes.reshape(-1, cols), q.scheme.grid
-    bits = next(bits for bits in CODE_BITS if len(grid.levels) <= 2**bits)
     meaning = _meaning(grid, q.scheme.zero != "none", exact)
+    least = 4 if meaning.way == "table" else 2  # small tables other than those of 16 entries are too rare for a loop
+    bits = next(bits for bits in CODE_BITS if bits >= least and len(grid.levels) <= 2**bits)
     bare = Panels(
         rows=codes.shape[0], bits=bits, step=step, codes=interleave(codes, order, bits, full, threads),
         minus=q.scheme.zero == "min", way=meaning.way, offset=meaning.offset, level=meaning.level, table=meaning.table,
