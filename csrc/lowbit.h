@@ -135,7 +135,8 @@ struct Product {
     float unit;           // rounded inputs: what results are multiplied by
     int64_t tokens;
     const float* input;   // [tokens, cols]; `product` reads it in the ways floats and dense
-    int64_t sub;          // columns that are rounded together
+    int64_t sub;          // columns that are rounded together: `over` where scales are nested, else 16, 32, 64, ... that
+                          // divides `step`
     const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` (decoder.h) fills these four
     const float *input_scale, *input_sum;
     const int16_t* step_sum;

@@ -50,17 +50,18 @@ LOWBIT_INLINE I codes_of(const uint8_t* chunk) {
     return code;
 }
 
-// Scales of a panel, or its zero points; null has 0.
-LOWBIT_INLINE F scales_at(const Product& of, const void* scale, int64_t panel, int64_t group) {
+// Scales, or zero points, of a group; groups of all panels are counted. Null has 0.
+LOWBIT_INLINE F scales_at(const Product& of, const void* scale, int64_t group) {
     if (!scale) return set(0.0f);
-    int64_t at = (panel * (of.cols / of.over) + group) * 16;
-    if (of.scale.dtype == Dtype::f16) return load_f16(static_cast<const uint8_t*>(scale) + 2 * at);
-    return load_f32(static_cast<const uint8_t*>(scale) + 4 * at);
+    if (of.scale.dtype == Dtype::f16) return load_f16(static_cast<const uint8_t*>(scale) + 32 * group);
+    return load_f32(static_cast<const uint8_t*>(scale) + 64 * group);
 }
 
 void store_rows(const Product& of, int64_t panel, int64_t token, F value) {
     store_some<F32>(of.out + token * of.rows + panel * 16, value, int(smaller(16, of.rows - panel * 16)));
 }
+
+constexpr int64_t ahead = 2048;  // bytes before they are needed, at which codes are asked for
 
 int32_t four_bytes(const void* from) {
     int32_t word;
@@ -74,7 +75,7 @@ int32_t four_bytes(const void* from) {
 template <int width>
 struct Codes {
     static constexpr int bits = width, most = (1 << width) - 1;
-    static constexpr bool is_signed = false;
+    static constexpr bool is_signed = false, near = false;
     template <int quad>
     LOWBIT_INLINE I at(const uint8_t* chunk) const {
         return codes_of<bits, quad>(chunk);
@@ -82,7 +83,7 @@ struct Codes {
 };
 struct OffsetCodes {  // code - 128, for codes of 8 bits
     static constexpr int bits = 8, most = 128;
-    static constexpr bool is_signed = true;
+    static constexpr bool is_signed = true, near = false;
     template <int quad>
     LOWBIT_INLINE I at(const uint8_t* chunk) const {
         return differ(load_words(chunk + 64 * quad), set(int32_t(0x80808080)));
@@ -90,7 +91,7 @@ struct OffsetCodes {  // code - 128, for codes of 8 bits
 };
 struct TableCodes {
     static constexpr int bits = 4, most = 128;
-    static constexpr bool is_signed = true;
+    static constexpr bool is_signed = true, near = false;
     I table;
     template <int quad>
     LOWBIT_INLINE I at(const uint8_t* chunk) const {
@@ -101,7 +102,7 @@ struct TableCodes {
 template <int greatest, bool negative>
 struct Unpacked {
     static constexpr int bits = 8, most = greatest;
-    static constexpr bool is_signed = negative;
+    static constexpr bool is_signed = negative, near = true;
     template <int quad>
     LOWBIT_INLINE I at(const uint8_t* chunk) const {
         return load_words(chunk + 64 * quad);
@@ -143,13 +144,19 @@ LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const R
     if constexpr (until < last) add_quads<until, last>(source, chunk, input, col, factor, sum);
 }
 
+// Asks for lines of 64 bytes which are read soon; by itself a processor looks ahead within a page of 4 KiB.
+template <int lines>
+LOWBIT_INLINE void ask_for(const uint8_t* from) {
+    for (int i = 0; i < lines; i++) __builtin_prefetch(from + ahead + 64 * i);
+}
+
 // What both halves of a chunk are multiplied by, and whether something comes between them.
 struct Halves {
     I first, second;
     bool apart;
 };
 
-// Adds a chunk of columns from `col` on. Where halves are apart, between() is called when the first is added.
+// Adds a chunk of columns from `col` on. Where halves are apart, between.half() is called when the first is added.
 template <class Source, int tokens, class Between>
 LOWBIT_INLINE void add_chunk(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col,
                              const Halves& halves, I (&sum)[tokens], Between& between) {
@@ -186,14 +193,15 @@ struct Sums {
 template <int tokens>
 struct Plain {
     const Product& of;
-    int64_t panel, blocks, block, group, left;
+    int64_t blocks, block, group, left;
     const int64_t (&token)[tokens];
     Sums<tokens> sums;
     I dots[tokens];
 
     LOWBIT_INLINE Plain(const Product& product, const Span& span, const int64_t (&tokens_of)[tokens], const Sums<tokens>& begun)
-        : of(product), panel(span.panel), blocks(of.cols / of.sub), block(span.first / of.sub), group(span.first / of.step),
-          left(of.step - span.first % of.step), token(tokens_of), sums(begun) {
+        : of(product), blocks(of.cols / of.sub), block(span.first / of.sub),
+          group((span.panel * of.cols + span.first) / of.step), left(of.step - span.first % of.step), token(tokens_of),
+          sums(begun) {
         for (I& each : dots) each = set(0);
     }
 
@@ -202,8 +210,9 @@ struct Plain {
         Halves ones{set(0x00010001), set(0x00010001), of.sub < 32};
         const uint8_t* chunk = span.codes;
         for (int64_t col = span.first; col < span.last; col += 32, chunk += 64 * Source::bits) {
+            if constexpr (!Source::near) ask_for<Source::bits>(chunk);
             add_chunk(source, chunk, input, col, ones, dots, *this);
-            if ((col + 32) % of.sub == 0) end_block();
+            if (!((col + 32) & (of.sub - 1))) end_block();
         }
     }
     LOWBIT_INLINE void half() { end_block(); }
@@ -220,7 +229,7 @@ struct Plain {
         if (left == 0) end_group();
     }
     LOWBIT_INLINE void end_group() {
-        F s = scales_at(of, of.scale.data, panel, group), z = scales_at(of, of.zero, panel, group), none = set(0.0f);
+        F s = scales_at(of, of.scale.data, group), z = scales_at(of, of.zero, group), none = set(0.0f);
         F shift = sub(none, of.minus ? set(of.offset) : add(z, set(of.offset)));
         for (int t = 0; t < tokens; t++) {
             sums.total[t] = fma(fma(shift, sums.inputs[t], sums.open[t]), s, sums.total[t]);
@@ -235,34 +244,38 @@ struct Plain {
 template <int tokens>
 struct Nested {
     const Product& of;
-    int64_t panel, steps;
+    int64_t steps, runs;
     const int64_t (&token)[tokens];
     Sums<tokens> sums;
     I dots[tokens], shift[tokens];
 
-    LOWBIT_INLINE Nested(const Product& product, const Span& span, const int64_t (&tokens_of)[tokens], const Sums<tokens>& begun)
-        : of(product), panel(span.panel), steps(of.cols / of.step), token(tokens_of), sums(begun) {}
+    LOWBIT_INLINE Nested(const Product& product, const Span&, const int64_t (&tokens_of)[tokens], const Sums<tokens>& begun)
+        : of(product), steps(of.cols / of.step), runs(of.cols / of.over), token(tokens_of), sums(begun) {}
 
     template <class Source>
     LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
         const uint8_t* chunk = span.codes;
-        for (int64_t run = span.first / of.over; run < span.last / of.over; run++) {
+        int64_t step = span.first / of.step, run = span.first / of.over;
+        for (int64_t col = span.first; col < span.last; run++) {
             for (int t = 0; t < tokens; t++) dots[t] = shift[t] = set(0);
-            for (int64_t col = run * of.over; col < (run + 1) * of.over; col += 2 * of.step) {
-                I factor = factors(col / of.step);
+            for (int64_t end = col + of.over; col < end; col += 2 * of.step, step += 2) {
+                I factor = factors(span.panel, step);
                 for (int64_t at = 0; at < 2 * of.step; at += 32, chunk += 64 * Source::bits) {
-                    Halves halves{twice(factor, at ? 1 : 0), twice(factor, at || of.step == 16 ? 1 : 0), of.step == 16};
+                    Halves halves{twice(factor, 0), twice(factor, 0), of.step == 16};
+                    if (halves.apart) halves.second = twice(factor, 1);
+                    else factor = shift_right<16>(factor);
+                    if constexpr (!Source::near) ask_for<Source::bits>(chunk);
                     add_chunk(source, chunk, input, col + at, halves, dots, *this);
                 }
             }
-            end_run(run);
+            end_run(span.panel, run);
         }
     }
     LOWBIT_INLINE void half() {}
 
   private:
     // Of two steps; adds what zeros make of these.
-    LOWBIT_INLINE I factors(int64_t step) {
+    LOWBIT_INLINE I factors(int64_t panel, int64_t step) {
         int64_t at = (panel * steps + step) * 16;
         I factor = load_pairs(of.fine + at), low = factor;
         if (of.joined) {
@@ -275,13 +288,13 @@ struct Nested {
                 shift[t] = add(shift[t], dot_pairs(low, set(four_bytes(of.step_sum + token[t] * steps + step))));
         return factor;
     }
-    LOWBIT_INLINE void end_run(int64_t run) {
-        F s = scales_at(of, of.scale.data, panel, run), z = scales_at(of, of.zero, panel, run);
+    LOWBIT_INLINE void end_run(int64_t panel, int64_t run) {
+        F s = scales_at(of, of.scale.data, panel * runs + run), z = scales_at(of, of.zero, panel * runs + run);
         for (int t = 0; t < tokens; t++) {
             if (!of.zero) dots[t] = sub(dots[t], mul(shift[t], set(int32_t(of.offset))));
             F part = mul(to_float(dots[t]), s);
             if (of.zero) part = sub(part, mul(to_float(shift[t]), z));
-            sums.total[t] = fma(part, set(of.input_scale[token[t] * (of.cols / of.over) + run]), sums.total[t]);
+            sums.total[t] = fma(part, set(of.input_scale[token[t] * runs + run]), sums.total[t]);
         }
     }
 };
@@ -312,9 +325,6 @@ void one_token(const Product& of, const Source& source, int64_t first, int64_t l
 // Many: some columns are unpacked for as many tokens as keep their sums in the nearest memory.
 constexpr int64_t columns_at_once = 512, tokens_at_once = 64;
 
-struct Bytes {
-    uint8_t at[16 * columns_at_once];
-};
 struct Near {
     float total[tokens_at_once][16], open[tokens_at_once][16], inputs[tokens_at_once][16];
 };
@@ -348,21 +358,21 @@ void add_tile(const Product& of, const Span& span, int64_t first, int64_t count,
 
 template <class Source>
 auto tile_of(const Product& of) {
-    using Bytes = Unpacked<Source::is_signed ? 128 : Source::most < 15 ? 15 : Source::most, Source::is_signed>;
-    return of.fine ? add_tile<Nested, Bytes> : add_tile<Plain, Bytes>;
+    using Written = Unpacked<Source::is_signed ? 128 : Source::most < 15 ? 15 : Source::most, Source::is_signed>;
+    return of.fine ? add_tile<Nested, Written> : add_tile<Plain, Written>;
 }
 
 template <class Source>
 void many_tokens(const Product& of, int64_t panel, const Source& source) {
     auto add = tile_of<Source>(of);
     int64_t wide = of.fine ? columns_at_once / of.over * of.over : columns_at_once;
-    Bytes bytes;
+    uint8_t bytes[16 * columns_at_once];
     for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
         int64_t count = smaller(tokens_at_once, of.tokens - token);
         Near kept = {};
         for (int64_t col = 0; col < of.cols; col += wide) {
-            Span span{panel, col, smaller(col + wide, of.cols), bytes.at};
-            unpack(source, codes_of_panel(of, panel) + col / 32 * 64 * Source::bits, (span.last - col) / 32, bytes.at);
+            Span span{panel, col, smaller(col + wide, of.cols), bytes};
+            unpack(source, codes_of_panel(of, panel) + col / 32 * 64 * Source::bits, (span.last - col) / 32, bytes);
             for (int64_t t = 0; t < count; t += tile) add(of, span, token + t, smaller(tile, count - t), kept, t);
         }
         for (int64_t t = 0; t < count; t++) store_rows(of, panel, token + t, mul(load_f32(kept.total[t]), set(of.unit)));
@@ -413,8 +423,8 @@ void float_panel(const Product& of, int64_t panel, int64_t token, Level level) {
     uint8_t chunk[512];
     F total[tokens], sum[tokens], all[tokens];
     for (F& each : total) each = set(0.0f);
-    for (int64_t group = 0; group < of.cols / of.step; group++) {
-        F s = scales_at(of, of.scale.data, panel, group), z = scales_at(of, of.zero, panel, group);
+    for (int64_t group = 0, groups = of.cols / of.step; group < groups; group++) {
+        F s = scales_at(of, of.scale.data, panel * groups + group), z = scales_at(of, of.zero, panel * groups + group);
         for (int t = 0; t < tokens; t++) sum[t] = all[t] = set(0.0f);
         auto take = [&](F value, int64_t column) {
             F shifted = of.minus ? value : sub(value, z);
@@ -445,27 +455,69 @@ void float_panels(const Product& of, int64_t first, int64_t last, Level level) {
 
 // ---- weights that are floats themselves ----
 
-template <class T, int tokens>
-void dense_panel(const Product& of, int64_t panel, int64_t token) {
+// Sums of even and of odd columns are apart, so that an addition need not wait for the one before.
+template <class T>
+void one_dense(const Product& of, int64_t panel) {
     const uint8_t* weight = of.codes + panel * of.cols * 16 * T::size;
-    F total[2][tokens];  // two sums, so that an addition need not wait for the one before
-    for (int t = 0; t < tokens; t++) total[0][t] = total[1][t] = set(0.0f);
+    F even = set(0.0f), odd = even;
     for (int64_t col = 0; col < of.cols; col += 2, weight += 32 * T::size) {
-        F value[2] = {T::load(weight), T::load(weight + 16 * T::size)};
-        for (int t = 0; t < tokens; t++) {
-            const float* input = of.input + (token + t) * of.cols + col;
-            for (int i = 0; i < 2; i++) total[i][t] = fma(value[i], set(input[i]), total[i][t]);
-        }
+        ask_for<T::size / 2>(weight);
+        even = fma(T::load(weight), set(of.input[col]), even);
+        odd = fma(T::load(weight + 16 * T::size), set(of.input[col + 1]), odd);
     }
-    for (int t = 0; t < tokens; t++) store_rows(of, panel, token + t, add(total[0][t], total[1][t]));
+    store_rows(of, panel, 0, add(even, odd));
+}
+
+constexpr int64_t floats_at_once = 256;       // columns
+constexpr int float_tile = tile == 8 ? 12 : 6;  // tokens: what registers hold beside a weight and an input
+
+struct DenseSpan {
+    int64_t first, count;
+    float weight[floats_at_once][16];
+};
+struct DenseSums {
+    float at[2][tokens_at_once][16];
+};
+
+// A tile of tokens from number `first` on, of which `count` are there: others repeat the last.
+void add_dense(const Product& of, const DenseSpan& span, int64_t first, int64_t count, float (*kept)[16], int odd) {
+    const float* input[float_tile];
+    F sum[float_tile];
+    for (int t = 0; t < float_tile; t++) {
+        input[t] = of.input + (first + smaller(t, count - 1)) * of.cols + span.first;
+        sum[t] = load_f32(kept[smaller(t, count - 1)]);
+    }
+    for (int64_t col = odd; col < span.count; col += 2) {
+        F weight = load_f32(span.weight[col]);
+        for (int t = 0; t < float_tile; t++) sum[t] = fma(weight, set(input[t][col]), sum[t]);
+    }
+    for (int t = 0; t < float_tile; t++) store_f32(kept[smaller(t, count - 1)], sum[t]);
+}
+
+// Some columns become float32 for as many tokens as keep their sums near.
+template <class T>
+void many_dense(const Product& of, int64_t panel) {
+    const uint8_t* weight = of.codes + panel * of.cols * 16 * T::size;
+    DenseSpan span;
+    for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
+        int64_t count = smaller(tokens_at_once, of.tokens - token);
+        DenseSums kept = {};
+        for (span.first = 0; span.first < of.cols; span.first += floats_at_once) {
+            span.count = smaller(floats_at_once, of.cols - span.first);
+            for (int64_t i = 0; i < span.count; i++)
+                store_f32(span.weight[i], T::load(weight + (span.first + i) * 16 * T::size));
+            for (int64_t t = 0; t < count; t += float_tile)
+                for (int odd = 0; odd < 2; odd++)
+                    add_dense(of, span, token + t, smaller(float_tile, count - t), kept.at[odd] + t, odd);
+        }
+        for (int64_t t = 0; t < count; t++)
+            store_rows(of, panel, token + t, add(load_f32(kept.at[0][t]), load_f32(kept.at[1][t])));
+    }
 }
 
 template <class T>
 void dense_panels(const Product& of, int64_t first, int64_t last) {
-    for (int64_t panel = first; panel < last; panel++)
-        each_tile<tile - 1>(0, of.tokens, [&](int64_t token, auto count) {
-            dense_panel<T, count.value>(of, panel, token);
-        });
+    for (int64_t panel = first; panel < last; panel++) of.tokens == 1 ? one_dense<T>(of, panel) : many_dense<T>(of, panel);
 }
 
 // ---- which of these ----

@@ -250,7 +250,9 @@ static void check_ggml_blocks(GgmlType type, int64_t blocks) {
 // A weight of panels, and inputs, for one way.
 static void compare_product(const Kernels& kernels, Way way, int bits, int64_t rows, int64_t cols, int64_t step, bool minus,
                             int64_t over = 0) {
-    int64_t panels = (rows + 15) / 16, tokens = cols % 3 ? 5 : 70, sub = over ? over : step % 32 ? 16 : 32;
+    bool alone = (rows % 2 == 0) == (cols % 3 == 0);
+    int64_t panels = (rows + 15) / 16, tokens = alone ? 1 : cols > 700 ? 70 : 11;
+    int64_t sub = over ? over : step % 32 ? 16 : bits == 2 && step == 256 ? 256 : 32;
     int64_t scales = panels * 16 * cols / (over ? over : step), steps = panels * 16 * cols / step;
     bool narrow = rows % 2, zeros = over ? minus : rows % 3 != 0, joined = over && rows % 5 == 0;
     Buffer codes = random_codes(panels * 16 * cols * bits / 8, 255), fine = random_codes(steps, 255);
@@ -286,7 +288,7 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
 }
 
 static void compare_dense(const Kernels& kernels, Dtype dtype, int64_t rows, int64_t cols) {
-    int64_t panels = (rows + 15) / 16, tokens = 3;
+    int64_t panels = (rows + 15) / 16, tokens = cols % 3 ? 1 : 11;
     Buffer weight = random_weight(panels * 16 * cols, dtype, false);
     auto input = random_scales(tokens * cols);
     compare("dense", kernels, {rows, cols, 1, 1}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
@@ -427,6 +429,10 @@ int main() {
                         compare_product(kernels, Way::codes, bits, rows, 512, step, minus, 256);
                         if (bits == 4) compare_product(kernels, Way::table, bits, rows, 192, step, minus, 64);
                     }
+        for (bool minus : {false, true}) {  // inputs of 256 rounded together, and scales of more columns than are unpacked at once
+            compare_product(kernels, Way::codes, 2, 33, 768, 256, minus);
+            for (int64_t step : {48, 768}) compare_product(kernels, Way::codes, 4, 33, 768, step, minus);
+        }
         for (int64_t last : {1, 2, 17, 40})
             for (int64_t first : {int64_t(0), last - 1}) compare_attention(kernels, 32, first, last);
         std::printf("%s: done\n", kernels.isa);

@@ -520,8 +520,10 @@ class Panels:
 
     @property
     def sub(self) -> int:
-        """Inputs that are rounded together, where they are."""
-        return self.over or (16 if self.step % 32 else 32)
+        """Inputs that are rounded together, where they are: as llama.cpp does it, also for ternary blocks of 256."""
+        if self.over or (self.bits == 2 and self.step == 256):
+            return self.over or self.step
+        return 16 if self.step % 32 else 32
 
 
 @final
@@ -562,8 +564,8 @@ class Matrix:
     def __call__(self, inputs: Float[Tensor, "tokens inputs"], threads: int = 1) -> Float[Tensor, "tokens rows"]:
         """`inputs @ weight.T + bias` in float32.
 
-        With the ways `codes` and `table`, inputs are rounded to int8 in blocks of 32, of 16 where scales are such, or
-        of a run where scales are nested.
+        With the ways `codes` and `table`, inputs are rounded to int8 in blocks of 32, of 16 where scales are such, of a
+        run where scales are nested, or of the 256 that share a scale of 2-bit codes.
         Sums are in an order of the weight's own: any number of threads and every instruction set gives the same bits.
         """
         _check("inputs", inputs, (inputs.shape[0], self.inputs), torch.float32)

@@ -99,11 +99,27 @@ def test_nested_scales_stay_nested(scheme: str) -> None:
         close(multiply(packed, x), wanted(q, rounded(packed, x)), 2e-5)
 
 
-@pytest.mark.parametrize("scheme", ["int3-g64", "int5-g16", "int6-row", "int8-g48", "iq4_nl", "q4_k", "q3_k"])
+@pytest.mark.parametrize(
+    "scheme", ["int3-g64", "int5-g16", "int6-row", "int8-g48", "iq4_nl", "q4_k", "q3_k", "tq2_0", "nf4-g64", "float16"]
+)
 def test_many_tokens_give_the_bits_of_each_alone(scheme: str) -> None:
-    q, x = random_qtensor(parse(scheme), (20, 768), seed=6), inputs(70, 768)
-    packed = pack(q)
+    shape, x = (20, 768), inputs(70, 768)
+    dense = scheme == "float16"
+    packed = pack_dense(torch.randn(shape).half()) if dense else pack(random_qtensor(parse(scheme), shape, seed=6))
     assert torch.equal(multiply(packed, x, 2), torch.cat([multiply(packed, each[None]) for each in x]))
+
+
+@pytest.mark.parametrize("scheme", ["tq2_0", "int2-g256-asym"])
+def test_inputs_of_a_ternary_block_are_rounded_together(scheme: str) -> None:
+    packed, x = pack(q := random_qtensor(parse(scheme), (17, 768), seed=7)), inputs(6, 768, seed=8)
+    assert packed.panels.sub == 256
+    close(multiply(packed, x), wanted(q, rounded(packed, x)), 2e-5)
+
+
+def test_small_tables_are_kept_in_four_bits() -> None:
+    packed, x = pack(q := random_qtensor(parse("levels[-2,-0.5,0,1]-g64"), (16, 128))), inputs(3, 128)
+    assert (packed.panels.way, packed.panels.bits) == ("table", 4)
+    close(multiply(packed, x), wanted(q, rounded(packed, x)), 2e-5)
 
 
 @pytest.mark.parametrize("scheme", ["q4_k", "q2_k", "q3_k", "int4-g32-asym"])
@@ -219,6 +235,7 @@ def test_panels_that_lie_are_refused() -> None:
         replace(good, bits=3), replace(good, bits=7), replace(good, over=64), replace(good, joined=True),
         replace(good, step=24), replace(good, rows=17), replace(good, step=128),
         replace(good, scale=None), replace(good, way="table"), replace(good, way="floats"),
+        replace(good, way="table", table=torch.zeros(16, dtype=torch.uint8), bits=2, codes=good.codes[:, :4]),
         replace(good, zero=torch.zeros(1, 2, 16)), replace(good, codes=good.codes[:, 1:]),
     ):  # fmt: skip
         with pytest.raises((ValueError, AssertionError)):
