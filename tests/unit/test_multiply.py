@@ -165,7 +165,7 @@ def test_any_number_of_threads_gives_the_same_bits(scheme: str) -> None:
         assert torch.equal(multiply(pack(q), x, threads), one)
 
 
-@pytest.mark.parametrize("isa", native.supported_isas())
+@pytest.mark.parametrize("isa", native.supported_isas()[1:] or ["scalar"])
 def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
     code = """
 import hashlib, torch
