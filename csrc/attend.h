@@ -1,4 +1,34 @@
-// Attention of one query, keys and values as they are kept, and the gate of a feed-forward layer. Included by kernels.h.
+// What a decoder computes beside products: inputs of these as int8, attention of one query with keys and values as they
+// are kept, and the gate of a feed-forward layer. Included by kernels.h.
+
+// ---- inputs as int8 ----
+
+// A block of `sub` inputs; what a step of its integers is.
+float round_block(int64_t sub, const float* input, int8_t* rounded) {
+    F most = set(0.0f);
+    for (int64_t i = 0; i < sub; i += 16) most = max(most, floats(both(bits(load_f32(input + i)), set(0x7fffffff))));
+    float largest = greatest(most), up = largest > 1e-30f ? 127 / largest : 0;
+    for (int64_t i = 0; i < sub; i += 16)
+        store_u8(rounded + i, both(to_int(rint(mul(load_f32(input + i), set(up)))), set(0xff)));
+    return largest / 127;
+}
+
+int32_t sum_of_bytes(int64_t count, const int8_t* bytes) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += bytes[i];
+    return sum;
+}
+
+void round_inputs(const Rounded& of, const float* input, int8_t* rounded, float* scale, float* sum, int16_t* step_sum) {
+    for (int64_t block = 0; block < of.count / of.sub; block++, input += of.sub, rounded += of.sub) {
+        scale[block] = round_block(of.sub, input, rounded);
+        if (!of.step) sum[block] = scale[block] * float(sum_of_bytes(of.sub, rounded));
+        for (int64_t i = 0; of.step && i < of.sub / of.step; i++)
+            *step_sum++ = int16_t(sum_of_bytes(of.step, rounded + i * of.step));
+    }
+}
+
+// ---- attention ----
 
 template <class T>
 struct KeptFloats {

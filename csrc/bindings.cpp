@@ -239,22 +239,27 @@ NB_MODULE(_native, module) {
         Unlocked());
     nb::class_<Held>(module, "Matrix")
         .def("__init__",
-             [](Held* self, int way, int bits, int64_t step, int64_t sub, int64_t rows, int64_t cols, const Bytes& codes,
-                const std::optional<AnyIn>& scale, const std::optional<AnyIn>& zero, bool minus, float offset,
+             [](Held* self, int way, int bits, int64_t step, int64_t over, int64_t sub, int64_t rows, int64_t cols,
+                const Bytes& codes, const std::optional<AnyIn>& scale, const std::optional<AnyIn>& zero,
+                const MaybeBytes& fine, const MaybeBytes& fine_zero, bool joined, bool minus, float offset,
                 const MaybeFloats& level, const MaybeBytes& table, float unit, int dtype, int64_t inputs,
                 const std::optional<Array<const int64_t>>& order, const MaybeFloats& bias, nb::object kept) {
                  Product of{};
-                 of.way = Way(way), of.bits = bits, of.step = step, of.sub = sub, of.rows = rows, of.cols = cols;
+                 of.way = Way(way), of.bits = bits, of.step = step, of.over = over, of.sub = sub;
+                 of.rows = rows, of.cols = cols;
                  of.codes = codes.data();
                  of.scale = scale ? weight_of(*scale) : Weight{nullptr, Dtype(dtype)};
                  of.zero = zero ? zero->data() : nullptr;
-                 of.minus = minus, of.offset = offset, of.unit = unit, of.level = data_or_null(level);
+                 of.fine = reinterpret_cast<const int8_t*>(data_or_null(fine));
+                 of.fine_zero = reinterpret_cast<const int8_t*>(data_or_null(fine_zero));
+                 of.joined = joined, of.minus = minus, of.offset = offset, of.unit = unit, of.level = data_or_null(level);
                  of.table = reinterpret_cast<const int8_t*>(data_or_null(table));
                  new (self) Held{{of, data_or_null(order), inputs, data_or_null(bias)}, std::move(kept)};
              },
-             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
-             nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
-             nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg())
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
+             nb::arg())
         .def(
             "multiply",
             [](const Held& self, const Floats& inputs, int threads, const FloatsOut& out) {

@@ -15,7 +15,8 @@ std::vector<const Kernels*> supported_kernels() {
     std::vector<const Kernels*> found{&scalar_kernels};
 #if defined(LOWBIT_X86)
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c")) return found;
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+    if (!avx2) return found;
     found.push_back(&avx2_kernels);
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -1,6 +1,7 @@
 // The kernels, written once over 16 lanes and compiled once per instruction set.
 //
-// The including file defines LOWBIT_TABLE (the name of its table) and LOWBIT_SIMD (the header with its lanes).
+// The including file defines LOWBIT_TABLE (the name of its table), LOWBIT_PRODUCT (of its products, which a file of
+// their own has) and LOWBIT_SIMD (the header with its lanes).
 // Everything here has internal linkage and nothing of the standard library is instantiated: a shared inline function
 // compiled with AVX-512 could otherwise be the copy that the linker keeps for all.
 #include "ggml_grids.h"
@@ -13,71 +14,15 @@
 namespace lowbit {
 namespace {
 
-#include LOWBIT_SIMD
+#include "lanes.h"
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t blocks_across(const Grid& grid) { return grid.cols == 0 ? 0 : (grid.cols - 1) / grid.block_cols + 1; }
 
-// ---- element types ----
-
-struct F32 {
-    static constexpr int size = 4;
-    static F load(const void* from) { return load_f32(from); }
-    static void store(void* to, F value) { store_f32(to, value); }
-};
-struct F16 {
-    static constexpr int size = 2;
-    static F load(const void* from) { return load_f16(from); }
-    static void store(void* to, F value) { store_f16(to, value); }
-};
-struct BF16 {
-    static constexpr int size = 2;
-    static F load(const void* from) { return floats(shift_left<16>(load_u16(from))); }
-    static void store(void* to, F value) {
-        I raw = bits(value), odd = both(shift_right<16>(raw), set(1));
-        I rounded = shift_right<16>(add(raw, add(odd, set(0x7fff))));
-        M nan = greater(both(raw, set(0x7fffffff)), set(0x7f800000));
-        store_u16(to, select(nan, set(0x7fc0), rounded));
-    }
-};
-
-template <class Body>
-void with_dtype(Dtype dtype, Body body) {
-    if (dtype == Dtype::f32) body(F32{});
-    if (dtype == Dtype::f16) body(F16{});
-    if (dtype == Dtype::bf16) body(BF16{});
-}
-
-// How many of 16 lanes count: `Full`, known to the compiler, in the loops that matter, or an int from 1 to 16 at ends.
-struct Full {};
-
-// Lanes beyond `count` repeat the first element, so that no kernel meets a value that is not there.
-template <class T>
-F load_some(const void* from, Full) {
-    return T::load(from);
-}
-template <class T>
-F load_some(const void* from, int count) {
-    uint8_t full[16 * T::size];
-    for (int i = 0; i < 16; i++) __builtin_memcpy(full + i * T::size, from, T::size);
-    __builtin_memcpy(full, from, count * T::size);
-    return T::load(full);
-}
 I load_codes(const uint8_t* from, Full) { return load_u8(from); }
 I load_codes(const uint8_t* from, int count) {
     uint8_t full[16] = {};
     __builtin_memcpy(full, from, count);
     return load_u8(full);
-}
-template <class T>
-void store_some(void* to, F value, Full) {
-    T::store(to, value);
-}
-template <class T>
-void store_some(void* to, F value, int count) {
-    uint8_t full[16 * T::size];
-    T::store(full, value);
-    __builtin_memcpy(to, full, count * T::size);
 }
 void store_codes(uint8_t* to, I value, Full) { store_u8(to, value); }
 void store_codes(uint8_t* to, I value, int count) {
@@ -546,10 +491,6 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 
 #include "softmax.h"
 
-// ---- products ----
-
-#include "product.h"
-
 #include "attend.h"
 
 // ---- llama.cpp's encoders ----
@@ -560,10 +501,11 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 
 }  // namespace
 
+void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last);  // compiled apart: product.h
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
                            dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words,
-                           softmax,    softmax_slopes, encode_any, fit_any, product,       round_inputs,    attend,
+                           softmax,    softmax_slopes, encode_any, fit_any, LOWBIT_PRODUCT, round_inputs,    attend,
                            keep,       gate};
 
 }  // namespace lowbit

@@ -113,25 +113,39 @@ enum class Way { floats, codes, table, dense };
 
 // A weight [rows, cols] as `product` reads it, in panels of 16 rows, and its inputs. Columns are a multiple of 32 (zeros
 // fill up), rows beyond the last are there in the last panel and are not written.
+//
+// Scales are nested where `fine` is set: a step's is its integer times the scale of the run that it is in, and it is
+// code * scale - zero where there is a `zero` (integer times zero of the run), else (code - offset) * scale.
 struct Product {
     Way way;
     int64_t rows, cols;
-    int bits;             // 2, 4 or 8; dense: of an element
-    int64_t step;         // columns that share a scale, a multiple of 16
-    const uint8_t* codes; // [panels, words, 16, 4]: field f of byte k of word w is column (w * 8 / bits + f) * 4 + k
-    Weight scale;         // [panels, cols / step, 16], float16 or float32; dense: null, and the dtype of the weight
+    int bits;             // 2, 3, 4, 5, 6 or 8; way table: 4; dense: of an element
+    int64_t step;         // columns that share a scale, a multiple of 16; nested: 16 or 32
+    int64_t over;         // columns of a run, a multiple of 2 * step; where nothing is nested: step
+    const uint8_t* codes; // [panels, chunks, words, 16, 4]; product.h says which bits are where
+    Weight scale;         // [panels, cols / over, 16], float16 or float32; dense: null, and the dtype of the weight
     const void* zero;     // as the scales: (code - zero) * scale; or null
     bool minus;           // it is code * scale - zero
     float offset;         // way codes: beside `zero`, what a code is above its value
+    const int8_t* fine;   // [panels, cols / step / 2, 16, 2]: integers of the scales; null where nothing is nested
+    const int8_t* fine_zero;  // the same of zeros; or null
+    bool joined;          // `fine` has both: scales in the lower four bits of a byte, zeros in the upper
     const float* level;   // way floats: 256 entries
     const int8_t* table;  // way table: 16 entries
     float unit;           // rounded inputs: what results are multiplied by
     int64_t tokens;
     const float* input;   // [tokens, cols]; `product` reads it in the ways floats and dense
-    int64_t sub;          // columns that are rounded together
-    const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` (decoder.h) fills these three
+    int64_t sub;          // columns that are rounded together: `over` where scales are nested, else 16, 32, 64, ... that
+                          // divides `step`
+    const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` (decoder.h) fills these four
     const float *input_scale, *input_sum;
+    const int16_t* step_sum;
     float* out;  // [tokens, rows]
+};
+
+// `count` inputs in blocks of `sub`, a multiple of 16, that are rounded together; of steps of `step` in these, or 0.
+struct Rounded {
+    int64_t count, sub, step;
 };
 
 // How keys and values are kept.
@@ -210,9 +224,10 @@ struct Kernels {
     // Panels from `first` to before `last`.
     void (*product)(const Product&, int64_t first, int64_t last);
 
-    // Inputs as int8 in blocks of `sub` (a multiple of 16 that divides `count`): the scale of each block, and the scale
-    // times the sum of its integers.
-    void (*round_inputs)(int64_t count, int64_t sub, const float* input, int8_t* rounded, float* scale, float* sum);
+    // Inputs as int8, and the scale of each block; then `sum`, the scale times the sum of the block's integers, or where
+    // steps are given `step_sum`, the sums of theirs.
+    void (*round_inputs)(const Rounded&, const float* input, int8_t* rounded, float* scale, float* sum,
+                         int16_t* step_sum);
     void (*attend)(const Attention&);
     void (*keep)(int64_t position, int64_t dim, const float* from, const Kept& to);  // the values of one position
 
@@ -247,8 +262,8 @@ void unpack_nibbles_high_first(const Kernels&, const uint8_t* bytes, int64_t cou
 void pack_awq(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, void* words, int64_t stride);
 void unpack_awq(const Kernels&, const void* words, int64_t stride, int64_t rows, int64_t cols, uint8_t* codes);
 
-// Codes [rows, cols] as panels (`Product::codes`) of `full` columns, of which column c is `order[c]` of the codes where
-// that is not null.
+// Codes [rows, cols] of 2 to 6 or 8 bits as panels (`Product::codes`) of `full` columns, of which column c is `order[c]`
+// of the codes where that is not null.
 void interleave(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t* order, int bits, int64_t full,
                 int threads, uint8_t* out);
 

@@ -16,13 +16,14 @@ constexpr int64_t bytes_of_piece = 1 << 17;
 // The inputs as some weights take them.
 struct Inputs {
     const int64_t* order;
-    int64_t cols, sub;  // sub is 0 where they are not rounded
+    int64_t cols, sub, step;  // sub is 0 where they are not rounded, step where the sums of steps are not needed
     const float* values;
     std::vector<float> filled, scale, sum;
+    std::vector<int16_t> step_sum;
     std::vector<int8_t> rounded;
 
-    bool serves(const Matrix& matrix, int64_t sub_of) const {
-        return order == matrix.order && cols == matrix.of.cols && sub == sub_of;
+    bool serves(const Inputs& as) const {
+        return order == as.order && cols == as.cols && sub == as.sub && step == as.step;
     }
 };
 
@@ -38,23 +39,26 @@ void fill(Inputs& of, const float* from, int64_t inputs, int64_t tokens) {
 
 void round(Inputs& of, int64_t tokens, int threads) {
     int64_t count = tokens * of.cols, blocks = of.cols / of.sub;
+    int64_t steps = of.step ? of.cols / of.step : 0;
     of.rounded.resize(size_t(count)), of.scale.resize(size_t(count / of.sub)), of.sum.resize(size_t(count / of.sub));
+    of.step_sum.resize(size_t(tokens * steps));
     share(tokens, 16, threads, [&](int64_t first, int64_t last) {
         int64_t at = first * of.cols, block = first * blocks;
-        kernels().round_inputs((last - first) * of.cols, of.sub, of.values + at, of.rounded.data() + at,
-                               of.scale.data() + block, of.sum.data() + block);
+        kernels().round_inputs({(last - first) * of.cols, of.sub, of.step}, of.values + at, of.rounded.data() + at,
+                               of.scale.data() + block, of.sum.data() + block, of.step_sum.data() + first * steps);
     });
 }
 
 const Inputs& prepare(std::deque<Inputs>& all, const Matrix& matrix, const float* from, int64_t tokens, int threads) {
     bool rounds = matrix.of.way == Way::codes || matrix.of.way == Way::table;
-    int64_t sub = rounds ? matrix.of.sub : 0;
+    Inputs wanted{};
+    wanted.order = matrix.order, wanted.cols = matrix.of.cols;
+    wanted.sub = rounds ? matrix.of.sub : 0, wanted.step = rounds && matrix.of.fine ? matrix.of.step : 0;
     for (const Inputs& each : all)
-        if (each.serves(matrix, sub)) return each;
-    Inputs& made = all.emplace_back();
-    made.order = matrix.order, made.cols = matrix.of.cols, made.sub = sub;
+        if (each.serves(wanted)) return each;
+    Inputs& made = all.emplace_back(std::move(wanted));
     fill(made, from, matrix.inputs, tokens);
-    if (sub) round(made, tokens, threads);
+    if (made.sub) round(made, tokens, threads);
     return made;
 }
 
@@ -84,6 +88,7 @@ void multiply(const float* inputs, int64_t tokens, const std::vector<Task>& task
         Product& of = products.emplace_back(task.matrix->of);
         of.tokens = tokens, of.input = from.values, of.out = task.out;
         of.rounded = from.rounded.data(), of.input_scale = from.scale.data(), of.input_sum = from.sum.data();
+        of.step_sum = from.step_sum.data();
     }
     std::vector<Piece> pieces;
     for (const Product& of : products) cut(of, pieces);

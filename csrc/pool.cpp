@@ -8,8 +8,23 @@
 #include <thread>
 #include <vector>
 
+#if defined(LOWBIT_X86)
+#include <immintrin.h>
+#endif
+
 namespace lowbit {
 namespace {
+
+// Looks again and again for what comes soon as a rule (some 50 us): to sleep and to be woken takes as long as a small
+// product. Whoever looks in vain sleeps.
+template <class Ready>
+void look(Ready ready) {
+#if defined(LOWBIT_X86)
+    for (int i = 0; i < 2000 && !ready(); i++) _mm_pause();
+#else
+    for (int i = 0; i < 20 && !ready(); i++) std::this_thread::yield();
+#endif
+}
 
 // One loop. It outlives its caller's stack, for a worker may wake when all pieces are taken.
 struct Loop {
@@ -32,8 +47,10 @@ struct Loop {
         }
     }
     void wait() {
+        auto all_done = [&] { return left.load() == 0; };
+        look(all_done);
         std::unique_lock lock(mutex);
-        done.wait(lock, [&] { return left.load() == 0; });
+        done.wait(lock, all_done);
     }
 };
 
@@ -62,9 +79,11 @@ class Pool final {
     void serve() {
         for (;;) {
             std::shared_ptr<Loop> loop;
+            auto called = [&] { return stopping_ || wanted_ > 0; };
+            look(called);
             {
                 std::unique_lock lock(mutex_);
-                wake_.wait(lock, [&] { return stopping_ || wanted_ > 0; });
+                wake_.wait(lock, called);
                 if (stopping_) return;
                 wanted_--;
                 loop = loop_;
@@ -76,8 +95,8 @@ class Pool final {
     std::condition_variable wake_;
     std::vector<std::thread> threads_;
     std::shared_ptr<Loop> loop_;
-    int wanted_ = 0;
-    bool stopping_ = false;
+    std::atomic<int> wanted_{0};
+    std::atomic<bool> stopping_{false};
 };
 
 }  // namespace

@@ -1,61 +1,69 @@
-// Products of a repacked weight with activations. Included by kernels.h.
+// Products of a repacked weight with activations, for one instruction set: LOWBIT_SIMD is the header with its lanes, and
+// LOWBIT_PRODUCT the name. Sixteen rows are a panel, a lane each, so that a sum over columns stays in its lane and scales
+// are loaded as they lie. A word of a lane holds four columns a byte apart, which is what one byte product with a
+// broadcast of four inputs takes; narrower codes share the bytes, field by field. Thirty-two columns are a chunk: their
+// words stand together, those of codes of 3, 5 and 6 bits as the lower 2 or 4 bits of all and then the bits above.
 //
-// Sixteen rows are a panel, a lane each, so that a sum over columns stays in its lane and scales are loaded as they lie.
-// A word of a lane holds four columns a byte apart, which is what one byte product with a broadcast of four inputs takes;
-// narrower codes share the bytes, field by field.
+// Templates are what the innermost loop differs in: where codes come from, and how many tokens it takes. What there is
+// once per block of columns (types, steps, kinds of zero) is asked there. What inner loops call is inlined, so that sums
+// stay in registers.
+#include "lowbit.h"
 
-// The words of four consecutive columns in field `field` of `bits` bits.
-template <int bits, int field>
-I field_of(I word) {
-    if constexpr (bits == 8) return word;
-    constexpr int32_t mask = int32_t(((1u << bits) - 1) * 0x01010101u);
-    if constexpr (field == 0) return both(word, set(mask));
-    else return both(shift_right<bits * field>(word), set(mask));
-}
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
-template <int bits, int field = 0, class Body>
-void each_field(I word, Body body) {
-    body(field_of<bits, field>(word), field);
-    if constexpr ((field + 1) * bits < 8) each_field<bits, field + 1>(word, body);
-}
+#if defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__)
+#define LOWBIT_INLINE [[gnu::always_inline]] inline
+#else
+#define LOWBIT_INLINE inline
+#endif
+
+namespace lowbit {
+namespace {
+
+#include "lanes.h"
 
 template <int bits>
-constexpr int columns_of_word = 32 / bits;
+constexpr int lower = bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits;
 
-// Where the codes, scales and zero points of a panel are.
-template <int bits, class T>
-struct Panel {
-    const uint8_t *codes, *scale, *zero;
-    Panel(const Product& of, int64_t panel) {
-        int64_t first = panel * (of.cols / of.step) * 16 * T::size;
-        codes = of.codes + panel * (of.cols / columns_of_word<bits>) * 64;
-        scale = static_cast<const uint8_t*>(of.scale.data) + first;
-        zero = of.zero ? static_cast<const uint8_t*>(of.zero) + first : nullptr;
+// The bytes of a word that hold `bits` bits in field `field`, moved to bit `to` of their byte.
+template <int bits, int field, int to = 0>
+LOWBIT_INLINE I field_of(I word) {
+    if constexpr (bits == 8) return word;
+    constexpr int32_t mask = int32_t((((1u << bits) - 1) << to) * 0x01010101u);
+    constexpr int right = bits * field - to;
+    if constexpr (right > 0) return both(shift_right<right>(word), set(mask));
+    else if constexpr (right < 0) return both(shift_left<-right>(word), set(mask));
+    else return both(word, set(mask));
+}
+
+// The codes of columns 4 * quad to 4 * quad + 3 of a chunk.
+template <int bits, int quad>
+LOWBIT_INLINE I codes_of(const uint8_t* chunk) {
+    constexpr int low = lower<bits>, high = bits - low;
+    I code = field_of<low, quad % (8 / low)>(load_words(chunk + 64 * (quad / (8 / low))));
+    if constexpr (high > 0) {
+        I word = load_words(chunk + 64 * (low + quad / (8 / high)));
+        code = either(code, field_of<high, quad % (8 / high), low>(word));
     }
-    F scale_of(int64_t group) const { return T::load(scale + group * 16 * T::size); }
-    F zero_of(int64_t group) const { return zero ? T::load(zero + group * 16 * T::size) : set(0.0f); }
-};
+    return code;
+}
 
-template <int n>
-struct Count {
-    static constexpr int value = n;
-};
-
-// body(panel, token, Count) for `wide` tokens at a time, then for the rest one by one.
-template <int wide, class Body>
-void each_tile(const Product& of, int64_t first, int64_t last, Body body) {
-    for (int64_t panel = first; panel < last; panel++) {
-        int64_t token = 0;
-        for (; token + wide <= of.tokens; token += wide) body(panel, token, Count<wide>{});
-        for (; token < of.tokens; token++) body(panel, token, Count<1>{});
-    }
+// Scales, or zero points, of a group; groups of all panels are counted. Null has 0.
+LOWBIT_INLINE F scales_at(const Product& of, const void* scale, int64_t group) {
+    if (!scale) return set(0.0f);
+    if (of.scale.dtype == Dtype::f16) return load_f16(static_cast<const uint8_t*>(scale) + 32 * group);
+    return load_f32(static_cast<const uint8_t*>(scale) + 64 * group);
 }
 
 void store_rows(const Product& of, int64_t panel, int64_t token, F value) {
     store_some<F32>(of.out + token * of.rows + panel * 16, value, int(smaller(16, of.rows - panel * 16)));
 }
 
-int32_t four_inputs(const int8_t* from) {
+constexpr int64_t ahead = 2048;  // bytes before they are needed, at which codes are asked for
+
+int32_t four_bytes(const void* from) {
     int32_t word;
     __builtin_memcpy(&word, from, 4);
     return word;
@@ -63,52 +71,312 @@ int32_t four_inputs(const int8_t* from) {
 
 // ---- integers: codes times inputs rounded to int8, exact but for the inputs' rounding ----
 
-struct UnsignedBytes {
-    I operator()(I codes, I inputs) const { return dot_unsigned(codes, inputs); }
+// Where bytes to multiply by come from: `at` gives those of a quad of a chunk, which are `most` at most.
+template <int width>
+struct Codes {
+    static constexpr int bits = width, most = (1 << width) - 1;
+    static constexpr bool is_signed = false, near = false;
+    template <int quad>
+    LOWBIT_INLINE I at(const uint8_t* chunk) const {
+        return codes_of<bits, quad>(chunk);
+    }
 };
-struct OffsetBytes {  // code - 128, for codes of 8 bits
-    I operator()(I codes, I inputs) const { return dot_signed(differ(codes, set(int32_t(0x80808080))), inputs); }
+struct OffsetCodes {  // code - 128, for codes of 8 bits
+    static constexpr int bits = 8, most = 128;
+    static constexpr bool is_signed = true, near = false;
+    template <int quad>
+    LOWBIT_INLINE I at(const uint8_t* chunk) const {
+        return differ(load_words(chunk + 64 * quad), set(int32_t(0x80808080)));
+    }
 };
-struct TableBytes {
+struct TableCodes {
+    static constexpr int bits = 4, most = 128;
+    static constexpr bool is_signed = true, near = false;
     I table;
-    I operator()(I codes, I inputs) const { return dot_signed(lookup_bytes(table, codes), inputs); }
+    template <int quad>
+    LOWBIT_INLINE I at(const uint8_t* chunk) const {
+        return lookup_bytes(table, codes_of<bits, quad>(chunk));
+    }
+};
+// What another source gave, written down a byte each.
+template <int greatest, bool negative>
+struct Unpacked {
+    static constexpr int bits = 8, most = greatest;
+    static constexpr bool is_signed = negative, near = true;
+    template <int quad>
+    LOWBIT_INLINE I at(const uint8_t* chunk) const {
+        return load_words(chunk + 64 * quad);
+    }
 };
 
-template <int bits, class T, int tokens, class Dot>
-void integer_panel(const Product& of, int64_t panel, int64_t token, Dot dot, float offset) {
-    constexpr int width = columns_of_word<bits>;
-    int64_t blocks = of.cols / of.sub, per_scale = of.step / of.sub;
-    Panel<bits, T> at_panel(of, panel);
-    const uint8_t* codes = at_panel.codes;
-    F total[tokens];
-    for (int t = 0; t < tokens; t++) total[t] = set(0.0f);
-    for (int64_t block = 0; block < blocks; block++) {
-        I sum[tokens];
-        for (int t = 0; t < tokens; t++) sum[t] = set(0);
-        for (int64_t col = block * of.sub; col < (block + 1) * of.sub; col += width, codes += 64)
-            each_field<bits>(load_words(codes), [&](I field, int at) {
-                for (int t = 0; t < tokens; t++) {
-                    const int8_t* input = of.rounded + (token + t) * of.cols + col + 4 * at;
-                    sum[t] = add(sum[t], dot(field, set(four_inputs(input))));
-                }
-            });
-        F s = at_panel.scale_of(block / per_scale), z = at_panel.zero_of(block / per_scale);
-        for (int t = 0; t < tokens; t++) {
-            int64_t at = (token + t) * blocks + block;
-            F part = mul(to_float(sum[t]), set(of.input_scale[at])), all = set(of.input_sum[at]);
-            F shift = of.minus ? set(offset) : add(z, set(offset));
-            part = mul(sub(part, mul(shift, all)), s);
-            total[t] = add(total[t], of.minus ? sub(part, mul(z, all)) : part);
-        }
+// How many quads fit into sums of 16 bits.
+template <class Source>
+constexpr int fit = 32767 / (254 * Source::most);
+
+// Inputs of some tokens, from a column on.
+template <int tokens>
+struct Row {
+    const int8_t* at[tokens];
+    LOWBIT_INLINE I four(int token, int64_t column) const { return set(four_bytes(at[token] + column)); }
+};
+
+// Adds the products of the quads from `quad` to before `last`, two sums of 16 bits in each lane.
+template <int quad, int last, class Source, int tokens>
+LOWBIT_INLINE void add_products(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col,
+                                I (&pairs)[tokens]) {
+    I codes = source.template at<quad>(chunk);
+    for (int t = 0; t < tokens; t++) {
+        I inputs = input.four(t, col + 4 * quad);
+        pairs[t] = add_pairs(pairs[t], Source::is_signed ? dot_signed(codes, inputs) : dot_bytes(codes, inputs));
     }
-    for (int t = 0; t < tokens; t++) store_rows(of, panel, token + t, mul(total[t], set(of.unit)));
+    if constexpr (quad + 1 < last) add_products<quad + 1, last>(source, chunk, input, col, pairs);
 }
 
-template <int bits, class T, class Dot>
-void integer_panels(const Product& of, int64_t first, int64_t last, Dot dot, float offset) {
-    each_tile<4>(of, first, last, [&](int64_t panel, int64_t token, auto count) {
-        integer_panel<bits, T, count.value>(of, panel, token, dot, offset);
-    });
+// Adds these to sums of 32 bits, times `factor` (its halves).
+template <int quad, int last, class Source, int tokens>
+LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col, I factor,
+                             I (&sum)[tokens]) {
+    constexpr int until = quad + fit<Source> < last ? quad + fit<Source> : last;
+    I pairs[tokens];
+    for (I& each : pairs) each = set(0);
+    add_products<quad, until>(source, chunk, input, col, pairs);
+    for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], dot_pairs(pairs[t], factor));
+    if constexpr (until < last) add_quads<until, last>(source, chunk, input, col, factor, sum);
+}
+
+// Asks for lines of 64 bytes which are read soon; by itself a processor looks ahead within a page of 4 KiB.
+template <int lines>
+LOWBIT_INLINE void ask_for(const uint8_t* from) {
+    for (int i = 0; i < lines; i++) __builtin_prefetch(from + ahead + 64 * i);
+}
+
+// What both halves of a chunk are multiplied by, and whether something comes between them.
+struct Halves {
+    I first, second;
+    bool apart;
+};
+
+// Adds a chunk of columns from `col` on. Where halves are apart, between.half() is called when the first is added.
+template <class Source, int tokens, class Between>
+LOWBIT_INLINE void add_chunk(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col,
+                             const Halves& halves, I (&sum)[tokens], Between& between) {
+    if constexpr (fit<Source> < 8) {
+        add_quads<0, 4>(source, chunk, input, col, halves.first, sum);
+        if (halves.apart) between.half();
+        add_quads<4, 8>(source, chunk, input, col, halves.second, sum);
+    } else {
+        I pairs[tokens];
+        for (I& each : pairs) each = set(0);
+        add_products<0, 4>(source, chunk, input, col, pairs);
+        if (halves.apart) {
+            for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], dot_pairs(pairs[t], halves.first)), pairs[t] = set(0);
+            between.half();
+        }
+        add_products<4, 8>(source, chunk, input, col, pairs);
+        for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], dot_pairs(pairs[t], halves.second));
+    }
+}
+
+// Columns from `first` to before `last` of a panel; `codes` are those of the columns.
+struct Span {
+    int64_t panel, first, last;
+    const uint8_t* codes;
+};
+
+// Sums of some tokens: of what is done, and of the group that is open, without its scale; and the sum of its inputs.
+template <int tokens>
+struct Sums {
+    F total[tokens], open[tokens], inputs[tokens];
+};
+
+// Scales as they are: each block of inputs that were rounded together is a sum of its own.
+template <int tokens>
+struct Plain {
+    const Product& of;
+    int64_t blocks, block, group, left;
+    const int64_t (&token)[tokens];
+    Sums<tokens> sums;
+    I dots[tokens];
+
+    LOWBIT_INLINE Plain(const Product& product, const Span& span, const int64_t (&tokens_of)[tokens], const Sums<tokens>& begun)
+        : of(product), blocks(of.cols / of.sub), block(span.first / of.sub),
+          group((span.panel * of.cols + span.first) / of.step), left(of.step - span.first % of.step), token(tokens_of),
+          sums(begun) {
+        for (I& each : dots) each = set(0);
+    }
+
+    template <class Source>
+    LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
+        Halves ones{set(0x00010001), set(0x00010001), of.sub < 32};
+        const uint8_t* chunk = span.codes;
+        for (int64_t col = span.first; col < span.last; col += 32, chunk += 64 * Source::bits) {
+            if constexpr (!Source::near) ask_for<Source::bits>(chunk);
+            add_chunk(source, chunk, input, col, ones, dots, *this);
+            if (!((col + 32) & (of.sub - 1))) end_block();
+        }
+    }
+    LOWBIT_INLINE void half() { end_block(); }
+
+  private:
+    LOWBIT_INLINE void end_block() {
+        for (int t = 0; t < tokens; t++) {
+            int64_t input = token[t] * blocks + block;
+            sums.open[t] = fma(to_float(dots[t]), set(of.input_scale[input]), sums.open[t]);
+            sums.inputs[t] = add(sums.inputs[t], set(of.input_sum[input]));
+            dots[t] = set(0);
+        }
+        block++, left -= of.sub;
+        if (left == 0) end_group();
+    }
+    LOWBIT_INLINE void end_group() {
+        F s = scales_at(of, of.scale.data, group), z = scales_at(of, of.zero, group), none = set(0.0f);
+        F shift = sub(none, of.minus ? set(of.offset) : add(z, set(of.offset)));
+        for (int t = 0; t < tokens; t++) {
+            sums.total[t] = fma(fma(shift, sums.inputs[t], sums.open[t]), s, sums.total[t]);
+            if (of.minus) sums.total[t] = fma(sub(none, z), sums.inputs[t], sums.total[t]);
+            sums.open[t] = sums.inputs[t] = none;
+        }
+        group++, left = of.step;
+    }
+};
+
+// Scales that are small integers times one of a longer run, which inputs are rounded by as well: integers up to its end.
+template <int tokens>
+struct Nested {
+    const Product& of;
+    int64_t steps, runs;
+    const int64_t (&token)[tokens];
+    Sums<tokens> sums;
+    I dots[tokens], shift[tokens];
+
+    LOWBIT_INLINE Nested(const Product& product, const Span&, const int64_t (&tokens_of)[tokens], const Sums<tokens>& begun)
+        : of(product), steps(of.cols / of.step), runs(of.cols / of.over), token(tokens_of), sums(begun) {}
+
+    template <class Source>
+    LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
+        const uint8_t* chunk = span.codes;
+        int64_t step = span.first / of.step, run = span.first / of.over;
+        for (int64_t col = span.first; col < span.last; run++) {
+            for (int t = 0; t < tokens; t++) dots[t] = shift[t] = set(0);
+            for (int64_t end = col + of.over; col < end; col += 2 * of.step, step += 2) {
+                I factor = factors(span.panel, step);
+                for (int64_t at = 0; at < 2 * of.step; at += 32, chunk += 64 * Source::bits) {
+                    Halves halves{twice(factor, 0), twice(factor, 0), of.step == 16};
+                    if (halves.apart) halves.second = twice(factor, 1);
+                    else factor = shift_right<16>(factor);
+                    if constexpr (!Source::near) ask_for<Source::bits>(chunk);
+                    add_chunk(source, chunk, input, col + at, halves, dots, *this);
+                }
+            }
+            end_run(span.panel, run);
+        }
+    }
+    LOWBIT_INLINE void half() {}
+
+  private:
+    // Of two steps; adds what zeros make of these.
+    LOWBIT_INLINE I factors(int64_t panel, int64_t step) {
+        int64_t at = (panel * steps + step) * 16;
+        I factor = load_pairs(of.fine + at), low = factor;
+        if (of.joined) {
+            factor = both(low, set(0x000f000f)), low = both(shift_right<4>(low), set(0x000f000f));
+        } else if (of.fine_zero) {
+            low = load_pairs(of.fine_zero + at);
+        }
+        if (of.zero || of.offset != 0)
+            for (int t = 0; t < tokens; t++)
+                shift[t] = add(shift[t], dot_pairs(low, set(four_bytes(of.step_sum + token[t] * steps + step))));
+        return factor;
+    }
+    LOWBIT_INLINE void end_run(int64_t panel, int64_t run) {
+        F s = scales_at(of, of.scale.data, panel * runs + run), z = scales_at(of, of.zero, panel * runs + run);
+        for (int t = 0; t < tokens; t++) {
+            if (!of.zero) dots[t] = sub(dots[t], mul(shift[t], set(int32_t(of.offset))));
+            F part = mul(to_float(dots[t]), s);
+            if (of.zero) part = sub(part, mul(to_float(shift[t]), z));
+            sums.total[t] = fma(part, set(of.input_scale[token[t] * runs + run]), sums.total[t]);
+        }
+    }
+};
+
+template <template <int> class Scales, class Source, int tokens>
+LOWBIT_INLINE void add_span(const Product& of, const Source& source, const Span& span, const int64_t (&token)[tokens],
+                            Sums<tokens>& sums) {
+    Row<tokens> input;
+    for (int t = 0; t < tokens; t++) input.at[t] = of.rounded + token[t] * of.cols;
+    Scales<tokens> state(of, span, token, sums);
+    state.add_span(source, span, input);
+    sums = state.sums;
+}
+
+const uint8_t* codes_of_panel(const Product& of, int64_t panel) { return of.codes + panel * of.cols * of.bits * 2; }
+
+// One token: codes are unpacked on the way.
+template <template <int> class Scales, class Source>
+void one_token(const Product& of, const Source& source, int64_t first, int64_t last) {
+    constexpr int64_t token[1] = {0};
+    for (int64_t panel = first; panel < last; panel++) {
+        Sums<1> sums{{set(0.0f)}, {set(0.0f)}, {set(0.0f)}};
+        add_span<Scales>(of, source, Span{panel, 0, of.cols, codes_of_panel(of, panel)}, token, sums);
+        store_rows(of, panel, 0, mul(sums.total[0], set(of.unit)));
+    }
+}
+
+// Many: some columns are unpacked for as many tokens as keep their sums in the nearest memory.
+constexpr int64_t columns_at_once = 512, tokens_at_once = 64;
+
+struct Near {
+    float total[tokens_at_once][16], open[tokens_at_once][16], inputs[tokens_at_once][16];
+};
+
+template <int quad = 0, class Source>
+LOWBIT_INLINE void unpack_quads(const Source& source, const uint8_t* chunk, uint8_t* bytes) {
+    store_words(bytes + 64 * quad, source.template at<quad>(chunk));
+    if constexpr (quad < 7) unpack_quads<quad + 1>(source, chunk, bytes);
+}
+template <class Source>
+void unpack(const Source& source, const uint8_t* codes, int64_t chunks, uint8_t* bytes) {
+    for (int64_t i = 0; i < chunks; i++) unpack_quads(source, codes + i * 64 * Source::bits, bytes + i * 512);
+}
+
+// A tile of tokens, of which `count` are there: others repeat the last.
+template <template <int> class Scales, class Source>
+void add_tile(const Product& of, const Span& span, int64_t first, int64_t count, Near& kept, int64_t at) {
+    int64_t token[tile], place[tile];
+    Sums<tile> sums;
+    for (int t = 0; t < tile; t++) {
+        token[t] = first + smaller(t, count - 1), place[t] = at + smaller(t, count - 1);
+        sums.total[t] = load_f32(kept.total[place[t]]), sums.open[t] = load_f32(kept.open[place[t]]);
+        sums.inputs[t] = load_f32(kept.inputs[place[t]]);
+    }
+    add_span<Scales>(of, Source{}, span, token, sums);
+    for (int t = 0; t < tile; t++) {
+        store_f32(kept.total[place[t]], sums.total[t]), store_f32(kept.open[place[t]], sums.open[t]);
+        store_f32(kept.inputs[place[t]], sums.inputs[t]);
+    }
+}
+
+template <class Source>
+auto tile_of(const Product& of) {
+    using Written = Unpacked<Source::is_signed ? 128 : Source::most < 15 ? 15 : Source::most, Source::is_signed>;
+    return of.fine ? add_tile<Nested, Written> : add_tile<Plain, Written>;
+}
+
+template <class Source>
+void many_tokens(const Product& of, int64_t panel, const Source& source) {
+    auto add = tile_of<Source>(of);
+    int64_t wide = of.fine ? columns_at_once / of.over * of.over : columns_at_once;
+    uint8_t bytes[16 * columns_at_once];
+    for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
+        int64_t count = smaller(tokens_at_once, of.tokens - token);
+        Near kept = {};
+        for (int64_t col = 0; col < of.cols; col += wide) {
+            Span span{panel, col, smaller(col + wide, of.cols), bytes};
+            unpack(source, codes_of_panel(of, panel) + col / 32 * 64 * Source::bits, (span.last - col) / 32, bytes);
+            for (int64_t t = 0; t < count; t += tile) add(of, span, token + t, smaller(tile, count - t), kept, t);
+        }
+        for (int64_t t = 0; t < count; t++) store_rows(of, panel, token + t, mul(load_f32(kept.total[t]), set(of.unit)));
+    }
 }
 
 // ---- floats: what codes stand for times the inputs as they are ----
@@ -122,116 +390,163 @@ struct Level256 {
     F operator()(I code) const { return lookup256(table, code); }
 };
 
-template <int bits, int byte, class Level, class Take>
-void each_byte(I field, Level level, Take take) {
-    take(level(both(shift_right<8 * byte>(field), set((1 << bits) - 1))), byte);
-    if constexpr (byte < 3) each_byte<bits, byte + 1>(field, level, take);
+template <int n>
+struct Count {
+    static constexpr int value = n;
+};
+
+template <class Body>
+void with_codes(int bits, Body body) {
+    if (bits == 2) body(Codes<2>{});
+    if (bits == 3) body(Codes<3>{});
+    if (bits == 4) body(Codes<4>{});
+    if (bits == 5) body(Codes<5>{});
+    if (bits == 6) body(Codes<6>{});
+    if (bits == 8) body(Codes<8>{});
 }
 
-template <int bits, class T, int tokens, class Level>
+// body(token, Count) for `wide` tokens at a time, then for the rest one by one.
+template <int wide, class Body>
+void each_tile(int64_t first, int64_t last, Body body) {
+    for (; first + wide <= last; first += wide) body(first, Count<wide>{});
+    for (; first < last; first++) body(first, Count<1>{});
+}
+
+template <int byte = 0, class Level, class Take>
+LOWBIT_INLINE void each_byte(I codes, Level level, int64_t column, Take& take) {
+    take(level(both(shift_right<8 * byte>(codes), set(255))), column + byte);
+    if constexpr (byte < 3) each_byte<byte + 1>(codes, level, column, take);
+}
+
+template <int tokens, class Level>
 void float_panel(const Product& of, int64_t panel, int64_t token, Level level) {
-    constexpr int width = columns_of_word<bits>;
-    int64_t groups = of.cols / of.step;
-    Panel<bits, T> at_panel(of, panel);
-    const uint8_t* codes = at_panel.codes;
-    F total[tokens];
-    for (int t = 0; t < tokens; t++) total[t] = set(0.0f);
-    for (int64_t group = 0; group < groups; group++) {
-        F s = at_panel.scale_of(group), z = at_panel.zero_of(group);
-        F sum[tokens], all[tokens];
+    uint8_t chunk[512];
+    F total[tokens], sum[tokens], all[tokens];
+    for (F& each : total) each = set(0.0f);
+    for (int64_t group = 0, groups = of.cols / of.step; group < groups; group++) {
+        F s = scales_at(of, of.scale.data, panel * groups + group), z = scales_at(of, of.zero, panel * groups + group);
         for (int t = 0; t < tokens; t++) sum[t] = all[t] = set(0.0f);
-        for (int64_t col = group * of.step; col < (group + 1) * of.step; col += width, codes += 64)
-            each_field<bits>(load_words(codes), [&](I field, int at) {
-                each_byte<bits, 0>(field, level, [&](F value, int byte) {
-                    F shifted = of.minus ? value : sub(value, z);
-                    for (int t = 0; t < tokens; t++) {
-                        F input = set(of.input[(token + t) * of.cols + col + 4 * at + byte]);
-                        sum[t] = add(sum[t], mul(shifted, input));
-                        if (of.minus) all[t] = add(all[t], input);
-                    }
-                });
-            });
+        auto take = [&](F value, int64_t column) {
+            F shifted = of.minus ? value : sub(value, z);
+            for (int t = 0; t < tokens; t++) {
+                F each = set(of.input[(token + t) * of.cols + column]);
+                sum[t] = fma(shifted, each, sum[t]);
+                if (of.minus) all[t] = add(all[t], each);
+            }
+        };
+        for (int64_t col = group * of.step; col < (group + 1) * of.step; col += 4) {
+            const uint8_t* codes = codes_of_panel(of, panel) + col / 32 * 64 * of.bits;
+            if (col % 32 == 0) with_codes(of.bits, [&](auto source) { unpack(source, codes, 1, chunk); });
+            each_byte(load_words(chunk + col % 32 * 16), level, col, take);
+        }
         for (int t = 0; t < tokens; t++) {
-            F part = mul(sum[t], s);
-            total[t] = add(total[t], of.minus ? sub(part, mul(z, all[t])) : part);
+            total[t] = fma(sum[t], s, total[t]);
+            if (of.minus) total[t] = fma(sub(set(0.0f), z), all[t], total[t]);
         }
     }
     for (int t = 0; t < tokens; t++) store_rows(of, panel, token + t, total[t]);
 }
 
-template <int bits, class T, class Level>
+template <class Level>
 void float_panels(const Product& of, int64_t first, int64_t last, Level level) {
-    each_tile<4>(of, first, last, [&](int64_t panel, int64_t token, auto count) {
-        float_panel<bits, T, count.value>(of, panel, token, level);
-    });
-}
-
-template <int bits, class T>
-void code_panels(const Product& of, int64_t first, int64_t last) {
-    if (of.way == Way::floats && bits < 8)
-        float_panels<bits, T>(of, first, last, Level16{load_f32(of.level)});
-    else if (of.way == Way::floats)
-        float_panels<bits, T>(of, first, last, Level256{of.level});
-    else if (of.way == Way::table && bits < 8)
-        integer_panels<bits, T>(of, first, last, TableBytes{table_of_bytes(of.table)}, of.offset);
-    else if (bits < 8)
-        integer_panels<bits, T>(of, first, last, UnsignedBytes{}, of.offset);
-    else
-        integer_panels<bits, T>(of, first, last, OffsetBytes{}, of.offset - 128);
+    for (int64_t panel = first; panel < last; panel++)
+        each_tile<4>(0, of.tokens, [&](int64_t token, auto count) { float_panel<count.value>(of, panel, token, level); });
 }
 
 // ---- weights that are floats themselves ----
 
-template <class T, int tokens>
-void dense_panel(const Product& of, int64_t panel, int64_t token) {
+// Sums of even and of odd columns are apart, so that an addition need not wait for the one before.
+template <class T>
+void one_dense(const Product& of, int64_t panel) {
     const uint8_t* weight = of.codes + panel * of.cols * 16 * T::size;
-    F total[2][tokens];  // two sums, so that an addition need not wait for the one before
-    for (int t = 0; t < tokens; t++) total[0][t] = total[1][t] = set(0.0f);
-    for (int64_t col = 0; col < of.cols; col++, weight += 16 * T::size) {
-        F value = T::load(weight);
-        for (int t = 0; t < tokens; t++) {
-            F& sum = total[col % 2][t];
-            sum = add(sum, mul(value, set(of.input[(token + t) * of.cols + col])));
-        }
+    F even = set(0.0f), odd = even;
+    for (int64_t col = 0; col < of.cols; col += 2, weight += 32 * T::size) {
+        ask_for<T::size / 2>(weight);
+        even = fma(T::load(weight), set(of.input[col]), even);
+        odd = fma(T::load(weight + 16 * T::size), set(of.input[col + 1]), odd);
     }
-    for (int t = 0; t < tokens; t++) store_rows(of, panel, token + t, add(total[0][t], total[1][t]));
+    store_rows(of, panel, 0, add(even, odd));
+}
+
+constexpr int64_t floats_at_once = 256;       // columns
+constexpr int float_tile = tile == 8 ? 12 : 6;  // tokens: what registers hold beside a weight and an input
+
+struct DenseSpan {
+    int64_t first, count;
+    float weight[floats_at_once][16];
+};
+struct DenseSums {
+    float at[2][tokens_at_once][16];
+};
+
+// A tile of tokens from number `first` on, of which `count` are there: others repeat the last.
+void add_dense(const Product& of, const DenseSpan& span, int64_t first, int64_t count, float (*kept)[16], int odd) {
+    const float* input[float_tile];
+    F sum[float_tile];
+    for (int t = 0; t < float_tile; t++) {
+        input[t] = of.input + (first + smaller(t, count - 1)) * of.cols + span.first;
+        sum[t] = load_f32(kept[smaller(t, count - 1)]);
+    }
+    for (int64_t col = odd; col < span.count; col += 2) {
+        F weight = load_f32(span.weight[col]);
+        for (int t = 0; t < float_tile; t++) sum[t] = fma(weight, set(input[t][col]), sum[t]);
+    }
+    for (int t = 0; t < float_tile; t++) store_f32(kept[smaller(t, count - 1)], sum[t]);
+}
+
+// Some columns become float32 for as many tokens as keep their sums near.
+template <class T>
+void many_dense(const Product& of, int64_t panel) {
+    const uint8_t* weight = of.codes + panel * of.cols * 16 * T::size;
+    DenseSpan span;
+    for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
+        int64_t count = smaller(tokens_at_once, of.tokens - token);
+        DenseSums kept = {};
+        for (span.first = 0; span.first < of.cols; span.first += floats_at_once) {
+            span.count = smaller(floats_at_once, of.cols - span.first);
+            for (int64_t i = 0; i < span.count; i++)
+                store_f32(span.weight[i], T::load(weight + (span.first + i) * 16 * T::size));
+            for (int64_t t = 0; t < count; t += float_tile)
+                for (int odd = 0; odd < 2; odd++)
+                    add_dense(of, span, token + t, smaller(float_tile, count - t), kept.at[odd] + t, odd);
+        }
+        for (int64_t t = 0; t < count; t++)
+            store_rows(of, panel, token + t, add(load_f32(kept.at[0][t]), load_f32(kept.at[1][t])));
+    }
 }
 
 template <class T>
 void dense_panels(const Product& of, int64_t first, int64_t last) {
-    each_tile<2>(of, first, last, [&](int64_t panel, int64_t token, auto count) {
-        dense_panel<T, count.value>(of, panel, token);
-    });
+    for (int64_t panel = first; panel < last; panel++) of.tokens == 1 ? one_dense<T>(of, panel) : many_dense<T>(of, panel);
 }
 
-void product(const Product& of, int64_t first, int64_t last) {
-    if (of.way == Way::dense) {
-        with_dtype(of.scale.dtype, [&](auto type) { dense_panels<decltype(type)>(of, first, last); });
-        return;
-    }
-    auto run = [&](auto type) {
-        using T = decltype(type);
-        if (of.bits == 2) code_panels<2, T>(of, first, last);
-        if (of.bits == 4) code_panels<4, T>(of, first, last);
-        if (of.bits == 8) code_panels<8, T>(of, first, last);
-    };
-    of.scale.dtype == Dtype::f16 ? run(F16{}) : run(F32{});
+// ---- which of these ----
+
+template <class Source>
+void integer_panels(const Product& of, int64_t first, int64_t last, const Source& source) {
+    if (of.tokens == 1) return of.fine ? one_token<Nested>(of, source, first, last) : one_token<Plain>(of, source, first, last);
+    for (int64_t panel = first; panel < last; panel++) many_tokens(of, panel, source);
 }
 
-// Inputs as int8 in blocks of `sub`: rounded, the scale of each block, and scale times the sum of a block.
-void round_inputs(int64_t count, int64_t sub, const float* input, int8_t* rounded, float* scale, float* sum) {
-    for (int64_t block = 0; block < count / sub; block++, input += sub, rounded += sub) {
-        F most = set(0.0f);
-        for (int64_t i = 0; i < sub; i += 16)
-            most = max(most, floats(both(bits(load_f32(input + i)), set(0x7fffffff))));
-        float largest = greatest(most), up = largest > 1e-30f ? 127 / largest : 0;
-        I total = set(0);
-        for (int64_t i = 0; i < sub; i += 16) {
-            I value = to_int(rint(mul(load_f32(input + i), set(up))));
-            total = add(total, value);
-            store_u8(rounded + i, both(value, set(0xff)));
-        }
-        scale[block] = largest / 127;
-        sum[block] = largest / 127 * sum_of(to_float(total));
-    }
+void code_panels(const Product& of, int64_t first, int64_t last) {
+    if (of.way == Way::table) return integer_panels(of, first, last, TableCodes{table_of_bytes(of.table)});
+    if (of.bits < 8)
+        return with_codes(of.bits, [&](auto source) {
+            if constexpr (source.bits < 8) integer_panels(of, first, last, source);
+        });
+    Product centred = of;
+    centred.offset -= 128;
+    integer_panels(centred, first, last, OffsetCodes{});
 }
+
+}  // namespace
+
+void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last);
+void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last) {
+    if (of.way == Way::dense) with_dtype(of.scale.dtype, [&](auto type) { dense_panels<decltype(type)>(of, first, last); });
+    else if (of.way != Way::floats) code_panels(of, first, last);
+    else if (of.bits <= 4) float_panels(of, first, last, Level16{load_f32(of.level)});
+    else float_panels(of, first, last, Level256{of.level});
+}
+
+}  // namespace lowbit

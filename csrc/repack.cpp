@@ -23,29 +23,40 @@ struct Line {
     }
 };
 
-// Words that hold four columns a byte apart, and those after them in the bits above.
-template <int bits>
-void join(const uint8_t* codes, int64_t words, uint32_t* to) {
+// Words of a chunk of 32 codes that hold `bits` bits of each, from bit `first` on: four columns a byte apart, and those
+// after them in the bits above.
+template <int bits, int first>
+void join(const uint8_t* codes, uint32_t* to) {
     constexpr int fields = 8 / bits;
-    for (int64_t w = 0; w < words; w++) {
+    constexpr uint32_t mask = ((1u << bits) - 1) * 0x01010101u;
+    for (int w = 0; w < bits; w++) {
         uint32_t part[fields], word = 0;
         std::memcpy(part, codes + w * 4 * fields, sizeof part);
-        for (int f = 0; f < fields; f++) word |= part[f] << bits * f;
+        for (int f = 0; f < fields; f++) word |= (part[f] >> first & mask) << bits * f;
         to[w] = word;
+    }
+}
+
+template <int bits>
+void join_chunks(const uint8_t* codes, int64_t chunks, uint32_t* to) {
+    constexpr int low = bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits, high = bits - low;
+    for (int64_t chunk = 0; chunk < chunks; chunk++, codes += 32, to += bits) {
+        join<low, 0>(codes, to);
+        if constexpr (high > 0) join<high, low>(codes, to + low);
     }
 }
 
 template <int bits>
 void interleave_panel(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t* order, int64_t full,
                       std::vector<Line>& lines, uint8_t* out) {
-    constexpr int64_t width = 32 / bits;
+    constexpr int64_t at_once = tile_words / bits;
     const uint8_t* from[lanes] = {};
     for (int64_t r = 0; r < rows; r++) from[r] = lines[size_t(r)].of(codes + r * cols, cols, order);
     Tile tile = {};
-    for (int64_t word = 0, words = full / width; word < words; word += tile_words) {
-        int64_t count = std::min(tile_words, words - word);
-        for (int64_t r = 0; r < rows; r++) join<bits>(from[r] + word * width, count, tile[r]);
-        kernels().transpose_words(tile, tile_words, lanes, count, out + 64 * word, lanes);
+    for (int64_t chunk = 0, chunks = full / 32; chunk < chunks; chunk += at_once) {
+        int64_t count = std::min(at_once, chunks - chunk);
+        for (int64_t r = 0; r < rows; r++) join_chunks<bits>(from[r] + chunk * 32, count, tile[r]);
+        kernels().transpose_words(tile, tile_words, lanes, count * bits, out + 64 * bits * chunk, lanes);
     }
 }
 
@@ -98,7 +109,10 @@ void interleave_all(const uint8_t* codes, int64_t rows, int64_t cols, const int6
 void interleave(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t* order, int bits, int64_t full,
                 int threads, uint8_t* out) {
     if (bits == 2) interleave_all<2>(codes, rows, cols, order, full, threads, out);
+    if (bits == 3) interleave_all<3>(codes, rows, cols, order, full, threads, out);
     if (bits == 4) interleave_all<4>(codes, rows, cols, order, full, threads, out);
+    if (bits == 5) interleave_all<5>(codes, rows, cols, order, full, threads, out);
+    if (bits == 6) interleave_all<6>(codes, rows, cols, order, full, threads, out);
     if (bits == 8) interleave_all<8>(codes, rows, cols, order, full, threads, out);
 }
 

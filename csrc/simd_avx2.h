@@ -1,7 +1,8 @@
-// Sixteen lanes as two AVX2 registers, with F16C. simd_scalar.h says what each function means.
+// Sixteen lanes as two AVX2 registers, with F16C and FMA. simd_scalar.h says what each function means.
 // Include inside an anonymous namespace.
 
 constexpr const char* isa_name = "avx2";
+constexpr int tile = 4;  // tokens whose sums stay in registers
 
 struct F {
     __m256 low, high;
@@ -66,6 +67,7 @@ F mul(F a, F b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.h
 F div(F a, F b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
 F min(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
 F max(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)}; }
 F sqrt(F a) { return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)}; }
 F rint(F a) {
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -76,6 +78,7 @@ I add(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.hig
 I sub(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
 I both(I a, I b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
 I either(I a, I b) { return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)}; }
+I mul(I a, I b) { return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)}; }
 I min(I a, I b) { return {_mm256_min_epi32(a.low, b.low), _mm256_min_epi32(a.high, b.high)}; }
 I max(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
 template <int n>
@@ -149,14 +152,22 @@ float greatest(F value) {
 I load_words(const void* from) {
     return {_mm256_loadu_si256(wide(from)), _mm256_loadu_si256(wide(from) + 1)};
 }
+void store_words(void* to, I words) { store_wide(to, words.low), store_wide(static_cast<uint8_t*>(to) + 32, words.high); }
 I differ(I a, I b) { return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)}; }
-__m256i sum_of_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-I dot_unsigned(I a, I b) {
-    return {sum_of_pairs(_mm256_maddubs_epi16(a.low, b.low)), sum_of_pairs(_mm256_maddubs_epi16(a.high, b.high))};
-}
+I dot_bytes(I a, I b) { return {_mm256_maddubs_epi16(a.low, b.low), _mm256_maddubs_epi16(a.high, b.high)}; }
 I dot_signed(I a, I b) {
-    return dot_unsigned({_mm256_abs_epi8(a.low), _mm256_abs_epi8(a.high)},
-                        {_mm256_sign_epi8(b.low, a.low), _mm256_sign_epi8(b.high, a.high)});
+    return dot_bytes({_mm256_abs_epi8(a.low), _mm256_abs_epi8(a.high)},
+                     {_mm256_sign_epi8(b.low, a.low), _mm256_sign_epi8(b.high, a.high)});
+}
+I add_pairs(I a, I b) { return {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)}; }
+I dot_pairs(I a, I b) { return {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)}; }
+I load_pairs(const void* from) {
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128(narrow(from))), _mm256_cvtepi8_epi16(_mm_loadu_si128(narrow(from) + 1))};
+}
+I twice(I pairs, int which) {
+    __m256i order = _mm256_set1_epi64x(which ? 0x0706070603020302 : 0x0504050401000100);
+    order = _mm256_add_epi8(order, _mm256_set_epi64x(0x0808080808080808, 0, 0x0808080808080808, 0));
+    return {_mm256_shuffle_epi8(pairs.low, order), _mm256_shuffle_epi8(pairs.high, order)};
 }
 I table_of_bytes(const int8_t* from) {
     __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128(narrow(from)));

@@ -2,6 +2,7 @@
 // Include inside an anonymous namespace.
 
 constexpr const char* isa_name = "avx512";
+constexpr int tile = 8;
 
 struct F {
     __m512 all;
@@ -42,6 +43,7 @@ F mul(F a, F b) { return {_mm512_mul_ps(a.all, b.all)}; }
 F div(F a, F b) { return {_mm512_div_ps(a.all, b.all)}; }
 F min(F a, F b) { return {_mm512_min_ps(a.all, b.all)}; }
 F max(F a, F b) { return {_mm512_max_ps(a.all, b.all)}; }
+F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.all, b.all, c.all)}; }
 F sqrt(F a) { return {_mm512_sqrt_ps(a.all)}; }
 F rint(F a) { return {_mm512_roundscale_ps(a.all, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
@@ -49,6 +51,7 @@ I add(I a, I b) { return {_mm512_add_epi32(a.all, b.all)}; }
 I sub(I a, I b) { return {_mm512_sub_epi32(a.all, b.all)}; }
 I both(I a, I b) { return {_mm512_and_si512(a.all, b.all)}; }
 I either(I a, I b) { return {_mm512_or_si512(a.all, b.all)}; }
+I mul(I a, I b) { return {_mm512_mullo_epi32(a.all, b.all)}; }
 I min(I a, I b) { return {_mm512_min_epi32(a.all, b.all)}; }
 I max(I a, I b) { return {_mm512_max_epi32(a.all, b.all)}; }
 template <int n>
@@ -103,13 +106,20 @@ float greatest(F value) { return _mm512_reduce_max_ps(value.all); }
 // ---- four bytes of a lane at a time ----
 
 I load_words(const void* from) { return {_mm512_loadu_si512(from)}; }
+void store_words(void* to, I words) { _mm512_storeu_si512(to, words.all); }
 I differ(I a, I b) { return {_mm512_xor_si512(a.all, b.all)}; }
-I dot_unsigned(I a, I b) {
-    return {_mm512_madd_epi16(_mm512_maddubs_epi16(a.all, b.all), _mm512_set1_epi16(1))};
-}
+I dot_bytes(I a, I b) { return {_mm512_maddubs_epi16(a.all, b.all)}; }
 I dot_signed(I a, I b) {
     __m512i turned = _mm512_mask_sub_epi8(b.all, _mm512_movepi8_mask(a.all), _mm512_setzero_si512(), b.all);
-    return dot_unsigned({_mm512_abs_epi8(a.all)}, {turned});
+    return dot_bytes({_mm512_abs_epi8(a.all)}, {turned});
+}
+I add_pairs(I a, I b) { return {_mm512_add_epi16(a.all, b.all)}; }
+I dot_pairs(I a, I b) { return {_mm512_madd_epi16(a.all, b.all)}; }
+I load_pairs(const void* from) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(wide(from)))}; }
+I twice(I pairs, int which) {
+    __m512i order = _mm512_set1_epi64(which ? 0x0706070603020302 : 0x0504050401000100);
+    order = _mm512_add_epi8(order, _mm512_broadcast_i32x4(_mm_set_epi64x(0x0808080808080808, 0)));
+    return {_mm512_shuffle_epi8(pairs.all, order)};
 }
 I table_of_bytes(const int8_t* from) { return {_mm512_broadcast_i32x4(_mm_loadu_si128(narrow(from)))}; }
 I lookup_bytes(I table, I index) { return {_mm512_shuffle_epi8(table.all, index.all)}; }

@@ -2,6 +2,7 @@
 // Include inside an anonymous namespace.
 
 constexpr const char* isa_name = "scalar";
+constexpr int tile = 4;
 
 template <class T>
 struct Lanes {
@@ -114,6 +115,9 @@ F mul(F a, F b) {
 F div(F a, F b) {
     return each<F>([&](int i) { return a.at[i] / b.at[i]; });
 }
+F fma(F a, F b, F c) {  // rounded once
+    return each<F>([&](int i) { return __builtin_fmaf(a.at[i], b.at[i], c.at[i]); });
+}
 F sqrt(F a) {
     return each<F>([&](int i) { return __builtin_sqrtf(a.at[i]); });
 }
@@ -139,6 +143,9 @@ I both(I a, I b) {
 }
 I either(I a, I b) {
     return each<I>([&](int i) { return a.at[i] | b.at[i]; });
+}
+I mul(I a, I b) {
+    return each<I>([&](int i) { return int32_t(uint32_t(a.at[i]) * uint32_t(b.at[i])); });
 }
 I min(I a, I b) {
     return each<I>([&](int i) { return a.at[i] < b.at[i] ? a.at[i] : b.at[i]; });
@@ -245,25 +252,46 @@ void transpose8(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t t
 // ---- four bytes of a lane at a time ----
 
 I load_words(const void* from) { return load<int32_t>(from); }
+void store_words(void* to, I words) { __builtin_memcpy(to, words.at, 64); }
 I differ(I a, I b) {
     return each<I>([&](int i) { return a.at[i] ^ b.at[i]; });
 }
 int32_t byte_of(int32_t word, int at) { return int8_t(uint32_t(word) >> 8 * at); }
+int32_t half_of(int32_t word, int at) { return int16_t(uint32_t(word) >> 16 * at); }
+int32_t pair_of(int32_t low, int32_t high) { return int32_t(uint32_t(low & 0xffff) | uint32_t(high) << 16); }
 
-// Sums of four products in each lane, where no two of them leave 16 bits: bytes of `a` unsigned or signed, of `b` signed.
-I dot_unsigned(I a, I b) {
+// Two sums of two products, 16 bits each, in each lane; no sum leaves them. Bytes of `a` are unsigned, of `b` signed.
+I dot_bytes(I a, I b) {
     return each<I>([&](int i) {
-        int32_t sum = 0;
-        for (int k = 0; k < 4; k++) sum += (byte_of(a.at[i], k) & 0xff) * byte_of(b.at[i], k);
-        return sum;
+        auto product = [&](int k) { return (byte_of(a.at[i], k) & 0xff) * byte_of(b.at[i], k); };
+        return pair_of(product(0) + product(1), product(2) + product(3));
     });
 }
-I dot_signed(I a, I b) {
+I dot_signed(I a, I b) {  // both are signed
     return each<I>([&](int i) {
-        int32_t sum = 0;
-        for (int k = 0; k < 4; k++) sum += byte_of(a.at[i], k) * byte_of(b.at[i], k);
-        return sum;
+        auto product = [&](int k) { return byte_of(a.at[i], k) * byte_of(b.at[i], k); };
+        return pair_of(product(0) + product(1), product(2) + product(3));
     });
+}
+I add_pairs(I a, I b) {
+    return each<I>([&](int i) {
+        return pair_of(half_of(a.at[i], 0) + half_of(b.at[i], 0), half_of(a.at[i], 1) + half_of(b.at[i], 1));
+    });
+}
+// The sum of the products of both halves of each lane.
+I dot_pairs(I a, I b) {
+    return each<I>([&](int i) {
+        return half_of(a.at[i], 0) * half_of(b.at[i], 0) + half_of(a.at[i], 1) * half_of(b.at[i], 1);
+    });
+}
+// Thirty-two signed bytes as the halves of lanes.
+I load_pairs(const void* from) {
+    auto bytes = static_cast<const int8_t*>(from);
+    return each<I>([&](int i) { return pair_of(bytes[2 * i], bytes[2 * i + 1]); });
+}
+// One half of each lane in both.
+I twice(I pairs, int which) {
+    return each<I>([&](int i) { return pair_of(half_of(pairs.at[i], which), half_of(pairs.at[i], which)); });
 }
 
 // Bytes of a table of 16, as many times as a register needs them, at indices below 16.

@@ -248,25 +248,36 @@ static void check_ggml_blocks(GgmlType type, int64_t blocks) {
 }
 
 // A weight of panels, and inputs, for one way.
-static void compare_product(const Kernels& kernels, Way way, int bits, int64_t rows, int64_t cols, int64_t step, bool minus) {
-    int64_t panels = (rows + 15) / 16, tokens = 5, sub = step % 32 ? 16 : 32;
-    bool narrow = rows % 2;
-    Buffer codes = random_codes(panels * 16 * cols * bits / 8, 255), scale = random_weight(panels * 16 * cols / step,
-                                                                  narrow ? Dtype::f16 : Dtype::f32, false);
-    auto zero = random_weight(panels * 16 * cols / step, narrow ? Dtype::f16 : Dtype::f32, false);
+static void compare_product(const Kernels& kernels, Way way, int bits, int64_t rows, int64_t cols, int64_t step, bool minus,
+                            int64_t over = 0) {
+    bool alone = (rows % 2 == 0) == (cols % 3 == 0);
+    int64_t panels = (rows + 15) / 16, tokens = alone ? 1 : cols > 700 ? 70 : 11;
+    int64_t sub = over ? over : step % 32 ? 16 : bits == 2 && step == 256 ? 256 : 32;
+    int64_t scales = panels * 16 * cols / (over ? over : step), steps = panels * 16 * cols / step;
+    bool narrow = rows % 2, zeros = over ? minus : rows % 3 != 0, joined = over && rows % 5 == 0;
+    Buffer codes = random_codes(panels * 16 * cols * bits / 8, 255), fine = random_codes(steps, 255);
+    Buffer scale = random_weight(scales, narrow ? Dtype::f16 : Dtype::f32, false), fine_zero = random_codes(steps, 255);
+    auto zero = random_weight(scales, narrow ? Dtype::f16 : Dtype::f32, false);
     auto level = random_scales(256), input = random_scales(tokens * cols);
     for (size_t i = 0; i < input.size(); i += 3) input[i] *= -1;
     std::vector<int8_t> table(16), rounded(input.size());
     for (int i = 0; i < 16; i++) table[size_t(i)] = int8_t(17 * i - 128);
     std::vector<float> input_scale(input.size() / size_t(sub)), input_sum(input_scale.size());
-    kernels.round_inputs(tokens * cols, sub, input.data(), rounded.data(), input_scale.data(), input_sum.data());
+    std::vector<int16_t> step_sum(input.size() / size_t(step));
+    Rounded blocks{tokens * cols, sub, over ? step : 0};
+    kernels.round_inputs(blocks, input.data(), rounded.data(), input_scale.data(), input_sum.data(), step_sum.data());
     compare("round_inputs", kernels, {tokens, cols, 1, sub}, tokens * cols, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> scales(input_scale.size()), sums(input_scale.size());
-        k.round_inputs(tokens * cols, sub, input.data(), reinterpret_cast<int8_t*>(out), scales.data(), sums.data());
+        std::vector<int16_t> of_steps(step_sum.size());
+        auto bytes = reinterpret_cast<int8_t*>(out);
+        k.round_inputs(blocks, input.data(), bytes, scales.data(), sums.data(), of_steps.data());
     });
-    Product of{way, rows, cols, bits, step, codes.at(), {scale.at(), narrow ? Dtype::f16 : Dtype::f32},
-               rows % 3 ? zero.at() : nullptr, minus, 3, level.data(), table.data(), 0.5f, tokens, input.data(), sub,
-               rounded.data(), input_scale.data(), input_sum.data(), nullptr};
+    auto integers = [](Buffer& from) { return reinterpret_cast<const int8_t*>(from.at()); };
+    Product of{way, rows, cols, bits, step, over ? over : step, codes.at(),
+               {scale.at(), narrow ? Dtype::f16 : Dtype::f32}, zeros ? zero.at() : nullptr, minus, 3,
+               over ? integers(fine) : nullptr, over && zeros && !joined ? integers(fine_zero) : nullptr,
+               joined, level.data(), table.data(), 0.5f, tokens, input.data(), sub,
+               rounded.data(), input_scale.data(), input_sum.data(), step_sum.data(), nullptr};
     compare("product", kernels, {rows, cols, int64_t(way), bits}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> found(size_t(tokens * rows));
         Product mine = of;
@@ -277,7 +288,7 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
 }
 
 static void compare_dense(const Kernels& kernels, Dtype dtype, int64_t rows, int64_t cols) {
-    int64_t panels = (rows + 15) / 16, tokens = 3;
+    int64_t panels = (rows + 15) / 16, tokens = cols % 3 ? 1 : 11;
     Buffer weight = random_weight(panels * 16 * cols, dtype, false);
     auto input = random_scales(tokens * cols);
     compare("dense", kernels, {rows, cols, 1, 1}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
@@ -406,11 +417,22 @@ int main() {
             for (int64_t cols : {32, 96}) {
                 for (Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) compare_dense(kernels, dtype, rows, cols);
                 for (Way way : {Way::floats, Way::codes, Way::table})
-                    for (int bits : {2, 4, 8})
+                    for (int bits : {2, 3, 4, 5, 6, 8})
                         for (int64_t step : {int64_t(16), int64_t(32), cols})
                             if (way != Way::table || bits == 4)
                                 for (bool minus : {false, true}) compare_product(kernels, way, bits, rows, cols, step, minus);
             }
+        for (int64_t rows : {5, 16, 33})
+            for (int bits = 2; bits <= 6; bits++)
+                for (int64_t step : {16, 32})
+                    for (bool minus : {false, true}) {
+                        compare_product(kernels, Way::codes, bits, rows, 512, step, minus, 256);
+                        if (bits == 4) compare_product(kernels, Way::table, bits, rows, 192, step, minus, 64);
+                    }
+        for (bool minus : {false, true}) {  // inputs of 256 rounded together, and scales of more columns than are unpacked at once
+            compare_product(kernels, Way::codes, 2, 33, 768, 256, minus);
+            for (int64_t step : {48, 768}) compare_product(kernels, Way::codes, 4, 33, 768, step, minus);
+        }
         for (int64_t last : {1, 2, 17, 40})
             for (int64_t first : {int64_t(0), last - 1}) compare_attention(kernels, 32, first, last);
         std::printf("%s: done\n", kernels.isa);

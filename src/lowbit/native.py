@@ -11,21 +11,24 @@ Kernels run on the calling thread and release the interpreter lock: give each th
 from __future__ import annotations
 
 import functools
+import mmap
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int32, Int64, UInt8
+from jaxtyping import Float, Int8, Int32, Int64, UInt8
 from torch import Tensor
 
 from lowbit import _native
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ROOM = 256  # positions for which a text has room at least
+_LARGE = 1 << 22  # bytes from which pages of 2 MiB pay
 
 
 def isa() -> str:
@@ -467,6 +470,7 @@ def causal_softmax_slopes(
 
 
 WAYS = ("floats", "codes", "table", "dense")
+CODE_BITS = (2, 3, 4, 5, 6, 8)  # of codes in panels
 
 
 @final
@@ -480,13 +484,18 @@ class Panels:
         way: how it is computed: `floats` (what codes stand for, times the inputs), `codes` or `table` (codes, or the
             entries of `table` at them, times inputs rounded to int8), `dense` (a weight of floats).
         rows: of the weight.
-        bits: 2, 4 or 8 of a code; of an element where it is dense.
+        bits: 2, 3, 4, 5, 6 or 8 of a code, 4 with a `table`; of an element where it is dense.
         step: columns that share a scale, a multiple of 16.
-        codes: `[panels, words, 64]` bytes; `words` hold 32 / bits columns of each row. Dense: `[panels, cols, 16]`.
-        scale: `[panels, cols / step, 16]`, float16 or float32; None where it is dense.
+        codes: `[panels, words, 64]` bytes, `bits` words for 32 columns. Dense: `[panels, cols, 16]`.
+        scale: `[panels, cols / step, 16]`, float16 or float32; None where it is dense. Nested: one for each
+            run, `[panels, cols / over, 16]`.
         zero: the same of zero points, or of minima with `minus`.
         minus: whether it is `code * scale - zero`, not `(code - zero) * scale`.
         offset: what a code is above what it stands for, beside `zero`.
+        over: where scales are nested, the columns that share `scale`, a multiple of `2 * step`; else 0.
+        fine: int8 `[panels, cols / step / 2, 16, 2]`, what `scale` is multiplied by in each step.
+        fine_zero: the same for `zero`; None where there is none, or with `joined`.
+        joined: whether `fine` has both, scales in the lower four bits and minima in the upper.
         level: what codes stand for, 256 entries (way `floats`).
         table: the same as bytes, 16 entries (way `table`), `unit` times as large as they should be.
     """
@@ -500,6 +509,10 @@ class Panels:
     zero: Tensor | None = None
     minus: bool = False
     offset: float = 0.0
+    over: int = 0
+    fine: Int8[Tensor, "panels pairs 16 2"] | None = None
+    fine_zero: Int8[Tensor, "panels pairs 16 2"] | None = None
+    joined: bool = False
     level: Float[Tensor, "256"] | None = None
     table: UInt8[Tensor, "16"] | None = None
     unit: float = 1.0
@@ -507,12 +520,20 @@ class Panels:
     @property
     def cols(self) -> int:
         """Columns with those that fill up, a multiple of 32."""
-        return self.codes.shape[1] * (1 if self.way == "dense" else 32 // self.bits)
+        return self.codes.shape[1] if self.way == "dense" else self.codes.shape[1] * 32 // self.bits
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads of it."""
-        return sum(part.nbytes for part in (self.codes, self.scale, self.zero) if part is not None)
+        parts = (self.codes, self.scale, self.zero, self.fine, self.fine_zero)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    @property
+    def sub(self) -> int:
+        """Inputs that are rounded together, where they are: as llama.cpp does it, also for ternary blocks of 256."""
+        if self.over or (self.bits == 2 and self.step == 256):
+            return self.over or self.step
+        return 16 if self.step % 32 else 32
 
 
 @final
@@ -543,16 +564,18 @@ class Matrix:
             _check("bias", bias, (panels.rows,), torch.float32)
         self.rows, self.inputs = panels.rows, inputs
         self.handle = _native.Matrix(
-            WAYS.index(panels.way), panels.bits, panels.step, 16 if panels.step % 32 else 32, panels.rows, panels.cols,
-            panels.codes.view(torch.uint8), panels.scale, panels.zero, panels.minus, panels.offset, panels.level,
-            panels.table, panels.unit, WEIGHT_DTYPES.index(panels.codes.dtype) if panels.way == "dense" else 0,
+            WAYS.index(panels.way), panels.bits, panels.step, panels.over or panels.step, panels.sub, panels.rows,
+            panels.cols, panels.codes.view(torch.uint8), panels.scale, panels.zero, _as_bytes(panels.fine),
+            _as_bytes(panels.fine_zero), panels.joined, panels.minus, panels.offset, panels.level, panels.table,
+            panels.unit, WEIGHT_DTYPES.index(panels.codes.dtype) if panels.way == "dense" else 0,
             inputs, order, bias, (panels, order, bias),
         )  # fmt: skip
 
     def __call__(self, inputs: Float[Tensor, "tokens inputs"], threads: int = 1) -> Float[Tensor, "tokens rows"]:
         """`inputs @ weight.T + bias` in float32.
 
-        With the ways `codes` and `table`, inputs are rounded to int8 in blocks of 32, or of 16 where scales are such.
+        With the ways `codes` and `table`, inputs are rounded to int8 in blocks of 32, of 16 where scales are such, of a
+        run where scales are nested, or of the 256 that share a scale of 2-bit codes.
         Sums are in an order of the weight's own: any number of threads and every instruction set gives the same bits.
         """
         _check("inputs", inputs, (inputs.shape[0], self.inputs), torch.float32)
@@ -732,13 +755,13 @@ def interleave(
     """Codes as `Panels.codes` of `full` columns, of which column c is `order[c]` of the codes."""
     rows, cols = _two(codes.shape)
     _check("codes", codes, (rows, cols), torch.uint8)
-    if bits not in (2, 4, 8) or full < cols or full % 32:
+    if bits not in CODE_BITS or full < cols or full % 32:
         raise ValueError(f"{cols} columns of {bits} bits make no panels of {full}")
     if order is not None:
         _check("order", order, (cols,), torch.int64)
         if cols and not 0 <= int(order.min()) <= int(order.max()) < cols:
             raise ValueError(f"order must name columns below {cols}")
-    out = torch.empty(ceil(rows / 16), full * bits // 32, 64, dtype=torch.uint8)
+    out = _room((ceil(rows / 16), full * bits // 32, 64), torch.uint8)
     _native.interleave(codes, order, bits, full, max(threads, 1), out)
     return out
 
@@ -750,9 +773,19 @@ def interleave_floats(
     rows, cols = _weight(values)
     if full < cols:
         raise ValueError(f"{cols} columns are more than {full}")
-    out = torch.empty(ceil(rows / 16), full, 16, dtype=values.dtype)
+    out = _room((ceil(rows / 16), full, 16), values.dtype)
     _native.interleave_floats(values.detach(), full, max(threads, 1), out)
     return out
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty tensor; a large one in large pages, where looking up addresses does not hold up reading."""
+    size = prod(shape) * dtype.itemsize
+    if size < _LARGE or sys.platform != "linux":
+        return torch.empty(shape, dtype=dtype)
+    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory seldom gets large pages
+    room.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(room, dtype=dtype).view(shape)
 
 
 def _check_panels(of: Panels) -> None:
@@ -760,13 +793,15 @@ def _check_panels(of: Panels) -> None:
     if of.way == "dense":
         _check("codes", of.codes, (down, of.cols, 16), *WEIGHT_DTYPES)
         return
-    if of.bits not in (2, 4, 8) or of.step < 16 or of.step % 16 or of.cols % 32 or of.cols % of.step:
+    fits = of.bits in CODE_BITS and (of.way != "table" or of.bits == 4)
+    if not fits or of.step < 16 or of.step % 16 or of.cols % 32 or of.cols % of.step:
         raise ValueError(f"{of.cols} columns of {of.bits} bits in steps of {of.step} make no panels")
     _check("codes", of.codes, (down, of.cols * of.bits // 32, 64), torch.uint8)
+    _check_nested(of, down)
     for name, part in {"scale": of.scale, "zero": of.zero}.items():
         if part is not None or name == "scale":
             assert part is not None and of.scale is not None
-            _check(name, part, (down, of.cols // of.step, 16), torch.float16, torch.float32)
+            _check(name, part, (down, of.cols // (of.over or of.step), 16), torch.float16, torch.float32)
             if part.dtype != of.scale.dtype:
                 raise ValueError(f"zero is {part.dtype} beside scales in {of.scale.dtype}")
     wanted = {"floats": of.level, "table": of.table}.get(of.way, of.codes)
@@ -776,6 +811,29 @@ def _check_panels(of: Panels) -> None:
         _check("level", of.level, (256,), torch.float32)
     if of.table is not None:
         _check("table", of.table, (16,), torch.uint8)
+
+
+def _check_nested(of: Panels, down: int) -> None:
+    """`over` and the integers of nested scales; the sums of a run must fit int32."""
+    fine = (of.fine, of.fine_zero)
+    if not of.over:
+        if any(part is not None for part in fine) or of.joined:
+            raise ValueError("steps have integers, and no run that they are in")
+        return
+    if of.step not in (16, 32) or of.over % (2 * of.step) or not 0 < of.over <= 512 or of.cols % of.over:
+        raise ValueError(f"steps of {of.step} in runs of {of.over} on {of.cols} columns make no panels")
+    apart = of.zero is not None and not of.joined
+    if of.way not in ("codes", "table") or of.bits == 8 or of.fine is None or apart != (of.fine_zero is not None):
+        raise ValueError(f"nested scales of {of.bits} bits for {of.way} need integers for scales and for minima")
+    if (of.zero is not None) != of.minus or not float(of.offset).is_integer() or abs(of.offset) > 128:
+        raise ValueError("nested zero points are minima, and an offset beside nested scales is a small integer")
+    for name, part in zip(("fine", "fine_zero"), fine, strict=True):
+        if part is not None:
+            _check(name, part, (down, of.cols // of.step // 2, 16, 2), torch.int8)
+
+
+def _as_bytes(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.view(torch.uint8)
 
 
 def _causal(period: int, first: int, scale: float) -> None:

@@ -19,7 +19,11 @@ from lowbit.cli import group
 from lowbit.errors import CheckpointError, ResourceError
 from lowbit.runtime.decoder import Session
 from lowbit.runtime.linear import Linear
+from lowbit.runtime.panels import pack
 from lowbit.runtime.runner import Runner, open_runner
+from lowbit.runtime.stored import Stored, read_stored, write_stored
+from lowbit.schemes import parse
+from tests.reference.qtensors import random_qtensor
 from tests.unit.test_decoder import IDS, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -134,6 +138,56 @@ def test_files_that_lie_are_refused(lie: str, model: Path, kept: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match="no cache that was written here, delete it") as error:
         logits(open_runner(model, cache=kept))
+    assert says in str(error.value)
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> tuple[Path, Stored]:
+    """A file of weights with nested scales: integers of scales alone, joined with those of minima, and beside them."""
+    schemes = {"alone": "q3_k", "joined": "q2_k", "beside": "q4_k", "table": "iq4_xs"}
+    matrices = {name: pack(random_qtensor(parse(scheme), (40, 512))) for name, scheme in schemes.items()}
+    stored = Stored({}, matrices, {})
+    write_stored(tmp_path / "nested.safetensors", stored)
+    return tmp_path / "nested.safetensors", stored
+
+
+def test_nested_scales_are_kept(nested: tuple[Path, Stored]) -> None:
+    file, stored = nested
+    found, x = read_stored(file), torch.randn(3, 512)
+    for name, packed in stored.matrices.items():
+        again = found.matrices[name]
+        assert again.panels.over == 256 and (again.panels.fine_zero is None) == (name != "beside")
+        assert torch.equal(again.matrix()(x), packed.matrix()(x))
+
+
+NESTED_LIES: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "no integers of scales": (lambda t: t.pop("m/alone/fine"), "need integers"),
+    "no integers of minima": (lambda t: t.pop("m/beside/fine_zero"), "need integers"),
+    "half of the integers": (_halved("m/beside/fine"), "fine"),
+    "half of those of minima": (_halved("m/beside/fine_zero"), "fine_zero"),
+    "integers without sign": (lambda t: t.update({"m/alone/fine": t["m/alone/fine"].byte()}), "fine"),
+    "no runs": (_facts(lambda f: f["matrices"]["alone"].update(over=0)), "no run"),
+    "shorter runs": (_facts(lambda f: f["matrices"]["alone"].update(over=64)), "scale has shape"),
+    "runs that are too long": (_facts(lambda f: f["matrices"]["alone"].update(over=1 << 40)), "make no panels"),
+    "runs below 0": (_facts(lambda f: f["matrices"]["alone"].update(over=-256)), "make no panels"),
+    "half a run": (_facts(lambda f: f["matrices"]["alone"].update(over=256.5)), "256.5"),
+    "joined, and not": (_facts(lambda f: f["matrices"]["beside"].update(joined=True)), "need integers"),
+    "joined in words": (_facts(lambda f: f["matrices"]["joined"].update(joined="yes")), ""),
+    "an offset that overflows": (_facts(lambda f: f["matrices"]["alone"].update(offset=1e30)), "offset"),
+    "floats of nested scales": (_facts(lambda f: f["matrices"]["table"].update(way="floats")), "need integers"),
+    "half of the scales": (_halved("m/joined/scale"), "scale has shape"),
+    "half of the codes": (_halved("m/alone/codes"), "codes has shape"),
+}
+
+
+@pytest.mark.parametrize("lie", NESTED_LIES)
+def test_nested_scales_that_lie_are_refused(lie: str, nested: tuple[Path, Stored]) -> None:
+    change, says = NESTED_LIES[lie]
+    tensors = {name: tensor.clone() for name, tensor in load_file(nested[0]).items()}
+    change(tensors)
+    save_file(tensors, nested[0])
+    with pytest.raises(CheckpointError, match="no cache that was written here, delete it") as error:
+        read_stored(nested[0])
     assert says in str(error.value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -186,7 +186,7 @@ def native_of(loaded: Loaded) -> Native:
     matrices, vectors = {}, {"embedding": _detached(model.model.embed_tokens.weight)}
     for start, block in parts:
         for name, module, first, count in _matrices(block, facts, config):
-            matrices[start + name], bias = _rows(_packed(module), first, count), _bias(module)
+            matrices[start + name], bias = _packed(module).part(first, count), _bias(module)
             vectors |= {} if bias is None else {f"{start}{name}.bias": bias[first : first + count]}
         vectors |= {start + name: value for name, value in _norms(block, facts)}
     matrices["head"], head = _packed(model.lm_head), _bias(model.lm_head)
@@ -308,18 +308,6 @@ def _weight(norm: nn.Module, facts: Facts) -> Float[Tensor, " width"]:
 def _packed(module: nn.Module) -> Packed:
     """That of a layer on the kernels; one that is not is packed as it is."""
     return module.packed if isinstance(module, Linear) else pack_dense(_detached(module.get_parameter("weight")))
-
-
-def _rows(packed: Packed, first: int, count: int) -> Packed:
-    """Whole panels of a weight."""
-    panels = packed.panels
-    if count == panels.rows:
-        return packed
-    part = slice(first // 16, -(-(first + count) // 16))
-    parts = {
-        name: getattr(panels, name)[part] for name in ("codes", "scale", "zero") if getattr(panels, name) is not None
-    }
-    return replace(packed, panels=replace(panels, rows=count, **parts))
 
 
 def _bias(module: Any) -> Tensor | None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int8, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.errors import UnsupportedError
-from lowbit.native import Matrix, Panels, interleave, interleave_floats
+from lowbit.native import CODE_BITS, Matrix, Panels, interleave, interleave_floats
 from lowbit.schemes import Grid
 from lowbit.tensors import QTensor, block_size, level_table, view_shape
 
-LAYOUT = 1  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
+LAYOUT = 2  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
 _LANES = 16
+_PARTS = ("codes", "scale", "zero", "fine", "fine_zero")  # these have an entry per panel
 _UNITS = (1.0, 2.0, 4.0, 8.0)
 
 
@@ -35,6 +36,14 @@ class Packed:
         return Matrix(
             self.panels, self.inputs, self.order, None if bias is None else bias.detach().float().contiguous()
         )
+
+    def part(self, first: int, count: int) -> Packed:
+        """Some of its rows, of whole panels, in the memory where they are."""
+        panels, part = self.panels, slice(first // _LANES, -(-(first + count) // _LANES))
+        if count == panels.rows:
+            return self
+        parts = {name: value[part] for name in _PARTS if (value := getattr(panels, name)) is not None}
+        return replace(self, panels=replace(panels, rows=count, **parts))
 
 
 def pack_dense(weight: Float[Tensor, "rows cols"], threads: int = 1) -> Packed:
@@ -55,26 +64,75 @@ def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
     order, cols = _order(q), q.shape[-1]
     step = _step(q)
     full = -(-cols // lcm(step, 32)) * lcm(step, 32)
-    scale, zero = _spread(q, q.scale_values(), step, full), None
-    values = q.zero_values()
-    if values is not None:
-        zero = _spread(q, values, step, full)
-    codes = q.codes.reshape(-1, cols)
-    grid, minus = q.scheme.grid, q.scheme.zero == "min"
-    bits = next(bits for bits in (2, 4, 8) if len(grid.levels) <= 2**bits)
-    meaning = _meaning(grid, zero is not None, exact)
+    codes, grid = q.codes.reshape(-1, cols), q.scheme.grid
+    meaning = _meaning(grid, q.scheme.zero != "none", exact)
+    least = 4 if meaning.way == "table" else 2  # small tables other than those of 16 entries are too rare for a loop
+    bits = next(bits for bits in CODE_BITS if bits >= least and len(grid.levels) <= 2**bits)
+    bare = Panels(
+        rows=codes.shape[0], bits=bits, step=step, codes=interleave(codes, order, bits, full, threads),
+        minus=q.scheme.zero == "min", way=meaning.way, offset=meaning.offset, level=meaning.level, table=meaning.table,
+        unit=meaning.unit,
+    )  # fmt: skip
+    over = _run(q, step) if meaning.way != "floats" else 0
+    return Packed(_with_nested(bare, q, over, threads) if over else _with_scales(bare, q, full, threads), cols, order)
+
+
+def _with_scales(bare: Panels, q: QTensor, full: int, threads: int) -> Panels:
+    """Panels with the scales and zero points of each step as they are."""
+    scale, values = _spread(q, q.scale_values(), bare.step, full), q.zero_values()
+    zero = None if values is None else _spread(q, values, bare.step, full)
     narrow = _exact_half(scale) and (zero is None or _exact_half(zero))
     dtype = torch.float16 if narrow else torch.float32
-    return Packed(
-        Panels(
-            rows=codes.shape[0], bits=bits, step=step, codes=interleave(codes, order, bits, full, threads),
-            scale=interleave_floats(scale.to(dtype), full // step, threads),
-            zero=None if zero is None else interleave_floats(zero.to(dtype), full // step, threads), minus=minus,
-            way=meaning.way, offset=meaning.offset, level=meaning.level, table=meaning.table, unit=meaning.unit,
-        ),
-        cols,
-        order,
+    return replace(
+        bare, scale=_lanes(scale.to(dtype), threads), zero=None if zero is None else _lanes(zero.to(dtype), threads)
+    )
+
+
+def _with_nested(bare: Panels, q: QTensor, over: int, threads: int) -> Panels:
+    """Panels with the integers of scales and minima, and the scales of these for each run of columns."""
+    scale, low = _integers(q.scales), _integers(q.minima)
+    assert scale is not None
+    (fine, outer), (fine_zero, zero) = scale, low or (None, None)
+    joined = fine_zero is not None and bool(((fine | fine_zero) & ~15 == 0).all())
+    if joined:
+        assert fine_zero is not None
+        fine, fine_zero = fine | fine_zero << 4, None
+    return replace(
+        bare, over=over, scale=_lanes(outer.half(), threads),
+        zero=None if zero is None else _lanes(zero.half(), threads), fine=_pairs(fine, threads),
+        fine_zero=None if fine_zero is None else _pairs(fine_zero, threads), joined=joined,
     )  # fmt: skip
+
+
+def _run(q: QTensor, step: int) -> int:
+    """Columns that share a scale of nested scales; 0 where kernels do not take these nested."""
+    if step not in (16, 32) or q.group_index is not None or not isinstance(q.scales, QTensor):
+        return 0
+    over, both = step * q.scales.scheme.block.cols, (q.scales, q.minima)
+    wanted = 2 if q.scheme.zero == "min" else 1 if q.scheme.zero == "none" else 3
+    fits = 0 < over <= 512 and over % (2 * step) == 0 and q.shape[-1] % over == 0 and q.scheme.block.rows == 1
+    return over if fits and sum(_integers(part) is not None for part in both) == wanted else 0
+
+
+def _integers(values: Tensor | QTensor | None) -> tuple[Int8[Tensor, "rows steps"], Float[Tensor, "rows runs"]] | None:
+    """Quantized scales as small integers and their own scales, if they are that and these are exact in float16."""
+    if not isinstance(values, QTensor) or isinstance(values.scales, QTensor) or not values.plain:
+        return None
+    block, levels = values.scheme.block, torch.tensor(values.scheme.grid.levels)
+    small = bool(((levels == levels.round()) & (levels >= -128) & (levels <= 127)).all())
+    if not small or block.flat or block.rows != 1 or values.scheme.zero != "none" or not _exact_half(values.scales):
+        return None
+    return levels.to(torch.int8)[values.codes.long()], values.scales
+
+
+def _lanes(values: Float[Tensor, "rows steps"], threads: int) -> Float[Tensor, "panels steps 16"]:
+    return interleave_floats(values.contiguous(), values.shape[1], threads)
+
+
+def _pairs(values: Int8[Tensor, "rows steps"], threads: int) -> Int8[Tensor, "panels pairs 16 2"]:
+    """Two steps are moved as one element of 16 bits."""
+    lanes = _lanes(values.contiguous().view(torch.float16), threads)
+    return lanes.view(torch.int8).view(*lanes.shape, 2)
 
 
 @final
@@ -145,7 +203,7 @@ def _spread(q: QTensor, values: Tensor, step: int, full: int) -> Float[Tensor, "
     else:
         view_rows = view_shape(q.shape, q.scheme.block)[0]
         found = values if high == 1 else values.repeat_interleave(high, 0)[:view_rows]
-    return pad(found.float(), (0, full // step - found.shape[1])).contiguous()
+    return pad(found.float(), (0, full // step - found.shape[1]))
 
 
 def _exact_half(values: Tensor) -> bool:

@@ -28,7 +28,7 @@ from lowbit.stages._weightfile import DTYPES, one_line, parse_json
 from lowbit.stages.checkpoint import Checkpoint
 
 _HEAD = 1 << 20  # bytes of each file of weights that are part of the key
-_PARTS = ("codes", "scale", "zero", "level", "table")
+_PARTS = ("codes", "scale", "zero", "fine", "fine_zero", "level", "table")
 _STUMBLES = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
 
 

@@ -1,0 +1,3 @@
+#define LOWBIT_PRODUCT scalar_product
+#define LOWBIT_SIMD "simd_scalar.h"
+#include "product.h"
