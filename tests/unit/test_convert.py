@@ -356,6 +356,18 @@ def test_panels_of_rows_make_the_whole(
     assert one == many and digests(journal) == digests(other)
 
 
+def test_what_is_beyond_the_codes_of_a_row_does_not_count(tmp_path: Path) -> None:
+    """The last word of each row has room for six codes more, which nobody reads."""
+    meant = write_checkpoint(tmp_path / "in", "compressed_tensors", {NAME: "int4-row"}, shape=(32, 122))
+    path = tmp_path / "in" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("weight_packed"))
+    tensors[name][:, -1] ^= -(2**8)
+    save_file(tensors, path)
+    lowbit.convert(tmp_path / "in", tmp_path / "out", format="awq")
+    assert torch.equal(dequantized(tmp_path / "out"), slow_dequantize(meant[NAME]).view(32, 122))
+
+
 def digests(journal: bytes) -> list[tuple[Any, Any]]:
     return sorted((str(line["meant"]), str(line["stored"])) for line in map(json.loads, journal.splitlines()[1:]))
 
