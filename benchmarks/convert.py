@@ -1,10 +1,12 @@
 """Convert a synthetic checkpoint, lossless, beside a plain copy of its files in the same run.
 
     python benchmarks/convert.py [--layers 12] [--from gptq] [--to compressed-tensors] [--scheme int4-g128] [--runs 3]
+                                 [--threads 1,2] [--folder DIR]
 
-Prints megabytes of input a second: of the whole conversion (every weight tried before anything is written, then packed,
-written, synced, read back, compared), of its part that tries, and of `cp` with the files synced. The input is read once
-before, so that it lies in the page cache; conversion and copy alternate, medians are printed.
+For each number of threads, of whole conversions (every weight tried before anything is written, then packed, written,
+synced, read back, compared): megabytes of input a second, milliseconds of processor time for each megabyte, and of the
+clock that trying took. Beside them `cp` with the files synced. The input is read once before, so that it lies in the
+page cache; conversions and copies alternate, medians are printed. A `--folder` in memory leaves the disk out.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def make(root: Path, args: argparse.Namespace) -> Path:
     sizes = ["--layers", str(args.layers), "--vocab", "512", "--distinct", "2", "--hidden", str(args.hidden)]
     script = Path(__file__).with_name("synthetic.py")
     subprocess.run([sys.executable, str(script), str(root / "float"), *sizes], check=True)
-    lowbit.quantize(root / "float", root / "in", scheme=args.scheme, format=args.source, threads=args.threads)
+    lowbit.quantize(root / "float", root / "in", scheme=args.scheme, format=args.source, threads=2)
     shutil.rmtree(root / "float")
     return root / "in"
 
@@ -49,22 +51,36 @@ def copy(source: Path, out: Path) -> float:
     return time.perf_counter() - start
 
 
+def convert(source: Path, out: Path, target: str, threads: int) -> dict[str, float]:
+    """Seconds of one conversion: by the clock, of the processor, and of the clock while weights were tried."""
+    start = time.process_time()
+    done = lowbit.convert(source, out, format=target, threads=threads)
+    processor = time.process_time() - start
+    shutil.rmtree(out)
+    if not done.lossless or done.seconds is None:
+        raise SystemExit(f"{source} to {target} is not lossless")
+    return {"all": sum(done.seconds.values()), "processor": processor, "check": done.seconds["check"]}
+
+
 def measure(root: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Rates in MB/s, and their ratio."""
-    source = make(root, args)
-    size = sum(len(file.read_bytes()) for file in weights(source))
-    seconds: dict[str, list[float]] = {"convert": [], "check": [], "copy": []}
+    """Figures by name; those of conversions have the number of threads behind."""
+    source, threads = make(root, args), [int(number) for number in args.threads.split(",")]
+    size = sum(len(file.read_bytes()) for file in weights(source)) / 1e6
+    convert(source, root / "out", args.target, 1)  # imports, pages of the input
+    seconds: dict[str, list[float]] = {}
     for _ in range(args.runs):
-        done = lowbit.convert(source, root / "out", format=args.target, threads=args.threads)
-        if not done.lossless or done.seconds is None:
-            raise SystemExit(f"{args.source} to {args.target} is not lossless")
-        seconds["convert"].append(sum(done.seconds.values()))
-        seconds["check"].append(done.seconds["check"])
-        seconds["copy"].append(copy(source, root / "copied"))
-        shutil.rmtree(root / "out")
+        for number in threads:
+            for name, each in convert(source, root / "out", args.target, number).items():
+                seconds.setdefault(f"{name}_{number}", []).append(each)
+        seconds.setdefault("copy", []).append(copy(source, root / "copied"))
         shutil.rmtree(root / "copied")
-    rates = {name: size / 1e6 / statistics.median(each) for name, each in seconds.items()}
-    return {"input_mb": size / 1e6, **rates, "convert_over_copy": rates["convert"] / rates["copy"]}
+    found = {name: statistics.median(each) for name, each in seconds.items()}
+    result = {"input_mb": size, "copy_mb_s": size / found["copy"]}
+    for number in threads:
+        result[f"convert_mb_s_{number}"] = size / found[f"all_{number}"]
+        result[f"processor_ms_per_mb_{number}"] = 1e3 * found[f"processor_{number}"] / size
+        result[f"check_ms_per_mb_{number}"] = 1e3 * found[f"check_{number}"] / size
+    return result
 
 
 def main() -> None:
@@ -76,13 +92,13 @@ def main() -> None:
     parser.add_argument("--to", dest="target", default="compressed-tensors")
     parser.add_argument("--scheme", default="int4-g128")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", default="1,2", help="numbers of them, each is measured")
     parser.add_argument("--folder", type=Path, help="where files are made; the system's temporary folder")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lowbit-convert-", dir=args.folder) as folder:
         result = measure(Path(folder), args)
-    print(json.dumps(result) if args.json else "\n".join(f"{key:>18}: {value:.4g}" for key, value in result.items()))
+    print(json.dumps(result) if args.json else "\n".join(f"{key:>24}: {value:.4g}" for key, value in result.items()))
 
 
 if __name__ == "__main__":

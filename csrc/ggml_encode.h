@@ -39,6 +39,7 @@ void with_tame(bool tame, Body body) {
         body(Tame<false>{});
 }
 
+M positive(F x, F y) { return both(above(x, set(0.0f)), above(y, set(0.0f))); }
 F where_positive(F x, F yes) { return choose(above(x, set(0.0f)), yes, set(0.0f)); }
 
 // ---- fits of one block ----
@@ -174,66 +175,92 @@ I signed_codes(const Fit& fit, F x, int half) {
     return select(fit.idle, set(0), code);
 }
 
-// One code after the other to where the quotient of sums is best (the end of make_q3_quants and of make_qp_quants).
-// `levels` are what codes count as; a code may be changed where `may` allows it.
+// One code after the other to where the quotient of sums is best (the end of make_qp_quants). `codes` count from 0.
 struct Descent {
-    int count, low, high, mask;
+    int count, top;
     const F *x, *w;
     F dot, norm;
     I* codes;
 
-    template <class May>
-    bool change(int i, May may) {
+    bool change(int i) {
         F l = to_float(codes[i]), wx = mul(w[i], x[i]);
         F rest_dot = sub(dot, mul(wx, l)), rest_norm = sub(norm, mul(mul(w[i], l), l));
-        I code = min(max(nearest(div(mul(x[i], rest_norm), rest_dot)), set(low)), set(high));
+        I code = min(nearest(div(mul(x[i], rest_norm), rest_dot)), set(top));
         M other = either(greater(code, codes[i]), greater(codes[i], code));
         if (!any(other)) return false;
         F k = to_float(code), new_dot = add(rest_dot, mul(wx, k)), new_norm = add(rest_norm, mul(mul(w[i], k), k));
         M better = above(mul(mul(new_dot, new_dot), norm), mul(mul(dot, dot), new_norm));
-        M change = both(both(may(rest_dot, rest_norm, new_norm), other), better);
-        codes[i] = select(change, both(code, set(mask)), codes[i]);
+        M change = both(both(positive(rest_dot, rest_norm), other), better);
+        codes[i] = select(change, both(code, set(255)), codes[i]);
         dot = choose(change, new_dot, dot), norm = choose(change, new_norm, norm);
         return any(change);
     }
+    void run() {
+        for (int round = 0; round < 5; round++) {
+            bool changed = false;
+            for (int i = 0; i < count; i++) changed |= change(i);
+            if (!changed) return;
+        }
+    }
 };
 
-// Several walks side by side, as each step waits for the one before: five rounds, or until nothing changes.
-template <int number, class May>
-void descend(Descent (&walks)[number], May may) {
-    for (int round = 0; round < 5; round++) {
-        bool changed = false;
-        for (int i = 0; i < walks[0].count; i++)
-            for (Descent& walk : walks) changed |= walk.change(i, may);
-        if (!changed) return;
-    }
-}
+// The same for Q3_K (make_q3_quants): weights x**2, codes from -4 to 3, here as floats. Few steps change a code, so that
+// most are spared the division.
+struct Walk {
+    static constexpr int count = 16, half = 4;
+    const F* x;
+    F dot, norm, levels[count], dots[count], norms[count];  // of each weight, what it adds to `dot` and `norm`
 
-// Codes from -4 to 3 for weights x**2, of four blocks of 16 (make_q3_quants); `codes` count from 0.
-void fit_q3(const F* x, F* scales, I (*codes)[16]) {
-    constexpr int count = 16, half = 4, side = 2;
-    F w[side][count];
-    M idle[side];
-    Descent walks[side];
-    for (int k = 0; k < side; k++, x += count) {
-        Peak peak = peak_of(count, x);
-        idle[k] = above(set(group_max_eps), peak.size);
-        F inverse = div(set(-float(half)), choose(idle[k], set(1.0f), peak.value));
-        Descent walk{count, -half, half - 1, -1, x, w[k], set(0.0f), set(0.0f), codes[k]};
+    void put(int i, F l) {
+        F w = mul(x[i], x[i]);
+        levels[i] = l, dots[i] = mul(mul(w, x[i]), l), norms[i] = mul(mul(w, l), l);
+    }
+    void start(F inverse) {
+        dot = norm = set(0.0f);
         for (int i = 0; i < count; i++) {
-            w[k][i] = mul(x[i], x[i]);
-            codes[k][i] = nearest_within(mul(inverse, x[i]), -half, half - 1);
-            F l = to_float(codes[k][i]);
-            walk.dot = add(walk.dot, mul(mul(w[k][i], x[i]), l)), walk.norm = add(walk.norm, mul(mul(w[k][i], l), l));
+            put(i, to_float(nearest_within(mul(inverse, x[i]), -half, half - 1)));
+            dot = add(dot, dots[i]), norm = add(norm, norms[i]);
         }
-        walks[k] = walk;
     }
-    descend(walks, [](F dot, F, F norm) { return both(above(dot, set(0.0f)), above(norm, set(0.0f))); });
-    for (int k = 0; k < side; k++) {
-        for (int i = 0; i < count; i++) codes[k][i] = select(idle[k], set(0), add(codes[k][i], set(half)));
-        F scale = where_positive(walks[k].norm, div(walks[k].dot, walks[k].norm));
-        scales[k] = choose(idle[k], set(0.0f), scale);
+    // Whether no lane's code can become another: as nothing may, or far from ties, and from numbers with few digits.
+    bool settled(int i) const {
+        F rest = sub(dot, dots[i]), wanted = mul(x[i], sub(norm, norms[i]));
+        wanted = min(max(wanted, mul(rest, set(-float(half)))), mul(rest, set(float(half - 1))));
+        F off = magnitude(sub(wanted, mul(rest, levels[i])));
+        M near = both(at_least(mul(rest, set(0.4999f)), off), at_least(rest, set(1e-30f)));
+        return all(either(near, at_least(set(0.0f), rest)));
     }
+    bool change(int i) {
+        F w = mul(x[i], x[i]), rest_dot = sub(dot, dots[i]), rest_norm = sub(norm, norms[i]), l = levels[i];
+        F k = to_float(nearest_within(div(mul(x[i], rest_norm), rest_dot), -half, half - 1));
+        F new_dot = add(rest_dot, mul(mul(w, x[i]), k)), new_norm = add(rest_norm, mul(mul(w, k), k));
+        M better = above(mul(mul(new_dot, new_dot), norm), mul(mul(dot, dot), new_norm));
+        M change = both(both(positive(rest_dot, new_norm), either(above(k, l), above(l, k))), better);
+        put(i, choose(change, k, l));
+        dot = choose(change, new_dot, dot), norm = choose(change, new_norm, norm);
+        return any(change);
+    }
+    void run() {
+        for (int round = 0; round < 5; round++) {
+            bool changed = false;
+            for (int i = 0; i < count; i++)
+                if (!settled(i)) changed |= change(i);
+            if (!changed) return;
+        }
+    }
+};
+
+// Codes from -4 to 3 for weights x**2, of a block of 16; `codes` count from 0. Returns the scale.
+F fit_q3(const F* x, I* codes) {
+    Peak peak = peak_of(Walk::count, x);
+    M idle = above(set(group_max_eps), peak.size);
+    Walk walk;
+    walk.x = x;
+    walk.start(div(set(-float(Walk::half)), choose(idle, set(1.0f), peak.value)));
+    walk.run();
+    for (int i = 0; i < Walk::count; i++)
+        codes[i] = select(idle, set(0), add(to_int(walk.levels[i]), set(Walk::half)));
+    return choose(idle, set(0.0f), where_positive(walk.norm, div(walk.dot, walk.norm)));
 }
 
 // Scales (or minima) of a super-block as codes from 0 to `top` (make_qp_quants). Returns the scale above them.
@@ -259,15 +286,14 @@ F fit_positive(int count, int top, const F* x, const F* w, I* codes) {
         M better = above(least, found);
         least = choose(better, found, least), inverse = choose(better, other, inverse);
     }
-    Descent walks[1] = {{count, INT32_MIN, top, 255, x, w, set(0.0f), set(0.0f), codes}};
-    Descent& walk = walks[0];
+    Descent walk{count, top, x, w, set(0.0f), set(0.0f), codes};
     for (int i = 0; i < count; i++) {
         I code = min(nearest(mul(inverse, x[i])), set(top));
         F l = to_float(code);
         codes[i] = both(code, set(255));
         walk.dot = add(walk.dot, mul(mul(w[i], x[i]), l)), walk.norm = add(walk.norm, mul(mul(w[i], l), l));
     }
-    descend(walks, [](F dot, F norm, F) { return both(above(dot, set(0.0f)), above(norm, set(0.0f))); });
+    walk.run();
     for (int i = 0; i < count; i++) codes[i] = select(idle, set(0), codes[i]);
     return choose(idle, set(0.0f), where_positive(walk.norm, div(walk.dot, walk.norm)));
 }
@@ -434,7 +460,7 @@ void encode_q3_k(Tile& t) {
     F sigma2 = t.weighted ? div(mul(set(2.0f), t.square_sum(0, 256)), set(256.0f)) : set(0.0f);
     for (int j = 0; j < 16; j++) {
         if (!t.weighted) {
-            if (j % 2 == 0) fit_q3(t.x + 16 * j, scales + j, codes + j);
+            scales[j] = fit_q3(t.x + 16 * j, codes[j]);
             continue;
         }
         t.weigh(16 * j, 16, sigma2);

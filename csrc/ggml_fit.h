@@ -152,6 +152,8 @@ struct TileFit {
     const F *x, *w;
     F scale = set(0.0f), least = set(0.0f), c[16], k[16], error = set(0.0f);
 
+    TileFit(const G& grid, const FitKind& kind, const F* x, const F* w) : grid(grid), kind(kind), x(x), w(w) {}
+
     const F* block(const F* of, int j) const { return of + j * kind.size; }
     Pass look(int j, F of_scale, F of_least) const {
         return pass_over<with_min>(grid, kind.size, block(x, j), block(w, j), of_scale, of_least);
@@ -259,7 +261,7 @@ struct TileFit {
 
 template <bool with_min, class G>
 void fit_tile(Tile& t, const G& grid, const FitKind& kind) {
-    TileFit<with_min, G> fit{grid, kind, t.x, t.w};
+    TileFit<with_min, G> fit(grid, kind, t.x, t.w);
     fit.run();
     F exact = set(0.0f);
     for (int j = 0; j < kind.subs; j++) {
@@ -341,6 +343,7 @@ void fit_tile(GgmlType type, Tile& t) {
     case GgmlType::iq4_xs:
         return fit_tile<false>(t, Uneven{}, {32, 8, -32, 31, {16, -135, -85, 120, 80}, {12, -32.5f, -24.0f, 31.5f, 24.0f}, 1, 3});
     case GgmlType::mxfp4: return fit_mxfp4(t);
+    default: return;  // types with tables are in ggml_grid_encode.h
     }
 }
 

@@ -337,22 +337,35 @@ def test_memory_that_is_short_is_made_up_for_by_files_without_a_name(tmp_path: P
     assert {file.name for file in tmp_path.iterdir()} == {"in", "out", "small"}
 
 
-@pytest.mark.parametrize(("name", "into", "scheme"), [
-    ("gptq_v2", "compressed_tensors", "int4-g128-asym"), ("awq", "gptq_v2", "int4-g128-asym"),
-    ("compressed_tensors", "awq", "int4-g128-asym"), ("compressed_tensors", "gptq", "int3-g128"),
+@pytest.mark.parametrize(("name", "into", "scheme", "cols"), [
+    ("gptq_v2", "compressed_tensors", "int4-g128-asym", 128), ("awq", "gptq_v2", "int4-g128-asym", 128),
+    ("compressed_tensors", "awq", "int4-g128-asym", 128), ("compressed_tensors", "gptq", "int3-g128", 128),
+    ("compressed_tensors", "awq", "int4-row", 122),
 ])  # fmt: skip
 def test_panels_of_rows_make_the_whole(
-    name: str, into: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, into: str, scheme: str, cols: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several panels, the last of fewer rows: values by the slow definition, and the same files from one panel."""
-    meant = write_checkpoint(tmp_path / "in", name, {NAME: scheme}, shape=(288, 128))
+    meant = write_checkpoint(tmp_path / "in", name, {NAME: scheme}, shape=(288, cols))
     lowbit.convert(tmp_path / "in", tmp_path / "one", format=into)
     monkeypatch.setattr(_store, "_PANEL", 2**14)
     assert lowbit.convert(tmp_path / "in", tmp_path / "out", format=into).largest == 0
-    assert torch.equal(dequantized(tmp_path / "out"), slow_dequantize(meant[NAME]).view(288, 128))
+    assert torch.equal(dequantized(tmp_path / "out"), slow_dequantize(meant[NAME]).view(288, cols))
     files = ("model.safetensors", ".lowbit/journal.jsonl")
     (one, journal), (many, other) = ([(tmp_path / at / file).read_bytes() for file in files] for at in ("one", "out"))
     assert one == many and digests(journal) == digests(other)
+
+
+def test_what_is_beyond_the_codes_of_a_row_does_not_count(tmp_path: Path) -> None:
+    """The last word of each row has room for six codes more, which nobody reads."""
+    meant = write_checkpoint(tmp_path / "in", "compressed_tensors", {NAME: "int4-row"}, shape=(32, 122))
+    path = tmp_path / "in" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("weight_packed"))
+    tensors[name][:, -1] ^= -(2**8)
+    save_file(tensors, path)
+    lowbit.convert(tmp_path / "in", tmp_path / "out", format="awq")
+    assert torch.equal(dequantized(tmp_path / "out"), slow_dequantize(meant[NAME]).view(32, 122))
 
 
 def digests(journal: bytes) -> list[tuple[Any, Any]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 
-import scipy.linalg  # type: ignore[import-untyped]
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,6 +23,8 @@ def approximate(matrix: Float[Tensor, "rows cols"], moment: Tensor, options: Opt
 
     `moment` is `H`; a vector stands for its diagonal. What a rank takes from the loss is its squared singular value.
     """
+    import scipy.linalg  # type: ignore[import-untyped]
+
     square, weighted = _gram(matrix, moment)
     side, (rows, cols) = len(square), matrix.shape
     least = max(side - options.most(rows, cols), 0)

@@ -80,9 +80,12 @@ def never_hollow(scheme: Scheme) -> bool:
 class CodeRows:
     """How a format stores codes alone, of some rows of a weight `[rows, cols]`: a multiple of 32, the last apart.
 
+    Codes come and go as `words`, which `native.pack_bits` makes of them: for most layouts these have only to be moved.
+    What is beyond the last code of a row may be anything in what is unpacked, and is 0 in what is packed.
+
     Attributes:
-        pack: `(weight, codes, start, into)` fills what `pack` of the format leaves out: codes of rows from `start` on.
-        unpack: `(weight, tensors, start, codes)`: the inverse, of contiguous tensors that `unpack` of the format took.
+        pack: `(weight, words, start, into)` fills what `pack` of the format leaves out: codes of rows from `start` on.
+        unpack: `(weight, tensors, start, words)`: the inverse, of contiguous tensors that `unpack` of the format took.
     """
 
     pack: Callable[[Weight, Tensor, int, Mapping[str, Tensor]], None]

@@ -68,9 +68,9 @@ def exact(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
         FormatError: one would change; the text has it.
     """
     converted = values.to(dtype)
-    changed = converted.to(values.dtype) != values
-    if changed.any():
-        value = values[changed].flatten()[0].item()
+    back = converted.to(values.dtype)
+    if not torch.equal(back, values):
+        value = values[back != values].flatten()[0].item()
         raise FormatError(
             f"{name}: {value:.9g} cannot be stored as {str(dtype).removeprefix('torch.')} without changing it"
         )

@@ -12,7 +12,7 @@ from math import ceil
 from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
 from lowbit import native
@@ -113,29 +113,42 @@ def _pack_codes(q: QTensor, kind: Container, into: Mapping[str, Tensor]) -> None
     if q.codes.is_meta:
         return
     if q.scheme.grid.kind == "int":
-        pack_rows(q.scheme, q.codes, 0, into)
+        _pack_integers(q.codes, q.scheme, into)
     elif "weight" in into:
         into["weight"].view(torch.uint8).copy_(q.codes)
     else:
         _pack_nibbles(q.codes, into["weight_packed"])
 
 
-def pack_rows(scheme: Scheme, codes: UInt8[Tensor, "rows cols"], start: int, into: Mapping[str, Tensor]) -> None:
-    """Fill rows of integer codes from `start` on."""
-    rows = slice(start, start + len(codes))
+def _pack_integers(codes: UInt8[Tensor, "rows cols"], scheme: Scheme, into: Mapping[str, Tensor]) -> None:
     if "weight" in into:
+        torch.sub(codes, _half(scheme), out=into["weight"].view(torch.uint8))
+    else:
+        native.pack_bits(codes, scheme.grid.bits, out=into["weight_packed"])
+
+
+def pack_rows(
+    scheme: Scheme, cols: int, words: Int32[Tensor, "rows words"], start: int, into: Mapping[str, Tensor]
+) -> None:
+    """Fill rows of integer codes from `start` on."""
+    rows = slice(start, start + len(words))
+    if "weight" in into:
+        codes = native.unpack_bits(words, scheme.grid.bits, cols)
         torch.sub(codes, _half(scheme), out=into["weight"].view(torch.uint8)[rows])
     else:
-        native.pack_bits(codes, scheme.grid.bits, out=into["weight_packed"][rows])
+        into["weight_packed"][rows].copy_(words)
 
 
-def unpack_rows(scheme: Scheme, tensors: Mapping[str, Tensor], start: int, codes: UInt8[Tensor, "rows cols"]) -> None:
+def unpack_rows(
+    scheme: Scheme, cols: int, tensors: Mapping[str, Tensor], start: int, words: Int32[Tensor, "rows words"]
+) -> None:
     """The rows of integer codes from `start` on, of contiguous tensors."""
-    rows = slice(start, start + len(codes))
+    rows = slice(start, start + len(words))
     if "weight" in tensors:
-        torch.add(tensors["weight"].view(torch.uint8)[rows], _half(scheme), out=codes)
+        codes = tensors["weight"].view(torch.uint8)[rows] + _half(scheme)
+        native.pack_bits(codes, scheme.grid.bits, out=words)
     else:
-        native.unpack_bits(tensors["weight_packed"][rows], scheme.grid.bits, codes.shape[1], out=codes)
+        words.copy_(tensors["weight_packed"][rows])
 
 
 def _pack_nibbles(codes: UInt8[Tensor, "rows cols"], out: UInt8[Tensor, "rows half"]) -> None:
@@ -257,11 +270,18 @@ def _unpack_codes(
     if kind in ("float-quantized", "mxfp8-quantized"):
         return _no_nan("weight", parts["weight"].view(torch.uint8))
     if scheme.grid.kind == "int":
-        unpack_rows(scheme, {name: part.contiguous() for name, part in parts.items()}, 0, codes)
+        _unpack_integers(scheme, parts, codes)
         below("weight", codes, 2**scheme.grid.bits)
     else:
         _unpack_nibbles(parts["weight_packed"], codes)
     return codes
+
+
+def _unpack_integers(scheme: Scheme, parts: Mapping[str, Tensor], codes: UInt8[Tensor, "rows cols"]) -> None:
+    if "weight" in parts:
+        torch.add(parts["weight"].view(torch.uint8), _half(scheme), out=codes)
+    else:
+        native.unpack_bits(parts["weight_packed"].contiguous(), scheme.grid.bits, codes.shape[1], out=codes)
 
 
 def _unpack_nibbles(stored_bytes: UInt8[Tensor, "rows half"], codes: UInt8[Tensor, "rows cols"]) -> None:

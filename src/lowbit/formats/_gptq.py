@@ -33,6 +33,7 @@ from lowbit.formats._linear import (
     planned,
     row_block,
 )
+from lowbit.formats._words import turn, turn_back
 from lowbit.schemes import FLOATS, Scheme, parse
 from lowbit.tensors import QTensor, block_size, scale_shape
 
@@ -111,12 +112,11 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor], offset: int) ->
     native.pack_bits(_stored_zeros(weight, q, offset), bits, out=into[f"{weight.module}.qzeros"])
     into[f"{weight.module}.g_idx"].copy_(_consecutive(q) if q.group_index is None else q.group_index)
     if not q.codes.is_meta:
-        _pack_rows(weight, q.codes, 0, into)
+        native.pack_bits_transposed(q.codes, bits, out=into[f"{weight.module}.qweight"])
 
 
-def _pack_rows(weight: Weight, codes: UInt8[Tensor, "rows cols"], start: int, into: Mapping[str, Tensor]) -> None:
-    out = into[f"{weight.module}.qweight"][:, start : start + len(codes)]
-    native.pack_bits_transposed(codes, planned(weight).grid.bits, out=out)
+def _pack_rows(weight: Weight, words: Int32[Tensor, "rows words"], start: int, into: Mapping[str, Tensor]) -> None:
+    turn(words, into[f"{weight.module}.qweight"][:, start : start + len(words)])
 
 
 def hollow(scheme: Scheme) -> bool:
@@ -159,16 +159,15 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     qweight, qzeros, scales, *index = parts.values()
     codes = torch.empty(weight.shape, dtype=torch.uint8) if codes is None else codes
     if not codes.is_meta:
-        _unpack_rows(weight, {f"{weight.module}.qweight": qweight.contiguous()}, 0, codes)
+        native.unpack_bits_transposed(qweight.contiguous(), bits, codes.shape[1], out=codes)
     scales = finite(f"{weight.module}.scales", scales.T.float()).contiguous()
     zeros = zero_points(weight, native.unpack_bits(qzeros.contiguous(), bits, weight.shape[0]), offset)
     q = QTensor(scheme, weight.shape, codes, scales, zeros)
     return replace(q, group_index=_group_index(weight, q, index[0])) if index else q
 
 
-def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, codes: UInt8[Tensor, "rows cols"]) -> None:
-    words = tensors[f"{weight.module}.qweight"][:, start : start + len(codes)]
-    native.unpack_bits_transposed(words, planned(weight).grid.bits, codes.shape[1], out=codes)
+def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Int32[Tensor, "rows words"]) -> None:
+    turn_back(tensors[f"{weight.module}.qweight"][:, start : start + len(words)], words)
 
 
 ROWS = CodeRows(_pack_rows, _unpack_rows)
@@ -183,17 +182,16 @@ def zero_points(weight: Weight, raw: UInt8[Tensor, "groups rows"], offset: int) 
     scheme = planned(weight)
     name, last = f"{weight.module}.qzeros", 2**scheme.grid.bits - 1
     if scheme.zero == "none":
-        other = raw != _half(scheme) - offset
-        if other.any():
-            group, row = other.nonzero()[0].tolist()
+        middle = _half(scheme) - offset
+        if raw.numel() and [int(end) for end in raw.aminmax()] != [middle, middle]:
+            group, row = (raw != middle).nonzero()[0].tolist()
             raise FormatError(
                 f"{name} holds zero point {int(raw[group, row]) + offset} for row {row}, group {group}; the checkpoint "
                 f"says `sym`, which is {_half(scheme)} everywhere"
             )
         return None
-    over = raw > last - offset
-    if over.any():
-        group, row = over.nonzero()[0].tolist()
+    if raw.numel() and raw.amax() > last - offset:
+        group, row = (raw > last - offset).nonzero()[0].tolist()
         raise FormatError(
             f"{name} stores {last} for row {row}, group {group}, which some readers of gptq v1 take for {last + 1} and "
             "others for 0"

@@ -112,12 +112,13 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
     zeros = torch.full(q.scales.shape, _MIDDLE, dtype=torch.uint8) if q.zeros is None else q.zeros
     native.pack_awq(zeros.contiguous(), out=into[f"{weight.module}.qzeros"])
     if not q.codes.is_meta:
-        _pack_rows(weight, q.codes, 0, into)
+        native.pack_awq(q.codes, out=into[f"{weight.module}.qweight"])
 
 
-def _pack_rows(weight: Weight, codes: Tensor, start: int, into: Mapping[str, Tensor]) -> None:
-    words = slice(start // _WORD, (start + len(codes)) // _WORD)
-    native.pack_awq(codes, out=into[f"{weight.module}.qweight"][:, words])
+def _pack_rows(weight: Weight, words: Tensor, start: int, into: Mapping[str, Tensor]) -> None:
+    lines = slice(start // _WORD, (start + len(words)) // _WORD)
+    codes = native.unpack_bits(words, _BITS, weight.shape[1])
+    native.pack_awq(codes, out=into[f"{weight.module}.qweight"][:, lines])
 
 
 def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None = None) -> QTensor:
@@ -135,16 +136,17 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     zeros = native.unpack_awq(qzeros.contiguous()).T
     scales = finite(f"{weight.module}.scales", scales.T.float()).contiguous()
     if not codes.is_meta:
-        _unpack_rows(weight, {f"{weight.module}.qweight": qweight.contiguous()}, 0, codes)
+        native.unpack_awq(qweight.contiguous(), out=codes)
     return QTensor(planned(weight), weight.shape, codes, scales, zero_points(weight, zeros, offset=0))
 
 
-def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, codes: Tensor) -> None:
-    qweight, stop = tensors[f"{weight.module}.qweight"], start + len(codes)
+def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Tensor) -> None:
+    qweight, stop = tensors[f"{weight.module}.qweight"], start + len(words)
     if tuple(qweight.shape) == layout(weight)[f"{weight.module}.qweight"].shape:
-        native.unpack_awq(qweight[:, start // _WORD : stop // _WORD], out=codes)
+        codes = native.unpack_awq(qweight[:, start // _WORD : stop // _WORD])
+        native.pack_bits(codes, _BITS, out=words)
     else:  # gemv
-        native.unpack_bits(qweight[start:stop], _BITS, weight.shape[1], out=codes)
+        words.copy_(qweight[start:stop])
 
 
 def _parts(tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> list[Tensor]:
@@ -158,7 +160,7 @@ def _unpack_gemv(weight: Weight, parts: Sequence[Tensor], codes: Tensor) -> QTen
     zeros = native.unpack_bits(qzeros.contiguous(), _BITS, scales.shape[1])[:, :groups].T
     values = finite(f"{weight.module}.scales", scales[:, :groups].float()).contiguous()
     if not codes.is_meta:
-        _unpack_rows(weight, {f"{weight.module}.qweight": qweight.contiguous()}, 0, codes)
+        native.unpack_bits(qweight.contiguous(), _BITS, weight.shape[1], out=codes)
     return QTensor(scheme, weight.shape, codes, values, zero_points(weight, zeros, offset=0))
 
 

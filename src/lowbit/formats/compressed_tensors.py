@@ -62,7 +62,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
         _check_groups(scheme, weight, f"use int4 or fp8-e4m3, or leave {weight.name} as it is (--skip)")
         return scheme
     scheme = replace(scheme, block=_plain_block(scheme.block, weight.shape[1]), scale=_scale_type(weight.dtype))
-    _check_groups(scheme, weight, _other_groups(scheme, weight))
+    _check_groups(scheme, weight)
     return scheme
 
 
@@ -100,12 +100,13 @@ def _scale_type(dtype: torch.dtype) -> ScaleType:
     return SCALE_TYPES.get(dtype, "f32")
 
 
-def _check_groups(scheme: Scheme, weight: Weight, advice: str) -> None:
+def _check_groups(scheme: Scheme, weight: Weight, advice: str = "") -> None:
+    """Raise `UnsupportedError`, with other groups for an advice where none is given."""
     size, cols = scheme.block.cols, weight.shape[1]
     if scheme.block.rows == 1 and size and cols % size:
         raise UnsupportedError(
             f"groups of {size} leave a shorter last one in rows of {cols}, which compressed-tensors' reader refuses; "
-            f"{advice}"
+            f"{advice or _other_groups(scheme, weight)}"
         )
 
 
@@ -140,7 +141,7 @@ def fit_activations(scheme: Scheme, weight: Weight) -> Scheme:
             "that is stored (int8-tensor, symmetric)"
         )
     scheme = replace(scheme, block=block, scale="f32" if block.rows else _scale_type(weight.dtype))
-    _check_groups(scheme, weight, _other_groups(scheme, weight))
+    _check_groups(scheme, weight)
     return scheme
 
 
@@ -192,12 +193,12 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
         return tensors_of.unpack(planned(weight), weight.shape, _local(weight, tensors), codes)
 
 
-def _pack_rows(weight: Weight, codes: Tensor, start: int, into: Mapping[str, Tensor]) -> None:
-    tensors_of.pack_rows(planned(weight), codes, start, _local(weight, into))
+def _pack_rows(weight: Weight, words: Tensor, start: int, into: Mapping[str, Tensor]) -> None:
+    tensors_of.pack_rows(planned(weight), weight.shape[1], words, start, _local(weight, into))
 
 
-def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, codes: Tensor) -> None:
-    tensors_of.unpack_rows(planned(weight), _local(weight, tensors), start, codes)
+def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Tensor) -> None:
+    tensors_of.unpack_rows(planned(weight), weight.shape[1], _local(weight, tensors), start, words)
 
 
 def _local(weight: Weight, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats  # type: ignore[import-untyped]
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -50,6 +49,8 @@ class Blocks:
         The level is widened as in Hesterberg 2015 (doi:10.1080/00031305.2015.1089789, "expanded percentile interval"),
         so that the interval holds the truth as often as it says when there are few blocks.
         """
+        from scipy import stats  # type: ignore[import-untyped]
+
         if len(self.starts) < FEWEST_BLOCKS:
             return Score(float(values.mean()))
         sums = np.add.reduceat(values, self.starts)
@@ -71,6 +72,8 @@ class Blocks:
         The p-value is that of a two-sided sign-flip permutation test on the differences summed over blocks: under
         "no change" a block's difference is as likely to have the other sign.
         """
+        from scipy import stats
+
         score = self.mean(differences)
         if score.low is None:
             return score
@@ -107,5 +110,7 @@ def make_blocks(counts: Sequence[int], seed: int = 0) -> Blocks:
 
 def _widened(count: int) -> float:
     """Level at which a percentile interval over `count` blocks is as wide as a t interval."""
+    from scipy import stats
+
     half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * sqrt(count / (count - 1))
     return float(1 - 2 * stats.norm.sf(half))

@@ -32,6 +32,7 @@ _ZEROS: dict[Zero, tuple[Zero, ...]] = {
 }
 _GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 _NOWHERE = 255
+_FEW = 1024
 
 
 def variants(scheme: Scheme) -> Iterator[Scheme]:
@@ -189,7 +190,11 @@ def _stored(values: Float[Tensor, "..."], dtype: torch.dtype, what: str, roundin
     Raises:
         UnsupportedError: it has not; where they may be rounded, only where one becomes infinite, or 0.
     """
+    if not rounding and values.numel() > _FEW:  # what a type lacks is mostly found at once
+        _stored(values.reshape(-1)[:_FEW], dtype, what, rounding)
     found = values.to(dtype).float()
+    if not rounding and torch.equal(found, values):
+        return found
     wrong = (~found.isfinite() | ((found == 0) & (values != 0))) if rounding else found != values
     if bool(wrong.any()):
         first = int(wrong.reshape(-1).view(torch.uint8).argmax())

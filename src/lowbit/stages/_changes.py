@@ -448,7 +448,7 @@ class Changer:
             return q
         assert form.rows is not None
         unpack, dense = form.rows.unpack, {name: piece.contiguous() for name, piece in pieces.items()}
-        return Streamed(q, lambda start, codes: unpack(weight, dense, start, codes))  # `q` has no codes
+        return Streamed(q, lambda start, words: unpack(weight, dense, start, words))  # `q` has no codes
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -7,15 +7,17 @@ was packed, and the format's reader unpacks it into memory that the method did n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
 import torch
 import xxhash
+from jaxtyping import Int32
 from torch import Tensor
 
+from lowbit import native
 from lowbit.errors import LowbitError, VerifyError
 from lowbit.formats._gguf import to_file
 from lowbit.stages.plan import Entry
@@ -26,25 +28,39 @@ Value = QTensor | Tensor
 _RUN = 4 * 2**20  # bytes: little enough to be in the processor's cache from writing to reading
 _PANEL = 2**21  # codes: few panels, which a core still finds in its share of the cache
 _LINES = 128  # rows of a panel are a multiple of it: transposed words come in runs of several lines of the cache
+_WORDS = "words"  # part that stands for `codes` where these were never there: what `native.pack_bits` makes of them
 
 
 @final
 @dataclass(frozen=True)
 class Streamed:
-    """A quantized weight whose codes are made some rows at a time, and never are in memory together.
+    """A quantized weight whose codes are made some rows at a time, packed, and never are in memory together.
 
     Attributes:
         q: it, with codes on the device `meta`.
-        fill: `(start, codes)` makes its rows from `start` on.
+        fill: `(start, words)` makes its rows from `start` on (`CodeRows.unpack`).
     """
 
     q: QTensor
     fill: Callable[[int, Tensor], None]
 
+    def panels(self) -> Iterator[tuple[int, Int32[Tensor, "rows words"]]]:
+        """First row and words of each panel, in order; what is beyond the codes of a row is 0."""
+        (rows, cols), bits = self.q.codes.shape, self.q.scheme.grid.bits
+        step = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES
+        room = torch.empty(min(step, rows), -(-cols * bits // 32), dtype=torch.int32)
+        for start in range(0, rows, step):
+            words = room[: rows - start]
+            self.fill(start, words)
+            if cols * bits % 32:
+                words[:, -1] &= 2 ** (cols * bits % 32) - 1
+            yield start, words
+
     def whole(self) -> QTensor:
         """It with its codes."""
-        codes = torch.empty(self.q.codes.shape, dtype=torch.uint8)
-        self.fill(0, codes)
+        codes, bits = torch.empty(self.q.codes.shape, dtype=torch.uint8), self.q.scheme.grid.bits
+        for start, words in self.panels():
+            native.unpack_bits(words, bits, codes.shape[1], out=codes[start : start + len(words)])
         return replace(self.q, codes=codes)
 
 
@@ -134,7 +150,7 @@ def _stream(
     assert rules.rows is not None
     pack, parts = rules.rows.pack, output.into(entry, mapped=scratch)
     rules.pack(weight, value.q, parts)
-    meant = _digests(value, lambda start, codes: pack(weight, codes, start, parts))
+    meant = _digests(value, lambda start, words: pack(weight, words, start, parts))
     for name, part in () if scratch else parts.items():
         output.write(name, as_bytes(part))
     stored = {name: digest(part) for name, part in parts.items()}
@@ -159,21 +175,17 @@ def _read_back(output: Output, entry: Entry, scratch: bool) -> dict[str, str] | 
         q = rules.unpack(weight, tensors, codes)
     except LowbitError:
         return None
-    return _digests(Streamed(q, lambda start, codes: unpack(weight, tensors, start, codes)), lambda start, codes: None)
+    return _digests(Streamed(q, lambda start, words: unpack(weight, tensors, start, words)), lambda start, words: None)
 
 
 def _digests(value: Streamed, use: Callable[[int, Tensor], None]) -> dict[str, str]:
-    """Digest of each part; `use` gets the first row of each panel, and its codes."""
-    hasher, (rows, cols) = xxhash.xxh3_128(), value.q.codes.shape
-    step = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES
-    room = torch.empty(min(step, rows), cols, dtype=torch.uint8)
-    for start in range(0, rows, step):
-        codes = room[: rows - start]
-        value.fill(start, codes)
-        hasher.update(as_bytes(codes))
-        use(start, codes)
+    """Digest of each part; `use` gets the first row of each panel, and its words."""
+    hasher = xxhash.xxh3_128()
+    for start, words in value.panels():
+        hasher.update(as_bytes(words))
+        use(start, words)
     others = {name: digest(part.contiguous()) for name, part in value.q.parts() if name != "codes"}
-    return {"codes": hasher.hexdigest(), **others}
+    return {_WORDS: hasher.hexdigest(), **others}
 
 
 def compare(
@@ -189,14 +201,14 @@ def compare(
         VerifyError: it cannot be read, or a part differs.
     """
     try:
-        found = parts_of(find())
+        found = find()
     except LowbitError as error:
         raise VerifyError(f"{path}: {name} cannot be read back: {error}") from error
-    digests = {part: digest(tensor.contiguous()) for part, tensor in found.items()}
+    digests = {part: digest(tensor.contiguous()) for part, tensor in parts_of(found, _WORDS in meant).items()}
     wrong = [part for part in {**meant, **digests} if digests.get(part) != meant.get(part)]
     if wrong:
-        value = again()
-        where = f"its {wrong[0]}" if value is None else _where(wrong[0], found, parts_of(value))
+        part, value = "codes" if wrong[0] == _WORDS else wrong[0], again()
+        where = f"its {part}" if value is None else _where(part, parts_of(found), parts_of(value))
         raise VerifyError(f"{path}: {name} differs from what was meant in {where}")
 
 
@@ -205,9 +217,12 @@ def whole(value: Value | Streamed) -> Value:
     return value.whole() if isinstance(value, Streamed) else value
 
 
-def parts_of(value: Value) -> dict[str, Tensor]:
-    """The tensors of a weight by name, as the journal has their digests."""
-    return dict(value.parts()) if isinstance(value, QTensor) else {"weight": value}
+def parts_of(value: Value, packed: bool = False) -> dict[str, Tensor]:
+    """The tensors of a weight by name, as the journal has their digests; its codes as words where these were meant."""
+    if not isinstance(value, QTensor):
+        return {"weight": value}
+    parts = dict(value.parts())
+    return {_WORDS: native.pack_bits(parts.pop("codes"), value.scheme.grid.bits), **parts} if packed else parts
 
 
 def _where(part: str, found: dict[str, Tensor], meant: dict[str, Tensor]) -> str:

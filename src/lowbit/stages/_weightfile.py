@@ -115,7 +115,7 @@ class WeightFile:
             return torch.empty(slot.spec.shape, dtype=dtype)
         begin = slot.start - slot.start % mmap.ALLOCATIONGRANULARITY
         try:
-            with self.path.open("rb") as file:
+            with self.path.open("rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size != self.size:
                     raise CheckpointError(
                         f"{self.path} changed its size since it was opened; let its download end first"

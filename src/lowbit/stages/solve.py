@@ -13,8 +13,6 @@ from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import LinearConstraint, milp  # type: ignore[import-untyped]
-from scipy.sparse import csr_array  # type: ignore[import-untyped]
 
 from lowbit.errors import UsageError
 
@@ -122,6 +120,9 @@ def _filled(loss: Table, size: Table, budget: float, picked: Picked) -> Picked:
 
 def exact(loss: Table, size: Table, budget: float) -> Picked | None:
     """The solution of the integer program by HiGHS; None where its search found none within the budget."""
+    from scipy.optimize import LinearConstraint, milp  # type: ignore[import-untyped]
+    from scipy.sparse import csr_array  # type: ignore[import-untyped]
+
     items, choices = np.nonzero(np.isfinite(loss))
     costs, weights = loss[items, choices], size[items, choices]
     unit, scale = max(budget, float(weights.max()), 1e-300), max(float(costs.max()), 1e-300)
