@@ -133,9 +133,7 @@ def _open(source: str | Path) -> Checkpoint:
 
 def _whole(checkpoint: Checkpoint) -> list[Finding]:
     """Notes on the checkpoint as a whole."""
-    found = [
-        Finding("note", None, f"{name} is no tensor of the model and is not carried") for name in checkpoint.skipped
-    ]
+    found = [Finding("note", None, note) for note in checkpoint.notes]
     specs = {} if checkpoint.format else checkpoint.specs
     packed = [name for name, spec in specs.items() if len(spec.shape) == 2 and not spec.dtype.is_floating_point]
     if packed:

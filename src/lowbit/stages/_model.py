@@ -152,7 +152,8 @@ class Blueprint:
     def _with_rounded_inputs(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model, made to quantize activations where the checkpoint says that its runtime does."""
         if any(weight.activations for weight in self.checkpoint.weights.values()):
-            round_inputs(model, self.checkpoint.weights, self.sources(""), self.checkpoint.terms)
+            source = self.checkpoint
+            round_inputs(model, source.weights, self.sources(""), source.terms, source.factors)
         return model
 
     @cached_property
