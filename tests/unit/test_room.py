@@ -66,6 +66,15 @@ def test_room_is_made_where_nothing_can_take_a_factor(kind: str, method: str, wa
     assert len(found) == (4 if kind == "mixtral" else 1) * len(wanted)
 
 
+CHOSEN = torch.rand(128, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+def choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the transform choose these factors where nothing can take them, and none elsewhere."""
+    search = lambda site, *_: CHOSEN[: site.channels] if last(site.weights[0]) == OUT else None
+    monkeypatch.setattr(awq, "TRANSFORM", replace(awq.TRANSFORM, search=search))
+
+
 def carried_out(source: Checkpoint, plan: Plan, out: Path) -> Tensor:
     """Carry out a plan for the first block; returns what it made of the windows."""
     ready = prepare(source, plan, IDS, None, 1)
@@ -77,17 +86,17 @@ def carried_out(source: Checkpoint, plan: Plan, out: Path) -> Tensor:
         return work.streams.read("quantized", 1)[:].clone()
 
 
-@pytest.mark.parametrize(
-    ("method", "activations"),
-    [("awq+gptq", None), ("awq+autoround", None), ("smoothquant+rtn", "nvfp4")],
-)
-def test_what_is_stored_computes_what_the_run_computed(method: str, activations: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "activations"), [("awq+gptq", None), ("awq+autoround", None), ("awq+rtn", "nvfp4")])
+def test_what_is_stored_computes_what_the_run_computed(
+    method: str, activations: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(monkeypatch)
     source = uneven(tmp_path / "model")
     plan = with_factors(make_plan(source, rules(method, activations=activations)), source)
     wanted = carried_out(source, plan, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     factors = {name: tensor for name, tensor in stored.items() if name.endswith(f"{OUT}.pre_quant_scale")}
-    assert len(factors) == 1 and all(each.min() < 0.9 * each.max() for each in factors.values())
+    torch.testing.assert_close(factors, {f"gpt_neox.layers.0.mlp.{OUT}.pre_quant_scale": 1 / CHOSEN[:48]})
     found = first_block(open_checkpoint(tmp_path / "out"))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
@@ -110,13 +119,11 @@ def test_factors_lessen_the_error_of_a_layer_that_needs_them(tmp_path: Path) -> 
         (carried_out(source, each, tmp_path / folder) - exact).norm()
         for folder, each in (("with", with_factors(plan, source)), ("without", plan))
     ]
-    assert gaps[0] < 0.97 * gaps[1]
+    assert gaps[0] < gaps[1]
 
 
 def test_methods_see_inputs_as_a_runtime_multiplies_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = torch.rand(128, generator=torch.Generator().manual_seed(0)) + 0.5
-    search = lambda site, *_: chosen[: site.channels] if last(site.weights[0]) == OUT else None
-    monkeypatch.setattr(awq, "TRANSFORM", replace(awq.TRANSFORM, search=search))
+    choose(monkeypatch)
     source = uneven(tmp_path / "model")
     ready = prepare(source, with_factors(make_plan(source, rules("awq+gptq")), source), IDS, None, 1)
     with open_output(tmp_path / "out", source, ready.plan) as output, torch.no_grad():
@@ -130,7 +137,7 @@ def test_methods_see_inputs_as_a_runtime_multiplies_them(tmp_path: Path, monkeyp
             transform("awq", steps, work, state, passes, gatherer)
         after = gatherer.gather(needs, batches)[site]
         assert torch.equal(passes.batch(batches[0]), out)
-    factors = 1 / chosen[:48].double() ** 2
+    factors = 1 / CHOSEN[:48].double() ** 2
     wanted = before.stats["second_moment"].double() * factors * factors[:, None]
     torch.testing.assert_close(after.stats["second_moment"].double(), wanted, rtol=1e-4, atol=1e-6)
     (name,) = site
@@ -157,7 +164,7 @@ def test_factors_that_were_folded_are_stored_as_ones(tmp_path: Path) -> None:
     """Of a llama all can be folded; who asks for them beside the weights gets room for them."""
     save_tiny("llama", tmp_path / "model")
     source = open_checkpoint(tmp_path / "model")
-    carried_out(source, make_plan(source, rules(sets=(("down_proj", "nvfp4-smooth"),))), tmp_path / "out")
+    carried_out(source, make_plan(source, rules(sets=((r"layers\.0.*down_proj", "nvfp4-smooth"),))), tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     factors = [tensor for name, tensor in stored.items() if name.endswith("pre_quant_scale")]
     assert len(factors) == 1 and bool((factors[0] == 1).all())
