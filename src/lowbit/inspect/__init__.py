@@ -107,9 +107,7 @@ def _beside(found: Inspection, checkpoint: Checkpoint, original: str | Path, pro
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
     """Shape of a weight as the model holds it."""
     weight = checkpoint.weights.get(name)
-    if weight is None:
-        return None
-    return weight.shape[::-1] if weight.swapped else weight.shape
+    return None if weight is None else weight.held
 
 
 def _name(source: str | Path) -> Name:

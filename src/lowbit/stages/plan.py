@@ -187,7 +187,7 @@ def _row(entry: Entry) -> dict[str, Any]:
     weight = entry.weight
     return {
         "name": weight.name,
-        "shape": list(weight.shape[::-1] if weight.swapped else weight.shape),  # as the checkpoint has it
+        "shape": list(weight.held),  # as the checkpoint has it
         "dtype": str(weight.dtype).removeprefix("torch."),
         "scheme": str(weight.scheme) if weight.scheme else None,
         "method": entry.method,
