@@ -179,7 +179,7 @@ def test_reads_dequantize_linear_in_blocks(bits: int, symmetric: bool, tmp_path:
             kind = np.uint8 if tensor.data_type == TensorProto.UINT4 else np.int8
             values = numpy_helper.to_array(tensor).astype(kind)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    onnx.save(model, tmp_path / "model.onnx")
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=symmetric, size_threshold=0)
     checkpoint = open_checkpoint(tmp_path / "model.onnx")
     assert set(checkpoint.weights) == set(wanted)
     schemes = {str(weight.scheme) for weight in checkpoint.weights.values()}
