@@ -90,6 +90,14 @@ def test_a_llama_from_compressed_tensors_and_back(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "onnx")
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "phi3", "gemma"])
+def test_other_architectures(kind: str, tmp_path: Path) -> None:
+    """Biases of some layers; merged layers; norms that add 1, and a scale of the embedding."""
+    checkpoint = written(tmp_path, kind, "onnx", "int4-g16-asym", torch.bfloat16, blocks=(0, 1))
+    assert set(schemes_of(checkpoint)) == {"int4-g16-asym"}
+    check_logits(checkpoint)
+
+
 def test_what_has_no_graph_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "model")
     source = open_checkpoint(tmp_path / "model")

@@ -111,17 +111,6 @@ def first_block(source: Checkpoint) -> Tensor:
     return found[0]
 
 
-def test_factors_lessen_the_error_of_a_layer_that_needs_them(tmp_path: Path) -> None:
-    source = uneven(tmp_path / "model")
-    plan = make_plan(source, rules())
-    exact = first_block(source)
-    gaps = [
-        (carried_out(source, each, tmp_path / folder) - exact).norm()
-        for folder, each in (("with", with_factors(plan, source)), ("without", plan))
-    ]
-    assert gaps[0] < gaps[1]
-
-
 def test_methods_see_inputs_as_a_runtime_multiplies_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choose(monkeypatch)
     source = uneven(tmp_path / "model")
