@@ -90,9 +90,9 @@ def test_a_llama_from_compressed_tensors_and_back(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "onnx")
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "phi3", "gemma"])
+@pytest.mark.parametrize("kind", ["phi3", "gemma"])
 def test_other_architectures(kind: str, tmp_path: Path) -> None:
-    """Biases of some layers; merged layers; norms that add 1, and a scale of the embedding."""
+    """Merged layers; norms that add 1, a scale of the embedding and another GELU."""
     checkpoint = written(tmp_path, kind, "onnx", "int4-g16-asym", torch.bfloat16, blocks=(0, 1))
     assert set(schemes_of(checkpoint)) == {"int4-g16-asym"}
     check_logits(checkpoint)
