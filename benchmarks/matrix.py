@@ -230,7 +230,7 @@ def attempt(name: str, scheme: str, start: Path, target: str, root: Path) -> Res
 def short(reason: str) -> str:
     """A refusal without the names of files and weights."""
     text = re.sub(r"^\S*model\S*( \[[\d, ]+\])?: ", "", reason)
-    text = re.sub(r"cannot hold [^:]+", "cannot hold it", re.sub(r"(/|model\.)\S+", "a weight", text))
+    text = re.sub(r"cannot hold \S+: ", "cannot hold it: ", re.sub(r"(/|model\.)\S+", "a weight", text))
     return re.sub(r"\([a-z0-9_, ]{90,}\), \S+ is none", "of llama.cpp, it is none", text)
 
 

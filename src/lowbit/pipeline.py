@@ -21,6 +21,7 @@ from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
+from lowbit.stages._room import with_factors
 from lowbit.stages._windows import cut, encode
 from lowbit.stages.allocate import Allocation, Budget, Problem, make_problem, undecided
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
@@ -164,21 +165,21 @@ def _plan(
     if request.plan:
         return load_plan(request.plan, source)
     if budget is None:
-        return make_plan(source, request.rules)
+        return with_factors(make_plan(source, request.rules), source)
     problem = _measured(request, budget, source, watch, progress)
     if budget.bits is not None:
-        return problem.within_bits(budget.bits).plan
+        return with_factors(problem.within_bits(budget.bits).plan, source)
     if budget.size is not None:
-        return problem.within_size(budget.size).plan
+        return with_factors(problem.within_size(budget.size).plan, source)
     limit = budget.kl if budget.kl is not None else budget.perplexity
     assert limit is not None
 
     def measure(found: Allocation) -> Interval:
-        measured = _try(request, budget, found.plan, progress)
+        measured = _try(request, budget, with_factors(found.plan, source), progress)
         tell(Trial(found, measured, limit))
         return measured
 
-    return search(problem, limit, measure).allocation.plan
+    return with_factors(search(problem, limit, measure).allocation.plan, source)
 
 
 def _try(request: Request, budget: Budget, plan: Plan, progress: quantize.Progress) -> Interval:
@@ -226,11 +227,13 @@ def run_conversion(
     shard_bytes: int | None = None,
     progress: quantize.Progress = quantize.silent,
     announce: Callable[[convert.Converted, Estimate], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> convert.Converted:
     """Convert a checkpoint into another format: checkpoint -> check -> write -> verify.
 
     Args:
         announce: called once, before anything is written or refused, with what will be done, and the estimate.
+        note: called with a sentence on each thing in the checkpoint that is not carried.
 
     Raises:
         LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same call goes on.
@@ -239,6 +242,8 @@ def run_conversion(
     refuse_foreign(out)
     with MemoryWatch(ram).running() as watch, open_checkpoint(model) as source:
         folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+        for text in source.notes:
+            note(text)
         conversion = convert.plan_conversion(source, goal, folder, ram, threads, progress)
         result = convert.summary(conversion, out)
         if announce:

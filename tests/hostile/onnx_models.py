@@ -43,6 +43,18 @@ def model(
     return bytes(helper.make_model(helper.make_graph([made], "g", [], [], stored)).SerializeToString())
 
 
+_HALVES = {"a.weight": (22, (18, 32)), "a.scales": (1, (18, 1)), "a.zero_points": (22, (18, 1))}
+
+
+def _blocks(
+    node: Mapping[str, Any] | None = None, count: int = 3, data: bytes = bytes(369), length: int = 288, **tensors: Any
+) -> Callable[[Path], Path]:
+    """A matrix of INT4 in blocks of 32 in a `DequantizeLinear`, right unless told otherwise."""
+    found = _HALVES | {f"a.{name}": value for name, value in tensors.items()}
+    facts = {"axis": 1, "block_size": 32} | dict(node or {})
+    return _build(model(facts, tuple(_TENSORS)[:count], found, "DequantizeLinear", length=length), data)
+
+
 def _build(content: bytes, data: bytes = bytes(369), at: str = DATA) -> Callable[[Path], Path]:
     def build(root: Path) -> Path:
         (root / "m").mkdir()
@@ -115,5 +127,19 @@ CASES = [
     Case("onnx scale not finite", _build(model(), _NAN), ("a.scales", "nan"), "onnx"),
     Case("onnx tensor twice", _build(_twice()), (MODEL, "'w'", "twice")),
     Case("onnx raw data too short", _build(_raw(23)), (MODEL, "'w'", "23")),
+    Case("onnx blocks along rows", _blocks({"axis": 0}), (MODEL, "axis 0")),
+    Case("onnx 24 in a block", _blocks({"block_size": 24}), (MODEL, "blocks of 24")),
+    Case("onnx negative block", _blocks({"block_size": -32}), (MODEL, "blocks of -32")),
+    Case("onnx block beyond the row", _blocks({"block_size": 2**40}), (MODEL, "blocks of 1099511627776")),
+    Case("onnx 4 bits without blocks", _blocks({"block_size": 0}), (MODEL, "4 bits", "no blocks")),
+    Case("onnx codes from 0 on", _blocks(count=2, weight=(21, (18, 32))), (MODEL, "without any")),
+    Case("onnx zero points of another type", _blocks(zero_points=(21, (18, 1))), (MODEL, "another type")),
+    Case("onnx zero points of another shape", _blocks(zero_points=(22, (9, 2))), (MODEL, "each of [18, 1]")),
+    Case("onnx scales of another shape", _blocks(scales=(1, (9, 2))), (MODEL, "each of [18, 1]")),
+    Case("onnx one block with a zero point", _blocks(weight=(21, (18, 32)), zero_points=(21, (18, 1))), ("1 blocks",)),
+    Case("onnx blocks under integers", _blocks(scales=(6, (18, 1))), (MODEL, "not read")),
+    Case("onnx huge 4 bits", _blocks(weight=(22, (2**40, 2**40))), (MODEL, "a.weight")),
+    Case("onnx half of the 4 bits", _blocks(length=144), (MODEL, "a.weight", "144", "288")),
+    Case("onnx scale of a block not finite", _blocks(data=_NAN), ("a.scales", "nan"), "onnx"),
     Case("onnx two in a directory", _build(model(), model(), "other.onnx"), ("2 ONNX files", "other.onnx")),
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import QuantType, quantize_dynamic  # type: ignore[import-untyped]
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic  # type: ignore[import-untyped]
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -90,6 +90,14 @@ def test_a_llama_from_compressed_tensors_and_back(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "onnx")
 
 
+@pytest.mark.parametrize("kind", ["phi3", "gemma"])
+def test_other_architectures(kind: str, tmp_path: Path) -> None:
+    """Merged layers; norms that add 1, a scale of the embedding and another GELU."""
+    checkpoint = written(tmp_path, kind, "onnx", "int4-g16-asym", torch.bfloat16, blocks=(0, 1))
+    assert set(schemes_of(checkpoint)) == {"int4-g16-asym"}
+    check_logits(checkpoint)
+
+
 def test_what_has_no_graph_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "model")
     source = open_checkpoint(tmp_path / "model")
@@ -102,7 +110,7 @@ def test_what_has_no_graph_is_refused_before_anything_is_written(tmp_path: Path)
 WIDE = 80
 
 
-def float_model(path: Path) -> dict[str, Tensor]:
+def float_model(path: Path, wide: int = WIDE) -> dict[str, Tensor]:
     """Three products with initializers `[inputs, outputs]`, two named by the node alone; returns the weights."""
     dice = np.random.default_rng(0)
     layers = {
@@ -110,13 +118,13 @@ def float_model(path: Path) -> dict[str, Tensor]:
         "/model/layers.0/mlp/down_proj/MatMul": "model.layers.0.mlp.down_proj.MatMul.weight",
         "/lm_head/MatMul": "onnx::MatMul_8",
     }
-    arrays = {name: dice.standard_normal((WIDE, WIDE), np.float32) / 8 for name in layers.values()}
+    arrays = {name: dice.standard_normal((wide, wide), np.float32) / 8 for name in layers.values()}
     names = ["x", "a", "b", "y"]
     nodes = [
         helper.make_node("MatMul", [names[i], stored], [names[i + 1]], name=node)
         for i, (node, stored) in enumerate(layers.items())
     ]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", WIDE]) for name in ("x", "y")]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", wide]) for name in ("x", "y")]
     stored = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], stored)
     model = helper.make_model(graph, opset_imports=OPSETS, ir_version=10)
@@ -128,11 +136,11 @@ def float_model(path: Path) -> dict[str, Tensor]:
     }
 
 
-def outputs_of(path: Path) -> dict[str, Any]:
+def outputs_of(path: Path, wide: int = WIDE) -> dict[str, Any]:
     """The weight of each product of a model, as onnxruntime has it: its products with the unit vectors."""
     model = onnx.load(path)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in ("a", "b"))
-    found = session(model).run(["a", "b", "y"], {"x": np.eye(WIDE, dtype=np.float32)})
+    found = session(model).run(["a", "b", "y"], {"x": np.eye(wide, dtype=np.float32)})
     return dict(zip(("a", "b", "y"), found, strict=True))
 
 
@@ -158,6 +166,36 @@ def test_reads_what_onnxruntime_quantized(bits: int, symmetric: bool, tmp_path: 
     for name, value in chain(found).items():
         np.testing.assert_allclose(outputs_of(tmp_path / "model.onnx")[name], value, rtol=1e-4, atol=1e-5)
     assert run_conversion(str(tmp_path / "model.onnx"), tmp_path / "float", Goal("float")).error == 0
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (8, False), (8, True)])
+def test_reads_dequantize_linear_in_blocks(bits: int, symmetric: bool, tmp_path: Path) -> None:
+    """As onnxruntime writes it: `[inputs, outputs]`, signed where zero is in the middle; it has 4 bits alone."""
+    wanted = float_model(tmp_path / "float.onnx", 96)
+    quantizer = MatMulNBitsQuantizer(
+        str(tmp_path / "float.onnx"),
+        4,
+        16,
+        symmetric,
+        nodes_to_exclude=["/lm_head/MatMul"],
+        quant_format=QuantFormat.QDQ,
+    )
+    quantizer.process()
+    model = quantizer.model.model
+    for tensor in model.graph.initializer if bits == 8 else ():
+        if tensor.data_type in (TensorProto.UINT4, TensorProto.INT4):
+            kind = np.uint8 if tensor.data_type == TensorProto.UINT4 else np.int8
+            values = numpy_helper.to_array(tensor).astype(kind)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=symmetric, size_threshold=0)
+    checkpoint = open_checkpoint(tmp_path / "model.onnx")
+    assert set(checkpoint.weights) == set(wanted)
+    schemes = {str(weight.scheme) for weight in checkpoint.weights.values()}
+    assert schemes == {"None", f"int{bits}-g16{'' if symmetric else '-asym'}-f32"}
+    found = {name: checkpoint.dequantized(name) for name in wanted}
+    for name, value in chain(found).items():
+        np.testing.assert_allclose(outputs_of(tmp_path / "model.onnx", 96)[name], value, rtol=1e-4, atol=1e-5)
+    assert run_conversion(str(tmp_path / "model.onnx"), tmp_path / "out", Goal("compressed-tensors")).lossless
 
 
 @pytest.mark.parametrize(("kind", "by_row"), [("QInt8", True), ("QUInt8", False), ("QInt8", False)])

@@ -32,10 +32,10 @@ from lowbit.stages._jobs import Job
 from lowbit.stages._observe import Accumulator, Observer, Seen
 from lowbit.stages._passes import Passes
 from lowbit.stages._products import Product
-from lowbit.stages._sites import Found, Step, find_steps
+from lowbit.stages._sites import Found, Step, find_steps, joined
 from lowbit.stages._state import Calibration as Work
 from lowbit.stages._state import State
-from lowbit.stages._transform import fold, joined, producer_of, transform
+from lowbit.stages._transform import fold, producer_of, transform
 from lowbit.stages.calibrate import Prepared, _begin, _enter, calibrate, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Calibration, Entry, Rules, as_planned, make_plan
@@ -226,7 +226,7 @@ def test_a_norm_takes_the_factors_of_all_experts_and_their_router(kind: str, tmp
     with opened(kind, tmp_path, method="awq", dtype="float32") as (_, ready, output), torch.no_grad():
         state, passes = block_of(begun(ready, output))
         (site, names), *others = [
-            pair for pair in joined(steps_of(state, passes), state).items() if ".experts." in "".join(pair[1])
+            pair for pair in joined(steps_of(state, passes), state.live).items() if ".experts." in "".join(pair[1])
         ]
         assert {last(name) for name in site} >= {"gate"} and not any(".experts." in name for name in site)
         readers = {name for name in state.live.places if re.search(r"experts\.\d\.(w1|w3|gate_proj|up_proj)", name)}

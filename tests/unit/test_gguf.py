@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import time
 from pathlib import Path
@@ -16,6 +17,9 @@ from lowbit.errors import CheckpointError, LowbitError, UnsupportedError, UsageE
 from lowbit.formats import Weight
 from lowbit.formats._gguf import archs, from_file, interleave, separate, to_file
 from lowbit.formats._mixtures import choose
+from lowbit.inspect import inspect
+from lowbit.pipeline import run_conversion
+from lowbit.stages._changes import Goal
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._gguf_model import open_gguf
 from lowbit.stages._imatrix import imatrix_bytes, read_importance
@@ -142,6 +146,38 @@ def test_nvfp4_without_a_scale_beside_it_has_a_scale_of_one(tmp_path: Path) -> N
     writer.close()
     found = open_checkpoint(tmp_path / "m.gguf").dequantized("a.weight", torch.float32)
     np.testing.assert_allclose(found.numpy(), gguf.quants.dequantize(blocks, Kind.NVFP4), rtol=1e-6)
+
+
+def test_the_scale_of_nvfp4_may_be_in_another_part(tmp_path: Path) -> None:
+    """And what stands there for its inputs is told in one line, by `convert` too."""
+    blocks = np.random.default_rng(0).integers(0, 120, (64, 36), dtype=np.uint8)
+    for part in range(2):
+        writer = gguf.GGUFWriter(tmp_path / f"m-{part + 1:05}-of-00002.gguf", "llama")
+        for key, value in {"split.no": part, "split.count": 2, "split.tensors.count": 5}.items():
+            writer.add_int32(key, value)
+        if part == 0:
+            for name in ("blk.0.ffn_up.weight", "blk.0.ffn_gate.weight"):
+                writer.add_tensor(name, blocks, raw_dtype=Kind.NVFP4)
+        else:
+            writer.add_tensor("blk.0.ffn_up.scale", np.array([0.25], np.float32))
+            for name in ("blk.0.ffn_up.input_scale", "blk.0.ffn_gate.input_scale"):
+                writer.add_tensor(name, np.array([3.0], np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    path = tmp_path / "m-00001-of-00002.gguf"
+    checkpoint, plain = open_checkpoint(path), gguf.quants.dequantize(blocks, Kind.NVFP4)
+    for stem, scale in (("up", 0.25), ("gate", 1.0)):
+        found = checkpoint.dequantized(f"model.layers.0.mlp.{stem}_proj.weight", torch.float32)
+        np.testing.assert_allclose(found.numpy(), scale * plain, rtol=1e-6)
+    notes = [finding.fact for finding in inspect(path).findings if "input_scale" in finding.fact]
+    assert len(notes) == 1 and notes[0].startswith("2 scales of inputs, as blk.0.ffn_gate.input_scale")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = list[str]()
+    run_conversion(str(path), tmp_path / "out", Goal("float", "f32"), note=told.append)
+    assert told == notes
 
 
 def test_an_unknown_architecture_keeps_its_names(tmp_path: Path) -> None:

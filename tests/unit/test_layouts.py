@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowbit import plugins
@@ -19,7 +19,9 @@ from lowbit.api import make_plan
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Weight
 from lowbit.methods import Method
+from lowbit.pipeline import run_conversion
 from lowbit.schemes import parse
+from lowbit.stages._changes import Goal
 from lowbit.stages.checkpoint import open_checkpoint
 from tests.interop.models import recognised, unpacked
 from tests.reference.qtensors import random_qtensor
@@ -250,6 +252,8 @@ def test_experts_come_as_the_model_holds_them(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
     found = open_checkpoint(tmp_path).dequantized("m.up")
     assert torch.equal(found, torch.tensor([2.0, 3.0]).repeat(16)[None, :, None].expand(2, 32, 3).bfloat16())
+    run_conversion(str(tmp_path), tmp_path / "out", Goal("float"))
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["m.up"], found)
 
 
 def test_mlx_declares_what_differs_by_name() -> None:

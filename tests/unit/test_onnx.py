@@ -29,6 +29,8 @@ OPSETS = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
 def session(model: Any) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
+    # Else it rounds inputs to 8 bits where it makes a MatMulNBits of a blocked DequantizeLinear.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return onnxruntime.InferenceSession(model if isinstance(model, str) else model.SerializeToString(), options)
 
 

@@ -306,10 +306,10 @@ def make_rules(options: dict[str, Any]) -> Rules:
     return Rules(**rules, format=options.pop("form"), calibration=calibration)
 
 
-def note_tokenizer(reason: str | None) -> None:
-    """Say that no tokenizer was written, where there is a reason."""
-    if reason:
-        click.echo(f"lowbit: {reason}", err=True)
+def note(text: str | None) -> None:
+    """Say what is worth knowing beside the result, where there is something."""
+    if text:
+        click.echo(f"lowbit: {text}", err=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lowbit import plugins
-from lowbit.cli._options import Size, cores, note_tokenizer, progress_bars
+from lowbit.cli._options import Size, cores, note, progress_bars
 
 if TYPE_CHECKING:
     from lowbit.stages.convert import Converted
@@ -58,9 +58,10 @@ def command(model: str, out: Path, form: str, scheme: str | None, lossy: bool, a
         click.echo(f"memory: at most {way}", err=True)
 
     with progress_bars() as progress:
-        done = run_conversion(model, out, Goal(form, scheme, lossy), progress=progress, announce=announce, **options)
+        goal = Goal(form, scheme, lossy)
+        done = run_conversion(model, out, goal, progress=progress, announce=announce, note=note, **options)
     click.echo(json.dumps(asdict(done), indent=2) if as_json else _summary(done))
-    note_tokenizer(without_tokenizer(model, out))
+    note(without_tokenizer(model, out))
 
 
 def _print(planned: Converted) -> None:

@@ -14,7 +14,7 @@ from lowbit.cli._options import (
     budget_options,
     make_budget,
     make_rules,
-    note_tokenizer,
+    note,
     print_plan,
     print_trial,
     progress_bars,
@@ -72,6 +72,6 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
     with progress_bars() as progress:
         result = run(request, progress, announce, print_trial)
     click.echo((out / ("report.json" if as_json else "report.md")).read_text(), nl=as_json)
-    note_tokenizer(without_tokenizer(model, out))
+    note(without_tokenizer(model, out))
     if not as_json:
         click.echo(f"report: {result and (out / 'report.html').resolve()}")

@@ -37,8 +37,8 @@ class Weight:
         activations: how a runtime quantizes its inputs, tokens as rows; None where it does not.
         input_scale: what the activations' scheme stores: the scale of `-tensor`; of NVFP4 the number by which scales
             are multiplied before they are rounded. None where it stores nothing, or is not calibrated yet.
-        swapped: whether the model holds its transpose, `[inputs, outputs]` (GPT-2's `Conv1D`); `shape`, and all that
-            formats and methods see, is `[outputs, inputs]`.
+        swapped: whether the model holds its transpose, `[inputs, outputs]` (GPT-2's `Conv1D`; of each expert of a
+            stack); `shape`, and all that formats and methods see, is `[outputs, inputs]`.
         interleaved: heads whose rows the file has in llama.cpp's order, for a rotation of neighbours; 0: none. All that
             is seen outside of the file is in the order of transformers.
         plus: what the file has added to each element (Gemma's norms, of which transformers stores what exceeds 1).
@@ -58,6 +58,11 @@ class Weight:
     def module(self) -> str:
         """Name of the module that owns the weight: the name without its last part."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def held(self) -> Shape:
+        """Its shape in the model."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.swapped else self.shape
 
 
 def no_activations(scheme: Scheme, weight: Weight) -> Scheme:

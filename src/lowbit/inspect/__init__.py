@@ -107,9 +107,7 @@ def _beside(found: Inspection, checkpoint: Checkpoint, original: str | Path, pro
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
     """Shape of a weight as the model holds it."""
     weight = checkpoint.weights.get(name)
-    if weight is None:
-        return None
-    return weight.shape[::-1] if weight.swapped else weight.shape
+    return None if weight is None else weight.held
 
 
 def _name(source: str | Path) -> Name:
@@ -133,9 +131,7 @@ def _open(source: str | Path) -> Checkpoint:
 
 def _whole(checkpoint: Checkpoint) -> list[Finding]:
     """Notes on the checkpoint as a whole."""
-    found = [
-        Finding("note", None, f"{name} is no tensor of the model and is not carried") for name in checkpoint.skipped
-    ]
+    found = [Finding("note", None, note) for note in checkpoint.notes]
     specs = {} if checkpoint.format else checkpoint.specs
     packed = [name for name, spec in specs.items() if len(spec.shape) == 2 and not spec.dtype.is_floating_point]
     if packed:

@@ -74,5 +74,5 @@ class Method:
         if scheme.grid.table and not self.tables:
             return "it rounds weight by weight, and this scheme has runs of codes from a table; use imatrix, or ggml"
         if scheme.smooth:
-            return "it makes no factors of inputs; those are read with a checkpoint"
+            return "it makes no factors of inputs; a transform before it does, as awq, without corrections after it"
         return self.supports(scheme)

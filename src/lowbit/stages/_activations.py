@@ -98,6 +98,7 @@ def round_inputs(
     weights: Mapping[str, Weight],
     sources: Mapping[str, frozenset[str]],
     terms: Mapping[str, tuple[Tensor, Tensor]],
+    factors: Callable[[str], Tensor | None] = lambda name: None,
 ) -> None:
     """Let a model round the inputs of every module whose weight says so.
 
@@ -106,23 +107,20 @@ def round_inputs(
         weights: those of the checkpoint, by name.
         sources: for each parameter of the model, the weights of the checkpoint that it is made of.
         terms: low-rank pairs `(down, up)` beside weights; they read the inputs before these are rounded.
+        factors: by name of a weight what a runtime multiplies its inputs by before it rounds them; None for nothing.
 
     Raises:
         UnsupportedError: a parameter is made of weights whose inputs are not rounded alike, or is no matrix, so that
-            its module's input need not be the weight's; or of several of which one has a low-rank term.
+            its module's input need not be the weight's; or of several of which one has a low-rank term, or factors.
     """
     for parameter, names in sources.items():
         kinds = {(weights[name].activations, weights[name].input_scale) for name in names}
         (scheme, scale), *others = sorted(kinds, key=str) if kinds else [(None, None)]
         if scheme is None and not others:
             continue
-        if any((weights[name].scheme or scheme).smooth for name in names if scheme):
-            raise UnsupportedError(
-                f"{parameter} reads inputs that are multiplied by factors before they are rounded: that cannot be "
-                "evaluated here"
-            )
         pairs = [terms[name] for name in names if name in terms]
-        single = model.get_parameter(parameter).dim() == 2 and (len(names) == 1 or not pairs)
+        own = pairs or any((weights[name].scheme or scheme).smooth for name in names if scheme)
+        single = model.get_parameter(parameter).dim() == 2 and (len(names) == 1 or not own)
         if others or scheme is None or not single:
             raise UnsupportedError(
                 f"{parameter} is made of weights that read several inputs, which are quantized when the model runs: "
@@ -131,11 +129,14 @@ def round_inputs(
         module = model.get_submodule(parameter.rpartition(".")[0])
         for pair in pairs:
             _add_branch(module, *pair)
-        module.register_forward_pre_hook(_hook(scheme, scale))
+        smoothing = [1 / found for name in names if (found := factors(name)) is not None]
+        module.register_forward_pre_hook(_hook(scheme, scale, *smoothing))
 
 
-def _hook(scheme: Scheme, scale: float | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    return lambda module, inputs: (rounded(inputs[0], scheme, scale), *inputs[1:])
+def _hook(
+    scheme: Scheme, scale: float | None, factors: Tensor | None = None
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda module, inputs: (rounded(inputs[0], scheme, scale, factors), *inputs[1:])
 
 
 def _add_branch(module: nn.Module, down: Tensor, up: Tensor) -> None:

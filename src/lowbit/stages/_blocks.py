@@ -211,7 +211,7 @@ class LiveBlock:
     def _find(self, blueprint: Blueprint, name: str, sources: Mapping[str, frozenset[str]]) -> Place | None:
         """The part of a parameter that equals the weight; None where it is not there as a whole."""
         weight = blueprint.checkpoint.weights[name]
-        shape = weight.shape[::-1] if weight.swapped else weight.shape
+        shape = weight.held
         for parameter, made_of in sources.items():
             tensor = self._parameters[parameter]
             if name in made_of and len(made_of) == 1 and tuple(tensor.shape) == shape:

@@ -412,18 +412,18 @@ class Changer:
         rows, cols = view_shape(weight.shape, Block(1, 0))
         out = self.rooms.get("values", prod(weight.shape) * dtype.itemsize).view(dtype).view(rows, cols)
         self._fill(self.load(weight), out)
-        return out.T.contiguous() if weight.swapped else out.view(weight.shape)
+        return out.view(weight.shape).mT.contiguous() if weight.swapped else out.view(weight.shape)
 
     def to_float(self, weight: Weight) -> Change:
         """The float type that has every value, else the model's own, and the error in that."""
         named = FLOATS.get(self.goal.scheme) if self.goal.scheme else None  # type: ignore[call-overload]
         if self.goal.scheme and named is None:
             raise UnsupportedError(f"--scheme {self.goal.scheme}: {_float.NAME} holds f16, bf16 or f32")
-        choices, shape = [named] if named else self.dtypes(weight), weight.shape
+        choices = [named] if named else self.dtypes(weight)
         q = self.load(weight)
         made = [(dtype, self._rounding(q, dtype)) for dtype in choices]
         dtype, error = next((each for each in made if not each[1].largest), made[0])
-        target = Weight(weight.name, shape[::-1] if weight.swapped else shape, dtype)
+        target = Weight(weight.name, weight.held, dtype)
         why = "" if not error.largest else f"{_name(dtype)} does not have its values; --scheme f32 does"
         why = why or ("its inputs are no longer rounded" if weight.activations else "")
         return Change(weight, Entry(target, FLOAT, "dequantized"), not why, error, why)

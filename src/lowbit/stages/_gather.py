@@ -88,9 +88,15 @@ class Gatherer:
         def take(batch: slice, found: tuple[dict[Site, Tensor], dict[Site, Tensor]]) -> None:
             rows, references = found
             for site in rows:
-                sites[site].take(rows[site], references.get(site), batch.start >= work.windows.fit)
+                own, other = (self._scaled(site, found) for found in (rows[site], references.get(site, rows[site])))
+                sites[site].take(own, other, batch.start >= work.windows.fit)
 
         passes.in_turn(rows_of, batches, take)
+
+    def _scaled(self, site: Site, rows: Tensor) -> Tensor:
+        """Inputs as a runtime gives them to the site's weights, where it multiplies them by factors first."""
+        factors = next((self._state.factors[name] for name in site if name in self._state.factors), None)
+        return rows if factors is None else rows * factors.to(rows)
 
     def _all_tokens(self, step: Step, seen: Mapping[Site, Seen], later: frozenset[str]) -> dict[Site, Seen]:
         """Experts that saw fewer rows than they have inputs: routed to them, one at a time, until they have enough."""

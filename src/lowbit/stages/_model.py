@@ -80,8 +80,7 @@ class _Standin:
             with self._one_at_a_time:
                 return self._checkpoint.dequantized(self._name, dtype)
         weight = self._checkpoint.weights[self._name]
-        shape = weight.shape[::-1] if weight.swapped else weight.shape
-        trace: _Trace = torch.empty(shape, dtype=dtype or weight.dtype, device="meta").as_subclass(_Trace)
+        trace: _Trace = torch.empty(weight.held, dtype=dtype or weight.dtype, device="meta").as_subclass(_Trace)
         trace.sources = frozenset([self._name])
         return trace
 
@@ -152,7 +151,8 @@ class Blueprint:
     def _with_rounded_inputs(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model, made to quantize activations where the checkpoint says that its runtime does."""
         if any(weight.activations for weight in self.checkpoint.weights.values()):
-            round_inputs(model, self.checkpoint.weights, self.sources(""), self.checkpoint.terms)
+            source = self.checkpoint
+            round_inputs(model, source.weights, self.sources(""), source.terms, source.factors)
         return model
 
     @cached_property

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, final
@@ -30,8 +31,10 @@ _EXTERNAL = 1
 # Numbers of TensorProto.DataType; those of 4 bits are bytes of two.
 _DTYPES = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
-    10: torch.float16, 11: torch.float64, 16: torch.bfloat16,
+    10: torch.float16, 11: torch.float64, 16: torch.bfloat16, 21: torch.uint8, 22: torch.uint8,
 }  # fmt: skip
+_HALVES = (21, 22)  # UINT4 and INT4: two values a byte, the first in the low half
+_SIGNED = (3, 22)
 # Names that exporters give to what they computed from a weight: the module is told by the node.
 _ANONYMOUS = re.compile(r"val_\d+|onnx::\w+|t_?\d*|\w*[Cc]onstant\w*|_?to_copy(_\d+)?")
 _SUFFIX = re.compile(r"(_Q\d+|_quantized|_DQ_Q\d+|\.qweight|_q4)$")
@@ -100,11 +103,15 @@ def _parse(path: Path) -> Any:
 @final
 @dataclass(frozen=True)
 class _Stored:
-    """An initializer: its file and first byte there, or what is in memory; dtype of ONNX, torch's, and shape."""
+    """An initializer: its file and first byte there, or what is in memory; dtype of ONNX, torch's, and shape.
+
+    Of 4 bits `spec` is of their bytes; `dims` is the shape of the values.
+    """
 
     name: str
     kind: int
     spec: Spec
+    dims: tuple[int, ...]
     file: Path
     start: int = 0
     value: Tensor | None = None
@@ -161,11 +168,11 @@ def _stored(path: Path, tensor: Any) -> _Stored:
     where, shape = f"{path}: tensor {show(tensor.name)}", tuple(tensor.dims)
     if any(side < 0 for side in shape) or len(shape) > 8 or prod(max(side, 1) for side in shape) >= 2**60:
         raise CheckpointError(f"{where} has the shape {show(list(shape))}, which no tensor has")
-    spec = Spec(_DTYPES[tensor.data_type], shape)
+    spec = Spec(_DTYPES[tensor.data_type], (-(-prod(shape) // 2),) if tensor.data_type in _HALVES else shape)
     if tensor.data_location == _EXTERNAL:
-        file, start = _external(path, where, tensor, prod(shape) * spec.dtype.itemsize)
-        return _Stored(tensor.name, tensor.data_type, spec, file, start)
-    return _Stored(tensor.name, tensor.data_type, spec, path, value=_inside(where, tensor, spec))
+        file, start = _external(path, where, tensor, prod(spec.shape) * spec.dtype.itemsize)
+        return _Stored(tensor.name, tensor.data_type, spec, shape, file, start)
+    return _Stored(tensor.name, tensor.data_type, spec, shape, path, value=_inside(where, tensor, spec))
 
 
 def _inside(where: str, tensor: Any, spec: Spec) -> Tensor:
@@ -180,6 +187,8 @@ def _inside(where: str, tensor: Any, spec: Spec) -> Tensor:
             )
         raw = torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.uint8) if size else torch.empty(0)
         return raw.view(spec.dtype).reshape(spec.shape) if size else torch.empty(spec.shape, dtype=spec.dtype)
+    if tensor.data_type in _HALVES:
+        raise CheckpointError(f"{where} has 4-bit values that are not raw data, which are not read")
     try:
         array = numpy_helper.to_array(tensor)
     except (ValueError, TypeError, OverflowError) as error:
@@ -325,14 +334,82 @@ def _add(found: _Found, name: str, shape: tuple[int, int], scheme: Scheme, parts
 def _of_dequantize(graph: _Graph, node: Any, found: _Found) -> None:
     """The matrix of a `DequantizeLinear`; what it does to anything else is no weight's."""
     codes = graph.source(node.input[0]) if node.input else None
-    if codes is None or len(codes.spec.shape) != 2:
+    if codes is None or len(codes.dims) != 2:
         return
     facts, scales = _attributes(node), graph.wanted(node, 1, "scales")
     zeros = graph.wanted(node, 2, "zero points") if len(node.input) > 2 and node.input[2] else None
-    if facts.get("block_size", 0):
-        raise FormatError(f"{graph.path}: {_named(node)} has blocks, which are read of MatMulNBits alone")
     turned = any(user.op_type == "MatMul" for user in graph.users.get(node.output[0], ()))
-    _of_rows(graph, node, found, codes, scales, zeros, turned, facts.get("axis", 1) % 2)
+    size, axis = facts.get("block_size", 0), facts.get("axis", 1) % 2
+    if size:
+        _of_groups(graph, node, found, (codes, scales, zeros), turned, axis, size)
+    elif codes.kind in _HALVES:
+        raise FormatError(f"{graph.path}: {_named(node)} of 4 bits has no blocks, which are not read")
+    else:
+        _of_rows(graph, node, found, codes, scales, zeros, turned, axis)
+
+
+def _of_groups(
+    graph: _Graph,
+    node: Any,
+    found: _Found,
+    parts: tuple[_Stored, _Stored, _Stored | None],
+    turned: bool,
+    axis: int,
+    size: int,
+) -> None:
+    """A matrix in groups along its inputs, of 4 or 8 bits: the bytes of `MatMulNBits`, or those of the transpose."""
+    where, (codes, scales, zeros) = f"{graph.path}: {_named(node)}", parts
+    rows, cols = codes.dims[::-1] if turned else codes.dims
+    bits, blocks = 4 if codes.kind in _HALVES else 8, cols // max(size, 1)
+    if codes.kind not in (2, 3, *_HALVES) or scales.spec.dtype not in SCALE_TYPES or axis != (0 if turned else 1):
+        raise FormatError(f"{where} has blocks of {codes.spec.dtype} along axis {axis}, which are not read")
+    if size < 16 or size & (size - 1) or cols % size or (rows * turned) % 2 * (bits == 4):
+        raise FormatError(f"{where} has blocks of {size} in {list(codes.dims)}, which MatMulNBits would not have")
+    wanted = (blocks, rows) if turned else (rows, blocks)
+    if any(part is not None and part.dims != wanted for part in (scales, zeros)):
+        raise FormatError(f"{where} has no scale, or no zero point, for each of {list(wanted)} blocks")
+    if codes.kind != (zeros.kind if zeros else _SIGNED[bits == 4]):
+        raise FormatError(f"{where} has zero points of another type than its codes, or codes from 0 on without any")
+    symmetric = zeros is None or _in_the_middle(zeros)
+    if not symmetric and bits == 4 and blocks % 2:
+        raise FormatError(f"{where} has {blocks} blocks a row with zero points of 4 bits; an even number is read")
+    scheme = parse(f"int{bits}-g{size}{'' if symmetric else '-asym'}-{SCALE_TYPES[scales.spec.dtype]}")
+    weight = Weight(_weight_name(node, codes.name), (rows, cols), scales.spec.dtype, scheme)
+    stored, strides = [codes, scales, *([] if symmetric or zeros is None else [zeros])], (None, (1, rows), None)
+    layout = layouts.layout(weight)
+    found.add(
+        weight,
+        {key: (part, spec, stride if turned else None)
+         for (key, spec), part, stride in zip(layout.items(), stored, strides, strict=False)},
+    )  # fmt: skip
+    found.taken |= {zeros.name} if zeros else set()
+    for key, part in zip(layout, stored, strict=True):
+        if part is not scales and (turned or part.kind in _SIGNED):
+            found.edits[key] = partial(_respelled, part, turned)
+
+
+def _in_the_middle(zeros: _Stored) -> bool:
+    """Whether zero is where it is with symmetric weights."""
+    middle = 0 if zeros.kind in _SIGNED else 8 if zeros.kind in _HALVES else 128
+    return bool((_values(zeros, _read(zeros)) == middle).all())
+
+
+def _values(stored: _Stored, data: Tensor) -> Tensor:
+    """Codes or zero points in their shape, one a byte, signed ones as they lie in the file."""
+    flat = data.contiguous().reshape(-1).view(torch.uint8)
+    if stored.kind in _HALVES:
+        flat = torch.stack([flat & 15, flat >> 4], -1).reshape(-1)[: prod(stored.dims)]
+    return flat.reshape(stored.dims)
+
+
+def _respelled(stored: _Stored, turned: bool, data: Tensor) -> Tensor:
+    """The bytes of codes or zero points as `MatMulNBits` has them: from 0 on, `[outputs, inputs]`."""
+    values, half = _values(stored, data), stored.kind in _HALVES
+    if stored.kind in _SIGNED:
+        values = values ^ (8 if half else 128)
+    values = (values.T if turned else values).reshape(-1)
+    packed = values[0::2] | values[1::2] << 4 if half else values
+    return packed.contiguous().view(data.dtype).reshape(data.shape)
 
 
 def _of_rows(
@@ -426,6 +503,8 @@ def _of_float(graph: _Graph, name: str, found: _Found) -> None:
             return
         weight, turned = _weight_name(products[0], name), True
     elif stored.value is not None and not (stored.spec.dtype.is_floating_point and stored.spec.shape):
+        return
+    if stored.kind in _HALVES:
         return
     shape = stored.spec.shape[::-1] if turned else stored.spec.shape
     stride = (1, shape[0]) if turned else None

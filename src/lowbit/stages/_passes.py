@@ -74,8 +74,10 @@ class Passes:
             scheme, name = rounds.get(product.names[0]), product.names[0]
             if scheme is None or (factors is None and name not in state.made):
                 return None
-            rows = product.rows.cpu()
-            return rounded(rows, scheme, state.scales.get(name), (factors or {}).get(name)).to(product.rows.device)
+            rows, smoothing = product.rows.cpu(), (factors or {}).get(name)
+            if name in state.factors:
+                smoothing = (torch.ones(()) if smoothing is None else smoothing) / state.factors[name]
+            return rounded(rows, scheme, state.scales.get(name), smoothing).to(product.rows.device)
 
         return watch
 
@@ -130,7 +132,8 @@ class Passes:
             indices: Sequence[int], weights: Mapping[str, Tensor], factors: Mapping[str, Tensor] | None = None
         ) -> Tensor:
             watch = self.rounding(factors or {}) if any(activations.values()) else None
-            return self.batch(list(indices), weights=weights, watch=watch)
+            meant = {name: self._state.meant(name, weight) for name, weight in weights.items()}
+            return self.batch(list(indices), weights=meant, watch=watch)
 
         return Block(
             weights={name: self._state.weight(name) for name in names},

@@ -60,6 +60,11 @@ class Recipe:
         return self.weighs and not (self.rotate or self.transforms or self.corrections or self.tune)
 
     @property
+    def smooths(self) -> bool:
+        """Whether factors of inputs may stay beside a weight: corrections read inputs as they come, without these."""
+        return bool(self.transforms) and not self.corrections
+
+    @property
     def learns(self) -> bool:
         """Whether its method sees a whole block."""
         return self._record.learn is not None

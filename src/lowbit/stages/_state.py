@@ -19,7 +19,7 @@ from lowbit.stages._cost import Cost
 from lowbit.stages._model import Blueprint
 from lowbit.stages._observe import Seen, Windows
 from lowbit.stages._recipe import Recipe, step_options
-from lowbit.stages._sites import Site, Step
+from lowbit.stages._sites import Site, Step, router
 from lowbit.stages._store import Value, store
 from lowbit.stages._streams import Streams
 from lowbit.stages.checkpoint import Checkpoint
@@ -69,10 +69,13 @@ class State:
 
     def __init__(self, work: Calibration, path: str) -> None:
         inside = work.blueprint.blocks[path]
-        self.entries = {e.weight.name: e for e in work.plan.entries if e.weight.name in inside and not e.tied}
+        own = {e.weight.name: e for e in work.plan.entries if e.weight.name in inside and not e.tied}
+        self.entries = {name: without_factors(entry) for name, entry in own.items()}
+        self.room = frozenset(name for name, entry in own.items() if entry != self.entries[name])
         matrices = [name for name, entry in self.entries.items() if len(entry.weight.shape) == 2]
         self.live = LiveBlock(work.blueprint, path, matrices, work.device)
         self.floats: dict[str, Tensor] = {}  # weights that a transform changed, float32
+        self.factors: dict[str, Tensor] = {}  # of inputs, stored beside a weight; `floats` are divided by them
         self.made: set[str] = set()
         self.scales: dict[str, float | None] = {}  # of activations, where they are stored
         self.terms: dict[str, dict[str, Term]] = {}  # beside weights, by step of the recipe
@@ -92,9 +95,7 @@ class State:
 
     def router(self, step: Step) -> str | None:
         """The weight that has a row for each expert of a step."""
-        rows = len(step.sites) if step.experts else 0
-        names = (name for name in self.live.places if name not in step.names)
-        return next((name for name in names if self.live.weight(name).shape[0] == rows), None)
+        return router(step, self.live)
 
     def owner(self, parameter: str) -> str | None:
         """The weight of the checkpoint that is this parameter; None where it is made of several."""
@@ -126,14 +127,32 @@ class State:
         if scheme and ABSMAX in seen.stats:
             self.scales[name] = input_scale(float(seen.stats[ABSMAX].max()), scheme)
 
+    def meant(self, name: str, weight: Tensor) -> Tensor:
+        """What a weight that is multiplied by the factors of its inputs means to these as they come."""
+        return weight * self.factors[name].to(weight.device) if name in self.factors else weight
+
+    def put(self, name: str, weight: Tensor, rows: slice = slice(None)) -> None:
+        """Let the block compute with what was made of a weight, or of some of its rows."""
+        place = self.live.weight(name)[rows]
+        place.copy_(self.meant(name, weight.view_as(place)))
+
     def settle(self, entry: Entry, value: Value, facts: Mapping[str, Any]) -> None:
         """Store a result, unless it is there from an earlier run; read back in mapped files, which cost no memory."""
         name, output = entry.weight.name, self._work.output
         self.made.add(name)
         if name not in output.records:
             entry = replace(entry, weight=replace(entry.weight, input_scale=self.scales.get(name)))
+            if name in self.room and isinstance(value, QTensor):
+                entry, value = self._with_factors(entry, value)
             facts = {**facts, "folded": name in self.floats}
             store(output, entry, value, self._work.source.tensor(name), facts, scratch=True)
+
+    def _with_factors(self, entry: Entry, value: QTensor) -> tuple[Entry, QTensor]:
+        """The same with the factors that were chosen; ones where none were, or where they were folded."""
+        factors = self.factors.get(entry.weight.name, torch.ones(value.shape[1]))
+        scheme = replace(value.scheme, smooth=True)
+        planned = replace(entry, weight=replace(entry.weight, scheme=scheme))
+        return planned, replace(value, scheme=scheme, factors=factors)
 
     def settle_rest(self) -> None:
         """Store what is not quantized, changed by a transform or not."""
@@ -142,3 +161,9 @@ class State:
                 value = self.floats.get(name, self._work.source.tensor(name))
                 facts = {"method": None, "seconds": 0.0}
                 self.settle(entry, value.to(entry.weight.dtype).contiguous(), facts)
+
+
+def without_factors(entry: Entry) -> Entry:
+    """The entry of a weight as methods see it: its inputs are what its factors made of them."""
+    scheme = entry.weight.scheme
+    return replace(entry, weight=replace(entry.weight, scheme=scheme and replace(scheme, smooth=False)))

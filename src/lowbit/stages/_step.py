@@ -56,6 +56,5 @@ def _carry_out(jobs: Sequence[Job], threads: int, state: State) -> None:
             futures.clear()
             best, made = job.choose(pieces)
             for piece in pieces if job.entry.weight.name in state.live.places else ():
-                rows = state.live.weight(job.entry.weight.name)[piece.rows]
-                rows.copy_(piece.made[best].dequantize().view_as(rows))
+                state.put(job.entry.weight.name, piece.made[best].dequantize(), piece.rows)
             state.settle(job.entry, made.qtensor, made.facts)

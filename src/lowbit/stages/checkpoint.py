@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lowbit import plugins
@@ -30,6 +31,9 @@ from lowbit.tensors import QTensor
 # What a plug-in may stumble over in a configuration or in tensors that nobody promised to be sane.
 _STUMBLES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
+# Beside NVFP4 in GGUF, for kernels that round inputs to it.
+_INPUTS = ".input_scale"
+_IGNORED = "{count} scales of inputs, as {first}, are neither used nor carried: inputs are not rounded here"
 # What transformers' causal models call their output layer. Of two equal tensors it is the one that must not be kept:
 # loaders tie it to the embedding, never the embedding to it.
 _HEAD = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
@@ -97,6 +101,12 @@ class Checkpoint:
         """
         return self.unpacked(name, self.stored(name), codes)
 
+    def factors(self, name: str) -> Float[Tensor, "inputs"] | None:
+        """What a runtime multiplies the inputs of a weight by, where it does."""
+        scheme = self.weights[name].scheme
+        found = self.load(name) if scheme and scheme.smooth else None
+        return found.factors if isinstance(found, QTensor) else None
+
     def stored(self, name: str) -> dict[str, Tensor]:
         """The stored tensors of one weight by name, in order; raises like `tensor`."""
         return {piece: self.tensor(piece) for piece in self.pieces(name)}
@@ -144,6 +154,13 @@ class Checkpoint:
     def skipped(self) -> tuple[str, ...]:
         """Entries of the files that are no tensors of the model and are not carried, sorted."""
         return tuple(sorted({name for file in set(self.files.values()) for name in file.skipped}))
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the files is not carried, a sentence for each entry, and one for all scales of inputs."""
+        inputs = [name for name in self.skipped if name.endswith(_INPUTS)]
+        found = [f"{name} is no tensor of the model and is not carried" for name in self.skipped if name not in inputs]
+        return found + [_IGNORED.format(count=len(inputs), first=name) for name in inputs[:1]]
 
     @cached_property
     def tied(self) -> Mapping[str, str]:

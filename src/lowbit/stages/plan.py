@@ -187,7 +187,7 @@ def _row(entry: Entry) -> dict[str, Any]:
     weight = entry.weight
     return {
         "name": weight.name,
-        "shape": list(weight.shape[::-1] if weight.swapped else weight.shape),  # as the checkpoint has it
+        "shape": list(weight.held),  # as the checkpoint has it
         "dtype": str(weight.dtype).removeprefix("torch."),
         "scheme": str(weight.scheme) if weight.scheme else None,
         "method": entry.method,
@@ -284,7 +284,7 @@ class _Maker:
             method, why = _able(method, why, wanted, form.encoder)
         activations = self.rules.activations if inside else None
         swap, config = self.swap(weight), self.checkpoint.config
-        return _entry(weight, wanted, reason + why, method, form, config, activations, swap)
+        return _entry(weight, wanted, reason + why, method, form, config, activations, swap, inside and recipe.smooths)
 
     def _important(self, weight: Weight) -> bool:
         turned = replace(weight, shape=weight.shape[::-1]) if self.swap(weight) else weight
@@ -444,8 +444,13 @@ def _entry(
     config: Mapping[str, Any],
     activations: str | None = None,
     swap: bool = False,
+    smooths: bool = False,
 ) -> Entry:
-    """The entry of one weight; `swap`: the model holds it as `[inputs, outputs]`, and formats store the transpose."""
+    """The entry of one weight.
+
+    `swap`: the model holds it as `[inputs, outputs]`, and formats store the transpose; `smooths`: a transform may make
+    factors of its inputs.
+    """
     turned = replace(weight, shape=weight.shape[::-1], swapped=True) if swap else weight
     turned = arranged(turned, wanted, form, config)
     if wanted == "keep" or (form.arrange and wanted in _NAMES.values()):
@@ -459,7 +464,7 @@ def _entry(
         fitted = form.fit(scheme, weight)
     except UnsupportedError as error:
         raise UnsupportedError(f"{weight.name} {list(weight.shape)}: {error}") from None
-    objection = method.objection(fitted)
+    objection = method.objection(replace(fitted, smooth=fitted.smooth and not smooths))
     if objection:
         raise UnsupportedError(f"{weight.name}: method {name} cannot use {fitted}: {objection}")
     weight = replace(weight, scheme=fitted)
@@ -522,7 +527,7 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
     try:
         data = json.loads(path.read_text())
         rows, name, options = data["tensors"], data["format"], data["options"]
-        recipe, calibration = data["recipe"], data["calibration"] and Calibration(**data["calibration"])
+        recipe, calibration = data["recipe"], data["calibration"] and _calibration(data["calibration"])
         imatrix = Imatrix(**data["imatrix"]) if data.get("imatrix") else None
         if data["lowbit_plan"] != VERSION:
             raise UsageError(f"{path}: plan version {data['lowbit_plan']}, this lowbit reads {VERSION}")
@@ -530,12 +535,17 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
         _check_same(path, rows, checkpoint)
         dotted(options, parse_recipe(recipe))
         weights = checkpoint.weights
-        entries = [_read_row(row, _plain(weights[row["name"]]), form, checkpoint.config) for row in rows]
+        smooths, config = parse_recipe(recipe).smooths, checkpoint.config
+        entries = [_read_row(row, _plain(weights[row["name"]]), form, config, smooths) for row in rows]
     except LowbitError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
     return Plan(name, tuple(entries), options, recipe, calibration, imatrix)
+
+
+def _calibration(row: Mapping[str, Any]) -> Calibration:
+    return Calibration(**{**row, "sources": tuple(row["sources"])})
 
 
 def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
@@ -548,13 +558,14 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
         raise UsageError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
 
 
-def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, config: Mapping[str, Any]) -> Entry:
+def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, config: Mapping[str, Any], smooths: bool) -> Entry:
     if row.get("tied"):
         return Entry(weight, None, row["reason"], row["tied"])
     types = {str(dtype).removeprefix("torch."): name for dtype, name in _NAMES.items()}
     kept = types.get(row["dtype"], "keep") if form.arrange else "keep"
     scheme, method, swap = row["scheme"] or kept, row["method"] or "rtn", swapped(config, weight) and not weight.swapped
-    return _entry(weight, scheme, row["reason"], method, form, config, row.get("activations"), swap)
+    smooths = smooths and _BLOCK.search(weight.name) is not None
+    return _entry(weight, scheme, row["reason"], method, form, config, row.get("activations"), swap, smooths)
 
 
 def _check_same(path: Path, rows: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> None:
