@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from lowbit.advise import Loss, Question, advise, read_measured
 from lowbit.advise.hardware import Hardware, find, probe, profiles
-from lowbit.advise.memory import activation_bytes, cache_of, read_bytes
+from lowbit.stages.running import activation_bytes, cache_of, read_bytes
 from lowbit.cli.advise import command
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.schemes import parse

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lowbit.errors import UsageError
-from lowbit.stages.solve import Limit, exact, relaxed, solve
+from lowbit.stages.solve import Limit, closest, exact, relaxed, solve
 
 
 def brute(losses: list[list[float]], sizes: list[list[float]], budget: float) -> float:
@@ -135,6 +135,16 @@ def test_too_small_a_budget_is_refused_with_the_least() -> None:
 
 def test_nothing_to_choose() -> None:
     assert solve([], [], 0.0).picked == ()
+
+
+def test_the_nearest_decisions_are_those_whose_loss_a_byte_is_nearest_to_the_price() -> None:
+    losses, sizes = [[4.0, 1.0], [10.0, 1.0], [3.1, 1.0], [1.1, 1.0], [5.0]], [[1.0, 2.0]] * 4 + [[1.0]]
+    found = solve(losses, sizes, 7.0)
+    assert found.picked == (1, 1, 0, 0, 0)
+    # Losses a byte: 3 and 9 are paid, 2.1 and 0.1 are not; the price is between 2.1 and 3.
+    assert set(closest(losses, sizes, found.picked, 2)) == {(0, 0), (2, 1)}
+    assert closest(losses, sizes, found.picked, 9)[2:] == [(1, 0), (3, 1)]
+    assert closest([[1.0]], [[1.0]], [0], 3) == []
 
 
 def test_the_brute_force_itself() -> None:

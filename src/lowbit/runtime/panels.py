@@ -13,8 +13,8 @@ from torch.nn.functional import pad
 
 from lowbit.errors import UnsupportedError
 from lowbit.native import Matrix, Panels, interleave, interleave_floats
-from lowbit.schemes import Grid
-from lowbit.tensors import QTensor, block_size, level_table, view_shape
+from lowbit.schemes import Grid, Scheme
+from lowbit.tensors import QTensor, Shape, block_size, level_table, view_shape
 
 LAYOUT = 1  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
 _LANES = 16
@@ -53,7 +53,7 @@ def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
     if not q.plain:
         raise UnsupportedError(f"{q.scheme} has more than codes, scales and zero points")
     order, cols = _order(q), q.shape[-1]
-    step = _step(q)
+    step = _step(q.scheme, q.shape)
     full = -(-cols // lcm(step, 32)) * lcm(step, 32)
     scale, zero = _spread(q, q.scale_values(), step, full), None
     values = q.zero_values()
@@ -61,7 +61,7 @@ def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
         zero = _spread(q, values, step, full)
     codes = q.codes.reshape(-1, cols)
     grid, minus = q.scheme.grid, q.scheme.zero == "min"
-    bits = next(bits for bits in (2, 4, 8) if len(grid.levels) <= 2**bits)
+    bits = _bits(grid)
     meaning = _meaning(grid, zero is not None, exact)
     narrow = _exact_half(scale) and (zero is None or _exact_half(zero))
     dtype = torch.float16 if narrow else torch.float32
@@ -121,20 +121,87 @@ def _order(q: QTensor) -> Tensor | None:
     return q.group_index.long().argsort(stable=True)
 
 
-def _step(q: QTensor) -> int:
+def _bits(grid: Grid) -> int:
+    """In which a code is held."""
+    return next(bits for bits in (2, 4, 8) if len(grid.levels) <= 2**bits)
+
+
+def _step(scheme: Scheme, shape: Shape) -> int:
     """Columns of a row that share a scale.
 
     Raises:
         UnsupportedError: no multiple of 16, or blocks do not end with the rows.
     """
-    wide, cols = block_size(q.shape, q.scheme.block)[1], q.shape[-1]
-    if len(q.shape) != 2 or (q.scheme.block.flat and cols % wide):
-        raise UnsupportedError(f"{q.scheme} on {list(q.shape)} has no scale for each part of a row")
+    wide, cols = block_size(shape, scheme.block)[1], shape[-1]
+    if len(shape) != 2 or (scheme.block.flat and cols % wide):
+        raise UnsupportedError(f"{scheme} on {list(shape)} has no scale for each part of a row")
     if wide >= cols:
         return -(-cols // 32) * 32
     if wide % _LANES:
-        raise UnsupportedError(f"{q.scheme} has a scale for every {wide} columns, which is no multiple of {_LANES}")
+        raise UnsupportedError(f"{scheme} has a scale for every {wide} columns, which is no multiple of {_LANES}")
     return wide
+
+
+def packed_bytes(scheme: Scheme, shape: Shape) -> int:
+    """Bytes of what `pack` makes of such a weight; scales of 16 bits or fewer are taken to be exact in float16.
+
+    Raises:
+        UnsupportedError: as `pack`.
+    """
+    sizes = _sizes(scheme, shape)
+    return _LANES * sizes.panels * (sizes.full * _bits(scheme.grid) // 8 + sizes.numbers * sizes.dtype.itemsize)
+
+
+def dense_bytes(shape: Shape, itemsize: int) -> int:
+    """Bytes of what `pack_dense` makes of such a weight."""
+    return -(-shape[0] // _LANES) * _LANES * -(-shape[1] // 32) * 32 * itemsize
+
+
+def pack_noise(scheme: Scheme, shape: Shape) -> Packed:
+    """What `pack` would make of such a weight, with codes at random: to see how fast it is multiplied.
+
+    Raises:
+        UnsupportedError: as `pack`.
+    """
+    sizes, bits, shifted = _sizes(scheme, shape), _bits(scheme.grid), scheme.zero != "none"
+    codes = torch.randint(0, 256, (sizes.panels, sizes.full * bits // 32, 64), dtype=torch.uint8)
+    scale = torch.full((sizes.panels, sizes.full // sizes.step, _LANES), 2.0**-7, dtype=sizes.dtype)
+    meaning = _meaning(scheme.grid, shifted, False)
+    panels = Panels(
+        rows=shape[0], bits=bits, step=sizes.step, codes=codes, scale=scale, zero=scale.clone() if shifted else None,
+        minus=scheme.zero == "min", way=meaning.way, offset=meaning.offset, level=meaning.level, table=meaning.table,
+        unit=meaning.unit,
+    )  # fmt: skip
+    return Packed(panels, shape[1])
+
+
+@final
+@dataclass(frozen=True)
+class _Sizes:
+    """Panels of a weight, columns with those that fill up and that share a scale, numbers beside codes in a row."""
+
+    panels: int
+    full: int
+    step: int
+    numbers: int
+    dtype: torch.dtype
+
+
+def _sizes(scheme: Scheme, shape: Shape) -> _Sizes:
+    if (
+        scheme.grid.runs
+        or scheme.outliers
+        or scheme.smooth
+        or scheme.offset
+        or scheme.perm
+        or scheme.zero == "quantized"
+    ):
+        raise UnsupportedError(f"{scheme} has more than codes, scales and zero points")
+    step = _step(scheme, shape)
+    full = -(-shape[1] // lcm(step, 32)) * lcm(step, 32)
+    numbers = full // step * (1 if scheme.zero == "none" else 2)
+    dtype = torch.float32 if scheme.nested or scheme.scale == "f32" else torch.float16
+    return _Sizes(-(-shape[0] // _LANES), full, step, numbers, dtype)
 
 
 def _spread(q: QTensor, values: Tensor, step: int, full: int) -> Float[Tensor, "rows steps"]:

@@ -99,10 +99,36 @@ def _within_both(
     best = exact(loss, sizes, budgets)
     if best is None:
         raise UsageError(
-            f"no choices were found that keep both budgets, {budgets[0]:,.6g} and {budgets[1]:,.6g}; each alone can be "
-            "kept: raise one of them"
+            "no choices were found that keep both budgets, though each alone can be kept: raise one of them"
         )
     return best, bound
+
+
+def closest(
+    losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], picked: Sequence[int], count: int
+) -> list[tuple[int, int]]:
+    """Items whose choice was nearest to another one, the nearest first, with that other choice.
+
+    A choice is left for another where the loss a byte that this saves, or costs, passes the price of a byte; of the
+    price is known that it is between the most that an exchange that was not made would save and the least that it would
+    cost. How near is the ratio of the two.
+    """
+    ups, downs = [0.0], [np.inf]
+    slopes: list[tuple[int, int, float]] = []
+    for item, (loss, size, at) in enumerate(zip(losses, sizes, picked, strict=True)):
+        for other in range(len(loss)):
+            more, worse = size[other] - size[at], loss[other] - loss[at]
+            if more * worse < 0:
+                slopes.append((item, other, -worse / more))
+                (ups if more > 0 else downs).append(-worse / more)
+    low, high = max(ups), min(downs)
+    price = (low * high) ** 0.5 if low > 0 and high < np.inf else low or high
+    nearest: dict[int, tuple[float, int]] = {}
+    for item, other, slope in slopes:
+        apart = abs(float(np.log(slope / price)))
+        nearest[item] = min(nearest.get(item, (np.inf, other)), (apart, other))
+    order = sorted(nearest, key=lambda item: nearest[item])
+    return [(item, nearest[item][1]) for item in order[:count]]
 
 
 def _table(rows: Sequence[Sequence[float]]) -> Table:
