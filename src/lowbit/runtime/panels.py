@@ -164,7 +164,8 @@ def pack_noise(scheme: Scheme, shape: Shape) -> Packed:
         UnsupportedError: as `pack`.
     """
     sizes, bits, shifted = _sizes(scheme, shape), _bits(scheme.grid), scheme.zero != "none"
-    codes = torch.randint(0, 256, (sizes.panels, sizes.full * bits // 32, 64), dtype=torch.uint8)
+    # Below 120, since small floats of 8 bits have patterns above that are no numbers.
+    codes = torch.randint(0, 120, (sizes.panels, sizes.full * bits // 32, 64), dtype=torch.uint8)
     scale = torch.full((sizes.panels, sizes.full // sizes.step, _LANES), 2.0**-7, dtype=sizes.dtype)
     meaning = _meaning(scheme.grid, shifted, False)
     panels = Panels(
