@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from lowbit.budget import Estimate, MemoryWatch
 from lowbit.errors import UsageError
@@ -19,14 +20,17 @@ from lowbit.stages._cost import Cost
 from lowbit.stages._directory import GGUF
 from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
+from lowbit.stages._policy import read_policy
 from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._room import with_factors
 from lowbit.stages._windows import cut, encode
-from lowbit.stages.allocate import Allocation, Budget, Problem, make_problem, undecided
+from lowbit.stages.allocate import Allocation, Budget, Checked, Problem, make_problem, undecided
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
+from lowbit.stages.check import check
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
+from lowbit.stages.frequency import count_tokens
 from lowbit.stages.plan import (
     Calibration,
     Plan,
@@ -41,10 +45,13 @@ from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
 from lowbit.stages.rotate import Options as Rotation
 from lowbit.stages.rotate import prove, rotate
+from lowbit.stages.running import Forecast
 from lowbit.stages.samples import Samples, read_samples, similarity
 from lowbit.stages.search import Trial, asked, search
 from lowbit.stages.verify import verify
 from lowbit.stages.write import open_output, refuse_foreign, write_atomic
+
+Tell = Callable[[Trial | Forecast | Checked], None]
 
 
 @final
@@ -85,14 +92,15 @@ def run(
     request: Request,
     progress: quantize.Progress = quantize.silent,
     announce: Callable[[Plan, Sequence[Estimate | Cost | tune.Cost]], None] | None = None,
-    tell: Callable[[Trial], None] = lambda trial: None,
+    tell: Tell = lambda told: None,
 ) -> RunRecord:
     """Carry out a request and write its report into the output directory.
 
     Args:
         progress: called with `(stage, done, total)`.
         announce: called once with the plan and the estimates of its stages before anything is written.
-        tell: called with each plan that is measured while one is searched that is as good as was asked for.
+        tell: called with each plan that is measured while one is searched that is as good as was asked for; with what
+            single decisions really cost, and with what a plan takes as it runs, where these were asked for.
 
     Raises:
         LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same request goes on.
@@ -142,7 +150,7 @@ def run(
 def find_plan(
     request: Request,
     progress: quantize.Progress = quantize.silent,
-    tell: Callable[[Trial], None] = lambda trial: None,
+    tell: Tell = lambda told: None,
 ) -> Plan:
     """The plan of a request, whose `out` is where the plan will be saved: saved, by rules, or for the budget.
 
@@ -158,21 +166,25 @@ def _plan(
     source: Checkpoint,
     watch: MemoryWatch,
     progress: quantize.Progress,
-    tell: Callable[[Trial], None],
+    tell: Tell,
 ) -> Plan:
     """The same for an opened checkpoint."""
-    budget = request.budget
     if request.plan:
         return load_plan(request.plan, source)
+    request = replace(request, rules=_counted(request, source, watch, progress))
+    budget = request.budget
     if budget is None:
         return with_factors(make_plan(source, request.rules), source)
-    problem = _measured(request, budget, source, watch, progress)
-    if budget.bits is not None:
-        return with_factors(problem.within_bits(budget.bits).plan, source)
-    if budget.size is not None:
-        return with_factors(problem.within_size(budget.size).plan, source)
+    problem, ids = _measured(request, budget, source, watch, progress)
     limit = budget.kl if budget.kl is not None else budget.perplexity
-    assert limit is not None
+    if limit is None:
+        best = problem.within(budget)
+        if budget.check:
+            best, checked = _checked(request, problem, best, ids, watch, progress)
+            tell(checked)
+        if best.forecast:
+            tell(best.forecast)
+        return with_factors(best.plan, source)
 
     def measure(found: Allocation) -> Interval:
         measured = _try(request, budget, with_factors(found.plan, source), progress)
@@ -180,6 +192,15 @@ def _plan(
         return measured
 
     return with_factors(search(problem, limit, measure).allocation.plan, source)
+
+
+def _counted(request: Request, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress) -> Rules:
+    """The rules, with how often experts are used, where the policy asks for it and there is text to count on."""
+    rules = request.rules
+    if rules.policy is None or rules.calibration is None or not read_policy(rules.policy).counts:
+        return rules
+    samples, folder = _read(rules.calibration, source), request.out.absolute().parent
+    return replace(rules, counts=count_tokens(source, samples.ids, folder, request.ram, watch, progress))
 
 
 def _try(request: Request, budget: Budget, plan: Plan, progress: quantize.Progress) -> Interval:
@@ -195,10 +216,24 @@ def _try(request: Request, budget: Budget, plan: Plan, progress: quantize.Progre
     return asked(budget, quality)
 
 
+def _checked(
+    request: Request, problem: Problem, first: Allocation, ids: Tensor, watch: MemoryWatch, progress: quantize.Progress
+) -> tuple[Allocation, Checked]:
+    """The plan after the decisions that were nearest to another were measured, and what that gave."""
+    budget, folder, source = request.budget, request.out.absolute().parent, problem.source
+    assert budget is not None
+    cases, plan = problem.nearest(budget, first), undecided(source, problem.rules, problem.offers)
+    measured = check(source, plan, problem.offers, cases, ids, folder, request.ram, request.threads, watch, progress)
+    better, ratio = problem.corrected(cases, measured)
+    found = better.within(budget)
+    changed = {n: (first.chosen[n], scheme) for n, scheme in found.chosen.items() if scheme != first.chosen[n]}
+    return found, Checked(len(cases) // 2, ratio, changed)
+
+
 def _measured(
     request: Request, budget: Budget, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress
-) -> Problem:
-    """What the weights cost in each scheme, measured, or from a file; saved where the budget names one."""
+) -> tuple[Problem, Tensor]:
+    """What the weights cost in each scheme, measured, or from a file; saved where one is named. And the text."""
     rules, text, file = request.rules, request.rules.calibration, budget.sensitivity
     offers = make_offers(source, rules, budget.choices(rules.format))
     if text is None:
@@ -215,7 +250,7 @@ def _measured(
         known = sensitivity.Sensitivity(facts, losses).joined(known)
         if file:
             write_atomic(file, known.to_json().encode())
-    return make_problem(source, rules, offers, known.of(offers), budget.fused)
+    return make_problem(source, rules, offers, known.of(offers), budget.fused), samples.ids
 
 
 def run_conversion(

@@ -13,12 +13,12 @@ from click.testing import CliRunner
 
 from lowbit.advise import Loss, Question, advise, read_measured
 from lowbit.advise.hardware import Hardware, find, probe, profiles
-from lowbit.advise.memory import activation_bytes, cache_of, read_bytes
 from lowbit.cli.advise import command
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.schemes import parse
 from lowbit.stages.checkpoint import Checkpoint, arch_rows, open_checkpoint
 from lowbit.stages.plan import Rules, make_plan
+from lowbit.stages.running import activation_bytes, cache_of, read_bytes
 
 # transformers imports what is there, and hqq uses a part of torch that is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

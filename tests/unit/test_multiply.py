@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit import native
 from lowbit.errors import UnsupportedError
 from lowbit.runtime.linear import Linear
-from lowbit.runtime.panels import Packed, pack, pack_dense
+from lowbit.runtime.panels import Packed, dense_bytes, pack, pack_dense, pack_noise, packed_bytes
 from lowbit.schemes import parse
 from lowbit.tensors import QTensor
 from tests.reference.checkpoints import scattered
@@ -249,3 +249,15 @@ def test_panels_that_lie_are_refused() -> None:
             native.Matrix(good, **bad)
     with pytest.raises(ValueError, match="inputs"):
         native.Matrix(good, 64)(torch.ones(1, 65))
+
+
+@pytest.mark.parametrize("scheme", [*CODES, *TABLE, *FLOATS])
+def test_bytes_are_known_without_a_weight(scheme: str) -> None:
+    for shape in SHAPES:
+        q = random_qtensor(parse(scheme), shape, seed=4)
+        noise = pack_noise(q.scheme, shape)
+        assert packed_bytes(q.scheme, shape) == noise.panels.nbytes >= pack(q).panels.nbytes
+        assert multiply(noise, inputs(2, shape[1])).isfinite().all()
+    assert dense_bytes((17, 33), 2) == pack_dense(torch.zeros(17, 33, dtype=torch.bfloat16)).panels.nbytes
+    with pytest.raises(UnsupportedError, match="no multiple of 16"):
+        packed_bytes(parse("int4-g24"), (16, 48))

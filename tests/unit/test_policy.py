@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from lowbit.budget import MemoryWatch
 from lowbit.errors import UnsupportedError, UsageError
-from lowbit.stages._policy import presets, role_of, step
+from lowbit.stages._policy import expert_of, presets, role_of, step
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
+from lowbit.stages.frequency import count_tokens
 from lowbit.stages.plan import Rules, make_plan
+from tests.reference.models import save_tiny
+
+# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 PARTS = {
     "self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o",
@@ -142,6 +149,8 @@ def test_every_preset_makes_a_plan_and_says_why(model: Checkpoint) -> None:
         ("[[rule]]\nscheme = 'int4'\nblocks = [true]", "True is not"),
         ("[[rule]]\nscheme = 'int4'\npattern = '['", "not a regular expression"),
         ("[[rule]]\nscheme = 'int4'\nexperts = 'all'", "experts is 'all'"),
+        ("[[rule]]\nscheme = 'int4'\nfrequency = 'often'", "'often' is not 'most N'"),
+        ("[[rule]]\nscheme = 'int4'\nfrequency = 3", "frequency is 3"),
         ("[[rule]]\nscheme = 'int4'\nrows = 'frequent'", "no public format holds rows"),
         ("[[rule]]\nscheme = 'int4'\nheads = [1]", "no public format holds heads"),
         ("[[rule]]\nscheme = 'int99'", "no scheme is called"),
@@ -159,3 +168,44 @@ def test_an_unknown_policy_and_a_scheme_on_no_ladder_are_one_sentence(model: Che
         make_plan(model, Rules("int4-g64", policy="careful"))
     with pytest.raises(UsageError, match="higher than nf4-g64, which is on no ladder"):
         make_plan(model, Rules("nf4-g64", format="bitsandbytes", policy="balanced"))
+
+
+@torch.no_grad()
+def routed(model: Any, ids: torch.Tensor) -> list[list[int]]:
+    """Of each layer, tokens that go to each expert, by the logits that `transformers` gives out."""
+    logits = model(ids, output_router_logits=True).router_logits
+    return [layer.topk(2, -1).indices.flatten().bincount(minlength=4).tolist() for layer in logits]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_get_schemes_by_how_often_they_are_used(kind: str, tmp_path: Path) -> None:
+    model, ids = save_tiny(kind, tmp_path / "m"), torch.randint(3, 96, (6, 20))
+    source = open_checkpoint(tmp_path / "m")
+    with MemoryWatch(None).running() as watch:
+        counts = count_tokens(source, ids, tmp_path, None, watch)
+    wanted = routed(model, ids)
+    assert len(counts) == 2 * 4 * 3 and min(map(min, wanted)) < max(map(max, wanted))
+    for name, count in counts.items():
+        stack, expert = expert_of(name) or ("", 0)
+        assert count == wanted[int(stack.split(".")[2])][expert], name
+    file = tmp_path / "often.toml"
+    file.write_text(
+        '[[rule]]\nfrequency = "most 25%"\nscheme = "int8-g8"\n[[rule]]\nfrequency = "least 2"\nscheme = "int3-g8"\n'
+    )
+    plan = make_plan(source, Rules("int4-g8", policy=str(file), counts=counts))
+    for entry in plan.entries:
+        place, scheme = expert_of(entry.weight.name), str(entry.weight.scheme)
+        if place and entry.weight.scheme:
+            row = wanted[int(place[0].split(".")[2])]
+            above = sum((-other, at) < (-row[place[1]], place[1]) for at, other in enumerate(row))
+            assert scheme.startswith("int8" if above == 0 else "int4" if above == 1 else "int3"), entry
+        elif entry.weight.scheme:
+            assert scheme.startswith("int4")
+    with pytest.raises(UsageError, match="name it with --calibration"):
+        make_plan(source, Rules("int4-g8", policy=str(file)))
+
+
+def test_a_model_without_experts_has_none_to_count(model: Checkpoint, tmp_path: Path) -> None:
+    kept = {name: weight for name, weight in model.weights.items() if "experts" not in name}
+    with pytest.raises(UnsupportedError, match="no experts by name"), MemoryWatch(None).running() as watch:
+        count_tokens(replace(model, weights=kept), torch.ones(2, 8, dtype=torch.long), tmp_path, None, watch)

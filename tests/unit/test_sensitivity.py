@@ -17,7 +17,8 @@ from lowbit.methods import NoOptions, rtn
 from lowbit.schemes import parse
 from lowbit.stages import sensitivity
 from lowbit.stages._quality import Interval
-from lowbit.stages.allocate import Allocation, Problem, make_problem
+from lowbit.stages.allocate import Allocation, Budget, Checked, Problem, make_problem, undecided
+from lowbit.stages.check import Case, check
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules, load_plan, make_offers, make_plan
 from lowbit.stages.search import search
@@ -71,6 +72,45 @@ def test_what_is_predicted_is_the_divergence(kind: str, rules: Rules, schemes: t
     assert len(ratios) >= 8
     assert 0.75 < sum(ratios) / len(ratios) < 1.3, ratios
     assert min(ratios) > 0.4 and max(ratios) < 2.5, ratios
+
+
+@torch.no_grad()
+def true_divergence(model: Any, names: tuple[str, ...], scheme: str) -> float:
+    """KL of the model from itself with some weights in a scheme, all together, by transformers in float64."""
+    weights, before = dict(model.named_parameters()), model(HELD).logits.log_softmax(-1)
+    kept = {name: weights[name].detach().clone() for name in names}
+    for name in names:
+        weights[name].copy_(rounded(kept[name], scheme))
+    after = model(HELD).logits.log_softmax(-1)
+    for name in names:
+        weights[name].copy_(kept[name])
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+JOINED = tuple(f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv")
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("form", "cases"),
+    [
+        ("compressed-tensors", [(JOINED, "int3-g8"), (JOINED, "int6-g8"), ((DOWN,), "int3-g8")]),
+        ("gguf", [(("model.embed_tokens.weight",), "q4_0"), (("lm_head.weight",), "q8_0")]),
+    ],
+)
+def test_a_checked_decision_has_its_true_divergence(
+    form: str, cases: list[tuple[tuple[str, ...], str]], tmp_path: Path
+) -> None:
+    model = save_tiny("llama", tmp_path / "m").double()
+    source, rules = open_checkpoint(tmp_path / "m"), Rules(method="rtn", format=form)
+    offers = make_offers(source, rules, tuple(dict.fromkeys(scheme for _, scheme in cases)))
+    plan, asked = undecided(source, rules, offers), [Case(*case) for case in cases]
+    with MemoryWatch(None).running() as watch:
+        found = check(source, plan, offers, asked, IDS, tmp_path, None, 1, watch)
+    stored = [str(offers[names[0]][scheme].weight.scheme) for names, scheme in cases]  # the format's type of scales
+    wanted = [true_divergence(model, case[0], scheme) for case, scheme in zip(cases, stored, strict=True)]
+    assert found == pytest.approx(wanted, rel=2e-3)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 OFFERED = ("int3-g8-f16", "int4-g8-f16", "int6-g8-f16", "int8-g8-f16")
@@ -149,6 +189,25 @@ def test_set_and_skip_are_left_alone_by_a_budget(tmp_path: Path) -> None:
     schemes = chosen(parts.within_bits(8.5))
     assert schemes["model.layers.0.self_attn.k_proj.weight"].startswith("int2-g8")
     assert "model.layers.0.self_attn.o_proj.weight" not in schemes
+
+
+def test_what_was_measured_decides_again(tmp_path: Path) -> None:
+    parts, budget = problem(tmp_path / "m", steep, fused=False), Budget(bits=7.0, check=3)
+    first = parts.within(budget)
+    cases = parts.nearest(budget, first)
+    assert len(cases) == 6 and len({case.names for case in cases}) == 3
+    predicted = [sum(parts.losses[name][case.scheme] for name in case.names) for case in cases]
+    for own, other in zip(cases[::2], cases[1::2], strict=True):
+        assert own.names == other.names and first.chosen[own.names[0]] == own.scheme != other.scheme
+    halved, ratio = parts.corrected(cases, [loss / 2 for loss in predicted])
+    assert ratio == pytest.approx(0.5) and halved.within(budget).chosen == first.chosen
+    assert halved.within(budget).loss == pytest.approx(first.loss / 2)
+    moved = [loss * (100 if case.scheme == first.chosen[case.names[0]] else 1e-3) if at < 2 else loss
+             for at, (case, loss) in enumerate(zip(cases, predicted, strict=True))]  # fmt: skip
+    again = parts.corrected(cases, moved)[0].within(budget)
+    assert again.chosen[cases[0].names[0]] == cases[1].scheme
+    changed = {name: (first.chosen[name], scheme) for name, scheme in again.chosen.items()}
+    assert "3 decisions measured" in next(Checked(3, 0.5, changed).lines())
 
 
 class Measured:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lowbit.errors import UsageError
-from lowbit.stages.solve import exact, relaxed, solve
+from lowbit.stages.solve import Limit, closest, exact, relaxed, solve
 
 
 def brute(losses: list[list[float]], sizes: list[list[float]], budget: float) -> float:
@@ -44,12 +44,59 @@ def test_a_thousand_cases_are_within_half_a_percent_of_trying_everything() -> No
         assert found.bound <= best * (1 + 1e-9) and found.loss <= best * 1.005
 
 
+def both(
+    losses: list[list[float]], sizes: list[list[float]], budget: float, times: list[list[float]], limit: float
+) -> float | None:
+    """The least loss of all combinations that keep two budgets; None where none does."""
+    every = [
+        (sum(losses[i][k] for i, k in enumerate(ks)), sum(times[i][k] for i, k in enumerate(ks)))
+        for ks in itertools.product(*(range(len(row)) for row in losses))
+        if sum(sizes[i][k] for i, k in enumerate(ks)) <= budget
+    ]
+    return min((loss for loss, took in every if took <= limit), default=None)
+
+
+def test_two_budgets_are_both_kept_and_the_loss_is_that_of_trying_everything() -> None:
+    dice, outcomes = np.random.default_rng(5), {"found": 0, "neither": 0, "between": 0}
+    for _ in range(80):
+        losses, sizes, budget = case(dice, int(dice.integers(2, 6)), 4)
+        times = [(np.array(row) * dice.lognormal(0, 0.7, len(row))).tolist() for row in sizes]  # not in order of size
+        least, most = sum(map(min, times)), sum(map(max, times))
+        limit = float(least + dice.random() ** 2 * (most - least))
+        best = both(losses, sizes, budget, times, limit)
+        if best is None:
+            outcomes["neither"] += 1
+            with pytest.raises(UsageError, match="both budgets"):
+                solve(losses, sizes, budget, Limit(times, limit))
+            continue
+        found = solve(losses, sizes, budget, Limit(times, limit))
+        taken = [sum(row[k] for row, k in zip(rows, found.picked, strict=True)) for rows in (sizes, times)]
+        assert taken[0] <= budget and taken[1] <= limit
+        assert best * (1 - 1e-9) <= found.loss <= best * 1.005 and found.bound <= best * (1 + 1e-9)
+        alone = (brute(losses, sizes, budget), brute(losses, times, limit))
+        outcomes["found"] += 1
+        outcomes["between"] += found.loss > 1.001 * max(alone)
+    assert outcomes["neither"] > 1 and outcomes["between"] > 8, outcomes  # cases that need both at once
+
+
+def test_two_thousand_tensors_with_two_budgets_take_seconds() -> None:
+    dice = np.random.default_rng(6)
+    losses, sizes, budget = case(dice, 2000, 5)
+    times = [[size * (1.6 if size % 2 else 1.0) for size in row] for row in sizes]
+    alone = solve(losses, sizes, budget)
+    took = sum(row[k] for row, k in zip(times, alone.picked, strict=True))
+    start = time.process_time()
+    found = solve(losses, sizes, budget, Limit(times, 0.97 * took))
+    assert time.process_time() - start < 10
+    assert found.size <= budget and found.loss <= found.bound * 1.2
+
+
 def test_the_relaxation_alone_is_near_the_exact_solution() -> None:
     dice, worst = np.random.default_rng(1), 0.0
     for _ in range(10):
         losses, sizes, budget = case(dice, 60, 4)
         table = [np.array([row + [np.inf] * (4 - len(row)) for row in rows]) for rows in (losses, sizes)]
-        near, best = relaxed(table[0], table[1], budget)[0], exact(table[0], table[1], budget)
+        near, best = relaxed(table[0], table[1], budget)[0], exact(table[0], table[1:], [budget])
         assert best is not None
         sums = [sum(row[k] for row, k in zip(losses, picked, strict=True)) for picked in (near, best)]
         worst = max(worst, sums[0] / sums[1])
@@ -88,6 +135,16 @@ def test_too_small_a_budget_is_refused_with_the_least() -> None:
 
 def test_nothing_to_choose() -> None:
     assert solve([], [], 0.0).picked == ()
+
+
+def test_the_nearest_decisions_are_those_whose_loss_a_byte_is_nearest_to_the_price() -> None:
+    losses, sizes = [[4.0, 1.0], [10.0, 1.0], [3.1, 1.0], [1.1, 1.0], [5.0]], [[1.0, 2.0]] * 4 + [[1.0]]
+    found = solve(losses, sizes, 7.0)
+    assert found.picked == (1, 1, 0, 0, 0)
+    # Losses a byte: 3 and 9 are paid, 2.1 and 0.1 are not; the price is between 2.1 and 3.
+    assert set(closest(losses, sizes, found.picked, 2)) == {(0, 0), (2, 1)}
+    assert closest(losses, sizes, found.picked, 9)[2:] == [(1, 0), (3, 1)]
+    assert closest([[1.0]], [[1.0]], [0], 3) == []
 
 
 def test_the_brute_force_itself() -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from lowbit.advise.hardware import Hardware
-from lowbit.advise.memory import Cache, activation_bytes, cache_of, read_bytes
 from lowbit.budget import format_size
 from lowbit.errors import LowbitError, UnsupportedError, UsageError
 from lowbit.stages._model import open_config
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 from lowbit.stages.plan import Calibration, Entry, Rules, make_plan, tied_names
+from lowbit.stages.running import Cache, Running, activation_bytes, cache_of, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -31,6 +31,8 @@ _SAFE_LARGE = 4.0
 # Sequences at once from which a GPU's multiplications, not its memory, are the limit.
 _MANY = 16
 _TEXT = Calibration(("text",))
+_ANY = Hardware("any", "", "", 0.0, 0, 0.0, "")
+_USUAL = {"gguf": "llama.cpp", "mlx": "mlx", "onnx": "onnxruntime"}
 
 
 @final
@@ -240,7 +242,7 @@ def _load(option: Option, hardware: Hardware) -> Mapping[str, Any] | str:
     """The row by which a runtime loads a kind on some hardware, or why it does not."""
     rows = [row for row in _loads() if row["runtime"] == option.runtime and option.kind in row["kinds"]]
     for row in rows:
-        if hardware.vendor in row["vendors"] and row.get("least", 0) <= hardware.level <= row.get("most", 1e9):
+        if _suits(row, hardware):
             return row
     where = "; ".join(
         f"{', '.join(row['vendors'])}"
@@ -252,6 +254,43 @@ def _load(option: Option, hardware: Hardware) -> Mapping[str, Any] | str:
     level = f" {hardware.level:g}" if hardware.vendor in ("nvidia", "amd") else ""
     elsewhere = f"; it does on {where}" if where else ""
     return f"it does not load {option.kind} on {hardware.vendor}{level}{elsewhere}"
+
+
+def _suits(row: Mapping[str, Any], hardware: Hardware) -> bool:
+    return hardware.vendor in row["vendors"] and row.get("least", 0) <= hardware.level <= row.get("most", 1e9)
+
+
+def running(
+    form: str, hardware: Hardware | None, runtime: str | None, cache: str, context: int, batch: int
+) -> tuple[Running, float]:
+    """How a result in some format is to run, and the share of the memory that its runtime takes by default.
+
+    Args:
+        hardware: None for any.
+        runtime: None for `lowbit` on x86 and on any hardware, else for the one that is usual for the format.
+
+    Raises:
+        UsageError: a runtime or type of cache that is not known, or a runtime that does not load the format there, or
+            expands it when it loads it.
+    """
+    usual = "lowbit" if hardware is None or hardware.vendor == "x86" else _USUAL.get(form, "vllm")
+    name = runtime or usual
+    question = Question(hardware or _ANY, context, batch, runtime=name, cache=cache)
+    row = _runtimes(question)[0]
+    kinds = {each["kind"] for each in arch_rows("candidates") if each["format"] == form.replace("_", "-")}
+    loads = [each for each in _loads() if each["runtime"] == name and kinds & set(each["kinds"])]
+    loads = [each for each in loads if hardware is None or _suits(each, hardware)]
+    if kinds and not loads:
+        where = f" on {hardware.name}" if hardware else ""
+        raise UsageError(f"{name} does not load {form}{where}; name another --runtime, or another --format")
+    if loads and all(each["speed"] == "unpacked" for each in loads):
+        raise UsageError(f"{name} expands {form} to 16 bits when it loads it: no choice of schemes makes that smaller")
+    found = Running(
+        name, context, batch, cache, float(row["caches"][cache]), int(row["chunk"]), int(row["value"]), row["latent"]
+    )
+    if hardware:
+        found = replace(found, machine=hardware.name, bandwidth=hardware.bandwidth)
+    return found, float(row["usable"])
 
 
 def _unjudged(form: str) -> Mapping[str, Any]:

@@ -17,8 +17,9 @@ import click
 from lowbit import plugins
 
 if TYPE_CHECKING:
-    from lowbit.stages.allocate import Budget
+    from lowbit.stages.allocate import Budget, Checked
     from lowbit.stages.plan import Plan, Rules
+    from lowbit.stages.running import Forecast
     from lowbit.stages.search import Trial
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,6 +53,21 @@ class Share(click.ParamType[float]):
         if not 0 < found < float("inf"):
             self.fail(f"{value!r} is not above 0", param, ctx)
         return found
+
+
+@final
+class Duration(click.ParamType[float]):
+    """Seconds, written `25ms` or `0.1s`."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*", str(value))
+        if not match or not float(match[1]):
+            self.fail(f"{value!r} is no duration; write it like 25ms", param, ctx)
+        return float(match[1]) / (1000 if match[2] == "ms" else 1)
 
 
 def _set(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -169,13 +185,36 @@ _RULES = (
 )  # fmt: skip
 
 
-_BUDGETS = "--bits-per-weight, --size, --max-kl and --max-ppl-increase"
+_BUDGETS = "--bits-per-weight, --size, --memory, --max-kl and --max-ppl-increase"
 _BUDGET = (
     click.option(
         "--bits-per-weight", "--bpw", "bits", type=click.FloatRange(0, min_open=True), metavar="X",
         help="Choose each weight's scheme so that they have X bits in the mean, scales included.",
     ),
     click.option("--size", type=Size(), help="Choose schemes so that the weight files take so many bytes, as 3.9GiB."),
+    click.option(
+        "--memory", type=Size(), metavar="BYTES",
+        help="Choose schemes so that weights, cache and working memory take so many bytes at run time, as 12GiB.",
+    ),
+    click.option(
+        "--latency", type=Duration(), metavar="TIME",
+        help="Choose schemes so that one token is decoded in so much time, as 25ms; alone, or beside one of the above.",
+    ),
+    click.option(
+        "--tokens-per-second", "rate", type=click.FloatRange(0, min_open=True), metavar="X",
+        help="The same as a rate of each sequence.",
+    ),
+    click.option(
+        "--hardware", metavar="NAME",
+        help="Profile of `lowbit advise` that the result is to run on, or `this`: its memory, where --memory is not "
+        "named, and its bandwidth.  [default: this for --latency]",
+    ),
+    click.option(
+        "--runtime", metavar="NAME", help="What it is to run in.  [default: lowbit; off x86 what is usual]"
+    ),
+    click.option("--run-context", type=click.IntRange(1), metavar="N", help="Tokens of a sequence.  [default: 4096]"),
+    click.option("--run-batch", type=click.IntRange(1), metavar="N", help="Sequences at once.  [default: 1]"),
+    click.option("--kv", "kept", metavar="TYPE", help="Type of the cache, one that the runtime has.  [default: f16]"),
     click.option(
         "--max-kl", "kl", type=click.FloatRange(0, min_open=True), metavar="X",
         help="The smallest result whose divergence from the original, in nats per token, is at most X on the text of "
@@ -193,6 +232,10 @@ _BUDGET = (
     click.option(
         "--sensitivity", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
         help="Where what was measured for a budget is saved, and taken from if it is there.",
+    ),
+    click.option(
+        "--check", type=click.IntRange(0), default=0, metavar="N",
+        help="Measure the true divergence of the N decisions that were nearest to another scheme, and choose again.",
     ),
     click.option(
         "--unfused", is_flag=True,
@@ -240,23 +283,44 @@ def budget_options(function: F) -> F:
 
 def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | None:
     """Take the options of a budget out of a command's options, before `make_rules`; None where none is asked for."""
+    from lowbit.cli._running import WORDS, make_wanted
     from lowbit.stages.allocate import Budget
 
     asked = {name: options.pop(name) for name in ("bits", "size", "kl", "perplexity")}
-    given = [name for name, value in asked.items() if value is not None]
-    others = {name: options.pop(name) for name in ("schemes", "sensitivity", "unfused")}
-    if not given:
-        if any(others.values()):
-            raise click.UsageError(f"--schemes, --sensitivity and --unfused go with {_BUDGETS}")
+    others = {name: options.pop(name) for name in ("schemes", "sensitivity", "check", "unfused")}
+    run = {name: options.pop(name) for name in ("memory", "latency", "rate", *WORDS)}
+    given = [name for name, value in {**asked, "memory": run["memory"]}.items() if value is not None]
+    timed, placed = run["latency"] or run["rate"], run["hardware"] is not None
+    if not (given or timed or placed):
+        _refuse_alone({**others, **{word: run[name] for name, word in WORDS.items()}})
         return None
+    _check_budget(asked, given, options, plan_file)
+    runs = bool(run["memory"] or timed or placed)
+    if not runs and any(run[name] for name in WORDS):
+        raise click.UsageError(f"{', '.join(WORDS.values())} go with --memory, --latency and --tokens-per-second")
+    if (runs or others["check"]) and (asked["kl"] or asked["perplexity"]):
+        raise click.UsageError("--max-kl and --max-ppl-increase are measured as a whole: no --check or other limit")
+    sized = bool(asked["bits"] or asked["size"])
+    wanted = make_wanted(run, options["form"], options["threads"], sized) if runs else None
+    ran = {name: getattr(wanted, name) for name in ("memory", "latency", "running")} if wanted else {}
+    return Budget(**asked, **ran, fused=not others.pop("unfused"), **others)
+
+
+def _refuse_alone(others: dict[str, Any]) -> None:
+    """What says more of a budget is nothing without one."""
+    for name, value in others.items():
+        if value:
+            word = name if name.startswith("-") else f"--{name}"
+            raise click.UsageError(f"{word} goes with a budget: {_BUDGETS}, --latency")
+
+
+def _check_budget(asked: dict[str, Any], given: list[str], options: dict[str, Any], plan_file: Path | None) -> None:
     if len(given) > 1:
         raise click.UsageError(f"name one of {_BUDGETS}")
     if (asked["kl"] or asked["perplexity"]) and not options["text"]:
         raise click.UsageError("what is asked for is measured on a text: name it with --evaluate")
     if options["scheme"] or plan_file:
         raise click.UsageError("a budget chooses the schemes; leave out --scheme and --plan, or name --schemes")
-    fused = not others.pop("unfused")
-    return Budget(**asked, **others, fused=fused)
 
 
 _CONTEXT = (
@@ -369,8 +433,18 @@ class _Lines:
         click.echo(f"{stage}: {share:.0f}%, {now - begun:.1f} s{left}", err=True)
 
 
-def print_trial(trial: Trial) -> None:
-    """A plan that was measured for what was asked."""
+def print_told(told: Trial | Forecast | Checked) -> None:
+    """A plan that was measured for what was asked; what decisions were found to cost; what a plan takes as it runs."""
+    from lowbit.stages.search import Trial
+
+    if isinstance(told, Trial):
+        _print_trial(told)
+        return
+    for line in told.lines():
+        click.echo(line, err=True)
+
+
+def _print_trial(trial: Trial) -> None:
     from lowbit.budget import format_size
 
     found, measured = trial.allocation, trial.measured

@@ -16,7 +16,7 @@ from lowbit.cli._options import (
     make_rules,
     note,
     print_plan,
-    print_trial,
+    print_told,
     progress_bars,
     rules_options,
     run_options,
@@ -70,7 +70,7 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
             click.echo(f"memory: at most {way}", err=True)
 
     with progress_bars() as progress:
-        result = run(request, progress, announce, print_trial)
+        result = run(request, progress, announce, print_told)
     click.echo((out / ("report.json" if as_json else "report.md")).read_text(), nl=as_json)
     note(without_tokenizer(model, out))
     if not as_json:

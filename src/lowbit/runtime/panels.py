@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from math import lcm
 from typing import Literal, final
 
@@ -13,8 +14,8 @@ from torch.nn.functional import pad
 
 from lowbit.errors import UnsupportedError
 from lowbit.native import CODE_BITS, Matrix, Panels, interleave, interleave_floats
-from lowbit.schemes import Grid
-from lowbit.tensors import QTensor, block_size, level_table, view_shape
+from lowbit.schemes import Grid, Scheme
+from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
 LAYOUT = 2  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
 _LANES = 16
@@ -62,7 +63,7 @@ def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
     if not q.plain:
         raise UnsupportedError(f"{q.scheme} has more than codes, scales and zero points")
     order, cols = _order(q), q.shape[-1]
-    step = _step(q)
+    step = _step(q.scheme, q.shape)
     full = -(-cols // lcm(step, 32)) * lcm(step, 32)
     codes, grid = q.codes.reshape(-1, cols), q.scheme.grid
     meaning = _meaning(grid, q.scheme.zero != "none", exact)
@@ -179,20 +180,69 @@ def _order(q: QTensor) -> Tensor | None:
     return q.group_index.long().argsort(stable=True)
 
 
-def _step(q: QTensor) -> int:
+def _step(scheme: Scheme, shape: Shape) -> int:
     """Columns of a row that share a scale.
 
     Raises:
         UnsupportedError: no multiple of 16, or blocks do not end with the rows.
     """
-    wide, cols = block_size(q.shape, q.scheme.block)[1], q.shape[-1]
-    if len(q.shape) != 2 or (q.scheme.block.flat and cols % wide):
-        raise UnsupportedError(f"{q.scheme} on {list(q.shape)} has no scale for each part of a row")
+    wide, cols = block_size(shape, scheme.block)[1], shape[-1]
+    if len(shape) != 2 or (scheme.block.flat and cols % wide):
+        raise UnsupportedError(f"{scheme} on {list(shape)} has no scale for each part of a row")
     if wide >= cols:
         return -(-cols // 32) * 32
     if wide % _LANES:
-        raise UnsupportedError(f"{q.scheme} has a scale for every {wide} columns, which is no multiple of {_LANES}")
+        raise UnsupportedError(f"{scheme} has a scale for every {wide} columns, which is no multiple of {_LANES}")
     return wide
+
+
+def packed_bytes(scheme: Scheme, shape: Shape) -> int:
+    """Bytes of what `pack` makes of such a weight; scales of 16 bits or fewer are taken to be exact in float16.
+
+    Raises:
+        UnsupportedError: as `pack`.
+    """
+    if len(shape) != 2:
+        raise UnsupportedError(f"{scheme} on {list(shape)} has no scale for each part of a row")
+    return -(-shape[0] // _LANES) * _panel_bytes(scheme, shape[1])
+
+
+@cache
+def _panel_bytes(scheme: Scheme, cols: int) -> int:
+    return pack_noise(scheme, (_LANES, cols)).panels.nbytes
+
+
+def dense_bytes(shape: Shape, itemsize: int) -> int:
+    """Bytes of what `pack_dense` makes of such a weight."""
+    return -(-shape[0] // _LANES) * _LANES * -(-shape[1] // 32) * 32 * itemsize
+
+
+def pack_noise(scheme: Scheme, shape: Shape) -> Packed:
+    """What `pack` makes of such a weight with codes at random: to see how large it is, and how fast it is multiplied.
+
+    Raises:
+        UnsupportedError: as `pack`.
+    """
+    if scheme.grid.runs or scheme.outliers or scheme.smooth or scheme.perm or scheme.zero == "quantized":
+        raise UnsupportedError(f"{scheme} has more than codes, scales and zero points")
+    return pack(_noise(scheme, shape))
+
+
+def _noise(scheme: Scheme, shape: Shape) -> QTensor:
+    blocks = scale_shape(shape, scheme.block)
+
+    def scales() -> Tensor | QTensor:
+        # With all the bits that the type has: what float16 does not hold as a rule, alone or times a code, it does not.
+        one = 2.0**-7 * (1 + {"f32": 2.0**-20, "f16": 2.0**-10}.get(scheme.scale, 0))
+        return _noise(scheme.nested, blocks) if scheme.nested else torch.full(blocks, one)
+
+    # Below 120, since small floats of 8 bits have patterns above that are no numbers.
+    codes = torch.randint(0, min(len(scheme.grid.levels), 120), view_shape(shape, scheme.block), dtype=torch.uint8)
+    return QTensor(
+        scheme, shape, codes, scales(),
+        zeros={"int": torch.zeros(blocks, dtype=torch.uint8), "float": torch.ones(blocks)}.get(scheme.zero),
+        offset=torch.zeros(()) if scheme.offset else None, minima=scales() if scheme.zero == "min" else None,
+    )  # fmt: skip
 
 
 def _spread(q: QTensor, values: Tensor, step: int, full: int) -> Float[Tensor, "rows steps"]:

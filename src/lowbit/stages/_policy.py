@@ -1,7 +1,7 @@
 """Policies: rules that give weights a scheme by what they do and where they stand; presets: `arch/policies.toml`.
 
-A rule says which weights it is for (role, name, blocks, experts, format) and which scheme they get: one by its name, or
-a step above or below the run's scheme on a ladder. The first rule that is met counts.
+A rule says which weights it is for (role, name, blocks, experts and how often these are used, format) and which scheme
+they get: one by its name, or a step above or below the run's scheme on a ladder. The first rule that is met counts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lowbit.stages.checkpoint import arch_row, arch_rows
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts?\.")
+_NUMBERED = re.compile(r"^(.*\.experts?)\.(\d+)\.")
+_MOST = re.compile(r"(most|least) (\d+(?:\.\d+)?)(%?)")
 _ENDS = re.compile(r"(first|last) (\d+(?:\.\d+)?)(%?)")
 _STEPS = {"lower": -1, "higher": 1}
 _UNHELD = {
     "rows": "no public format holds rows of one tensor in different schemes, as an embedding by frequency of its "
     "tokens; name one scheme for all of it",
     "heads": "no public format holds heads of one tensor in different schemes; name one scheme for q, k, v or o",
-    "frequency": "how often experts are used is measured by calibration, and rules are applied before it; name experts "
-    "with `pattern`",
 }
 
 
@@ -44,6 +44,7 @@ class Rule:
     pattern: str = ""
     blocks: tuple[str | int, ...] = ()
     experts: bool | None = None
+    frequency: str = ""
     formats: tuple[str, ...] = ()
 
     @property
@@ -59,6 +60,11 @@ class Policy:
 
     name: str
     rules: tuple[Rule, ...]
+
+    @property
+    def counts(self) -> bool:
+        """Whether it asks how often experts are used."""
+        return any(rule.frequency for rule in self.rules)
 
 
 def presets() -> Mapping[str, str]:
@@ -104,7 +110,7 @@ def _rule(row: Mapping[str, Any], where: str) -> Rule:
     for key in row.keys() - set(known):
         raise UsageError(f"{where}: there is no {key!r}; a rule has {', '.join(known)}")
     lists = {key: _listed(row[key]) for key in ("role", "formats", "blocks") if key in row}
-    for key, kind in (("scheme", str), ("reason", str), ("pattern", str), ("experts", bool)):
+    for key, kind in (("scheme", str), ("reason", str), ("pattern", str), ("frequency", str), ("experts", bool)):
         if not isinstance(row.get(key, kind()), kind):
             raise UsageError(f"{where}: {key} is {row[key]!r}")
     if not row.get("scheme"):
@@ -126,6 +132,8 @@ def _check(rule: Rule, where: str) -> None:
     for place in rule.blocks:
         if isinstance(place, bool) or not (isinstance(place, int) or _ENDS.fullmatch(str(place))):
             raise UsageError(f"{where}: blocks {place!r} is not a number, 'first N', 'last N' or 'first N%'")
+    if rule.frequency and not _MOST.fullmatch(rule.frequency):
+        raise UsageError(f"{where}: frequency {rule.frequency!r} is not 'most N', 'most N%', 'least N' or 'least N%'")
     try:
         re.compile(rule.pattern)
     except re.error as error:
@@ -137,8 +145,30 @@ def role_of(name: str) -> str | None:
     return next((row["role"] for row in arch_rows("roles") if re.search(row["pattern"], name)), None)
 
 
+def expert_of(name: str) -> tuple[str, int] | None:
+    """The stack that an expert's weight belongs to, as `model.layers.3.mlp.experts`, and the expert's number."""
+    found = _NUMBERED.search(name)
+    return (found[1], int(found[2])) if found else None
+
+
+def _ranks(counts: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Of each expert's weight: experts of its stack that are used more, or as often and come first; and how many."""
+    used: dict[str, dict[int, int]] = {}
+    for name, count in counts.items():
+        if place := expert_of(name):
+            used.setdefault(place[0], {})[place[1]] = max(count, used.get(place[0], {}).get(place[1], 0))
+    order = {stack: sorted(row, key=lambda expert: (-row[expert], expert)) for stack, row in used.items()}
+    places = {name: place for name in counts if (place := expert_of(name))}
+    return {name: (order[stack].index(number), len(order[stack])) for name, (stack, number) in places.items()}
+
+
 def assign(
-    policy: Policy, weights: Iterable[Weight], config: Mapping[str, Any], base: str, form: str
+    policy: Policy,
+    weights: Iterable[Weight],
+    config: Mapping[str, Any],
+    base: str,
+    form: str,
+    counts: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[str, str]]:
     """Scheme name (or `keep`) and reason of every weight that a rule is for.
 
@@ -146,18 +176,24 @@ def assign(
         config: of the model, `config.json`.
         base: the run's scheme.
         form: the output format.
+        counts: tokens that each expert's weight multiplied (`frequency.py`), where the policy asks for it.
 
     Raises:
-        UsageError: a step that the run's scheme has not.
+        UsageError: a step that the run's scheme has not; a policy that asks how often experts are used, without counts.
     """
-    found, many = {}, list(weights)
+    if policy.counts and counts is None:
+        raise UsageError(
+            f"policy {policy.name} asks how often experts are used; that is counted on text: name it with --calibration"
+        )
+    found, many, ranks = {}, list(weights), _ranks(counts or {})
     count = 1 + max((block for weight in many if (block := _block(weight.name)) is not None), default=-1)
     for weight in many:
         if len(weight.shape) != 2:
             continue
         kept = arch_row("keep", config, weight) is not None
         rule = next(
-            (rule for rule in policy.rules if (rule.special or not kept) and _met(rule, weight, count, form)), None
+            (rule for rule in policy.rules if (rule.special or not kept) and _met(rule, weight, count, form, ranks)),
+            None,
         )
         if rule:
             reason = f"policy {policy.name}: {rule.reason or rule.scheme}"
@@ -170,14 +206,25 @@ def _block(name: str) -> int | None:
     return int(number[1]) if number else None
 
 
-def _met(rule: Rule, weight: Weight, count: int, form: str) -> bool:
+def _met(rule: Rule, weight: Weight, count: int, form: str, ranks: Mapping[str, tuple[int, int]]) -> bool:
     return (
         (not rule.formats or form.replace("_", "-") in [each.replace("_", "-") for each in rule.formats])
         and (not rule.role or role_of(weight.name) in rule.role)
         and (rule.experts is None or rule.experts == bool(_EXPERT.search(weight.name)))
+        and (not rule.frequency or _often(ranks.get(weight.name), rule.frequency))
         and re.search(rule.pattern, weight.name) is not None
         and (not rule.blocks or _inside(_block(weight.name), rule.blocks, count))
     )
+
+
+def _often(rank: tuple[int, int] | None, wanted: str) -> bool:
+    """Whether an expert is among the most, or the least, used ones of its stack."""
+    if rank is None:
+        return False
+    end, number, percent = _MOST.fullmatch(wanted).groups()  # type: ignore[union-attr]  # checked when it was read
+    at, count = rank
+    width = max(1, ceil(float(number) / 100 * count)) if percent else float(number)
+    return at < width if end == "most" else at >= count - width
 
 
 def _inside(block: int | None, places: Sequence[str | int], count: int) -> bool:

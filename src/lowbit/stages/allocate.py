@@ -1,51 +1,68 @@
-"""Allocate: which scheme each weight gets, so that the predicted loss is least under a budget."""
+"""Allocate: which scheme each weight gets, so that the predicted loss is least under one budget, or under two."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import final
+from statistics import median
+from typing import TYPE_CHECKING, final
 
 from lowbit import plugins
+from lowbit.budget import format_size, format_sum
 from lowbit.errors import UsageError
 from lowbit.formats import Format
 from lowbit.formats._gguf import arch_of
+from lowbit.stages._model import open_config
+from lowbit.stages.check import Case
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 from lowbit.stages.plan import Entry, Plan, Rules, make_plan
+from lowbit.stages.running import Forecast, Running, Use, forecast, uses_of
 from lowbit.stages.sensitivity import Losses, Offers
-from lowbit.stages.solve import solve
+from lowbit.stages.solve import Limit, closest, solve
 from lowbit.stages.write import make_shards
 from lowbit.tensors import scheme_bytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 _ROUNDS = 5
+_SHOWN = 10
 
 
 @final
 @dataclass(frozen=True)
 class Budget:
-    """What the user asked for; one of the first four.
+    """What the user asked for; one of the first five, `latency` alone or beside one of the first three.
 
     Attributes:
         bits: mean bits of the weights that take part, scales included.
         size: bytes of the weight files.
+        memory: bytes at run time: weights, cache and what a pass works with.
         kl: most divergence from the original, nats per token.
         perplexity: most relative increase of the perplexity, 0.01 for 1%.
         schemes: names of those to choose from; none for the format's usual ones.
         sensitivity: file to take the measurement from, or to save it in.
         fused: layers that runtimes join get one scheme.
+        latency: seconds of one step of decoding.
+        running: what memory and seconds are worked out for; None where neither is asked for.
+        check: decisions that were nearest to another one, of which the true divergence is measured.
     """
 
     bits: float | None = None
     size: int | None = None
+    memory: int | None = None
     kl: float | None = None
     perplexity: float | None = None
     schemes: tuple[str, ...] = ()
     sensitivity: Path | None = None
     fused: bool = True
+    latency: float | None = None
+    running: Running | None = None
+    check: int = 0
 
     def choices(self, form: str) -> tuple[str, ...]:
         """The schemes to choose from."""
@@ -61,11 +78,43 @@ _USUAL = {
 @final
 @dataclass(frozen=True)
 class Allocation:
-    """A plan, the divergence that is predicted for it in nats per token, and the bytes of its weight files."""
+    """A plan, the divergence that is predicted for it in nats per token, and the bytes of its weight files.
+
+    `chosen` has the scheme of each weight that was decided, as it is called on offer.
+    """
 
     plan: Plan
     loss: float
     size: int
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    forecast: Forecast | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Checked:
+    """What measuring the nearest decisions gave.
+
+    Attributes:
+        decisions: that were measured.
+        ratio: of measured to predicted divergences, the median.
+        changed: weights that have another scheme than before, with both.
+    """
+
+    decisions: int
+    ratio: float
+    changed: Mapping[str, tuple[str, str]]
+
+    def lines(self) -> Iterator[str]:
+        """What is said of it."""
+        yield (
+            f"check: {self.decisions} decisions measured, divergences {self.ratio:.3g} times what was predicted in the "
+            f"median; {len(self.changed)} weights changed their scheme"
+        )
+        for name, (before, after) in list(self.changed.items())[:_SHOWN]:
+            yield f"  {name}: {before} -> {after}"
+        if len(self.changed) > _SHOWN:
+            yield f"  and {len(self.changed) - _SHOWN} more"
 
 
 @final
@@ -85,27 +134,130 @@ class Problem:
     groups: tuple[tuple[str, ...], ...]
     choices: tuple[tuple[str, ...], ...]
 
-    def within_bits(self, bits: float) -> Allocation:
+    def within(self, budget: Budget) -> Allocation:
+        """The best plan of so many bits per weight, bytes of files or of memory, or seconds of a token.
+
+        Raises:
+            UsageError: the smallest of the schemes are over a budget; the text has what they take.
+            UnsupportedError: a model whose memory is not worked out here.
+        """
+        running, latency = budget.running, budget.latency
+        also = self._seconds(running, latency) if running and latency is not None else None
+        if budget.bits is not None:
+            found = self.within_bits(budget.bits, also)
+        elif budget.size is not None:
+            found = self.within_size(budget.size, also)
+        else:
+            assert running is not None
+            limits = [self._memory(running, budget.memory)] if budget.memory is not None else []
+            limits += [also] if also else []
+            found = self._made(solve(self._losses(), limits[0].sizes, limits[0].most, *limits[1:]).picked)
+        if running is None:
+            return found
+        return replace(found, forecast=forecast(found.plan, self._config, running, budget.memory, latency))
+
+    def nearest(self, budget: Budget, found: Allocation) -> list[Case]:
+        """The decisions of a plan that were nearest to another: the weights of each, in its scheme and in the other."""
+        chosen = [found.chosen[group[0]] for group in self.groups]
+        picked = [row.index(scheme) for row, scheme in zip(self.choices, chosen, strict=True)]
+        near = closest(self._losses(), self._use(budget), picked, budget.check)
+        return [Case(self.groups[item], self.choices[item][at]) for item, other in near for at in (picked[item], other)]
+
+    def _use(self, budget: Budget) -> list[list[float]]:
+        """What each choice takes of the budgets, as a share of them, added up."""
+        running, limits = budget.running, list[Limit]()
+        if budget.bits is not None:
+            limits.append(Limit(self._coded, budget.bits))
+        if budget.size is not None:
+            limits.append(Limit(self._stored, float(budget.size)))
+        if running and budget.memory is not None:
+            limits.append(self._memory(running, budget.memory))
+        if running and budget.latency is not None:
+            limits.append(self._seconds(running, budget.latency))
+        tables = [[[size / limit.most for size in row] for row in limit.sizes] for limit in limits]
+        return [[sum(parts) for parts in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+
+    def corrected(self, cases: Sequence[Case], measured: Sequence[float]) -> tuple[Problem, float]:
+        """With what was measured in the place of what was predicted, and the median of the ratios.
+
+        All other losses are multiplied by that ratio, so that what was measured is not favoured for being smaller
+        throughout; the measured loss of weights that were replaced together is shared as the predicted one was.
+        """
+        predicted = [sum(self.losses[name][case.scheme] for name in case.names) for case in cases]
+        ratios = [new / old for new, old in zip(measured, predicted, strict=True) if old > 0]
+        ratio = median(ratios) if ratios else 1.0
+        losses = {name: {s: ratio * loss for s, loss in row.items()} for name, row in self.losses.items()}
+        for case, new, old in zip(cases, measured, predicted, strict=True):
+            for name in case.names if old > 0 else ():
+                losses[name][case.scheme] = self.losses[name][case.scheme] * new / old
+        return replace(self, losses=losses), ratio
+
+    def within_bits(self, bits: float, also: Limit | None = None) -> Allocation:
         """The best plan of so many bits per weight."""
         count = sum(prod(self._entry(name).weight.shape) for group in self.groups for name in group)
-        sizes = self._sums(lambda name, scheme: 8 * _bytes(self.offers[name][scheme]))
+        sizes = self._coded
         least = sum(map(min, sizes)) / max(count, 1)
         if least > bits:
             raise UsageError(f"--bits-per-weight {bits:g}: the smallest of --schemes take {least:.4f} together")
-        return self._made(solve(self._losses(), sizes, bits * count).picked)
+        return self._made(solve(self._losses(), sizes, bits * count, also).picked)
 
-    def within_size(self, size: int) -> Allocation:
+    def within_size(self, size: int, also: Limit | None = None) -> Allocation:
         """The best plan whose weight files take at most so many bytes."""
         sizes, smallest = self._stored, self.smallest()
         if smallest.size > size:
             raise UsageError(f"--size {size:,} bytes: with the smallest of --schemes the model takes {smallest.size:,}")
         room = size - (smallest.size - sum(map(min, sizes)))
         for _ in range(_ROUNDS):
-            found = self._made(solve(self._losses(), sizes, max(room, sum(map(min, sizes)))).picked)
+            found = self._made(solve(self._losses(), sizes, max(room, sum(map(min, sizes))), also).picked)
             if found.size <= size:
                 return found
             room -= found.size - size  # headers of another length
+        if also:
+            raise UsageError(f"--size {size:,} bytes is so near to what files with the least headers take that no plan "
+                             "was found that is as fast as asked; raise it")  # fmt: skip
         return smallest
+
+    def _memory(self, running: Running, memory: int) -> Limit:
+        """Bytes at run time that each choice takes, and what the rest leaves for them."""
+        sizes, fixed = self._running(running.held, running.batch)
+        cache, working = running.beside(self._config)
+        least = sum(map(min, sizes)) + fixed + cache + working
+        if least > memory:
+            parts = {"weights": int(least) - cache - working, "cache": cache, "working": working}
+            raise UsageError(
+                f"--memory {format_size(memory)}: with the smallest of --schemes {running.runtime} needs "
+                f"{format_size(int(least))} = {format_sum(parts)}; fewer tokens (--run-context) or sequences "
+                "(--run-batch) need less"
+            )
+        return Limit(sizes, float(memory - fixed - cache - working))
+
+    def _seconds(self, running: Running, latency: float) -> Limit:
+        """Seconds of a step of decoding that each choice takes, and what the rest leaves for them."""
+        times, fixed = self._running(running.seconds, running.batch)
+        remembering = running.beside(self._config)[0] / running.bandwidth
+        least = sum(map(min, times)) + fixed + remembering
+        if least > latency:
+            raise UsageError(
+                f"--latency {1e3 * latency:.4g}ms: with the fastest of --schemes a token takes {1e3 * least:.4g}ms on "
+                f"{running.machine}, weights {1e3 * (least - remembering):.4g}ms and cache {1e3 * remembering:.4g}ms"
+            )
+        return Limit(times, latency - fixed - remembering)
+
+    def _running(self, of: Callable[[Use], float], tokens: int) -> tuple[list[list[float]], float]:
+        """For each group and scheme the sum of what its weights take as they run; and the sum over all others."""
+        plan = undecided(self.source, self.rules, self.offers)
+        uses = uses_of(plan, self._config, tokens)
+
+        def taken(name: str, scheme: str) -> float:
+            entry = self.offers[name][scheme]
+            return float(of(replace(uses[name], entry=entry, stored=plan.stored_bytes(entry))))
+
+        chosen = {name for group in self.groups for name in group}
+        return self._sums(taken), float(sum(of(use) for name, use in uses.items() if name not in chosen))
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        return open_config(self.source)
 
     def within_loss(self, loss: float) -> Allocation:
         """The smallest plan whose predicted divergence is at most this."""
@@ -132,7 +284,7 @@ class Problem:
         given |= {name: ("keep", "none of the schemes on offer fits it") for name in self.offers if name not in given}
         plan = make_plan(self.source, self.rules, given)
         size = sum(shard.nbytes for shard in make_shards(plan, None, self.source))
-        return Allocation(plan, sum(self.losses[name][scheme] for name, scheme in chosen.items()), size)
+        return Allocation(plan, sum(self.losses[name][scheme] for name, scheme in chosen.items()), size, chosen)
 
     def _reason(self, name: str, scheme: str) -> str:
         """What this scheme costs, and what its neighbours by size would."""
@@ -146,6 +298,11 @@ class Problem:
 
     def _losses(self) -> list[list[float]]:
         return self._sums(lambda name, scheme: self.losses[name][scheme])
+
+    @cached_property
+    def _coded(self) -> list[list[float]]:
+        """Bits of codes, scales and zero points."""
+        return self._sums(lambda name, scheme: 8 * _bytes(self.offers[name][scheme]))
 
     @cached_property
     def _stored(self) -> list[list[float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -111,8 +111,28 @@ def measure(
         raise UnsupportedError(
             f"llama.cpp's names are not known for models of type {source.config.get('model_type')!r}"
         )
-    blueprint, states = open_blueprint(source, torch.float32), dict[str, State]()
-    with torch.no_grad(), TemporaryDirectory(dir=folder, prefix=".imatrix-") as place:
+    seen = _Sums()
+    run_through(source, ids, folder, tokens, seen, watch, lambda done, total: progress("imatrix", done, total))
+    sums, counts = _stacked(source, arch, seen.states)
+    return imatrix_bytes(sums, counts, texts, ids.shape[0], ids.shape[1])
+
+
+@torch.no_grad()
+def run_through(
+    source: Checkpoint,
+    ids: Int64[Tensor, "windows tokens"],
+    folder: Path,
+    tokens: int,
+    seen: Callable[[Product], None],
+    watch: MemoryWatch,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Run windows through the blocks of the float model, one in memory at a time; `seen` sees every product.
+
+    Arguments and errors as `measure`.
+    """
+    blueprint = open_blueprint(source, torch.float32)
+    with TemporaryDirectory(dir=folder, prefix=".imatrix-") as place:
         shape = (*ids.shape, blueprint.width)
         streams = Streams(Path(place), (shape[0], shape[1], shape[2]), blueprint.dtype, (_KIND,))
         entrance, batches = Entrance(blueprint, torch.device("cpu")), _batches(ids, tokens)
@@ -120,13 +140,11 @@ def measure(
             for batch in batches:
                 hidden[batch] = entrance.hidden(ids[batch])
         for index, path in enumerate(blueprint.blocks):
-            progress("imatrix", index, len(blueprint.blocks))
+            progress(index, len(blueprint.blocks))
             watch.check()
-            states |= _through(blueprint, path, index, ids, batches, streams, entrance)
+            _block(blueprint, path, index, ids, batches, streams, entrance, seen)
             streams.forget(index + 1)
-        progress("imatrix", len(blueprint.blocks), len(blueprint.blocks))
-    sums, counts = _stacked(source, arch, states)
-    return imatrix_bytes(sums, counts, texts, ids.shape[0], ids.shape[1])
+        progress(len(blueprint.blocks), len(blueprint.blocks))
 
 
 def _batches(ids: Tensor, tokens: int) -> list[slice]:
@@ -134,7 +152,7 @@ def _batches(ids: Tensor, tokens: int) -> list[slice]:
     return [slice(at, min(at + step, len(ids))) for at in range(0, len(ids), step)]
 
 
-def _through(
+def _block(
     blueprint: Blueprint,
     path: str,
     index: int,
@@ -142,15 +160,15 @@ def _through(
     batches: list[slice],
     streams: Streams,
     entrance: Entrance,
-) -> dict[str, State]:
-    """Run all windows through one block; returns the sums of its weights."""
+    seen: Callable[[Product], None],
+) -> None:
+    """Run all windows through one block."""
     names = [name for name in blueprint.blocks[path] if len(blueprint.checkpoint.weights[name].shape) == 2]
-    live, seen, inputs = LiveBlock(blueprint, path, names, torch.device("cpu")), _Sums(), streams.read(_KIND, index)
+    live, inputs = LiveBlock(blueprint, path, names, torch.device("cpu")), streams.read(_KIND, index)
     with streams.writing(_KIND, index + 1) as outputs:
         for batch in batches:
             call = entrance.calls(ids[batch])[path]
             outputs[batch] = live.run(call, inputs[batch], watch=seen)
-    return seen.states
 
 
 def _stacked(

@@ -86,6 +86,7 @@ class Rules:
         activations: name of the scheme of the weights' inputs, tokens as rows; None where these stay as they are.
         imatrix: importance matrix of llama.cpp to take instead of calibrating, for methods that need nothing else.
         policy: preset, or TOML file of rules, that chooses schemes by role and place (`_policy.py`).
+        counts: tokens that each expert's weight multiplied, for a policy that asks for it (`frequency.py`).
     """
 
     scheme: str | None = None
@@ -99,6 +100,7 @@ class Rules:
     activations: str | None = None
     imatrix: Path | None = None
     policy: str | None = None
+    counts: Mapping[str, int] | None = None
 
     def recipe(self) -> tuple[Recipe, dict[str, Any]]:
         """The steps of the method, and their options by `step.name`; raises `UsageError` where these make no sense."""
@@ -401,7 +403,7 @@ def _by_policy(
         return {}
     weights = [weight for weight in checkpoint.weights.values() if weight.name not in tied]
     base = rules.scheme or form.default
-    found = assign(read_policy(rules.policy), weights, checkpoint.config, base, rules.format)
+    found = assign(read_policy(rules.policy), weights, checkpoint.config, base, rules.format, rules.counts)
     # What stays in the run's scheme is left to a format that has mixtures: these know what fits a row.
     return {name: said for name, said in found.items() if not (form.choose and said[0] == base)}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import inf, prod
 from pathlib import Path
@@ -141,7 +141,7 @@ def _parts(
 
 @final
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What stays the same from block to block."""
 
     source: Checkpoint
@@ -191,17 +191,8 @@ def measure(
         UnsupportedError: the model's blocks cannot be run on their own.
         WeightError: NaN or Inf in a weight.
     """
-    windows, blueprint = _windows(ids), open_blueprint(source, torch.float32)
-    if not blueprint.blocks:
-        raise UnsupportedError(f"{source.path} has no list of blocks to measure; name a scheme for each weight")
-    way = plan_way(blueprint, offers, windows.ids, ram, threads)
-    windows = replace(windows, tokens=way.tokens)
-    with TemporaryDirectory(dir=folder, prefix=".sensitivity-") as place:
-        shape = (*windows.ids.shape, blueprint.width)
-        streams = Streams(Path(place), (shape[0], shape[1], shape[2]), torch.float32, ("float",))
-        run = _Run(source, plan, offers, blueprint, windows, streams, Entrance(blueprint, CPU), way)
-        _forward(run, watch, progress)
-        gradients, losses, paths = _last_gradients(run), Losses(), list(blueprint.blocks)
+    with opened(source, plan, offers, ids, folder, ram, threads, watch, progress) as run:
+        gradients, losses, paths = _last_gradients(run), Losses(), list(run.blueprint.blocks)
         for index in range(len(paths) - 1, -1, -1):
             progress("measure", len(paths) - 1 - index, len(paths))
             watch.check()
@@ -210,6 +201,32 @@ def measure(
         progress("measure", len(paths), len(paths))
     kept = {name: {label: 0.0 for label, entry in offers[name].items() if not entry.weight.scheme} for name in offers}
     return {name: losses.get(name, {}) | kept[name] for name in offers}
+
+
+@contextmanager
+def opened(
+    source: Checkpoint,
+    plan: Plan,
+    offers: Offers,
+    ids: Int64[Tensor, "windows tokens"],
+    folder: Path,
+    ram: int | None,
+    threads: int,
+    watch: MemoryWatch,
+    progress: Progress = silent,
+) -> Iterator[Run]:
+    """What `measure` works with, which see: the model ran forward, and the inputs of every block are on disk."""
+    windows, blueprint = _windows(ids), open_blueprint(source, torch.float32)
+    if not blueprint.blocks:
+        raise UnsupportedError(f"{source.path} has no list of blocks to measure; name a scheme for each weight")
+    way = plan_way(blueprint, offers, windows.ids, ram, threads)
+    windows = replace(windows, tokens=way.tokens)
+    with TemporaryDirectory(dir=folder, prefix=".sensitivity-") as place:
+        shape = (*windows.ids.shape, blueprint.width)
+        streams = Streams(Path(place), (shape[0], shape[1], shape[2]), torch.float32, ("float",))
+        run = Run(source, plan, offers, blueprint, windows, streams, Entrance(blueprint, CPU), way)
+        _forward(run, watch, progress)
+        yield run
 
 
 def _windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
@@ -223,7 +240,7 @@ def _windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
 
 
 @torch.no_grad()
-def _forward(run: _Run, watch: MemoryWatch, progress: Progress) -> None:
+def _forward(run: Run, watch: MemoryWatch, progress: Progress) -> None:
     """Write the inputs of every block, and the last one's outputs."""
     ids, paths = run.windows.ids, list(run.blueprint.blocks)
     with run.streams.writing("float", 0) as hidden:
@@ -239,12 +256,12 @@ def _forward(run: _Run, watch: MemoryWatch, progress: Progress) -> None:
     progress("forward", len(paths), len(paths))
 
 
-def _last_gradients(run: _Run) -> Float[Tensor, "windows tokens width"]:
+def _last_gradients(run: Run) -> Float[Tensor, "windows tokens width"]:
     """Gradients at the last block's output, in the windows that judge, for one drawn token at each position."""
     ids, hidden = run.windows.ids[run.held], run.streams.read("float", len(run.blueprint.blocks))[run.held]
     way, dice = Exit(run.blueprint, run.entrance, ids), torch.Generator().manual_seed(0)
     gradients = torch.empty(hidden.shape)
-    for window, part in _pieces(run, ids):
+    for window, part in pieces_of(run, ids):
         state = hidden[window, part][None].clone().requires_grad_()
         with torch.enable_grad():
             chances = way.logits(ids[window, part][None], state)[0].float().log_softmax(-1)
@@ -253,7 +270,7 @@ def _last_gradients(run: _Run) -> Float[Tensor, "windows tokens width"]:
     return gradients
 
 
-def _pieces(run: _Run, ids: Int64[Tensor, "windows tokens"]) -> Iterator[tuple[int, slice]]:
+def pieces_of(run: Run, ids: Int64[Tensor, "windows tokens"]) -> Iterator[tuple[int, slice]]:
     """Windows, a run of tokens at a time."""
     step = max(_LOGITS // run.blueprint.vocabulary, 1)
     return ((window, slice(at, at + step)) for window in range(len(ids)) for at in range(0, ids.shape[1], step))
@@ -290,24 +307,14 @@ class _Probe:
         return result
 
 
-def _block(run: _Run, path: str, index: int, gradients: Float[Tensor, "windows tokens width"]) -> Losses:
+def _block(run: Run, path: str, index: int, gradients: Float[Tensor, "windows tokens width"]) -> Losses:
     """Losses of the weights of one block; `gradients` at its output become those at its input."""
-    inside = run.blueprint.blocks[path]
-    matrices = [name for name in inside if len(run.source.weights[name].shape) == 2]
-    live, inputs, ids = LiveBlock(run.blueprint, path, matrices, CPU), run.streams.read("float", index), run.windows.ids
-
-    def once(batch: slice, watch: Callable[[Product], Any]) -> None:
-        with torch.no_grad():
-            live.run(run.entrance.calls(ids[batch])[path], inputs[batch], watch=watch)
-
-    steps = find_steps(live, lambda watch: once(slice(0, 1), watch))
-    sites = [site for step in steps for site in step.sites if any(run.offers.get(name) for name in site)]
-    probe = _backward(run, live, inputs, gradients)
+    live = live_block(run, path)
+    sites = [site for site in sites_of(run, live, index) if any(run.offers.get(name) for name in site)]
+    probe = _backward(run, live, run.streams.read("float", index), gradients)
     losses = Losses()
     for at in range(0, len(sites), run.way.sites):
-        seen = {
-            site: each.finish() for site, each in _statistics(run, sites[at : at + run.way.sites], index, once).items()
-        }
+        seen = see(run, live, sites[at : at + run.way.sites], index)
         with one_torch_thread(), torch.no_grad(), ThreadPoolExecutor(run.way.threads, "measure") as pool:
             tasks = [(label, pool.submit(_task, run, live, site, label, seen[site], probe))
                      for site in seen for label in _labels(run, site)]  # fmt: skip
@@ -317,16 +324,38 @@ def _block(run: _Run, path: str, index: int, gradients: Float[Tensor, "windows t
     return losses
 
 
-def _labels(run: _Run, site: Site) -> list[str]:
+def live_block(run: Run, path: str) -> LiveBlock:
+    """A block with its matrices where they can be seen and replaced."""
+    names = [name for name in run.blueprint.blocks[path] if len(run.source.weights[name].shape) == 2]
+    return LiveBlock(run.blueprint, path, names, CPU)
+
+
+def sites_of(run: Run, live: LiveBlock, index: int) -> list[Site]:
+    """Which weights of a block read one input."""
+    steps = find_steps(live, lambda watch: _once(run, live, index, slice(0, 1), watch))
+    return [site for step in steps for site in step.sites]
+
+
+@torch.no_grad()
+def _once(run: Run, live: LiveBlock, index: int, batch: slice, watch: Callable[[Product], Any]) -> None:
+    inputs = run.streams.read("float", index)[batch]
+    live.run(run.entrance.calls(run.windows.ids[batch])[live.path], inputs, watch=watch)
+
+
+def _labels(run: Run, site: Site) -> list[str]:
     """The schemes on offer for any weight of a site, but for `keep`."""
     entries = [item for name in site for item in run.offers.get(name, {}).items()]
     return list(dict.fromkeys(label for label, entry in entries if entry.weight.scheme))
 
 
-def _task(run: _Run, live: LiveBlock, site: Site, label: str, seen: Seen, probe: _Probe) -> dict[str, float]:
-    """Losses of the weights of one site in one scheme, quantized as the run would; what is prepared is shared."""
+def _task(run: Run, live: LiveBlock, site: Site, label: str, seen: Seen, probe: _Probe) -> dict[str, float]:
+    """Losses of the weights of one site in one scheme."""
+    return {job.entry.weight.name: _loss(run, job, probe) for job in jobs_of(run, live, site, label, seen)}
+
+
+def jobs_of(run: Run, live: LiveBlock, site: Site, label: str, seen: Seen) -> Iterator[Job]:
+    """The weights of one site in one scheme, to be quantized as the run would; what is prepared is shared."""
     prepared: dict[Any, Mapping[str, Tensor]] = {}
-    found = dict[str, float]()
     for name in site:
         entry = run.offers.get(name, {}).get(label)
         if entry is None or entry.weight.scheme is None:
@@ -341,27 +370,30 @@ def _task(run: _Run, live: LiveBlock, site: Site, label: str, seen: Seen, probe:
             seen = replace(seen, held=torch.empty(0, 0))
         weight = live.weight(name).contiguous()
         stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, run.way.piece)}
-        found[name] = _loss(run, Job(entry, chosen, weight, stats, seen, options, run.way.piece, weight), probe)
-    return found
+        yield Job(entry, chosen, weight, stats, seen, options, run.way.piece, weight)
 
 
-def _statistics(
-    run: _Run, sites: Sequence[Site], index: int, once: Callable[[slice, Callable[[Product], Any]], None]
-) -> dict[Site, Accumulator]:
+def made_by(job: Job) -> Float[Tensor, "rows cols"]:
+    """What a weight becomes."""
+    _, made = job.choose([job.piece(rows) for rows in job.places()])
+    return made.qtensor.dequantize().view_as(job.whole)
+
+
+def see(run: Run, live: LiveBlock, sites: Sequence[Site], index: int) -> dict[Site, Seen]:
     """What the methods on offer need of each site."""
-    entries = {site: [e for name in site for e in run.offers.get(name, {}).values()] for site in sites}
+    entries = {site: [e for name in site for e in run.offers.get(name, {}).values() if e.method] for site in sites}
     needs = {site: {need for entry in each for need in _method(entry)[1].needs} for site, each in entries.items()}
     found = {site: Accumulator(sorted(needs[site]), index, run.tokens) for site in sites}
     for batch in run.windows.batches if sites else ():
         observer = Observer(sites, frozenset())
         with suppress(Found):
-            once(batch, observer)
+            _once(run, live, index, batch, observer)
         for site, rows in observer.rows.items():
             found[site].take(rows, None, batch.start >= run.windows.fit)
-    return found
+    return {site: each.finish() for site, each in found.items()}
 
 
-def _backward(run: _Run, live: LiveBlock, inputs: Tensor, gradients: Tensor) -> _Probe:
+def _backward(run: Run, live: LiveBlock, inputs: Tensor, gradients: Tensor) -> _Probe:
     """Run the windows that judge forward and backward through a block."""
     probe = _Probe(live, _step(run))
     for batch in run.windows.batches:
@@ -375,7 +407,7 @@ def _backward(run: _Run, live: LiveBlock, inputs: Tensor, gradients: Tensor) -> 
     return probe
 
 
-def _step(run: _Run) -> int:
+def _step(run: Run) -> int:
     return max(run.tokens // _ROWS, 1)
 
 
@@ -388,18 +420,16 @@ def _method(entry: Entry) -> tuple[str, Method]:
     return _STAND_IN, plugins.load("methods", _STAND_IN)
 
 
-def _loss(run: _Run, job: Job, probe: _Probe) -> float:
+def _loss(run: Run, job: Job, probe: _Probe) -> float:
     """Half the mean of `(g^T E x)^2`."""
-    pieces = [job.piece(rows) for rows in job.places()]
-    _, made = job.choose(pieces)
-    error = made.qtensor.dequantize().view_as(job.whole) - job.whole
+    error = made_by(job) - job.whole
     pairs = [pair for pair in probe.seen.get(job.entry.weight.name, []) if len(pair) == 2]
     total = sum(float(((x @ error.T) * g).sum(1).double().square().sum()) for x, g in pairs)
     return total * _step(run) / (2 * run.tokens)
 
 
 @torch.no_grad()
-def _outside(run: _Run, gradients: Float[Tensor, "windows tokens width"]) -> Losses:
+def _outside(run: Run, gradients: Float[Tensor, "windows tokens width"]) -> Losses:
     """Losses of the weights outside of the blocks: of what enters the first block, and of the predictions."""
     inside = frozenset[str]().union(*run.blueprint.blocks.values())
     losses = Losses()
@@ -409,23 +439,35 @@ def _outside(run: _Run, gradients: Float[Tensor, "windows tokens width"]) -> Los
     return losses
 
 
-def _replaced(run: _Run, entry: Entry, gradients: Float[Tensor, "windows tokens width"]) -> float:
-    made, source, name = make(run.source, run.plan, entry, PIECE), run.source, entry.weight.name
-    value = made.dequantize() if isinstance(made, QTensor) else made
-    edits = {each: lambda _: value for each in (name, *(n for n, to in source.tied.items() if to == name))}
-    blueprint = open_blueprint(replace(source, edits={**source.edits, **edits}), torch.float32)
+def _replaced(run: Run, entry: Entry, gradients: Float[Tensor, "windows tokens width"]) -> float:
+    blueprint = replaced(run, [entry])
     count = max(_JUDGED // run.windows.ids.shape[1], 1)
     ids, entrance = run.windows.ids[run.held][:count], Entrance(blueprint, CPU)
     first, last = (run.streams.read("float", at)[run.held][:count] for at in (0, len(run.blueprint.blocks)))
     moved = torch.cat([entrance.hidden(batch) for batch in torch.split(ids, 1)]) - first
     loss = float((moved * gradients[:count]).sum(-1).double().square().mean()) / 2
     ways = Exit(run.blueprint, run.entrance, ids), Exit(blueprint, entrance, ids)
-    for window, part in _pieces(run, ids):
+    for window, part in pieces_of(run, ids):
         before, after = (
             way.logits(ids[window, part][None], last[window, part][None])[0].double().log_softmax(-1) for way in ways
         )
         loss += float((before.exp() * (before - after)).sum()) / ids.numel()
     return loss
+
+
+def replaced(run: Run, entries: Sequence[Entry]) -> Blueprint:
+    """The model with weights outside of its blocks as they become."""
+    source, edits = run.source, dict(run.source.edits)
+    for entry in entries:
+        name = entry.weight.name
+        edit = _constant(make(source, run.plan, entry, PIECE))
+        edits |= dict.fromkeys((name, *(n for n, to in source.tied.items() if to == name)), edit)
+    return open_blueprint(replace(source, edits=edits), torch.float32)
+
+
+def _constant(made: QTensor | Tensor) -> Callable[[Tensor], Tensor]:
+    value = made.dequantize() if isinstance(made, QTensor) else made
+    return lambda _: value
 
 
 @final

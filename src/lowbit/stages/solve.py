@@ -1,8 +1,9 @@
-"""Solve: one choice for each item, so that the sum of losses is least while the sum of sizes stays within a budget.
+"""Solve: one choice for each item, so that the sum of losses is least while sums of sizes stay within their budgets.
 
 This is the multiple-choice knapsack problem. Its Lagrangian relaxation gives a solution and a bound below the optimum
 (Sinha and Zoltners 1979, doi:10.1287/opre.27.3.503); with many items the two meet. Where they do not, HiGHS solves the
-integer program exactly (`scipy.optimize.milp`).
+integer program exactly (`scipy.optimize.milp`). With two budgets, as bytes and seconds, each is tried alone first: what
+keeps the other one too is the best; else the integer program has both.
 """
 
 from __future__ import annotations
@@ -43,26 +44,89 @@ class Solution:
     bound: float
 
 
-def solve(losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], budget: float) -> Solution:
+@final
+@dataclass(frozen=True)
+class Limit:
+    """Sizes of another kind, of the same choices, and the most that they may add up to."""
+
+    sizes: Sequence[Sequence[float]]
+    most: float
+
+
+def solve(
+    losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], budget: float, also: Limit | None = None
+) -> Solution:
     """The choices of least loss within the budget; within a thousandth of the least, or exact.
 
     Args:
         losses: of each choice of each item, 0 or more; items may have different numbers of choices.
         sizes: of the same choices.
         budget: most that the sizes may add up to. Sizes and losses may change places: the smallest under a loss.
+        also: a second budget that must be kept too.
 
     Raises:
-        UsageError: even the smallest choices are over the budget.
+        UsageError: even the smallest choices are over a budget, or no choices were found that keep both.
     """
     loss, size = _table(losses), _table(sizes)
+    found, bound = _within(loss, size, budget)
+    if also is not None and _sum(_table(also.sizes), found) > also.most:
+        found, bound = _within_both(loss, (size, _table(also.sizes)), (budget, also.most), bound)
+    return Solution(tuple(map(int, found)), _sum(loss, found), _sum(size, found), bound)
+
+
+def _within(loss: Table, size: Table, budget: float) -> tuple[Picked, float]:
+    """Choices within one budget, and the bound."""
     least = size.min(1).sum()
     if least > budget:
         raise UsageError(f"the smallest choices add up to {least:,.6g}, more than {budget:,.6g}")
     found, bound = relaxed(loss, size, budget)
     if _sum(loss, found) - bound > _GAP * abs(bound):
-        better = exact(loss, size, budget)
+        better = exact(loss, (size,), (budget,))
         found = better if better is not None and _sum(loss, better) < _sum(loss, found) else found
-    return Solution(tuple(map(int, found)), _sum(loss, found), _sum(size, found), bound)
+    return found, bound
+
+
+def _within_both(
+    loss: Table, sizes: tuple[Table, Table], budgets: tuple[float, float], bound: float
+) -> tuple[Picked, float]:
+    """Choices within both budgets, where those that are best for the first alone are not."""
+    found, other = _within(loss, sizes[1], budgets[1])
+    bound = max(bound, other)
+    if _sum(sizes[0], found) <= budgets[0]:
+        return found, bound
+    best = exact(loss, sizes, budgets)
+    if best is None:
+        raise UsageError(
+            "no choices were found that keep both budgets, though each alone can be kept: raise one of them"
+        )
+    return best, bound
+
+
+def closest(
+    losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], picked: Sequence[int], count: int
+) -> list[tuple[int, int]]:
+    """Items whose choice was nearest to another one, the nearest first, with that other choice.
+
+    A choice is left for another where the loss a byte that this saves, or costs, passes the price of a byte; of the
+    price is known that it is between the most that an exchange that was not made would save and the least that it would
+    cost. How near is the ratio of the two.
+    """
+    ups, downs = [0.0], [np.inf]
+    slopes: list[tuple[int, int, float]] = []
+    for item, (loss, size, at) in enumerate(zip(losses, sizes, picked, strict=True)):
+        for other in range(len(loss)):
+            more, worse = size[other] - size[at], loss[other] - loss[at]
+            if more * worse < 0:
+                slopes.append((item, other, -worse / more))
+                (ups if more > 0 else downs).append(-worse / more)
+    low, high = max(ups), min(downs)
+    price = (low * high) ** 0.5 if low > 0 and high < np.inf else low or high
+    nearest: dict[int, tuple[float, int]] = {}
+    for item, other, slope in slopes:
+        apart = abs(float(np.log(slope / price)))
+        nearest[item] = min(nearest.get(item, (np.inf, other)), (apart, other))
+    order = sorted(nearest, key=lambda item: nearest[item])
+    return [(item, nearest[item][1]) for item in order[:count]]
 
 
 def _table(rows: Sequence[Sequence[float]]) -> Table:
@@ -118,19 +182,22 @@ def _filled(loss: Table, size: Table, budget: float, picked: Picked) -> Picked:
     return picked
 
 
-def exact(loss: Table, size: Table, budget: float) -> Picked | None:
-    """The solution of the integer program by HiGHS; None where its search found none within the budget."""
+def exact(loss: Table, sizes: Sequence[Table], budgets: Sequence[float]) -> Picked | None:
+    """The solution of the integer program by HiGHS; None where its search found none within the budgets."""
     from scipy.optimize import LinearConstraint, milp  # type: ignore[import-untyped]
     from scipy.sparse import csr_array  # type: ignore[import-untyped]
 
     items, choices = np.nonzero(np.isfinite(loss))
-    costs, weights = loss[items, choices], size[items, choices]
-    unit, scale = max(budget, float(weights.max()), 1e-300), max(float(costs.max()), 1e-300)
+    costs, weights = loss[items, choices], [size[items, choices] for size in sizes]
+    units = [max(budget, float(each.max()), 1e-300) for each, budget in zip(weights, budgets, strict=True)]
+    scale = max(float(costs.max()), 1e-300)
     one = csr_array((np.ones(len(items)), (items, np.arange(len(items)))), shape=(len(loss), len(items)))
-    for room in (budget, budget - _TOLERANCE * unit):  # the second, where the first used the tolerance
-        limits = [LinearConstraint(one, 1, 1), LinearConstraint(weights[None] / unit, ub=room / unit)]
+    rows = np.stack([each / unit for each, unit in zip(weights, units, strict=True)])
+    rooms = np.array([budget / unit for budget, unit in zip(budgets, units, strict=True)])
+    for room in (rooms, rooms - _TOLERANCE):  # the second, where the first used the tolerance
         found = milp(
-            costs / scale, integrality=np.ones(len(items)), bounds=(0, 1), constraints=limits,
+            costs / scale, integrality=np.ones(len(items)), bounds=(0, 1),
+            constraints=[LinearConstraint(one, 1, 1), LinearConstraint(rows, ub=room)],
             options={"mip_rel_gap": 1e-4, "node_limit": _NODES},
         )  # fmt: skip
         if found.x is None:
@@ -138,6 +205,6 @@ def exact(loss: Table, size: Table, budget: float) -> Picked | None:
         picked = np.zeros(len(loss), dtype=np.intp)
         chosen = found.x > 0.5
         picked[items[chosen]] = choices[chosen]
-        if _sum(size, picked) <= budget:
+        if all(_sum(size, picked) <= budget for size, budget in zip(sizes, budgets, strict=True)):
             return picked
     return None

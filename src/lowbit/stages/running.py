@@ -1,4 +1,4 @@
-"""Memory of a running model, worked out from its configuration and its shapes: cache, activations, bytes of a token.
+"""Running: bytes of memory that a model takes as it runs, and seconds of a token, from its configuration and shapes.
 
 Nothing is loaded. What cannot be worked out is refused, not guessed.
 """
@@ -6,13 +6,14 @@ Nothing is loaded. What cannot be worked out is refused, not guessed.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
+from lowbit.budget import format_size, format_sum
 from lowbit.errors import UnsupportedError
 from lowbit.stages._policy import role_of
-from lowbit.stages.plan import Entry
+from lowbit.stages.plan import Entry, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -63,9 +64,7 @@ def cache_of(config: PreTrainedConfig, context: int, batch: int, latent: bool) -
             state += batch * _linear_state(text)
             continue
         if kind not in ("full_attention", *_WINDOWED):
-            raise UnsupportedError(
-                f"the cache of a layer of kind {kind!r} ({text.model_type}) is not worked out by `lowbit advise`"
-            )
+            raise UnsupportedError(f"the cache of a layer of kind {kind!r} ({text.model_type}) is not worked out here")
         width = _width(text, latent)
         window = getattr(text, _WINDOWED[kind], None) if kind in _WINDOWED else None
         windowed += bool(window)
@@ -137,23 +136,161 @@ def _experts(text: PreTrainedConfig) -> tuple[int, int]:
     return count, int(getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0) or 0)
 
 
-def read_bytes(entries: Sequence[Entry], sizes: Sequence[int], config: PreTrainedConfig) -> int:
-    """Bytes of weights that one step of decoding reads at least.
+def read_shares(entries: Sequence[Entry], config: PreTrainedConfig, tokens: int = 1) -> list[float]:
+    """The share of each weight that one step of decoding reads at least.
 
     Left out are the embedding's rows (but for a head that is tied to it), towers for images and sound, and, of a
-    layer's experts, all but those that one token uses: with more tokens a step reads more.
+    layer's experts, all but those that a token uses.
+
+    Args:
+        tokens: of one step, of as many sequences; they are taken to use different experts.
+    """
+    count, used = _experts(config.get_text_config())
+    headless = not any(role_of(entry.weight.name) == "head" and not entry.tied for entry in entries)
+
+    def share(name: str) -> float:
+        if (role_of(name) == "embedding" and not headless) or _TOWERS.search(name):
+            return 0.0
+        return min(1.0, tokens * used / count) if count and used and _EXPERTS.search(name) else 1.0
+
+    return [share(entry.weight.name) for entry in entries]
+
+
+def read_bytes(entries: Sequence[Entry], sizes: Sequence[int], config: PreTrainedConfig) -> int:
+    """Bytes of weights that one step of decoding reads at least; with more tokens it reads more (`read_shares`).
 
     Args:
         sizes: bytes of each entry in memory.
     """
-    count, used = _experts(config.get_text_config())
-    headless = not any(role_of(entry.weight.name) == "head" and not entry.tied for entry in entries)
-    total = 0.0
-    for entry, size in zip(entries, sizes, strict=True):
-        name, share = entry.weight.name, 1.0
-        if (role_of(name) == "embedding" and not headless) or _TOWERS.search(name):
-            continue
-        if count and used and _EXPERTS.search(name):
-            share = min(1.0, used / count)
-        total += size * share
-    return int(total)
+    shares = read_shares(entries, config)
+    return int(sum(size * share for size, share in zip(sizes, shares, strict=True)))
+
+
+@final
+@dataclass(frozen=True)
+class Use:
+    """One weight as it runs.
+
+    Attributes:
+        entry: what it is.
+        stored: bytes in the file.
+        share: of it, that a step of decoding multiplies by.
+        looked: whether its rows are looked up.
+    """
+
+    entry: Entry
+    stored: int
+    share: float
+    looked: bool
+
+
+def as_stored(use: Use) -> int:
+    """Bytes in memory where a runtime takes weights as they are in the file."""
+    return use.stored
+
+
+@final
+@dataclass(frozen=True)
+class Running:
+    """How a result is to run.
+
+    Attributes:
+        runtime: name, of `arch/runtimes.toml`, with its facts: `chunk`, `value`, `latent`.
+        context, batch: tokens of each sequence, and sequences at once.
+        cache: name of the cache's type; `bits` of a number of it, scales included.
+        machine: name of the hardware; empty where none is meant.
+        bandwidth: bytes a second of its memory; 0 where none is meant.
+        held: bytes of a weight in memory.
+        product: seconds to multiply by a whole weight, measured; None where these are its bytes over the bandwidth.
+    """
+
+    runtime: str
+    context: int
+    batch: int
+    cache: str
+    bits: float
+    chunk: int
+    value: int
+    latent: bool
+    machine: str = ""
+    bandwidth: float = 0.0
+    held: Callable[[Use], int] = as_stored
+    product: Callable[[Use], float] | None = None
+
+    def seconds(self, use: Use) -> float:
+        """Of a step of decoding that are due to this weight."""
+        if not use.share:
+            return 0.0
+        if self.product:
+            return use.share * self.product(use)
+        return use.share * self.held(replace(use, looked=False)) / self.bandwidth
+
+    def beside(self, config: PreTrainedConfig) -> tuple[int, int]:
+        """Bytes of the cache, and of what a pass works with."""
+        cache = cache_of(config, self.context, self.batch, self.latent).nbytes(self.bits)
+        return cache, activation_bytes(config, self.context, self.batch, self.chunk, self.value)
+
+
+def uses_of(plan: Plan, config: PreTrainedConfig, tokens: int) -> dict[str, Use]:
+    """Every weight of a plan as it runs; what is tied to another is that one."""
+    shares = read_shares(plan.entries, config, tokens)
+    return {
+        entry.weight.name: Use(entry, plan.stored_bytes(entry), share, role_of(entry.weight.name) == "embedding")
+        for entry, share in zip(plan.entries, shares, strict=True)
+        if not entry.tied
+    }
+
+
+@final
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan takes as it runs.
+
+    Attributes:
+        running: for which this holds.
+        weights, cache, working: bytes of memory; `memory`: most that were asked for, or None.
+        reading, remembering: seconds of one step of decoding for weights and for the cache; 0 without a bandwidth.
+        latency: most seconds that were asked for, or None.
+    """
+
+    running: Running
+    weights: int
+    cache: int
+    working: int
+    reading: float
+    remembering: float
+    memory: int | None = None
+    latency: float | None = None
+
+    @property
+    def total(self) -> int:
+        """Bytes of memory."""
+        return self.weights + self.cache + self.working
+
+    def lines(self) -> Iterator[str]:
+        """What is said of it."""
+        run = self.running
+        where = f"{run.runtime}, {run.batch} x {run.context:,} tokens, cache {run.cache}"
+        most = f" of {format_size(self.memory)}" if self.memory is not None else ""
+        parts = {"weights": self.weights, "cache": self.cache, "working": self.working}
+        yield f"memory at run time: {format_size(self.total)}{most} = {format_sum(parts)} ({where})"
+        if run.bandwidth:
+            seconds = self.reading + self.remembering
+            most = f" of {1e3 * self.latency:.4g}" if self.latency is not None else ""
+            rate = "kernels measured" if run.product else f"at {run.bandwidth / 1e9:,.1f} GB/s"
+            yield (
+                f"one token: {1e3 * seconds:.4g} ms{most} = weights {1e3 * self.reading:.4g} + cache "
+                f"{1e3 * self.remembering:.4g}; {run.batch / seconds:,.1f} tokens/s in all ({run.machine}, {rate})"
+            )
+
+
+def forecast(
+    plan: Plan, config: PreTrainedConfig, running: Running, memory: int | None = None, latency: float | None = None
+) -> Forecast:
+    """What a plan takes as it runs, beside what was asked for."""
+    cache, working = running.beside(config)
+    uses = uses_of(plan, config, running.batch).values()
+    reading, remembering = 0.0, 0.0
+    if running.bandwidth:
+        reading, remembering = float(sum(map(running.seconds, uses))), cache / running.bandwidth
+    return Forecast(running, sum(map(running.held, uses)), cache, working, reading, remembering, memory, latency)
