@@ -19,12 +19,10 @@ int32_t sum_of_bytes(int64_t count, const int8_t* bytes) {
     return sum;
 }
 
-void round_inputs(const Rounded& of, const float* input, int8_t* rounded, float* scale, float* sum, int16_t* step_sum) {
+void round_inputs(const Rounded& of, const float* input, int8_t* rounded, float* scale, int16_t* step_sum) {
     for (int64_t block = 0; block < of.count / of.sub; block++, input += of.sub, rounded += of.sub) {
         scale[block] = round_block(of.sub, input, rounded);
-        if (!of.step) sum[block] = scale[block] * float(sum_of_bytes(of.sub, rounded));
-        for (int64_t i = 0; of.step && i < of.sub / of.step; i++)
-            *step_sum++ = int16_t(sum_of_bytes(of.step, rounded + i * of.step));
+        for (int64_t i = 0; i < of.sub; i += of.step) *step_sum++ = int16_t(sum_of_bytes(of.step, rounded + i));
     }
 }
 

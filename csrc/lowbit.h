@@ -126,7 +126,7 @@ struct Product {
     Weight scale;         // [panels, cols / over, 16], float16 or float32; dense: null, and the dtype of the weight
     const void* zero;     // as the scales: (code - zero) * scale; or null
     bool minus;           // it is code * scale - zero
-    float offset;         // way codes: beside `zero`, what a code is above its value
+    float offset;         // way codes: beside `zero`, what a code is above its value, an integer
     const int8_t* fine;   // [panels, cols / step / 2, 16, 2]: integers of the scales; null where nothing is nested
     const int8_t* fine_zero;  // the same of zeros; or null
     bool joined;          // `fine` has both: scales in the lower four bits of a byte, zeros in the upper
@@ -137,13 +137,13 @@ struct Product {
     const float* input;   // [tokens, cols]; `product` reads it in the ways floats and dense
     int64_t sub;          // columns that are rounded together: `over` where scales are nested, else 16, 32, 64, ... that
                           // divides `step`
-    const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` (decoder.h) fills these four
-    const float *input_scale, *input_sum;
-    const int16_t* step_sum;
+    const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` (decoder.h) fills these three
+    const float* input_scale;
+    const int16_t* step_sum;  // nested: of steps; else of what is rounded together
     float* out;  // [tokens, rows]
 };
 
-// `count` inputs in blocks of `sub`, a multiple of 16, that are rounded together; of steps of `step` in these, or 0.
+// `count` inputs in blocks of `sub`, a multiple of 16, that are rounded together; `step` of these are summed.
 struct Rounded {
     int64_t count, sub, step;
 };
@@ -224,10 +224,8 @@ struct Kernels {
     // Panels from `first` to before `last`.
     void (*product)(const Product&, int64_t first, int64_t last);
 
-    // Inputs as int8, and the scale of each block; then `sum`, the scale times the sum of the block's integers, or where
-    // steps are given `step_sum`, the sums of theirs.
-    void (*round_inputs)(const Rounded&, const float* input, int8_t* rounded, float* scale, float* sum,
-                         int16_t* step_sum);
+    // Inputs as int8, the scale of each block, and the sums of the integers of each step.
+    void (*round_inputs)(const Rounded&, const float* input, int8_t* rounded, float* scale, int16_t* step_sum);
     void (*attend)(const Attention&);
     void (*keep)(int64_t position, int64_t dim, const float* from, const Kept& to);  // the values of one position
 

@@ -16,9 +16,9 @@ constexpr int64_t bytes_of_piece = 1 << 17;
 // The inputs as some weights take them.
 struct Inputs {
     const int64_t* order;
-    int64_t cols, sub, step;  // sub is 0 where they are not rounded, step where the sums of steps are not needed
+    int64_t cols, sub, step;  // sub and step are 0 where they are not rounded
     const float* values;
-    std::vector<float> filled, scale, sum;
+    std::vector<float> filled, scale;
     std::vector<int16_t> step_sum;
     std::vector<int8_t> rounded;
 
@@ -39,13 +39,13 @@ void fill(Inputs& of, const float* from, int64_t inputs, int64_t tokens) {
 
 void round(Inputs& of, int64_t tokens, int threads) {
     int64_t count = tokens * of.cols, blocks = of.cols / of.sub;
-    int64_t steps = of.step ? of.cols / of.step : 0;
-    of.rounded.resize(size_t(count)), of.scale.resize(size_t(count / of.sub)), of.sum.resize(size_t(count / of.sub));
+    int64_t steps = of.cols / of.step;
+    of.rounded.resize(size_t(count)), of.scale.resize(size_t(count / of.sub));
     of.step_sum.resize(size_t(tokens * steps));
     share(tokens, 16, threads, [&](int64_t first, int64_t last) {
         int64_t at = first * of.cols, block = first * blocks;
         kernels().round_inputs({(last - first) * of.cols, of.sub, of.step}, of.values + at, of.rounded.data() + at,
-                               of.scale.data() + block, of.sum.data() + block, of.step_sum.data() + first * steps);
+                               of.scale.data() + block, of.step_sum.data() + first * steps);
     });
 }
 
@@ -53,7 +53,7 @@ const Inputs& prepare(std::deque<Inputs>& all, const Matrix& matrix, const float
     bool rounds = matrix.of.way == Way::codes || matrix.of.way == Way::table;
     Inputs wanted{};
     wanted.order = matrix.order, wanted.cols = matrix.of.cols;
-    wanted.sub = rounds ? matrix.of.sub : 0, wanted.step = rounds && matrix.of.fine ? matrix.of.step : 0;
+    wanted.sub = rounds ? matrix.of.sub : 0, wanted.step = rounds && matrix.of.fine ? matrix.of.step : wanted.sub;
     for (const Inputs& each : all)
         if (each.serves(wanted)) return each;
     Inputs& made = all.emplace_back(std::move(wanted));
@@ -87,7 +87,7 @@ void multiply(const float* inputs, int64_t tokens, const std::vector<Task>& task
         const Inputs& from = prepare(prepared, *task.matrix, inputs, tokens, threads);
         Product& of = products.emplace_back(task.matrix->of);
         of.tokens = tokens, of.input = from.values, of.out = task.out;
-        of.rounded = from.rounded.data(), of.input_scale = from.scale.data(), of.input_sum = from.sum.data();
+        of.rounded = from.rounded.data(), of.input_scale = from.scale.data();
         of.step_sum = from.step_sum.data();
     }
     std::vector<Piece> pieces;

@@ -194,14 +194,15 @@ template <int tokens>
 struct Plain {
     const Product& of;
     int64_t blocks, block, group, left;
+    int32_t offset;
     const int64_t (&token)[tokens];
     Sums<tokens> sums;
     I dots[tokens];
 
     LOWBIT_INLINE Plain(const Product& product, const Span& span, const int64_t (&tokens_of)[tokens], const Sums<tokens>& begun)
         : of(product), blocks(of.cols / of.sub), block(span.first / of.sub),
-          group((span.panel * of.cols + span.first) / of.step), left(of.step - span.first % of.step), token(tokens_of),
-          sums(begun) {
+          group((span.panel * of.cols + span.first) / of.step), left(of.step - span.first % of.step),
+          offset(int32_t(of.offset)), token(tokens_of), sums(begun) {
         for (I& each : dots) each = set(0);
     }
 
@@ -218,22 +219,25 @@ struct Plain {
     LOWBIT_INLINE void half() { end_block(); }
 
   private:
+    // A code's offset is taken out while sums are integers.
     LOWBIT_INLINE void end_block() {
         for (int t = 0; t < tokens; t++) {
             int64_t input = token[t] * blocks + block;
+            if (offset) dots[t] = sub(dots[t], set(offset * of.step_sum[input]));
             sums.open[t] = fma(to_float(dots[t]), set(of.input_scale[input]), sums.open[t]);
-            sums.inputs[t] = add(sums.inputs[t], set(of.input_sum[input]));
+            if (of.zero) sums.inputs[t] = add(sums.inputs[t], set(of.input_scale[input] * float(of.step_sum[input])));
             dots[t] = set(0);
         }
         block++, left -= of.sub;
         if (left == 0) end_group();
     }
     LOWBIT_INLINE void end_group() {
-        F s = scales_at(of, of.scale.data, group), z = scales_at(of, of.zero, group), none = set(0.0f);
-        F shift = sub(none, of.minus ? set(of.offset) : add(z, set(of.offset)));
+        F scale = scales_at(of, of.scale.data, group), none = set(0.0f);
+        F zero = of.zero ? sub(none, scales_at(of, of.zero, group)) : none;
         for (int t = 0; t < tokens; t++) {
-            sums.total[t] = fma(fma(shift, sums.inputs[t], sums.open[t]), s, sums.total[t]);
-            if (of.minus) sums.total[t] = fma(sub(none, z), sums.inputs[t], sums.total[t]);
+            if (of.zero && !of.minus) sums.open[t] = fma(zero, sums.inputs[t], sums.open[t]);
+            sums.total[t] = fma(sums.open[t], scale, sums.total[t]);
+            if (of.zero && of.minus) sums.total[t] = fma(zero, sums.inputs[t], sums.total[t]);
             sums.open[t] = sums.inputs[t] = none;
         }
         group++, left = of.step;

@@ -262,22 +262,23 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
     for (size_t i = 0; i < input.size(); i += 3) input[i] *= -1;
     std::vector<int8_t> table(16), rounded(input.size());
     for (int i = 0; i < 16; i++) table[size_t(i)] = int8_t(17 * i - 128);
-    std::vector<float> input_scale(input.size() / size_t(sub)), input_sum(input_scale.size());
-    std::vector<int16_t> step_sum(input.size() / size_t(step));
-    Rounded blocks{tokens * cols, sub, over ? step : 0};
-    kernels.round_inputs(blocks, input.data(), rounded.data(), input_scale.data(), input_sum.data(), step_sum.data());
+    int64_t summed = over ? step : sub;
+    std::vector<float> input_scale(input.size() / size_t(sub));
+    std::vector<int16_t> step_sum(input.size() / size_t(summed));
+    Rounded blocks{tokens * cols, sub, summed};
+    kernels.round_inputs(blocks, input.data(), rounded.data(), input_scale.data(), step_sum.data());
     compare("round_inputs", kernels, {tokens, cols, 1, sub}, tokens * cols, [&](const Kernels& k, uint8_t* out) {
-        std::vector<float> scales(input_scale.size()), sums(input_scale.size());
+        std::vector<float> scales(input_scale.size());
         std::vector<int16_t> of_steps(step_sum.size());
         auto bytes = reinterpret_cast<int8_t*>(out);
-        k.round_inputs(blocks, input.data(), bytes, scales.data(), sums.data(), of_steps.data());
+        k.round_inputs(blocks, input.data(), bytes, scales.data(), of_steps.data());
     });
     auto integers = [](Buffer& from) { return reinterpret_cast<const int8_t*>(from.at()); };
     Product of{way, rows, cols, bits, step, over ? over : step, codes.at(),
                {scale.at(), narrow ? Dtype::f16 : Dtype::f32}, zeros ? zero.at() : nullptr, minus, 3,
                over ? integers(fine) : nullptr, over && zeros && !joined ? integers(fine_zero) : nullptr,
                joined, level.data(), table.data(), 0.5f, tokens, input.data(), sub,
-               rounded.data(), input_scale.data(), input_sum.data(), step_sum.data(), nullptr};
+               rounded.data(), input_scale.data(), step_sum.data(), nullptr};
     compare("product", kernels, {rows, cols, int64_t(way), bits}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> found(size_t(tokens * rows));
         Product mine = of;

@@ -804,6 +804,8 @@ def _check_panels(of: Panels) -> None:
             _check(name, part, (down, of.cols // (of.over or of.step), 16), torch.float16, torch.float32)
             if part.dtype != of.scale.dtype:
                 raise ValueError(f"zero is {part.dtype} beside scales in {of.scale.dtype}")
+    if not float(of.offset).is_integer() or abs(of.offset) > 128:
+        raise ValueError(f"the offset of codes is {of.offset}; it must be an integer of at most 128")
     wanted = {"floats": of.level, "table": of.table}.get(of.way, of.codes)
     if wanted is None:
         raise ValueError(f"panels for {of.way} need what codes stand for")
@@ -825,8 +827,8 @@ def _check_nested(of: Panels, down: int) -> None:
     apart = of.zero is not None and not of.joined
     if of.way not in ("codes", "table") or of.bits == 8 or of.fine is None or apart != (of.fine_zero is not None):
         raise ValueError(f"nested scales of {of.bits} bits for {of.way} need integers for scales and for minima")
-    if (of.zero is not None) != of.minus or not float(of.offset).is_integer() or abs(of.offset) > 128:
-        raise ValueError("nested zero points are minima, and an offset beside nested scales is a small integer")
+    if (of.zero is not None) != of.minus:
+        raise ValueError("nested zero points are minima")
     for name, part in zip(("fine", "fine_zero"), fine, strict=True):
         if part is not None:
             _check(name, part, (down, of.cols // of.step // 2, 16, 2), torch.int8)

@@ -234,6 +234,7 @@ def test_panels_that_lie_are_refused() -> None:
     for wrong in (
         replace(good, bits=3), replace(good, bits=7), replace(good, over=64), replace(good, joined=True),
         replace(good, step=24), replace(good, rows=17), replace(good, step=128),
+        replace(good, offset=0.5), replace(good, offset=129.0),
         replace(good, scale=None), replace(good, way="table"), replace(good, way="floats"),
         replace(good, way="table", table=torch.zeros(16, dtype=torch.uint8), bits=2, codes=good.codes[:, :4]),
         replace(good, zero=torch.zeros(1, 2, 16)), replace(good, codes=good.codes[:, 1:]),

@@ -157,7 +157,7 @@ def _meaning(grid: Grid, shifted: bool, exact: bool) -> _Meaning:
         return _Meaning("floats", level=ramp) if exact else _Meaning("codes")
     if exact:
         return _Meaning("floats", level=level_table(grid))
-    if bool((steps == 1).all()) and float(levels[0]).is_integer():
+    if bool((steps == 1).all()) and float(levels[0]).is_integer() and abs(float(levels[0])) <= 128:
         return _Meaning("codes", offset=-float(levels[0]))
     units = [unit for unit in _UNITS if len(levels) <= 16 and _small(levels * unit)]
     if not units:
