@@ -20,7 +20,7 @@ _STACKED = re.compile(r"\.experts?\.")
 _ONE, _ALL = (
     2**23,
     2**26,
-)  # bytes of a weight that is timed, and of all that are multiplied in turn: more than caches hold
+)  # bytes of a weight that is timed, and of all that are multiplied in turn: no cache holds them
 _SPENT = 0.1  # seconds for each kind
 
 

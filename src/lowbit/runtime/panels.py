@@ -20,6 +20,7 @@ from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape,
 LAYOUT = 2  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
 _LANES = 16
 _PARTS = ("codes", "scale", "zero", "fine", "fine_zero")  # these have an entry per panel
+_NUMBERS = 120  # codes that are numbers in every grid: patterns of small floats of 8 bits above it may be none
 _UNITS = (1.0, 2.0, 4.0, 8.0)
 
 
@@ -225,21 +226,24 @@ def pack_noise(scheme: Scheme, shape: Shape) -> Packed:
     """
     if scheme.grid.runs or scheme.outliers or scheme.smooth or scheme.perm or scheme.zero == "quantized":
         raise UnsupportedError(f"{scheme} has more than codes, scales and zero points")
-    return pack(_noise(scheme, shape))
+    most = min(len(scheme.grid.levels), _NUMBERS)
+    q = _alike(scheme, shape)
+    return pack(replace(q, codes=torch.randint(0, most, q.codes.shape, dtype=torch.uint8)))
 
 
-def _noise(scheme: Scheme, shape: Shape) -> QTensor:
-    blocks = scale_shape(shape, scheme.block)
+def _alike(scheme: Scheme, shape: Shape) -> QTensor:
+    """A weight of one code and one scale, which have all the bits that they can have.
+
+    What float16 does not hold as a rule, alone or times a code, it does not hold here.
+    """
+    blocks, last = scale_shape(shape, scheme.block), min(len(scheme.grid.levels), _NUMBERS) - 1
+    one = 2.0**-7 * (1 + {"f32": 2.0**-20, "f16": 2.0**-10}.get(scheme.scale, 0))
 
     def scales() -> Tensor | QTensor:
-        # With all the bits that the type has: what float16 does not hold as a rule, alone or times a code, it does not.
-        one = 2.0**-7 * (1 + {"f32": 2.0**-20, "f16": 2.0**-10}.get(scheme.scale, 0))
-        return _noise(scheme.nested, blocks) if scheme.nested else torch.full(blocks, one)
+        return _alike(scheme.nested, blocks) if scheme.nested else torch.full(blocks, one)
 
-    # Below 120, since small floats of 8 bits have patterns above that are no numbers.
-    codes = torch.randint(0, min(len(scheme.grid.levels), 120), view_shape(shape, scheme.block), dtype=torch.uint8)
     return QTensor(
-        scheme, shape, codes, scales(),
+        scheme, shape, torch.full(view_shape(shape, scheme.block), last, dtype=torch.uint8), scales(),
         zeros={"int": torch.zeros(blocks, dtype=torch.uint8), "float": torch.ones(blocks)}.get(scheme.zero),
         offset=torch.zeros(()) if scheme.offset else None, minima=scales() if scheme.zero == "min" else None,
     )  # fmt: skip
