@@ -120,27 +120,42 @@ struct Row {
     LOWBIT_INLINE I four(int token, int64_t column) const { return set(four_bytes(at[token] + column)); }
 };
 
+template <class Source>
+LOWBIT_INLINE I product(I codes, I inputs) {
+    return Source::is_signed ? dot_signed(codes, inputs) : dot_bytes(codes, inputs);
+}
+
 // Adds the products of the quads from `quad` to before `last`, two sums of 16 bits in each lane.
 template <int quad, int last, class Source, int tokens>
 LOWBIT_INLINE void add_products(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col,
                                 I (&pairs)[tokens]) {
     I codes = source.template at<quad>(chunk);
     for (int t = 0; t < tokens; t++) {
-        I inputs = input.four(t, col + 4 * quad);
-        pairs[t] = add_pairs(pairs[t], Source::is_signed ? dot_signed(codes, inputs) : dot_bytes(codes, inputs));
+        pairs[t] = add_pairs(pairs[t], product<Source>(codes, input.four(t, col + 4 * quad)));
+        if constexpr (tokens > 1) keep(pairs[t]);
     }
     if constexpr (quad + 1 < last) add_products<quad + 1, last>(source, chunk, input, col, pairs);
 }
 
-// Adds these to sums of 32 bits, times `factor` (its halves).
+// Adds these to sums of 32 bits, times `factor` (its halves). Where one or two quads fit, token by token.
 template <int quad, int last, class Source, int tokens>
 LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col, I factor,
                              I (&sum)[tokens]) {
     constexpr int until = quad + fit<Source> < last ? quad + fit<Source> : last;
-    I pairs[tokens];
-    for (I& each : pairs) each = set(0);
-    add_products<quad, until>(source, chunk, input, col, pairs);
-    for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], dot_pairs(pairs[t], factor));
+    if constexpr (fit<Source> <= 2) {
+        I first = source.template at<quad>(chunk), second = source.template at<until - 1>(chunk);
+        for (int t = 0; t < tokens; t++) {
+            I pairs = product<Source>(first, input.four(t, col + 4 * quad));
+            if constexpr (until - quad == 2) pairs = add_pairs(pairs, product<Source>(second, input.four(t, col + 4 * quad + 4)));
+            sum[t] = add(sum[t], dot_pairs(pairs, factor));
+            if constexpr (tokens > 1) keep(sum[t]);
+        }
+    } else {
+        I pairs[tokens];
+        for (I& each : pairs) each = set(0);
+        add_products<quad, until>(source, chunk, input, col, pairs);
+        for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], dot_pairs(pairs[t], factor));
+    }
     if constexpr (until < last) add_quads<until, last>(source, chunk, input, col, factor, sum);
 }
 

@@ -159,6 +159,7 @@ I dot_signed(I a, I b) {
     return dot_bytes({_mm256_abs_epi8(a.low), _mm256_abs_epi8(a.high)},
                      {_mm256_sign_epi8(b.low, a.low), _mm256_sign_epi8(b.high, a.high)});
 }
+void keep(I& a) { asm volatile("" : "+x"(a.low), "+x"(a.high)); }
 I add_pairs(I a, I b) { return {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)}; }
 I dot_pairs(I a, I b) { return {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)}; }
 I load_pairs(const void* from) {

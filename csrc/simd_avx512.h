@@ -113,6 +113,7 @@ I dot_signed(I a, I b) {
     __m512i turned = _mm512_mask_sub_epi8(b.all, _mm512_movepi8_mask(a.all), _mm512_setzero_si512(), b.all);
     return dot_bytes({_mm512_abs_epi8(a.all)}, {turned});
 }
+void keep(I& a) { asm volatile("" : "+v"(a.all)); }
 I add_pairs(I a, I b) { return {_mm512_add_epi16(a.all, b.all)}; }
 I dot_pairs(I a, I b) { return {_mm512_madd_epi16(a.all, b.all)}; }
 I load_pairs(const void* from) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(wide(from)))}; }
