@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -171,10 +172,15 @@ def _plan(
     """The same for an opened checkpoint."""
     if request.plan:
         return load_plan(request.plan, source)
+    return with_factors(_decided(request, source, watch, progress, tell), source)
+
+
+def _decided(request: Request, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress, tell: Tell) -> Plan:
+    """The plan by rules, or for the budget."""
     request = replace(request, rules=_counted(request, source, watch, progress))
     budget = request.budget
     if budget is None:
-        return with_factors(make_plan(source, request.rules), source)
+        return make_plan(source, request.rules)
     problem, ids = _measured(request, budget, source, watch, progress)
     limit = budget.kl if budget.kl is not None else budget.perplexity
     if limit is None:
@@ -184,14 +190,14 @@ def _plan(
             tell(checked)
         if best.forecast:
             tell(best.forecast)
-        return with_factors(best.plan, source)
+        return best.plan
 
     def measure(found: Allocation) -> Interval:
         measured = _try(request, budget, with_factors(found.plan, source), progress)
         tell(Trial(found, measured, limit))
         return measured
 
-    return with_factors(search(problem, limit, measure).allocation.plan, source)
+    return search(problem, limit, measure).allocation.plan
 
 
 def _counted(request: Request, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress) -> Rules:
@@ -220,10 +226,11 @@ def _checked(
     request: Request, problem: Problem, first: Allocation, ids: Tensor, watch: MemoryWatch, progress: quantize.Progress
 ) -> tuple[Allocation, Checked]:
     """The plan after the decisions that were nearest to another were measured, and what that gave."""
-    budget, folder, source = request.budget, request.out.absolute().parent, problem.source
+    budget = request.budget
     assert budget is not None
-    cases, plan = problem.nearest(budget, first), undecided(source, problem.rules, problem.offers)
-    measured = check(source, plan, problem.offers, cases, ids, folder, request.ram, request.threads, watch, progress)
+    cases = problem.nearest(budget, first)
+    with _opened(request, problem.source, problem.offers, ids, watch, progress) as opened:
+        measured = check(opened, cases)
     better, ratio = problem.corrected(cases, measured)
     found = better.within(budget)
     changed = {n: (first.chosen[n], scheme) for n, scheme in found.chosen.items() if scheme != first.chosen[n]}
@@ -242,15 +249,25 @@ def _measured(
     facts = sensitivity.conditions(source, rules, samples.sha256)
     known = sensitivity.read_sensitivity(file, facts) if file and file.exists() else None
     if known is None or not known.covers(offers):
-        folder = request.out.absolute().parent
-        plan = undecided(source, rules, offers)
-        losses = sensitivity.measure(
-            source, plan, offers, samples.ids, folder, request.ram, request.threads, watch, progress
-        )
+        with _opened(request, source, offers, samples.ids, watch, progress) as opened:
+            losses = sensitivity.measure(opened)
         known = sensitivity.Sensitivity(facts, losses).joined(known)
         if file:
             write_atomic(file, known.to_json().encode())
     return make_problem(source, rules, offers, known.of(offers), budget.fused), samples.ids
+
+
+def _opened(
+    request: Request,
+    source: Checkpoint,
+    offers: sensitivity.Offers,
+    ids: Tensor,
+    watch: MemoryWatch,
+    progress: quantize.Progress,
+) -> AbstractContextManager[sensitivity.Run]:
+    """What measuring works with, in a folder beside the result."""
+    plan, folder = undecided(source, request.rules, offers), request.out.absolute().parent
+    return sensitivity.opened(source, plan, offers, ids, folder, request.ram, request.threads, watch, progress)
 
 
 def run_conversion(

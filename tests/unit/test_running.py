@@ -102,6 +102,16 @@ def test_a_token_is_as_fast_as_asked_and_what_it_reads_counts(tmp_path: Path) ->
     assert plain.forecast and plain.forecast.reading == pytest.approx(bytes_of(weights) / 1e6)
 
 
+def test_what_a_plan_uses_of_its_budgets_is_at_most_all_of_each(tmp_path: Path) -> None:
+    """By these shares `--check` finds the decisions that were nearest to another, and both budgets count alike."""
+    parts = made(tmp_path / "m")
+    budget = Budget(bits=7.0, latency=0.1, running=RUN)
+    chosen, shares = parts.within(budget).chosen, parts._use(budget)
+    picked = [row.index(chosen[group[0]]) for group, row in zip(parts.groups, parts.choices, strict=True)]
+    used = sum(row[at] for row, at in zip(shares, picked, strict=True))
+    assert 1 < used <= 2
+
+
 def test_two_budgets_hold_at_once(tmp_path: Path) -> None:
     parts = made(tmp_path / "m", (*SCHEMES, "int3-g16-f16"))
 

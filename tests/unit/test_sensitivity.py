@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from lowbit.stages import sensitivity
 from lowbit.stages._quality import Interval
 from lowbit.stages.allocate import Allocation, Budget, Checked, Problem, make_problem, undecided
 from lowbit.stages.check import Case, check
-from lowbit.stages.checkpoint import open_checkpoint
-from lowbit.stages.plan import Rules, load_plan, make_offers, make_plan
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
+from lowbit.stages.plan import Plan, Rules, load_plan, make_offers, make_plan
 from lowbit.stages.search import search
 from lowbit.stages.write import make_shards
 from tests.reference.models import save_tiny
@@ -32,13 +33,27 @@ IDS = torch.randint(3, 96, (64, 24), generator=torch.Generator().manual_seed(1))
 HELD = IDS[48:]
 
 
-def divergence(model: Any, name: str, value: Tensor) -> float:
-    """KL of the model from itself with one weight replaced, by transformers in float64, on the windows that judge."""
-    weight = dict(model.named_parameters())[name]
-    kept, before = weight.detach().clone(), model(HELD).logits.log_softmax(-1)
-    weight.copy_(value)
+@contextmanager
+def running(
+    source: Checkpoint, plan: Plan, offers: sensitivity.Offers, folder: Path, ids: Tensor = IDS
+) -> Iterator[sensitivity.Run]:
+    with (
+        MemoryWatch(None).running() as watch,
+        sensitivity.opened(source, plan, offers, ids, folder, None, 1, watch) as run,
+    ):
+        yield run
+
+
+@torch.no_grad()
+def divergence(model: Any, values: Mapping[str, Tensor]) -> float:
+    """KL of the model from itself with weights replaced together, by transformers in float64, on windows that judge."""
+    weights, before = dict(model.named_parameters()), model(HELD).logits.log_softmax(-1)
+    kept = {name: weights[name].detach().clone() for name in values}
+    for name, value in values.items():
+        weights[name].copy_(value)
     after = model(HELD).logits.log_softmax(-1)
-    weight.copy_(kept)
+    for name in values:
+        weights[name].copy_(kept[name])
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 
@@ -59,8 +74,8 @@ def test_what_is_predicted_is_the_divergence(kind: str, rules: Rules, schemes: t
     model = save_tiny(kind, tmp_path / "m")
     source = open_checkpoint(tmp_path / "m")
     offers = make_offers(source, rules, schemes)
-    with MemoryWatch(None).running() as watch:
-        found = sensitivity.measure(source, make_plan(source, rules), offers, IDS, tmp_path, None, 1, watch)
+    with running(source, make_plan(source, rules), offers, tmp_path) as run:
+        found = sensitivity.measure(run)
     assert found.keys() == offers.keys() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     model, ratios = model.double(), []
     weights = dict(model.named_parameters())
@@ -68,23 +83,10 @@ def test_what_is_predicted_is_the_divergence(kind: str, rules: Rules, schemes: t
         for scheme, loss in row.items():
             weight, turned = weights[name].detach(), kind == "gpt2"
             value = rounded(weight.T if turned else weight, scheme)
-            ratios.append(loss / divergence(model, name, value.T if turned else value))
+            ratios.append(loss / divergence(model, {name: value.T if turned else value}))
     assert len(ratios) >= 8
     assert 0.75 < sum(ratios) / len(ratios) < 1.3, ratios
     assert min(ratios) > 0.4 and max(ratios) < 2.5, ratios
-
-
-@torch.no_grad()
-def true_divergence(model: Any, names: tuple[str, ...], scheme: str) -> float:
-    """KL of the model from itself with some weights in a scheme, all together, by transformers in float64."""
-    weights, before = dict(model.named_parameters()), model(HELD).logits.log_softmax(-1)
-    kept = {name: weights[name].detach().clone() for name in names}
-    for name in names:
-        weights[name].copy_(rounded(kept[name], scheme))
-    after = model(HELD).logits.log_softmax(-1)
-    for name in names:
-        weights[name].copy_(kept[name])
-    return float((before.exp() * (before - after)).sum(-1).mean())
 
 
 JOINED = tuple(f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv")
@@ -105,10 +107,14 @@ def test_a_checked_decision_has_its_true_divergence(
     source, rules = open_checkpoint(tmp_path / "m"), Rules(method="rtn", format=form)
     offers = make_offers(source, rules, tuple(dict.fromkeys(scheme for _, scheme in cases)))
     plan, asked = undecided(source, rules, offers), [Case(*case) for case in cases]
-    with MemoryWatch(None).running() as watch:
-        found = check(source, plan, offers, asked, IDS, tmp_path, None, 1, watch)
+    with running(source, plan, offers, tmp_path) as run:
+        found = check(run, asked)
     stored = [str(offers[names[0]][scheme].weight.scheme) for names, scheme in cases]  # the format's type of scales
-    wanted = [true_divergence(model, case[0], scheme) for case, scheme in zip(cases, stored, strict=True)]
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    wanted = [
+        divergence(model, {name: rounded(weights[name], scheme) for name in names})
+        for (names, _), scheme in zip(cases, stored, strict=True)
+    ]
     assert found == pytest.approx(wanted, rel=2e-3)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
@@ -289,8 +295,8 @@ def test_one_window_is_too_few(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "m")
     source, rules = open_checkpoint(tmp_path / "m"), Rules(method="rtn")
     offers, plan = make_offers(source, rules, ("int4-g8",)), make_plan(source, rules)
-    with pytest.raises(UsageError, match="two windows"), MemoryWatch(None).running() as watch:
-        sensitivity.measure(source, plan, offers, IDS[:1], tmp_path, None, 1, watch)
+    with pytest.raises(UsageError, match="two windows"), running(source, plan, offers, tmp_path, IDS[:1]):
+        pass
 
 
 def test_a_weight_that_no_scheme_fits_is_kept(tmp_path: Path) -> None:

@@ -141,20 +141,17 @@ class Problem:
             UsageError: the smallest of the schemes are over a budget; the text has what they take.
             UnsupportedError: a model whose memory is not worked out here.
         """
-        running, latency = budget.running, budget.latency
-        also = self._seconds(running, latency) if running and latency is not None else None
+        limits, running = self._as_it_runs(budget), budget.running
         if budget.bits is not None:
-            found = self.within_bits(budget.bits, also)
+            found = self.within_bits(budget.bits, *limits)
         elif budget.size is not None:
-            found = self.within_size(budget.size, also)
+            found = self.within_size(budget.size, *limits)
         else:
-            assert running is not None
-            limits = [self._memory(running, budget.memory)] if budget.memory is not None else []
-            limits += [also] if also else []
-            found = self._made(solve(self._losses(), limits[0].sizes, limits[0].most, *limits[1:]).picked)
+            first, *others = limits
+            found = self._made(solve(self._losses(), first.sizes, first.most, *others).picked)
         if running is None:
             return found
-        return replace(found, forecast=forecast(found.plan, self._config, running, budget.memory, latency))
+        return replace(found, forecast=forecast(found.plan, self._config, running, budget.memory, budget.latency))
 
     def nearest(self, budget: Budget, found: Allocation) -> list[Case]:
         """The decisions of a plan that were nearest to another: the weights of each, in its scheme and in the other."""
@@ -165,15 +162,11 @@ class Problem:
 
     def _use(self, budget: Budget) -> list[list[float]]:
         """What each choice takes of the budgets, as a share of them, added up."""
-        running, limits = budget.running, list[Limit]()
+        limits = self._as_it_runs(budget)
         if budget.bits is not None:
-            limits.append(Limit(self._coded, budget.bits))
+            limits.append(Limit(self._coded, budget.bits * self._count))
         if budget.size is not None:
             limits.append(Limit(self._stored, float(budget.size)))
-        if running and budget.memory is not None:
-            limits.append(self._memory(running, budget.memory))
-        if running and budget.latency is not None:
-            limits.append(self._seconds(running, budget.latency))
         tables = [[[size / limit.most for size in row] for row in limit.sizes] for limit in limits]
         return [[sum(parts) for parts in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
 
@@ -194,8 +187,7 @@ class Problem:
 
     def within_bits(self, bits: float, also: Limit | None = None) -> Allocation:
         """The best plan of so many bits per weight."""
-        count = sum(prod(self._entry(name).weight.shape) for group in self.groups for name in group)
-        sizes = self._coded
+        sizes, count = self._coded, self._count
         least = sum(map(min, sizes)) / max(count, 1)
         if least > bits:
             raise UsageError(f"--bits-per-weight {bits:g}: the smallest of --schemes take {least:.4f} together")
@@ -216,6 +208,15 @@ class Problem:
             raise UsageError(f"--size {size:,} bytes is so near to what files with the least headers take that no plan "
                              "was found that is as fast as asked; raise it")  # fmt: skip
         return smallest
+
+    def _as_it_runs(self, budget: Budget) -> list[Limit]:
+        """The budgets of memory at run time and of a token's time."""
+        running, found = budget.running, list[Limit]()
+        if running and budget.memory is not None:
+            found.append(self._memory(running, budget.memory))
+        if running and budget.latency is not None:
+            found.append(self._seconds(running, budget.latency))
+        return found
 
     def _memory(self, running: Running, memory: int) -> Limit:
         """Bytes at run time that each choice takes, and what the rest leaves for them."""
@@ -245,7 +246,7 @@ class Problem:
 
     def _running(self, of: Callable[[Use], float], tokens: int) -> tuple[list[list[float]], float]:
         """For each group and scheme the sum of what its weights take as they run; and the sum over all others."""
-        plan = undecided(self.source, self.rules, self.offers)
+        plan = self._undecided
         uses = uses_of(plan, self._config, tokens)
 
         def taken(name: str, scheme: str) -> float:
@@ -254,6 +255,15 @@ class Problem:
 
         chosen = {name for group in self.groups for name in group}
         return self._sums(taken), float(sum(of(use) for name, use in uses.items() if name not in chosen))
+
+    @cached_property
+    def _count(self) -> int:
+        """Of the weights that take part."""
+        return sum(prod(self._entry(name).weight.shape) for group in self.groups for name in group)
+
+    @cached_property
+    def _undecided(self) -> Plan:
+        return undecided(self.source, self.rules, self.offers)
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
@@ -306,8 +316,8 @@ class Problem:
 
     @cached_property
     def _stored(self) -> list[list[float]]:
-        """Bytes in the file; each takes a plan, and each round of a search asks for them."""
-        plan = undecided(self.source, self.rules, self.offers)
+        """Bytes in the file; each round of a search asks for them."""
+        plan = self._undecided
         return self._sums(lambda name, scheme: plan.stored_bytes(self.offers[name][scheme]))
 
     def _sums(self, of: Callable[[str, str], float]) -> list[list[float]]:

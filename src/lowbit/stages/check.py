@@ -8,26 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import final
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 
 from lowbit.blocks import CPU
-from lowbit.budget import MemoryWatch
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock
-from lowbit.stages.checkpoint import Checkpoint
-from lowbit.stages.plan import Plan
-from lowbit.stages.quantize import Progress, one_torch_thread, silent
+from lowbit.stages.quantize import one_torch_thread
 from lowbit.stages.sensitivity import (
-    Offers,
     Run,
+    chances,
+    divergence,
     jobs_of,
     live_block,
     made_by,
-    opened,
     pieces_of,
     replaced,
     see,
@@ -45,29 +40,17 @@ class Case:
     scheme: str
 
 
-def check(
-    source: Checkpoint,
-    plan: Plan,
-    offers: Offers,
-    cases: Sequence[Case],
-    ids: Int64[Tensor, "windows tokens"],
-    folder: Path,
-    ram: int | None,
-    threads: int,
-    watch: MemoryWatch,
-    progress: Progress = silent,
-) -> list[float]:
-    """The divergence of each case from the original, nats per token; arguments and errors as `sensitivity.measure`."""
-    with opened(source, plan, offers, ids, folder, ram, threads, watch, progress) as run, torch.no_grad():
-        paths = list(run.blueprint.blocks)
-        ends = [_ends(run, case) for case in cases]
-        states = [_started(run, number, end[0]) for number, end in enumerate(ends)]
-        for index, path in enumerate(paths):
-            progress("check", index, len(paths))
-            watch.check()
-            _through(run, path, index, cases, states)
-        found = _divergences(run, [end[1] for end in ends], states)
-        progress("check", len(paths), len(paths))
+@torch.no_grad()
+def check(run: Run, cases: Sequence[Case]) -> list[float]:
+    """The divergence of each case from the original, nats per token."""
+    paths, ends = list(run.blueprint.blocks), [_ends(run, case) for case in cases]
+    states = [_started(run, number, end[0]) for number, end in enumerate(ends)]
+    for index, path in enumerate(paths):
+        run.progress("check", index, len(paths))
+        run.watch.check()
+        _through(run, path, index, cases, states)
+    found = _divergences(run, [end[1] for end in ends], states)
+    run.progress("check", len(paths), len(paths))
     return found
 
 
@@ -141,14 +124,9 @@ def _divergences(run: Run, ways: Sequence[Exit | None], states: Sequence[Tensor 
     """Mean divergence of each case over the tokens of the windows that judge."""
     ids, last = run.windows.ids[run.held], run.streams.read("float", len(run.blueprint.blocks))[run.held]
     own, found = Exit(run.blueprint, run.entrance, ids), [0.0] * len(ways)
-    for window, part in pieces_of(run, ids):
-
-        def chances(way: Exit, state: Tensor, window: int = window, part: slice = part) -> Tensor:
-            logits = way.logits(ids[window, part][None], state[window, part][None])
-            return logits[0].double().log_softmax(-1)
-
-        before = chances(own, last)
+    for piece in pieces_of(run, ids):
+        before = chances(own, ids, last, piece)
         for number, (way, state) in enumerate(zip(ways, states, strict=True)):
-            after = chances(way or own, last if state is None else state)
-            found[number] += float((before.exp() * (before - after)).sum()) / ids.numel()
+            after = chances(way or own, ids, last if state is None else state, piece)
+            found[number] += divergence(before, after) / ids.numel()
     return [max(value, 0.0) for value in found]

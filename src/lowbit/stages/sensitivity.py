@@ -46,6 +46,7 @@ from lowbit.tensors import QTensor
 
 Losses = dict[str, dict[str, float]]
 Offers = Mapping[str, Mapping[str, Entry]]
+Piece = tuple[int, slice]  # a window, and tokens of it
 
 VERSION = 1
 _FIT, _HELD = 16384, 4096  # tokens that methods learn from, and that errors are judged on
@@ -152,6 +153,8 @@ class Run:
     streams: Streams
     entrance: Entrance
     way: Way
+    watch: MemoryWatch
+    progress: Progress
 
     @property
     def held(self) -> slice:
@@ -164,7 +167,8 @@ class Run:
         return self.windows.ids[self.held].numel()
 
 
-def measure(
+@contextmanager
+def opened(
     source: Checkpoint,
     plan: Plan,
     offers: Offers,
@@ -174,8 +178,8 @@ def measure(
     threads: int,
     watch: MemoryWatch,
     progress: Progress = silent,
-) -> Losses:
-    """The predicted divergence, in nats per token, of each weight in each of its schemes.
+) -> Iterator[Run]:
+    """What `measure` and `check` work with: the model ran forward, and the inputs of every block are on disk.
 
     Args:
         plan: any plan of these rules; its options and its importance matrix are used.
@@ -191,31 +195,6 @@ def measure(
         UnsupportedError: the model's blocks cannot be run on their own.
         WeightError: NaN or Inf in a weight.
     """
-    with opened(source, plan, offers, ids, folder, ram, threads, watch, progress) as run:
-        gradients, losses, paths = _last_gradients(run), Losses(), list(run.blueprint.blocks)
-        for index in range(len(paths) - 1, -1, -1):
-            progress("measure", len(paths) - 1 - index, len(paths))
-            watch.check()
-            losses |= _block(run, paths[index], index, gradients)
-        losses |= _outside(run, gradients)
-        progress("measure", len(paths), len(paths))
-    kept = {name: {label: 0.0 for label, entry in offers[name].items() if not entry.weight.scheme} for name in offers}
-    return {name: losses.get(name, {}) | kept[name] for name in offers}
-
-
-@contextmanager
-def opened(
-    source: Checkpoint,
-    plan: Plan,
-    offers: Offers,
-    ids: Int64[Tensor, "windows tokens"],
-    folder: Path,
-    ram: int | None,
-    threads: int,
-    watch: MemoryWatch,
-    progress: Progress = silent,
-) -> Iterator[Run]:
-    """What `measure` works with, which see: the model ran forward, and the inputs of every block are on disk."""
     windows, blueprint = _windows(ids), open_blueprint(source, torch.float32)
     if not blueprint.blocks:
         raise UnsupportedError(f"{source.path} has no list of blocks to measure; name a scheme for each weight")
@@ -224,9 +203,30 @@ def opened(
     with TemporaryDirectory(dir=folder, prefix=".sensitivity-") as place:
         shape = (*windows.ids.shape, blueprint.width)
         streams = Streams(Path(place), (shape[0], shape[1], shape[2]), torch.float32, ("float",))
-        run = Run(source, plan, offers, blueprint, windows, streams, Entrance(blueprint, CPU), way)
-        _forward(run, watch, progress)
+        entrance = Entrance(blueprint, CPU)
+        run = Run(source, plan, offers, blueprint, windows, streams, entrance, way, watch, progress)
+        _forward(run)
         yield run
+
+
+def measure(run: Run) -> Losses:
+    """The predicted divergence, in nats per token, of each weight in each of its schemes.
+
+    Raises:
+        WeightError: NaN or Inf in a weight.
+    """
+    gradients, losses, paths = _last_gradients(run), Losses(), list(run.blueprint.blocks)
+    for index in range(len(paths) - 1, -1, -1):
+        run.progress("measure", len(paths) - 1 - index, len(paths))
+        run.watch.check()
+        losses |= _block(run, paths[index], index, gradients)
+    losses |= _outside(run, gradients)
+    run.progress("measure", len(paths), len(paths))
+    kept = {
+        name: {label: 0.0 for label, entry in row.items() if not entry.weight.scheme}
+        for name, row in run.offers.items()
+    }
+    return {name: losses.get(name, {}) | kept[name] for name in run.offers}
 
 
 def _windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
@@ -240,20 +240,20 @@ def _windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
 
 
 @torch.no_grad()
-def _forward(run: Run, watch: MemoryWatch, progress: Progress) -> None:
+def _forward(run: Run) -> None:
     """Write the inputs of every block, and the last one's outputs."""
     ids, paths = run.windows.ids, list(run.blueprint.blocks)
     with run.streams.writing("float", 0) as hidden:
         for batch in run.windows.batches:
             hidden[batch] = run.entrance.hidden(ids[batch])
     for index, path in enumerate(paths):
-        progress("forward", index, len(paths))
-        watch.check()
+        run.progress("forward", index, len(paths))
+        run.watch.check()
         live, inputs = LiveBlock(run.blueprint, path, (), CPU), run.streams.read("float", index)
         with run.streams.writing("float", index + 1) as outputs:
             for batch in run.windows.batches:
                 outputs[batch] = live.run(run.entrance.calls(ids[batch])[path], inputs[batch])
-    progress("forward", len(paths), len(paths))
+    run.progress("forward", len(paths), len(paths))
 
 
 def _last_gradients(run: Run) -> Float[Tensor, "windows tokens width"]:
@@ -270,7 +270,7 @@ def _last_gradients(run: Run) -> Float[Tensor, "windows tokens width"]:
     return gradients
 
 
-def pieces_of(run: Run, ids: Int64[Tensor, "windows tokens"]) -> Iterator[tuple[int, slice]]:
+def pieces_of(run: Run, ids: Int64[Tensor, "windows tokens"]) -> Iterator[Piece]:
     """Windows, a run of tokens at a time."""
     step = max(_LOGITS // run.blueprint.vocabulary, 1)
     return ((window, slice(at, at + step)) for window in range(len(ids)) for at in range(0, ids.shape[1], step))
@@ -447,12 +447,20 @@ def _replaced(run: Run, entry: Entry, gradients: Float[Tensor, "windows tokens w
     moved = torch.cat([entrance.hidden(batch) for batch in torch.split(ids, 1)]) - first
     loss = float((moved * gradients[:count]).sum(-1).double().square().mean()) / 2
     ways = Exit(run.blueprint, run.entrance, ids), Exit(blueprint, entrance, ids)
-    for window, part in pieces_of(run, ids):
-        before, after = (
-            way.logits(ids[window, part][None], last[window, part][None])[0].double().log_softmax(-1) for way in ways
-        )
-        loss += float((before.exp() * (before - after)).sum()) / ids.numel()
+    for piece in pieces_of(run, ids):
+        before, after = (chances(way, ids, last, piece) for way in ways)
+        loss += divergence(before, after) / ids.numel()
     return loss
+
+
+def chances(way: Exit, ids: Tensor, hidden: Tensor, piece: Piece) -> Float[Tensor, "tokens vocabulary"]:
+    """Logarithms of what is predicted after each token of a piece."""
+    return way.logits(ids[piece][None], hidden[piece][None])[0].double().log_softmax(-1)
+
+
+def divergence(before: Float[Tensor, "tokens vocabulary"], after: Float[Tensor, "tokens vocabulary"]) -> float:
+    """KL of the one from the other, the sum over the tokens."""
+    return float((before.exp() * (before - after)).sum())
 
 
 def replaced(run: Run, entries: Sequence[Entry]) -> Blueprint:
