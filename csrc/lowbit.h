@@ -111,6 +111,9 @@ struct GgmlEncoded {
 // or times bytes of a table (`table`); or, of weights that are floats, as they are (`dense`).
 enum class Way { floats, codes, table, dense };
 
+// Of a code in panels, the bits that stand together below; the others stand after them.
+constexpr int lower_bits(int bits) { return bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits; }
+
 // A weight [rows, cols] as `product` reads it, in panels of 16 rows, and its inputs. Columns are a multiple of 32 (zeros
 // fill up), rows beyond the last are there in the last panel and are not written.
 //

@@ -24,9 +24,6 @@ namespace {
 
 #include "lanes.h"
 
-template <int bits>
-constexpr int lower = bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits;
-
 // The bytes of a word that hold `bits` bits in field `field`, moved to bit `to` of their byte.
 template <int bits, int field, int to = 0>
 LOWBIT_INLINE I field_of(I word) {
@@ -41,7 +38,7 @@ LOWBIT_INLINE I field_of(I word) {
 // The codes of columns 4 * quad to 4 * quad + 3 of a chunk.
 template <int bits, int quad>
 LOWBIT_INLINE I codes_of(const uint8_t* chunk) {
-    constexpr int low = lower<bits>, high = bits - low;
+    constexpr int low = lower_bits(bits), high = bits - low;
     I code = field_of<low, quad % (8 / low)>(load_words(chunk + 64 * (quad / (8 / low))));
     if constexpr (high > 0) {
         I word = load_words(chunk + 64 * (low + quad / (8 / high)));

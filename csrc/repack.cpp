@@ -39,7 +39,7 @@ void join(const uint8_t* codes, uint32_t* to) {
 
 template <int bits>
 void join_chunks(const uint8_t* codes, int64_t chunks, uint32_t* to) {
-    constexpr int low = bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits, high = bits - low;
+    constexpr int low = lower_bits(bits), high = bits - low;
     for (int64_t chunk = 0; chunk < chunks; chunk++, codes += 32, to += bits) {
         join<low, 0>(codes, to);
         if constexpr (high > 0) join<high, low>(codes, to + low);

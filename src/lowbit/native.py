@@ -471,6 +471,7 @@ def causal_softmax_slopes(
 
 WAYS = ("floats", "codes", "table", "dense")
 CODE_BITS = (2, 3, 4, 5, 6, 8)  # of codes in panels
+PANEL_PARTS = ("codes", "scale", "zero", "fine", "fine_zero")  # of `Panels`: these have an entry per panel
 
 
 @final
@@ -525,8 +526,7 @@ class Panels:
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads of it."""
-        parts = (self.codes, self.scale, self.zero, self.fine, self.fine_zero)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for name in PANEL_PARTS if (part := getattr(self, name)) is not None)
 
     @property
     def sub(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from math import prod
 
@@ -13,14 +12,12 @@ from torch.nn.functional import linear
 from lowbit.errors import UnsupportedError
 from lowbit.formats import Weight
 from lowbit.runtime.bench import seconds
-from lowbit.runtime.panels import dense_bytes, pack_dense, pack_noise, packed_bytes
+from lowbit.runtime.panels import Packed, dense_bytes, pack_dense, pack_noise, packed_bytes
+from lowbit.stages._policy import is_expert
 from lowbit.stages.running import Use
 
-_STACKED = re.compile(r"\.experts?\.")
-_ONE, _ALL = (
-    2**23,
-    2**26,
-)  # bytes of a weight that is timed, and of all that are multiplied in turn: no cache holds them
+_ONE = 2**23  # bytes of a weight that is timed
+_ALL = 2**26  # and of all that are multiplied in turn: no cache holds them
 _SPENT = 0.1  # seconds for each kind
 
 
@@ -40,7 +37,7 @@ def held_bytes(use: Use) -> int:
 
 def _multiplied(weight: Weight) -> bool:
     """Whether it is a matrix that the kernels take: no stack of experts, no inputs in few bits."""
-    return len(weight.shape) == 2 and not weight.activations and not _STACKED.search(weight.name)
+    return len(weight.shape) == 2 and not weight.activations and not is_expert(weight.name)
 
 
 def product_timer(threads: int, tokens: int) -> Callable[[Use], float]:
@@ -86,15 +83,20 @@ def _bits(weight: Weight) -> int:
 
 def _work(weight: Weight, shape: tuple[int, int], threads: int) -> Callable[[Tensor], Tensor]:
     """What multiplies by a weight of this kind: a kernel, or torch where none does."""
-    if not _multiplied(weight):
+    packed = _packed(weight, shape)
+    if packed is None:
         floats = torch.randn(shape)
         return lambda x: linear(x, floats)
-    if weight.scheme is None:
-        matrix = pack_dense(torch.randn(shape).to(weight.dtype)).matrix()
-    else:
-        try:
-            matrix = pack_noise(weight.scheme, shape).matrix()
-        except UnsupportedError:
-            floats = torch.randn(shape)
-            return lambda x: linear(x, floats)
+    matrix = packed.matrix()
     return lambda x: matrix(x, threads)
+
+
+def _packed(weight: Weight, shape: tuple[int, int]) -> Packed | None:
+    if not _multiplied(weight):
+        return None
+    if weight.scheme is None:
+        return pack_dense(torch.randn(shape).to(weight.dtype))
+    try:
+        return pack_noise(weight.scheme, shape)
+    except UnsupportedError:
+        return None

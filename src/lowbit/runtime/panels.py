@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.errors import UnsupportedError
-from lowbit.native import CODE_BITS, Matrix, Panels, interleave, interleave_floats
+from lowbit.native import CODE_BITS, PANEL_PARTS, Matrix, Panels, interleave, interleave_floats
 from lowbit.schemes import Grid, Scheme
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
 LAYOUT = 2  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
 _LANES = 16
-_PARTS = ("codes", "scale", "zero", "fine", "fine_zero")  # these have an entry per panel
 _NUMBERS = 120  # codes that are numbers in every grid: patterns of small floats of 8 bits above it may be none
 _UNITS = (1.0, 2.0, 4.0, 8.0)
 
@@ -44,7 +43,7 @@ class Packed:
         panels, part = self.panels, slice(first // _LANES, -(-(first + count) // _LANES))
         if count == panels.rows:
             return self
-        parts = {name: value[part] for name in _PARTS if (value := getattr(panels, name)) is not None}
+        parts = {name: value[part] for name in PANEL_PARTS if (value := getattr(panels, name)) is not None}
         return replace(self, panels=replace(panels, rows=count, **parts))
 
 
@@ -75,8 +74,8 @@ def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
         minus=q.scheme.zero == "min", way=meaning.way, offset=meaning.offset, level=meaning.level, table=meaning.table,
         unit=meaning.unit,
     )  # fmt: skip
-    over = _run(q, step) if meaning.way != "floats" else 0
-    return Packed(_with_nested(bare, q, over, threads) if over else _with_scales(bare, q, full, threads), cols, order)
+    nested = _nested(q, step) if meaning.way != "floats" else None
+    return Packed(_with_nested(bare, nested, threads) if nested else _with_scales(bare, q, full, threads), cols, order)
 
 
 def _with_scales(bare: Panels, q: QTensor, full: int, threads: int) -> Panels:
@@ -90,33 +89,46 @@ def _with_scales(bare: Panels, q: QTensor, full: int, threads: int) -> Panels:
     )
 
 
-def _with_nested(bare: Panels, q: QTensor, over: int, threads: int) -> Panels:
+def _with_nested(bare: Panels, nested: _Nested, threads: int) -> Panels:
     """Panels with the integers of scales and minima, and the scales of these for each run of columns."""
-    scale, low = _integers(q.scales), _integers(q.minima)
-    assert scale is not None
-    (fine, outer), (fine_zero, zero) = scale, low or (None, None)
+    (fine, outer), (fine_zero, zero) = nested.scale, nested.low or (None, None)
     joined = fine_zero is not None and bool(((fine | fine_zero) & ~15 == 0).all())
     if joined:
         assert fine_zero is not None
         fine, fine_zero = fine | fine_zero << 4, None
     return replace(
-        bare, over=over, scale=_lanes(outer.half(), threads),
+        bare, over=nested.over, scale=_lanes(outer.half(), threads),
         zero=None if zero is None else _lanes(zero.half(), threads), fine=_pairs(fine, threads),
         fine_zero=None if fine_zero is None else _pairs(fine_zero, threads), joined=joined,
     )  # fmt: skip
 
 
-def _run(q: QTensor, step: int) -> int:
-    """Columns that share a scale of nested scales; 0 where kernels do not take these nested."""
+_Integers = tuple[Int8[Tensor, "rows steps"], Float[Tensor, "rows runs"]]
+
+
+@final
+@dataclass(frozen=True)
+class _Nested:
+    """Scales, and minima where there are some, as integers times the scale of a run of `over` columns."""
+
+    over: int
+    scale: _Integers
+    low: _Integers | None
+
+
+def _nested(q: QTensor, step: int) -> _Nested | None:
+    """Nested scales, where kernels take them nested."""
     if step not in (16, 32) or q.group_index is not None or not isinstance(q.scales, QTensor):
-        return 0
-    over, both = step * q.scales.scheme.block.cols, (q.scales, q.minima)
-    wanted = 2 if q.scheme.zero == "min" else 1 if q.scheme.zero == "none" else 3
+        return None
+    over = step * q.scales.scheme.block.cols
     fits = 0 < over <= 512 and over % (2 * step) == 0 and q.shape[-1] % over == 0 and q.scheme.block.rows == 1
-    return over if fits and sum(_integers(part) is not None for part in both) == wanted else 0
+    if not fits or q.scheme.zero not in ("none", "min"):
+        return None
+    scale, low = _integers(q.scales), _integers(q.minima)
+    return None if scale is None or (low is None) != (q.minima is None) else _Nested(over, scale, low)
 
 
-def _integers(values: Tensor | QTensor | None) -> tuple[Int8[Tensor, "rows steps"], Float[Tensor, "rows runs"]] | None:
+def _integers(values: Tensor | QTensor | None) -> _Integers | None:
     """Quantized scales as small integers and their own scales, if they are that and these are exact in float16."""
     if not isinstance(values, QTensor) or isinstance(values.scales, QTensor) or not values.plain:
         return None
@@ -203,8 +215,7 @@ def packed_bytes(scheme: Scheme, shape: Shape) -> int:
     Raises:
         UnsupportedError: as `pack`.
     """
-    if len(shape) != 2:
-        raise UnsupportedError(f"{scheme} on {list(shape)} has no scale for each part of a row")
+    _step(scheme, shape)
     return -(-shape[0] // _LANES) * _panel_bytes(scheme, shape[1])
 
 

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, LowbitError, ResourceError
-from lowbit.native import Panels
+from lowbit.native import PANEL_PARTS, Panels
 from lowbit.runtime.panels import LAYOUT, Packed
 from lowbit.stages._safetensors import read_safetensors
 from lowbit.stages._weightfile import DTYPES, one_line, parse_json
 from lowbit.stages.checkpoint import Checkpoint
 
 _HEAD = 1 << 20  # bytes of each file of weights that are part of the key
-_PARTS = ("codes", "scale", "zero", "fine", "fine_zero", "level", "table")
+_PARTS = (*PANEL_PARTS, "level", "table")
 _STUMBLES = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
 
 

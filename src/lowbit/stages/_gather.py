@@ -16,7 +16,7 @@ from lowbit.stages._blocks import LiveBlock
 from lowbit.stages._observe import Accumulator, Observer, Seen
 from lowbit.stages._passes import After, Passes
 from lowbit.stages._products import Product
-from lowbit.stages._sites import Found, Site, Step
+from lowbit.stages._sites import Found, Site, Step, find_router
 from lowbit.stages._state import ABSMAX, Calibration, State
 
 _CERTAIN = 30.0  # logits: a router that sees it chooses that expert
@@ -102,7 +102,7 @@ class Gatherer:
         """Experts that saw fewer rows than they have inputs: routed to them, one at a time, until they have enough."""
         width, windows = self._state.width, self._work.windows
         few = [site for site in step.sites if site in seen and seen[site].rows < width(site)]
-        router = self._state.router(step)
+        router = find_router(step, self._state.live)
         found: dict[Site, Seen] = {}
         for site in few if router else ():
             accumulator, expert = self._accumulator(self._needs(site)), step.sites.index(site)

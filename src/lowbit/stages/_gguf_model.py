@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -62,10 +61,11 @@ def open_gguf(path: Path) -> GgufModel:
     header = headers[0]
     arch = arch_named(str(header.value("general.architecture")))
     facts = config_of(header, arch) if arch else {}
-    files = tuple(weight_file(each, arch, headers) for each in headers)
+    beside = _beside(headers)
+    files = tuple(weight_file(each, arch, beside) for each in headers)
     weights = dict[str, Weight]()
     for file, each in zip(files, headers, strict=True):
-        for name, stored in _named(each, arch, headers).items():
+        for name, stored in _named(each, arch, beside).items():
             if name in weights:
                 raise CheckpointError(f"{file.path}: tensor {show(stored)} holds {name}, which another one holds too")
             weights[name] = _weight(each, arch, facts, name, each.tensors[stored])
@@ -77,48 +77,64 @@ def open_gguf(path: Path) -> GgufModel:
     return GgufModel(files, weights, facts, edits)
 
 
-def weight_file(header: Gguf, arch: Arch | None, parts: Sequence[Gguf] = ()) -> WeightFile:
-    """One file, of a model that may have several `parts`, with the names of transformers; raises like `open_gguf`."""
-    slots, owners = dict[str, Slot](), _owners(parts or [header])
-    for stored, tensor in _tensors(header, arch, owners):
+@final
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """Tensors that have others beside them, as those in NVFP4 have, in all parts of a model.
+
+    Attributes:
+        owners: their names, with the part that they are in.
+        unscaled: those of them whose scales nothing multiplies.
+    """
+
+    owners: Mapping[str, Gguf]
+    unscaled: frozenset[str]
+
+    def owner(self, name: str, part: str) -> str | None:
+        """The tensor that one with this name belongs to as such a part."""
+        owner = f"{name.removesuffix(part)}weight" if name.endswith(f".{part}") else ""
+        return owner if owner in self.owners else None
+
+
+def _beside(parts: Sequence[Gguf]) -> Beside:
+    owners = {name: part for part in parts for name, tensor in part.tensors.items() if tensor.type == "nvfp4"}
+    unscaled = (name for name in owners if not any(_scale_of(name) in part.tensors for part in parts))
+    return Beside(owners, frozenset(unscaled))
+
+
+def weight_file(header: Gguf, arch: Arch | None, beside: Beside | None = None) -> WeightFile:
+    """One file, alone or of a model in several, with the names of transformers; raises like `open_gguf`."""
+    slots, beside = dict[str, Slot](), beside or _beside([header])
+    for stored, tensor in _tensors(header, arch, beside):
         for name, slot in _slots(header, arch, stored, tensor).items():
             if name in slots:
                 raise CheckpointError(f"{header.path}: tensor {show(stored)} holds {name}, which another one holds too")
             slots[name] = slot
-    slots |= _scales(header, arch, owners)
-    stored_there = {name for part in parts for name in part.tensors if _beside(owners, name, _SCALE)}
-    ones = dict.fromkeys(_scale_names(header, arch, stored_there) - slots.keys(), torch.ones(1))
+    slots |= _scales(header, arch, beside)
+    unscaled = (name for name in header.tensors if name in beside.unscaled)
+    members = (member for name in unscaled for member in _slots(header, arch, name, header.tensors[name]))
+    ones = {_scale_of(member): torch.ones(1) for member in members}
     slots |= {name: Slot(Spec(torch.float32, (1,)), 0, 0) for name in ones}
-    skipped = [name for name in header.tensors if (arch and name in COMPUTED) or _beside(owners, name, _INPUTS)]
+    skipped = [name for name in header.tensors if (arch and name in COMPUTED) or beside.owner(name, _INPUTS)]
     return WeightFile(header.path, header.size, slots, skipped=skipped, values=ones)
 
 
-def _owners(parts: Sequence[Gguf]) -> dict[str, Gguf]:
-    """The tensors in NVFP4, which have others beside them, in this part of a model or in another; and their parts."""
-    return {name: part for part in parts for name, tensor in part.tensors.items() if tensor.type == "nvfp4"}
-
-
-def _tensors(header: Gguf, arch: Arch | None, owners: Mapping[str, Gguf]) -> list[tuple[str, Stored]]:
+def _tensors(header: Gguf, arch: Arch | None, beside: Beside) -> list[tuple[str, Stored]]:
     """The tensors that are weights of transformers."""
     rest = {name: tensor for name, tensor in header.tensors.items() if arch is None or name not in COMPUTED}
-    beside = {name for name in rest for part in (_SCALE, _INPUTS) if _beside(owners, name, part)}
-    return [(name, tensor) for name, tensor in rest.items() if name not in beside]
+    parts = {name for name in rest for part in (_SCALE, _INPUTS) if beside.owner(name, part)}
+    return [(name, tensor) for name, tensor in rest.items() if name not in parts]
 
 
-def _beside(owners: Mapping[str, Gguf], name: str, part: str) -> str | None:
-    """The tensor in NVFP4 that one with this name belongs to as such a part."""
-    owner = f"{name.removesuffix(part)}weight" if name.endswith(f".{part}") else ""
-    return owner if owner in owners else None
-
-
-def _scales(header: Gguf, arch: Arch | None, owners: Mapping[str, Gguf]) -> dict[str, Slot]:
+def _scales(header: Gguf, arch: Arch | None, beside: Beside) -> dict[str, Slot]:
     """What multiplies the scales of NVFP4, one number for each weight of a stack, under the name that it has here."""
     found = {}
     for name, tensor in header.tensors.items():
-        owner = _beside(owners, name, _SCALE)
+        owner = beside.owner(name, _SCALE)
         if owner is None:
             continue
-        members = list(_slots(owners[owner], arch, owner, owners[owner].tensors[owner]))
+        part = beside.owners[owner]
+        members = list(_slots(part, arch, owner, part.tensors[owner]))
         if tensor.type != "f32" or tensor.shape != (len(members),):
             raise CheckpointError(
                 f"{header.path}: tensor {show(name)} is {tensor.type} {show(list(tensor.shape))}, not one float32 for "
@@ -129,20 +145,14 @@ def _scales(header: Gguf, arch: Arch | None, owners: Mapping[str, Gguf]) -> dict
     return found
 
 
-def _scale_names(header: Gguf, arch: Arch | None, elsewhere: AbstractSet[str]) -> set[str]:
-    """What multiplies the scales of every weight in NVFP4 is called so; where no part of the model has it, it is 1."""
-    kinds = {name: each for name, each in header.tensors.items() if each.type == "nvfp4"}
-    members = (_slots(header, arch, name, each) for name, each in kinds.items() if _scale_of(name) not in elsewhere)
-    return {_scale_of(member) for slots in members for member in slots}
-
-
 def _scale_of(member: str) -> str:
+    """What multiplies the scales of a weight in NVFP4 is called so; where no part of the model has it, it is 1."""
     return f"{member.removesuffix('weight')}{_SCALE}"
 
 
-def _named(header: Gguf, arch: Arch | None, parts: Sequence[Gguf]) -> dict[str, str]:
+def _named(header: Gguf, arch: Arch | None, beside: Beside) -> dict[str, str]:
     """Name in transformers to name in the file."""
-    tensors = _tensors(header, arch, _owners(parts))
+    tensors = _tensors(header, arch, beside)
     return {name: stored for stored, tensor in tensors for name in _slots(header, arch, stored, tensor)}
 
 

@@ -145,6 +145,11 @@ def role_of(name: str) -> str | None:
     return next((row["role"] for row in arch_rows("roles") if re.search(row["pattern"], name)), None)
 
 
+def is_expert(name: str) -> bool:
+    """Whether a weight belongs to an expert, or is a stack of them."""
+    return _EXPERT.search(name) is not None
+
+
 def expert_of(name: str) -> tuple[str, int] | None:
     """The stack that an expert's weight belongs to, as `model.layers.3.mlp.experts`, and the expert's number."""
     found = _NUMBERED.search(name)
@@ -210,7 +215,7 @@ def _met(rule: Rule, weight: Weight, count: int, form: str, ranks: Mapping[str, 
     return (
         (not rule.formats or form.replace("_", "-") in [each.replace("_", "-") for each in rule.formats])
         and (not rule.role or role_of(weight.name) in rule.role)
-        and (rule.experts is None or rule.experts == bool(_EXPERT.search(weight.name)))
+        and (rule.experts is None or rule.experts == is_expert(weight.name))
         and (not rule.frequency or _often(ranks.get(weight.name), rule.frequency))
         and re.search(rule.pattern, weight.name) is not None
         and (not rule.blocks or _inside(_block(weight.name), rule.blocks, count))

@@ -35,8 +35,10 @@ def with_factors(plan: Plan, source: Checkpoint) -> Plan:
     Raises:
         CheckpointError: the model cannot be run.
     """
+    if not parse_recipe(plan.recipe).smooths:
+        return plan
     able = {entry.weight.name for entry in plan.entries if _holds(plan, entry.weight)}
-    if not able or not parse_recipe(plan.recipe).smooths:
+    if not able:
         return plan
     with torch.no_grad():
         blueprint = open_blueprint(as_planned(source, plan), compute_dtype(plan))

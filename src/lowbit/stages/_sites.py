@@ -85,7 +85,7 @@ def _merge(sites: Sequence[tuple[str, ...]]) -> list[Step]:
     return [Step(tuple(sorted(group, key=lambda site: _numbers(site[0]))), len(group) > 1) for group in groups.values()]
 
 
-def router(step: Step, live: LiveBlock) -> str | None:
+def find_router(step: Step, live: LiveBlock) -> str | None:
     """The weight that has a row for each expert of a step."""
     rows = len(step.sites) if step.experts else 0
     names = (name for name in live.places if name not in step.names)
@@ -96,8 +96,8 @@ def joined(steps: Sequence[Step], live: LiveBlock) -> dict[Site, Site]:
     """All weights that read one input, by the site at which it is seen: that of a router is that of its experts too."""
     found: dict[Site, Site] = {}
     for step in steps:
-        chooser = router(step, live)
-        at = next((site for site in found if chooser in site and found[site] == site), None)
+        router = find_router(step, live)
+        at = next((site for site in found if router in site and found[site] == site), None)
         if at and live.weight(at[0]).shape[1] == live.weight(step.sites[0][0]).shape[1]:
             found[at] = at + step.names
         else:

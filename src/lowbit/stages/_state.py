@@ -19,7 +19,7 @@ from lowbit.stages._cost import Cost
 from lowbit.stages._model import Blueprint
 from lowbit.stages._observe import Seen, Windows
 from lowbit.stages._recipe import Recipe, step_options
-from lowbit.stages._sites import Site, Step, router
+from lowbit.stages._sites import Site
 from lowbit.stages._store import Value, store
 from lowbit.stages._streams import Streams
 from lowbit.stages.checkpoint import Checkpoint
@@ -92,10 +92,6 @@ class State:
     def width(self, site: Site) -> int:
         """Number of inputs of a site."""
         return self.live.weight(site[0]).shape[1]
-
-    def router(self, step: Step) -> str | None:
-        """The weight that has a row for each expert of a step."""
-        return router(step, self.live)
 
     def owner(self, parameter: str) -> str | None:
         """The weight of the checkpoint that is this parameter; None where it is made of several."""

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, final
 
 from lowbit.budget import format_size, format_sum
 from lowbit.errors import UnsupportedError
-from lowbit.stages._policy import role_of
+from lowbit.stages._policy import is_expert, role_of
 from lowbit.stages.plan import Entry, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_EXPERTS = re.compile(r"\.experts?\.")
 _TOWERS = re.compile(r"(^|\.)(vision|visual|audio|image)")
 _WINDOWED = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
@@ -151,7 +150,7 @@ def read_shares(entries: Sequence[Entry], config: PreTrainedConfig, tokens: int 
     def share(name: str) -> float:
         if (role_of(name) == "embedding" and not headless) or _TOWERS.search(name):
             return 0.0
-        return min(1.0, tokens * used / count) if count and used and _EXPERTS.search(name) else 1.0
+        return min(1.0, tokens * used / count) if count and used and is_expert(name) else 1.0
 
     return [share(entry.weight.name) for entry in entries]
 
