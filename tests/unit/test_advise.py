@@ -231,6 +231,14 @@ def test_what_runtimes_load_where(wide: Checkpoint, name: str, runtime: str, loa
     assert all(each.refused for each in advice.refused)
 
 
+def test_a_runtime_of_other_hardware_is_refused_in_one_word(wide: Checkpoint) -> None:
+    refused = advise(wide, Question(find("a100"), 512)).refused
+    (mlx,) = [each.refused for each in refused if each.runtime == "mlx"]
+    assert mlx == "it loads nothing on nvidia 8; it does on apple"
+    alone = {"mxfp8", "mxfp4"}  # of Blackwell; the rest of what vllm knows it loads
+    assert {each.scheme for each in refused if each.runtime == "vllm" and "it does not load" in each.refused} == alone
+
+
 def test_the_first_is_what_the_rules_say(wide: Checkpoint) -> None:
     def first(**facts: Any) -> str:
         hardware = find(facts.pop("name"))

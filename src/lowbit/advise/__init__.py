@@ -215,6 +215,10 @@ def _options(
     sizes: Callable[[str, str | None, str | None], _Sizes | str],
 ) -> Iterator[Option]:
     """Every candidate for one runtime, with its bytes, or why it cannot be taken; the checkpoint as it is first."""
+    absent = None if checkpoint.format else _absent(runtime["name"], question.hardware)
+    if absent:
+        yield absent
+        return
     as_is: dict[str, Any] = {"kind": "float", "format": "as it is", "scheme": None}
     for row in [as_is] if checkpoint.format else [as_is, *_rows(str(runtime["name"]))]:
         option = Option(
@@ -251,9 +255,23 @@ def _load(option: Option, hardware: Hardware) -> Mapping[str, Any] | str:
         + (f" ({row['note']})" if "note" in row else "")
         for row in rows
     )
-    level = f" {hardware.level:g}" if hardware.vendor in ("nvidia", "amd") else ""
     elsewhere = f"; it does on {where}" if where else ""
-    return f"it does not load {option.kind} on {hardware.vendor}{level}{elsewhere}"
+    return f"it does not load {option.kind} on {_made_by(hardware)}{elsewhere}"
+
+
+def _made_by(hardware: Hardware) -> str:
+    level = f" {hardware.level:g}" if hardware.vendor in ("nvidia", "amd") else ""
+    return f"{hardware.vendor}{level}"
+
+
+def _absent(runtime: str, hardware: Hardware) -> Option | None:
+    """One word for a runtime that loads nothing on some hardware, in place of one for each scheme."""
+    rows = [row for row in _loads() if row["runtime"] == runtime]
+    if any(_suits(row, hardware) for row in rows):
+        return None
+    where = ", ".join(dict.fromkeys(vendor for row in rows for vendor in row["vendors"]))
+    refused = f"it loads nothing on {_made_by(hardware)}; it does on {where}"
+    return Option(runtime, "anything", "anything", None, refused=refused)
 
 
 def _suits(row: Mapping[str, Any], hardware: Hardware) -> bool:

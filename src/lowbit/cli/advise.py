@@ -112,7 +112,7 @@ def _show(advice: Advice, model: str) -> None:
         console.print(f"... and {len(advice.options) - SHOWN} more: --runtime narrows, --json has them all")
     refused: dict[str, list[str]] = {}
     for option in advice.refused:
-        refused.setdefault(f"{option.runtime}: {option.refused}", []).append(option.scheme or "as it is")
+        refused.setdefault(f"{option.runtime}: {option.refused}", []).append(option.scheme or option.format)
     for reason, schemes in list(refused.items())[:SHOWN]:
         console.print(f"not {', '.join(dict.fromkeys(schemes))}; {reason}", markup=False, style="dim")
     if len(refused) > SHOWN:
