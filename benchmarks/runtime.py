@@ -2,11 +2,13 @@
 
     python benchmarks/synthetic.py BIG
     python benchmarks/runtime.py BIG --work DIR [--schemes q4_0 q8_0 q4_k ...] [--threads 2] [--tokens 32] [--runs 5]
+        [--busy 1]
 
 Per scheme the checkpoint is quantized into DIR once (method `ggml`: llama.cpp's own bytes). Then both runtimes read
 the same tokens in turn: a prompt of 256 (prefill), then token by token (decode). Medians over the runs; a ratio above 1
 says that ours is faster. `share` is the bytes of weights that a token needs, over its time, as a share of what summing
-an array of int64 by torch reads in the same run.
+an array of int64 by torch reads in the same run. With `--busy N`, the speed of decoding that is left where
+another process computes on each of the first N cores, as a share of that without: `kept` and `kept_by_llama.cpp`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +32,7 @@ from lowbit.runtime.bench import read_rate, seconds
 from lowbit.runtime.runner import open_runner
 
 PROMPT = 256
+COMPUTE = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
 
 
 def made(big: Path, work: Path, scheme: str) -> Path:
@@ -79,7 +86,32 @@ class Theirs:
         self.model.eval([token])
 
 
-def measure(file: Path, threads: int, tokens: int, runs: int) -> dict[str, Any]:
+@contextmanager
+def computing(cores: int) -> Iterator[None]:
+    """Other processes that never wait, one on each of the first cores."""
+    others = [subprocess.Popen([sys.executable, "-c", COMPUTE, str(core)]) for core in range(cores)]
+    try:
+        time.sleep(0.5 if others else 0)  # they start
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def kept(sides: Mapping[str, Ours | Theirs], busy: int, tokens: int, runs: int) -> dict[str, float]:
+    """Share of the decoding speed that is left beside computing processes: of sums, since waits are rare and long."""
+    spent = {name: [0.0, 0.0] for name in sides}
+    for _ in range(runs):
+        for place, cores in enumerate((0, busy)):
+            with computing(cores):
+                for name, side in sides.items():
+                    side.prefill([7])
+                    spent[name][place] += sum(seconds(partial(side.decode, 9)) for _ in range(tokens))
+    return {name: quiet / beside for name, (quiet, beside) in spent.items()}
+
+
+def measure(file: Path, threads: int, tokens: int, runs: int, busy: int) -> dict[str, Any]:
     """Seconds of both, in turn."""
     torch.set_num_threads(threads)
     capacity = PROMPT + tokens + 8
@@ -96,10 +128,12 @@ def measure(file: Path, threads: int, tokens: int, runs: int) -> dict[str, Any]:
     ours, theirs = medians["ours"], medians["llama.cpp"]
     mine = sides["ours"]
     assert isinstance(mine, Ours)
+    left = kept(sides, busy, tokens, runs) if busy else {}
     return {
         "decode_tokens_per_second": 1 / ours["decode"], "decode_ratio": theirs["decode"] / ours["decode"],
         "prefill_tokens_per_second": PROMPT / ours["prefill"], "prefill_ratio": theirs["prefill"] / ours["prefill"],
         "share": mine.nbytes / ours["decode"] / read_rate(), "load_seconds": mine.load,
+        **{"kept" if name == "ours" else f"kept_by_{name}": value for name, value in left.items()},
     }  # fmt: skip
 
 
@@ -112,12 +146,13 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--busy", type=int, default=0)
     args = parser.parse_args()
     results = {}
     for scheme in args.schemes:
         file = made(args.big, args.work, scheme)
         for threads in args.threads:
-            found = results[f"{scheme}:{threads}"] = measure(file, threads, args.tokens, args.runs)
+            found = results[f"{scheme}:{threads}"] = measure(file, threads, args.tokens, args.runs, args.busy)
             shown = "  ".join(f"{name} {value:.3g}" for name, value in found.items())
             print(f"{scheme:8} {threads} threads  {shown}", flush=True)
     print(json.dumps(results, indent=2))
