@@ -2,13 +2,15 @@
 
     python benchmarks/synthetic.py BIG
     python benchmarks/runtime.py BIG --work DIR [--schemes q4_0 q8_0 q4_k ...] [--threads 2] [--tokens 32] [--runs 5]
-        [--busy 1]
+        [--busy 1] [--opening]
 
 Per scheme the checkpoint is quantized into DIR once (method `ggml`: llama.cpp's own bytes). Then both runtimes read
 the same tokens in turn: a prompt of 256 (prefill), then token by token (decode). Medians over the runs; a ratio above 1
 says that ours is faster. `share` is the bytes of weights that a token needs, over its time, as a share of what summing
 an array of int64 by torch reads in the same run. With `--busy N`, the speed of decoding that is left where
 another process computes on each of the first N cores, as a share of that without: `kept` and `kept_by_llama.cpp`.
+With `--opening`, how long it takes to open a file over reading it once (from memory), and the seconds from a second
+start with `--cache` to the first token of an answer, modules being imported.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -111,6 +114,25 @@ def kept(sides: Mapping[str, Ours | Theirs], busy: int, tokens: int, runs: int) 
     return {name: quiet / beside for name, (quiet, beside) in spent.items()}
 
 
+def opening(file: Path, threads: int, runs: int) -> dict[str, float]:
+    """Medians of the times that it takes to open a file."""
+    torch.set_num_threads(threads)
+
+    def start(cache: Path | None) -> None:
+        engine = open_runner(file.parent, threads=threads, context=64, cache=cache).engine
+        assert engine
+        engine.start(64, "float16").read(torch.tensor([7]))
+
+    start(None)  # imports, and the file in memory
+    with TemporaryDirectory() as folder:
+        start(Path(folder))
+        timed: dict[str, Callable[[], object]]
+        timed = {"read": file.read_bytes, "fresh": partial(start, None), "second": partial(start, Path(folder))}
+        times = [{name: seconds(work) for name, work in timed.items()} for _ in range(runs)]
+    read, fresh, second = (statistics.median(each[name] for each in times) for name in timed)
+    return {"opening_over_reading": fresh / read, "opening_seconds": fresh, "second_start_seconds": second}
+
+
 def measure(file: Path, threads: int, tokens: int, runs: int, busy: int) -> dict[str, Any]:
     """Seconds of both, in turn."""
     torch.set_num_threads(threads)
@@ -147,12 +169,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--busy", type=int, default=0)
+    parser.add_argument("--opening", action="store_true")
     args = parser.parse_args()
     results = {}
     for scheme in args.schemes:
         file = made(args.big, args.work, scheme)
         for threads in args.threads:
             found = results[f"{scheme}:{threads}"] = measure(file, threads, args.tokens, args.runs, args.busy)
+            found |= opening(file, threads, args.runs) if args.opening else {}
             shown = "  ".join(f"{name} {value:.3g}" for name, value in found.items())
             print(f"{scheme:8} {threads} threads  {shown}", flush=True)
     print(json.dumps(results, indent=2))
