@@ -116,7 +116,9 @@ def unpack(
     parts = _empty_parts(kind, rows, cols, codes)
     native.ggml_unpack(kind.id, rows * cols // kind.weights, stored.contiguous(), out=parts)
     parts = _negated(name, parts)
-    below(f"codes of {name}", codes, len(kind.scheme.grid.levels))
+    grid = kind.scheme.grid
+    if len(grid.levels) < 2**grid.stored_bits:  # others fill their bits, or come from tables
+        below(f"codes of {name}", codes, len(grid.levels))
     blocks = scale_shape(shape, kind.scheme.block)
     scales = _meant(kind, "scales", parts.scale, parts.scale_codes, blocks)
     minima = None if parts.min is None else _meant(kind, "minima", parts.min, parts.min_codes, blocks)

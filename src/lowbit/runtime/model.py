@@ -19,8 +19,9 @@ from lowbit.runtime.linear import Linear
 from lowbit.runtime.panels import Packed, pack, pack_dense
 from lowbit.runtime.stored import Stored, read_stored, stored_path, write_stored
 from lowbit.stages._model import Blueprint, open_blueprint, open_tokenizer
+from lowbit.stages._rooms import Rooms
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint, swapped
-from lowbit.tensors import QTensor
+from lowbit.tensors import QTensor, view_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -145,9 +146,11 @@ def _left_out(checkpoint: Checkpoint, whole: AbstractSet[str], reference: bool) 
 def _pack_all(checkpoint: Checkpoint, names: list[str], exact: bool, threads: int) -> Stored:
     """Weights as products read them, and why others are not; the largest first, so that no thread is left with it."""
 
+    rooms = Rooms(Path(), scratch=False)  # fresh memory for each weight's codes would take longer than unpacking them
+
     def work(name: str) -> Packed | str:
         try:
-            return _pack(checkpoint, name, exact)
+            return _pack(checkpoint, checkpoint.weights[name], exact, rooms)
         except UnsupportedError as error:
             return str(error)
 
@@ -159,11 +162,14 @@ def _pack_all(checkpoint: Checkpoint, names: list[str], exact: bool, threads: in
     return Stored({"others": others}, packed, {})
 
 
-def _pack(checkpoint: Checkpoint, name: str, exact: bool) -> Packed:
-    value = checkpoint.load(name)
+def _pack(checkpoint: Checkpoint, weight: Weight, exact: bool, rooms: Rooms) -> Packed:
+    codes = None
+    if weight.scheme:
+        codes = rooms.get("codes", prod(weight.shape)).view(view_shape(weight.shape, weight.scheme.block))
+    value = checkpoint.load(weight.name, codes)
     if isinstance(value, QTensor):
         return pack(value, exact)
-    return pack_dense(value.T if _turned(checkpoint, checkpoint.weights[name]) else value)
+    return pack_dense(value.T if _turned(checkpoint, weight) else value)
 
 
 def _turned(checkpoint: Checkpoint, weight: Weight) -> bool:
