@@ -9,6 +9,17 @@ namespace lowbit {
 extern const Kernels scalar_kernels;
 #if defined(LOWBIT_X86)
 extern const Kernels avx2_kernels, avx512_kernels;
+void avx512_vnni_product(const Product& of, int64_t first, int64_t last);
+
+// VNNI adds four products of bytes at once; what is no product is as in AVX-512.
+static const Kernels& vnni_kernels() {
+    static const Kernels found = [] {
+        Kernels made = avx512_kernels;
+        made.isa = "avx512_vnni", made.product = avx512_vnni_product;
+        return made;
+    }();
+    return found;
+}
 #endif
 
 std::vector<const Kernels*> supported_kernels() {
@@ -20,7 +31,9 @@ std::vector<const Kernels*> supported_kernels() {
     found.push_back(&avx2_kernels);
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512) found.push_back(&avx512_kernels);
+    if (!avx512) return found;
+    found.push_back(&avx512_kernels);
+    if (__builtin_cpu_supports("avx512vnni")) found.push_back(&vnni_kernels());
 #endif
     return found;
 }
