@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--rows 4096] [--cols 4096] [--rounds 21]
 
 Kernels, copies and peers (torch's own operators, compressed-tensors where installed) take turns, round by round; what
-is printed are medians over the rounds, in processor time of the thread. LOWBIT_ISA=scalar|avx2|avx512 measures another
+is printed are medians over the rounds, in processor time of the thread. LOWBIT_ISA=scalar|avx2|avx512|neon measures another
 instruction set.
 """
 

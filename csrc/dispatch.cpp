@@ -9,6 +9,8 @@ namespace lowbit {
 extern const Kernels scalar_kernels;
 #if defined(LOWBIT_X86)
 extern const Kernels avx2_kernels, avx512_kernels;
+#elif defined(LOWBIT_ARM)
+extern const Kernels neon_kernels;
 #endif
 
 std::vector<const Kernels*> supported_kernels() {
@@ -21,6 +23,8 @@ std::vector<const Kernels*> supported_kernels() {
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx512) found.push_back(&avx512_kernels);
+#elif defined(LOWBIT_ARM)
+    found.push_back(&neon_kernels);  // every AArch64 processor has it
 #endif
     return found;
 }

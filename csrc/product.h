@@ -11,9 +11,11 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
-#if defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__)
+#if (defined(__AVX2__) || defined(LOWBIT_NEON)) && !defined(__SANITIZE_ADDRESS__)
 #define LOWBIT_INLINE [[gnu::always_inline]] inline
 #else
 #define LOWBIT_INLINE inline

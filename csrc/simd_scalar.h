@@ -260,7 +260,8 @@ int32_t byte_of(int32_t word, int at) { return int8_t(uint32_t(word) >> 8 * at);
 int32_t half_of(int32_t word, int at) { return int16_t(uint32_t(word) >> 16 * at); }
 int32_t pair_of(int32_t low, int32_t high) { return int32_t(uint32_t(low & 0xffff) | uint32_t(high) << 16); }
 
-// Two sums of two products, 16 bits each, in each lane; no sum leaves them. Bytes of `a` are unsigned, of `b` signed.
+// Two sums of two products, 16 bits each, in each lane; no sum leaves them. Bytes of `a` are unsigned and
+// below 128, of `b` signed.
 I dot_bytes(I a, I b) {
     return each<I>([&](int i) {
         auto product = [&](int k) { return (byte_of(a.at[i], k) & 0xff) * byte_of(b.at[i], k); };
