@@ -70,10 +70,11 @@ int32_t four_bytes(const void* from) {
 
 // ---- integers: codes times inputs rounded to int8, exact but for the inputs' rounding ----
 
-// Where bytes to multiply by come from: `at` gives those of a quad of a chunk, which are `most` at most.
+// Where bytes to multiply by come from: `at` gives those of a quad of a chunk, which are `most` at most and `above` what
+// they stand for. Where four products of unsigned bytes are added at once (`unsigned_dots`) none is signed.
 template <int width>
 struct Codes {
-    static constexpr int bits = width, most = (1 << width) - 1;
+    static constexpr int bits = width, most = (1 << width) - 1, above = 0;
     static constexpr bool is_signed = false, near = false;
     template <int quad>
     LOWBIT_INLINE I at(const uint8_t* chunk) const {
@@ -81,7 +82,7 @@ struct Codes {
     }
 };
 struct OffsetCodes {  // code - 128, for codes of 8 bits
-    static constexpr int bits = 8, most = 128;
+    static constexpr int bits = 8, most = 128, above = -128;
     static constexpr bool is_signed = true, near = false;
     template <int quad>
     LOWBIT_INLINE I at(const uint8_t* chunk) const {
@@ -89,18 +90,21 @@ struct OffsetCodes {  // code - 128, for codes of 8 bits
     }
 };
 struct TableCodes {
-    static constexpr int bits = 4, most = 128;
-    static constexpr bool is_signed = true, near = false;
+    static constexpr int bits = 4, most = unsigned_dots ? 255 : 128, above = unsigned_dots ? 128 : 0;
+    static constexpr bool is_signed = !unsigned_dots, near = false;
     I table;
+    explicit TableCodes(const int8_t* from) : table(table_of_bytes(from)) {
+        if constexpr (unsigned_dots) table = differ(table, set(int32_t(0x80808080)));
+    }
     template <int quad>
     LOWBIT_INLINE I at(const uint8_t* chunk) const {
         return lookup_bytes(table, codes_of<bits, quad>(chunk));
     }
 };
 // What another source gave, written down a byte each.
-template <int greatest, bool negative>
+template <int greatest, int too_much, bool negative>
 struct Unpacked {
-    static constexpr int bits = 8, most = greatest;
+    static constexpr int bits = 8, most = greatest, above = too_much;
     static constexpr bool is_signed = negative, near = true;
     template <int quad>
     LOWBIT_INLINE I at(const uint8_t* chunk) const {
@@ -164,17 +168,60 @@ LOWBIT_INLINE void ask_for(const uint8_t* from) {
     for (int i = 0; i < lines; i++) __builtin_prefetch(from + ahead + 64 * i);
 }
 
-// What both halves of a chunk are multiplied by, and whether something comes between them.
+// What both halves of a chunk are multiplied by, as `factor_of` gives it, and whether something comes between them.
 struct Halves {
+    static constexpr bool ones = false;
     I first, second;
     bool apart;
 };
+struct Ones {
+    static constexpr bool ones = true;
+    I first, second;
+    bool apart;
+    explicit Ones(bool are_apart) : first(set(0x00010001)), second(first), apart(are_apart) {}
+};
+
+// One of the two factors in each lane.
+LOWBIT_INLINE I factor_of(I pairs, int which) {
+    if constexpr (whole_dots) return dot_pairs(pairs, set(which ? 0x00010000 : 1));
+    else return twice(pairs, which);
+}
+
+// Adds the products of the quads from `quad` to before `last`, as sums of 32 bits.
+template <int quad, int last, class Source, int tokens>
+LOWBIT_INLINE void add_dots(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col,
+                            I (&sum)[tokens]) {
+    I codes = source.template at<quad>(chunk);
+    for (int t = 0; t < tokens; t++) {
+        sum[t] = add_dot(sum[t], codes, input.four(t, col + 4 * quad));
+        if constexpr (tokens > 1) keep(sum[t]);
+    }
+    if constexpr (quad + 1 < last) add_dots<quad + 1, last>(source, chunk, input, col, sum);
+}
+template <class Factors, int tokens>
+LOWBIT_INLINE void end_part(I factor, I (&part)[tokens], I (&sum)[tokens]) {
+    for (int t = 0; t < tokens; t++) {
+        sum[t] = add(sum[t], Factors::ones ? part[t] : mul(part[t], factor));
+        part[t] = set(0);
+    }
+}
 
 // Adds a chunk of columns from `col` on. Where halves are apart, between.half() is called when the first is added.
-template <class Source, int tokens, class Between>
+template <class Source, class Factors, int tokens, class Between>
 LOWBIT_INLINE void add_chunk(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col,
-                             const Halves& halves, I (&sum)[tokens], Between& between) {
-    if constexpr (fit<Source> < 8) {
+                             const Factors& halves, I (&sum)[tokens], Between& between) {
+    if constexpr (whole_dots && Factors::ones && tokens > 1) {
+        add_dots<0, 4>(source, chunk, input, col, sum);
+        if (halves.apart) between.half();
+        add_dots<4, 8>(source, chunk, input, col, sum);
+    } else if constexpr (whole_dots) {  // a sum of one token would wait for itself all along
+        I part[tokens];
+        for (I& each : part) each = set(0);
+        add_dots<0, 4>(source, chunk, input, col, part);
+        if (halves.apart) end_part<Factors>(halves.first, part, sum), between.half();
+        add_dots<4, 8>(source, chunk, input, col, part);
+        end_part<Factors>(halves.second, part, sum);
+    } else if constexpr (fit<Source> < 8) {
         add_quads<0, 4>(source, chunk, input, col, halves.first, sum);
         if (halves.apart) between.half();
         add_quads<4, 8>(source, chunk, input, col, halves.second, sum);
@@ -208,7 +255,7 @@ template <int tokens>
 struct Plain {
     const Product& of;
     int64_t blocks, block, group, left;
-    int32_t offset;
+    int32_t offset;  // of bytes above what they stand for
     const int64_t (&token)[tokens];
     Sums<tokens> sums;
     I dots[tokens];
@@ -222,7 +269,8 @@ struct Plain {
 
     template <class Source>
     LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
-        Halves ones{set(0x00010001), set(0x00010001), of.sub < 32};
+        Ones ones(of.sub < 32);
+        offset += Source::above;
         const uint8_t* chunk = span.codes;
         for (int64_t col = span.first; col < span.last; col += 32, chunk += 64 * Source::bits) {
             if constexpr (!Source::near) ask_for<Source::bits>(chunk);
@@ -263,24 +311,27 @@ template <int tokens>
 struct Nested {
     const Product& of;
     int64_t steps, runs;
+    int32_t offset;
     const int64_t (&token)[tokens];
     Sums<tokens> sums;
     I dots[tokens], shift[tokens];
 
     LOWBIT_INLINE Nested(const Product& product, const Span&, const int64_t (&tokens_of)[tokens], const Sums<tokens>& begun)
-        : of(product), steps(of.cols / of.step), runs(of.cols / of.over), token(tokens_of), sums(begun) {}
+        : of(product), steps(of.cols / of.step), runs(of.cols / of.over), offset(int32_t(of.offset)), token(tokens_of),
+          sums(begun) {}
 
     template <class Source>
     LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
         const uint8_t* chunk = span.codes;
         int64_t step = span.first / of.step, run = span.first / of.over;
+        offset += Source::above;
         for (int64_t col = span.first; col < span.last; run++) {
             for (int t = 0; t < tokens; t++) dots[t] = shift[t] = set(0);
             for (int64_t end = col + of.over; col < end; col += 2 * of.step, step += 2) {
-                I factor = factors(span.panel, step);
+                I factor = factors<Source::above>(span.panel, step);
                 for (int64_t at = 0; at < 2 * of.step; at += 32, chunk += 64 * Source::bits) {
-                    Halves halves{twice(factor, 0), twice(factor, 0), of.step == 16};
-                    if (halves.apart) halves.second = twice(factor, 1);
+                    Halves halves{factor_of(factor, 0), factor_of(factor, 0), of.step == 16};
+                    if (halves.apart) halves.second = factor_of(factor, 1);
                     else factor = shift_right<16>(factor);
                     if constexpr (!Source::near) ask_for<Source::bits>(chunk);
                     add_chunk(source, chunk, input, col + at, halves, dots, *this);
@@ -292,24 +343,26 @@ struct Nested {
     LOWBIT_INLINE void half() {}
 
   private:
-    // Of two steps; adds what zeros make of these.
+    // Of two steps; adds what zeros make of these, which know nothing of what bytes are above.
+    template <int above>
     LOWBIT_INLINE I factors(int64_t panel, int64_t step) {
         int64_t at = (panel * steps + step) * 16;
-        I factor = load_pairs(of.fine + at), low = factor;
-        if (of.joined) {
-            factor = both(low, set(0x000f000f)), low = both(shift_right<4>(low), set(0x000f000f));
-        } else if (of.fine_zero) {
-            low = load_pairs(of.fine_zero + at);
+        I pairs = load_pairs(of.fine + at), factor = of.joined ? both(pairs, set(0x000f000f)) : pairs, low = factor;
+        if (of.zero && of.joined) low = both(shift_right<4>(pairs), set(0x000f000f));
+        else if (of.fine_zero) low = load_pairs(of.fine_zero + at);
+        if (!of.zero && offset == 0) return factor;
+        for (int t = 0; t < tokens; t++) {
+            I inputs = set(four_bytes(of.step_sum + token[t] * steps + step));
+            shift[t] = add(shift[t], dot_pairs(low, inputs));
+            if constexpr (above != 0)
+                if (of.zero) dots[t] = sub(dots[t], mul(dot_pairs(factor, inputs), set(above)));
         }
-        if (of.zero || of.offset != 0)
-            for (int t = 0; t < tokens; t++)
-                shift[t] = add(shift[t], dot_pairs(low, set(four_bytes(of.step_sum + token[t] * steps + step))));
         return factor;
     }
     LOWBIT_INLINE void end_run(int64_t panel, int64_t run) {
         F s = scales_at(of, of.scale.data, panel * runs + run), z = scales_at(of, of.zero, panel * runs + run);
         for (int t = 0; t < tokens; t++) {
-            if (!of.zero) dots[t] = sub(dots[t], mul(shift[t], set(int32_t(of.offset))));
+            if (!of.zero) dots[t] = sub(dots[t], mul(shift[t], set(offset)));
             F part = mul(to_float(dots[t]), s);
             if (of.zero) part = sub(part, mul(to_float(shift[t]), z));
             sums.total[t] = fma(part, set(of.input_scale[token[t] * runs + run]), sums.total[t]);
@@ -376,7 +429,8 @@ void add_tile(const Product& of, const Span& span, int64_t first, int64_t count,
 
 template <class Source>
 auto tile_of(const Product& of) {
-    using Written = Unpacked<Source::is_signed ? 128 : Source::most < 15 ? 15 : Source::most, Source::is_signed>;
+    constexpr int most = whole_dots ? 255 : Source::is_signed ? 128 : Source::most < 15 ? 15 : Source::most;
+    using Written = Unpacked<most, Source::above, Source::is_signed>;
     return of.fine ? add_tile<Nested, Written> : add_tile<Plain, Written>;
 }
 
@@ -547,14 +601,11 @@ void integer_panels(const Product& of, int64_t first, int64_t last, const Source
 }
 
 void code_panels(const Product& of, int64_t first, int64_t last) {
-    if (of.way == Way::table) return integer_panels(of, first, last, TableCodes{table_of_bytes(of.table)});
-    if (of.bits < 8)
-        return with_codes(of.bits, [&](auto source) {
-            if constexpr (source.bits < 8) integer_panels(of, first, last, source);
-        });
-    Product centred = of;
-    centred.offset -= 128;
-    integer_panels(centred, first, last, OffsetCodes{});
+    if (of.way == Way::table) return integer_panels(of, first, last, TableCodes(of.table));
+    with_codes(of.bits, [&](auto source) {
+        if constexpr (source.bits < 8 || unsigned_dots) integer_panels(of, first, last, source);
+        else integer_panels(of, first, last, OffsetCodes{});
+    });
 }
 
 }  // namespace

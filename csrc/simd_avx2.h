@@ -3,6 +3,7 @@
 
 constexpr const char* isa_name = "avx2";
 constexpr int tile = 4;  // tokens whose sums stay in registers
+constexpr bool whole_dots = false, unsigned_dots = false;
 
 struct F {
     __m256 low, high;
@@ -162,6 +163,9 @@ I dot_signed(I a, I b) {
 void keep(I& a) { asm volatile("" : "+x"(a.low), "+x"(a.high)); }
 I add_pairs(I a, I b) { return {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)}; }
 I dot_pairs(I a, I b) { return {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)}; }
+I add_dot(I sum, I codes, I inputs) {  // codes to 128 only
+    return add(sum, dot_pairs(dot_bytes(codes, inputs), set(0x00010001)));
+}
 I load_pairs(const void* from) {
     return {_mm256_cvtepi8_epi16(_mm_loadu_si128(narrow(from))), _mm256_cvtepi8_epi16(_mm_loadu_si128(narrow(from) + 1))};
 }

@@ -1,8 +1,14 @@
-// Sixteen lanes as one AVX-512 register (F, BW, VL, DQ). simd_scalar.h says what each function means.
+// Sixteen lanes as one AVX-512 register (F, BW, VL, DQ, and VNNI where the compiler may use it). simd_scalar.h says what each function means.
 // Include inside an anonymous namespace.
 
 constexpr const char* isa_name = "avx512";
 constexpr int tile = 8;
+#if defined(__AVX512VNNI__)
+constexpr bool whole_dots = true;
+#else
+constexpr bool whole_dots = false;
+#endif
+constexpr bool unsigned_dots = whole_dots;
 
 struct F {
     __m512 all;
@@ -116,6 +122,13 @@ I dot_signed(I a, I b) {
 void keep(I& a) { asm volatile("" : "+v"(a.all)); }
 I add_pairs(I a, I b) { return {_mm512_add_epi16(a.all, b.all)}; }
 I dot_pairs(I a, I b) { return {_mm512_madd_epi16(a.all, b.all)}; }
+#if defined(__AVX512VNNI__)
+I add_dot(I sum, I codes, I inputs) { return {_mm512_dpbusd_epi32(sum.all, codes.all, inputs.all)}; }
+#else
+I add_dot(I sum, I codes, I inputs) {  // codes to 128 only
+    return add(sum, dot_pairs(dot_bytes(codes, inputs), set(0x00010001)));
+}
+#endif
 I load_pairs(const void* from) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(wide(from)))}; }
 I twice(I pairs, int which) {
     __m512i order = _mm512_set1_epi64(which ? 0x0706070603020302 : 0x0504050401000100);

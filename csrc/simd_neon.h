@@ -1,8 +1,15 @@
-// Sixteen lanes as four NEON registers, with what every AArch64 processor has (fused multiply-add and float16 too).
-// simd_scalar.h says what each function means. Include inside an anonymous namespace.
+// Sixteen lanes as four NEON registers, with what every AArch64 processor has (fused multiply-add and float16 too), and
+// sums of four products of bytes where the compiler may use these. simd_scalar.h says what each function means. Include
+// inside an anonymous namespace.
 
 constexpr const char* isa_name = "neon";
 constexpr int tile = 4;
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr bool whole_dots = true;
+#else
+constexpr bool whole_dots = false;
+#endif
+constexpr bool unsigned_dots = false;
 
 struct F {
     float32x4_t a, b, c, d;
@@ -237,6 +244,14 @@ int32x4_t dot_halves(int32x4_t a, int32x4_t b) {
     return vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
 }
 I dot_pairs(I a, I b) { return each<I, dot_halves>(a, b); }
+#if defined(__ARM_FEATURE_DOTPROD)
+int32x4_t add_dot_of(int32x4_t sum, int32x4_t codes, int32x4_t inputs) {
+    return vdotq_s32(sum, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(inputs));
+}
+I add_dot(I sum, I codes, I inputs) { return each<I, add_dot_of>(sum, codes, inputs); }
+#else
+I add_dot(I sum, I codes, I inputs) { return add(sum, dot_pairs(dot_bytes(codes, inputs), set(0x00010001))); }
+#endif
 I load_pairs(const void* from) {
     int8x16_t low = vreinterpretq_s8_s32(load_16(from)), high = vreinterpretq_s8_s32(load_16(after(from, 16)));
     return {vreinterpretq_s32_s16(vmovl_s8(vget_low_s8(low))), vreinterpretq_s32_s16(vmovl_high_s8(low)),

@@ -3,6 +3,12 @@
 
 constexpr const char* isa_name = "scalar";
 constexpr int tile = 4;
+#if defined(LOWBIT_WHOLE_DOTS)  // a test
+constexpr bool whole_dots = true;
+#else
+constexpr bool whole_dots = false;  // whether `add_dot` is one instruction; products are sums of it then
+#endif
+constexpr bool unsigned_dots = whole_dots;  // whether its codes are unsigned bytes; else they are signed
 
 template <class T>
 struct Lanes {
@@ -272,6 +278,13 @@ I dot_signed(I a, I b) {  // both are signed
     return each<I>([&](int i) {
         auto product = [&](int k) { return byte_of(a.at[i], k) * byte_of(b.at[i], k); };
         return pair_of(product(0) + product(1), product(2) + product(3));
+    });
+}
+// Adds the sum of four products; bytes of `codes` are unsigned (signed where not `unsigned_dots`), of `inputs` signed.
+I add_dot(I sum, I codes, I inputs) {
+    return each<I>([&](int i) {
+        auto product = [&](int k) { return (byte_of(codes.at[i], k) & 0xff) * byte_of(inputs.at[i], k); };
+        return int32_t(uint32_t(sum.at[i]) + uint32_t(product(0) + product(1) + product(2) + product(3)));
     });
 }
 void keep(I&) {}

@@ -90,7 +90,7 @@ def probe() -> Hardware:
         return _gpu(torch)
     facts, flags = machine(), _flags()
     vendor = "x86" if "avx2" in flags or native.isa().startswith("avx") else "arm"
-    level = {"avx512": 512.0, "avx2": 2.0}.get(native.isa(), 0.0)
+    level = {"avx512_vnni": 512.0, "avx512": 512.0, "avx2": 2.0}.get(native.isa(), 0.0)
     array = torch.ones(_READ // 8, dtype=torch.int64)
     rate = _READ / min(_seconds(array.sum) for _ in range(5))
     source = f"measured: torch sums {_READ >> 20} MiB on {torch.get_num_threads()} threads, the best of five"
