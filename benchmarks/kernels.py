@@ -3,8 +3,8 @@
     python benchmarks/kernels.py [--rows 4096] [--cols 4096] [--rounds 21]
 
 Kernels, copies and peers (torch's own operators, compressed-tensors where installed) take turns, round by round; what
-is printed are medians over the rounds, in processor time of the thread. LOWBIT_ISA=scalar|avx2|avx512|avx512_vnni
-measures another instruction set.
+is printed are medians over the rounds, in processor time of the thread. LOWBIT_ISA=scalar|avx2|avx512|avx512_vnni|
+neon|neon_dotprod measures another instruction set.
 """
 
 from __future__ import annotations

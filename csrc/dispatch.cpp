@@ -4,21 +4,41 @@
 
 #include "lowbit.h"
 
+#if defined(LOWBIT_ARM) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(LOWBIT_ARM) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace lowbit {
 
 extern const Kernels scalar_kernels;
 #if defined(LOWBIT_X86)
 extern const Kernels avx2_kernels, avx512_kernels;
 void avx512_vnni_product(const Product& of, int64_t first, int64_t last);
+#elif defined(LOWBIT_ARM)
+extern const Kernels neon_kernels;
+void neon_dotprod_product(const Product& of, int64_t first, int64_t last);
+#endif
 
-// VNNI adds four products of bytes at once; what is no product is as in AVX-512.
-static const Kernels& vnni_kernels() {
-    static const Kernels found = [] {
-        Kernels made = avx512_kernels;
-        made.isa = "avx512_vnni", made.product = avx512_vnni_product;
-        return made;
-    }();
-    return found;
+// Some processors add four products of bytes at once; what is no product is as it is without.
+[[maybe_unused]] static Kernels with_product(Kernels made, const char* isa, decltype(Kernels::product) product) {
+    made.isa = isa, made.product = product;
+    return made;
+}
+
+#if defined(LOWBIT_ARM)
+static bool has_dotprod() {
+#if defined(__APPLE__)
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) == 0 && found != 0;
+#elif defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    return false;
+#endif
 }
 #endif
 
@@ -33,7 +53,12 @@ std::vector<const Kernels*> supported_kernels() {
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!avx512) return found;
     found.push_back(&avx512_kernels);
-    if (__builtin_cpu_supports("avx512vnni")) found.push_back(&vnni_kernels());
+    static const Kernels vnni = with_product(avx512_kernels, "avx512_vnni", avx512_vnni_product);
+    if (__builtin_cpu_supports("avx512vnni")) found.push_back(&vnni);
+#elif defined(LOWBIT_ARM)
+    found.push_back(&neon_kernels);  // every AArch64 processor has it
+    static const Kernels dotprod = with_product(neon_kernels, "neon_dotprod", neon_dotprod_product);
+    if (has_dotprod()) found.push_back(&dotprod);
 #endif
     return found;
 }

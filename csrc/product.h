@@ -11,9 +11,11 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
-#if defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__)
+#if (defined(__AVX2__) || defined(LOWBIT_NEON)) && !defined(__SANITIZE_ADDRESS__)
 #define LOWBIT_INLINE [[gnu::always_inline]] inline
 #else
 #define LOWBIT_INLINE inline
@@ -69,7 +71,7 @@ int32_t four_bytes(const void* from) {
 // ---- integers: codes times inputs rounded to int8, exact but for the inputs' rounding ----
 
 // Where bytes to multiply by come from: `at` gives those of a quad of a chunk, which are `most` at most and `above` what
-// they stand for. Where four products are added at once (`whole_dots`) no byte is signed.
+// they stand for. Where four products of unsigned bytes are added at once (`unsigned_dots`) none is signed.
 template <int width>
 struct Codes {
     static constexpr int bits = width, most = (1 << width) - 1, above = 0;
@@ -88,11 +90,11 @@ struct OffsetCodes {  // code - 128, for codes of 8 bits
     }
 };
 struct TableCodes {
-    static constexpr int bits = 4, most = whole_dots ? 255 : 128, above = whole_dots ? 128 : 0;
-    static constexpr bool is_signed = !whole_dots, near = false;
+    static constexpr int bits = 4, most = unsigned_dots ? 255 : 128, above = unsigned_dots ? 128 : 0;
+    static constexpr bool is_signed = !unsigned_dots, near = false;
     I table;
     explicit TableCodes(const int8_t* from) : table(table_of_bytes(from)) {
-        if constexpr (whole_dots) table = differ(table, set(int32_t(0x80808080)));
+        if constexpr (unsigned_dots) table = differ(table, set(int32_t(0x80808080)));
     }
     template <int quad>
     LOWBIT_INLINE I at(const uint8_t* chunk) const {
@@ -138,10 +140,10 @@ LOWBIT_INLINE void add_products(const Source& source, const uint8_t* chunk, cons
     if constexpr (quad + 1 < last) add_products<quad + 1, last>(source, chunk, input, col, pairs);
 }
 
-// Adds these to sums of 32 bits, times `factor` (its halves). Where one or two quads fit, token by token.
+// Adds these to sums of 32 bits, times `factor` (both halves of it). Where one or two quads fit, token by token.
 template <int quad, int last, class Source, int tokens>
-LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col, I factor,
-                             I (&sum)[tokens]) {
+LOWBIT_INLINE void add_paired(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col, I factor,
+                              I (&sum)[tokens]) {
     constexpr int until = quad + fit<Source> < last ? quad + fit<Source> : last;
     if constexpr (fit<Source> <= 2) {
         I first = source.template at<quad>(chunk), second = source.template at<until - 1>(chunk);
@@ -157,35 +159,10 @@ LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const R
         add_products<quad, until>(source, chunk, input, col, pairs);
         for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], dot_pairs(pairs[t], factor));
     }
-    if constexpr (until < last) add_quads<until, last>(source, chunk, input, col, factor, sum);
+    if constexpr (until < last) add_paired<until, last>(source, chunk, input, col, factor, sum);
 }
 
-// Asks for lines of 64 bytes which are read soon; by itself a processor looks ahead within a page of 4 KiB.
-template <int lines>
-LOWBIT_INLINE void ask_for(const uint8_t* from) {
-    for (int i = 0; i < lines; i++) __builtin_prefetch(from + ahead + 64 * i);
-}
-
-// What both halves of a chunk are multiplied by, as `factor_of` gives it, and whether something comes between them.
-struct Halves {
-    static constexpr bool ones = false;
-    I first, second;
-    bool apart;
-};
-struct Ones {
-    static constexpr bool ones = true;
-    I first, second;
-    bool apart;
-    explicit Ones(bool are_apart) : first(set(0x00010001)), second(first), apart(are_apart) {}
-};
-
-// One of the two factors in each lane.
-LOWBIT_INLINE I factor_of(I pairs, int which) {
-    if constexpr (whole_dots) return dot_pairs(pairs, set(which ? 0x00010000 : 1));
-    else return twice(pairs, which);
-}
-
-// Adds the products of the quads from `quad` to before `last`, as sums of 32 bits.
+// The same as sums of 32 bits.
 template <int quad, int last, class Source, int tokens>
 LOWBIT_INLINE void add_dots(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col,
                             I (&sum)[tokens]) {
@@ -196,44 +173,29 @@ LOWBIT_INLINE void add_dots(const Source& source, const uint8_t* chunk, const Ro
     }
     if constexpr (quad + 1 < last) add_dots<quad + 1, last>(source, chunk, input, col, sum);
 }
-template <class Factors, int tokens>
-LOWBIT_INLINE void end_part(I factor, I (&part)[tokens], I (&sum)[tokens]) {
-    for (int t = 0; t < tokens; t++) {
-        sum[t] = add(sum[t], Factors::ones ? part[t] : mul(part[t], factor));
-        part[t] = set(0);
-    }
+
+// Adds the quads from `quad` to before `last` to sums of 32 bits, times `factor`, which is 1 where `plain` is set.
+template <int quad, int last, bool plain, class Source, int tokens>
+LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col, I factor,
+                             I (&sum)[tokens]) {
+    if constexpr (!whole_dots) return add_paired<quad, last>(source, chunk, input, col, factor, sum);
+    if constexpr (plain && tokens > 1) return add_dots<quad, last>(source, chunk, input, col, sum);
+    I part[tokens];  // a sum of one token would wait for itself all along
+    for (I& each : part) each = set(0);
+    add_dots<quad, last>(source, chunk, input, col, part);
+    for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], plain ? part[t] : mul(part[t], factor));
 }
 
-// Adds a chunk of columns from `col` on. Where halves are apart, between.half() is called when the first is added.
-template <class Source, class Factors, int tokens, class Between>
-LOWBIT_INLINE void add_chunk(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col,
-                             const Factors& halves, I (&sum)[tokens], Between& between) {
-    if constexpr (whole_dots && Factors::ones && tokens > 1) {
-        add_dots<0, 4>(source, chunk, input, col, sum);
-        if (halves.apart) between.half();
-        add_dots<4, 8>(source, chunk, input, col, sum);
-    } else if constexpr (whole_dots) {  // a sum of one token would wait for itself all along
-        I part[tokens];
-        for (I& each : part) each = set(0);
-        add_dots<0, 4>(source, chunk, input, col, part);
-        if (halves.apart) end_part<Factors>(halves.first, part, sum), between.half();
-        add_dots<4, 8>(source, chunk, input, col, part);
-        end_part<Factors>(halves.second, part, sum);
-    } else if constexpr (fit<Source> < 8) {
-        add_quads<0, 4>(source, chunk, input, col, halves.first, sum);
-        if (halves.apart) between.half();
-        add_quads<4, 8>(source, chunk, input, col, halves.second, sum);
-    } else {
-        I pairs[tokens];
-        for (I& each : pairs) each = set(0);
-        add_products<0, 4>(source, chunk, input, col, pairs);
-        if (halves.apart) {
-            for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], dot_pairs(pairs[t], halves.first)), pairs[t] = set(0);
-            between.half();
-        }
-        add_products<4, 8>(source, chunk, input, col, pairs);
-        for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], dot_pairs(pairs[t], halves.second));
-    }
+// One of the two factors in each lane, as `add_quads` takes it.
+LOWBIT_INLINE I factor_of(I pairs, int which) {
+    if constexpr (whole_dots) return dot_pairs(pairs, set(which ? 0x00010000 : 1));
+    else return twice(pairs, which);
+}
+
+// Asks for lines of 64 bytes which are read soon; by itself a processor looks ahead within a page of 4 KiB.
+template <int lines>
+LOWBIT_INLINE void ask_for(const uint8_t* from) {
+    for (int i = 0; i < lines; i++) __builtin_prefetch(from + ahead + 64 * i);
 }
 
 // Columns from `first` to before `last` of a panel; `codes` are those of the columns.
@@ -252,55 +214,84 @@ struct Sums {
 template <int tokens>
 struct Plain {
     const Product& of;
-    int64_t blocks, block, group, left;
-    int32_t offset;  // of bytes above what they stand for
     const int64_t (&token)[tokens];
-    Sums<tokens> sums;
-    I dots[tokens];
-
-    LOWBIT_INLINE Plain(const Product& product, const Span& span, const int64_t (&tokens_of)[tokens], const Sums<tokens>& begun)
-        : of(product), blocks(of.cols / of.sub), block(span.first / of.sub),
-          group((span.panel * of.cols + span.first) / of.step), left(of.step - span.first % of.step),
-          offset(int32_t(of.offset)), token(tokens_of), sums(begun) {
-        for (I& each : dots) each = set(0);
-    }
+    Sums<tokens>& sums;
 
     template <class Source>
     LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
-        Ones ones(of.sub < 32);
-        offset += Source::above;
+        Place at(*this, span, int32_t(of.offset) + Source::above);
+        const int64_t sub = of.sub;
         const uint8_t* chunk = span.codes;
+        I dots[tokens], one = set(0x00010001);
+        for (I& each : dots) each = set(0);
         for (int64_t col = span.first; col < span.last; col += 32, chunk += 64 * Source::bits) {
             if constexpr (!Source::near) ask_for<Source::bits>(chunk);
-            add_chunk(source, chunk, input, col, ones, dots, *this);
-            if (!((col + 32) & (of.sub - 1))) end_block();
+            if (sub < 32) {
+                add_quads<0, 4, true>(source, chunk, input, col, one, dots);
+                end_block(at, dots);
+                add_quads<4, 8, true>(source, chunk, input, col, one, dots);
+            } else {
+                add_quads<0, 8, true>(source, chunk, input, col, one, dots);
+            }
+            if (!((col + 32) & (sub - 1))) end_block(at, dots);
         }
     }
-    LOWBIT_INLINE void half() { end_block(); }
 
   private:
-    // A code's offset is taken out while sums are integers.
-    LOWBIT_INLINE void end_block() {
-        for (int t = 0; t < tokens; t++) {
-            int64_t input = token[t] * blocks + block;
-            if (offset) dots[t] = sub(dots[t], set(offset * of.step_sum[input]));
-            sums.open[t] = fma(to_float(dots[t]), set(of.input_scale[input]), sums.open[t]);
-            if (of.zero) sums.inputs[t] = add(sums.inputs[t], set(of.input_scale[input] * float(of.step_sum[input])));
-            dots[t] = set(0);
+    // Where a span has come to. What `of` says is kept here, since it would be read again after each sum that is stored.
+    struct Place {
+        const float* scale[tokens];
+        const int16_t* sum[tokens];
+        int64_t block, group, left, sub, step;
+        int32_t offset;  // of bytes above what they stand for
+        const void* zero;
+        bool alone;  // a block is a group
+
+        LOWBIT_INLINE Place(const Plain& all, const Span& span, int32_t above)
+            : block(0), group((span.panel * all.of.cols + span.first) / all.of.step),
+              left(all.of.step - span.first % all.of.step), sub(all.of.sub), step(all.of.step), offset(above),
+              zero(all.of.zero), alone(sub == step && !zero) {
+            for (int t = 0; t < tokens; t++) {
+                int64_t first = (all.token[t] * all.of.cols + span.first) / sub;
+                scale[t] = all.of.input_scale + first, sum[t] = all.of.step_sum + first;
+            }
         }
-        block++, left -= of.sub;
-        if (left == 0) end_group();
+    };
+
+    // What a block comes to. A code's offset is taken out while sums are integers.
+    LOWBIT_INLINE F add_block(const Place& at, int t, I (&dots)[tokens], F begun) const {
+        I dot = dots[t];
+        if (at.offset) dot = sub(dot, set(at.offset * at.sum[t][at.block]));
+        dots[t] = set(0);
+        return fma(to_float(dot), set(at.scale[t][at.block]), begun);
     }
-    LOWBIT_INLINE void end_group() {
-        F scale = scales_at(of, of.scale.data, group), none = set(0.0f);
-        F zero = of.zero ? sub(none, scales_at(of, of.zero, group)) : none;
-        for (int t = 0; t < tokens; t++) {
-            if (of.zero && !of.minus) sums.open[t] = fma(zero, sums.inputs[t], sums.open[t]);
-            sums.total[t] = fma(sums.open[t], scale, sums.total[t]);
-            if (of.zero && of.minus) sums.total[t] = fma(zero, sums.inputs[t], sums.total[t]);
-            sums.open[t] = sums.inputs[t] = none;
+    LOWBIT_INLINE void end_block(Place& at, I (&dots)[tokens]) const {
+        if (at.alone) {
+            F scale = scales_at(of, of.scale.data, at.group++), none = set(0.0f);
+            for (int t = 0; t < tokens; t++) sums.total[t] = fma(add_block(at, t, dots, none), scale, sums.total[t]);
+            at.block++;
+            return;
         }
-        group++, left = of.step;
+        for (int t = 0; t < tokens; t++) {
+            sums.open[t] = add_block(at, t, dots, sums.open[t]);
+            if (at.zero) sums.inputs[t] = add(sums.inputs[t], set(at.scale[t][at.block] * float(at.sum[t][at.block])));
+        }
+        at.block++, at.left -= at.sub;
+        if (at.left == 0) end_group(at);
+    }
+    LOWBIT_INLINE void end_group(Place& at) const {
+        F scale = scales_at(of, of.scale.data, at.group), none = set(0.0f);
+        F zero = at.zero ? sub(none, scales_at(of, at.zero, at.group)) : none;
+        for (int t = 0; t < tokens; t++) {
+            F open = sums.open[t], total = sums.total[t];
+            if (at.zero && !of.minus) open = fma(zero, sums.inputs[t], open);
+            total = fma(open, scale, total);
+            if (at.zero && of.minus) total = fma(zero, sums.inputs[t], total);
+            sums.total[t] = total;
+            sums.open[t] = none;
+            sums.inputs[t] = none;
+        }
+        at.group++, at.left = at.step;
     }
 };
 
@@ -308,43 +299,41 @@ struct Plain {
 template <int tokens>
 struct Nested {
     const Product& of;
-    int64_t steps, runs;
-    int32_t offset;
     const int64_t (&token)[tokens];
-    Sums<tokens> sums;
-    I dots[tokens], shift[tokens];
-
-    LOWBIT_INLINE Nested(const Product& product, const Span&, const int64_t (&tokens_of)[tokens], const Sums<tokens>& begun)
-        : of(product), steps(of.cols / of.step), runs(of.cols / of.over), offset(int32_t(of.offset)), token(tokens_of),
-          sums(begun) {}
+    Sums<tokens>& sums;
 
     template <class Source>
     LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
+        const int64_t over = of.over, wide = 2 * of.step;
+        const int32_t offset = int32_t(of.offset) + Source::above;
         const uint8_t* chunk = span.codes;
-        int64_t step = span.first / of.step, run = span.first / of.over;
-        offset += Source::above;
+        int64_t step = span.first / of.step, run = span.first / over;
+        I dots[tokens], shift[tokens];
         for (int64_t col = span.first; col < span.last; run++) {
             for (int t = 0; t < tokens; t++) dots[t] = shift[t] = set(0);
-            for (int64_t end = col + of.over; col < end; col += 2 * of.step, step += 2) {
-                I factor = factors<Source::above>(span.panel, step);
-                for (int64_t at = 0; at < 2 * of.step; at += 32, chunk += 64 * Source::bits) {
-                    Halves halves{factor_of(factor, 0), factor_of(factor, 0), of.step == 16};
-                    if (halves.apart) halves.second = factor_of(factor, 1);
-                    else factor = shift_right<16>(factor);
+            for (int64_t end = col + over; col < end; col += wide, step += 2) {
+                I factor = factors<Source::above>(span.panel, step, offset, dots, shift);
+                if (wide == 32) {
                     if constexpr (!Source::near) ask_for<Source::bits>(chunk);
-                    add_chunk(source, chunk, input, col + at, halves, dots, *this);
+                    add_quads<0, 4, false>(source, chunk, input, col, factor_of(factor, 0), dots);
+                    add_quads<4, 8, false>(source, chunk, input, col, factor_of(factor, 1), dots);
+                    chunk += 64 * Source::bits;
+                    continue;
+                }
+                for (int64_t at = 0; at < 64; at += 32, chunk += 64 * Source::bits, factor = shift_right<16>(factor)) {
+                    if constexpr (!Source::near) ask_for<Source::bits>(chunk);
+                    add_quads<0, 8, false>(source, chunk, input, col + at, factor_of(factor, 0), dots);
                 }
             }
-            end_run(span.panel, run);
+            end_run(span.panel, run, offset, dots, shift);
         }
     }
-    LOWBIT_INLINE void half() {}
 
   private:
     // Of two steps; adds what zeros make of these, which know nothing of what bytes are above.
     template <int above>
-    LOWBIT_INLINE I factors(int64_t panel, int64_t step) {
-        int64_t at = (panel * steps + step) * 16;
+    LOWBIT_INLINE I factors(int64_t panel, int64_t step, int32_t offset, I (&dots)[tokens], I (&shift)[tokens]) const {
+        int64_t steps = of.cols / of.step, at = (panel * steps + step) * 16;
         I pairs = load_pairs(of.fine + at), factor = of.joined ? both(pairs, set(0x000f000f)) : pairs, low = factor;
         if (of.zero && of.joined) low = both(shift_right<4>(pairs), set(0x000f000f));
         else if (of.fine_zero) low = load_pairs(of.fine_zero + at);
@@ -357,7 +346,8 @@ struct Nested {
         }
         return factor;
     }
-    LOWBIT_INLINE void end_run(int64_t panel, int64_t run) {
+    LOWBIT_INLINE void end_run(int64_t panel, int64_t run, int32_t offset, I (&dots)[tokens], I (&shift)[tokens]) const {
+        int64_t runs = of.cols / of.over;
         F s = scales_at(of, of.scale.data, panel * runs + run), z = scales_at(of, of.zero, panel * runs + run);
         for (int t = 0; t < tokens; t++) {
             if (!of.zero) dots[t] = sub(dots[t], mul(shift[t], set(offset)));
@@ -373,9 +363,7 @@ LOWBIT_INLINE void add_span(const Product& of, const Source& source, const Span&
                             Sums<tokens>& sums) {
     Row<tokens> input;
     for (int t = 0; t < tokens; t++) input.at[t] = of.rounded + token[t] * of.cols;
-    Scales<tokens> state(of, span, token, sums);
-    state.add_span(source, span, input);
-    sums = state.sums;
+    Scales<tokens>{of, token, sums}.add_span(source, span, input);
 }
 
 const uint8_t* codes_of_panel(const Product& of, int64_t panel) { return of.codes + panel * of.cols * of.bits * 2; }
@@ -394,9 +382,7 @@ void one_token(const Product& of, const Source& source, int64_t first, int64_t l
 // Many: some columns are unpacked for as many tokens as keep their sums in the nearest memory.
 constexpr int64_t columns_at_once = 512, tokens_at_once = 64;
 
-struct Near {
-    float total[tokens_at_once][16], open[tokens_at_once][16], inputs[tokens_at_once][16];
-};
+using Near = Sums<tile>[tokens_at_once / tile];
 
 template <int quad = 0, class Source>
 LOWBIT_INLINE void unpack_quads(const Source& source, const uint8_t* chunk, uint8_t* bytes) {
@@ -410,19 +396,10 @@ void unpack(const Source& source, const uint8_t* codes, int64_t chunks, uint8_t*
 
 // A tile of tokens, of which `count` are there: others repeat the last.
 template <template <int> class Scales, class Source>
-void add_tile(const Product& of, const Span& span, int64_t first, int64_t count, Near& kept, int64_t at) {
-    int64_t token[tile], place[tile];
-    Sums<tile> sums;
-    for (int t = 0; t < tile; t++) {
-        token[t] = first + smaller(t, count - 1), place[t] = at + smaller(t, count - 1);
-        sums.total[t] = load_f32(kept.total[place[t]]), sums.open[t] = load_f32(kept.open[place[t]]);
-        sums.inputs[t] = load_f32(kept.inputs[place[t]]);
-    }
+void add_tile(const Product& of, const Span& span, int64_t first, int64_t count, Sums<tile>& sums) {
+    int64_t token[tile];
+    for (int t = 0; t < tile; t++) token[t] = first + smaller(t, count - 1);
     add_span<Scales>(of, Source{}, span, token, sums);
-    for (int t = 0; t < tile; t++) {
-        store_f32(kept.total[place[t]], sums.total[t]), store_f32(kept.open[place[t]], sums.open[t]);
-        store_f32(kept.inputs[place[t]], sums.inputs[t]);
-    }
 }
 
 template <class Source>
@@ -443,9 +420,9 @@ void many_tokens(const Product& of, int64_t panel, const Source& source) {
         for (int64_t col = 0; col < of.cols; col += wide) {
             Span span{panel, col, smaller(col + wide, of.cols), bytes};
             unpack(source, codes_of_panel(of, panel) + col / 32 * 64 * Source::bits, (span.last - col) / 32, bytes);
-            for (int64_t t = 0; t < count; t += tile) add(of, span, token + t, smaller(tile, count - t), kept, t);
+            for (int64_t t = 0; t < count; t += tile) add(of, span, token + t, smaller(tile, count - t), kept[t / tile]);
         }
-        for (int64_t t = 0; t < count; t++) store_rows(of, panel, token + t, mul(load_f32(kept.total[t]), set(of.unit)));
+        for (int64_t t = 0; t < count; t++) store_rows(of, panel, token + t, mul(kept[t / tile].total[t % tile], set(of.unit)));
     }
 }
 
@@ -601,7 +578,7 @@ void integer_panels(const Product& of, int64_t first, int64_t last, const Source
 void code_panels(const Product& of, int64_t first, int64_t last) {
     if (of.way == Way::table) return integer_panels(of, first, last, TableCodes(of.table));
     with_codes(of.bits, [&](auto source) {
-        if constexpr (source.bits < 8 || whole_dots) integer_panels(of, first, last, source);
+        if constexpr (source.bits < 8 || unsigned_dots) integer_panels(of, first, last, source);
         else integer_panels(of, first, last, OffsetCodes{});
     });
 }

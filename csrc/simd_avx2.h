@@ -3,7 +3,7 @@
 
 constexpr const char* isa_name = "avx2";
 constexpr int tile = 4;  // tokens whose sums stay in registers
-constexpr bool whole_dots = false;
+constexpr bool whole_dots = false, unsigned_dots = false;
 
 struct F {
     __m256 low, high;

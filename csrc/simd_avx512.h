@@ -8,6 +8,7 @@ constexpr bool whole_dots = true;
 #else
 constexpr bool whole_dots = false;
 #endif
+constexpr bool unsigned_dots = whole_dots;
 
 struct F {
     __m512 all;

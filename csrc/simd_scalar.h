@@ -8,6 +8,7 @@ constexpr bool whole_dots = true;
 #else
 constexpr bool whole_dots = false;  // whether `add_dot` is one instruction; products are sums of it then
 #endif
+constexpr bool unsigned_dots = whole_dots;  // whether its codes are unsigned bytes; else they are signed
 
 template <class T>
 struct Lanes {
@@ -265,7 +266,8 @@ int32_t byte_of(int32_t word, int at) { return int8_t(uint32_t(word) >> 8 * at);
 int32_t half_of(int32_t word, int at) { return int16_t(uint32_t(word) >> 16 * at); }
 int32_t pair_of(int32_t low, int32_t high) { return int32_t(uint32_t(low & 0xffff) | uint32_t(high) << 16); }
 
-// Two sums of two products, 16 bits each, in each lane; no sum leaves them. Bytes of `a` are unsigned, of `b` signed.
+// Two sums of two products, 16 bits each, in each lane; no sum leaves them. Bytes of `a` are unsigned and
+// below 128, of `b` signed.
 I dot_bytes(I a, I b) {
     return each<I>([&](int i) {
         auto product = [&](int k) { return (byte_of(a.at[i], k) & 0xff) * byte_of(b.at[i], k); };
@@ -278,7 +280,7 @@ I dot_signed(I a, I b) {  // both are signed
         return pair_of(product(0) + product(1), product(2) + product(3));
     });
 }
-// Adds the sum of four products; bytes of `codes` are unsigned, of `inputs` signed.
+// Adds the sum of four products; bytes of `codes` are unsigned (signed where not `unsigned_dots`), of `inputs` signed.
 I add_dot(I sum, I codes, I inputs) {
     return each<I>([&](int i) {
         auto product = [&](int k) { return (byte_of(codes.at[i], k) & 0xff) * byte_of(inputs.at[i], k); };

@@ -32,7 +32,7 @@ _LARGE = 1 << 22  # bytes from which pages of 2 MiB pay
 
 
 def isa() -> str:
-    """Name of the instruction set in use: `scalar`, `avx2`, `avx512` or `avx512_vnni`."""
+    """Name of the instruction set in use: `scalar`; `avx2`, `avx512`, `avx512_vnni`; `neon`, `neon_dotprod`."""
     return _native.isa()
 
 

@@ -89,7 +89,7 @@ def probe() -> Hardware:
     if torch.cuda.is_available():
         return _gpu(torch)
     facts, flags = machine(), _flags()
-    vendor = "x86" if "avx2" in flags or native.isa() != "scalar" else "arm"
+    vendor = "x86" if "avx2" in flags or native.isa().startswith("avx") else "arm"
     level = {"avx512_vnni": 512.0, "avx512": 512.0, "avx2": 2.0}.get(native.isa(), 0.0)
     array = torch.ones(_READ // 8, dtype=torch.int64)
     rate = _READ / min(_seconds(array.sum) for _ in range(5))
