@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit import native
-from lowbit.methods import Stats, gptaq, gptq, imatrix, imatrix_fit, ldlq, rtn
+from lowbit.methods import Stats, gptaq, gptq, imatrix, imatrix_fit, ldlq, on_device, rtn
 from lowbit.schemes import Scheme, parse
 from lowbit.tensors import QTensor, block_size
 from tests.reference import gptq as oracle
@@ -282,6 +282,18 @@ def test_wide_weights_go_through_products_that_the_processor_is_fast_at() -> Non
     plain = loss(rtn.METHOD.quantize(weight, {}, kind, rtn.METHOD.options()), weight, moment)
     first, last = (loss(run(weight, moment, kind, replace(BARE, passes=n)), weight, moment) for n in (0, 2))
     assert last < first < 0.3 * plain
+
+
+def test_copies_for_another_device_are_what_products_read() -> None:
+    """Of the processor's own matrices only what is within a run of columns may be read then: the rest is NaN here."""
+    weight, kind, options = weight_of(20, 96), parse("int4-g32"), gptq.Options(block=32)
+    stats = dict(gptq.prepare({"second_moment": moment_of(96)}, kind, options))
+    wanted = gptq.quantize(weight, stats, kind, options)
+    outside = torch.block_diag(*[torch.ones(32, 32)] * 3) == 0
+    for name in gptq.METHOD.products:
+        stats |= {on_device(name): stats[name], name: stats[name].masked_fill(outside, nan)}
+    found = gptq.quantize(weight, stats, kind, options)
+    assert torch.equal(found.codes, wanted.codes) and torch.equal(found.dequantize(), wanted.dequantize())
 
 
 def test_weights_that_are_zero_stay_zero() -> None:

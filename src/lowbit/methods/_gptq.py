@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from lowbit import native
-from lowbit.methods import Stats, _blocks
+from lowbit.methods import Stats, _blocks, on_device
 from lowbit.methods._scales import (
     Affine,
     Blocks,
@@ -48,6 +48,7 @@ from lowbit.tensors import QTensor, block_size, level_table
 
 Order = Literal["static", "none", "group", "aware"]
 
+PRODUCTS = frozenset({"feedback", "pull"})  # what the large products read of what `prepare` makes
 LANES = 128  # rows that are rounded together; a fixed number, so that products round the same however rows are cut
 _WIDEST = 512  # columns of the widest block whose scale is searched or refitted on the way
 _NARROWEST = 32  # columns of the narrowest block whose scale is refitted: below, it gains little and costs most
@@ -107,6 +108,11 @@ def prepare(stats: Stats, scheme: Scheme, loop: Loop) -> Stats:
         pull = moment[rows[:, None], rows].div_(curvature[rows, None]).fill_diagonal_(0)
         found["pull"] = (pull if damp < inf else torch.zeros_like(pull)).to(_product_type(cols))
     return {name: value for name, value in stats.items() if name != "second_moment"} | found
+
+
+def _read_by_products(stats: Stats, name: str) -> Tensor:
+    """A matrix that `prepare` made, or its copy on the device of the products."""
+    return stats.get(on_device(name), stats[name])
 
 
 def _product_type(cols: int) -> torch.dtype:
@@ -217,7 +223,7 @@ class _Tile:
         scales: as they are stored, by block.
         zeros: likewise, None where there are none; minima as they are subtracted, in units of the weight.
         steps: the scales above these, where there are some.
-        rounded: the error as products take it: itself, or in bfloat16.
+        rounded: the error as products take it: itself, or in bfloat16, or on another device.
         group: block of each column.
     """
 
@@ -238,7 +244,7 @@ class _Tile:
 
     def target(self, at: slice, factors: Float[Tensor, "n known"]) -> Float[Tensor, "n lanes"]:
         """The targets of some columns, from the errors of the first or of all columns."""
-        return self.weight[at] + factors @ self.rounded[: factors.shape[1]]
+        return self.weight[at] + (factors @ self.rounded[: factors.shape[1]]).to(self.weight.device)
 
 
 @final
@@ -332,9 +338,8 @@ def _tile_of_rows(
     empty = torch.zeros(cols, LANES, dtype=torch.uint8)
     scales = affine.scales[lane].T.contiguous()
     error = torch.zeros_like(full)
-    tile = _Tile(
-        full, error, empty, scales, zeros, error.to(_product_type(cols)), torch.arange(cols) // wide, steps.lanes(lane)
-    )
+    rounded = error.to(_read_by_products(stats, "feedback"))
+    tile = _Tile(full, error, empty, scales, zeros, rounded, torch.arange(cols) // wide, steps.lanes(lane))
     _round(tile, stats, rule, wide)
     codes[start : start + count] = tile.codes[:, :count].T
     if _movable(rule.scheme, wide):
@@ -349,7 +354,7 @@ def _round(tile: _Tile, stats: Stats, rule: _Rule, wide: int) -> None:
     tile.reorder(turn)
     fresh = _on_the_way(rule, wide)
     for at in _segments(tile.group, rule.loop.block, fresh):
-        target = tile.target(at, stats["feedback"][at, : at.start])
+        target = tile.target(at, _read_by_products(stats, "feedback")[at, : at.start])
         if fresh:
             _fit_fresh(tile, at, _compensated(tile, at, target, stats), stats["importance"][turn[at]], rule)
         _sweep(tile, at, target, stats["feedback"], rule)
@@ -358,7 +363,7 @@ def _round(tile: _Tile, stats: Stats, rule: _Rule, wide: int) -> None:
     refit = rule.loop.refit and worth and _movable(rule.scheme, wide) and rule.scheme.scale != "e8m0"
     for _ in range(rule.loop.passes):
         for at in _segments(tile.group, rule.loop.block, refit):
-            target = tile.target(at, stats["pull"][at])
+            target = tile.target(at, _read_by_products(stats, "pull")[at])
             if refit:
                 _refit(tile, at, target, stats, rule)
             _sweep(tile, at, target, stats["pull"], rule)
