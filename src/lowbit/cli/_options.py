@@ -17,10 +17,12 @@ import click
 from lowbit import plugins
 
 if TYPE_CHECKING:
+    from lowbit.stages._narrow import Narrowed
     from lowbit.stages.allocate import Budget, Checked
     from lowbit.stages.plan import Plan, Rules
     from lowbit.stages.running import Forecast
     from lowbit.stages.search import Trial
+    from lowbit.stages.sensitivity import Way
 
 F = TypeVar("F", bound=Callable[..., Any])
 _STEPS = 100_000  # a stage with more is counted in bytes, not in blocks or windows
@@ -238,6 +240,16 @@ _BUDGET = (
         help="Measure the true divergence of the N decisions that were nearest to another scheme, and choose again.",
     ),
     click.option(
+        "--leave-out", "beside", is_flag=True,
+        help="With --check: measure what each of these adds where all others are quantized as planned, and not what it "
+        "costs alone.",
+    ),
+    click.option(
+        "--narrow", callback=listed, metavar="S,S,...",
+        help="Show what it costs to round the inputs of layers, keys and values to these schemes, with tokens as rows, "
+        "as int8-row,int8-g32,fp8-e4m3-row, and where most of it is; with a budget or without.",
+    ),
+    click.option(
         "--unfused", is_flag=True,
         help="Let q, k and v, gate and up, and experts have schemes of their own: transformers can, vLLM cannot.",
     ),
@@ -287,17 +299,21 @@ def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | Non
     from lowbit.stages.allocate import Budget
 
     asked = {name: options.pop(name) for name in ("bits", "size", "kl", "perplexity")}
-    others = {name: options.pop(name) for name in ("schemes", "sensitivity", "check", "unfused")}
+    others = {name: options.pop(name) for name in ("schemes", "sensitivity", "check", "beside", "narrow", "unfused")}
     run = {name: options.pop(name) for name in ("memory", "latency", "rate", *WORDS)}
     given = [name for name, value in {**asked, "memory": run["memory"]}.items() if value is not None]
     timed, placed = run["latency"] or run["rate"], run["hardware"] is not None
     if not (given or timed or placed):
-        _refuse_alone({**others, **{word: run[name] for name, word in WORDS.items()}})
-        return None
+        saved = {} if others["narrow"] else {"sensitivity": others["sensitivity"]}
+        alone = {name: others[name] for name in ("schemes", "check", "beside", "unfused")}
+        _refuse_alone({**alone, **saved, **{word: run[name] for name, word in WORDS.items()}})
+        return Budget(sensitivity=others["sensitivity"], narrow=others["narrow"]) if others["narrow"] else None
     _check_budget(asked, given, options, plan_file)
     runs = bool(run["memory"] or timed or placed)
     if not runs and any(run[name] for name in WORDS):
         raise click.UsageError(f"{', '.join(WORDS.values())} go with --memory, --latency and --tokens-per-second")
+    if others["beside"] and not others["check"]:
+        raise click.UsageError("--leave-out says how decisions are measured: say how many with --check N")
     if (runs or others["check"]) and (asked["kl"] or asked["perplexity"]):
         raise click.UsageError("--max-kl and --max-ppl-increase are measured as a whole: no --check or other limit")
     sized = bool(asked["bits"] or asked["size"])
@@ -310,7 +326,7 @@ def _refuse_alone(others: dict[str, Any]) -> None:
     """What says more of a budget is nothing without one."""
     for name, value in others.items():
         if value:
-            word = name if name.startswith("-") else f"--{name}"
+            word = name if name.startswith("-") else {"beside": "--leave-out"}.get(name, f"--{name}")
             raise click.UsageError(f"{word} goes with a budget: {_BUDGETS}, --latency")
 
 
@@ -433,8 +449,8 @@ class _Lines:
         click.echo(f"{stage}: {share:.0f}%, {now - begun:.1f} s{left}", err=True)
 
 
-def print_told(told: Trial | Forecast | Checked) -> None:
-    """A plan that was measured for what was asked; what decisions were found to cost; what a plan takes as it runs."""
+def print_told(told: Trial | Forecast | Checked | Narrowed | Way) -> None:
+    """A plan that was measured for what was asked, or what else there is to say of measuring and of plans."""
     from lowbit.stages.search import Trial
 
     if isinstance(told, Trial):
