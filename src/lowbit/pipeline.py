@@ -47,13 +47,12 @@ from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
 from lowbit.stages.rotate import Options as Rotation
 from lowbit.stages.rotate import prove, rotate
-from lowbit.stages.running import Forecast
 from lowbit.stages.samples import Samples, read_samples, similarity
 from lowbit.stages.search import Trial, asked, search
 from lowbit.stages.verify import verify
 from lowbit.stages.write import open_output, refuse_foreign, write_atomic
 
-Tell = Callable[[Trial | Forecast | Checked | Narrowed | sensitivity.Way], None]
+Tell = Callable[[Trial | Allocation | Checked | Narrowed | sensitivity.Way], None]
 Read = Callable[[Calibration], Samples]
 
 
@@ -104,7 +103,7 @@ def run(
         announce: called once with the plan and the estimates of its stages before anything is written.
         tell: called with the estimate of what measuring for a budget takes; with each plan that is measured while one
             is searched that is as good as was asked for; with what rounding inputs and cache costs, what single
-            decisions really cost, and what a plan takes as it runs, where these were asked for.
+            decisions really cost, where these were asked for, and with what the plan is predicted to cost.
 
     Raises:
         LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same request goes on.
@@ -241,8 +240,7 @@ def _within(work: _Work, budget: Budget, problem: Problem, opened: Callable[[], 
     if budget.check:
         best, checked = _checked(budget, problem, best, opened())
         work.tell(checked)
-    if best.forecast:
-        work.tell(best.forecast)
+    work.tell(best)
     return best.plan
 
 

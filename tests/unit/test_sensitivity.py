@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.budget import MemoryWatch
+from lowbit.cli._options import fold
 from lowbit.errors import QualityError, UsageError
 from lowbit.formats import Weight
 from lowbit.methods import NoOptions, rtn
@@ -210,12 +212,39 @@ def test_the_plan_is_one_like_any_other(tmp_path: Path) -> None:
     assert load_plan(tmp_path / "plan.json", parts.source) == plan
 
 
-def test_set_and_skip_are_left_alone_by_a_budget(tmp_path: Path) -> None:
-    rules = Rules(method="rtn", skip=("o_proj",), sets=(("k_proj", "int2-g8"),))
+def test_the_table_says_which_layers_got_what_and_what_they_cost(tmp_path: Path) -> None:
+    def loss(name: str, scheme: str) -> float:
+        return 4.0 ** -parse(scheme).grid.bits * (30 if "1.mlp.down" in name else 1.5 if ".1." in name else 1)
+
+    plan = problem(tmp_path / "m", loss, fused=False).within_bits(7.0).plan
+    rows, listed = fold(plan), dict[str, str]()
+    assert len(rows) < len(plan.entries)
+    for name, _, scheme, *_, reason in rows:
+        whole = re.fullmatch(r"(?:(\d+) x )?(.*?)(?:\{([\d,-]+)\}|\*)?([^{}*]*)", name)
+        assert whole, name
+        parts = [part.split("-") for part in (whole[3] or "0-1").split(",")]
+        numbers = [n for part in parts for n in range(int(part[0]), int(part[-1]) + 1)] if whole[1] else [0]
+        names = [f"{whole[2]}{n}{whole[4]}" if whole[1] else f"{whole[2]}{whole[4]}" for n in numbers]
+        assert len(names) == int(whole[1] or 1)
+        listed |= dict.fromkeys(names, scheme)
+        if costs := re.fullmatch(r"cost (\S+) to (\S+) nats each, (\S+) together", reason):
+            wanted = sorted(loss(each, scheme) for each in names)
+            assert [float(each) for each in costs.groups()] == pytest.approx(
+                [wanted[0], wanted[-1], sum(wanted)], rel=0.06
+            )
+    assert listed == {entry.weight.name: str(entry.weight.scheme or "keep") for entry in plan.entries}
+    assert any(row[-1].endswith(" together") for row in rows) and any("costs" in row[-1] for row in rows)
+
+
+def test_set_skip_and_policy_are_left_alone_by_a_budget(tmp_path: Path) -> None:
+    policy = tmp_path / "p.toml"
+    policy.write_text('[[rule]]\npattern = "up_proj"\nscheme = "int5-g8"\n[[rule]]\nscheme = "base"\n')
+    rules = Rules(method="rtn", skip=("o_proj",), sets=(("k_proj", "int2-g8"),), policy=str(policy))
     parts = problem(tmp_path / "m", steep, rules)
-    assert not [name for name in parts.offers if "o_proj" in name or "k_proj" in name]
+    assert {name.split(".")[4] for name in parts.offers} == {"q_proj", "v_proj", "gate_proj", "down_proj"}
     schemes = chosen(parts.within_bits(8.5))
     assert schemes["model.layers.0.self_attn.k_proj.weight"].startswith("int2-g8")
+    assert schemes["model.layers.0.mlp.up_proj.weight"].startswith("int5-g8")
     assert "model.layers.0.self_attn.o_proj.weight" not in schemes
 
 

@@ -99,6 +99,11 @@ class Allocation:
     chosen: Mapping[str, str] = field(default_factory=dict)
     forecast: Forecast | None = None
 
+    def lines(self) -> Iterator[str]:
+        """What is said of it."""
+        yield f"predicted: {self.loss:.3g} nats per token of divergence from the original"
+        yield from self.forecast.lines() if self.forecast else ()
+
 
 @final
 @dataclass(frozen=True)
