@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.budget import parse_size
-from lowbit.pipeline import Request, run, run_conversion
+from lowbit.pipeline import Request, find_plan, run, run_conversion
 from lowbit.stages._changes import Goal
-from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.convert import Converted
 from lowbit.stages.plan import Calibration, Plan, Rules
-from lowbit.stages.plan import make_plan as _make_plan
 from lowbit.stages.report import RunRecord
 
 
@@ -107,11 +105,26 @@ def convert(
     return run_conversion(str(model), Path(out), Goal(format, scheme, lossy), limit, threads)
 
 
-def make_plan(model: str | Path, *, sets: Mapping[str, str] | None = None, **rules: Any) -> Plan:
+def make_plan(
+    model: str | Path,
+    *,
+    sets: Mapping[str, str] | None = None,
+    calibration: str | Sequence[str] | Calibration | None = None,
+    **rules: Any,
+) -> Plan:
     """The plan that `quantize` with the same rules would carry out; nothing is written.
+
+    Args:
+        sets: regular expression to scheme name (or `keep`), first match first; wins over everything.
+        calibration: text, as `quantize` takes it; for a policy that asks how often experts are used it is run through
+            the model, with hidden states in a temporary folder below the working directory.
+        rules: the other fields of `stages.plan.Rules`.
 
     Raises:
         LowbitError: see `lowbit.errors`.
     """
-    with open_checkpoint(str(model)) as checkpoint:
-        return _make_plan(checkpoint, Rules(sets=tuple((sets or {}).items()), **rules))
+    text = calibration if isinstance(calibration, Calibration) else None
+    if calibration and not isinstance(calibration, Calibration):
+        text = Calibration((calibration,) if isinstance(calibration, str) else tuple(calibration))
+    asked = Rules(sets=tuple((sets or {}).items()), calibration=text, **rules)
+    return find_plan(Request(str(model), Path("plan.json"), asked))

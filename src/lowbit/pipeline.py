@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 from lowbit.budget import Estimate, MemoryWatch
 from lowbit.errors import UsageError
@@ -21,6 +21,7 @@ from lowbit.stages._cost import Cost
 from lowbit.stages._directory import GGUF
 from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
+from lowbit.stages._narrow import Narrowed, narrow_schemes
 from lowbit.stages._policy import read_policy
 from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
@@ -46,13 +47,13 @@ from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
 from lowbit.stages.rotate import Options as Rotation
 from lowbit.stages.rotate import prove, rotate
-from lowbit.stages.running import Forecast
 from lowbit.stages.samples import Samples, read_samples, similarity
 from lowbit.stages.search import Trial, asked, search
 from lowbit.stages.verify import verify
 from lowbit.stages.write import open_output, refuse_foreign, write_atomic
 
-Tell = Callable[[Trial | Forecast | Checked], None]
+Tell = Callable[[Trial | Allocation | Checked | Narrowed | sensitivity.Way], None]
+Read = Callable[[Calibration], Samples]
 
 
 @final
@@ -100,8 +101,9 @@ def run(
     Args:
         progress: called with `(stage, done, total)`.
         announce: called once with the plan and the estimates of its stages before anything is written.
-        tell: called with each plan that is measured while one is searched that is as good as was asked for; with what
-            single decisions really cost, and with what a plan takes as it runs, where these were asked for.
+        tell: called with the estimate of what measuring for a budget takes; with each plan that is measured while one
+            is searched that is as good as was asked for; with what rounding inputs and cache costs, what single
+            decisions really cost, where these were asked for, and with what the plan is predicted to cost.
 
     Raises:
         LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same request goes on.
@@ -109,8 +111,9 @@ def run(
     clock, scores, most = Clock(), None, 0
     text = read_text(request.text) if request.text else None
     with MemoryWatch(request.ram).running() as watch, _open(request) as source:
-        plan = _plan(request, source, watch, progress, tell)
-        plan, samples = _with_samples(plan, source)
+        read = read_once(source)
+        plan = _plan(_Work(request, source, watch, progress, tell, read))
+        plan, samples = _with_samples(plan, read)
         source = as_planned(source, plan)
         if text:  # one that cannot be used is refused now, not after hours of calibration
             cut(text, encode([source], text, request.tokens, request.ram), request.context, None)
@@ -159,54 +162,63 @@ def find_plan(
         LowbitError: see `lowbit.errors`.
     """
     with MemoryWatch(request.ram).running() as watch, _open(request) as source:
-        return _plan(request, source, watch, progress, tell)
+        return _plan(_Work(request, source, watch, progress, tell, read_once(source)))
 
 
-def _plan(
-    request: Request,
-    source: Checkpoint,
-    watch: MemoryWatch,
-    progress: quantize.Progress,
-    tell: Tell,
-) -> Plan:
-    """The same for an opened checkpoint."""
-    if request.plan:
-        return load_plan(request.plan, source)
-    return with_factors(_decided(request, source, watch, progress, tell), source)
+@final
+@dataclass(frozen=True)
+class _Work:
+    """A request with the checkpoint that is open for it, and what its steps share."""
+
+    request: Request
+    source: Checkpoint
+    watch: MemoryWatch
+    progress: quantize.Progress
+    tell: Tell
+    read: Read
 
 
-def _decided(request: Request, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress, tell: Tell) -> Plan:
+def _plan(work: _Work) -> Plan:
+    """The plan of a request: saved, by rules, or for the budget."""
+    if work.request.plan:
+        return load_plan(work.request.plan, work.source)
+    return with_factors(_decided(work), work.source)
+
+
+def _decided(work: _Work) -> Plan:
     """The plan by rules, or for the budget."""
-    request = replace(request, rules=_counted(request, source, watch, progress))
-    budget = request.budget
+    rules = counted(work.request, work.source, work.watch, work.progress, work.read)
+    work = replace(work, request=replace(work.request, rules=rules))
+    budget = work.request.budget
     if budget is None:
-        return make_plan(source, request.rules)
-    problem, ids = _measured(request, budget, source, watch, progress)
+        return make_plan(work.source, rules)
     limit = budget.kl if budget.kl is not None else budget.perplexity
-    if limit is None:
-        best = problem.within(budget)
-        if budget.check:
-            best, checked = _checked(request, problem, best, ids, watch, progress)
-            tell(checked)
-        if best.forecast:
-            tell(best.forecast)
-        return best.plan
+    with ExitStack() as stack:
+        offers = make_offers(work.source, rules, budget.choices(rules.format)) if budget.decides else {}
+        known, opened = _measured(work, budget, offers, stack)
+        if not budget.decides:
+            return make_plan(work.source, rules)
+        problem = make_problem(work.source, rules, offers, known.of(offers), budget.fused)
+        if limit is None:
+            return _within(work, budget, problem, opened)
 
     def measure(found: Allocation) -> Interval:
-        measured = _try(request, budget, with_factors(found.plan, source), progress)
-        tell(Trial(found, measured, limit))
+        measured = _try(work.request, budget, with_factors(found.plan, work.source), work.progress)
+        work.tell(Trial(found, measured, limit))
         return measured
 
     return search(problem, limit, measure).allocation.plan
 
 
-def _counted(request: Request, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress) -> Rules:
+def counted(request: Request, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress, read: Read) -> Rules:
     """The rules, with how often experts are used, where the policy asks for it and there is text to count on."""
-    rules = request.rules
-    if rules.policy is None or rules.calibration is None or not read_policy(rules.policy).counts:
+    rules, folder = request.rules, request.out.absolute().parent
+    if rules.counts is not None or rules.policy is None or rules.calibration is None:
         return rules
-    samples, folder = _read(rules.calibration, source), request.out.absolute().parent
-    return replace(rules, counts=count_tokens(source, samples.ids, folder, request.ram, watch, progress))
+    if not read_policy(rules.policy).counts:
+        return rules
+    ids = read(rules.calibration).ids
+    return replace(rules, counts=count_tokens(source, ids, folder, request.ram, watch, progress))
 
 
 def _try(request: Request, budget: Budget, plan: Plan, progress: quantize.Progress) -> Interval:
@@ -222,52 +234,63 @@ def _try(request: Request, budget: Budget, plan: Plan, progress: quantize.Progre
     return asked(budget, quality)
 
 
+def _within(work: _Work, budget: Budget, problem: Problem, opened: Callable[[], sensitivity.Run]) -> Plan:
+    """The plan within the limits; where it is asked, after the decisions that were nearest to another were measured."""
+    best = problem.within(budget)
+    if budget.check:
+        best, checked = _checked(budget, problem, best, opened())
+        work.tell(checked)
+    work.tell(best)
+    return best.plan
+
+
 def _checked(
-    request: Request, problem: Problem, first: Allocation, ids: Tensor, watch: MemoryWatch, progress: quantize.Progress
+    budget: Budget, problem: Problem, first: Allocation, opened: sensitivity.Run
 ) -> tuple[Allocation, Checked]:
-    """The plan after the decisions that were nearest to another were measured, and what that gave."""
-    budget = request.budget
-    assert budget is not None
+    """The plan after the nearest decisions were measured, and what that gave."""
     cases = problem.nearest(budget, first)
-    with _opened(request, problem.source, problem.offers, ids, watch, progress) as opened:
-        measured = check(opened, cases)
+    measured = check(opened, cases, first.chosen if budget.beside else None)
     better, ratio = problem.corrected(cases, measured)
     found = better.within(budget)
     changed = {n: (first.chosen[n], scheme) for n, scheme in found.chosen.items() if scheme != first.chosen[n]}
-    return found, Checked(len(cases) // 2, ratio, changed)
+    return found, Checked(len(cases) // 2, ratio, changed, budget.beside)
 
 
 def _measured(
-    request: Request, budget: Budget, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress
-) -> tuple[Problem, Tensor]:
-    """What the weights cost in each scheme, measured, or from a file; saved where one is named. And the text."""
-    rules, text, file = request.rules, request.rules.calibration, budget.sensitivity
-    offers = make_offers(source, rules, budget.choices(rules.format))
-    if text is None:
+    work: _Work, budget: Budget, offers: sensitivity.Offers, stack: ExitStack
+) -> tuple[sensitivity.Sensitivity, Callable[[], sensitivity.Run]]:
+    """What errors cost, measured, or from a file; saved where one is named.
+
+    And what measuring works with, in a folder beside the result: opened once, when it is first needed.
+    """
+    source, rules, file, narrow = work.source, work.request.rules, budget.sensitivity, narrow_schemes(budget.narrow)
+    if rules.calibration is None:
         raise UsageError("a budget is decided by what errors do to text: name some with --calibration FILE")
-    samples = _read(text, source)
+    samples = work.read(rules.calibration)
+    opened = cache(lambda: stack.enter_context(_opened(work, budget, offers, samples)))
     facts = sensitivity.conditions(source, rules, samples.sha256)
-    known = sensitivity.read_sensitivity(file, facts) if file and file.exists() else None
-    if known is None or not known.covers(offers):
-        with _opened(request, source, offers, samples.ids, watch, progress) as opened:
-            losses = sensitivity.measure(opened)
-        known = sensitivity.Sensitivity(facts, losses).joined(known)
+    known = sensitivity.Sensitivity(facts, {})
+    if file and file.exists():
+        known = sensitivity.read_sensitivity(file, facts)
+    lacking, narrow = known.lacking(offers), known.lacking_narrow(narrow)
+    if lacking or narrow:
+        known = known.joined(*sensitivity.measure(replace(opened(), offers=lacking, narrow=narrow)))
         if file:
             write_atomic(file, known.to_json().encode())
-    return make_problem(source, rules, offers, known.of(offers), budget.fused), samples.ids
+    if budget.narrow:
+        work.tell(Narrowed(known.narrow_of(budget.narrow)))
+    return known, opened
 
 
 def _opened(
-    request: Request,
-    source: Checkpoint,
-    offers: sensitivity.Offers,
-    ids: Tensor,
-    watch: MemoryWatch,
-    progress: quantize.Progress,
+    work: _Work, budget: Budget, offers: sensitivity.Offers, samples: Samples
 ) -> AbstractContextManager[sensitivity.Run]:
-    """What measuring works with, in a folder beside the result."""
-    plan, folder = undecided(source, request.rules, offers), request.out.absolute().parent
-    return sensitivity.opened(source, plan, offers, ids, folder, request.ram, request.threads, watch, progress)
+    plan, request = undecided(work.source, work.request.rules, offers), work.request
+    folder, narrow = request.out.absolute().parent, narrow_schemes(budget.narrow)
+    return sensitivity.opened(
+        work.source, plan, offers, samples.ids, folder, request.ram, request.threads, work.watch, work.progress,
+        budget.check > 0, narrow, work.tell,
+    )  # fmt: skip
 
 
 def run_conversion(
@@ -368,12 +391,17 @@ def _open(request: Request) -> Checkpoint:
     return rotated.checkpoint
 
 
-def _with_samples(plan: Plan, source: Checkpoint) -> tuple[Plan, Samples | None]:
+def _with_samples(plan: Plan, read: Read) -> tuple[Plan, Samples | None]:
     """The windows that the plan is calibrated on, and the plan with their hash: another text is another run."""
     if plan.calibration is None:
         return plan, None
-    samples = _read(plan.calibration, source)
+    samples = read(plan.calibration)
     return replace(plan, calibration=replace(plan.calibration, sha256=samples.sha256)), samples
+
+
+def read_once(source: Checkpoint) -> Read:
+    """The windows of a text, in tokens of a checkpoint, which are kept."""
+    return cache(partial(_read, source=source))
 
 
 def _read(wanted: Calibration, source: Checkpoint) -> Samples:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, final
 
 from lowbit import __version__
+from lowbit.budget import MemoryWatch
 from lowbit.errors import CheckpointError, QualityError, UnsupportedError, UsageError
-from lowbit.pipeline import Request, run
+from lowbit.pipeline import Request, counted, read_once, run
 from lowbit.runtime.bench import bench
 from lowbit.stages import quantize
 from lowbit.stages._frontier import Interval, Point, read_point
@@ -69,7 +70,7 @@ def sweep(
     if request.base.text is None:
         raise UsageError("a sweep compares by a text: name one with --evaluate FILE")
     _check_output(out)
-    wanted, skipped = _plans(request)
+    wanted, skipped = _plans(request, progress)
     if not wanted:
         raise UsageError(f"nothing of this sweep can be made: {skipped[0].name}: {skipped[0].reason}")
     points = []
@@ -93,14 +94,19 @@ def _check_output(out: Path) -> None:
     (out / "points").mkdir(parents=True, exist_ok=True)
 
 
-def _plans(request: SweepRequest) -> tuple[list[tuple[str, Rules, str]], list[Skipped]]:
+def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tuple[str, Rules, str]], list[Skipped]]:
     """Name, rules and identity of every point that can be made, and what cannot, with the reason."""
     wanted, skipped = [], []
     base, text = request.base, request.base.text
     assert text is not None
     hashed = read_text(text).sha256
-    with open_checkpoint(base.model, base.trust_remote_code) as checkpoint:
+    with (
+        MemoryWatch(base.ram).running() as watch,
+        open_checkpoint(base.model, base.trust_remote_code) as checkpoint,
+    ):
         held = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in checkpoint.shards]
+        rules = counted(base, checkpoint, watch, progress, read_once(checkpoint))
+        request = replace(request, base=replace(base, rules=rules))
         for name, rules in _combinations(request):
             try:
                 plan = make_plan(checkpoint, rules)

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 WIDTH = 32
 _SIZES: dict[str, Any] = {
@@ -52,3 +55,14 @@ def save_tiny(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
     model = model.to(dtype).eval()
     model.save_pretrained(path)
     return model
+
+
+def save_words(path: Path) -> Path:
+    """A tokenizer of 96 words beside such a model; returns a text of 400 of these."""
+    tokenizer = Tokenizer(WordLevel({f"w{n}": n for n in range(96)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast: Any = transformers.PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer).save_pretrained(path)
+    file, dice = path / "words.txt", torch.Generator().manual_seed(2)
+    file.write_text(" ".join(f"w{n}" for n in torch.randint(3, 96, (400,), generator=dice).tolist()))
+    return file

@@ -11,13 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lowbit.api import make_plan as make_plan_of
 from lowbit.budget import MemoryWatch
 from lowbit.errors import UnsupportedError, UsageError
+from lowbit.pipeline import Request
 from lowbit.stages._policy import expert_of, presets, role_of, step
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.frequency import count_tokens
-from lowbit.stages.plan import Rules, make_plan
-from tests.reference.models import save_tiny
+from lowbit.stages.plan import Calibration, Rules, make_plan
+from lowbit.stages.samples import read_samples
+from lowbit.sweep import SweepRequest, sweep
+from tests.reference.models import save_tiny, save_words
 
 # Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -203,6 +207,32 @@ def test_experts_get_schemes_by_how_often_they_are_used(kind: str, tmp_path: Pat
             assert scheme.startswith("int4")
     with pytest.raises(UsageError, match="name it with --calibration"):
         make_plan(source, Rules("int4-g8", policy=str(file)))
+
+
+def test_a_sweep_and_the_plan_from_python_count_experts_too(tmp_path: Path) -> None:
+    model, text = save_tiny("qwen3_moe", tmp_path / "m"), save_words(tmp_path / "m")
+    file = tmp_path / "often.toml"
+    file.write_text('[[rule]]\nfrequency = "most 1"\nscheme = "int8-g8"\n')
+    calibration = Calibration((str(text),), samples=8, length=20, sampling="first")
+    rules = Rules(policy=str(file), calibration=calibration)
+    told: list[tuple[str, int]] = []
+    request = Request(str(tmp_path / "m"), tmp_path / "s", rules, text=text, context=16, tokens=32)
+    sweep(SweepRequest(request, ["int4-g8", "int3-g8"], keep=True), lambda stage, done, _: told.append((stage, done)))
+    assert told.count(("experts", 0)) == 1  # not once for each point
+    ids = read_samples(
+        (str(text),), open_checkpoint(tmp_path / "m"), samples=8, length=20, seed=0, sampling="first"
+    ).ids
+    first = [max(range(4), key=lambda expert: (row[expert], -expert)) for row in routed(model, ids)]
+    plan = make_plan_of(tmp_path / "m", scheme="int4-g8", policy=str(file), calibration=calibration)
+    saved = [json.loads(each.read_text())["tensors"] for each in (tmp_path / "s" / "models").glob("*/lowbit-plan.json")]
+    tables = [{row["name"]: row["scheme"] for row in rows} for rows in saved]
+    tables.append({entry.weight.name: str(entry.weight.scheme) for entry in plan.entries})
+    assert len(tables) == 3
+    for table in tables:
+        for name, scheme in table.items():
+            if place := expert_of(name):
+                often = first[int(place[0].split(".")[2])] == place[1]
+                assert scheme.startswith("int8") == often, (name, scheme)
 
 
 def test_a_model_without_experts_has_none_to_count(model: Checkpoint, tmp_path: Path) -> None:

@@ -163,7 +163,8 @@ def test_kernels_are_timed_once_a_kind_and_in_proportion_to_rows(tmp_path: Path,
 OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("bits", "size", "memory", "kl", "perplexity", "latency", "rate", "sensitivity", "text", "scheme")),
     **dict.fromkeys(("hardware", "runtime", "run_context", "run_batch", "kept")),
-    "schemes": (), "unfused": False, "check": 0, "form": "compressed-tensors", "threads": 1,
+    "schemes": (), "unfused": False, "check": 0, "beside": False, "narrow": (), "threads": 1,
+    "form": "compressed-tensors",
 }  # fmt: skip
 
 
@@ -173,6 +174,8 @@ OPTIONS: dict[str, Any] = {
         ({"latency": 0.1, "rate": 3.0}, "say the same"),
         ({"memory": 1, "size": 1}, "name one of"),
         ({"runtime": "vllm"}, "--runtime goes with a budget"),
+        ({"beside": True}, "--leave-out goes with a budget"),
+        ({"bits": 3.0, "beside": True}, "say how many with --check N"),
         ({"bits": 3.0, "run_context": 5}, "go with --memory"),
         ({"kl": 0.1, "latency": 0.1, "text": "x"}, "measured as a whole"),
         ({"hardware": "x86-ddr5"}, "say it with --memory"),

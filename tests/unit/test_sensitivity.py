@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +14,18 @@ import torch
 from torch import Tensor
 
 from lowbit.budget import MemoryWatch
+from lowbit.cli._options import fold
 from lowbit.errors import QualityError, UsageError
+from lowbit.formats import Weight
 from lowbit.methods import NoOptions, rtn
 from lowbit.schemes import parse
 from lowbit.stages import sensitivity
+from lowbit.stages._model import open_blueprint
 from lowbit.stages._quality import Interval
 from lowbit.stages.allocate import Allocation, Budget, Checked, Problem, make_problem, undecided
 from lowbit.stages.check import Case, check
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
-from lowbit.stages.plan import Plan, Rules, load_plan, make_offers, make_plan
+from lowbit.stages.plan import Entry, Plan, Rules, load_plan, make_offers, make_plan
 from lowbit.stages.search import search
 from lowbit.stages.write import make_shards
 from tests.reference.models import save_tiny
@@ -75,7 +79,7 @@ def test_what_is_predicted_is_the_divergence(kind: str, rules: Rules, schemes: t
     source = open_checkpoint(tmp_path / "m")
     offers = make_offers(source, rules, schemes)
     with running(source, make_plan(source, rules), offers, tmp_path) as run:
-        found = sensitivity.measure(run)
+        found, _ = sensitivity.measure(run)
     assert found.keys() == offers.keys() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     model, ratios = model.double(), []
     weights = dict(model.named_parameters())
@@ -117,6 +121,26 @@ def test_a_checked_decision_has_its_true_divergence(
     ]
     assert found == pytest.approx(wanted, rel=2e-3)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_what_is_left_out_is_what_it_adds_to_the_plan(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "m").double()
+    source, rules = open_checkpoint(tmp_path / "m"), Rules(method="rtn")
+    offers = make_offers(source, rules, ("int4-g8", "int6-g8", "keep"))
+    plan = {name: "int4-g8" if ".0." in name else "int6-g8" for name in offers}
+    plan["model.layers.1.mlp.up_proj.weight"] = "keep"
+    asked = [Case(JOINED, "int4-g8"), Case(JOINED, "int6-g8"), Case((DOWN,), "int4-g8"), Case((DOWN,), "keep")]
+    with running(source, undecided(source, rules, offers), offers, tmp_path) as run:
+        found = check(run, asked, plan)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+
+    def of(schemes: Mapping[str, str]) -> float:
+        stored = {n: str(offers[n][s].weight.scheme) for n, s in schemes.items() if s != "keep"}
+        return divergence(model, {name: rounded(weights[name], scheme) for name, scheme in stored.items()})
+
+    wanted = [of({**plan, **case.alone}) - of({**plan, **dict.fromkeys(case.names, "keep")}) for case in asked]
+    assert min(wanted[:3]) > 0, wanted
+    assert found == pytest.approx(wanted, rel=5e-3)
 
 
 OFFERED = ("int3-g8-f16", "int4-g8-f16", "int6-g8-f16", "int8-g8-f16")
@@ -188,12 +212,39 @@ def test_the_plan_is_one_like_any_other(tmp_path: Path) -> None:
     assert load_plan(tmp_path / "plan.json", parts.source) == plan
 
 
-def test_set_and_skip_are_left_alone_by_a_budget(tmp_path: Path) -> None:
-    rules = Rules(method="rtn", skip=("o_proj",), sets=(("k_proj", "int2-g8"),))
+def test_the_table_says_which_layers_got_what_and_what_they_cost(tmp_path: Path) -> None:
+    def loss(name: str, scheme: str) -> float:
+        return 4.0 ** -parse(scheme).grid.bits * (30 if "1.mlp.down" in name else 1.5 if ".1." in name else 1)
+
+    plan = problem(tmp_path / "m", loss, fused=False).within_bits(7.0).plan
+    rows, listed = fold(plan), dict[str, str]()
+    assert len(rows) < len(plan.entries)
+    for name, _, scheme, *_, reason in rows:
+        whole = re.fullmatch(r"(?:(\d+) x )?(.*?)(?:\{([\d,-]+)\}|\*)?([^{}*]*)", name)
+        assert whole, name
+        parts = [part.split("-") for part in (whole[3] or "0-1").split(",")]
+        numbers = [n for part in parts for n in range(int(part[0]), int(part[-1]) + 1)] if whole[1] else [0]
+        names = [f"{whole[2]}{n}{whole[4]}" if whole[1] else f"{whole[2]}{whole[4]}" for n in numbers]
+        assert len(names) == int(whole[1] or 1)
+        listed |= dict.fromkeys(names, scheme)
+        if costs := re.fullmatch(r"cost (\S+) to (\S+) nats each, (\S+) together", reason):
+            wanted = sorted(loss(each, scheme) for each in names)
+            assert [float(each) for each in costs.groups()] == pytest.approx(
+                [wanted[0], wanted[-1], sum(wanted)], rel=0.06
+            )
+    assert listed == {entry.weight.name: str(entry.weight.scheme or "keep") for entry in plan.entries}
+    assert any(row[-1].endswith(" together") for row in rows) and any("costs" in row[-1] for row in rows)
+
+
+def test_set_skip_and_policy_are_left_alone_by_a_budget(tmp_path: Path) -> None:
+    policy = tmp_path / "p.toml"
+    policy.write_text('[[rule]]\npattern = "up_proj"\nscheme = "int5-g8"\n[[rule]]\nscheme = "base"\n')
+    rules = Rules(method="rtn", skip=("o_proj",), sets=(("k_proj", "int2-g8"),), policy=str(policy))
     parts = problem(tmp_path / "m", steep, rules)
-    assert not [name for name in parts.offers if "o_proj" in name or "k_proj" in name]
+    assert {name.split(".")[4] for name in parts.offers} == {"q_proj", "v_proj", "gate_proj", "down_proj"}
     schemes = chosen(parts.within_bits(8.5))
     assert schemes["model.layers.0.self_attn.k_proj.weight"].startswith("int2-g8")
+    assert schemes["model.layers.0.mlp.up_proj.weight"].startswith("int5-g8")
     assert "model.layers.0.self_attn.o_proj.weight" not in schemes
 
 
@@ -256,8 +307,12 @@ def test_what_was_measured_is_saved_and_used_again(tmp_path: Path) -> None:
     file.write_text(sensitivity.Sensitivity(FACTS, ROWS).to_json())
     found = sensitivity.read_sensitivity(file, FACTS)
     assert found.losses == ROWS
-    more = sensitivity.Sensitivity(FACTS, {"a": {"q5_0": 0.25}, "b": {"q4_0": 1.0}}).joined(found)
+    more = found.joined({"a": {"q5_0": 0.25}, "b": {"q4_0": 1.0}}, {})
     assert more.losses == {"a": {**ROWS["a"], "q5_0": 0.25}, "b": {"q4_0": 1.0}}
+    entry = Entry(Weight("a", (32, 32), torch.float32), None, "")
+    offers = {"a": dict.fromkeys(("q4_0", "q6_k"), entry), "b": dict[str, Entry](), "c": dict[str, Entry]()}
+    assert found.lacking(offers) == {"a": {"q6_k": entry}, "b": {}, "c": {}}
+    assert more.lacking(offers) == {"a": {"q6_k": entry}, "c": {}}
 
 
 SAVED = json.loads(sensitivity.Sensitivity(FACTS, ROWS).to_json())
@@ -289,6 +344,17 @@ def test_a_damaged_file_or_one_of_another_run_is_refused(content: Any, words: st
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UsageError, match=words):
         sensitivity.read_sensitivity(file, FACTS)
+
+
+def test_checking_has_its_share_of_the_estimate(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "m")
+    source, rules = open_checkpoint(tmp_path / "m"), Rules(method="rtn", format="gguf")
+    offers, blueprint = make_offers(source, rules, ("q4_0", "q8_0")), open_blueprint(source, torch.float32)
+    block = 4 * 32 * (2 * 32 + 2 * 16 + 2 * 48)  # no scheme fits the 48 inputs of down_proj
+    decided = sensitivity._decided(blueprint, offers)
+    assert decided == 2 * block + 3 * (2 * 4 * 96 * 32)
+    ways = [sensitivity.plan_way(blueprint, offers, IDS, None, 1, each).parts for each in (False, True)]
+    assert ways[0]["gradients"] == ways[1]["gradients"] > decided  # these are not held together
 
 
 def test_one_window_is_too_few(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, final
@@ -17,10 +18,11 @@ import click
 from lowbit import plugins
 
 if TYPE_CHECKING:
-    from lowbit.stages.allocate import Budget, Checked
-    from lowbit.stages.plan import Plan, Rules
-    from lowbit.stages.running import Forecast
+    from lowbit.stages._narrow import Narrowed
+    from lowbit.stages.allocate import Allocation, Budget, Checked
+    from lowbit.stages.plan import Entry, Plan, Rules
     from lowbit.stages.search import Trial
+    from lowbit.stages.sensitivity import Way
 
 F = TypeVar("F", bound=Callable[..., Any])
 _STEPS = 100_000  # a stage with more is counted in bytes, not in blocks or windows
@@ -238,6 +240,16 @@ _BUDGET = (
         help="Measure the true divergence of the N decisions that were nearest to another scheme, and choose again.",
     ),
     click.option(
+        "--leave-out", "beside", is_flag=True,
+        help="With --check: measure what each of these adds where all others are quantized as planned, and not what it "
+        "costs alone.",
+    ),
+    click.option(
+        "--narrow", callback=listed, metavar="S,S,...",
+        help="Show what it costs to round the inputs of layers, keys and values to these schemes, with tokens as rows, "
+        "as int8-row,int8-g32,fp8-e4m3-row, and where most of it is; with a budget or without.",
+    ),
+    click.option(
         "--unfused", is_flag=True,
         help="Let q, k and v, gate and up, and experts have schemes of their own: transformers can, vLLM cannot.",
     ),
@@ -287,17 +299,21 @@ def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | Non
     from lowbit.stages.allocate import Budget
 
     asked = {name: options.pop(name) for name in ("bits", "size", "kl", "perplexity")}
-    others = {name: options.pop(name) for name in ("schemes", "sensitivity", "check", "unfused")}
+    others = {name: options.pop(name) for name in ("schemes", "sensitivity", "check", "beside", "narrow", "unfused")}
     run = {name: options.pop(name) for name in ("memory", "latency", "rate", *WORDS)}
     given = [name for name, value in {**asked, "memory": run["memory"]}.items() if value is not None]
     timed, placed = run["latency"] or run["rate"], run["hardware"] is not None
     if not (given or timed or placed):
-        _refuse_alone({**others, **{word: run[name] for name, word in WORDS.items()}})
-        return None
+        saved = {} if others["narrow"] else {"sensitivity": others["sensitivity"]}
+        alone = {name: others[name] for name in ("schemes", "check", "beside", "unfused")}
+        _refuse_alone({**alone, **saved, **{word: run[name] for name, word in WORDS.items()}})
+        return Budget(sensitivity=others["sensitivity"], narrow=others["narrow"]) if others["narrow"] else None
     _check_budget(asked, given, options, plan_file)
     runs = bool(run["memory"] or timed or placed)
     if not runs and any(run[name] for name in WORDS):
         raise click.UsageError(f"{', '.join(WORDS.values())} go with --memory, --latency and --tokens-per-second")
+    if others["beside"] and not others["check"]:
+        raise click.UsageError("--leave-out says how decisions are measured: say how many with --check N")
     if (runs or others["check"]) and (asked["kl"] or asked["perplexity"]):
         raise click.UsageError("--max-kl and --max-ppl-increase are measured as a whole: no --check or other limit")
     sized = bool(asked["bits"] or asked["size"])
@@ -310,7 +326,7 @@ def _refuse_alone(others: dict[str, Any]) -> None:
     """What says more of a budget is nothing without one."""
     for name, value in others.items():
         if value:
-            word = name if name.startswith("-") else f"--{name}"
+            word = name if name.startswith("-") else {"beside": "--leave-out"}.get(name, f"--{name}")
             raise click.UsageError(f"{word} goes with a budget: {_BUDGETS}, --latency")
 
 
@@ -433,8 +449,8 @@ class _Lines:
         click.echo(f"{stage}: {share:.0f}%, {now - begun:.1f} s{left}", err=True)
 
 
-def print_told(told: Trial | Forecast | Checked) -> None:
-    """A plan that was measured for what was asked; what decisions were found to cost; what a plan takes as it runs."""
+def print_told(told: Trial | Allocation | Checked | Narrowed | Way) -> None:
+    """A plan that was measured for what was asked, or what else there is to say of measuring and of plans."""
     from lowbit.stages.search import Trial
 
     if isinstance(told, Trial):
@@ -457,6 +473,8 @@ def _print_trial(trial: Trial) -> None:
 
 
 _WIDE = 120  # columns that reasons need
+_NUMBER = re.compile(r"\.\d+\.")
+_COST = re.compile(r"costs ([\d.e+-]+) nats(; \S+ [\d.e+-]+(, \S+ [\d.e+-]+)*)?")
 
 
 def print_plan(plan: Plan, err: bool) -> None:
@@ -485,22 +503,52 @@ def print_plan(plan: Plan, err: bool) -> None:
 
 
 def fold(plan: Plan) -> list[tuple[str, ...]]:
-    """Rows of the plan's table: tensors that differ only in numbers (layers, experts) share one."""
+    """Rows of the plan's table: tensors that differ only in numbers (layers, experts) share one.
+
+    So do those that have a scheme for a budget, of which the least and the greatest cost are shown.
+    """
     from lowbit.budget import format_size
 
-    groups: dict[tuple[str, ...], list[Any]] = {}
+    groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in plan.entries:
         weight = entry.weight
-        name = re.sub(r"\.\d+\.", ".*.", weight.name)
-        key = (name, "x".join(map(str, weight.shape)), str(weight.scheme or "keep"), entry.method or "", entry.reason)
+        reason = _COST.sub("", entry.reason)
+        shape = "x".join(map(str, weight.shape))
+        key = (_NUMBER.sub(".*.", weight.name), shape, str(weight.scheme or "keep"), entry.method or "", reason)
         groups.setdefault(key, []).append(entry)
+    times = Counter(name for name, *_ in groups)
     return [
         (
-            f"{len(members)} x {name}" if len(members) > 1 else members[0].weight.name,
-            shape, scheme, method,
+            _together(name, members, times[name] > 1), shape, scheme, method,
             format_size(sum(entry.source_bytes for entry in members)),
             format_size(sum(plan.stored_bytes(entry) for entry in members)),
-            reason,
+            _costs(members) + reason,
         )
         for (name, shape, scheme, method, reason), members in groups.items()
     ]  # fmt: skip
+
+
+def _together(name: str, members: Sequence[Entry], split: bool) -> str:
+    """What tensors are called in one row; with the numbers of their layers, where others are in another row."""
+    if len(members) == 1:
+        return members[0].weight.name
+    numbers = [_NUMBER.findall(entry.weight.name) for entry in members]
+    if split and all(len(each) == 1 for each in numbers):
+        name = name.replace("*", f"{{{_runs(sorted(int(each[0].strip('.')) for each in numbers))}}}")
+    return f"{len(members)} x {name}"
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """`0,5-7` of 0, 5, 6, 7."""
+    starts = [at for at in numbers if at - 1 not in numbers]
+    ends = [at for at in numbers if at + 1 not in numbers]
+    return ",".join(f"{first}-{last}" if first < last else f"{first}" for first, last in zip(starts, ends, strict=True))
+
+
+def _costs(members: Sequence[Entry]) -> str:
+    """What is said of the cost of weights that share a row."""
+    said = [found for entry in members if (found := _COST.match(entry.reason))]
+    if len(said) < 2:
+        return said[0][0] if said else ""
+    costs = [float(each[1]) for each in said]
+    return f"cost {min(costs):.2g} to {max(costs):.2g} nats each, {sum(costs):.2g} together"

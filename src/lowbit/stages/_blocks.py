@@ -136,15 +136,22 @@ class Entrance:
 
 @final
 class Exit:
-    """What stands after the blocks of a model: turns the last hidden state into logits, on the processor."""
+    """What stands after the blocks of a model: turns the last hidden state into logits, on the processor.
 
-    def __init__(self, blueprint: Blueprint, entrance: Entrance, ids: Int64[Tensor, "windows tokens"]) -> None:
+    `held`: all weights outside of the blocks stay in memory; else each is read again at every call.
+    """
+
+    def __init__(
+        self, blueprint: Blueprint, entrance: Entrance, ids: Int64[Tensor, "windows tokens"], held: bool = False
+    ) -> None:
         paths = list(blueprint.blocks)
         args, kwargs = entrance.calls(ids[:1])[paths[0]].with_hidden(entrance.hidden(ids[:1]))
         with torch.no_grad():
             answer = blueprint.filled(paths[0])(*args, **kwargs)
         self._rest = tuple(answer[1:]) if isinstance(answer, tuple) else None
-        self._model = blueprint.streamed().requires_grad_(False)
+        outside = blueprint.checkpoint.weights.keys() - frozenset[str]().union(*blueprint.blocks.values())
+        model = blueprint.with_parts(outside) if held else blueprint.streamed()
+        self._model = model.requires_grad_(False)
         self._recorders = _replace(self._model, paths, None, ends=False)
 
     def logits(self, ids: Int64[Tensor, "windows tokens"], hidden: Tensor) -> Tensor:

@@ -201,7 +201,8 @@ def assign(
             None,
         )
         if rule:
-            reason = f"policy {policy.name}: {rule.reason or rule.scheme}"
+            used = f" for experts used {rule.frequency}" if rule.frequency else ""
+            reason = f"policy {policy.name}: {rule.reason or rule.scheme + used}"
             found[weight.name] = step(base, rule.scheme, policy.name), reason
     return found
 

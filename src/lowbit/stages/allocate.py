@@ -50,6 +50,8 @@ class Budget:
         latency: seconds of one step of decoding.
         running: what memory and seconds are worked out for; None where neither is asked for.
         check: decisions that were nearest to another one, of which the true divergence is measured.
+        beside: that is what they add to the divergence of the plan without them, not of each alone.
+        narrow: schemes of inputs and of the cache, of which the cost is measured too.
     """
 
     bits: float | None = None
@@ -63,6 +65,14 @@ class Budget:
     latency: float | None = None
     running: Running | None = None
     check: int = 0
+    beside: bool = False
+    narrow: tuple[str, ...] = ()
+
+    @property
+    def decides(self) -> bool:
+        """Whether anything is limited, so that schemes are chosen."""
+        limits = (self.bits, self.size, self.memory, self.kl, self.perplexity, self.latency)
+        return any(limit is not None for limit in limits)
 
     def choices(self, form: str) -> tuple[str, ...]:
         """The schemes to choose from."""
@@ -89,6 +99,11 @@ class Allocation:
     chosen: Mapping[str, str] = field(default_factory=dict)
     forecast: Forecast | None = None
 
+    def lines(self) -> Iterator[str]:
+        """What is said of it."""
+        yield f"predicted: {self.loss:.3g} nats per token of divergence from the original"
+        yield from self.forecast.lines() if self.forecast else ()
+
 
 @final
 @dataclass(frozen=True)
@@ -99,17 +114,20 @@ class Checked:
         decisions: that were measured.
         ratio: of measured to predicted divergences, the median.
         changed: weights that have another scheme than before, with both.
+        beside: whether each was measured beside the rest of the plan, not alone.
     """
 
     decisions: int
     ratio: float
     changed: Mapping[str, tuple[str, str]]
+    beside: bool = False
 
     def lines(self) -> Iterator[str]:
         """What is said of it."""
         yield (
-            f"check: {self.decisions} decisions measured, divergences {self.ratio:.3g} times what was predicted in the "
-            f"median; {len(self.changed)} weights changed their scheme"
+            f"check: {self.decisions} decisions measured, {'beside the rest of the plan' if self.beside else 'alone'}: "
+            f"divergences {self.ratio:.3g} times what was predicted in the median; {len(self.changed)} weights changed "
+            "their scheme"
         )
         for name, (before, after) in list(self.changed.items())[:_SHOWN]:
             yield f"  {name}: {before} -> {after}"

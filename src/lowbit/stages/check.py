@@ -1,12 +1,13 @@
 """Check: what single decisions of a plan really cost, where the prediction was nearly undecided between two schemes.
 
-The divergence of the model with the weights of one decision quantized, and nothing else (leave-one-in): all cases run
+Leave-one-in: the divergence of the model with the weights of one decision quantized, and nothing else. Leave-one-out:
+what these weights add to the divergence of the plan in which they are left as they are. All variants of the model run
 through the blocks side by side, one block in memory at a time, from the block in which they differ from the original.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lowbit.blocks import CPU
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock
+from lowbit.stages._model import Blueprint
 from lowbit.stages.quantize import one_torch_thread
 from lowbit.stages.sensitivity import (
     Run,
@@ -23,12 +25,15 @@ from lowbit.stages.sensitivity import (
     jobs_of,
     live_block,
     made_by,
+    made_outside,
     pieces_of,
     replaced,
     see,
     sites_of,
 )
 from lowbit.stages.write import allocate
+
+Variant = Mapping[str, str]  # weight to the scheme on offer that it gets; all others stay as they are
 
 
 @final
@@ -39,37 +44,64 @@ class Case:
     names: tuple[str, ...]
     scheme: str
 
+    @property
+    def alone(self) -> dict[str, str]:
+        """With nothing else quantized."""
+        return dict.fromkeys(self.names, self.scheme)
+
+
+def check(run: Run, cases: Sequence[Case], chosen: Variant | None = None) -> list[float]:
+    """What each case costs, nats per token.
+
+    Args:
+        chosen: a plan, for what a case adds to the divergence of that plan (leave-one-out), 0 where it adds none; None
+            for the divergence of each case alone (leave-one-in).
+    """
+    if chosen is None:
+        return divergences(run, [case.alone for case in cases])
+    without = [{name: scheme for name, scheme in chosen.items() if name not in case.names} for case in cases]
+    found = divergences(run, [*without, *({**chosen, **case.alone} for case in cases)])
+    return [max(whole - rest, 0.0) for rest, whole in zip(found, found[len(cases) :], strict=False)]
+
 
 @torch.no_grad()
-def check(run: Run, cases: Sequence[Case]) -> list[float]:
-    """The divergence of each case from the original, nats per token."""
-    paths, ends = list(run.blueprint.blocks), [_ends(run, case) for case in cases]
-    states = [_started(run, number, end[0]) for number, end in enumerate(ends)]
+def divergences(run: Run, variants: Sequence[Variant]) -> list[float]:
+    """The divergence of each variant of the model from the original, nats per token; equal ones are measured once."""
+    changed = [{name: s for name, s in each.items() if run.offers[name][s].weight.scheme} for each in variants]
+    keys = [frozenset(variant.items()) for variant in changed]
+    alike = dict(zip(keys, changed, strict=True))
+    paths, several = list(run.blueprint.blocks), list(alike.values())
+    ends = _ends(run, several)
+    states = [_started(run, number, end) for number, end in enumerate(ends)]
     for index, path in enumerate(paths):
         run.progress("check", index, len(paths))
         run.watch.check()
-        _through(run, path, index, cases, states)
-    found = _divergences(run, [end[1] for end in ends], states)
+        _through(run, path, index, several, states)
+    found = dict(zip(alike, _judged(run, ends, states), strict=True))
     run.progress("check", len(paths), len(paths))
+    return [found[key] for key in keys]
+
+
+def _ends(run: Run, variants: Sequence[Variant]) -> list[Blueprint | None]:
+    """The model of each variant where it differs outside of the blocks; one for all that are alike there."""
+    inside = frozenset[str]().union(*run.blueprint.blocks.values())
+    known: dict[frozenset[tuple[str, str]], Blueprint | None] = {frozenset(): None}
+    made: dict[tuple[str, str], Tensor] = {}
+    found = []
+    for variant in variants:
+        outside = frozenset((name, scheme) for name, scheme in variant.items() if name not in inside)
+        if outside not in known:
+            made |= {each: made_outside(run, run.offers[each[0]][each[1]]) for each in outside - made.keys()}
+            known[outside] = replaced(run, {each[0]: made[each] for each in outside})
+        found.append(known[outside])
     return found
 
 
-def _ends(run: Run, case: Case) -> tuple[Entrance | None, Exit | None]:
-    """What stands before and after the blocks of a case, where it is not the original's."""
-    inside = frozenset[str]().union(*run.blueprint.blocks.values())
-    entries = [run.offers[name][case.scheme] for name in case.names if name not in inside]
-    if not entries:
-        return None, None
-    blueprint = replaced(run, entries)
-    entrance = Entrance(blueprint, CPU)
-    return entrance, Exit(blueprint, entrance, run.windows.ids[run.held])
-
-
-def _started(run: Run, number: int, entrance: Entrance | None) -> Tensor | None:
-    """Room for the hidden states of a case that differs before the first block, with them in it."""
-    if entrance is None:
+def _started(run: Run, number: int, end: Blueprint | None) -> Tensor | None:
+    """Room for the hidden states of a variant that differs before the first block, with them in it."""
+    if end is None:
         return None
-    state, ids = _room(run, number), run.windows.ids[run.held]
+    state, ids, entrance = _room(run, number), run.windows.ids[run.held], Entrance(end, CPU)
     for at in range(len(ids)):
         state[at] = entrance.hidden(ids[at][None])[0]
     return state
@@ -83,50 +115,52 @@ def _room(run: Run, number: int) -> Tensor:
     return torch.from_file(str(file), shared=True, size=shape.numel(), dtype=torch.float32).view(shape)
 
 
-def _through(run: Run, path: str, index: int, cases: Sequence[Case], states: list[Tensor | None]) -> None:
-    """Run the windows that judge through one block, of every case that differs by then."""
+def _through(run: Run, path: str, index: int, variants: Sequence[Variant], states: list[Tensor | None]) -> None:
+    """Run the windows that judge through one block, of every variant that differs by then."""
     inside = run.blueprint.blocks[path]
-    here = {number: case for number, case in enumerate(cases) if any(name in inside for name in case.names)}
-    if not here and not any(state is not None for state in states):
+    here = [{name: scheme for name, scheme in variant.items() if name in inside} for variant in variants]
+    if not any(here) and not any(state is not None for state in states):
         return
     live, inputs = live_block(run, path), run.streams.read("float", index)[run.held]
-    values = _values(run, live, index, here) if here else {}
-    for number in range(len(cases)):
-        if number not in here and states[number] is None:
-            continue
+    values = dict(_values(run, live, index, {pair for each in here for pair in each.items()}))
+    for number, own in enumerate(here):
         before = states[number]
+        if not own and before is None:
+            continue
         after = _room(run, number) if before is None else before
+        weights = {name: values[name, scheme] for name, scheme in own.items() if (name, scheme) in values}
         for batch in run.windows.batches:
             if batch.start >= run.windows.fit:
                 at = slice(batch.start - run.windows.fit, batch.stop - run.windows.fit)
                 call = run.entrance.calls(run.windows.ids[batch])[path]
-                after[at] = live.run(call, (inputs if before is None else before)[at], values.get(number))
+                after[at] = live.run(call, (inputs if before is None else before)[at], weights)
         states[number] = after
 
 
-def _values(run: Run, live: LiveBlock, index: int, cases: Mapping[int, Case]) -> dict[int, dict[str, Tensor]]:
-    """What the weights of each case become, made as the run would."""
-    found: dict[int, dict[str, Tensor]] = {number: {} for number in cases}
-    wanted = {name for case in cases.values() for name in case.names}
-    for site in sites_of(run, live, index):
-        if not wanted & set(site):
-            continue
-        seen = see(run, live, [site], index)[site]
-        for label in dict.fromkeys(case.scheme for case in cases.values() if set(case.names) & set(site)):
+def _values(
+    run: Run, live: LiveBlock, index: int, wanted: set[tuple[str, str]]
+) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """What weights become in the schemes that are wanted of them, made as the run would."""
+    for site in sites_of(run, live, index) if wanted else ():
+        pairs = [(name, scheme) for name, scheme in sorted(wanted) if name in site]
+        seen = see(run, live, [site], index)[site] if pairs else None
+        for label in dict.fromkeys(scheme for _, scheme in pairs):
+            names = tuple(name for name, scheme in pairs if scheme == label)
+            assert seen is not None
             with one_torch_thread():
-                made = {job.entry.weight.name: made_by(job) for job in jobs_of(run, live, site, label, seen)}
-            for number, case in cases.items():
-                found[number] |= {n: made[n] for n in case.names if n in made and case.scheme == label}
-    return found
+                yield from (((j.entry.weight.name, label), made_by(j)) for j in jobs_of(run, live, names, label, seen))
 
 
-def _divergences(run: Run, ways: Sequence[Exit | None], states: Sequence[Tensor | None]) -> list[float]:
-    """Mean divergence of each case over the tokens of the windows that judge."""
+def _judged(run: Run, ends: Sequence[Blueprint | None], states: Sequence[Tensor | None]) -> list[float]:
+    """Mean divergence of each variant over the tokens of the windows that judge."""
     ids, last = run.windows.ids[run.held], run.streams.read("float", len(run.blueprint.blocks))[run.held]
-    own, found = Exit(run.blueprint, run.entrance, ids), [0.0] * len(ways)
-    for piece in pieces_of(run, ids):
-        before = chances(own, ids, last, piece)
-        for number, (way, state) in enumerate(zip(ways, states, strict=True)):
-            after = chances(way or own, ids, last if state is None else state, piece)
-            found[number] += divergence(before, after) / ids.numel()
+    own, found = Exit(run.blueprint, run.entrance, ids, held=True), [0.0] * len(ends)
+    for end in dict.fromkeys(ends):
+        way = Exit(end, Entrance(end, CPU), ids, held=True) if end else own
+        for piece in pieces_of(run, ids):
+            before = chances(own, ids, last, piece)
+            for number, state in enumerate(states):
+                if ends[number] is end:
+                    after = chances(way, ids, last if state is None else state, piece)
+                    found[number] += divergence(before, after) / ids.numel()
     return [max(value, 0.0) for value in found]

@@ -221,19 +221,22 @@ def make_plan(
 def make_offers(checkpoint: Checkpoint, rules: Rules, schemes: Sequence[str]) -> dict[str, dict[str, Entry]]:
     """What a budget may choose from: weight name to scheme name to the entry that it would have in the plan.
 
-    Weights that the rules quantize and no `--set` names take part, with the schemes that format and method can hold
-    for them; one that can have none of them has no choices.
+    Weights that the rules quantize take part, but for those that `--set` names or a policy gives another scheme than
+    the run's; with the schemes that format and method can hold for them: one that can have none has no choices.
 
     Raises:
         UsageError, UnsupportedError: as `make_plan`; a name that is no scheme.
     """
     maker, found = _maker(checkpoint, rules), dict[str, dict[str, Entry]]()
+    base = rules.scheme or maker.form.default
     for scheme in schemes:
         if scheme != "keep":
             parse(scheme)
     for weight in map(_plain, checkpoint.weights.values()):
         wanted, reason = maker.decide(weight)
         if weight.name in maker.tied or wanted == "keep" or wanted in _NAMES.values() or reason.startswith("--set"):
+            continue
+        if reason.startswith("policy ") and wanted != base:
             continue
         found[weight.name] = {}
         for scheme in schemes:

@@ -276,10 +276,11 @@ class Forecast:
         if run.bandwidth:
             seconds = self.reading + self.remembering
             most = f" of {1e3 * self.latency:.4g}" if self.latency is not None else ""
+            where = "this machine" if run.machine == "this" else run.machine
             rate = "kernels measured" if run.product else f"at {run.bandwidth / 1e9:,.1f} GB/s"
             yield (
                 f"one token: {1e3 * seconds:.4g} ms{most} = weights {1e3 * self.reading:.4g} + cache "
-                f"{1e3 * self.remembering:.4g}; {run.batch / seconds:,.1f} tokens/s in all ({run.machine}, {rate})"
+                f"{1e3 * self.remembering:.4g}; {run.batch / seconds:,.1f} tokens/s in all ({where}, {rate})"
             )
 
 

@@ -5,7 +5,8 @@ reads, `E` the error that the method leaves in this scheme, and `g` the gradient
 probability of a token drawn from the model's own prediction (the Fisher information; Amari 1998,
 doi:10.1162/089976698300017746). The model runs forward block by block, hidden states are kept on disk; then backward,
 one block in memory at a time, and each block's weights are quantized by the method of the plan in all their schemes.
-What stands outside of the blocks is measured as it is: with the embedding or the head replaced.
+What stands outside of the blocks is measured as it is: with the embedding or the head replaced. On the same way back it
+is measured what rounding inputs of layers, keys and values costs (`_narrow.py`), where that is asked.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from math import inf, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
@@ -30,9 +32,11 @@ from lowbit.blocks import CPU
 from lowbit.budget import MARGIN, PIECE, MemoryWatch, anonymous_bytes, format_size, format_sum
 from lowbit.errors import ResourceError, UnsupportedError, UsageError
 from lowbit.methods import Method
+from lowbit.schemes import Scheme
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock
 from lowbit.stages._jobs import Job
 from lowbit.stages._model import Blueprint, open_blueprint
+from lowbit.stages._narrow import KEPT, Attended, input_loss, kept_loss
 from lowbit.stages._observe import Accumulator, Observer, Seen, Windows
 from lowbit.stages._products import Product
 from lowbit.stages._recipe import step_options
@@ -86,17 +90,34 @@ class Way:
     def __str__(self) -> str:
         return f"{format_size(self.total)} = {format_sum(self.parts)}"
 
+    def lines(self) -> Iterator[str]:
+        """What is said of it."""
+        yield f"memory: at most {self}"
 
-def plan_way(blueprint: Blueprint, offers: Offers, ids: Tensor, limit: int | None, threads: int) -> Way:
+
+def plan_way(
+    blueprint: Blueprint,
+    offers: Offers,
+    ids: Tensor,
+    limit: int | None,
+    threads: int,
+    checked: bool = False,
+    narrowed: bool = False,
+) -> Way:
     """The fastest way that fits the limit: fewer inputs at once, fewer workers, smaller batches and pieces.
+
+    `checked`: single decisions are measured afterwards; `narrowed`: inputs and cache are rounded too.
 
     Raises:
         ResourceError: nothing fits; the text names the least limit that works.
     """
     length, base = ids.shape[1], anonymous_bytes() + MARGIN
+    later = _decided(blueprint, offers) if checked else 0
+    before = 4 * max(_HELD, length) * blueprint.width + _watched(blueprint, narrowed)
+    held = {"gradients": before} if before >= later else {"decisions": later}  # the first are gone by then
     every = max((len(names) for names in blueprint.blocks.values()), default=1)
     ways = [
-        Way({"process": base, **_parts(blueprint, offers, length, tokens, piece, workers, sites)},
+        Way({"process": base, **held, **_parts(blueprint, offers, length, tokens, piece, workers, sites)},
             tokens, piece, workers, sites)
         for tokens, piece in ((_BATCH, PIECE), (length, PIECE), (length, PIECE >> 4))
         for sites, workers in dict.fromkeys(((every, threads), (1, threads), (1, 1)))
@@ -128,16 +149,38 @@ def _parts(
     statistics = max(
         (sum(k.nbytes(w) for w in ws[:sites] for k in kinds) + 4 * _ROWS * sum(ws[:sites]) for ws in widths), default=0
     )
-    judged = 4 * _ROWS * max((sum(map(sum, shapes)) for shapes in inside), default=0)
     worker = max((m.prepared(wide) + int((m.workspace + _BESIDE) * min(piece, most)) for m in methods), default=0)
     batch = max(tokens, length)
     return {
         "block": blueprint.streamed_bytes + blueprint.block_bytes,
         "activations": _BACKWARD * batch * blueprint.token_bytes(length) + 4 * _LOGITS * _COPIES,
-        "gradients": 4 * max(_HELD, length) * blueprint.width + judged,
         "statistics": statistics,
         "working memory": threads * (worker + 3 * 4 * most),
     }
+
+
+def _watched(blueprint: Blueprint, narrowed: bool) -> int:
+    """Bytes of inputs and gradients that are kept of a block's weights, keys and values, and of rounding these."""
+    weights, text = blueprint.checkpoint.weights, blueprint.config.get_text_config()
+    shapes = [[weights[name].shape for name in names] for names in blueprint.blocks.values()]
+    widths = [[shape for shape in each if len(shape) == 2] for each in shapes]
+    rows = max((sum(map(sum, each)) for each in widths), default=0)
+    if narrowed:
+        heads = int(getattr(text, "num_attention_heads", None) or 0)
+        size = int(getattr(text, "head_dim", None) or blueprint.width // max(heads, 1))
+        rows += 4 * heads * size + 3 * max((shape[-1] for each in widths for shape in each), default=0)
+    return 4 * _ROWS * rows
+
+
+def _decided(blueprint: Blueprint, offers: Offers) -> int:
+    """Bytes while decisions are checked, when there are no gradients any more.
+
+    All weights of a block, and all outside, in two schemes each; those outside once more as the model has them.
+    """
+    sizes = {name: 4 * prod(next(iter(row.values())).weight.shape) for name, row in offers.items() if row}
+    blocks = [sum(sizes.get(name, 0) for name in names) for names in blueprint.blocks.values()]
+    inside = frozenset[str]().union(*blueprint.blocks.values())
+    return 2 * max(blocks, default=0) + 3 * sum(size for name, size in sizes.items() if name not in inside)
 
 
 @final
@@ -155,6 +198,7 @@ class Run:
     way: Way
     watch: MemoryWatch
     progress: Progress
+    narrow: Mapping[str, Scheme] = field(default_factory=dict)
 
     @property
     def held(self) -> slice:
@@ -178,6 +222,9 @@ def opened(
     threads: int,
     watch: MemoryWatch,
     progress: Progress = silent,
+    checked: bool = False,
+    narrow: Mapping[str, Scheme] = MappingProxyType({}),
+    announce: Callable[[Way], None] = lambda way: None,
 ) -> Iterator[Run]:
     """What `measure` and `check` work with: the model ran forward, and the inputs of every block are on disk.
 
@@ -188,6 +235,9 @@ def opened(
         folder: for a temporary folder with hidden states.
         ram: bytes of anonymous memory allowed; None for no limit.
         threads: workers.
+        checked: single decisions are measured afterwards.
+        narrow: schemes of inputs and of the cache that are measured too, by name.
+        announce: called with the estimate before anything runs.
 
     Raises:
         UsageError: fewer than two windows.
@@ -198,35 +248,41 @@ def opened(
     windows, blueprint = _windows(ids), open_blueprint(source, torch.float32)
     if not blueprint.blocks:
         raise UnsupportedError(f"{source.path} has no list of blocks to measure; name a scheme for each weight")
-    way = plan_way(blueprint, offers, windows.ids, ram, threads)
+    way = plan_way(blueprint, offers, windows.ids, ram, threads, checked, bool(narrow))
+    announce(way)
     windows = replace(windows, tokens=way.tokens)
     with TemporaryDirectory(dir=folder, prefix=".sensitivity-") as place:
         shape = (*windows.ids.shape, blueprint.width)
         streams = Streams(Path(place), (shape[0], shape[1], shape[2]), torch.float32, ("float",))
         entrance = Entrance(blueprint, CPU)
-        run = Run(source, plan, offers, blueprint, windows, streams, entrance, way, watch, progress)
+        run = Run(source, plan, offers, blueprint, windows, streams, entrance, way, watch, progress, narrow)
         _forward(run)
         yield run
 
 
-def measure(run: Run) -> Losses:
+def measure(run: Run) -> tuple[Losses, Losses]:
     """The predicted divergence, in nats per token, of each weight in each of its schemes.
+
+    And that of inputs, under the name of the first weight that reads one, and of each block's keys and values, in each
+    of the schemes that are asked for.
 
     Raises:
         WeightError: NaN or Inf in a weight.
     """
-    gradients, losses, paths = _last_gradients(run), Losses(), list(run.blueprint.blocks)
+    gradients, paths = _last_gradients(run), list(run.blueprint.blocks)
+    losses, narrow = Losses(), Losses()
     for index in range(len(paths) - 1, -1, -1):
         run.progress("measure", len(paths) - 1 - index, len(paths))
         run.watch.check()
-        losses |= _block(run, paths[index], index, gradients)
+        weights, others = _block(run, paths[index], index, gradients)
+        losses, narrow = losses | weights, others | narrow
     losses |= _outside(run, gradients)
     run.progress("measure", len(paths), len(paths))
     kept = {
         name: {label: 0.0 for label, entry in row.items() if not entry.weight.scheme}
         for name, row in run.offers.items()
     }
-    return {name: losses.get(name, {}) | kept[name] for name in run.offers}
+    return {name: losses.get(name, {}) | kept[name] for name in run.offers}, narrow
 
 
 def _windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
@@ -259,7 +315,7 @@ def _forward(run: Run) -> None:
 def _last_gradients(run: Run) -> Float[Tensor, "windows tokens width"]:
     """Gradients at the last block's output, in the windows that judge, for one drawn token at each position."""
     ids, hidden = run.windows.ids[run.held], run.streams.read("float", len(run.blueprint.blocks))[run.held]
-    way, dice = Exit(run.blueprint, run.entrance, ids), torch.Generator().manual_seed(0)
+    way, dice = Exit(run.blueprint, run.entrance, ids, held=True), torch.Generator().manual_seed(0)
     gradients = torch.empty(hidden.shape)
     for window, part in pieces_of(run, ids):
         state = hidden[window, part][None].clone().requires_grad_()
@@ -306,13 +362,18 @@ class _Probe:
             result.register_hook(keep)  # type: ignore[no-untyped-call]
         return result
 
+    def pairs(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Rows that a weight reads, and gradients of what it makes of them."""
+        return [(pair[0], pair[1]) for pair in self.seen.get(name, []) if len(pair) == 2]
 
-def _block(run: Run, path: str, index: int, gradients: Float[Tensor, "windows tokens width"]) -> Losses:
-    """Losses of the weights of one block; `gradients` at its output become those at its input."""
-    live = live_block(run, path)
-    sites = [site for site in sites_of(run, live, index) if any(run.offers.get(name) for name in site)]
-    probe = _backward(run, live, run.streams.read("float", index), gradients)
-    losses = Losses()
+
+def _block(run: Run, path: str, index: int, gradients: Float[Tensor, "windows tokens width"]) -> tuple[Losses, Losses]:
+    """Losses of the weights of one block, and of what is narrow; `gradients` become those at the block's input."""
+    live, attended = live_block(run, path), Attended(_step(run)) if run.narrow else None
+    every = sites_of(run, live, index)
+    sites = [site for site in every if any(run.offers.get(name) for name in site)]
+    probe = _backward(run, live, run.streams.read("float", index), gradients, attended)
+    losses, narrow = Losses(), _narrowed(run, live, every, probe, attended) if attended else Losses()
     for at in range(0, len(sites), run.way.sites):
         seen = see(run, live, sites[at : at + run.way.sites], index)
         with one_torch_thread(), torch.no_grad(), ThreadPoolExecutor(run.way.threads, "measure") as pool:
@@ -321,6 +382,20 @@ def _block(run: Run, path: str, index: int, gradients: Float[Tensor, "windows to
             for label, task in tasks:
                 for name, loss in task.result().items():
                     losses.setdefault(name, {})[label] = loss
+    return losses, narrow
+
+
+@torch.no_grad()
+def _narrowed(run: Run, live: LiveBlock, sites: Sequence[Site], probe: _Probe, attended: Attended) -> Losses:
+    """What rounding the inputs, keys and values of a block costs."""
+    losses, tokens = Losses(), run.tokens / _step(run)
+    for site in sites:
+        readers = [(live.weight(name), pairs) for name in site if (pairs := probe.pairs(name))]
+        if readers:
+            losses[site[0]] = {label: input_loss(readers, scheme, tokens) for label, scheme in run.narrow.items()}
+    for name in KEPT:
+        if seen := attended.pairs(name):
+            losses[f"{live.path} {name}"] = {label: kept_loss(seen, scheme) for label, scheme in run.narrow.items()}
     return losses
 
 
@@ -393,7 +468,7 @@ def see(run: Run, live: LiveBlock, sites: Sequence[Site], index: int) -> dict[Si
     return {site: each.finish() for site, each in found.items()}
 
 
-def _backward(run: Run, live: LiveBlock, inputs: Tensor, gradients: Tensor) -> _Probe:
+def _backward(run: Run, live: LiveBlock, inputs: Tensor, gradients: Tensor, attended: Attended | None) -> _Probe:
     """Run the windows that judge forward and backward through a block."""
     probe = _Probe(live, _step(run))
     for batch in run.windows.batches:
@@ -401,14 +476,14 @@ def _backward(run: Run, live: LiveBlock, inputs: Tensor, gradients: Tensor) -> _
             continue
         at = slice(batch.start - run.windows.fit, batch.stop - run.windows.fit)
         hidden = inputs[batch].clone().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), attended or nullcontext():
             out = live.run(run.entrance.calls(run.windows.ids[batch])[live.path], hidden, after=probe)
             (gradients[at],) = torch.autograd.grad(out, hidden, gradients[at])
     return probe
 
 
 def _step(run: Run) -> int:
-    return max(run.tokens // _ROWS, 1)
+    return max(-(-run.tokens // _ROWS), 1)
 
 
 def _method(entry: Entry) -> tuple[str, Method]:
@@ -423,7 +498,7 @@ def _method(entry: Entry) -> tuple[str, Method]:
 def _loss(run: Run, job: Job, probe: _Probe) -> float:
     """Half the mean of `(g^T E x)^2`."""
     error = made_by(job) - job.whole
-    pairs = [pair for pair in probe.seen.get(job.entry.weight.name, []) if len(pair) == 2]
+    pairs = probe.pairs(job.entry.weight.name)
     total = sum(float(((x @ error.T) * g).sum(1).double().square().sum()) for x, g in pairs)
     return total * _step(run) / (2 * run.tokens)
 
@@ -440,7 +515,7 @@ def _outside(run: Run, gradients: Float[Tensor, "windows tokens width"]) -> Loss
 
 
 def _replaced(run: Run, entry: Entry, gradients: Float[Tensor, "windows tokens width"]) -> float:
-    blueprint = replaced(run, [entry])
+    blueprint = replaced(run, {entry.weight.name: made_outside(run, entry)})
     count = max(_JUDGED // run.windows.ids.shape[1], 1)
     ids, entrance = run.windows.ids[run.held][:count], Entrance(blueprint, CPU)
     first, last = (run.streams.read("float", at)[run.held][:count] for at in (0, len(run.blueprint.blocks)))
@@ -463,18 +538,21 @@ def divergence(before: Float[Tensor, "tokens vocabulary"], after: Float[Tensor, 
     return float((before.exp() * (before - after)).sum())
 
 
-def replaced(run: Run, entries: Sequence[Entry]) -> Blueprint:
-    """The model with weights outside of its blocks as they become."""
+def made_outside(run: Run, entry: Entry) -> Tensor:
+    """What a weight outside of the blocks becomes."""
+    made = make(run.source, run.plan, entry, PIECE)
+    return made.dequantize() if isinstance(made, QTensor) else made
+
+
+def replaced(run: Run, values: Mapping[str, Tensor]) -> Blueprint:
+    """The model with these weights outside of its blocks, and those tied to them, as they become."""
     source, edits = run.source, dict(run.source.edits)
-    for entry in entries:
-        name = entry.weight.name
-        edit = _constant(make(source, run.plan, entry, PIECE))
-        edits |= dict.fromkeys((name, *(n for n, to in source.tied.items() if to == name)), edit)
+    for name, value in values.items():
+        edits |= dict.fromkeys((name, *(n for n, to in source.tied.items() if to == name)), _constant(value))
     return open_blueprint(replace(source, edits=edits), torch.float32)
 
 
-def _constant(made: QTensor | Tensor) -> Callable[[Tensor], Tensor]:
-    value = made.dequantize() if isinstance(made, QTensor) else made
+def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda _: value
 
 
@@ -486,33 +564,52 @@ class Sensitivity:
     Attributes:
         facts: what must be the same for the losses to hold: model, format, recipe, options and text.
         losses: nats per token, by weight and scheme.
+        narrow: the same of inputs, keys and values.
     """
 
     facts: Mapping[str, Any]
     losses: Losses
+    narrow: Losses = field(default_factory=dict)
 
-    def covers(self, offers: Offers) -> bool:
-        """Whether all that is on offer was measured."""
-        return all(
-            name in self.losses and entries.keys() <= self.losses[name].keys() for name, entries in offers.items()
-        )
+    def lacking(self, offers: Offers) -> Offers:
+        """What is on offer and was not measured."""
+        rows = {
+            name: {s: entry for s, entry in row.items() if s not in self.losses.get(name, {})}
+            for name, row in offers.items()
+        }
+        return {name: row for name, row in rows.items() if row or name not in self.losses}
 
     def of(self, offers: Offers) -> Losses:
         """The losses of what is on offer, in its order."""
         known = {name: self.losses.get(name, {}) for name in offers}
         return {name: {s: known[name][s] for s in entries if s in known[name]} for name, entries in offers.items()}
 
-    def joined(self, other: Sensitivity | None) -> Sensitivity:
-        """With what another measurement under these conditions has beside it."""
-        rows = other.losses if other else Losses()
-        both = {name: {**rows.get(name, {}), **self.losses.get(name, {})} for name in {**rows, **self.losses}}
-        return replace(self, losses=both)
+    def lacking_narrow(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+        """Those of these schemes of inputs and cache that were not measured."""
+        known = [row.keys() for row in self.narrow.values()]
+        return {name: each for name, each in schemes.items() if not known or any(name not in row for row in known)}
+
+    def narrow_of(self, schemes: Sequence[str]) -> Losses:
+        """Losses of inputs and cache in these schemes."""
+        return {name: {scheme: row[scheme] for scheme in schemes} for name, row in self.narrow.items()}
+
+    def joined(self, losses: Losses, narrow: Losses) -> Sensitivity:
+        """With what was measured under these conditions beside it."""
+        return replace(self, losses=_joined(self.losses, losses), narrow=_joined(self.narrow, narrow))
 
     def to_json(self) -> str:
         """The whole as JSON, one weight a line."""
         head = json.dumps({"lowbit_sensitivity": VERSION, **self.facts})[:-1]
-        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in self.losses.items())
-        return f'{head}, "losses": {{\n{rows}\n}}}}\n'
+        more = f', "narrow": {{\n{_rows(self.narrow)}\n}}' if self.narrow else ""
+        return f'{head}, "losses": {{\n{_rows(self.losses)}\n}}{more}}}\n'
+
+
+def _rows(losses: Losses) -> str:
+    return ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in losses.items())
+
+
+def _joined(one: Losses, other: Losses) -> Losses:
+    return {name: {**one.get(name, {}), **other.get(name, {})} for name in {**one, **other}}
 
 
 def conditions(source: Checkpoint, rules: Rules, sha256: str) -> dict[str, Any]:
@@ -536,8 +633,11 @@ def read_sensitivity(path: Path, facts: Mapping[str, Any]) -> Sensitivity:
     """
     try:
         data = json.loads(path.read_text())
-        version, losses = data.pop("lowbit_sensitivity"), data.pop("losses")
-        rows = {name: {scheme: _number(loss) for scheme, loss in row.items()} for name, row in losses.items()}
+        version, tables = data.pop("lowbit_sensitivity"), (data.pop("losses"), data.pop("narrow", {}))
+        losses, narrow = (
+            {name: {scheme: _number(loss) for scheme, loss in row.items()} for name, row in table.items()}
+            for table in tables
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} holds no sensitivities: {type(error).__name__}: {error}") from None
     if version != VERSION:
@@ -547,7 +647,7 @@ def read_sensitivity(path: Path, facts: Mapping[str, Any]) -> Sensitivity:
             raise UsageError(
                 f"{path} was measured with {key} {data.get(key)!r}, not {facts.get(key)!r}; name another --sensitivity"
             )
-    return Sensitivity(data, rows)
+    return Sensitivity(data, losses, narrow)
 
 
 def _number(loss: Any) -> float:
