@@ -245,12 +245,11 @@ struct Plain {
         int64_t block, group, left, sub, step;
         int32_t offset;  // of bytes above what they stand for
         const void* zero;
-        bool alone;  // a block is a group
 
         LOWBIT_INLINE Place(const Plain& all, const Span& span, int32_t above)
             : block(0), group((span.panel * all.of.cols + span.first) / all.of.step),
               left(all.of.step - span.first % all.of.step), sub(all.of.sub), step(all.of.step), offset(above),
-              zero(all.of.zero), alone(sub == step && !zero) {
+              zero(all.of.zero) {
             for (int t = 0; t < tokens; t++) {
                 int64_t first = (all.token[t] * all.of.cols + span.first) / sub;
                 scale[t] = all.of.input_scale + first, sum[t] = all.of.step_sum + first;
@@ -258,22 +257,12 @@ struct Plain {
         }
     };
 
-    // What a block comes to. A code's offset is taken out while sums are integers.
-    LOWBIT_INLINE F add_block(const Place& at, int t, I (&dots)[tokens], F begun) const {
-        I dot = dots[t];
-        if (at.offset) dot = sub(dot, set(at.offset * at.sum[t][at.block]));
-        dots[t] = set(0);
-        return fma(to_float(dot), set(at.scale[t][at.block]), begun);
-    }
+    // A code's offset is taken out while sums are integers.
     LOWBIT_INLINE void end_block(Place& at, I (&dots)[tokens]) const {
-        if (at.alone) {
-            F scale = scales_at(of, of.scale.data, at.group++), none = set(0.0f);
-            for (int t = 0; t < tokens; t++) sums.total[t] = fma(add_block(at, t, dots, none), scale, sums.total[t]);
-            at.block++;
-            return;
-        }
         for (int t = 0; t < tokens; t++) {
-            sums.open[t] = add_block(at, t, dots, sums.open[t]);
+            if (at.offset) dots[t] = sub(dots[t], set(at.offset * at.sum[t][at.block]));
+            sums.open[t] = fma(to_float(dots[t]), set(at.scale[t][at.block]), sums.open[t]);
+            dots[t] = set(0);
             if (at.zero) sums.inputs[t] = add(sums.inputs[t], set(at.scale[t][at.block] * float(at.sum[t][at.block])));
         }
         at.block++, at.left -= at.sub;
@@ -292,6 +281,41 @@ struct Plain {
             sums.inputs[t] = none;
         }
         at.group++, at.left = at.step;
+    }
+};
+
+// Scales without zeros of as many columns as are rounded together, a chunk: what `Plain` does, and nothing stays open.
+template <int tokens>
+struct Alone {
+    const Product& of;
+    const int64_t (&token)[tokens];
+    Sums<tokens>& sums;
+
+    static bool fits(const Product& of) { return of.sub == 32 && of.step == 32 && !of.zero; }
+
+    template <class Source>
+    LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
+        const float* scale[tokens];
+        const int16_t* sum[tokens];
+        for (int t = 0; t < tokens; t++) {
+            int64_t first = (token[t] * of.cols + span.first) / 32;
+            scale[t] = of.input_scale + first, sum[t] = of.step_sum + first;
+        }
+        const int32_t offset = int32_t(of.offset) + Source::above;
+        const uint8_t* chunk = span.codes;
+        const int64_t groups = span.panel * (of.cols / 32) + span.first / 32, count = (span.last - span.first) / 32;
+        for (int64_t block = 0; block < count; block++, chunk += 64 * Source::bits) {
+            if constexpr (!Source::near) ask_for<Source::bits>(chunk);
+            I dots[tokens];
+            for (I& each : dots) each = set(0);
+            add_quads<0, 8, true>(source, chunk, input, span.first + 32 * block, set(0x00010001), dots);
+            F group = scales_at(of, of.scale.data, groups + block);
+            for (int t = 0; t < tokens; t++) {
+                if (offset) dots[t] = sub(dots[t], set(offset * sum[t][block]));
+                F open = fma(to_float(dots[t]), set(scale[t][block]), set(0.0f));
+                sums.total[t] = fma(open, group, sums.total[t]);
+            }
+        }
     }
 };
 
@@ -406,7 +430,7 @@ template <class Source>
 auto tile_of(const Product& of) {
     constexpr int most = whole_dots ? 255 : Source::is_signed ? 128 : Source::most < 15 ? 15 : Source::most;
     using Written = Unpacked<most, Source::above, Source::is_signed>;
-    return of.fine ? add_tile<Nested, Written> : add_tile<Plain, Written>;
+    return of.fine ? add_tile<Nested, Written> : Alone<1>::fits(of) ? add_tile<Alone, Written> : add_tile<Plain, Written>;
 }
 
 template <class Source>
@@ -515,47 +539,44 @@ void one_dense(const Product& of, int64_t panel) {
     store_rows(of, panel, 0, add(even, odd));
 }
 
-constexpr int64_t floats_at_once = 256;       // columns
+constexpr int64_t floats_at_once = 256;         // columns
 constexpr int float_tile = tile == 8 ? 12 : 6;  // tokens: what registers hold beside a weight and an input
 
-struct DenseSpan {
-    int64_t first, count;
-    float weight[floats_at_once][16];
-};
 struct DenseSums {
     float at[2][tokens_at_once][16];
 };
 
-// A tile of tokens from number `first` on, of which `count` are there: others repeat the last.
-void add_dense(const Product& of, const DenseSpan& span, int64_t first, int64_t count, float (*kept)[16], int odd) {
+// The columns from `first` to before `last` in steps of two, whose weights are at `weight`, for a tile of tokens from
+// number `token` on, of which `count` are there: others repeat the last.
+template <class T>
+void add_dense(const Product& of, const uint8_t* weight, int64_t first, int64_t last, int64_t token, int64_t count,
+               float (*kept)[16]) {
     const float* input[float_tile];
     F sum[float_tile];
     for (int t = 0; t < float_tile; t++) {
-        input[t] = of.input + (first + smaller(t, count - 1)) * of.cols + span.first;
+        input[t] = of.input + (token + smaller(t, count - 1)) * of.cols;
         sum[t] = load_f32(kept[smaller(t, count - 1)]);
     }
-    for (int64_t col = odd; col < span.count; col += 2) {
-        F weight = load_f32(span.weight[col]);
-        for (int t = 0; t < float_tile; t++) sum[t] = fma(weight, set(input[t][col]), sum[t]);
+    for (int64_t col = first; col < last; col += 2, weight += 32 * T::size) {
+        F value = T::load(weight);
+        for (int t = 0; t < float_tile; t++) sum[t] = fma(value, set(input[t][col]), sum[t]);
     }
     for (int t = 0; t < float_tile; t++) store_f32(kept[smaller(t, count - 1)], sum[t]);
 }
 
-// Some columns become float32 for as many tokens as keep their sums near.
+// Some columns for as many tokens as keep their sums near.
 template <class T>
 void many_dense(const Product& of, int64_t panel) {
     const uint8_t* weight = of.codes + panel * of.cols * 16 * T::size;
-    DenseSpan span;
     for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
         int64_t count = smaller(tokens_at_once, of.tokens - token);
         DenseSums kept = {};
-        for (span.first = 0; span.first < of.cols; span.first += floats_at_once) {
-            span.count = smaller(floats_at_once, of.cols - span.first);
-            for (int64_t i = 0; i < span.count; i++)
-                store_f32(span.weight[i], T::load(weight + (span.first + i) * 16 * T::size));
+        for (int64_t first = 0; first < of.cols; first += floats_at_once) {
+            int64_t last = smaller(first + floats_at_once, of.cols);
             for (int64_t t = 0; t < count; t += float_tile)
                 for (int odd = 0; odd < 2; odd++)
-                    add_dense(of, span, token + t, smaller(float_tile, count - t), kept.at[odd] + t, odd);
+                    add_dense<T>(of, weight + (first + odd) * 16 * T::size, first + odd, last, token + t,
+                                 smaller(float_tile, count - t), kept.at[odd] + t);
         }
         for (int64_t t = 0; t < count; t++)
             store_rows(of, panel, token + t, add(load_f32(kept.at[0][t]), load_f32(kept.at[1][t])));
@@ -571,7 +592,11 @@ void dense_panels(const Product& of, int64_t first, int64_t last) {
 
 template <class Source>
 void integer_panels(const Product& of, int64_t first, int64_t last, const Source& source) {
-    if (of.tokens == 1) return of.fine ? one_token<Nested>(of, source, first, last) : one_token<Plain>(of, source, first, last);
+    if (of.tokens == 1) {
+        if (of.fine) return one_token<Nested>(of, source, first, last);
+        if (Alone<1>::fits(of)) return one_token<Alone>(of, source, first, last);
+        return one_token<Plain>(of, source, first, last);
+    }
     for (int64_t panel = first; panel < last; panel++) many_tokens(of, panel, source);
 }
 
