@@ -1,7 +1,7 @@
 """What rounding inputs of layers, keys and values is predicted to cost beside what it costs, of a Llama.
 
     python benchmarks/narrow.py --calibration FILE --text FILE [--model DIR] [--schemes int8-row,int4-g32,...]
-        [--samples 32] [--sequence-length 512] [--tokens 4096] [--context 256] [--threads 2] [--work DIR]
+        [--samples 32] [--sequence-length 512] [--tokens 2048] [--context 512] [--threads 2] [--work DIR]
 
 Predictions are those of `lowbit plan --narrow`. Measured is KL(original || rounded) in nats per token on another text,
 by transformers in float32: hooks before the layers round what these read, a cache rounds what it is given. First each
@@ -131,11 +131,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=DATA / "wiki-8m")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="to measure on")
-    parser.add_argument("--schemes", default="int8-row,int8-g32,fp8-e4m3-row,int4-g32")
+    parser.add_argument("--schemes", default="int8-row,fp8-e4m3-row,int4-g32")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path)
     return parser.parse_args()

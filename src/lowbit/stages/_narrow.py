@@ -2,7 +2,8 @@
 
 As for weights (`sensitivity.py`) half the mean over tokens of `(g^T d)^2`: `d` is what rounding changes of a token's
 input, key or value, and `g` the gradient there of the log probability of drawn tokens. Keys and values are rounded as
-attention reads them, after the rotation, each head of a token a row.
+attention reads them, after the rotation, each head of a token a row. Errors of several tokens are taken to be
+independent, but for what is the same for all keys of a window: softmax does not see it.
 """
 
 from __future__ import annotations
@@ -82,11 +83,22 @@ class Attended(TorchFunctionMode):
         return [(pair[0], pair[1]) for pair in self._seen[name] if len(pair) == 2]
 
 
-def kept_loss(pairs: Pairs, scheme: Scheme) -> float:
+def kept_loss(pairs: Pairs, scheme: Scheme, keys: bool) -> float:
     """What rounding keys or values costs."""
-    scale = _scale([values for values, _ in pairs], scheme)
-    moved = [((rounded(x, scheme, scale) - x) * g).sum((1, 3)).double().square() for x, g in pairs]
-    return float(torch.cat([each.flatten() for each in moved]).mean()) / 2
+    scale, moved = _scale([values for values, _ in pairs], scheme), list[Tensor]()
+    for x, g in pairs:
+        error = rounded(x, scheme, scale) - x
+        moved.append(((_unshifted(error, g) if keys else error) * g).sum((1, 3)).double().square().flatten())
+    return float(torch.cat(moved).mean()) / 2
+
+
+def _unshifted(error: Tensor, gradients: Tensor) -> Tensor:
+    """Errors of keys without what is the same for all tokens of a window, which moves all scores of a query alike.
+
+    The mean is weighted by how much a token counts, so that what is left is predicted to cost least.
+    """
+    counts = gradients.square().sum(-1, keepdim=True)
+    return error - (error * counts).sum(2, keepdim=True) / counts.sum(2, keepdim=True).clamp(min=1e-30)
 
 
 def input_loss(readers: Sequence[tuple[Float[Tensor, "_ inputs"], Pairs]], scheme: Scheme, tokens: float) -> float:

@@ -395,7 +395,9 @@ def _narrowed(run: Run, live: LiveBlock, sites: Sequence[Site], probe: _Probe, a
             losses[site[0]] = {label: input_loss(readers, scheme, tokens) for label, scheme in run.narrow.items()}
     for name in KEPT:
         if seen := attended.pairs(name):
-            losses[f"{live.path} {name}"] = {label: kept_loss(seen, scheme) for label, scheme in run.narrow.items()}
+            losses[f"{live.path} {name}"] = {
+                label: kept_loss(seen, scheme, name == "keys") for label, scheme in run.narrow.items()
+            }
     return losses
 
 
