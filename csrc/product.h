@@ -178,12 +178,16 @@ LOWBIT_INLINE void add_dots(const Source& source, const uint8_t* chunk, const Ro
 template <int quad, int last, bool plain, class Source, int tokens>
 LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col, I factor,
                              I (&sum)[tokens]) {
-    if constexpr (!whole_dots) return add_paired<quad, last>(source, chunk, input, col, factor, sum);
-    if constexpr (plain && tokens > 1) return add_dots<quad, last>(source, chunk, input, col, sum);
-    I part[tokens];  // a sum of one token would wait for itself all along
-    for (I& each : part) each = set(0);
-    add_dots<quad, last>(source, chunk, input, col, part);
-    for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], plain ? part[t] : mul(part[t], factor));
+    if constexpr (!whole_dots) {
+        add_paired<quad, last>(source, chunk, input, col, factor, sum);
+    } else if constexpr (plain && tokens > 1) {
+        add_dots<quad, last>(source, chunk, input, col, sum);
+    } else {  // a sum of one token would wait for itself all along
+        I part[tokens];
+        for (I& each : part) each = set(0);
+        add_dots<quad, last>(source, chunk, input, col, part);
+        for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], plain ? part[t] : mul(part[t], factor));
+    }
 }
 
 // One of the two factors in each lane, as `add_quads` takes it.

@@ -1,4 +1,5 @@
-// Sixteen lanes as one AVX-512 register (F, BW, VL, DQ, and VNNI where the compiler may use it). simd_scalar.h says what each function means.
+// Sixteen lanes as one AVX-512 register (F, BW, VL, DQ; VNNI where the compiler may use it). simd_scalar.h says what
+// each function means.
 // Include inside an anonymous namespace.
 
 constexpr const char* isa_name = "avx512";
