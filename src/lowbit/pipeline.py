@@ -14,6 +14,7 @@ import torch
 
 from lowbit.budget import Estimate, MemoryWatch
 from lowbit.errors import UsageError
+from lowbit.schemes import Scheme
 from lowbit.stages import convert, imatrix, quantize, sensitivity, tune
 from lowbit.stages._adapter import Terms
 from lowbit.stages._changes import Goal
@@ -263,16 +264,16 @@ def _measured(
 
     And what measuring works with, in a folder beside the result: opened once, when it is first needed.
     """
-    source, rules, file, narrow = work.source, work.request.rules, budget.sensitivity, narrow_schemes(budget.narrow)
+    source, rules, file, schemes = work.source, work.request.rules, budget.sensitivity, narrow_schemes(budget.narrow)
     if rules.calibration is None:
         raise UsageError("a budget is decided by what errors do to text: name some with --calibration FILE")
     samples = work.read(rules.calibration)
-    opened = cache(lambda: stack.enter_context(_opened(work, budget, offers, samples)))
+    opened = cache(lambda: stack.enter_context(_opened(work, budget, offers, samples, schemes)))
     facts = sensitivity.conditions(source, rules, samples.sha256)
     known = sensitivity.Sensitivity(facts, {})
     if file and file.exists():
         known = sensitivity.read_sensitivity(file, facts)
-    lacking, narrow = known.lacking(offers), known.lacking_narrow(narrow)
+    lacking, narrow = known.lacking(offers), known.lacking_narrow(schemes)
     if lacking or narrow:
         known = known.joined(*sensitivity.measure(replace(opened(), offers=lacking, narrow=narrow)))
         if file:
@@ -283,10 +284,10 @@ def _measured(
 
 
 def _opened(
-    work: _Work, budget: Budget, offers: sensitivity.Offers, samples: Samples
+    work: _Work, budget: Budget, offers: sensitivity.Offers, samples: Samples, narrow: Mapping[str, Scheme]
 ) -> AbstractContextManager[sensitivity.Run]:
     plan, request = undecided(work.source, work.request.rules, offers), work.request
-    folder, narrow = request.out.absolute().parent, narrow_schemes(budget.narrow)
+    folder = request.out.absolute().parent
     return sensitivity.opened(
         work.source, plan, offers, samples.ids, folder, request.ram, request.threads, work.watch, work.progress,
         budget.check > 0, narrow, work.tell,

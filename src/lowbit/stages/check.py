@@ -72,7 +72,7 @@ def divergences(run: Run, variants: Sequence[Variant]) -> list[float]:
     alike = dict(zip(keys, changed, strict=True))
     paths, several = list(run.blueprint.blocks), list(alike.values())
     ends = _ends(run, several)
-    states = [_started(run, number, end) for number, end in enumerate(ends)]
+    states = _started(run, ends)
     for index, path in enumerate(paths):
         run.progress("check", index, len(paths))
         run.watch.check()
@@ -97,14 +97,16 @@ def _ends(run: Run, variants: Sequence[Variant]) -> list[Blueprint | None]:
     return found
 
 
-def _started(run: Run, number: int, end: Blueprint | None) -> Tensor | None:
-    """Room for the hidden states of a variant that differs before the first block, with them in it."""
-    if end is None:
-        return None
-    state, ids, entrance = _room(run, number), run.windows.ids[run.held], Entrance(end, CPU)
-    for at in range(len(ids)):
-        state[at] = entrance.hidden(ids[at][None])[0]
-    return state
+def _started(run: Run, ends: Sequence[Blueprint | None]) -> list[Tensor | None]:
+    """Rooms for the hidden states of variants that differ before the first block, with them in it."""
+    rooms = {number: _room(run, number) for number, end in enumerate(ends) if end}
+    for end in dict.fromkeys(filter(None, ends)):
+        entrance, own = Entrance(end, CPU), [room for number, room in rooms.items() if ends[number] is end]
+        for at, ids in enumerate(run.windows.ids[run.held]):
+            hidden = entrance.hidden(ids[None])[0]
+            for room in own:
+                room[at] = hidden
+    return [rooms.get(number) for number in range(len(ends))]
 
 
 def _room(run: Run, number: int) -> Tensor:
@@ -143,10 +145,11 @@ def _values(
     """What weights become in the schemes that are wanted of them, made as the run would."""
     for site in sites_of(run, live, index) if wanted else ():
         pairs = [(name, scheme) for name, scheme in sorted(wanted) if name in site]
-        seen = see(run, live, [site], index)[site] if pairs else None
+        if not pairs:
+            continue
+        seen = see(run, live, [site], index)[site]
         for label in dict.fromkeys(scheme for _, scheme in pairs):
             names = tuple(name for name, scheme in pairs if scheme == label)
-            assert seen is not None
             with one_torch_thread():
                 yield from (((j.entry.weight.name, label), made_by(j)) for j in jobs_of(run, live, names, label, seen))
 
