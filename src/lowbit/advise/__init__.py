@@ -256,12 +256,7 @@ def _load(option: Option, hardware: Hardware) -> Mapping[str, Any] | str:
         for row in rows
     )
     elsewhere = f"; it does on {where}" if where else ""
-    return f"it does not load {option.kind} on {_made_by(hardware)}{elsewhere}"
-
-
-def _made_by(hardware: Hardware) -> str:
-    level = f" {hardware.level:g}" if hardware.vendor in ("nvidia", "amd") else ""
-    return f"{hardware.vendor}{level}"
+    return f"it does not load {option.kind} on {hardware.maker}{elsewhere}"
 
 
 def _absent(runtime: str, hardware: Hardware) -> Option | None:
@@ -270,7 +265,7 @@ def _absent(runtime: str, hardware: Hardware) -> Option | None:
     if any(_suits(row, hardware) for row in rows):
         return None
     where = ", ".join(dict.fromkeys(vendor for row in rows for vendor in row["vendors"]))
-    refused = f"it loads nothing on {_made_by(hardware)}; it does on {where}"
+    refused = f"it loads nothing on {hardware.maker}; it does on {where}"
     return Option(runtime, "anything", "anything", None, refused=refused)
 
 

@@ -46,6 +46,11 @@ class Hardware:
     measured: bool = False
     features: tuple[str, ...] = ()
 
+    @property
+    def maker(self) -> str:
+        """The vendor, with the level where kernels are chosen by one: `nvidia 9`."""
+        return f"{self.vendor} {self.level:g}" if self.vendor in ("nvidia", "amd") else self.vendor
+
 
 @cache
 def profiles() -> tuple[Hardware, ...]:

@@ -94,9 +94,8 @@ def _show(advice: Advice, model: str) -> None:
     console, question = table_console(), advice.question
     hardware = question.hardware
     has = format_size(advice.memory) if advice.memory else "memory not told"
-    level = f" {hardware.level:g}" if hardware.vendor in ("nvidia", "amd") else ""
     features = f", {' '.join(hardware.features)}" if hardware.features else ""
-    where = f"{hardware.name}: {hardware.family} ({hardware.vendor}{level}{features}), {has}"
+    where = f"{hardware.name}: {hardware.family} ({hardware.maker}{features}), {has}"
     asked = f"{question.batch} x {question.context:,} tokens"
     rate = f"{hardware.bandwidth / 1e9:,.1f} GB/s"
     head = f"{model}: {advice.parameters:,} weights; {where}, {rate}; {asked}"

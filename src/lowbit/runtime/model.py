@@ -21,7 +21,7 @@ from lowbit.runtime.stored import Stored, read_stored, stored_path, write_stored
 from lowbit.stages._model import Blueprint, open_blueprint, open_tokenizer
 from lowbit.stages._rooms import Rooms
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint, swapped
-from lowbit.tensors import QTensor, view_shape
+from lowbit.tensors import QTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,9 +163,7 @@ def _pack_all(checkpoint: Checkpoint, names: list[str], exact: bool, threads: in
 
 
 def _pack(checkpoint: Checkpoint, weight: Weight, exact: bool, rooms: Rooms) -> Packed:
-    codes = None
-    if weight.scheme:
-        codes = rooms.get("codes", prod(weight.shape)).view(view_shape(weight.shape, weight.scheme.block))
+    codes = rooms.codes("codes", weight.shape, weight.scheme) if weight.scheme else None
     value = checkpoint.load(weight.name, codes)
     if isinstance(value, QTensor):
         return pack(value, exact)

@@ -215,11 +215,10 @@ class Changer:
         `pieces`: its stored tensors, where they are at hand.
         """
         assert weight.scheme is not None
-        shape = view_shape(weight.shape, weight.scheme.block)
         if hollow:
-            codes = torch.empty(shape, dtype=torch.uint8, device="meta")
+            codes = torch.empty(view_shape(weight.shape, weight.scheme.block), dtype=torch.uint8, device="meta")
         else:
-            codes = self.rooms.get("codes", prod(weight.shape)).view(shape)
+            codes = self.rooms.codes("codes", weight.shape, weight.scheme)
         found = self.source.unpacked(weight.name, pieces or self.source.stored(weight.name), codes)
         assert isinstance(found, QTensor)
         return found
@@ -387,8 +386,7 @@ class Changer:
         assert entry.weight.scheme is not None
         values = self.rooms.get("values", 4 * prod(q.shape)).view(torch.float32).view(view_shape(q.shape, Block(1, 0)))
         self._fill(q, values)
-        shape = view_shape(q.shape, entry.weight.scheme.block)
-        codes = self.rooms.get("made", prod(q.shape)).view(shape)
+        codes = self.rooms.codes("made", q.shape, entry.weight.scheme)
         _, made, error = quantize_weight({}, entry, values.view(q.shape), codes, self.piece)
         return made, error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import tempfile
 import threading
+from math import prod
 from pathlib import Path
 from typing import final
 
@@ -12,7 +13,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from lowbit.schemes import Scheme
 from lowbit.stages.write import allocate
+from lowbit.tensors import Shape, view_shape
 
 
 @final
@@ -36,6 +39,10 @@ class Rooms:
             held.pop(name, None)  # before the larger one is made, so that both never exist at once
             held[name] = self._mapped(count) if self._scratch and count else torch.empty(count, dtype=torch.uint8)
         return held[name][:count]
+
+    def codes(self, name: str, shape: Shape, scheme: Scheme) -> UInt8[Tensor, "rows cols"]:
+        """Room for the codes of a quantized weight, in the order of a `QTensor`; raises as `get`."""
+        return self.get(name, prod(shape)).view(view_shape(shape, scheme.block))
 
     def _mapped(self, count: int) -> Tensor:
         with tempfile.TemporaryFile(dir=self._folder) as file:
