@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import lowbit
 from lowbit.errors import UnsupportedError
 from lowbit.formats import Spec, Weight
 from lowbit.formats.compressed_tensors import FORMAT
 from lowbit.schemes import parse
 from lowbit.tensors import QTensor
+from tests.reference.models import save_words
 from tests.reference.qtensors import random_qtensor
 
 transformers = pytest.importorskip("transformers")
@@ -255,3 +257,47 @@ def test_reads_what_the_package_writes(scheme: str, tmp_path: Path) -> None:
         assert torch.equal(bits_of(q.dequantize(torch.bfloat16)), bits_of(expected[name])), name
     owned = {key for weight in found.values() for key in FORMAT.owns(weight)}
     assert not [key for key in tensors if "proj" in key and key not in owned]
+
+
+_TEXT: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, "pad_token_id": 0,
+}  # fmt: skip
+_SIGHT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48}
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]}
+
+
+def seeing(kind: str) -> Any:
+    """The configuration of a tiny model that reads images too."""
+    known: Any = transformers.CONFIG_MAPPING
+    if kind == "llava":
+        sight = known["clip_vision_model"](
+            **_SIGHT, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
+        )
+        return known[kind](text_config=known["llama"](**_TEXT), vision_config=sight, image_token_index=90)
+    sight = {**_SIGHT, "depth": 1, "num_heads": 4, "out_hidden_size": 64, "fullatt_block_indexes": [0]}
+    tokens = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    return known[kind](text_config={**_TEXT, "rope_parameters": _SECTIONS}, vision_config=sight, **tokens)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+def test_models_that_see_too_are_calibrated_on_text_and_opened_by_transformers(kind: str, tmp_path: Path) -> None:
+    """Their parts have other names in the file than in the class, where the configuration must find them too."""
+    torch.manual_seed(0)
+    auto: Any = transformers.AutoModelForImageTextToText
+    auto.from_config(seeing(kind)).save_pretrained(tmp_path / "model")
+    words = save_words(tmp_path / "model")
+    lowbit.quantize(
+        tmp_path / "model", tmp_path / "out", scheme="int4-g16", method="gptq", calibration=str(words), samples=4,
+        sequence_length=16, sets={"o_proj|vis.*(fc1|down_proj).weight": "int8-g16"}, skip=[r"layers\.1\.mlp\.up_proj"],
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    methods = {row["name"]: row["method"] for row in rows if row["scheme"]}
+    assert len(methods) == 14  # that of the other tower's layer, which was asked for, is not calibrated
+    assert {method for name, method in methods.items() if "vis" in name} == {"mse"}
+    assert {method for name, method in methods.items() if "vis" not in name} == {"gptq"}
+    ids = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = lowbit.load(tmp_path / "out", reference=True)(ids).logits
+        theirs = auto.from_pretrained(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)

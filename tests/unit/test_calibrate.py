@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowbit.blocks import Site as BlockSite
 from lowbit.budget import MemoryWatch
-from lowbit.errors import ResourceError, UsageError
+from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.schemes import parse
 from lowbit.stages import _learn
 from lowbit.stages._adapter import Terms
@@ -524,6 +525,22 @@ def test_a_limit_that_is_too_small_is_refused_with_the_least_that_works(tmp_path
     plan = make_plan(source, Rules("int4-g8", "gptq", calibration=Calibration(("text",))))
     with pytest.raises(ResourceError, match="needs at least"):
         prepare(source, plan, IDS, 1 << 20, 1)
+
+
+def test_a_model_that_fails_on_the_windows_is_one_sentence(tmp_path: Path) -> None:
+    """These blocks take multiples of 64 tokens only."""
+    config = transformers.BigBirdConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                        intermediate_size=48, is_decoder=True, max_position_embeddings=64)  # fmt: skip
+    model: Any = transformers.AutoModelForCausalLM
+    model.from_config(config).save_pretrained(tmp_path / "model")
+    source = open_checkpoint(tmp_path / "model")
+    plan = make_plan(source, Rules("int4-g8", "gptq", calibration=Calibration(("text",))))
+    ready = prepare(source, plan, IDS, None, 1)
+    with (
+        open_output(tmp_path / "out", source, plan) as output,
+        pytest.raises(CheckpointError, match="multiple of block"),
+    ):
+        calibrate(ready, output, MemoryWatch(None))
 
 
 def test_a_method_that_learns_asks_for_text(tmp_path: Path) -> None:

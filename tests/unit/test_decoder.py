@@ -135,6 +135,35 @@ def test_a_quantized_model_runs_on_its_codes(tmp_path: Path) -> None:
     torch.testing.assert_close(read(start(exact, 40), (40,))[0], want[0, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_model_code_may_take_a_weight_from_its_layer(tmp_path: Path) -> None:
+    """Mamba multiplies by the weight of a linear layer itself."""
+    save_tiny("mamba", tmp_path / "model")
+    lowbit.quantize(tmp_path / "model", tmp_path / "out", scheme="int4-g8")
+    exact, reference = open_model(tmp_path / "out", exact=True), open_model(tmp_path / "out", reference=True)
+    layers: list[Any] = [each.model.get_submodule("backbone.layers.0.mixer.dt_proj") for each in (exact, reference)]
+    assert isinstance(layers[0], Linear) and layers[0].weight.shape == layers[1].weight.shape
+    torch.testing.assert_close(layers[0].weight + 0, layers[1].weight + 0)
+    with torch.no_grad():
+        torch.testing.assert_close(exact.model(IDS).logits, reference.model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_do_more_than_a_product_and_heads_before_their_embedding_stay(tmp_path: Path) -> None:
+    """Llama 4's router is a linear layer with another result; Camembert's head, defined first, shares the embedding."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
+    more = {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
+    known: Any = transformers.CONFIG_MAPPING
+    auto: Any = transformers.AutoModelForCausalLM
+    for kind, settings in {"llama4_text": sizes | more, "camembert": {**sizes, "is_decoder": True}}.items():
+        torch.manual_seed(0)
+        model = auto.from_config(known[kind](**settings)).eval()
+        model.save_pretrained(tmp_path / kind)
+        loaded = open_model(tmp_path / kind, exact=True)
+        assert loaded.kernels
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.model(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_what_the_decoder_does_not_know_runs_as_transformers_has_it(tmp_path: Path) -> None:
     for kind, reason in {"gpt2": "it is a gpt2", "llama": "its heads are 8 wide", "mixtral": "it is a mixtral"}.items():
         model = save_tiny(kind, tmp_path / kind)

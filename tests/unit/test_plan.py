@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,22 @@ def test_a_tied_embedding_is_stored_once_and_not_quantized(tmp_path: Path) -> No
     plan = make_plan(checkpoint, Rules("int4-g128"))
     entry = next(entry for entry in plan.entries if entry.weight.name == "lm_head.weight")
     assert entry.tied == "model.embed_tokens.weight" and plan.stored_bytes(entry) == 0
-    with pytest.raises(UnsupportedError, match=r"embed_tokens\.weight is tied"):
+    with pytest.raises(UnsupportedError, match=r"embed_tokens\.weight is shared with another layer"):
         make_plan(checkpoint, Rules("int4-g128", sets=(("embed_tokens", "int8-row"),)))
+
+
+def test_what_no_reader_of_the_format_would_find_is_kept_with_a_reason(tmp_path: Path) -> None:
+    extra = {"transformer.w.weight": torch.full((64, 128), 2.0), "model.hc_head.mixing": torch.ones(4, 128)}
+    checkpoint = write_model(tmp_path / "m", extra)
+    tied = replace(checkpoint, config={**checkpoint.config, "tie_word_embeddings": True})
+    vars(tied)["tied"] = {"lm_head.weight": "transformer.w.weight"}  # as of an embedding that no table names
+    plan = make_plan(tied, Rules("int4-g128"))
+    reasons = {entry.weight.name: entry.reason for entry in plan.entries if not entry.weight.scheme}
+    assert "shared with another layer" in reasons["transformer.w.weight"]
+    assert "no layer's weight" in reasons["model.hc_head.mixing"]
+    assert set(schemes(plan)) == {MATRIX, "model.layers.0.mlp.gate_proj.weight"}
+    with pytest.raises(UnsupportedError, match=r"mixing .* is none"):
+        make_plan(checkpoint, Rules("int4-g128", sets=(("mixing", "int8-row"),)))
 
 
 def test_a_saved_plan_comes_back_equal_and_edits_are_followed(tmp_path: Path) -> None:

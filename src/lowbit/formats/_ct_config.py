@@ -27,6 +27,7 @@ _READ = {
     "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
     "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision",
 }  # fmt: skip
+_STACK = re.compile(r"(.*\.experts)\.\w+")
 # Modules that torch's class `Linear` does not cover: they are named where they are quantized, and else need no mention.
 EMBEDDING = re.compile(r"(.*[._])?(embed(ding)?s?(_tokens|_positions|_in)?|wte|wpe)")
 
@@ -137,11 +138,34 @@ def _pattern(module: str) -> str:
 
 
 def _ignored(weights: Sequence[Weight]) -> list[str]:
-    """Kept modules that may be Linear, and an output head without a tensor of its own (tied), which is Linear too."""
+    """Kept modules that may be Linear, and an output head without a tensor of its own (tied), which is Linear too.
+
+    Experts that the checkpoint has in one tensor are Linear modules, one each, to a reader.
+    """
     names = [module for module in kept_modules(weights) if module and not EMBEDDING.fullmatch(module)]
+    stacks = {found[1]: None for w in weights if len(w.shape) == 3 and (found := _STACK.fullmatch(w.name))}
     if not any(weight.module == "lm_head" for weight in weights):
         names.append("lm_head")
-    return names
+    return [*names, *(f"re:{re.escape(stack)}\\..*" for stack in stacks)]
+
+
+def anywhere(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The same `quantization_config`, by patterns that hold wherever a model has its parts.
+
+    Of models that see or hear too, files and the classes of readers name the parts apart: `model.layers` or
+    `language_model.model.layers` may be `model.language_model.layers`, and `visual` `model.visual`.
+    """
+    groups = {
+        name: {**group, "targets": [each if each == "Linear" else _anywhere(each) for each in group["targets"]]}
+        for name, group in document["config_groups"].items()
+    }
+    return {**document, "config_groups": groups, "ignore": [_anywhere(each) for each in document["ignore"]]}
+
+
+def _anywhere(target: str) -> str:
+    body = target.removeprefix("re:") if target.startswith("re:") else re.escape(target) + "$"
+    stem = re.sub(r"^((model|language_model)\\\.)+", "", body)
+    return "re:" + (r"(.*language_model\.)?(model\.)?" if stem.startswith("layers") else r"(.*\.)?") + stem
 
 
 @final

@@ -18,7 +18,15 @@ from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import CodeRows, Format, Spec, Weight
 from lowbit.formats import _ct_tensors as tensors_of
 from lowbit.formats._checks import exact
-from lowbit.formats._ct_config import EMBEDDING, Declared, declared, quantization_config, read_activations, read_scheme
+from lowbit.formats._ct_config import (
+    EMBEDDING,
+    Declared,
+    anywhere,
+    declared,
+    quantization_config,
+    read_activations,
+    read_scheme,
+)
 from lowbit.formats._ct_tensors import DTYPES
 from lowbit.formats._linear import (
     SCALE_TYPES,
@@ -218,7 +226,10 @@ def _named(weight: Weight) -> Iterator[None]:
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The source's config.json with the `quantization_config` of these weights in place of any it had."""
-    return {"config.json": declare(source, quantization_config(weights))}
+    found = quantization_config(weights)
+    if found and isinstance(source.get("text_config"), Mapping):
+        found = anywhere(found)
+    return {"config.json": declare(source, found)}
 
 
 def recognise(

@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lowbit.runtime.panels import Packed
 
@@ -36,6 +37,15 @@ class Linear(nn.Module):
         out: Tensor = _Product.apply(flat.contiguous(), self)  # type: ignore[no-untyped-call]
         return out.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight for model code that takes it from the layer; of no cost where only its shape or dtype is asked."""
+        return _Weight(self)
+
+    def values(self) -> Float[Tensor, "outputs inputs"]:
+        """The weight: its products with the unit vectors."""
+        return self.packed.matrix()(torch.eye(self.in_features), self.threads).T
+
     def extra_repr(self) -> str:
         """Shape, bits and way, for `print(model)`."""
         panels = self.packed.panels
@@ -53,5 +63,23 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
-        packed, threads = ctx.layer.packed, ctx.layer.threads
-        return slopes[0].float() @ packed.matrix()(torch.eye(packed.inputs), threads).T, None
+        return slopes[0].float() @ ctx.layer.values(), None
+
+
+@final
+class _Weight(Tensor):
+    """A layer's weight without storage, which is made anew for every operation."""
+
+    layer: Linear
+
+    @staticmethod
+    def __new__(cls, layer: Linear) -> _Weight:
+        shape = (layer.out_features, layer.in_features)
+        made: _Weight = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)
+        made.layer = layer
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(cls, lambda made: made.layer.values(), (args, kwargs or {}))
+        return func(*args, **kwargs)

@@ -129,7 +129,8 @@ def _matrices(blueprint: Blueprint) -> dict[str, list[str]]:
 def _shared(blueprint: Blueprint) -> set[str]:
     """Weights that something else than linear layers reads too (an embedding that is tied to the output layer)."""
     layers = {f"{path}.weight" for path, _, _ in blueprint.linear_layers()}
-    return {name for parameter, names in blueprint.sources("").items() if parameter not in layers for name in names}
+    sources = blueprint.sources("", aliases=True)
+    return {name for parameter, names in sources.items() if parameter not in layers for name in names}
 
 
 def _left_out(checkpoint: Checkpoint, whole: AbstractSet[str], reference: bool) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -95,8 +95,14 @@ class Entrance:
     def hidden(self, ids: Int64[Tensor, "windows tokens"]) -> Tensor:
         """The first block's input for these windows, `[windows, tokens, width]`."""
         self._run(self._model, ids)
-        assert self._recorder.hidden is not None
-        return self._recorder.hidden
+        hidden = self._recorder.hidden
+        assert hidden is not None
+        if hidden.shape != (*ids.shape, self._blueprint.width):
+            raise UnsupportedError(
+                f"{self._first}: the model hands its blocks {list(hidden.shape)} for {list(ids.shape)} tokens, where a "
+                f"row of {self._blueprint.width} for each can be calibrated; use a method without calibration"
+            )
+        return hidden
 
     def calls(self, ids: Int64[Tensor, "windows tokens"]) -> dict[str, Call]:
         """How the model calls each block for so many windows of this length.
@@ -114,7 +120,8 @@ class Entrance:
         hidden, first = self.hidden(ids), self._recorder.call
         assert first is not None
         args, kwargs = first.with_hidden(hidden)
-        answer = self._blueprint.filled(paths[0])(*args, **kwargs)
+        with self._refusals():
+            answer = self._blueprint.filled(paths[0])(*args, **kwargs)
         model = self._blueprint.streamed()
         recorders = _replace(model, paths, answer)
         found: list[dict[str, Call]] = []
@@ -130,8 +137,11 @@ class Entrance:
         return {path: call.on(self._device) for path, call in found[0].items()}
 
     def _run(self, model: nn.Module, ids: Tensor) -> None:
-        with refusals(f"{self._blueprint.checkpoint.path} fails on calibration windows"), suppress(_Reached):
+        with self._refusals(), suppress(_Reached):
             model(input_ids=ids, use_cache=False)
+
+    def _refusals(self) -> AbstractContextManager[None]:
+        return refusals(f"{self._blueprint.checkpoint.path} fails on calibration windows")
 
 
 @final

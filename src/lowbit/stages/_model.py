@@ -131,12 +131,12 @@ class Blueprint:
     def linear_layers(self) -> Iterator[tuple[str, tuple[int, ...], frozenset[str]]]:
         """Modules that multiply their inputs by one matrix: path, `[outputs, inputs]`, and the weights that make it.
 
-        They are `Linear`, and GPT-2's `Conv1D`, which holds its matrix transposed.
+        They are `Linear`, and GPT-2's `Conv1D`, which holds its matrix transposed; no class that makes more of either.
         """
         from transformers.pytorch_utils import Conv1D
 
         for path, module in self._skeleton.named_modules():
-            if isinstance(module, nn.Linear | Conv1D):
+            if type(module).forward in (nn.Linear.forward, Conv1D.forward):
                 shape = tuple(module.weight.shape)
                 yield path, shape if isinstance(module, nn.Linear) else shape[::-1], _sources(module.weight)
 
@@ -165,9 +165,12 @@ class Blueprint:
         """One block with its weights in memory; experts run one after the other, each by products of its own."""
         return self._build(self.blocks[path], experts_implementation="eager")[0].get_submodule(path)
 
-    def sources(self, path: str) -> dict[str, frozenset[str]]:
-        """For each parameter of a module, the weights of the checkpoint that it is made of."""
-        parameters = self._skeleton.get_submodule(path).named_parameters()
+    def sources(self, path: str, aliases: bool = False) -> dict[str, frozenset[str]]:
+        """For each parameter of a module, the weights of the checkpoint that it is made of.
+
+        `aliases`: under every name that it has, not only the first.
+        """
+        parameters = self._skeleton.get_submodule(path).named_parameters(remove_duplicate=not aliases)
         return {name: _sources(parameter) for name, parameter in parameters}
 
     def hollow(self) -> tuple[PreTrainedModel, dict[str, frozenset[str]]]:
@@ -344,8 +347,6 @@ def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype) -> Blueprint:
         UsageError: the model needs the code that it brings, and is not trusted.
         CheckpointError: no usable `config.json`, or no causal language model of `transformers`.
     """
-    from transformers import AutoModelForCausalLM
-
     root, config = _root(checkpoint), open_config(checkpoint)
     with (
         silent_transformers(),
@@ -358,10 +359,16 @@ def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype) -> Blueprint:
             if checkpoint.config.get("tie_word_embeddings") is False:  # a view may have an output layer of its own
                 part.tie_word_embeddings = False
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=checkpoint.trusted
-            )
+            model = _auto_class(config).from_config(config, trust_remote_code=checkpoint.trusted)
     return Blueprint(checkpoint, config, dtype, type(model))
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """What builds the model: one that reads images too is taken whole, and runs on text alone."""
+    import transformers
+
+    images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
 
 
 def open_config(checkpoint: Checkpoint) -> PreTrainedConfig:

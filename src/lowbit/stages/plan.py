@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ from lowbit.schemes import parse
 from lowbit.stages._gguf_config import require_told
 from lowbit.stages._gguf_vocabulary import alone
 from lowbit.stages._imatrix import Imatrix, Importance, read_importance
+from lowbit.stages._model import open_blueprint
 from lowbit.stages._policy import assign, read_policy
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe
 from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
@@ -35,6 +37,9 @@ VERSION = 2
 _UNSEEN = "; not in the importance matrix"
 _OUTSIDE = "; outside of the blocks, where no statistics are taken"
 _SWAPPED = "transposed linear layer (Conv1D)"
+_SHARED = "shared with another layer, which no reader of this format would find"
+_STACKED = "experts in one tensor, which are not taken apart yet"
+_LOOSE = "no layer's weight: readers of quantized files know no other matrices"
 _SWAPPING = "readers of this format know no such layer, those of gptq, gptq_v2 and bitsandbytes do"
 _BLOCK = re.compile(r"\.(\d+)\.")
 _NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -259,6 +264,7 @@ class _Maker:
     calibrated: bool
     tied: Mapping[str, str]
     chosen: Mapping[str, tuple[str, str]]
+    inside: AbstractSet[str]
 
     def swap(self, weight: Weight) -> bool:
         """Whether the model holds the transpose of what formats store."""
@@ -268,8 +274,12 @@ class _Maker:
         """Scheme name, float type or `keep` by the rules, and the reason."""
         chosen = self.chosen.get(weight.name)
         wanted, reason = _decide(weight, self.rules, self.checkpoint.config, self.form.default, chosen)
-        if self.swap(weight) and not self.form.swaps and wanted != "keep" and not reason.startswith("--set"):
+        if wanted == "keep" or reason.startswith("--set"):
+            return wanted, reason
+        if self.swap(weight) and not self.form.swaps:
             return "keep", f"{_SWAPPED}; {_SWAPPING}"
+        if weight.name in self.tied.values() and not self.form.choose:
+            return "keep", _SHARED
         return wanted, reason
 
     def entry(self, weight: Weight, given: tuple[str, str] | None = None) -> Entry:
@@ -279,8 +289,8 @@ class _Maker:
             return Entry(weight, None, f"shares the storage of {tied[weight.name]}", tied[weight.name])
         wanted, reason = given or self.decide(weight)
         if wanted != "keep" and weight.name in tied.values() and not form.choose:
-            raise UnsupportedError(f"{weight.name} is tied to another weight, which no reader would find; keep it")
-        inside = _BLOCK.search(weight.name) is not None
+            raise UnsupportedError(f"{weight.name} is {_SHARED}; keep it")
+        inside = weight.name in self.inside
         method, why = recipe.method, ""
         seen = self._important(weight) if self.importance else inside
         if not seen and recipe.calibrated:
@@ -314,7 +324,17 @@ def _maker(checkpoint: Checkpoint, rules: Rules) -> _Maker:
         raise UsageError(f"{what} is learned from text: name some with --calibration FILE")
     tied = tied_names(checkpoint)
     chosen = {**_chosen(checkpoint, rules, form, tied, recipe.weighs), **_by_policy(checkpoint, rules, form, tied)}
-    return _Maker(checkpoint, rules, form, recipe, options, importance, calibrated, tied, chosen)
+    inside = _inside(checkpoint, calibrated)
+    return _Maker(checkpoint, rules, form, recipe, options, importance, calibrated, tied, chosen, inside)
+
+
+def _inside(checkpoint: Checkpoint, calibrated: bool) -> AbstractSet[str]:
+    """Weights of the blocks. Of several lists of blocks only one is calibrated: the model's class tells which."""
+    numbers = {name: number for name in checkpoint.weights if (number := _BLOCK.search(name))}
+    lists = {name[: number.start()] for name, number in numbers.items() if len(checkpoint.weights[name].shape) == 2}
+    if not calibrated or len(lists) < 2:
+        return numbers.keys()
+    return frozenset[str]().union(*open_blueprint(checkpoint, torch.float32).blocks.values())
 
 
 def _importance(rules: Rules, recipe: Recipe, checkpoint: Checkpoint) -> Importance | None:
@@ -498,10 +518,13 @@ def _decide(
     if chosen:
         return chosen
     if len(weight.shape) != 2:
-        return "keep", f"not a matrix ({len(weight.shape)}-D)"
+        experts = len(weight.shape) == 3 and ".experts." in weight.name
+        return "keep", _STACKED if experts else f"not a matrix ({len(weight.shape)}-D)"
     row = arch_row("keep", config, weight)
     if row:
         return "keep", row["reason"]
+    if not weight.name.endswith(".weight"):
+        return "keep", _LOOSE
     return rules.scheme or default, "--scheme" if rules.scheme else "default scheme of the format"
 
 
