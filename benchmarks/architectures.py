@@ -1,25 +1,35 @@
 """Build every causal language model of `transformers` small and at random; compare logits with lowbit's, bit for bit.
 
-    python benchmarks/architectures.py [--only NAME ...] [--json]
+    python benchmarks/architectures.py [--only NAME ...] [--quantize METHOD] [--json]
 
 lowbit fills the model once as a whole and once one block at a time, as `lowbit evaluate --ram` does. Model types whose
 configuration cannot be made small by the settings below, or that do not run by themselves on tokens, are listed.
+
+With `--quantize`, as `gptq`, each is quantized to `int8-g16` instead, calibrated on words drawn at random. Said is by
+how much its logits change, and by how much those of the kernels on exact inputs differ from everything dequantized.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import tempfile
 import warnings
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+import lowbit
 from lowbit.errors import LowbitError
 from lowbit.stages._model import open_blueprint
 from lowbit.stages.checkpoint import open_checkpoint
@@ -104,10 +114,45 @@ def compare(name: str) -> str:
     return "equal"
 
 
+def save_words(folder: Path) -> str:
+    """A tokenizer of words beside a model, and a text of 400 of these at random."""
+    tokenizer = Tokenizer(WordLevel({f"w{n}": n for n in range(256)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast: Any = transformers.PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer).save_pretrained(folder)
+    words = torch.randint(3, 250, (400,), generator=torch.Generator().manual_seed(1)).tolist()
+    (folder / "words.txt").write_text(" ".join(f"w{n}" for n in words))
+    return str(folder / "words.txt")
+
+
+def carry(name: str, method: str) -> str:
+    """Quantize a model and run it: how many weights are, and what changed; or `refused: reason`, `skipped: reason`."""
+    ids = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, out = plain(name, folder, ids), f"{folder}/out"
+        if isinstance(wanted, str):
+            return f"skipped: {wanted}"
+        words: dict[str, Any] = {"calibration": save_words(Path(folder)), "samples": 8, "sequence_length": 32}
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                lowbit.quantize(folder, out, scheme="int8-g16", method=method, **words)
+            models = [lowbit.load(out, reference=True), lowbit.load(out, exact=True)]
+            with torch.inference_mode():
+                slow, fast = (model(input_ids=ids, use_cache=False).logits for model in models)
+        except LowbitError as error:
+            return f"refused: {error}"
+        except Exception as error:  # noqa: BLE001 - what fails here is what this script is for
+            return f"failed: {type(error).__name__}: {error}"
+        count = sum(weight.scheme is not None for weight in lowbit.open_checkpoint(out).weights.values())
+    change, kernels = float((slow - wanted).norm() / wanted.norm()), float((fast - slow).norm() / slow.norm())
+    return f"{count} weights, logits changed by {change:.3f}, kernels by {kernels:.1e}"
+
+
 def main() -> None:
     """Compare all, print a line for each type, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--quantize", metavar="METHOD")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -115,15 +160,16 @@ def main() -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
     known = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in transformers.CONFIG_MAPPING]
-    results = {}
+    results, work = {}, partial(carry, method=options.quantize) if options.quantize else compare
     for name in options.only or known:
         with contextlib.redirect_stdout(None):
-            results[name] = compare(name)
+            results[name] = work(name)
         if not options.json:
             print(f"{name:>28}: {results[name]}", flush=True)
     skipped = sum(result.startswith("skipped") for result in results.values())
-    equal = sum(result == "equal" for result in results.values())
-    summary = {"transformers": transformers.__version__, "equal": equal, "compared": len(results) - skipped}
+    good = sum(result == "equal" or " weights, " in result for result in results.values())
+    word = "quantized" if options.quantize else "equal"
+    summary = {"transformers": transformers.__version__, word: good, "compared": len(results) - skipped}
     print(json.dumps(summary | {"results": results}, indent=2) if options.json else summary)
 
 
