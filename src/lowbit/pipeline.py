@@ -27,6 +27,7 @@ from lowbit.stages._policy import read_policy
 from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._room import with_factors
+from lowbit.stages._text_part import text_part
 from lowbit.stages._windows import cut, encode
 from lowbit.stages.allocate import Allocation, Budget, Checked, Problem, make_problem, undecided
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
@@ -42,6 +43,7 @@ from lowbit.stages.plan import (
     load_plan,
     make_offers,
     make_plan,
+    read_format,
     read_recipe,
 )
 from lowbit.stages.record import Clock, make_record
@@ -53,7 +55,7 @@ from lowbit.stages.search import Trial, asked, search
 from lowbit.stages.verify import verify
 from lowbit.stages.write import open_output, refuse_foreign, write_atomic
 
-Tell = Callable[[Trial | Allocation | Checked | Narrowed | sensitivity.Way], None]
+Tell = Callable[[str | Trial | Allocation | Checked | Narrowed | sensitivity.Way], None]
 Read = Callable[[Calibration], Samples]
 
 
@@ -102,16 +104,17 @@ def run(
     Args:
         progress: called with `(stage, done, total)`.
         announce: called once with the plan and the estimates of its stages before anything is written.
-        tell: called with the estimate of what measuring for a budget takes; with each plan that is measured while one
-            is searched that is as good as was asked for; with what rounding inputs and cache costs, what single
-            decisions really cost, where these were asked for, and with what the plan is predicted to cost.
+        tell: called with what of the checkpoint is left out; with the estimate of what measuring for a budget takes;
+            with each plan that is measured while one is searched that is as good as was asked for; with what rounding
+            inputs and cache costs, what single decisions really cost, where these were asked for, and with what the
+            plan is predicted to cost.
 
     Raises:
         LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same request goes on.
     """
     clock, scores, most = Clock(), None, 0
     text = read_text(request.text) if request.text else None
-    with MemoryWatch(request.ram).running() as watch, _open(request) as source:
+    with MemoryWatch(request.ram).running() as watch, _open(request, tell) as source:
         read = read_once(source)
         plan = _plan(_Work(request, source, watch, progress, tell, read))
         plan, samples = _with_samples(plan, read)
@@ -162,7 +165,7 @@ def find_plan(
     Raises:
         LowbitError: see `lowbit.errors`.
     """
-    with MemoryWatch(request.ram).running() as watch, _open(request) as source:
+    with MemoryWatch(request.ram).running() as watch, _open(request, tell) as source:
         return _plan(_Work(request, source, watch, progress, tell, read_once(source)))
 
 
@@ -317,6 +320,7 @@ def run_conversion(
     clock = Clock()
     refuse_foreign(out)
     with MemoryWatch(ram).running() as watch, open_checkpoint(model) as source:
+        source = text_part(source) if goal.format == "gguf" else source
         folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
         for text in source.notes:
             note(text)
@@ -361,7 +365,7 @@ def run_imatrix(
     """
     if out.exists():
         raise UsageError(f"{out} is there already and is left alone; name a new file")
-    with MemoryWatch(ram).running() as watch, open_checkpoint(model, trust_remote_code) as source:
+    with MemoryWatch(ram).running() as watch, text_part(open_checkpoint(model, trust_remote_code)) as source:
         samples = _read(text, source)
         cost = imatrix.estimate(source, (samples.ids.shape[0], samples.ids.shape[1]), ram)
         if announce:
@@ -380,9 +384,13 @@ def without_tokenizer(model: str, out: Path) -> str | None:
     return reason and f"no tokenizer was written: {reason}"
 
 
-def _open(request: Request) -> Checkpoint:
+def _open(request: Request, tell: Tell) -> Checkpoint:
     """The checkpoint, or a view of it that is rotated where the recipe says so and was proved to compute the same."""
     source = open_checkpoint(request.model, request.trust_remote_code)
+    if (read_format(request.plan) if request.plan else request.rules.format) == "gguf":
+        source = text_part(source)
+    if source.part:
+        tell(source.part)
     recipe, options = read_recipe(request.plan) if request.plan else request.rules.recipe()
     if not recipe.rotate:
         return source

@@ -253,6 +253,33 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     agree(quantized(source, tmp_path / "q8_0", "q8_0"), source, 0.1, 0.5 if sparse else 1.0)
 
 
+def test_the_part_that_reads_of_a_model_that_sees_too(tmp_path: Path) -> None:
+    """Against a model of its own with the same weights; what is left out is said."""
+    library: Any = transformers
+    sight = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"}  # fmt: skip
+    text = library.Gemma3TextConfig(**SMALL, head_dim=32, query_pre_attn_scalar=32)
+    whole = library.Gemma3ForConditionalGeneration(library.Gemma3Config(text_config=text, vision_config=sight))
+    alone_model = library.Gemma3ForCausalLM(text)
+    seeing = saved_model(whole, tmp_path / "seeing", byte_level())
+    alone_model.model.load_state_dict(whole.model.language_model.state_dict())
+    alone_model.config.eos_token_id = 1
+    reading = tmp_path / "reading"
+    alone_model.save_pretrained(reading)
+    for file in seeing.glob("token*"):
+        shutil.copy(file, reading)
+    told: list[str] = []
+    rules = Rules(scheme="f32", format="gguf")
+    run(Request(str(seeing), tmp_path / "out", rules), tell=lambda each: told.append(str(each)))
+    assert len(told) == 1 and "of what sees or hears are left out" in told[0]
+    agree(tmp_path / "out" / "model.gguf", reading, 2e-3)
+    run(Request(str(reading), tmp_path / "own", rules))
+    ours, own = (open_checkpoint(tmp_path / name / "model.gguf") for name in ("out", "own"))
+    assert ours.weights == own.weights and ours.config.items() >= own.config.items()
+    run_conversion(str(seeing), tmp_path / "converted", Goal("gguf"))
+    agree(tmp_path / "converted" / "model.gguf", reading, 2e-3)
+
+
 def test_what_llama_cpp_would_compute_in_another_way_is_refused(tmp_path: Path) -> None:
     library: Any = transformers
     config = library.Qwen2Config(**SMALL, rope_parameters=YARN | {"beta_fast": 8.0})

@@ -449,14 +449,14 @@ class _Lines:
         click.echo(f"{stage}: {share:.0f}%, {now - begun:.1f} s{left}", err=True)
 
 
-def print_told(told: Trial | Allocation | Checked | Narrowed | Way) -> None:
+def print_told(told: str | Trial | Allocation | Checked | Narrowed | Way) -> None:
     """A plan that was measured for what was asked, or what else there is to say of measuring and of plans."""
     from lowbit.stages.search import Trial
 
     if isinstance(told, Trial):
         _print_trial(told)
         return
-    for line in told.lines():
+    for line in [told] if isinstance(told, str) else told.lines():
         click.echo(line, err=True)
 
 

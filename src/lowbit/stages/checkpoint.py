@@ -59,6 +59,7 @@ class Checkpoint:
             digits than `specs` says, which is the dtype in which it is to be stored.
         terms: weight to a low-rank pair `(down, up)`, whose product stands beside it (an adapter).
         trusted: whether Python code that it brings may be run.
+        part: where it is a part of what lies at `path`, with a configuration of its own, what is left out.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class Checkpoint:
     edits: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     terms: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     trusted: bool = False
+    part: str | None = None
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -160,6 +162,7 @@ class Checkpoint:
         """What of the files is not carried, a sentence for each entry, and one for all scales of inputs."""
         inputs = [name for name in self.skipped if name.endswith(_INPUTS)]
         found = [f"{name} is no tensor of the model and is not carried" for name in self.skipped if name not in inputs]
+        found += [self.part] if self.part else []
         return found + [_IGNORED.format(count=len(inputs), first=name) for name in inputs[:1]]
 
     @cached_property

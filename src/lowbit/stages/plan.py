@@ -586,6 +586,13 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
         raise UsageError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
 
 
+def read_format(path: Path) -> str | None:
+    """The format of a saved plan; None where it has none, which `load_plan` refuses."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(path.read_text())["format"])
+    return None
+
+
 def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, config: Mapping[str, Any], smooths: bool) -> Entry:
     if row.get("tied"):
         return Entry(weight, None, row["reason"], row["tied"])

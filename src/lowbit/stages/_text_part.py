@@ -1,0 +1,67 @@
+"""The model that reads, of one that sees or hears too, as a checkpoint: llama.cpp has it in a file of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from lowbit.formats._gguf import arch_of
+from lowbit.stages._model import open_config
+from lowbit.stages._weightfile import WeightFile
+from lowbit.stages.checkpoint import Checkpoint
+
+T = TypeVar("T")
+_INSIDE = re.compile(r"(language_model\.model|model\.language_model)\.|language_model\.(?=lm_head\.)")
+_READS = re.compile(r"model\.(layers|embed_tokens|norm)\.|lm_head\.")
+_TOP = (
+    "dtype",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)  # said for the whole model, where at all
+
+
+def text_part(source: Checkpoint) -> Checkpoint:
+    """A view of what reads, under the names and with the configuration of a model of its own; others as they are.
+
+    Raises:
+        CheckpointError: `transformers` cannot use the configuration.
+    """
+    text = source.config.get("text_config")
+    arch = arch_of(text.get("model_type")) if isinstance(text, Mapping) else None
+    if arch is None:
+        return source
+    config = open_config(source).get_text_config().to_dict()
+    config |= {key: source.config[key] for key in _TOP if source.config.get(key) is not None}
+    config["architectures"] = [arch.classes[config["model_type"]]]
+    left = len(source.weights) - len(_renamed(source.weights))
+    part = f"{left} weights of what sees or hears are left out: llama.cpp takes them from a file of its own (mmproj)"
+    whole = {file: _file(file) for file in set(source.files.values())}
+    return replace(
+        source,
+        config=config,
+        specs=_renamed(source.specs),
+        weights={name: replace(weight, name=name) for name, weight in _renamed(source.weights).items()},
+        files={name: whole[file] for name, file in _renamed(source.files).items()},
+        edits=_renamed(source.edits),
+        part=part,
+    )
+
+
+def _file(file: WeightFile) -> WeightFile:
+    tied = {alias: _name(name) or name for alias, name in _renamed(file.tied).items()}
+    return replace(file, slots=_renamed(file.slots), values=_renamed(file.values), tied=tied)
+
+
+def _renamed(values: Mapping[str, T]) -> dict[str, T]:
+    """Of what reads, by the names that it has in a model of its own."""
+    return {new: value for name, value in values.items() if (new := _name(name))}
+
+
+def _name(name: str) -> str | None:
+    inside = _INSIDE.match(name)
+    own = ("model." if inside and inside[1] else "") + name[inside.end() :] if inside else name
+    return own if _READS.match(own) else None
