@@ -389,8 +389,8 @@ def _open(request: Request, tell: Tell) -> Checkpoint:
     source = open_checkpoint(request.model, request.trust_remote_code)
     if (read_format(request.plan) if request.plan else request.rules.format) == "gguf":
         source = text_part(source)
-    if source.part:
-        tell(source.part)
+    if source.left:
+        tell(source.notes[-1])
     recipe, options = read_recipe(request.plan) if request.plan else request.rules.recipe()
     if not recipe.rotate:
         return source

@@ -272,6 +272,8 @@ def test_the_part_that_reads_of_a_model_that_sees_too(tmp_path: Path) -> None:
     rules = Rules(scheme="f32", format="gguf")
     run(Request(str(seeing), tmp_path / "out", rules), tell=lambda each: told.append(str(each)))
     assert len(told) == 1 and "of what sees or hears are left out" in told[0]
+    (row,) = (row for row in (tmp_path / "out" / "report.md").read_text().splitlines() if "left out" in row)
+    assert f"| {told[0].split()[0]} |" in row
     agree(tmp_path / "out" / "model.gguf", reading, 2e-3)
     run(Request(str(reading), tmp_path / "own", rules))
     ours, own = (open_checkpoint(tmp_path / name / "model.gguf") for name in ("out", "own"))

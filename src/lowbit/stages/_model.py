@@ -380,7 +380,7 @@ def open_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    root, told = _root(checkpoint), (alone(checkpoint) or checkpoint.part) and checkpoint.config
+    root, told = _root(checkpoint), (alone(checkpoint) or checkpoint.left is not None) and checkpoint.config
     if not told and not (root / "config.json").exists():
         raise CheckpointError(
             f"{root} has no config.json, which names the model's architecture; put the original's there"

@@ -37,8 +37,6 @@ def text_part(source: Checkpoint) -> Checkpoint:
     config = open_config(source).get_text_config().to_dict()
     config |= {key: source.config[key] for key in _TOP if source.config.get(key) is not None}
     config["architectures"] = [arch.classes[config["model_type"]]]
-    left = len(source.weights) - len(_renamed(source.weights))
-    part = f"{left} weights of what sees or hears are left out: llama.cpp takes them from a file of its own (mmproj)"
     whole = {file: _file(file) for file in set(source.files.values())}
     return replace(
         source,
@@ -47,7 +45,7 @@ def text_part(source: Checkpoint) -> Checkpoint:
         weights={name: replace(weight, name=name) for name, weight in _renamed(source.weights).items()},
         files={name: whole[file] for name, file in _renamed(source.files).items()},
         edits=_renamed(source.edits),
-        part=part,
+        left=frozenset(name for name in source.weights if _name(name) is None),
     )
 
 

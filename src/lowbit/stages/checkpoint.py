@@ -31,6 +31,7 @@ from lowbit.tensors import QTensor
 # What a plug-in may stumble over in a configuration or in tensors that nobody promised to be sane.
 _STUMBLES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
+LEFT = "llama.cpp takes them from a file of its own (mmproj)"
 # Beside NVFP4 in GGUF, for kernels that round inputs to it.
 _INPUTS = ".input_scale"
 _IGNORED = "{count} scales of inputs, as {first}, are neither used nor carried: inputs are not rounded here"
@@ -59,7 +60,7 @@ class Checkpoint:
             digits than `specs` says, which is the dtype in which it is to be stored.
         terms: weight to a low-rank pair `(down, up)`, whose product stands beside it (an adapter).
         trusted: whether Python code that it brings may be run.
-        part: where it is a part of what lies at `path`, with a configuration of its own, what is left out.
+        left: where it is a part of what lies at `path`, with a configuration of its own, the weights of the rest.
     """
 
     path: Path
@@ -73,7 +74,7 @@ class Checkpoint:
     edits: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     terms: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     trusted: bool = False
-    part: str | None = None
+    left: frozenset[str] | None = None
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -162,8 +163,8 @@ class Checkpoint:
         """What of the files is not carried, a sentence for each entry, and one for all scales of inputs."""
         inputs = [name for name in self.skipped if name.endswith(_INPUTS)]
         found = [f"{name} is no tensor of the model and is not carried" for name in self.skipped if name not in inputs]
-        found += [self.part] if self.part else []
-        return found + [_IGNORED.format(count=len(inputs), first=name) for name in inputs[:1]]
+        found += [_IGNORED.format(count=len(inputs), first=name) for name in inputs[:1]]
+        return found + ([f"{len(self.left)} weights of what sees or hears are left out: {LEFT}"] if self.left else [])
 
     @cached_property
     def tied(self) -> Mapping[str, str]:

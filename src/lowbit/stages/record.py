@@ -31,7 +31,7 @@ from lowbit.stages._records import (
     TermsRecord,
     Verification,
 )
-from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
+from lowbit.stages.checkpoint import LEFT, Checkpoint, open_checkpoint
 from lowbit.stages.plan import Entry, Plan
 from lowbit.stages.quantize import pieces_of
 from lowbit.stages.verify import Verified
@@ -86,7 +86,7 @@ def make_record(
         verified=Verification(verified.tensors, 0, verified.seconds),
         evaluation=evaluation,
         histograms=tuple(histograms(source, output, rows, way.scratch)),
-        counts=(*_counts(plan), *_fallbacks(output)),
+        counts=(*_counts(plan), *_fallbacks(output), *_left(source)),
         resumed=output.resumed,
         calibration=calibration and {**calibration, "folded": _folded(output)},
         adapter=_terms(plan, adapter) if adapter else None,
@@ -162,6 +162,10 @@ def _fallbacks(output: Output) -> tuple[Count, ...]:
     if few:
         reasons["experts that saw fewer tokens than they have inputs were calibrated on all tokens"] = few
     return tuple(Count("fallback", reason, number) for reason, number in reasons.items())
+
+
+def _left(source: Checkpoint) -> tuple[Count, ...]:
+    return (Count("left out", LEFT, len(source.left)),) if source.left else ()
 
 
 def _folded(output: Output) -> int:
