@@ -281,6 +281,19 @@ NB_MODULE(_native, module) {
                               full, threads, out.data());
         },
         Unlocked());
+    module.def("ggml_panel_bits", [](int type) { return ggml_panel_bits(GgmlType(type)); });
+    module.def(
+        "ggml_panels",
+        [](int type, const Bytes& stored, int64_t blocks, const std::optional<Array<const int64_t>>& order, int threads,
+           const Codes& codes, const Codes& scale, const MaybeCodes& zero, const MaybeCodes& fine,
+           const MaybeCodes& fine_zero) {
+            GgmlRows rows{stored.data(), int64_t(stored.shape(0)), blocks, data_or_null(order)};
+            GgmlPanels to{codes.data(), scale.data(), data_or_null(zero), data_or_null(fine), data_or_null(fine_zero)};
+            GgmlFound found = ggml_panels(GgmlType(type), rows, threads, to);
+            return std::make_tuple(found.finite, found.wide);
+        },
+        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg().none(), nb::arg().none(), Unlocked());
     nb::class_<Cache>(module, "Cache")
         .def("reserve", &Cache::reserve, Unlocked())
         .def_prop_ro("bytes", &Cache::bytes);

@@ -501,13 +501,17 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 #include "ggml_fit.h"
 #include "ggml_grid_encode.h"
 
+// ---- and its blocks, as products read them ----
+
+#include "ggml_panels.h"
+
 }  // namespace
 
 void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last);  // compiled apart: product.h
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
                            dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words,
-                           softmax,    softmax_slopes, encode_any, fit_any, LOWBIT_PRODUCT, round_inputs,    attend,
-                           keep,       gate};
+                           softmax,    softmax_slopes, encode_any, fit_any, put_any,         LOWBIT_PRODUCT,
+                           round_inputs, attend,    keep,            gate};
 
 }  // namespace lowbit

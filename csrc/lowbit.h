@@ -107,6 +107,24 @@ struct GgmlEncoded {
     uint8_t *scale_codes, *min_codes;
 };
 
+// Rows of blocks as a file has them; row r of the weight is row `order[r]`, where that is not null.
+struct GgmlRows {
+    const uint8_t* stored;
+    int64_t rows, blocks;  // of a row
+    const int64_t* order;
+};
+
+// The parts of a `Product` that blocks become, each for all panels; not read where the type has none.
+struct GgmlPanels {
+    uint8_t *codes, *scale, *zero = nullptr, *fine = nullptr, *fine_zero = nullptr;
+};
+
+// Whether all scales and minima are finite; of types whose scales and minima are both nested, whether some of their
+// integers take more than four bits.
+struct GgmlFound {
+    bool finite = true, wide = false;
+};
+
 // How a product is computed: inputs as they are, times what codes stand for; inputs rounded to int8, times codes (`codes`)
 // or times bytes of a table (`table`); or, of weights that are floats, as they are (`dense`).
 enum class Way { floats, codes, table, dense };
@@ -224,6 +242,9 @@ struct Kernels {
     void (*ggml_fit)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
                      const GgmlEncoded&);
 
+    // Panels from `first` to before `last` of a type that `ggml_panel_bits` knows.
+    GgmlFound (*ggml_panels)(GgmlType, const GgmlRows&, const GgmlPanels&, int64_t first, int64_t last);
+
     // Panels from `first` to before `last`.
     void (*product)(const Product&, int64_t first, int64_t last);
 
@@ -270,6 +291,11 @@ void interleave(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t*
 
 // [rows, cols] of elements of 2 or 4 bytes as [panels, full, 16]: scales, and weights that are floats.
 void interleave_floats(const void* values, int64_t rows, int64_t cols, int size, int64_t full, int threads, void* out);
+
+// Rows of blocks as panels: what `interleave` and `interleave_floats` make of what `ggml_unpack` gives. `ggml_panel_bits`
+// are those of a code in them, 0 for types that are not brought there at once.
+int ggml_panel_bits(GgmlType);
+GgmlFound ggml_panels(GgmlType, const GgmlRows&, int threads, const GgmlPanels&);
 
 // Returns the first weight of a run that the type has no word for (IQ types hold runs of codes from a table), or -1.
 int64_t ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);

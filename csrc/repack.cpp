@@ -1,5 +1,6 @@
 // From rows of codes or floats to panels of sixteen rows, in the order in which product.h reads them.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -125,6 +126,34 @@ void interleave_floats(const void* values, int64_t rows, int64_t cols, int size,
         });
     };
     size == 2 ? run(uint16_t{}) : run(uint32_t{});
+}
+
+int ggml_panel_bits(GgmlType type) {
+    switch (type) {
+    case GgmlType::q2_k: return 2;
+    case GgmlType::q3_k: return 3;
+    case GgmlType::q4_0:
+    case GgmlType::q4_1:
+    case GgmlType::q4_k:
+    case GgmlType::iq4_nl:
+    case GgmlType::iq4_xs: return 4;
+    case GgmlType::q5_0:
+    case GgmlType::q5_1:
+    case GgmlType::q5_k: return 5;
+    case GgmlType::q6_k: return 6;
+    case GgmlType::q8_0: return 8;
+    default: return 0;
+    }
+}
+
+GgmlFound ggml_panels(GgmlType type, const GgmlRows& rows, int threads, const GgmlPanels& to) {
+    std::atomic<bool> finite = true, wide = false;
+    share((rows.rows + lanes - 1) / lanes, panels_of_piece, threads, [&](int64_t first, int64_t last) {
+        GgmlFound found = kernels().ggml_panels(type, rows, to, first, last);
+        if (!found.finite) finite = false;
+        if (found.wide) wide = true;
+    });
+    return {finite, wide};
 }
 
 }  // namespace lowbit

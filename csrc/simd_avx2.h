@@ -148,6 +148,27 @@ float greatest(F value) {
 
 #include "pack_avx2.h"
 
+struct Sixteen {
+    I a, b, c, d;
+};
+__m256i two_rows(const uint8_t* const* rows, int64_t at) {
+    __m256i first = _mm256_castsi128_si256(_mm_loadu_si128(narrow(rows[0] + at)));
+    return _mm256_inserti128_si256(first, _mm_loadu_si128(narrow(rows[4] + at)), 1);
+}
+void eight_rows(const uint8_t* const* rows, int64_t at, __m256i (&words)[4]) {
+    __m256i first = two_rows(rows, at), second = two_rows(rows + 1, at);
+    __m256i third = two_rows(rows + 2, at), fourth = two_rows(rows + 3, at);
+    __m256i low = _mm256_unpacklo_epi32(first, second), high = _mm256_unpackhi_epi32(first, second);
+    __m256i low_next = _mm256_unpacklo_epi32(third, fourth), high_next = _mm256_unpackhi_epi32(third, fourth);
+    words[0] = _mm256_unpacklo_epi64(low, low_next), words[1] = _mm256_unpackhi_epi64(low, low_next);
+    words[2] = _mm256_unpacklo_epi64(high, high_next), words[3] = _mm256_unpackhi_epi64(high, high_next);
+}
+Sixteen load_rows(const uint8_t* const* rows, int64_t at) {
+    __m256i low[4], high[4];
+    eight_rows(rows, at, low), eight_rows(rows + 8, at, high);
+    return {{low[0], high[0]}, {low[1], high[1]}, {low[2], high[2]}, {low[3], high[3]}};
+}
+
 // ---- four bytes of a lane at a time ----
 
 I load_words(const void* from) {

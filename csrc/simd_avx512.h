@@ -110,6 +110,23 @@ float greatest(F value) { return _mm512_reduce_max_ps(value.all); }
 
 #include "pack_avx2.h"
 
+struct Sixteen {
+    I a, b, c, d;
+};
+__m512i four_rows(const uint8_t* const* rows, int64_t at) {
+    auto row = [&](int i) { return _mm_loadu_si128(narrow(rows[i] + at)); };
+    __m512i found = _mm512_inserti32x4(_mm512_castsi128_si512(row(0)), row(4), 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(found, row(8), 2), row(12), 3);
+}
+Sixteen load_rows(const uint8_t* const* rows, int64_t at) {
+    __m512i first = four_rows(rows, at), second = four_rows(rows + 1, at);
+    __m512i third = four_rows(rows + 2, at), fourth = four_rows(rows + 3, at);
+    __m512i low = _mm512_unpacklo_epi32(first, second), high = _mm512_unpackhi_epi32(first, second);
+    __m512i low_next = _mm512_unpacklo_epi32(third, fourth), high_next = _mm512_unpackhi_epi32(third, fourth);
+    return {{_mm512_unpacklo_epi64(low, low_next)}, {_mm512_unpackhi_epi64(low, low_next)},
+            {_mm512_unpacklo_epi64(high, high_next)}, {_mm512_unpackhi_epi64(high, high_next)}};
+}
+
 // ---- four bytes of a lane at a time ----
 
 I load_words(const void* from) { return {_mm512_loadu_si512(from)}; }

@@ -209,20 +209,35 @@ void unpack32(const uint8_t* bytes, uint8_t* codes) {
     unpack16<bits>(bytes, codes), unpack16<bits>(bytes + 2 * bits, codes + 16);
 }
 
-void transpose4(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
-    auto line = [&](int row) { return load_16(from + row * from_stride); };
-    int32x4_t first = line(0), second = line(1), third = line(2), fourth = line(3);
+// Words of four rows, each from all of them.
+I four_rows(int32x4_t first, int32x4_t second, int32x4_t third, int32x4_t fourth) {
     auto wide = [](int32x4_t words) { return vreinterpretq_s64_s32(words); };
     int64x2_t even = wide(vtrn1q_s32(first, second)), odd = wide(vtrn2q_s32(first, second));
     int64x2_t low_even = wide(vtrn1q_s32(third, fourth)), low_odd = wide(vtrn2q_s32(third, fourth));
-    auto put = [&](int col, int64x2_t words) { store_16(to + col * to_stride, vreinterpretq_u8_s64(words)); };
-    put(0, vtrn1q_s64(even, low_even)), put(1, vtrn1q_s64(odd, low_odd));
-    put(2, vtrn2q_s64(even, low_even)), put(3, vtrn2q_s64(odd, low_odd));
+    auto words = [](int64x2_t pairs) { return vreinterpretq_s32_s64(pairs); };
+    return {words(vtrn1q_s64(even, low_even)), words(vtrn1q_s64(odd, low_odd)), words(vtrn2q_s64(even, low_even)),
+            words(vtrn2q_s64(odd, low_odd))};
+}
+void transpose4(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
+    auto line = [&](int row) { return load_16(from + row * from_stride); };
+    auto put = [&](int col, int32x4_t words) { store_16(to + col * to_stride, vreinterpretq_u8_s32(words)); };
+    I words = four_rows(line(0), line(1), line(2), line(3));
+    put(0, words.a), put(1, words.b), put(2, words.c), put(3, words.d);
 }
 void transpose8(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
     for (int row = 0; row < 8; row += 4)
         for (int col = 0; col < 8; col += 4)
             transpose4(from + row * from_stride + 4 * col, from_stride, to + col * to_stride + 4 * row, to_stride);
+}
+
+struct Sixteen {
+    I a, b, c, d;
+};
+Sixteen load_rows(const uint8_t* const* rows, int64_t at) {
+    auto row = [&](int i) { return load_16(rows[i] + at); };
+    auto four = [&](int i) { return four_rows(row(i), row(i + 1), row(i + 2), row(i + 3)); };
+    I p = four(0), q = four(4), r = four(8), s = four(12);
+    return {{p.a, q.a, r.a, s.a}, {p.b, q.b, r.b, s.b}, {p.c, q.c, r.c, s.c}, {p.d, q.d, r.d, s.d}};
 }
 
 // ---- four bytes of a lane at a time ----

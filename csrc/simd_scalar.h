@@ -255,6 +255,21 @@ void transpose8(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t t
             __builtin_memcpy(to + col * to_stride + 4 * row, from + row * from_stride + 4 * col, 4);
 }
 
+// Sixteen bytes of each of sixteen rows, from byte `at` on: a lane has a row, the first has its first four bytes.
+struct Sixteen {
+    I a, b, c, d;
+};
+Sixteen load_rows(const uint8_t* const* rows, int64_t at) {
+    auto word = [&](int k) {
+        return each<I>([&](int i) {
+            int32_t found;
+            __builtin_memcpy(&found, rows[i] + at + 4 * k, 4);
+            return found;
+        });
+    };
+    return {word(0), word(1), word(2), word(3)};
+}
+
 // ---- four bytes of a lane at a time ----
 
 I load_words(const void* from) { return load<int32_t>(from); }

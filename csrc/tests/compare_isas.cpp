@@ -251,6 +251,35 @@ static void check_ggml_blocks(GgmlType type, int64_t blocks) {
                 size_t(blocks * shape.bytes));
 }
 
+// Blocks of any bytes as panels, rows in reverse; codes against what goes over a byte for each.
+static void compare_ggml_panels(const Kernels& kernels, GgmlType type, int64_t rows, int64_t blocks) {
+    int bits = ggml_panel_bits(type);
+    GgmlShape shape = ggml_shape(type);
+    int64_t cols = blocks * shape.weights, all = rows * blocks, panels = (rows + 15) / 16;
+    int64_t sizes[] = {2 * panels * cols * bits, 32 * panels * blocks, 32 * panels * blocks, 16 * panels * blocks * shape.subs,
+                       16 * panels * blocks * shape.subs};
+    Buffer stored = random_codes(all * shape.bytes, 255), scale(2 * all), min(2 * all), subs(all * shape.subs);
+    std::vector<int64_t> order(size_t(rows), 0);
+    for (int64_t i = 0; i < rows; i++) order[size_t(i)] = rows - 1 - i;
+    Grid grid{rows, cols, int64_t(type), bits};
+    compare("ggml_panels", kernels, grid, sizes[0] + 2 * sizes[1] + 2 * sizes[3] + 2, [&](const Kernels& k, uint8_t* out) {
+        std::deque<Buffer> parts;
+        for (int64_t size : sizes) parts.emplace_back(size);
+        auto at = [&](int i) { return parts[size_t(i)].at(); };
+        GgmlFound found = k.ggml_panels(type, {stored.at(), rows, blocks, order.data()}, {at(0), at(1), at(2), at(3), at(4)}, 0, panels);
+        *out++ = found.finite, *out++ = found.wide;
+        for (int i = 0; i < 5; out += sizes[i++]) std::memcpy(out, at(i), size_t(sizes[i]));
+    });
+    Buffer codes(all * shape.weights), turned(all * shape.weights), wanted(sizes[0]), got(sizes[0], 0xaa);
+    ggml_unpack(type, all, stored.at(), {codes.at(), scale.at(), min.at(), subs.at(), Buffer(all * shape.subs).at()});
+    for (int64_t r = 0; r < rows; r++) std::memcpy(turned.at() + r * cols, codes.at() + order[size_t(r)] * cols, size_t(cols));
+    interleave(turned.at(), rows, cols, nullptr, bits, cols, 1, wanted.at());
+    Buffer rest(sizes[1]), zero(sizes[1]), fine(sizes[3]), fine_zero(sizes[3]);
+    kernels.ggml_panels(type, {stored.at(), rows, blocks, order.data()},
+                        {got.at(), rest.at(), zero.at(), fine.at(), fine_zero.at()}, 0, panels);
+    expect_same("codes of ggml_panels", kernels, grid, got.at(), wanted.at(), size_t(sizes[0]));
+}
+
 // A weight of panels, and inputs, for one way.
 static void compare_product(const Kernels& kernels, Way way, int bits, int64_t rows, int64_t cols, int64_t step, bool minus,
                             int64_t over = 0) {
@@ -450,6 +479,10 @@ int main(int count, char** arguments) {
             for (int64_t blocks : {0, 1, 3})
                 for (int kind = 0; kind < 6; kind++)
                     if (number++ % every == 0) compare_ggml(kernels, type, 7, blocks, kind);
+        for (GgmlType type : ggml_types)
+            for (int64_t rows : {0, 1, 16, 37})
+                for (int64_t blocks : {0, 1, 3})
+                    if (ggml_panel_bits(type)) compare_ggml_panels(kernels, type, rows, blocks);
         for (int64_t last : {1, 2, 17, 40})
             for (int64_t first : {int64_t(0), last - 1}) compare_attention(kernels, 32, first, last);
     }

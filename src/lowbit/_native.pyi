@@ -91,6 +91,20 @@ def ggml_unpack(
     min_codes: Tensor | None,
     /,
 ) -> None: ...
+def ggml_panel_bits(type: int, /) -> int: ...
+def ggml_panels(
+    type: int,
+    stored: Tensor,
+    blocks: int,
+    order: Tensor | None,
+    threads: int,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    fine: Tensor | None,
+    fine_zero: Tensor | None,
+    /,
+) -> tuple[bool, bool]: ...
 def ggml_encode(
     type: int,
     weight: Tensor,

@@ -758,12 +758,63 @@ def interleave(
     if bits not in CODE_BITS or full < cols or full % 32:
         raise ValueError(f"{cols} columns of {bits} bits make no panels of {full}")
     if order is not None:
-        _check("order", order, (cols,), torch.int64)
-        if cols and not 0 <= int(order.min()) <= int(order.max()) < cols:
-            raise ValueError(f"order must name columns below {cols}")
+        _check_order(order, cols)
     out = _room((ceil(rows / 16), full * bits // 32, 64), torch.uint8)
     _native.interleave(codes, order, bits, full, max(threads, 1), out)
     return out
+
+
+@final
+@dataclass(frozen=True)
+class GgmlPanels:
+    """Blocks of a type of ggml as parts of `Panels`; None where the type has none.
+
+    Attributes:
+        codes: of every weight, in the bits that the type has.
+        scale: of each block.
+        zero: what each block subtracts, or the scale of these where they are integers.
+        fine: integers of scales; those of minima too (`Panels.joined`), where both have four bits in the type.
+        fine_zero: integers of minima.
+        finite: whether `scale` and `zero` are.
+        wide: whether an integer of `fine` or `fine_zero` has more than four bits, where both are there.
+    """
+
+    codes: UInt8[Tensor, "panels words 64"]
+    scale: Float[Tensor, "panels blocks 16"]
+    zero: Float[Tensor, "panels blocks 16"] | None
+    fine: Int8[Tensor, "panels pairs 16 2"] | None
+    fine_zero: Int8[Tensor, "panels pairs 16 2"] | None
+    finite: bool
+    wide: bool
+
+
+def ggml_panels(
+    type: int, stored: UInt8[Tensor, "rows bytes"], order: Int64[Tensor, "rows"] | None, threads: int = 1
+) -> GgmlPanels | None:
+    """What `interleave` and `interleave_floats` make of rows of blocks that `ggml_unpack` took apart, row r `order[r]`.
+
+    None for types that have no such way. Floats are float16.
+    """
+    bits, (weights, size, subs, has_min, _) = _native.ggml_panel_bits(type), _ggml_shape(type)
+    rows, width = _two(stored.shape)
+    _check("stored", stored, (rows, width), torch.uint8)
+    if width % size:
+        raise ValueError(f"blocks of {size} bytes do not divide rows of {width}")
+    if not bits:
+        return None
+    if order is not None:
+        _check_order(order, rows)
+    down, blocks = ceil(rows / 16), width // size
+    apart = has_min and bits > 2  # integers of minima have a place of their own
+    codes = _room((down, blocks * weights * bits // 32, 64), torch.uint8)
+    scale = _room((down, blocks, 16), torch.float16)
+    zero = _room((down, blocks, 16), torch.float16) if has_min else None
+    fine, fine_zero = (
+        _room((down, blocks * subs // 2, 16, 2), torch.int8) if there else None for there in (subs, subs and apart)
+    )
+    parts = (scale, zero, fine, fine_zero)
+    found = _native.ggml_panels(type, stored, blocks, order, max(threads, 1), codes, *map(_as_bytes, parts))
+    return GgmlPanels(codes, *parts, *found)
 
 
 def interleave_floats(
@@ -776,6 +827,12 @@ def interleave_floats(
     out = _room((ceil(rows / 16), full, 16), values.dtype)
     _native.interleave_floats(values.detach(), full, max(threads, 1), out)
     return out
+
+
+def _check_order(order: Tensor, count: int) -> None:
+    _check("order", order, (count,), torch.int64)
+    if count and not 0 <= int(order.min()) <= int(order.max()) < count:
+        raise ValueError(f"order must name places below {count}")
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import UnsupportedError
+from lowbit.formats._ggml import BLOCKS, unpack
+from lowbit.native import Panels
 from lowbit.runtime.linear import Linear
-from lowbit.runtime.panels import Packed, dense_bytes, pack, pack_dense, pack_noise, packed_bytes
+from lowbit.runtime.panels import Packed, dense_bytes, pack, pack_blocks, pack_dense, pack_noise, packed_bytes
 from lowbit.schemes import parse
 from lowbit.tensors import QTensor
 from tests.reference.checkpoints import scattered
@@ -128,6 +131,62 @@ def test_rows_of_a_merged_matrix_are_multiplied_alone(scheme: str) -> None:
     whole = multiply(packed, x)
     for first, count in ((0, 32), (32, 16), (48, 32)):
         assert torch.equal(multiply(packed.part(first, count), x), whole[:, first : first + count])
+
+
+HALVES = {
+    "q4_0": [0],
+    "q4_1": [0, 2],
+    "q5_0": [0],
+    "q5_1": [0, 2],
+    "q8_0": [0],
+    "iq4_nl": [0],
+    "q2_k": [80, 82],
+    "q3_k": [108],
+    "q4_k": [0, 2],
+    "q5_k": [0, 2],
+    "q6_k": [208],
+    "iq4_xs": [0],
+}  # first bytes of float16 in a block
+
+
+def any_blocks(name: str, rows: int, count: int) -> Tensor:
+    """Blocks of any bits whose scales are finite."""
+    stored = torch.randint(256, (rows, count, BLOCKS[name].bytes), dtype=torch.uint8)
+    stored[..., [first + 1 for first in HALVES[name]]] &= 0xBF
+    return stored
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_blocks_become_the_panels_of_what_is_in_them(name: str) -> None:
+    for rows, count in [(16, 1), (1, 3), (37, 2)]:
+        stored = any_blocks(name, rows, count).view(rows, -1)
+        wanted = pack(unpack(name, stored, (rows, count * BLOCKS[name].weights)))
+        for from_rows, order in [(stored, None), (stored.flip(0), torch.arange(rows).flip(0))]:
+            found = pack_blocks(BLOCKS[name], from_rows, order, threads=2)
+            assert found and (found.inputs, found.order) == (wanted.inputs, None)
+            for field in fields(Panels):
+                got, want = getattr(found.panels, field.name), getattr(wanted.panels, field.name)
+                if isinstance(want, Tensor):
+                    assert got.dtype == want.dtype and torch.equal(got.view(torch.uint8), want.view(torch.uint8)), field
+                else:
+                    assert got == want, field
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_blocks_with_a_scale_that_is_not_finite_are_left_to_what_says_so(name: str) -> None:
+    for first in HALVES[name]:
+        for high in (0x7C, 0xFE):
+            stored = any_blocks(name, 17, 2)
+            stored[16, 1, first : first + 2] = torch.tensor([0, high], dtype=torch.uint8)
+            assert pack_blocks(BLOCKS[name], stored.view(17, -1), None) is None
+
+
+def test_blocks_whose_integers_are_small_are_left_to_what_joins_them() -> None:
+    for name in ("q4_k", "q5_k"):
+        stored = any_blocks(name, 16, 1)
+        stored[..., 4:16] &= 0x0F
+        assert pack(unpack(name, stored.view(16, -1), (16, 256))).panels.joined
+        assert pack_blocks(BLOCKS[name], stored.view(16, -1), None) is None
 
 
 def test_other_tables_are_multiplied_as_floats() -> None:

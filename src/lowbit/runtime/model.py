@@ -15,8 +15,10 @@ import torch
 
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.formats import Weight
+from lowbit.formats._ggml import BLOCKS, type_of
+from lowbit.formats._gguf import separate
 from lowbit.runtime.linear import Linear
-from lowbit.runtime.panels import Packed, pack, pack_dense
+from lowbit.runtime.panels import Packed, pack, pack_blocks, pack_dense
 from lowbit.runtime.stored import Stored, read_stored, stored_path, write_stored
 from lowbit.stages._model import Blueprint, open_blueprint, open_tokenizer
 from lowbit.stages._rooms import Rooms
@@ -164,11 +166,23 @@ def _pack_all(checkpoint: Checkpoint, names: list[str], exact: bool, threads: in
 
 
 def _pack(checkpoint: Checkpoint, weight: Weight, exact: bool, rooms: Rooms) -> Packed:
+    if not exact and (found := _from_blocks(checkpoint, weight)):
+        return found
     codes = rooms.codes("codes", weight.shape, weight.scheme) if weight.scheme else None
     value = checkpoint.load(weight.name, codes)
     if isinstance(value, QTensor):
         return pack(value, exact)
     return pack_dense(value.T if _turned(checkpoint, weight) else value)
+
+
+def _from_blocks(checkpoint: Checkpoint, weight: Weight) -> Packed | None:
+    """A weight of a GGUF file at once, where there is such a way."""
+    name = type_of(weight.scheme) if weight.scheme and checkpoint.format == "gguf" else None
+    if name is None:
+        return None
+    rows, heads = weight.shape[0], weight.interleaved
+    order = separate(rows, heads) if heads else None
+    return pack_blocks(BLOCKS[name], checkpoint.tensor(weight.name), order)
 
 
 def _turned(checkpoint: Checkpoint, weight: Weight) -> bool:

@@ -8,12 +8,13 @@ from math import lcm
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int8, Int64
+from jaxtyping import Float, Int8, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.errors import UnsupportedError
-from lowbit.native import CODE_BITS, PANEL_PARTS, Matrix, Panels, interleave, interleave_floats
+from lowbit.formats._ggml import BlockType
+from lowbit.native import CODE_BITS, PANEL_PARTS, Matrix, Panels, ggml_panels, interleave, interleave_floats
 from lowbit.schemes import Grid, Scheme
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
@@ -69,13 +70,38 @@ def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
     meaning = _meaning(grid, q.scheme.zero != "none", exact)
     least = 4 if meaning.way == "table" else 2  # small tables other than those of 16 entries are too rare for a loop
     bits = next(bits for bits in CODE_BITS if bits >= least and len(grid.levels) <= 2**bits)
-    bare = Panels(
-        rows=codes.shape[0], bits=bits, step=step, codes=interleave(codes, order, bits, full, threads),
-        minus=q.scheme.zero == "min", way=meaning.way, offset=meaning.offset, level=meaning.level, table=meaning.table,
-        unit=meaning.unit,
-    )  # fmt: skip
+    bare = _bare(q.scheme, meaning, codes.shape[0], bits, step, interleave(codes, order, bits, full, threads))
     nested = _nested(q, step) if meaning.way != "floats" else None
     return Packed(_with_nested(bare, nested, threads) if nested else _with_scales(bare, q, full, threads), cols, order)
+
+
+def pack_blocks(
+    kind: BlockType, stored: UInt8[Tensor, "rows row_bytes"], order: Int64[Tensor, " rows"] | None, threads: int = 1
+) -> Packed | None:
+    """What `pack` makes of the weight whose row r is `order[r]` of these rows of ggml's blocks, without its `QTensor`.
+
+    None where that way is needed: for some types, and for scales that are not finite or whose integers are all small.
+    """
+    found = ggml_panels(kind.id, stored, order, threads)
+    if found is None or not found.finite or (found.fine_zero is not None and not found.wide):
+        return None
+    rows, cols = stored.shape[0], stored.shape[1] // kind.bytes * kind.weights
+    meaning = _meaning(kind.scheme.grid, kind.scheme.zero != "none", exact=False)
+    bits = found.codes.shape[1] * 32 // cols if cols else 8
+    bare = _bare(kind.scheme, meaning, rows, bits, kind.scheme.block.cols, found.codes)
+    panels = replace(
+        bare, scale=found.scale, zero=found.zero, over=0 if found.fine is None else kind.weights, fine=found.fine,
+        fine_zero=found.fine_zero, joined=found.fine is not None and found.zero is not None and found.fine_zero is None,
+    )  # fmt: skip
+    return Packed(panels, cols)
+
+
+def _bare(scheme: Scheme, meaning: _Meaning, rows: int, bits: int, step: int, codes: Tensor) -> Panels:
+    """Panels without scales."""
+    return Panels(
+        rows=rows, bits=bits, step=step, codes=codes, minus=scheme.zero == "min", way=meaning.way,
+        offset=meaning.offset, level=meaning.level, table=meaning.table, unit=meaning.unit,
+    )  # fmt: skip
 
 
 def _with_scales(bare: Panels, q: QTensor, full: int, threads: int) -> Panels:
