@@ -3,7 +3,8 @@
     python benchmarks/ggml.py [--types q4_k,iq4_xs] [--rows 256] [--cols 4096] [--rounds 7] [--fitted] [--json]
 
 Random weights with somewhat heavy tails (Student's t, 5 degrees of freedom), with and without an importance matrix.
-Ours is timed as the method is called, to a `QTensor`; packing it is timed apart and added, as theirs does both at once.
+Ours is timed as a run calls the method, to a `QTensor` with codes in memory that is there; packing it is timed apart
+and added, as theirs does both at once.
 The sides take turns; times are processor time of the thread, medians over rounds after one that warms up. The bytes of
 both must be equal; with `--fitted` ours are `ggml_fit` and `imatrix_fit`, whose bytes differ. Needs the extra `test`.
 """
@@ -68,6 +69,7 @@ def timed(
 ) -> Speed:
     """Both sides in turns; theirs on an eighth of the rows, since it takes so much longer."""
     room = torch.empty(weight.shape[0], kind.row_bytes(weight.shape[1]), dtype=torch.uint8)
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
     part = weight[: max(weight.shape[0] // 8, 1)]
     other = torch.empty_like(room[: len(part)])
     at = None if importance is None else importance.data_ptr()
@@ -75,9 +77,9 @@ def timed(
     def ours() -> QTensor:
         if importance is None:
             plain = ggml_fit.quantize if fitted else ggml.quantize
-            return plain(weight, {}, kind.scheme, NoOptions())
+            return plain(weight, {}, kind.scheme, NoOptions(), codes)
         learned = imatrix_fit.quantize if fitted else imatrix.quantize
-        return learned(weight, {"mean_square": importance}, kind.scheme, NoOptions())
+        return learned(weight, {"mean_square": importance}, kind.scheme, NoOptions(), codes)
 
     def theirs() -> None:
         loaded.ggml_quantize_chunk(kind.id, part.data_ptr(), other.data_ptr(), 0, *part.shape, at)

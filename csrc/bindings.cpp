@@ -160,6 +160,13 @@ NB_MODULE(_native, module) {
         },
         Unlocked());
     module.def(
+        "transpose_words",
+        [](const LinesIn& words, const LinesOut& out) {
+            transpose_lines(kernels(), words.data(), words.stride(0), int64_t(words.shape(0)), int64_t(words.shape(1)),
+                            out.data(), out.stride(0));
+        },
+        Unlocked());
+    module.def(
         "pack_awq",
         [](const Bytes& codes, const LinesOut& words) {
             pack_awq(kernels(), codes.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), words.data(),
@@ -171,6 +178,20 @@ NB_MODULE(_native, module) {
         [](const LinesIn& words, const Codes& codes) {
             unpack_awq(kernels(), words.data(), words.stride(0), int64_t(codes.shape(0)), int64_t(codes.shape(1)),
                        codes.data());
+        },
+        Unlocked());
+    module.def(
+        "rows_to_awq",
+        [](const AnyIn& rows, const LinesOut& words) {
+            rows_to_awq(kernels(), rows.data(), int64_t(rows.shape(0)), int64_t(rows.shape(1)), words.data(),
+                        words.stride(0));
+        },
+        Unlocked());
+    module.def(
+        "awq_to_rows",
+        [](const LinesIn& words, const AnyOut& rows) {
+            awq_to_rows(kernels(), words.data(), words.stride(0), int64_t(rows.shape(0)), int64_t(rows.shape(1)),
+                        rows.data());
         },
         Unlocked());
     module.def(

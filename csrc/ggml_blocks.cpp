@@ -17,8 +17,16 @@ struct Mover {
 
     // `width` bits of `count` neighbours: from bit `from` of each part, from bit `at` of each byte
     static void bits(int count, Part* __restrict part, int from, int width, Byte* __restrict byte, int at) {
-        int mask = (1 << width) - 1;
-        for (int i = 0; i < count; i++) {
+        int mask = (1 << width) - 1, i = 0;
+        for (; i + 8 <= count; i += 8) {
+            uint64_t here, there, masks = uint64_t(mask) * 0x0101010101010101;
+            std::memcpy(&here, part + i, 8), std::memcpy(&there, byte + i, 8);
+            if constexpr (packing)
+                there |= (here >> from & masks) << at, std::memcpy(byte + i, &there, 8);
+            else
+                here |= (there >> at & masks) << from, std::memcpy(part + i, &here, 8);
+        }
+        for (; i < count; i++) {
             if constexpr (packing)
                 byte[i] = uint8_t(byte[i] | (part[i] >> from & mask) << at);
             else

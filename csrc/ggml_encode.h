@@ -59,64 +59,87 @@ template <bool absolute>
 struct MinFit {
     int count, top;
     const F *x, *w;
+    F lowest, low, high, sum_w, sum_x, least_error;
+    F inverse, base, scale, least, determinant;  // of the attempt
+    F levels[32];
+    Fit best;
 
     F penalty(F difference) const { return absolute ? magnitude(difference) : mul(difference, difference); }
 
     template <bool tame>
-    Sums sums(F inverse, F base, F* levels) const {
+    Sums sums() {
         Sums s{set(0.0f), set(0.0f), set(0.0f)};
+        F by = inverse, from = base;
         for (int i = 0; i < count; i++) {
-            F l = levels[i] = level_within<tame>(mul(inverse, sub(x[i], base)), 0, top);
+            F l = levels[i] = level_within<tame>(mul(by, sub(x[i], from)), 0, top);
             F wl = mul(w[i], l);
             s.of_l = add(s.of_l, wl), s.of_l2 = add(s.of_l2, mul(wl, l)), s.of_xl = add(s.of_xl, mul(wl, x[i]));
         }
         return s;
     }
-    F error(F scale, F base, const F* levels) const {
+    Sums measure() {
+        Sums s;
+        bool tame = is_tame(mul(inverse, sub(lowest, base))) && is_tame(mul(inverse, sub(high, base)));
+        with_tame(tame, [&](auto is) { s = sums<is.value>(); });
+        return s;
+    }
+    F error(F by, F from) const {
         F sum = set(0.0f);
         for (int i = 0; i < count; i++)
-            sum = add(sum, mul(w[i], penalty(sub(add(mul(scale, levels[i]), base), x[i]))));
+            sum = add(sum, mul(w[i], penalty(sub(add(mul(by, levels[i]), from), x[i]))));
         return sum;
     }
 
-    Fit operator()(float first, float step, int steps) const {
-        F low = x[0], high = x[0], sum_w = w[0], sum_x = mul(w[0], x[0]), levels[32];
+    void begin() {
+        low = high = x[0], sum_w = w[0], sum_x = mul(w[0], x[0]);
         for (int i = 1; i < count; i++) {
             low = min(x[i], low), high = max(x[i], high);
             sum_w = add(sum_w, w[i]), sum_x = add(sum_x, mul(w[i], x[i]));
         }
-        F lowest = low;
+        lowest = low;
         low = min(low, set(0.0f));
         M idle = at_least(low, high);
-        F spread = choose(idle, set(1.0f), sub(high, low)), inverse = div(set(float(top)), spread);
-        auto sums_of = [&](F by, F base) {
-            Sums s;
-            bool tame = is_tame(mul(by, sub(lowest, base))) && is_tame(mul(by, sub(high, base)));
-            with_tame(tame, [&](auto is) { s = sums<is.value>(by, base, levels); });
-            return s;
-        };
-        sums_of(inverse, low);
-        Fit best{div(set(1.0f), inverse), low, inverse, low, idle};
-        F least_error = error(best.scale, low, levels);
-        for (int i = 0; i <= steps; i++) {
-            spread = choose(idle, set(1.0f), sub(high, best.least));
-            inverse = div(set(first + step * float(i) + float(top)), spread);
-            F base = best.least;
-            Sums s = sums_of(inverse, base);
-            F determinant = sub(mul(sum_w, s.of_l2), mul(s.of_l, s.of_l));
-            F scale = div(sub(mul(sum_w, s.of_xl), mul(sum_x, s.of_l)), determinant);
-            F least = div(sub(mul(s.of_l2, sum_x), mul(s.of_l, s.of_xl)), determinant);
-            M positive = above(least, set(0.0f));
-            least = choose(positive, set(0.0f), least), scale = choose(positive, div(s.of_xl, s.of_l2), scale);
-            F found = error(scale, least, levels);
-            M better = both(above(determinant, set(0.0f)), above(least_error, found));
-            least_error = choose(better, found, least_error);
-            best = {choose(better, scale, best.scale), choose(better, least, best.least),
-                    choose(better, inverse, best.inverse), choose(better, base, best.base), idle};
-        }
-        best.scale = choose(idle, set(0.0f), best.scale);
-        best.least = negative(choose(idle, low, best.least));
+        F spread = choose(idle, set(1.0f), sub(high, low));
+        inverse = div(set(float(top)), spread), base = low;
+        measure();
+        best = {div(set(1.0f), inverse), low, inverse, low, idle};
+        least_error = error(best.scale, low);
+    }
+    void attempt(float codes) {
+        F spread = choose(best.idle, set(1.0f), sub(high, best.least));
+        inverse = div(set(codes), spread), base = best.least;
+        Sums s = measure();
+        determinant = sub(mul(sum_w, s.of_l2), mul(s.of_l, s.of_l));
+        scale = div(sub(mul(sum_w, s.of_xl), mul(sum_x, s.of_l)), determinant);
+        least = div(sub(mul(s.of_l2, sum_x), mul(s.of_l, s.of_xl)), determinant);
+        M positive = above(least, set(0.0f));
+        least = choose(positive, set(0.0f), least), scale = choose(positive, div(s.of_xl, s.of_l2), scale);
+    }
+    void judge() {
+        F found = error(scale, least);
+        M better = both(above(determinant, set(0.0f)), above(least_error, found));
+        least_error = choose(better, found, least_error);
+        best = {choose(better, scale, best.scale), choose(better, least, best.least),
+                choose(better, inverse, best.inverse), choose(better, base, best.base), best.idle};
+    }
+    Fit end() {
+        best.scale = choose(best.idle, set(0.0f), best.scale);
+        best.least = negative(choose(best.idle, low, best.least));
         return best;
+    }
+
+    Fit operator()(float first, float step, int steps) {
+        begin();
+        for (int i = 0; i <= steps; i++) attempt(first + step * float(i) + float(top)), judge();
+        return end();
+    }
+    // Two blocks at once: one is measured while the processor divides for the other.
+    static void both_of(MinFit& one, MinFit& other, float first, float step, int steps) {
+        one.begin(), other.begin();
+        for (int i = 0; i <= steps; i++) {
+            float codes = first + step * float(i) + float(one.top);
+            one.attempt(codes), other.attempt(codes), one.judge(), other.judge();
+        }
     }
 };
 
@@ -240,27 +263,38 @@ struct Walk {
         dot = choose(change, new_dot, dot), norm = choose(change, new_norm, norm);
         return any(change);
     }
-    void run() {
-        for (int round = 0; round < 5; round++) {
-            bool changed = false;
-            for (int i = 0; i < count; i++)
-                if (!settled(i)) changed |= change(i);
-            if (!changed) return;
+    F scale() const { return where_positive(norm, div(dot, norm)); }
+
+    // Two blocks at once, since each step waits for the one before. Hardly any code is settled in the first round.
+    static void run(Walk& one, Walk& other) {
+        bool changed = false;
+        for (int i = 0; i < count; i++) changed |= one.change(i), changed |= other.change(i);
+        for (int round = 1; round < 5 && changed; round++) {
+            changed = false;
+            for (int i = 0; i < count; i++) {
+                if (!one.settled(i)) changed |= one.change(i);
+                if (!other.settled(i)) changed |= other.change(i);
+            }
         }
     }
 };
 
-// Codes from -4 to 3 for weights x**2, of a block of 16; `codes` count from 0. Returns the scale.
-F fit_q3(const F* x, I* codes) {
-    Peak peak = peak_of(Walk::count, x);
-    M idle = above(set(group_max_eps), peak.size);
+// A block of 16 with codes from -4 to 3 for weights x**2, before its walk.
+Walk start_q3(const F* x, const Peak& peak, M idle) {
     Walk walk;
     walk.x = x;
     walk.start(div(set(-float(Walk::half)), choose(idle, set(1.0f), peak.value)));
-    walk.run();
+    return walk;
+}
+
+// Its codes, from 0, after the walk.
+void codes_q3(const F* x, I* codes) {
+    Peak peak = peak_of(Walk::count, x);
+    M idle = above(set(group_max_eps), peak.size);
+    Walk walk = start_q3(x, peak, idle), same = walk;
+    Walk::run(walk, same);
     for (int i = 0; i < Walk::count; i++)
         codes[i] = select(idle, set(0), add(to_int(walk.levels[i]), set(Walk::half)));
-    return choose(idle, set(0.0f), where_positive(walk.norm, div(walk.dot, walk.norm)));
 }
 
 // Scales (or minima) of a super-block as codes from 0 to `top` (make_qp_quants). Returns the scale above them.
@@ -347,9 +381,20 @@ F inverse_or_zero(F x) { return choose(is_zero(x), set(0.0f), div(set(1.0f), x))
 
 // ---- sixteen blocks ----
 
+// to[i] has value i of each of 16 blocks that follow each other.
+void as_columns(const float* from, int count, F* to) {
+    auto source = reinterpret_cast<const uint8_t*>(from);
+    auto target = reinterpret_cast<uint8_t*>(to);
+    int64_t stride = 4 * count;
+    for (int lane = 0; lane < 16; lane += 8)
+        for (int i = 0; i < count; i += 8)
+            transpose8(source + lane * stride + 4 * i, stride, target + 64 * i + 4 * lane, 64);
+}
+
 // Blocks as columns, and what is made of them: codes by weight, codes of scales and minima [16][16].
 struct Tile {
     F x[256], importance[256], w[256];
+    const float* rows;  // x block by block, where nothing is weighted
     F row_sigma;  // mean square of the row
     bool weighted;
     I codes[256];
@@ -383,22 +428,33 @@ struct MinKind {
 };
 
 template <bool absolute>
+void fit_two(const Tile& t, const MinKind& kind, int first, float start, float step, int steps, Fit* fits) {
+    auto block = [&](int j) { return MinFit<absolute>{kind.size, kind.top, t.x + j * kind.size, t.w + j * kind.size}; };
+    MinFit<absolute> one = block(first), other = block(first + 1);
+    MinFit<absolute>::both_of(one, other, start, step, steps);
+    fits[first] = one.end(), fits[first + 1] = other.end();
+}
+
+template <bool absolute>
 void fit_blocks(Tile& t, const MinKind& kind, Fit* fits) {
     int subs = 256 / kind.size;
     F sigma2 = t.weighted ? div(kind.size == 16 ? t.square_sum(0, 256) : mul(set(2.0f), t.square_sum(0, 256)), set(256.0f))
                           : set(0.0f);
     for (int j = 0; j < subs; j++) {
         int at = j * kind.size;
-        const F *x = t.x + at, *w = t.w + at;
         if (t.weighted) {
             t.weigh(at, kind.size, sigma2);
-            fits[j] = MinFit<false>{kind.size, kind.top, x, w}(-0.9f, 0.05f, 36);
             continue;
         }
         F mean = absolute ? set(0.0f) : sqrt(div(t.square_sum(at, kind.size), set(float(kind.size))));
         for (int i = at; i < at + kind.size; i++)
             t.w[i] = absolute ? magnitude(t.x[i]) : add(mean, magnitude(t.x[i]));
-        fits[j] = MinFit<absolute>{kind.size, kind.top, x, w}(kind.first, kind.step, kind.steps);
+    }
+    for (int j = 0; j < subs; j += 2) {
+        if (t.weighted)
+            fit_two<false>(t, kind, j, -0.9f, 0.05f, 36, fits);
+        else
+            fit_two<absolute>(t, kind, j, kind.first, kind.step, kind.steps, fits);
     }
 }
 
@@ -441,33 +497,72 @@ void encode_min_blocks(Tile& t, const MinKind& kind) {
     }
 }
 
-// Types whose value is scale * code in super-blocks with blocks of 16, codes from -half: Q3_K, Q6_K.
-void finish_signed_blocks(Tile& t, int half, const I* scale_codes, int scale_half, const I (*kept_codes)[16]) {
+// Types whose value is scale * code in super-blocks with blocks of 16, codes from -half: Q3_K, Q6_K. `keep(j, codes)`
+// gives those of a block's fit, which stay where its scale became 0.
+template <class Keep>
+void finish_signed_blocks(Tile& t, int half, const I* scale_codes, int scale_half, Keep keep) {
     for (int j = 0; j < 16; j++) {
         t.scale_code(j, add(scale_codes[j], set(scale_half)));
         F d = mul(t.scale, to_float(scale_codes[j]));
+        for (int i = 0; i < 16; i++)
+            t.code(16 * j + i, add(nearest_within(div(t.x[16 * j + i], d), -half, half - 1), set(half)));
         M kept = is_zero(d);
-        for (int i = 0; i < 16; i++) {
-            I code = add(nearest_within(div(t.x[16 * j + i], d), -half, half - 1), set(half));
-            t.code(16 * j + i, select(kept, kept_codes[j][i], code));
-        }
+        if (!any(kept)) continue;
+        I codes[16];
+        keep(j, codes);
+        for (int i = 0; i < 16; i++) t.code(16 * j + i, select(kept, codes[i], t.codes[16 * j + i]));
     }
+}
+
+// Walks of blocks (number of the block times 16, plus that of the super-block), two times sixteen of them at once.
+void walk_q3(const Tile& t, int count, const uint8_t* chosen, float* scales) {
+    for (int first = 0; first < count; first += 32) {
+        float room[2][16 * 16], found[2][16];
+        F x[2][16];
+        auto number = [&](int k) { return chosen[smaller(first + k, count - 1)]; };
+        for (int k = 0; k < 32; k++)
+            __builtin_memcpy(room[k / 16] + k % 16 * 16, t.rows + number(k) % 16 * 256 + number(k) / 16 * 16, 64);
+        auto start = [&](int half) {
+            as_columns(room[half], 16, x[half]);
+            Peak peak = peak_of(Walk::count, x[half]);
+            return start_q3(x[half], peak, above(set(group_max_eps), peak.size));
+        };
+        Walk one = start(0), other = start(1);
+        Walk::run(one, other);
+        store_f32(found[0], one.scale()), store_f32(found[1], other.scale());
+        for (int k = 0; k < 32; k++) scales[number(k)] = found[k / 16][k % 16];
+    }
+}
+
+// Scales of blocks for weights x**2 (make_q3_quants). Where the value of greatest magnitude is above 0 codes have the other
+// sign than weights: no sum is above 0, and no code is changed. The others, which are half, come together for their walk.
+void fit_q3(const Tile& t, F* scales) {
+    float found[256];
+    uint8_t chosen[256];
+    int count = 0;
+    for (int j = 0; j < 16; j++) {
+        Peak peak = peak_of(Walk::count, t.x + 16 * j);
+        M idle = above(set(group_max_eps), peak.size);
+        store_f32(found + 16 * j, choose(idle, set(0.0f), start_q3(t.x + 16 * j, peak, idle).scale()));
+        float extreme[16];
+        store_f32(extreme, choose(idle, set(0.0f), peak.value));
+        for (int lane = 0; lane < 16; lane++) chosen[count] = uint8_t(16 * j + lane), count += extreme[lane] < 0;
+    }
+    walk_q3(t, count, chosen, found);
+    for (int j = 0; j < 16; j++) scales[j] = load_f32(found + 16 * j);
 }
 
 void encode_q3_k(Tile& t) {
     F scales[16], weights[16];
-    I codes[16][16], scale_codes[16];
+    Fit fits[16];
+    I scale_codes[16];
     F sigma2 = t.weighted ? div(mul(set(2.0f), t.square_sum(0, 256)), set(256.0f)) : set(0.0f);
-    for (int j = 0; j < 16; j++) {
-        if (!t.weighted) {
-            scales[j] = fit_q3(t.x + 16 * j, codes[j]);
-            continue;
-        }
+    if (!t.weighted) fit_q3(t, scales);
+    for (int j = 0; t.weighted && j < 16; j++) {
         t.weigh(16 * j, 16, sigma2);
         weights[j] = t.weight_sum(16 * j, 16);
-        Fit fit = fit_signed(16, 4, t.x + 16 * j, t.w + 16 * j);
-        scales[j] = fit.scale;
-        for (int i = 0; i < 16; i++) codes[j][i] = signed_codes(fit, t.x[16 * j + i], 4);
+        fits[j] = fit_signed(16, 4, t.x + 16 * j, t.w + 16 * j);
+        scales[j] = fits[j].scale;
     }
     if (t.weighted) {
         Fit fit = fit_signed(16, 32, scales, weights);
@@ -481,21 +576,24 @@ void encode_q3_k(Tile& t) {
         for (int j = 0; j < 16; j++)
             scale_codes[j] = select(nothing, set(-32), nearest_within(mul(inverse, scales[j]), -32, 31));
     }
-    finish_signed_blocks(t, 4, scale_codes, 32, codes);
+    finish_signed_blocks(t, 4, scale_codes, 32, [&](int j, I* codes) {
+        if (!t.weighted) return codes_q3(t.x + 16 * j, codes);
+        for (int i = 0; i < 16; i++) codes[i] = signed_codes(fits[j], t.x[16 * j + i], 4);
+    });
 }
 
 void encode_q6_k(Tile& t) {
     F scales[16];
-    I codes[16][16], scale_codes[16];
+    Fit fits[16];
+    I scale_codes[16];
     for (int j = 0; j < 16; j++) {
         const F *x = t.x + 16 * j, *w = t.importance + 16 * j;
         if (!t.weighted) {
             for (int i = 16 * j; i < 16 * j + 16; i++) t.w[i] = mul(t.x[i], t.x[i]);
             w = t.w + 16 * j;
         }
-        Fit fit = fit_signed(16, 32, x, w);
-        scales[j] = fit.scale;
-        for (int i = 0; i < 16; i++) codes[j][i] = signed_codes(fit, x[i], 32);
+        fits[j] = fit_signed(16, 32, x, w);
+        scales[j] = fits[j].scale;
     }
     Peak peak = peak_of(16, scales);
     M nothing = above(set(group_max_eps), peak.size);
@@ -504,9 +602,10 @@ void encode_q6_k(Tile& t) {
     for (int j = 0; j < 16; j++) {
         I code = min(nearest(mul(inverse, scales[j])), set(127));
         scale_codes[j] = select(nothing, set(0), code);
-        for (int i = 0; i < 16; i++) codes[j][i] = select(nothing, set(0), codes[j][i]);
     }
-    finish_signed_blocks(t, 32, scale_codes, 128, codes);
+    finish_signed_blocks(t, 32, scale_codes, 128, [&](int j, I* codes) {
+        for (int i = 0; i < 16; i++) codes[i] = select(nothing, set(0), signed_codes(fits[j], t.x[16 * j + i], 32));
+    });
 }
 
 void weigh_iq4(Tile& t, int count) {
@@ -642,16 +741,6 @@ void encode_tile(GgmlType type, Tile& t) {
 
 // ---- tiles of a weight ----
 
-// to[i] has value i of each of 16 blocks that follow each other.
-void as_columns(const float* from, int count, F* to) {
-    auto source = reinterpret_cast<const uint8_t*>(from);
-    auto target = reinterpret_cast<uint8_t*>(to);
-    int64_t stride = 4 * count;
-    for (int lane = 0; lane < 16; lane += 8)
-        for (int i = 0; i < count; i += 8)
-            transpose8(source + lane * stride + 4 * i, stride, target + 64 * i + 4 * lane, 64);
-}
-
 // The codes of 16 blocks one after the other: four of a lane make a word, words are transposed.
 void as_blocks(const I* codes, int count, uint8_t* to) {
     uint8_t words[256 / 4 * 64];
@@ -700,8 +789,9 @@ void encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight
             as_columns(room, shape.weights, to);
         };
         auto weight_of = [&](int64_t block) { return weight + block * shape.weights; };
+        tile.rows = lanes == 16 ? weight_of(first) : room;
         if (lanes == 16)
-            as_columns(weight_of(first), shape.weights, tile.x);
+            as_columns(tile.rows, shape.weights, tile.x);
         else
             gather(weight_of, tile.x);
         if (tile.weighted) gather([&](int64_t block) { return importance + block % across * shape.weights; }, tile.importance);

@@ -85,6 +85,17 @@ void unpack_bits_transposed(const Kernels& kernels, const void* words, int64_t s
     });
 }
 
+// Sixteen lines at a time are whole lines of the cache where they go to, in runs of 256 bytes of what they come from.
+void transpose_lines(const Kernels& kernels, const void* from, int64_t from_stride, int64_t rows, int64_t cols, void* to,
+                     int64_t to_stride) {
+    auto source = static_cast<const uint8_t*>(from);
+    auto target = static_cast<uint8_t*>(to);
+    for (int64_t col = 0; col < cols; col += tile_rows)
+        for (int64_t row = 0; row < rows; row += 16)
+            kernels.transpose_words(source + 4 * (row * from_stride + col), from_stride, std::min<int64_t>(16, rows - row),
+                                    std::min(tile_rows, cols - col), target + 4 * (col * to_stride + row), to_stride);
+}
+
 // ---- eight rows to a word ----
 
 namespace {
@@ -148,6 +159,75 @@ void unpack_awq(const Kernels& kernels, const void* words, int64_t stride, int64
             for (int k = 0; k < 8; k++) to[k] = codes + (8 * (line + i) + awq_rows[k]) * cols + col;
             split_eight(tile[i], count, to);
         }
+    });
+}
+
+// ---- the same from rows of words ----
+
+namespace {
+
+// Words by place in the word of eight rows, word of the row, and line: as large as a tile of transposed words.
+constexpr int64_t eights_wide = 16, eights_high = 64;
+using Eights = uint32_t[8][eights_wide][eights_high];
+
+// The low bits under `mask` of one line's words against those `shift` above them of the other's.
+template <int shift, uint32_t mask>
+void exchange(uint32_t* one, uint32_t* other) {
+    for (int64_t i = 0; i < eights_high; i++) {
+        uint32_t differ = (one[i] >> shift ^ other[i]) & mask;
+        other[i] ^= differ, one[i] ^= differ << shift;
+    }
+}
+
+// Nibble i of line j's words becomes nibble j of line i's (Hacker's Delight, 7-3); its own inverse.
+void turn_nibbles(Eights& tile, int64_t word) {
+    auto at = [&](int line) { return tile[line][word]; };
+    for (int j = 0; j < 4; j++) exchange<16, 0x0000ffff>(at(j), at(j + 4));
+    for (int j : {0, 1, 4, 5}) exchange<8, 0x00ff00ff>(at(j), at(j + 2));
+    for (int j : {0, 2, 4, 6}) exchange<4, 0x0f0f0f0f>(at(j), at(j + 1));
+}
+
+// body(first of up to 64 lines, lines, first word of a row, words) for each tile.
+template <class Body>
+void each_eights(int64_t lines, int64_t words, Body body) {
+    for (int64_t line = 0; line < lines; line += eights_high)
+        for (int64_t word = 0; word < words; word += eights_wide)
+            body(line, std::min(eights_high, lines - line), word, std::min(eights_wide, words - word));
+}
+
+}  // namespace
+
+void rows_to_awq(const Kernels& kernels, const void* rows, int64_t count, int64_t row_words, void* words,
+                 int64_t stride) {
+    auto from = static_cast<const uint8_t*>(rows);
+    auto to = static_cast<uint8_t*>(words);
+    Eights tile = {};
+    each_eights(count / 8, row_words, [&](int64_t line, int64_t high, int64_t word, int64_t wide) {
+        for (int k = 0; k < 8; k++)
+            kernels.transpose_words(from + 4 * ((8 * line + awq_rows[k]) * row_words + word), 8 * row_words, high, wide,
+                                    tile[k], eights_high);
+        for (int64_t w = 0; w < wide; w++) {
+            turn_nibbles(tile, w);
+            for (int64_t c = 0; c < 8; c++)
+                std::memcpy(to + 4 * ((8 * (word + w) + c) * stride + line), tile[c][w], size_t(4 * high));
+        }
+    });
+}
+
+void awq_to_rows(const Kernels& kernels, const void* words, int64_t stride, int64_t count, int64_t row_words,
+                 void* rows) {
+    auto from = static_cast<const uint8_t*>(words);
+    auto to = static_cast<uint8_t*>(rows);
+    Eights tile = {};
+    each_eights(count / 8, row_words, [&](int64_t line, int64_t high, int64_t word, int64_t wide) {
+        for (int64_t w = 0; w < wide; w++) {
+            for (int64_t c = 0; c < 8; c++)
+                std::memcpy(tile[c][w], from + 4 * ((8 * (word + w) + c) * stride + line), size_t(4 * high));
+            turn_nibbles(tile, w);
+        }
+        for (int k = 0; k < 8; k++)
+            kernels.transpose_words(tile[k], eights_high, wide, high,
+                                    to + 4 * ((8 * line + awq_rows[k]) * row_words + word), 8 * row_words);
     });
 }
 

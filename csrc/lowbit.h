@@ -275,6 +275,10 @@ void pack_bits_transposed(const Kernels&, const uint8_t* codes, int64_t rows, in
 void unpack_bits_transposed(const Kernels&, const void* words, int64_t stride, int64_t rows, int64_t cols, int bits,
                             uint8_t* codes);
 
+// Words [rows, cols] of lines that are `from_stride` words apart as [cols, rows].
+void transpose_lines(const Kernels&, const void* from, int64_t from_stride, int64_t rows, int64_t cols, void* to,
+                     int64_t to_stride);
+
 // Two codes per byte, the first in the high nibble (bitsandbytes); an odd last byte has a zero low nibble.
 void pack_nibbles_high_first(const Kernels&, const uint8_t* codes, int64_t count, uint8_t* bytes);
 void unpack_nibbles_high_first(const Kernels&, const uint8_t* bytes, int64_t count, uint8_t* codes);
@@ -283,6 +287,11 @@ void unpack_nibbles_high_first(const Kernels&, const uint8_t* bytes, int64_t cou
 // 3, 5, 7 (AWQ). Rows are a multiple of 8.
 void pack_awq(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, void* words, int64_t stride);
 void unpack_awq(const Kernels&, const void* words, int64_t stride, int64_t rows, int64_t cols, uint8_t* codes);
+
+// The same between these and rows [count, row_words] of words as `pack_bits` makes them of 4 bits; columns are a multiple
+// of 8.
+void rows_to_awq(const Kernels&, const void* rows, int64_t count, int64_t row_words, void* words, int64_t stride);
+void awq_to_rows(const Kernels&, const void* words, int64_t stride, int64_t count, int64_t row_words, void* rows);
 
 // Codes [rows, cols] of 2 to 6 or 8 bits as panels (`Product::codes`) of `full` columns, of which column c is `order[c]`
 // of the codes where that is not null.

@@ -199,12 +199,21 @@ static void compare_pack(const Kernels& kernels, int64_t rows, int64_t cols, int
             [&](const Kernels& k, uint8_t* out) { unpack_bits_transposed(k, words.at(), rows, rows, cols, bits, out); });
     compare("pack_nibbles", kernels, grid, (count + 1) / 2,
             [&](const Kernels& k, uint8_t* out) { pack_nibbles_high_first(k, codes.at(), count, out); });
+    Buffer longer = random_codes(4 * count, 255);
     int64_t lines = (rows + 7) / 8;
     Buffer eights = random_codes(8 * lines * cols, 255), packed = random_codes(4 * lines * cols, 255);
     compare("pack_awq", kernels, grid, 4 * lines * cols,
             [&](const Kernels& k, uint8_t* out) { pack_awq(k, eights.at(), 8 * lines, cols, out, lines); });
     compare("unpack_awq", kernels, grid, 8 * lines * cols,
             [&](const Kernels& k, uint8_t* out) { unpack_awq(k, packed.at(), lines, 8 * lines, cols, out); });
+    compare("transpose_lines", kernels, grid, 4 * count,
+            [&](const Kernels& k, uint8_t* out) { transpose_lines(k, longer.at(), cols, rows, cols, out, rows); });
+    int64_t wide = (cols + 7) / 8, both_ways = 4 * 8 * lines * wide;
+    Buffer dense = random_codes(both_ways, 255);
+    compare("rows_to_awq", kernels, grid, both_ways,
+            [&](const Kernels& k, uint8_t* out) { rows_to_awq(k, dense.at(), 8 * lines, wide, out, lines); });
+    compare("awq_to_rows", kernels, grid, both_ways,
+            [&](const Kernels& k, uint8_t* out) { awq_to_rows(k, dense.at(), lines, 8 * lines, wide, out); });
     Buffer nibbles = random_codes((count + 1) / 2, 255);
     compare("unpack_nibbles", kernels, grid, count,
             [&](const Kernels& k, uint8_t* out) { unpack_nibbles_high_first(k, nibbles.at(), count, out); });

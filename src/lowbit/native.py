@@ -284,6 +284,17 @@ def unpack_bits_transposed(
     return codes
 
 
+def transpose_words(
+    words: Int32[Tensor, "rows cols"], *, out: Int32[Tensor, "cols rows"] | None = None
+) -> Int32[Tensor, "cols rows"]:
+    """`words.T`, made contiguous; both may be some columns of a matrix."""
+    rows, cols = _two(words.shape)
+    _check_lines("words", words, (rows, cols))
+    turned = _lines_out(out, (cols, rows))
+    _native.transpose_words(words, turned)
+    return turned
+
+
 def pack_awq(
     codes: UInt8[Tensor, "rows cols"], *, out: Int32[Tensor, "cols words"] | None = None
 ) -> Int32[Tensor, "cols words"]:
@@ -305,6 +316,26 @@ def unpack_awq(
     codes = _out(out, (8 * words.shape[1], words.shape[0]))
     _native.unpack_awq(words, codes)
     return codes
+
+
+def rows_to_awq(
+    rows: Int32[Tensor, "rows row_words"], *, out: Int32[Tensor, "cols words"] | None = None
+) -> Int32[Tensor, "cols words"]:
+    """`pack_awq` of the codes of which `pack_bits` made `rows`, 4 bits each; columns are a multiple of 8, too."""
+    _check("rows", rows, _two(rows.shape), torch.int32)
+    words = _lines_out(out, (8 * rows.shape[1], _eighth(rows.shape[0])))
+    _native.rows_to_awq(rows, words)
+    return words
+
+
+def awq_to_rows(
+    words: Int32[Tensor, "cols words"], *, out: Int32[Tensor, "rows row_words"] | None = None
+) -> Int32[Tensor, "rows row_words"]:
+    """What `rows_to_awq` was given; `words` may be some columns of a matrix."""
+    _check_lines("words", words, _two(words.shape))
+    rows = _out(out, (8 * words.shape[1], _eighth(words.shape[0])), torch.int32)
+    _native.awq_to_rows(words, rows)
+    return rows
 
 
 def pack_nibbles_high_first(
@@ -959,7 +990,7 @@ def _quantized(
 
 def _eighth(rows: int) -> int:
     if rows % 8:
-        raise ValueError(f"codes have {rows} rows; they must be a multiple of 8")
+        raise ValueError(f"there are {rows} rows; they must be a multiple of 8")
     return rows // 8
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.errors import CheckpointError, LowbitError, UnsupportedError, UsageError
+from lowbit.errors import CheckpointError, FormatError, LowbitError, UnsupportedError, UsageError
 from lowbit.formats import Weight
 from lowbit.formats._gguf import archs, from_file, interleave, separate, to_file
 from lowbit.formats._mixtures import choose
+from lowbit.formats.gguf import FORMAT
 from lowbit.inspect import inspect
 from lowbit.pipeline import run_conversion
+from lowbit.schemes import parse
 from lowbit.stages._changes import Goal
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._gguf_model import open_gguf
@@ -26,6 +29,7 @@ from lowbit.stages._imatrix import imatrix_bytes, read_importance
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules, make_plan
 from tests.hostile.cases import gguf_bytes, gguf_entry, gguf_key, gguf_text
+from tests.reference.qtensors import random_qtensor
 
 Kind = gguf.GGMLQuantizationType
 
@@ -366,3 +370,24 @@ def test_importance_matrices_that_are_refused(case: str, tmp_path: Path) -> None
     with pytest.raises(LowbitError) as caught:
         read_importance(path, CONFIG, [DOWN.name])
     assert says in str(caught.value) and str(path) in str(caught.value) and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("heads", [0, 2])
+@pytest.mark.parametrize("scheme", ["q4_0", "q5_0", "q8_0"])
+def test_scales_come_without_codes(scheme: str, heads: int) -> None:
+    """What a conversion looks at first: it is what is found with them, and what is damaged is named."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = Weight(name, (64, 96), torch.float32, parse(scheme), interleaved=heads)
+    q, codes = random_qtensor(parse(scheme), weight.shape), torch.empty(weight.shape, dtype=torch.uint8, device="meta")
+    parts = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in FORMAT.layout(weight).items()}
+    FORMAT.pack(weight, q, parts)
+    found = FORMAT.unpack(weight, parts, codes)
+    assert FORMAT.hollow(parse(scheme)) and found.codes.is_meta
+    assert isinstance(found.scales, torch.Tensor) and isinstance(q.scales, torch.Tensor)
+    assert torch.equal(found.scales, q.scales)
+    FORMAT.pack(weight, found, parts)
+    with pytest.raises(FormatError, match="cannot be stored as float16"):
+        FORMAT.pack(weight, replace(found, scales=found.scales + 1e-6), parts)
+    parts[name][5, 1] = 0x7E
+    with pytest.raises(FormatError, match=f"{name}: scales of .* finite"):
+        FORMAT.unpack(weight, parts, codes)

@@ -269,6 +269,30 @@ def test_some_rows_of_eights() -> None:
     assert torch.equal(made, whole) and torch.equal(back, codes)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (17, 65), (48, 200)])
+def test_transposed_words(shape: tuple[int, int]) -> None:
+    """Of some columns of a matrix into some of another, and nothing beside these."""
+    source, made = (
+        torch.randint(-(2**31), 2**31, (shape[0], shape[1] + 3)).int(),
+        torch.zeros(shape[1], shape[0] + 4).int(),
+    )
+    native.transpose_words(source[:, 2 : 2 + shape[1]], out=made[:, 1 : 1 + shape[0]])
+    assert torch.equal(made[:, 1 : 1 + shape[0]], source[:, 2 : 2 + shape[1]].T)
+    assert not made[:, :1].any() and not made[:, 1 + shape[0] :].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (8, 8), (16, 136), (520, 72), (200, 304)])
+def test_eights_from_rows_of_words(shape: tuple[int, int]) -> None:
+    """Rows go over with no code on its own; some columns of a matrix are filled, and found, and nothing beside them."""
+    codes = torch.randint(0, 16, shape).byte()
+    rows, wanted = native.pack_bits(codes, 4), torch.from_numpy(oracle.pack_awq(codes.numpy()))
+    matrix = torch.full((shape[1], shape[0] // 8 + 3), -1, dtype=torch.int32)
+    part = matrix[:, 2 : 2 + shape[0] // 8]
+    assert torch.equal(native.rows_to_awq(rows, out=part), wanted)
+    assert torch.equal(native.awq_to_rows(part), rows)
+    assert bool((matrix[:, :2] == -1).all() and (matrix[:, -1:] == -1).all())
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 31, 4095, 4096, 4097, 10000])
 def test_nibbles(count: int) -> None:
     codes = torch.randint(0, 16, (count,)).byte()

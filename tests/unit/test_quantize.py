@@ -64,14 +64,17 @@ def test_pieces_give_what_the_whole_gives(tmp_path: Path, scheme: str) -> None:
     assert error < 0.75
 
 
-@pytest.mark.parametrize("name", [name for name in names("methods") if load("methods", name).into])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("name", "scheme"), [
+    (name, scheme) for name in names("methods") for scheme in [*SCHEMES, "q4_k"]
+    if load("methods", name).into and not load("methods", name).objection(parse(scheme))
+])  # fmt: skip
 def test_codes_go_into_the_memory_that_is_given(name: str, scheme: str) -> None:
     """The buffer is full of another code before; with and without it the result is the same."""
     method: Method = load("methods", name)
     assert method.into
     weight = torch.randn(view_shape((45, 96), parse(scheme).block), generator=torch.Generator().manual_seed(3))
-    stats, memory = {"range": torch.stack([weight.min(), weight.max()])}, torch.full(weight.shape, 255).byte()
+    memory = torch.full(weight.shape, 255).byte()
+    stats = {"range": torch.stack([weight.min(), weight.max()]), "mean_square": weight.square().mean(0)}
     found = method.into(weight, stats, parse(scheme), method.options(), memory)
     wanted = method.quantize(weight, stats, parse(scheme), method.options())
     assert found.codes.data_ptr() == memory.data_ptr() != wanted.codes.data_ptr()

@@ -76,6 +76,11 @@ def no_activations(scheme: Scheme, weight: Weight) -> Scheme:
     )
 
 
+def no_lines(weight: Weight, tensors: Mapping[str, Tensor], start: int, stop: int) -> Tensor | None:
+    """What a format says that does not store words as rows have them."""
+    return None
+
+
 def never_hollow(scheme: Scheme) -> bool:
     """What a format says that cannot tell whether it holds a weight without its codes."""
     return False
@@ -91,10 +96,14 @@ class CodeRows:
     Attributes:
         pack: `(weight, words, start, into)` fills what `pack` of the format leaves out: codes of rows from `start` on.
         unpack: `(weight, tensors, start, words)`: the inverse, of contiguous tensors that `unpack` of the format took.
+        lines: `(weight, tensors, start, stop)`: words of these rows as they lie in the tensors, to read them there or
+            to make them there, after which `pack` has nothing to do; None where they do not. Asked only where codes end
+            with the last word of a row.
     """
 
     pack: Callable[[Weight, Tensor, int, Mapping[str, Tensor]], None]
     unpack: Callable[[Weight, Mapping[str, Tensor], int, Tensor], None]
+    lines: Callable[[Weight, Mapping[str, Tensor], int, int], Tensor | None] = no_lines
 
 
 @dataclass(frozen=True)

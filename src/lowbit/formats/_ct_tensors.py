@@ -135,7 +135,7 @@ def pack_rows(
     if "weight" in into:
         codes = native.unpack_bits(words, scheme.grid.bits, cols)
         torch.sub(codes, _half(scheme), out=into["weight"].view(torch.uint8)[rows])
-    else:
+    elif words.data_ptr() != into["weight_packed"][rows].data_ptr():
         into["weight_packed"][rows].copy_(words)
 
 

@@ -74,6 +74,11 @@ def type_of(scheme: Scheme) -> str | None:
     return _NAMES.get(scheme)
 
 
+def hollow(scheme: Scheme) -> bool:
+    """Whether a type is integers under a float16 alone, which is first in each block: no code of it can be wrong."""
+    return type_of(scheme) in ("q4_0", "q5_0", "q8_0")
+
+
 def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
     """Fill rows of blocks of a type.
 
@@ -88,6 +93,8 @@ def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
     _check_bytes(kind, rows, cols, out)
     scale, scale_codes = _stored(name, q.scales)
     low, low_codes = (None, None) if q.minima is None else _stored(name, q.minima)
+    if q.codes.is_meta:
+        return
     parts = native.GgmlParts(q.codes.contiguous(), scale, low, scale_codes, low_codes)
     wrong = native.ggml_pack(kind.id, rows * cols // kind.weights, _negated(name, parts), out=out)
     if wrong is not None:
@@ -113,6 +120,11 @@ def unpack(
     rows, cols = view_shape(shape, kind.scheme.block)
     _check_bytes(kind, rows, cols, stored)
     codes = torch.empty(rows, cols, dtype=torch.uint8) if codes is None else codes
+    if codes.is_meta:
+        scale = stored.reshape(-1, kind.bytes)[:, :2].reshape(-1)
+        return QTensor(
+            kind.scheme, shape, codes, _meant(kind, "scales", scale, None, scale_shape(shape, kind.scheme.block))
+        )
     parts = _empty_parts(kind, rows, cols, codes)
     native.ggml_unpack(kind.id, rows * cols // kind.weights, stored.contiguous(), out=parts)
     parts = _negated(name, parts)

@@ -33,7 +33,6 @@ from lowbit.formats._linear import (
     planned,
     row_block,
 )
-from lowbit.formats._words import turn, turn_back
 from lowbit.schemes import FLOATS, Scheme, parse
 from lowbit.tensors import QTensor, block_size, scale_shape
 
@@ -116,7 +115,7 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor], offset: int) ->
 
 
 def _pack_rows(weight: Weight, words: Int32[Tensor, "rows words"], start: int, into: Mapping[str, Tensor]) -> None:
-    turn(words, into[f"{weight.module}.qweight"][:, start : start + len(words)])
+    native.transpose_words(words, out=into[f"{weight.module}.qweight"][:, start : start + len(words)])
 
 
 def hollow(scheme: Scheme) -> bool:
@@ -167,7 +166,7 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
 
 
 def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Int32[Tensor, "rows words"]) -> None:
-    turn_back(tensors[f"{weight.module}.qweight"][:, start : start + len(words)], words)
+    native.transpose_words(tensors[f"{weight.module}.qweight"][:, start : start + len(words)], out=words)
 
 
 ROWS = CodeRows(_pack_rows, _unpack_rows)
@@ -201,6 +200,8 @@ def zero_points(weight: Weight, raw: UInt8[Tensor, "groups rows"], offset: int) 
 
 def _group_index(weight: Weight, q: QTensor, index: Int32[Tensor, "cols"]) -> Int32[Tensor, "cols"] | None:
     """The group of each column, or None where groups are consecutive."""
+    if torch.equal(index, _consecutive(q)):
+        return None
     wrong = (index < 0) | (index >= q.scales.shape[1])
     if wrong.any():
         column = int(wrong.nonzero()[0])
@@ -208,7 +209,7 @@ def _group_index(weight: Weight, q: QTensor, index: Int32[Tensor, "cols"]) -> In
             f"{weight.module}.g_idx puts column {column} into group {int(index[column])}; groups are 0 to "
             f"{q.scales.shape[1] - 1}"
         )
-    return None if torch.equal(index, _consecutive(q)) else index
+    return index
 
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any], format: str) -> dict[str, dict[str, Any]]:

@@ -117,8 +117,11 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
 
 def _pack_rows(weight: Weight, words: Tensor, start: int, into: Mapping[str, Tensor]) -> None:
     lines = slice(start // _WORD, (start + len(words)) // _WORD)
-    codes = native.unpack_bits(words, _BITS, weight.shape[1])
-    native.pack_awq(codes, out=into[f"{weight.module}.qweight"][:, lines])
+    out = into[f"{weight.module}.qweight"][:, lines]
+    if weight.shape[1] % _WORD:
+        native.pack_awq(native.unpack_bits(words, _BITS, weight.shape[1]), out=out)
+    else:
+        native.rows_to_awq(words, out=out)
 
 
 def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None = None) -> QTensor:
@@ -142,11 +145,14 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
 
 def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Tensor) -> None:
     qweight, stop = tensors[f"{weight.module}.qweight"], start + len(words)
-    if tuple(qweight.shape) == layout(weight)[f"{weight.module}.qweight"].shape:
-        codes = native.unpack_awq(qweight[:, start // _WORD : stop // _WORD])
-        native.pack_bits(codes, _BITS, out=words)
-    else:  # gemv
+    if tuple(qweight.shape) != layout(weight)[f"{weight.module}.qweight"].shape:  # gemv
         words.copy_(qweight[start:stop])
+        return
+    lines = qweight[:, start // _WORD : stop // _WORD]
+    if weight.shape[1] % _WORD:
+        native.pack_bits(native.unpack_awq(lines), _BITS, out=words)
+    else:
+        native.awq_to_rows(lines, out=words)
 
 
 def _parts(tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> list[Tensor]:

@@ -209,9 +209,14 @@ def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, word
     tensors_of.unpack_rows(planned(weight), weight.shape[1], _local(weight, tensors), start, words)
 
 
+def _lines(weight: Weight, tensors: Mapping[str, Tensor], start: int, stop: int) -> Tensor | None:
+    packed = tensors.get(f"{weight.module}.weight_packed")
+    return None if packed is None else packed[start:stop]
+
+
 def _local(weight: Weight, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = {name: f"{weight.module}.{name}" for name in _WEIGHT_PARTS}
-    return {name: tensors[full] for name, full in names.items() if full in tensors}
+    start = f"{weight.module}."
+    return {name: tensors[start + name] for name in _WEIGHT_PARTS if start + name in tensors}
 
 
 @contextmanager
@@ -324,5 +329,5 @@ FORMAT = Format(
     owns=owns,
     fit_activations=fit_activations,
     hollow=tensors_of.hollow,
-    rows=CodeRows(_pack_rows, _unpack_rows),
+    rows=CodeRows(_pack_rows, _unpack_rows, _lines),
 )

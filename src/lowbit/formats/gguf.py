@@ -16,7 +16,7 @@ from torch import Tensor
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Spec, Weight
 from lowbit.formats._checks import finite, stored
-from lowbit.formats._ggml import BLOCKS, BlockType, type_of
+from lowbit.formats._ggml import BLOCKS, BlockType, hollow, type_of
 from lowbit.formats._ggml import pack as pack_blocks
 from lowbit.formats._ggml import unpack as unpack_blocks
 from lowbit.formats._gguf import interleave, separate
@@ -103,7 +103,7 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None) 
     rows = weight.shape[0]
     size = rows // weight.interleaved
     order = separate(size, 1)
-    for start in range(0, rows, size):
+    for start in range(0, 0 if q.codes.is_meta else rows, size):
         head = q.codes[start : start + size]
         head.copy_(head[order])
     whole = separate(rows, weight.interleaved)
@@ -173,4 +173,5 @@ FORMAT = Format(
     encoder="ggml_fit",
     learned_encoder="imatrix_fit",
     arrange=arrange,
+    hollow=hollow,
 )

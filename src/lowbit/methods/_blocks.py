@@ -47,7 +47,7 @@ def start(
     weight: Float[Tensor, "rows cols"], importance: Float[Tensor, "cols"], scheme: Scheme
 ) -> tuple[Affine, Steps]:
     """Scales and minima of the fitted encoder; a scale of 0 becomes the least that there is."""
-    q = encode(weight, importance, scheme, fitted=True)
+    q = encode(weight, importance, scheme, None, fitted=True)
     least, blocks = q.zero_values(), q.scale_values().shape[1]
     if not isinstance(q.scales, QTensor):
         scales = torch.where(q.scales == 0, _LEAST, q.scales)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from math import ceil
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -38,12 +38,16 @@ def without_importance(scheme: Scheme) -> str | None:
 
 
 def encode(
-    weight: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"] | None, scheme: Scheme, fitted: bool = False
+    weight: Float[Tensor, "rows cols"],
+    importance: Float[Tensor, " cols"] | None,
+    scheme: Scheme,
+    out: UInt8[Tensor, "rows cols"] | None,
+    fitted: bool = False,
 ) -> QTensor:
     """The weight in one of llama.cpp's types, `fitted` with less error than llama.cpp's own encoder leaves.
 
-    A shorter last block is encoded as if zeros without importance followed. Types with tables are not fitted further:
-    their encoders search all runs of codes.
+    Codes go to `out`, where it is given. A shorter last block is encoded as if zeros without importance followed. Types
+    with tables are not fitted further: their encoders search all runs of codes.
 
     Raises:
         WeightError: NaN or Inf, with its place.
@@ -53,22 +57,24 @@ def encode(
     tail = -cols % whole
     filled = pad(weight.float(), (0, tail)) if tail else weight.float()
     wanted = None if importance is None else pad(importance.float(), (0, tail))
-    found = _room(rows, cols + tail, whole, scheme)
+    found = _room(rows, cols + tail, whole, scheme, None if tail else out)
     if weight.numel():
         native.ggml_encode(_IDS[scheme], filled, wanted, out=found, fitted=fitted)
     scales = _part(found.scale, found.scale_codes, (rows, cols), scheme)
     minima = None if found.min is None else _part(found.min, found.min_codes, (rows, cols), scheme)
-    return QTensor(scheme, (rows, cols), found.codes[:, :cols].contiguous(), scales, minima=minima)
+    codes = found.codes[:, :cols].contiguous()
+    return QTensor(scheme, (rows, cols), out.copy_(codes) if tail and out is not None else codes, scales, minima=minima)
 
 
-def _room(rows: int, cols: int, whole: int, scheme: Scheme) -> native.GgmlBlocks:
-    """Memory for what the encoder finds."""
-    found = native.GgmlBlocks(torch.empty(rows, cols, dtype=torch.uint8), torch.empty(rows, cols // whole))
+def _room(rows: int, cols: int, whole: int, scheme: Scheme, codes: Tensor | None) -> native.GgmlBlocks:
+    """Memory for what the encoder finds; codes go where they are told to."""
+    codes = torch.empty(rows, cols, dtype=torch.uint8) if codes is None else codes
+    found = native.GgmlBlocks(codes, torch.empty(rows, cols // whole))
     if scheme.zero == "min":
         found = replace(found, min=torch.empty_like(found.scale))
     if scheme.nested:
-        codes = torch.empty(rows, cols // scheme.block.cols, dtype=torch.uint8)
-        found = replace(found, scale_codes=codes, min_codes=None if found.min is None else torch.empty_like(codes))
+        subs = torch.empty(rows, cols // scheme.block.cols, dtype=torch.uint8)
+        found = replace(found, scale_codes=subs, min_codes=None if found.min is None else torch.empty_like(subs))
     return found
 
 

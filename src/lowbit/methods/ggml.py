@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowbit.methods import Method, NoOptions, Stats
@@ -11,15 +11,25 @@ from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
 
-def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: NoOptions) -> QTensor:
+def quantize(
+    weight: Float[Tensor, "rows cols"],
+    stats: Stats,
+    scheme: Scheme,
+    options: NoOptions,
+    out: UInt8[Tensor, "rows cols"] | None = None,
+) -> QTensor:
     """What `ggml_quantize_chunk` gives without an importance matrix.
 
     Raises:
         WeightError: NaN or Inf, with its place.
     """
-    return encode(weight, None, scheme)
+    return encode(weight, None, scheme, out)
 
 
 METHOD = Method(
-    about="llama.cpp's encoders, to the byte, no data", quantize=quantize, supports=without_importance, tables=True
+    about="llama.cpp's encoders, to the byte, no data",
+    quantize=quantize,
+    supports=without_importance,
+    into=quantize,
+    tables=True,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowbit.methods import Method, NoOptions, Stats
@@ -11,18 +11,25 @@ from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
 
-def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: NoOptions) -> QTensor:
+def quantize(
+    weight: Float[Tensor, "rows cols"],
+    stats: Stats,
+    scheme: Scheme,
+    options: NoOptions,
+    out: UInt8[Tensor, "rows cols"] | None = None,
+) -> QTensor:
     """Scales, minima and codes of little squared error, never more than `ggml` leaves.
 
     Raises:
         WeightError: NaN or Inf, with its place.
     """
-    return encode(weight, None, scheme, fitted=True)
+    return encode(weight, None, scheme, out, fitted=True)
 
 
 METHOD = Method(
     about="llama.cpp's types with less error than its encoders, no data",
     quantize=quantize,
     supports=without_importance,
+    into=quantize,
     tables=True,
 )

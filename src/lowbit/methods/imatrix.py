@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowbit.methods import Method, NoOptions, Stats
@@ -11,13 +11,19 @@ from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
 
-def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: NoOptions) -> QTensor:
+def quantize(
+    weight: Float[Tensor, "rows cols"],
+    stats: Stats,
+    scheme: Scheme,
+    options: NoOptions,
+    out: UInt8[Tensor, "rows cols"] | None = None,
+) -> QTensor:
     """What `ggml_quantize_chunk` gives with the mean square of each input as importance.
 
     Raises:
         WeightError: NaN or Inf, with its place.
     """
-    return encode(weight, stats["mean_square"], scheme)
+    return encode(weight, stats["mean_square"], scheme, out)
 
 
 METHOD = Method(
@@ -26,5 +32,6 @@ METHOD = Method(
     needs=frozenset({"mean_square"}),
     outside="ggml",
     supports=objection,
+    into=quantize,
     tables=True,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowbit.methods import Method, NoOptions, Stats
@@ -11,13 +11,19 @@ from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
 
-def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: NoOptions) -> QTensor:
+def quantize(
+    weight: Float[Tensor, "rows cols"],
+    stats: Stats,
+    scheme: Scheme,
+    options: NoOptions,
+    out: UInt8[Tensor, "rows cols"] | None = None,
+) -> QTensor:
     """Scales, minima and codes of little squared error weighted by the inputs, never more than `imatrix` leaves.
 
     Raises:
         WeightError: NaN or Inf, with its place.
     """
-    return encode(weight, stats["mean_square"], scheme, fitted=True)
+    return encode(weight, stats["mean_square"], scheme, out, fitted=True)
 
 
 METHOD = Method(
@@ -26,5 +32,6 @@ METHOD = Method(
     needs=frozenset({"mean_square"}),
     outside="ggml_fit",
     supports=objection,
+    into=quantize,
     tables=True,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import prod
 from typing import final
 
@@ -25,7 +25,7 @@ from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
 from lowbit.stages._carry import carried, gap, spelled, variants
 from lowbit.stages._rooms import Rooms
-from lowbit.stages._store import Streamed
+from lowbit.stages._store import Streamed, streamed
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, arranged
 from lowbit.stages.quantize import Error, quantize_weight
@@ -396,13 +396,15 @@ class Changer:
         for at in range(0, len(out), step):
             q.rows(at, min(at + step, len(out)), out[at : at + step])
 
-    def _rounding(self, q: QTensor, dtype: torch.dtype) -> Error:
-        """What rounding the values of `q` to a float type changes."""
+    def _rounding(self, q: QTensor, dtype: torch.dtype, whole: bool = True) -> Error:
+        """What rounding the values of `q` to a float type changes; not of all of it, unless `whole`, where it does."""
         rows, cols = view_shape(q.shape, Block(1, 0))
         step, error = max(_SAMPLE // max(cols, 1), 1), Error()
         for at in range(0, rows if dtype != torch.float32 else 0, step):
             out = torch.empty(min(step, rows - at), cols, dtype=dtype)
             error += gap(q, at, q.rows(at, at + len(out), out))
+            if error.largest and not whole:
+                break
         return error
 
     def made_float(self, weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -419,8 +421,9 @@ class Changer:
             raise UnsupportedError(f"--scheme {self.goal.scheme}: {_float.NAME} holds f16, bf16 or f32")
         choices = [named] if named else self.dtypes(weight)
         q = self.load(weight)
-        made = [(dtype, self._rounding(q, dtype)) for dtype in choices]
-        dtype, error = next((each for each in made if not each[1].largest), made[0])
+        made = ((dtype, self._rounding(q, dtype, dtype == choices[0])) for dtype in choices)
+        first = next(made)
+        dtype, error = next((each for each in chain([first], made) if not each[1].largest), first)
         target = Weight(weight.name, weight.held, dtype)
         why = "" if not error.largest else f"{_name(dtype)} does not have its values; --scheme f32 does"
         why = why or ("its inputs are no longer rounded" if weight.activations else "")
@@ -445,8 +448,7 @@ class Changer:
         if not streams:
             return q
         assert form.rows is not None
-        unpack, dense = form.rows.unpack, {name: piece.contiguous() for name, piece in pieces.items()}
-        return Streamed(q, lambda start, words: unpack(weight, dense, start, words))  # `q` has no codes
+        return streamed(q, form.rows, weight, {name: piece.contiguous() for name, piece in pieces.items()})
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import LowbitError, VerifyError
+from lowbit.formats import CodeRows, Weight
 from lowbit.formats._gguf import to_file
 from lowbit.stages.plan import Entry
 from lowbit.stages.write import Output, Record, as_bytes, digest
@@ -39,21 +40,32 @@ class Streamed:
     Attributes:
         q: it, with codes on the device `meta`.
         fill: `(start, words)` makes its rows from `start` on (`CodeRows.unpack`).
+        lines: `(start, stop)`: these rows where they lie as words in what was read, else None (`CodeRows.lines`).
     """
 
     q: QTensor
     fill: Callable[[int, Tensor], None]
+    lines: Callable[[int, int], Tensor | None]
 
-    def panels(self) -> Iterator[tuple[int, Int32[Tensor, "rows words"]]]:
-        """First row and words of each panel, in order; what is beyond the codes of a row is 0."""
+    def panels(
+        self, place: Callable[[int, int], Tensor | None] = lambda start, stop: None
+    ) -> Iterator[tuple[int, Int32[Tensor, "rows words"]]]:
+        """First row and words of each panel, in order; what is beyond the codes of a row is 0.
+
+        `place`: `(start, stop)` is where to make these rows, None for anywhere.
+        """
         (rows, cols), bits = self.q.codes.shape, self.q.scheme.grid.bits
-        step = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES
+        step, over = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES, cols * bits % 32
         room = torch.empty(min(step, rows), -(-cols * bits // 32), dtype=torch.int32)
         for start in range(0, rows, step):
-            words = room[: rows - start]
-            self.fill(start, words)
-            if cols * bits % 32:
-                words[:, -1] &= 2 ** (cols * bits % 32) - 1
+            stop = min(start + step, rows)
+            words = None if over else self.lines(start, stop)
+            if words is None:
+                found = None if over else place(start, stop)
+                words = room[: stop - start] if found is None else found
+                self.fill(start, words)
+            if over:
+                words[:, -1] &= 2**over - 1
             yield start, words
 
     def whole(self) -> QTensor:
@@ -148,9 +160,10 @@ def _stream(
     """As `_pack`, but codes are packed, and unpacked again, in panels of rows; returns what was meant, too."""
     weight, rules = entry.weight, output.plan.rules
     assert rules.rows is not None
-    pack, parts = rules.rows.pack, output.into(entry, mapped=scratch)
+    pack, lines, parts = rules.rows.pack, rules.rows.lines, output.into(entry, mapped=scratch)
     rules.pack(weight, value.q, parts)
-    meant = _digests(value, lambda start, words: pack(weight, words, start, parts))
+    place = lambda start, stop: lines(weight, parts, start, stop)
+    meant = _digests(value, place, lambda start, words: pack(weight, words, start, parts))
     for name, part in () if scratch else parts.items():
         output.write(name, as_bytes(part))
     stored = {name: digest(part) for name, part in parts.items()}
@@ -168,20 +181,30 @@ def _read_back(output: Output, entry: Entry, scratch: bool) -> dict[str, str] | 
     """Digests of the parts of a weight whose codes are read in panels of rows; None where it cannot be read."""
     weight, rules = entry.weight, output.plan.rules
     assert rules.rows is not None
-    unpack, tensors = rules.rows.unpack, output.read(entry, scratch)
+    rows, tensors = rules.rows, output.read(entry, scratch)
     assert weight.scheme is not None
     codes = torch.empty(view_shape(weight.shape, weight.scheme.block), dtype=torch.uint8, device="meta")
     try:
         q = rules.unpack(weight, tensors, codes)
     except LowbitError:
         return None
-    return _digests(Streamed(q, lambda start, words: unpack(weight, tensors, start, words)), lambda start, words: None)
+    return _digests(streamed(q, rows, weight, tensors))
 
 
-def _digests(value: Streamed, use: Callable[[int, Tensor], None]) -> dict[str, str]:
-    """Digest of each part; `use` gets the first row of each panel, and its words."""
+def streamed(q: QTensor, rows: CodeRows, weight: Weight, tensors: Mapping[str, Tensor]) -> Streamed:
+    """`q`, which has no codes, with those that a format has in contiguous tensors of a weight."""
+    fill = lambda start, words: rows.unpack(weight, tensors, start, words)
+    return Streamed(q, fill, lambda start, stop: rows.lines(weight, tensors, start, stop))
+
+
+def _digests(
+    value: Streamed,
+    place: Callable[[int, int], Tensor | None] = lambda start, stop: None,
+    use: Callable[[int, Tensor], None] = lambda start, words: None,
+) -> dict[str, str]:
+    """Digest of each part; words are made at `place`, and `use` gets the first row of each panel, and its words."""
     hasher = xxhash.xxh3_128()
-    for start, words in value.panels():
+    for start, words in value.panels(place):
         hasher.update(as_bytes(words))
         use(start, words)
     others = {name: digest(part.contiguous()) for name, part in value.q.parts() if name != "codes"}
