@@ -85,7 +85,8 @@ def test_what_is_predicted_is_the_divergence(kind: str, tmp_path: Path) -> None:
         MemoryWatch(None).running() as watch,
         sensitivity.opened(source, plan, {}, IDS, tmp_path, None, 1, watch, narrow=schemes) as run,
     ):
-        losses, found = sensitivity.measure(run)
+        measured = sensitivity.measure(run)
+    losses, found = measured.losses, measured.narrow
     inside = [f"{BLOCKS[kind]}.{n}" for n in range(2)]
     inputs = [f"{block}.{first}.weight" for block in inside for first in READERS[kind]]
     kept = [f"{block} {what}" for block in inside for what in ("keys", "values")]

@@ -22,7 +22,7 @@ from lowbit.errors import UsageError
 from lowbit.runtime import costs
 from lowbit.runtime.model import open_model
 from lowbit.schemes import parse
-from lowbit.stages.allocate import Budget, Problem, make_problem
+from lowbit.stages.allocate import Budget, Problem, make_problem, undecided
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules, make_offers, make_plan
 from lowbit.stages.running import Running, Use, forecast, uses_of
@@ -47,7 +47,7 @@ def made(path: Path, schemes: tuple[str, ...] = SCHEMES) -> Problem:
     losses = {
         name: {s: (at + 1) * 4.0 ** -parse(s).grid.bits for s in row} for at, (name, row) in enumerate(offers.items())
     }
-    return make_problem(source, rules, offers, losses, False)
+    return make_problem(source, rules, offers, losses, False, undecided(source, rules, offers))
 
 
 def bytes_of(weights: Mapping[str, Any]) -> int:
@@ -95,7 +95,10 @@ def test_a_token_is_as_fast_as_asked_and_what_it_reads_counts(tmp_path: Path) ->
         assert len(eights) == many
         assert found.forecast and found.forecast.reading + found.forecast.remembering <= asked
         assert f"of {1e3 * asked:.4g}" in list(found.forecast.lines())[1]
-    with pytest.raises(UsageError, match=r"a token takes 21.68ms on card, weights 14ms and cache 7.68ms"):
+    with pytest.raises(
+        UsageError,
+        match=r"^--latency: .* a token takes 21.68ms on card \(46.13 a second\), weights 14ms and cache 7.68ms",
+    ):
         parts.within(Budget(latency=0.001 * 14 + kept - 1e-6, running=timed))
     plain = parts.within(Budget(latency=1.0, running=RUN))  # bytes over the bandwidth, without the embedding's rows
     weights = {e.weight.name: e.weight for e in plain.plan.entries if "embed" not in e.weight.name}
@@ -163,8 +166,8 @@ def test_kernels_are_timed_once_a_kind_and_in_proportion_to_rows(tmp_path: Path,
 OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("bits", "size", "memory", "kl", "perplexity", "latency", "rate", "sensitivity", "text", "scheme")),
     **dict.fromkeys(("hardware", "runtime", "run_context", "run_batch", "kept")),
-    "schemes": (), "unfused": False, "check": 0, "beside": False, "narrow": (), "threads": 1,
-    "form": "compressed-tensors",
+    "schemes": (), "unfused": False, "check": 0, "beside": False, "narrow": (), "rounding": None,
+    "activations": None, "threads": 1, "form": "compressed-tensors",
 }  # fmt: skip
 
 
@@ -198,8 +201,10 @@ def test_a_profile_gives_memory_and_bandwidth() -> None:
     assert (found.running.runtime, found.running.context, found.running.machine) == ("vllm", 100, "rtx-4090")
     timed = make_budget({**OPTIONS, "size": 5, "hardware": "rtx-4090", "rate": 40.0, "form": "gguf"}, None)
     assert timed and timed.running and timed.memory is None and timed.latency == 0.025
+    assert timed.asked == "--tokens-per-second 40"
     assert timed.running.bandwidth == find("rtx-4090").bandwidth and timed.running.runtime == "llama.cpp"
-    assert running("gguf", find("x86-ddr5"), None, "f16", 1, 1)[0].runtime == "lowbit"
+    names = [running("gguf", find(name), None, "f16", 1, 1)[0].runtime for name in ("x86-ddr5", "pi5", "m2")]
+    assert names == ["lowbit", "lowbit", "llama.cpp"]
 
 
 def test_the_command_says_what_the_plan_takes(wiki_8m: Path, tmp_path: Path) -> None:

@@ -260,29 +260,43 @@ def opened(
         yield run
 
 
-def measure(run: Run) -> tuple[Losses, Losses]:
-    """The predicted divergence, in nats per token, of each weight in each of its schemes.
+@final
+@dataclass(frozen=True)
+class Measured:
+    """What errors cost.
 
-    And that of inputs, under the name of the first weight that reads one, and of each block's keys and values, in each
-    of the schemes that are asked for.
+    Attributes:
+        losses: of each weight in each of its schemes.
+        narrow: nats per token of inputs, under the name of the first weight that reads one, and of each block's keys
+            and values, in each of the schemes that are asked for.
+        readers: all weights that read such an input.
+    """
+
+    losses: Losses
+    narrow: Losses = field(default_factory=dict)
+    readers: Mapping[str, Site] = field(default_factory=dict)
+
+
+def measure(run: Run) -> Measured:
+    """The predicted divergence, in nats per token, of each weight in each of its schemes, and of what is narrow.
 
     Raises:
         WeightError: NaN or Inf in a weight.
     """
     gradients, paths = _last_gradients(run), list(run.blueprint.blocks)
-    losses, narrow = Losses(), Losses()
+    losses, narrow, readers = Losses(), Losses(), dict[str, Site]()
     for index in range(len(paths) - 1, -1, -1):
         run.progress("measure", len(paths) - 1 - index, len(paths))
         run.watch.check()
-        weights, others = _block(run, paths[index], index, gradients)
-        losses, narrow = losses | weights, others | narrow
+        found = _block(run, paths[index], index, gradients)
+        losses, narrow, readers = losses | found.losses, found.narrow | narrow, {**found.readers, **readers}
     losses |= _outside(run, gradients)
     run.progress("measure", len(paths), len(paths))
     kept = {
         name: {label: 0.0 for label, entry in row.items() if not entry.weight.scheme}
         for name, row in run.offers.items()
     }
-    return {name: losses.get(name, {}) | kept[name] for name in run.offers}, narrow
+    return Measured({name: losses.get(name, {}) | kept[name] for name in run.offers}, narrow, readers)
 
 
 def _windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
@@ -367,7 +381,7 @@ class _Probe:
         return [(pair[0], pair[1]) for pair in self.seen.get(name, []) if len(pair) == 2]
 
 
-def _block(run: Run, path: str, index: int, gradients: Float[Tensor, "windows tokens width"]) -> tuple[Losses, Losses]:
+def _block(run: Run, path: str, index: int, gradients: Float[Tensor, "windows tokens width"]) -> Measured:
     """Losses of the weights of one block, and of what is narrow; `gradients` become those at the block's input."""
     live, attended = live_block(run, path), Attended(_step(run)) if run.narrow else None
     every = sites_of(run, live, index)
@@ -382,7 +396,7 @@ def _block(run: Run, path: str, index: int, gradients: Float[Tensor, "windows to
             for label, task in tasks:
                 for name, loss in task.result().items():
                     losses.setdefault(name, {})[label] = loss
-    return losses, narrow
+    return Measured(losses, narrow, {site[0]: site for site in every if site[0] in narrow})
 
 
 @torch.no_grad()
@@ -566,12 +580,13 @@ class Sensitivity:
     Attributes:
         facts: what must be the same for the losses to hold: model, format, recipe, options and text.
         losses: nats per token, by weight and scheme.
-        narrow: the same of inputs, keys and values.
+        narrow: the same of inputs, keys and values; `readers`: the weights that read an input, by the first.
     """
 
     facts: Mapping[str, Any]
     losses: Losses
     narrow: Losses = field(default_factory=dict)
+    readers: Mapping[str, Site] = field(default_factory=dict)
 
     def lacking(self, offers: Offers) -> Offers:
         """What is on offer and was not measured."""
@@ -588,26 +603,28 @@ class Sensitivity:
 
     def lacking_narrow(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """Those of these schemes of inputs and cache that were not measured."""
-        known = [row.keys() for row in self.narrow.values()]
+        known = [row.keys() for row in self.narrow.values()] if self.readers else []
         return {name: each for name, each in schemes.items() if not known or any(name not in row for row in known)}
 
     def narrow_of(self, schemes: Sequence[str]) -> Losses:
         """Losses of inputs and cache in these schemes."""
         return {name: {scheme: row[scheme] for scheme in schemes} for name, row in self.narrow.items()}
 
-    def joined(self, losses: Losses, narrow: Losses) -> Sensitivity:
+    def joined(self, more: Measured) -> Sensitivity:
         """With what was measured under these conditions beside it."""
-        return replace(self, losses=_joined(self.losses, losses), narrow=_joined(self.narrow, narrow))
+        losses, narrow = _joined(self.losses, more.losses), _joined(self.narrow, more.narrow)
+        return replace(self, losses=losses, narrow=narrow, readers={**self.readers, **more.readers})
 
     def to_json(self) -> str:
         """The whole as JSON, one weight a line."""
         head = json.dumps({"lowbit_sensitivity": VERSION, **self.facts})[:-1]
         more = f', "narrow": {{\n{_rows(self.narrow)}\n}}' if self.narrow else ""
+        more += f', "readers": {{\n{_rows(self.readers)}\n}}' if self.readers else ""
         return f'{head}, "losses": {{\n{_rows(self.losses)}\n}}{more}}}\n'
 
 
-def _rows(losses: Losses) -> str:
-    return ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in losses.items())
+def _rows(rows: Mapping[str, Any]) -> str:
+    return ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
 
 
 def _joined(one: Losses, other: Losses) -> Losses:
@@ -640,6 +657,7 @@ def read_sensitivity(path: Path, facts: Mapping[str, Any]) -> Sensitivity:
             {name: {scheme: _number(loss) for scheme, loss in row.items()} for name, row in table.items()}
             for table in tables
         )
+        readers = {name: tuple(map(str, row)) for name, row in data.pop("readers", {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} holds no sensitivities: {type(error).__name__}: {error}") from None
     if version != VERSION:
@@ -649,7 +667,7 @@ def read_sensitivity(path: Path, facts: Mapping[str, Any]) -> Sensitivity:
             raise UsageError(
                 f"{path} was measured with {key} {data.get(key)!r}, not {facts.get(key)!r}; name another --sensitivity"
             )
-    return Sensitivity(data, losses, narrow)
+    return Sensitivity(data, losses, narrow, readers)
 
 
 def _number(loss: Any) -> float:
