@@ -23,6 +23,7 @@ from lowbit.stages._changes import Goal
 from lowbit.stages._cost import Cost
 from lowbit.stages._directory import GGUF
 from lowbit.stages._gguf_vocabulary import untold
+from lowbit.stages._measures import MEASURES, measure
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._narrow import Narrowed, kept_losses, narrow_schemes
 from lowbit.stages._policy import read_policy
@@ -222,7 +223,7 @@ def _decided(work: _Work) -> Plan:
     budget = work.request.budget
     if budget is None:
         return make_plan(work.source, rules)
-    limit = budget.kl if budget.kl is not None else budget.perplexity
+    limit, share = (budget.perplexity, True) if budget.kl is None else (budget.kl, False)
     spoken = _spoken(work) if limit is not None else None
     with ExitStack() as stack:
         offers = make_offers(work.source, rules, budget.choices(rules.format)) if budget.decides else {}
@@ -231,18 +232,20 @@ def _decided(work: _Work) -> Plan:
         if not budget.decides:
             return _widened(work, budget, make_plan(work.source, rules), known)
         others = [each.scheme for each in budget.running.others] if budget.running else []
-        kept = kept_losses(known.narrow, others)
-        problem = make_problem(work.source, rules, offers, known.of(offers), budget.fused, plan, kept)
+        kept, unit = kept_losses(known.narrow, others), MEASURES[budget.measure].unit
+        problem = make_problem(work.source, rules, offers, known.of(offers), budget.fused, plan, kept, unit)
         if limit is None or spoken is None:
             return _widened(work, budget, _within(work, budget, problem, opened), known)
 
-    def measure(found: Allocation) -> Interval:
+    def tried(found: Allocation) -> Interval:
         plan = _widened(replace(work, tell=lambda told: None), budget, found.plan, known)
         measured = _try(work, budget, with_factors(plan, work.source), spoken)
-        work.tell(Trial(found, measured, limit))
+        work.tell(Trial(found, measured, limit, share))
         return measured
 
-    return _widened(work, budget, search(problem, limit, measure).allocation.plan, known)
+    best = search(problem, limit, tried, share).allocation
+    work.tell(best)
+    return _widened(work, budget, best.plan, known)
 
 
 def _widened(work: _Work, budget: Budget, plan: Plan, known: sensitivity.Sensitivity) -> Plan:
@@ -326,13 +329,13 @@ def _measured(
         raise UsageError("a budget is decided by what errors do to text: name some with --calibration FILE")
     samples = work.read(rules.calibration)
     opened = cache(lambda: stack.enter_context(_opened(work, budget, offers, plan, samples, schemes)))
-    facts = sensitivity.conditions(source, rules, samples.sha256)
+    facts = sensitivity.conditions(source, rules, samples.sha256, budget.measure)
     known = sensitivity.Sensitivity(facts, {})
     if file and file.exists():
         known = sensitivity.read_sensitivity(file, facts)
     lacking, narrow = known.lacking(offers), known.lacking_narrow(schemes)
     if lacking or narrow:
-        known = known.joined(sensitivity.measure(replace(opened(), offers=lacking, narrow=narrow)))
+        known = known.joined(measure(budget.measure, replace(opened(), offers=lacking, narrow=narrow)))
         if file:
             write_atomic(file, known.to_json().encode())
     if budget.narrow:
@@ -358,7 +361,7 @@ def _opened(
     folder = request.out.absolute().parent
     return sensitivity.opened(
         work.source, plan, offers, samples.ids, folder, request.ram, request.threads, work.watch, work.progress,
-        budget.check > 0, narrow, work.tell,
+        budget.check > 0, narrow, MEASURES[budget.measure].whole, work.tell,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from lowbit.stages.allocate import Allocation, Budget, Checked, Problem, make_pr
 from lowbit.stages.check import Case, check
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Entry, Plan, Rules, load_plan, make_offers, make_plan
-from lowbit.stages.search import search
+from lowbit.stages.search import Trial, search
 from lowbit.stages.write import make_shards
 from tests.reference.models import save_tiny, save_words
 
@@ -301,6 +301,14 @@ def test_the_search_ends_with_a_plan_that_passes_and_is_nearly_the_smallest(
     assert found.allocation.size <= 1.04 * parts.within_loss(low).size
 
 
+def test_a_trial_says_what_was_asked_in_its_own_unit(tmp_path: Path) -> None:
+    found = problem(tmp_path / "m", steep).within_bits(7.0)
+    (said,) = Trial(found, Interval(0.0087, 0.0051, 0.0123), 0.01, share=True).lines()
+    assert said.endswith("increase of the perplexity 0.870% [0.510%, 1.230%], at most 1.000% was asked for: misses")
+    (said,) = Trial(found, Interval(0.0087, 0.0051, 0.0099), 0.01).lines()
+    assert said.endswith(" nats per token: divergence 0.0087 [0.0051, 0.0099], at most 0.01 was asked for: passes")
+
+
 def test_the_text_is_split_once_for_all_plans_that_are_tried(tmp_path: Path, monkeypatch: Any) -> None:
     save_tiny("llama", tmp_path / "m")
     text, split = str(save_words(tmp_path / "m")), list[str]()
@@ -315,7 +323,7 @@ def test_the_text_is_split_once_for_all_plans_that_are_tried(tmp_path: Path, mon
     words += ["--schemes", "int4-g8,int6-g8,int8-g8", "--evaluate", text, "--context", "24", "--max-kl", "0.02"]
     done = CliRunner().invoke(command, [*words, "--out", str(tmp_path / "plan.json")])
     assert done.exit_code == 0, done.stderr
-    assert "asked for at most 0.02" in done.stderr and split == ["words.txt"]
+    assert ", at most 0.02 was asked for: passes" in done.stderr and split == ["words.txt"]
 
 
 def test_a_quality_that_no_plan_has_is_refused_with_the_best(tmp_path: Path) -> None:
@@ -323,7 +331,14 @@ def test_a_quality_that_no_plan_has_is_refused_with_the_best(tmp_path: Path) -> 
         search(problem(tmp_path / "m", steep), 1e-9, Measured(lambda _: 5.0))
 
 
-FACTS: Mapping[str, Any] = {"model": "m", "format": "gguf", "recipe": "rtn", "options": {}, "text": "t"}
+FACTS: Mapping[str, Any] = {
+    "model": "m",
+    "format": "gguf",
+    "recipe": "rtn",
+    "options": {},
+    "text": "t",
+    "measure": "fisher",
+}
 ROWS = {"a": {"q4_0": 0.5, "q8_0": 0.0}}
 
 
@@ -361,6 +376,8 @@ SAVED = json.loads(sensitivity.Sensitivity(FACTS, ROWS).to_json())
         ({**SAVED, "lowbit_sensitivity": 99}, "version 99"),
         ({**SAVED, "recipe": "gptq"}, "measured with recipe 'gptq', not 'rtn'"),
         ({**SAVED, "other": 1}, "measured with other 1"),
+        ({**SAVED, "measure": "output"}, "measured with measure 'output', not 'fisher'"),
+        ({**SAVED, "readers": {"a": 1}}, "holds no sensitivities"),
         ({key: value for key, value in SAVED.items() if key != "text"}, "measured with text None"),
     ],
 )

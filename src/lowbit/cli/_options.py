@@ -233,6 +233,12 @@ _BUDGET = (
         "for gguf q2_k,q3_k,iq4_xs,q4_k,q5_k,q6_k,q8_0]",
     ),
     click.option(
+        "--measure", type=click.Choice(["fisher", "output", "hessian", "kl"]), show_default="fisher",
+        help="What errors cost: fisher (predicted divergence), output (error of a layer's output: the fastest, and no "
+        "divergence), hessian (mean trace times square error, as HAWQ-V2; the whole model in memory), kl (the true "
+        "divergence of each weight alone: slow). With --check N the decisions that are near are measured by kl.",
+    ),
+    click.option(
         "--sensitivity", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
         help="Where what was measured for a budget is saved, and taken from if it is there.",
     ),
@@ -306,7 +312,7 @@ def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | Non
     from lowbit.stages.allocate import Budget
 
     asked = {name: options.pop(name) for name in ("bits", "size", "kl", "perplexity")}
-    words = ("schemes", "sensitivity", "check", "beside", "narrow", "rounding", "unfused")
+    words = ("schemes", "measure", "sensitivity", "check", "beside", "narrow", "rounding", "unfused")
     others = {name: options.pop(name) for name in words}
     run = {name: options.pop(name) for name in ("memory", "latency", "rate", *WORDS)}
     given = [name for name, value in {**asked, "memory": run["memory"]}.items() if value is not None]
@@ -315,7 +321,7 @@ def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | Non
         raise click.UsageError("--activations-within says how far inputs are rounded: say to what with --activations")
     if not (given or timed or placed):
         shown = others["narrow"] or others["rounding"] is not None
-        alone = {name: others[name] for name in ("schemes", "check", "beside", "unfused")}
+        alone = {name: others[name] for name in ("schemes", "measure", "check", "beside", "unfused")}
         saved = {} if shown else {"sensitivity": others["sensitivity"]}
         _refuse_alone({**alone, **saved, **{word: run[name] for name, word in WORDS.items()}})
         return Budget(**{name: others[name] for name in ("sensitivity", "narrow", "rounding")}) if shown else None
@@ -329,6 +335,12 @@ def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | Non
         raise click.UsageError("--max-kl and --max-ppl-increase are measured as a whole: no --check or other limit")
     sized = bool(asked["bits"] or asked["size"])
     wanted = make_wanted(run, options["form"], options["threads"], sized, others["narrow"]) if runs else None
+    others["measure"] = others["measure"] or "fisher"
+    if wanted and wanted.running.others and others["measure"] in ("output", "hessian"):
+        raise click.UsageError(
+            f"--measure {others['measure']} is no divergence, and does not compare with what a narrower cache costs: "
+            "name the cache with --kv"
+        )
     ran = {name: getattr(wanted, name) for name in ("memory", "latency", "running", "asked")} if wanted else {}
     return Budget(**asked, **ran, fused=not others.pop("unfused"), **others)
 
@@ -462,25 +474,8 @@ class _Lines:
 
 def print_told(told: Trial | Allocation | Checked | Narrowed | Widened | Way) -> None:
     """A plan that was measured for what was asked, or what else there is to say of measuring and of plans."""
-    from lowbit.stages.search import Trial
-
-    if isinstance(told, Trial):
-        _print_trial(told)
-        return
     for line in told.lines():
         click.echo(line, err=True)
-
-
-def _print_trial(trial: Trial) -> None:
-    from lowbit.budget import format_size
-
-    found, measured = trial.allocation, trial.measured
-    interval = "" if measured.low is None else f" [{measured.low:.4g}, {measured.high:.4g}]"
-    click.echo(
-        f"plan of {format_size(found.size)}: predicted {found.loss:.4g} nats per token; asked for at most "
-        f"{trial.limit:.4g}, measured {measured.value:.4g}{interval}: {'passes' if trial.passes else 'misses'}",
-        err=True,
-    )
 
 
 _WIDE = 120  # columns that reasons need

@@ -135,7 +135,7 @@ def kept_losses(losses: Mapping[str, Mapping[str, float]], schemes: Sequence[str
             "what a narrower cache costs was not seen: this model's attention is not torch's own function; name the "
             "cache's type with --kv"
         )
-    return {scheme: sum(row[scheme] for row in rows) for scheme in schemes}
+    return {scheme: sum((row[scheme] for row in rows), 0.0) for scheme in schemes}
 
 
 @final

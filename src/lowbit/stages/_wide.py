@@ -74,7 +74,7 @@ def widened(
     wide = {first: losses[first] for each, at in zip(groups, picked, strict=True) if at for first in each}
     names = {name for first in wide for name in sites[first]}
     entries = tuple(_as_it_is(entry) if entry.weight.name in names else entry for entry in plan.entries)
-    cost = sum(losses[first] for first in sites if first not in wide)
+    cost = sum((losses[first] for first in sites if first not in wide), 0.0)
     return replace(plan, entries=entries), Widened(scheme, most, cost, wide, len(sites))
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _ROUNDS = 5
 _SHOWN = 10
-_PREDICTED = "predicted, in nats per token"
+NATS = "nats per token"  # of divergence: the unit of losses that are one
 
 
 @final
@@ -46,6 +46,7 @@ class Budget:
         memory: bytes at run time: weights, cache and what a pass works with.
         kl: most divergence from the original, nats per token.
         perplexity: most relative increase of the perplexity, 0.01 for 1%.
+        measure: name of what sensitivity is, of `_measures.py`.
         schemes: names of those to choose from; none for the format's usual ones.
         sensitivity: file to take the measurement from, or to save it in.
         fused: layers that runtimes join get one scheme.
@@ -72,6 +73,7 @@ class Budget:
     beside: bool = False
     narrow: tuple[str, ...] = ()
     rounding: float | None = None
+    measure: str = "fisher"
 
     @property
     def decides(self) -> bool:
@@ -105,10 +107,17 @@ class Allocation:
     chosen: Mapping[str, str] = field(default_factory=dict)
     forecast: Forecast | None = None
     caches: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    unit: str = NATS
+
+    @property
+    def predicted(self) -> str:
+        """The loss with its unit, and whether that is a divergence."""
+        return f"{self.loss:.3g} {self.unit}" + ("" if self.unit == NATS else ", which is no divergence")
 
     def lines(self) -> Iterator[str]:
         """What is said of it."""
-        yield f"predicted: {self.loss:.3g} nats per token of divergence from the original"
+        of = " of divergence from the original" if self.unit == NATS else ""
+        yield f"plan of {format_size(self.size)}, predicted {self.predicted}{of}"
         if len(self.caches) > 1:
             said = [f"{name} {loss:.2g} nats, {format_size(size)}" for name, (loss, size) in self.caches.items()]
             yield f"cache: {said[0]}; not {'; '.join(said[1:])}"
@@ -155,6 +164,7 @@ class Problem:
         choices: for each group, the schemes that all of it can have.
         undecided: the plan before anything is chosen.
         kept: what keeping all keys and values in a scheme is predicted to cost.
+        unit: of the losses.
     """
 
     source: Checkpoint
@@ -165,6 +175,7 @@ class Problem:
     choices: tuple[tuple[str, ...], ...]
     undecided: Plan
     kept: Mapping[str, float] = field(default_factory=dict)
+    unit: str = NATS
 
     def within(self, budget: Budget) -> Allocation:
         """The best plan of so many bits per weight, bytes of files or of memory, or seconds of a token.
@@ -210,7 +221,8 @@ class Problem:
         """With what was measured in the place of what was predicted, and the median of the ratios.
 
         All other losses are multiplied by that ratio, so that what was measured is not favoured for being smaller
-        throughout; the measured loss of weights that were replaced together is shared as the predicted one was.
+        throughout, and so that losses of another unit become divergences; the measured loss of weights that were
+        replaced together is shared as the predicted one was.
         """
         predicted = [sum(self.losses[name][case.scheme] for name in case.names) for case in cases]
         ratios = [new / old for new, old in zip(measured, predicted, strict=True) if old > 0]
@@ -219,7 +231,8 @@ class Problem:
         for case, new, old in zip(cases, measured, predicted, strict=True):
             for name in case.names if old > 0 else ():
                 losses[name][case.scheme] = self.losses[name][case.scheme] * new / old
-        return replace(self, losses=losses, kept={s: ratio * loss for s, loss in self.kept.items()}), ratio
+        kept = {scheme: ratio * loss for scheme, loss in self.kept.items()}
+        return replace(self, losses=losses, kept=kept, unit=NATS), ratio
 
     def within_bits(self, bits: float, *also: Limit, ways: Sequence[Running] = ()) -> Allocation:
         """The best plan of so many bits per weight, and which of the ways to run it."""
@@ -328,13 +341,15 @@ class Problem:
 
     def allocation(self, chosen: Mapping[str, str]) -> Allocation:
         """The plan in which weights have these schemes."""
-        given = {name: (scheme, _PREDICTED) for name, scheme in chosen.items()}
+        given = {name: (scheme, f"predicted, in {self.unit}") for name, scheme in chosen.items()}
         given |= {name: ("keep", "none of the schemes on offer fits it") for name in self.offers if name not in given}
         plan = make_plan(self.source, self.rules, given)
         costs = {name: self._costs(name, scheme) for name, scheme in chosen.items()}
         plan = replace(plan, entries=tuple(replace(e, costs=costs.get(e.weight.name, {})) for e in plan.entries))
         size = sum(shard.nbytes for shard in make_shards(plan, None, self.source))
-        return Allocation(plan, sum(self.losses[name][scheme] for name, scheme in chosen.items()), size, chosen)
+        return Allocation(
+            plan, sum(self.losses[name][scheme] for name, scheme in chosen.items()), size, chosen, unit=self.unit
+        )
 
     def _costs(self, name: str, scheme: str) -> dict[str, float]:
         """What this scheme costs, and what its neighbours by size would."""
@@ -384,6 +399,7 @@ def make_problem(
     fused: bool,
     plan: Plan,
     kept: Mapping[str, float] = MappingProxyType({}),
+    unit: str = NATS,
 ) -> Problem:
     """Group the weights that must agree.
 
@@ -406,7 +422,7 @@ def make_problem(
     return Problem(
         source, rules, offers, losses,
         tuple(tuple(groups[key]) for key in open_), tuple(tuple(choices[key]) for key in open_),
-        plan, kept,
+        plan, kept, unit,
     )  # fmt: skip
 
 
