@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py --calibration FILE --text FILE [--model DIR] [--bits 3.0 3.5 4.25 5.0] [--samples 16]
         [--sequence-length 512] [--tokens 16384] [--context 512] [--plans 30] [--gguf q4_k_m q3_k_m] [--auto-scheme]
-        [--schemes int2-g64-asym,...] [--threads 2] [--work DIR]
+        [--schemes int2-g64-asym,...] [--measures fisher,output,hessian,kl] [--quality 0.01] [--threads 2] [--work DIR]
 
 Sensitivities are measured once, by `lowbit plan`. The model is quantized once in every scheme by `--method gptq
 --inputs float`, with which a weight does not depend on the schemes of others, so that the weights of any plan are taken
@@ -11,8 +11,10 @@ plan's less that, paired by token. Uniform schemes are the three largest of `UNI
 which is shown; AutoScheme chooses among the schemes of the plan on the same text, counts scales as we do, and its
 choice is quantized in the same way.
 
-Then: divergence that was predicted and measured for random plans (rank correlation), and files of GGUF of the size
-of llama.cpp's mixtures beside these, each made by the command line. With `--work` a run goes on where it was.
+Then: loss that was predicted by each of `--measures`, and divergence that was measured, of random plans (rank
+correlation); files of GGUF of the size of llama.cpp's mixtures beside these, each made by the command line; and with
+`--quality` the plan for so much of an increase of the perplexity by `rtn`, and the next smaller ones that the same
+predictions give, each measured as a whole on the text. With `--work` a run goes on where it was.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ from lowbit.metrics._blocks import make_blocks
 from lowbit.schemes import parse
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._windows import Windows, cut, encode, read_text
+from lowbit.stages.allocate import make_problem, undecided
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import _score
+from lowbit.stages.plan import Rules, make_offers
 from lowbit.tensors import scheme_bytes
 
 DATA = Path(lowbit.__file__).parent / "data"
@@ -93,12 +97,17 @@ class Bench:
                     *self.text)  # fmt: skip
         return open_checkpoint(out)
 
-    def plan(self, *budget: object) -> Path:
+    def saved(self, measure: str) -> Path:
+        """Where what a measure gives is kept."""
+        return self.work / f"sensitivity-{measure}.json"
+
+    def plan(self, *budget: object, measure: str = "fisher") -> Path:
         """The plan for a budget."""
-        out = self.work / f"plan{'-'.join(map(str, budget))}.json"
+        out = self.work / f"plan{'-'.join(map(str, budget))}-{measure}.json"
         if not out.exists():
             command("plan", self.options.model, *budget, "--method", "gptq", "--schemes", self.options.schemes,
-                    "--unfused", "--sensitivity", self.work / "sensitivity.json", "--out", out, *self.text)  # fmt: skip
+                    "--unfused", "--measure", measure, "--sensitivity", self.saved(measure), "--out", out,
+                    *self.text)  # fmt: skip
         return out
 
     def bits(self, chosen: Mapping[str, str]) -> float:
@@ -200,19 +209,67 @@ def compare(bench: Bench, bits: float) -> list[dict[str, Any]]:
 
 
 def correlate(bench: Bench, count: int) -> dict[str, Any]:
-    """Predicted and measured divergence of random plans."""
-    losses = json.loads((bench.work / "sensitivity.json").read_text())["losses"]
+    """Loss by each measure, and measured divergence, of random plans; half of these of about the same bits."""
+    schemes, kinds = bench.options.schemes.split(","), bench.options.measures.split(",")
+    for kind in kinds:
+        bench.plan("--bits-per-weight", 3.5, measure=kind)
+    losses = {kind: json.loads(bench.saved(kind).read_text())["losses"] for kind in kinds}
     dice, few = np.random.default_rng(0), replace(bench.windows, ids=bench.windows.ids[:8])
-    pairs = []
-    for _ in range(count):
-        shares = dice.dirichlet(np.ones(len(bench.options.schemes.split(","))))
-        chosen = {name: str(dice.choice(bench.options.schemes.split(","), p=shares)) for name in losses}
-        predicted = sum(losses[name][scheme] for name, scheme in chosen.items())
-        pairs.append((predicted, float(bench.divergence(chosen, few).mean())))
-    ranks = float(spearmanr(*zip(*pairs, strict=True)).statistic)
-    print(f"predicted against measured divergence of {count} random plans: rank correlation {ranks:.3f}")
-    print("  " + ", ".join(f"{a:.4f}:{b:.4f}" for a, b in sorted(pairs)), flush=True)
-    return {"rank_correlation": ranks, "pairs": pairs}
+    plans: list[dict[str, str]] = []
+    for at in range(count):
+        shares = dice.dirichlet(np.ones(len(schemes))) if at % 2 else np.full(len(schemes), 1 / len(schemes))
+        plans.append({name: str(dice.choice(schemes, p=shares)) for name in losses[kinds[0]]})
+    measured = [float(bench.divergence(chosen, few).mean()) for chosen in plans]
+    return {kind: _ranked(kind, losses[kind], plans, measured) for kind in kinds}
+
+
+def _ranked(
+    kind: str, losses: Mapping[str, Mapping[str, float]], plans: list[dict[str, str]], measured: list[float]
+) -> dict[str, Any]:
+    """How well one measure orders the plans: all of them, and those in which each scheme is as frequent."""
+    predicted = [sum(losses[name][scheme] for name, scheme in chosen.items()) for chosen in plans]
+    ranks = [float(spearmanr(predicted[::step], measured[::step]).statistic) for step in (1, 2)]
+    print(
+        f"{kind}: rank correlation with the measured divergence of {len(plans)} random plans {ranks[0]:.3f}, of the "
+        f"{len(plans[::2])} of about the same bits {ranks[1]:.3f}"
+    )
+    print("  " + ", ".join(f"{a:.4g}:{b:.4f}" for a, b in sorted(zip(predicted, measured, strict=True))), flush=True)
+    return {"rank_correlation": ranks, "predicted": predicted, "measured": measured}
+
+
+def passing(bench: Bench, share: float) -> dict[str, Any]:
+    """The plan for an increase of the perplexity, and smaller ones of the same frontier, measured as a whole."""
+    plan, saved = bench.work / f"plan-ppl-{share:g}.json", bench.work / "sensitivity-rtn.json"
+    options = bench.options
+    text = ["--evaluate", options.text, "--tokens", options.tokens, "--context", options.context]
+    if not plan.exists():
+        command("plan", options.model, "--max-ppl-increase", share, "--method", "rtn", "--schemes", options.schemes,
+                "--sensitivity", saved, "--out", plan, *bench.text, *text)  # fmt: skip
+    rules = Rules(method="rtn")
+    offers = make_offers(bench.source, rules, options.schemes.split(","))
+    losses = {name: dict(row) for name, row in json.loads(saved.read_text())["losses"].items()}
+    problem = make_problem(bench.source, rules, offers, losses, True, undecided(bench.source, rules, offers))
+    found = problem.allocation({name: next(iter(row["costs"])) for name, row in _rows(plan) if row.get("costs")})
+    made, rows = [found], []
+    for step in range(1, 400):
+        smaller = problem.within_loss(found.loss * 1.002**step)
+        if smaller.size < made[-1].size and len(made) < 3:
+            made.append(smaller)
+    print(f"increase of the perplexity of at most {share:.2%}: the plan that was found, and the next smaller ones")
+    for number, each in enumerate(made):
+        out = bench.work / f"ppl-{share:g}-{number}"
+        if not (out / "report.json").exists():
+            (bench.work / "next.json").write_text(each.plan.to_json())
+            command("quantize", options.model, out, "--plan", bench.work / "next.json", *text)
+        score = json.loads((out / "report.json").read_text())["evaluation"]["scores"]["log_perplexity_change"]
+        low, value, high = (float(np.expm1(score[key])) for key in ("low", "value", "high"))
+        rows.append({"bytes": each.size, "loss": each.loss, "increase": [low, value, high]})
+        print(f"  {each.size:,} bytes, predicted {each.loss:.5f}: {value:.3%} [{low:.3%}, {high:.3%}]", flush=True)
+    return {"plans": rows}
+
+
+def _rows(plan: Path) -> list[tuple[str, dict[str, Any]]]:
+    return [(row["name"], row) for row in json.loads(plan.read_text())["tensors"]]
 
 
 def files(bench: Bench, mixture: str) -> list[dict[str, Any]]:
@@ -249,6 +306,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--plans", type=int, default=30, help="random ones")
+    parser.add_argument("--measures", default="fisher")
+    parser.add_argument("--quality", type=float, help="most relative increase of the perplexity, as 0.01")
     parser.add_argument("--gguf", nargs="*", default=["q4_k_m", "q3_k_m"])
     parser.add_argument("--auto-scheme", action="store_true", help="needs auto-round")
     parser.add_argument("--threads", type=int, default=2)
@@ -264,8 +323,9 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     original = open_blueprint(source, torch.float32).resident()
     bench = Bench(options, work, source, original, windows, make_blocks(windows.counts))
     found: dict[str, Any] = {f"{bits:g} bits": compare(bench, bits) for bits in options.bits}
+    if options.quality:
+        found["quality"] = passing(bench, options.quality)
     if options.plans:
-        bench.plan("--bits-per-weight", 3.5)
         found["random plans"] = correlate(bench, options.plans)
     return found | {mixture: files(bench, mixture) for mixture in options.gguf}
 

@@ -11,6 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from lowbit.budget import Estimate, MemoryWatch
 from lowbit.errors import UsageError
@@ -21,15 +23,17 @@ from lowbit.stages._changes import Goal
 from lowbit.stages._cost import Cost
 from lowbit.stages._directory import GGUF
 from lowbit.stages._gguf_vocabulary import untold
+from lowbit.stages._measures import MEASURES, measure
 from lowbit.stages._model import open_blueprint
-from lowbit.stages._narrow import Narrowed, narrow_schemes
+from lowbit.stages._narrow import Narrowed, kept_losses, narrow_schemes
 from lowbit.stages._policy import read_policy
 from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._room import with_factors
 from lowbit.stages._text_part import text_part
+from lowbit.stages._wide import Widened, widened
 from lowbit.stages._windows import cut, encode
-from lowbit.stages.allocate import Allocation, Budget, Checked, Problem, make_problem, undecided
+from lowbit.stages.allocate import Allocation, Budget, Checked, Problem, group_of, make_problem, undecided
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.check import check
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
@@ -55,7 +59,7 @@ from lowbit.stages.search import Trial, asked, search
 from lowbit.stages.verify import verify
 from lowbit.stages.write import open_output, refuse_foreign, write_atomic
 
-Tell = Callable[[str | Trial | Allocation | Checked | Narrowed | sensitivity.Way], None]
+Tell = Callable[[str | Trial | Allocation | Checked | Narrowed | Widened | sensitivity.Way], None]
 Read = Callable[[Calibration], Samples]
 
 
@@ -112,14 +116,34 @@ def run(
     Raises:
         LowbitError: see `lowbit.errors`; what is finished by then is kept, and the same request goes on.
     """
+    return _line(request, None, progress, announce, tell)
+
+
+@final
+@dataclass(frozen=True)
+class _Spoken:
+    """The text of an evaluation, read and split into tokens once for all plans that are tried."""
+
+    text: Text
+    encoded: tuple[Int64[Tensor, "tokens"], tuple[str, ...]]
+
+
+def _line(
+    request: Request,
+    spoken: _Spoken | None,
+    progress: quantize.Progress,
+    announce: Callable[[Plan, Sequence[Estimate | Cost | tune.Cost]], None] | None = None,
+    tell: Tell = lambda told: None,
+) -> RunRecord:
+    """What `run` does; `spoken` of a plan that is only tried."""
     clock, scores, most = Clock(), None, 0
-    text = read_text(request.text) if request.text else None
+    text = spoken.text if spoken else read_text(request.text) if request.text else None
     with MemoryWatch(request.ram).running() as watch, _open(request, tell) as source:
         read = read_once(source)
         plan = _plan(_Work(request, source, watch, progress, tell, read))
         plan, samples = _with_samples(plan, read)
         source = as_planned(source, plan)
-        if text:  # one that cannot be used is refused now, not after hours of calibration
+        if text and not spoken:  # one that cannot be used is refused now, not after hours of calibration
             cut(text, encode([source], text, request.tokens, request.ram), request.context, None)
         way = quantize.estimate_memory(plan, request.ram, request.threads)
         blocks = prepare(source, plan, samples.ids, request.ram, request.threads) if samples else None
@@ -143,9 +167,15 @@ def run(
             checked = verify(source, output, way, progress)
             clock.lap("verify")
             if text:
-                scores, most = _scores(request, text, source.path, adapter.path if adapter else None, progress)
+                scores, most = _scores(
+                    request, text, spoken and spoken.encoded, source.path, adapter.path if adapter else None, progress
+                )
                 clock.lap("evaluate")
-            learned = _calibration(plan, samples, blocks, text, source, tuned) if samples and blocks else None
+            learned = (
+                _calibration(plan, samples, blocks, None if spoken else text, source, tuned)
+                if samples and blocks
+                else None
+            )
             most = max(most, *(cost.total for cost in costs))
             result = make_record(
                 request.command, source, output, way, most, watch, checked, scores, clock.seconds, learned, adapter
@@ -196,22 +226,52 @@ def _decided(work: _Work) -> Plan:
     budget = work.request.budget
     if budget is None:
         return make_plan(work.source, rules)
-    limit = budget.kl if budget.kl is not None else budget.perplexity
+    limit, share = (budget.perplexity, True) if budget.kl is None else (budget.kl, False)
+    spoken = _spoken(work) if limit is not None else None
     with ExitStack() as stack:
         offers = make_offers(work.source, rules, budget.choices(rules.format)) if budget.decides else {}
-        known, opened = _measured(work, budget, offers, stack)
+        plan = undecided(work.source, rules, offers)
+        known, opened = _measured(work, budget, offers, plan, stack)
         if not budget.decides:
-            return make_plan(work.source, rules)
-        problem = make_problem(work.source, rules, offers, known.of(offers), budget.fused)
-        if limit is None:
-            return _within(work, budget, problem, opened)
+            return _widened(work, budget, make_plan(work.source, rules), known)
+        others = [each.scheme for each in budget.running.others] if budget.running else []
+        kept, unit = kept_losses(known.narrow, others), MEASURES[budget.measure].unit
+        problem = make_problem(work.source, rules, offers, known.of(offers), budget.fused, plan, kept, unit)
+        if limit is None or spoken is None:
+            return _widened(work, budget, _within(work, budget, problem, opened), known)
 
-    def measure(found: Allocation) -> Interval:
-        measured = _try(work.request, budget, with_factors(found.plan, work.source), work.progress)
-        work.tell(Trial(found, measured, limit))
+    def tried(found: Allocation) -> Interval:
+        plan = _widened(replace(work, tell=lambda told: None), budget, found.plan, known)
+        measured = _try(work, budget, with_factors(plan, work.source), spoken)
+        work.tell(Trial(found, measured, limit, share))
         return measured
 
-    return search(problem, limit, measure).allocation.plan
+    best = search(problem, limit, tried, share).allocation
+    work.tell(best)
+    return _widened(work, budget, best.plan, known)
+
+
+def _widened(work: _Work, budget: Budget, plan: Plan, known: sensitivity.Sensitivity) -> Plan:
+    """The plan with inputs as they are where rounding them costs more than the budget allows."""
+    rules = work.request.rules
+    if budget.rounding is None or rules.activations is None:
+        return plan
+    losses = {name: known.narrow[name][rules.activations] for name in known.readers}
+    joined = partial(group_of, work.source, rules, fused=budget.fused)
+    plan, told = widened(plan, rules.activations, losses, known.readers, budget.rounding, joined)
+    work.tell(told)
+    return plan
+
+
+def _spoken(work: _Work) -> _Spoken:
+    """The text on which plans are measured; one that cannot be used is refused before anything is measured."""
+    request = work.request
+    if request.text is None:
+        raise UsageError("what is asked for is measured on a text: name it with --evaluate")
+    text = read_text(request.text)
+    spoken = _Spoken(text, encode([work.source], text, request.tokens, request.ram))
+    cut(text, spoken.encoded, request.context, None)
+    return spoken
 
 
 def counted(request: Request, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress, read: Read) -> Rules:
@@ -225,14 +285,13 @@ def counted(request: Request, source: Checkpoint, watch: MemoryWatch, progress: 
     return replace(rules, counts=count_tokens(source, ids, folder, request.ram, watch, progress))
 
 
-def _try(request: Request, budget: Budget, plan: Plan, progress: quantize.Progress) -> Interval:
+def _try(work: _Work, budget: Budget, plan: Plan, spoken: _Spoken) -> Interval:
     """What the budget limits, of a plan that is carried out in a temporary folder beside the result."""
-    if request.text is None:
-        raise UsageError("what is asked for is measured on a text: name it with --evaluate")
+    request = work.request
     with TemporaryDirectory(dir=request.out.absolute().parent, prefix=".search-") as folder:
         file = Path(folder) / "plan.json"
         write_atomic(file, plan.to_json().encode())
-        record = run(replace(request, out=Path(folder) / "out", plan=file, budget=None), progress)
+        record = _line(replace(request, out=Path(folder) / "out", plan=file, budget=None), spoken, work.progress)
         quality = read_quality(record.evaluation)
     assert quality is not None
     return asked(budget, quality)
@@ -261,24 +320,25 @@ def _checked(
 
 
 def _measured(
-    work: _Work, budget: Budget, offers: sensitivity.Offers, stack: ExitStack
+    work: _Work, budget: Budget, offers: sensitivity.Offers, plan: Plan, stack: ExitStack
 ) -> tuple[sensitivity.Sensitivity, Callable[[], sensitivity.Run]]:
     """What errors cost, measured, or from a file; saved where one is named.
 
     And what measuring works with, in a folder beside the result: opened once, when it is first needed.
     """
-    source, rules, file, schemes = work.source, work.request.rules, budget.sensitivity, narrow_schemes(budget.narrow)
+    source, rules, file = work.source, work.request.rules, budget.sensitivity
+    schemes = narrow_schemes(_narrow(rules, budget))
     if rules.calibration is None:
         raise UsageError("a budget is decided by what errors do to text: name some with --calibration FILE")
     samples = work.read(rules.calibration)
-    opened = cache(lambda: stack.enter_context(_opened(work, budget, offers, samples, schemes)))
-    facts = sensitivity.conditions(source, rules, samples.sha256)
+    opened = cache(lambda: stack.enter_context(_opened(work, budget, offers, plan, samples, schemes)))
+    facts = sensitivity.conditions(source, rules, samples.sha256, budget.measure)
     known = sensitivity.Sensitivity(facts, {})
     if file and file.exists():
         known = sensitivity.read_sensitivity(file, facts)
     lacking, narrow = known.lacking(offers), known.lacking_narrow(schemes)
     if lacking or narrow:
-        known = known.joined(*sensitivity.measure(replace(opened(), offers=lacking, narrow=narrow)))
+        known = known.joined(measure(budget.measure, replace(opened(), offers=lacking, narrow=narrow)))
         if file:
             write_atomic(file, known.to_json().encode())
     if budget.narrow:
@@ -286,14 +346,25 @@ def _measured(
     return known, opened
 
 
+def _narrow(rules: Rules, budget: Budget) -> Sequence[str]:
+    """The schemes of inputs and of the cache to measure."""
+    inputs = [rules.activations] if rules.activations and budget.rounding is not None else []
+    return [*budget.narrow, *inputs]
+
+
 def _opened(
-    work: _Work, budget: Budget, offers: sensitivity.Offers, samples: Samples, narrow: Mapping[str, Scheme]
+    work: _Work,
+    budget: Budget,
+    offers: sensitivity.Offers,
+    plan: Plan,
+    samples: Samples,
+    narrow: Mapping[str, Scheme],
 ) -> AbstractContextManager[sensitivity.Run]:
-    plan, request = undecided(work.source, work.request.rules, offers), work.request
+    request = work.request
     folder = request.out.absolute().parent
     return sensitivity.opened(
         work.source, plan, offers, samples.ids, folder, request.ram, request.threads, work.watch, work.progress,
-        budget.check > 0, narrow, work.tell,
+        budget.check > 0, narrow, MEASURES[budget.measure].whole, work.tell,
     )  # fmt: skip
 
 
@@ -443,7 +514,12 @@ def _calibration(
 
 
 def _scores(
-    request: Request, text: Text, original: Path, adapter: Path | None, progress: quantize.Progress
+    request: Request,
+    text: Text,
+    encoded: tuple[Int64[Tensor, "tokens"], tuple[str, ...]] | None,
+    original: Path,
+    adapter: Path | None,
+    progress: quantize.Progress,
 ) -> tuple[dict[str, Any], int]:
     """Original and result on the same tokens, and the anonymous memory that was planned for it."""
     planned: list[int] = []
@@ -457,6 +533,7 @@ def _scores(
         progress=progress,
         announce=lambda way: planned.append(way.total),
         adapter=adapter,
+        encoded=encoded,
         trust_remote_code=request.trust_remote_code,
     )
     return scores.to_dict(), max(planned)

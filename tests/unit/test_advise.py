@@ -221,6 +221,7 @@ def test_transformers_unpacks_and_so_needs_the_memory_of_floats(wide: Checkpoint
         ("m4-max", "llama.cpp", {"gguf"}, {"mlx4"}),
         ("snapdragon-8-gen-3", "onnxruntime", {"onnx4"}, {"gguf"}),
         ("x86-ddr5", "lowbit", {"gguf", "awq", "w4a16"}, {"w8a8-fp8"}),
+        ("graviton3", "lowbit", {"gguf", "awq", "w4a16"}, {"w8a8-fp8"}),
     ],
 )
 def test_what_runtimes_load_where(wide: Checkpoint, name: str, runtime: str, loads: set[str], not_: set[str]) -> None:

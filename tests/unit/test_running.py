@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,10 @@ from lowbit.errors import UsageError
 from lowbit.runtime import costs
 from lowbit.runtime.model import open_model
 from lowbit.schemes import parse
-from lowbit.stages.allocate import Budget, Problem, make_problem
+from lowbit.stages.allocate import Budget, Problem, make_problem, undecided
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules, make_offers, make_plan
-from lowbit.stages.running import Running, Use, forecast, uses_of
+from lowbit.stages.running import Kept, Running, Use, forecast, uses_of
 from lowbit.stages.samples import read_samples
 from lowbit.stages.sensitivity import Sensitivity, conditions
 from tests.reference.models import save_tiny
@@ -39,7 +41,7 @@ RUN = Running("vllm", 40, 3, "fp8", 8.0, 512, 2, True, "card", 1e6)
 CACHE = 2 * 2 * 2 * 8 * 40 * 3
 
 
-def made(path: Path, schemes: tuple[str, ...] = SCHEMES) -> Problem:
+def made(path: Path, schemes: tuple[str, ...] = SCHEMES, fused: bool = False) -> Problem:
     """Losses that quarter with each bit, each weight with a factor of its own."""
     save_tiny("llama", path, torch.float16)
     source, rules = open_checkpoint(path), Rules(method="rtn")
@@ -47,7 +49,7 @@ def made(path: Path, schemes: tuple[str, ...] = SCHEMES) -> Problem:
     losses = {
         name: {s: (at + 1) * 4.0 ** -parse(s).grid.bits for s in row} for at, (name, row) in enumerate(offers.items())
     }
-    return make_problem(source, rules, offers, losses, False)
+    return make_problem(source, rules, offers, losses, fused, undecided(source, rules, offers))
 
 
 def bytes_of(weights: Mapping[str, Any]) -> int:
@@ -95,11 +97,48 @@ def test_a_token_is_as_fast_as_asked_and_what_it_reads_counts(tmp_path: Path) ->
         assert len(eights) == many
         assert found.forecast and found.forecast.reading + found.forecast.remembering <= asked
         assert f"of {1e3 * asked:.4g}" in list(found.forecast.lines())[1]
-    with pytest.raises(UsageError, match=r"a token takes 21.68ms on card, weights 14ms and cache 7.68ms"):
+    with pytest.raises(
+        UsageError,
+        match=r"^--latency: .* a token takes 21.68ms on card \(46.13 a second\), weights 14ms and cache 7.68ms",
+    ):
         parts.within(Budget(latency=0.001 * 14 + kept - 1e-6, running=timed))
     plain = parts.within(Budget(latency=1.0, running=RUN))  # bytes over the bandwidth, without the embedding's rows
     weights = {e.weight.name: e.weight for e in plain.plan.entries if "embed" not in e.weight.name}
     assert plain.forecast and plain.forecast.reading == pytest.approx(bytes_of(weights) / 1e6)
+
+
+def test_the_cache_gets_what_is_best_beside_the_weights(tmp_path: Path) -> None:
+    """Beside all combinations of schemes and types, their bytes worked out by hand."""
+    parts = made(tmp_path / "m", fused=True)
+    types = {"f16": (16.0, 0.0), "q8_0": (8.5, 0.03), "q4_0": (4.5, 0.2)}
+    others = tuple(Kept(name, bits, name) for name, (bits, _) in types.items() if name != "f16")
+    run = replace(RUN, cache="f16", bits=16, others=others)
+    parts = replace(parts, kept={name: loss for name, (_, loss) in types.items()})
+    plain = {entry.weight.name: entry.weight for entry in parts.undecided.entries}
+    decided = {name for group in parts.groups for name in group}
+    working = 120 * 2 * (2 * 32 + 3 * 48) + 4 * 3 * 96
+    rest = bytes_of({name: weight for name, weight in plain.items() if name not in decided})
+    read = rest - bytes_of({name: weight for name, weight in plain.items() if "embed" in name})
+    found: list[tuple[float, float, float]] = []  # loss, memory, bytes that a token reads
+    for schemes in product(SCHEMES, repeat=len(parts.groups)):
+        pairs = [(name, scheme) for group, scheme in zip(parts.groups, schemes, strict=True) for name in group]
+        held = bytes_of({name: replace(plain[name], scheme=parse(scheme)) for name, scheme in pairs})
+        loss = sum(parts.losses[name][scheme] for name, scheme in pairs)
+        for bits, more in types.values():
+            cache = CACHE * bits / 8
+            found.append((loss + more, held + rest + cache + working, held + read + cache))
+    chosen = set[str]()
+    for share in (0.02, 0.2, 0.5, 0.99):
+        memory, latency = (min(x) + share * (max(x) - min(x)) for x in list(zip(*found, strict=True))[1:])
+        for budget in (Budget(memory=int(memory), running=run), Budget(latency=latency / 1e6, running=run)):
+            best = min(row[0] for row in found if row[1 if budget.memory else 2] <= (budget.memory or latency))
+            got = parts.within(budget)
+            assert best <= got.loss * (1 + 1e-9) <= 1.001 * best
+            assert got.forecast and got.forecast.total <= (budget.memory or 10**9)
+            assert got.forecast.running.cache == next(iter(got.caches))
+            chosen.add(got.forecast.running.cache)
+    assert chosen == set(types)
+    assert "cache: " in list(got.lines())[1] and "not " in list(got.lines())[1]
 
 
 def test_what_a_plan_uses_of_its_budgets_is_at_most_all_of_each(tmp_path: Path) -> None:
@@ -163,8 +202,8 @@ def test_kernels_are_timed_once_a_kind_and_in_proportion_to_rows(tmp_path: Path,
 OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("bits", "size", "memory", "kl", "perplexity", "latency", "rate", "sensitivity", "text", "scheme")),
     **dict.fromkeys(("hardware", "runtime", "run_context", "run_batch", "kept")),
-    "schemes": (), "unfused": False, "check": 0, "beside": False, "narrow": (), "threads": 1,
-    "form": "compressed-tensors",
+    "schemes": (), "unfused": False, "check": 0, "beside": False, "narrow": (), "rounding": None, "measure": None,
+    "activations": None, "threads": 1, "form": "compressed-tensors",
 }  # fmt: skip
 
 
@@ -174,6 +213,8 @@ OPTIONS: dict[str, Any] = {
         ({"latency": 0.1, "rate": 3.0}, "say the same"),
         ({"memory": 1, "size": 1}, "name one of"),
         ({"runtime": "vllm"}, "--runtime goes with a budget"),
+        ({"memory": 10**9, "narrow": ("int8-g32",), "measure": "output"}, "name the cache with --kv"),
+        ({"measure": "kl"}, "--measure goes with a budget"),
         ({"beside": True}, "--leave-out goes with a budget"),
         ({"bits": 3.0, "beside": True}, "say how many with --check N"),
         ({"bits": 3.0, "run_context": 5}, "go with --memory"),
@@ -198,8 +239,25 @@ def test_a_profile_gives_memory_and_bandwidth() -> None:
     assert (found.running.runtime, found.running.context, found.running.machine) == ("vllm", 100, "rtx-4090")
     timed = make_budget({**OPTIONS, "size": 5, "hardware": "rtx-4090", "rate": 40.0, "form": "gguf"}, None)
     assert timed and timed.running and timed.memory is None and timed.latency == 0.025
+    assert timed.asked == "--tokens-per-second 40"
     assert timed.running.bandwidth == find("rtx-4090").bandwidth and timed.running.runtime == "llama.cpp"
-    assert running("gguf", find("x86-ddr5"), None, "f16", 1, 1)[0].runtime == "lowbit"
+    names = [running("gguf", find(name), None, "f16", 1, 1)[0].runtime for name in ("x86-ddr5", "pi5", "m2")]
+    assert names == ["lowbit", "lowbit", "llama.cpp"]
+
+
+def test_the_cache_may_be_what_narrow_names_and_the_runtime_has(capsys: pytest.CaptureFixture[str]) -> None:
+    def others(**given: Any) -> tuple[Kept, ...]:
+        found = make_budget({**OPTIONS, "memory": 10**9, **given}, None)
+        assert found and found.running
+        return found.running.others
+
+    assert others(narrow=("int8-row", "int8-g32")) == (Kept("int8", 9.0, "int8-g32"),)
+    assert others() == others(narrow=("int8-g32",), kept="f32") == ()
+    assert capsys.readouterr().err == ""
+    assert others(narrow=("int8-row",)) == ()
+    assert "the cache stays f16: lowbit has int8-g32 (int8) for it, none of --narrow" in capsys.readouterr().err
+    with pytest.raises(click.UsageError, match="say to what with --activations"):
+        make_budget({**OPTIONS, "rounding": 0.1}, None)
 
 
 def test_the_command_says_what_the_plan_takes(wiki_8m: Path, tmp_path: Path) -> None:
@@ -209,11 +267,16 @@ def test_the_command_says_what_the_plan_takes(wiki_8m: Path, tmp_path: Path) -> 
     offers = make_offers(source, rules, ("int4-g64", "int8-g64"))
     losses = {n: {s: float(s == "int4-g64") for s in row} for n, row in offers.items()}
     saved = tmp_path / "s.json"
-    saved.write_text(Sensitivity(conditions(source, rules, samples.sha256), losses).to_json())
+    narrow = {f"model.layers.{n} keys": {"fp8-e4m3-tensor": 1e-6} for n in range(2)}
+    facts = conditions(source, rules, samples.sha256)
+    saved.write_text(Sensitivity(facts, losses, narrow, {"x": ("x",)}).to_json())
     words = [str(wiki_8m), "--method", "rtn", "--calibration", str(text), "--samples", "4", "--sequence-length", "64"]
     words += ["--schemes", "int4-g64,int8-g64", "--sensitivity", str(saved), "--run-context", "256"]
-    done = CliRunner().invoke(command, [*words, "--memory", "24MiB", "--hardware", "rtx-4090", "--json"])
+    done = CliRunner().invoke(
+        command, [*words, "--memory", "24MiB", "--hardware", "rtx-4090", "--json", "--narrow", "fp8-e4m3-tensor"]
+    )
     assert done.exit_code == 0, done.output
     assert "memory at run time: " in done.stderr and " of 24 MiB = weights " in done.stderr
+    assert re.search(r"cache: (fp8 2e-06|f16 0) nats, \S+ \S+; not (f16 0|fp8 2e-06) nats", done.stderr)
     assert "ms = weights" in done.stderr and "tokens/s in all (rtx-4090, at 1,008.0 GB/s)" in done.stderr
     assert {row["scheme"] for row in json.loads(done.stdout)["tensors"]} >= {None}

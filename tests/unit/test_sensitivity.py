@@ -11,24 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 from lowbit.budget import MemoryWatch
 from lowbit.cli._options import fold
+from lowbit.cli.plan import command
 from lowbit.errors import QualityError, UsageError
 from lowbit.formats import Weight
 from lowbit.methods import NoOptions, rtn
 from lowbit.schemes import parse
-from lowbit.stages import sensitivity
+from lowbit.stages import _windows, sensitivity
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._quality import Interval
 from lowbit.stages.allocate import Allocation, Budget, Checked, Problem, make_problem, undecided
 from lowbit.stages.check import Case, check
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Entry, Plan, Rules, load_plan, make_offers, make_plan
-from lowbit.stages.search import search
+from lowbit.stages.search import Trial, search
 from lowbit.stages.write import make_shards
-from tests.reference.models import save_tiny
+from tests.reference.models import save_tiny, save_words
 
 # Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -79,7 +81,7 @@ def test_what_is_predicted_is_the_divergence(kind: str, rules: Rules, schemes: t
     source = open_checkpoint(tmp_path / "m")
     offers = make_offers(source, rules, schemes)
     with running(source, make_plan(source, rules), offers, tmp_path) as run:
-        found, _ = sensitivity.measure(run)
+        found = sensitivity.measure(run).losses
     assert found.keys() == offers.keys() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     model, ratios = model.double(), []
     weights = dict(model.named_parameters())
@@ -156,7 +158,8 @@ def problem(
     save_tiny("llama", path, torch.float16)
     source, rules = open_checkpoint(path), rules or Rules(method="rtn")
     offers = make_offers(source, rules, schemes)
-    return make_problem(source, rules, offers, {n: {s: losses(n, s) for s in offers[n]} for n in offers}, fused)
+    plan = undecided(source, rules, offers)
+    return make_problem(source, rules, offers, {n: {s: losses(n, s) for s in offers[n]} for n in offers}, fused, plan)
 
 
 def steep(name: str, scheme: str) -> float:
@@ -175,7 +178,12 @@ def test_bits_are_kept_and_go_where_they_count(tmp_path: Path) -> None:
     more, less = schemes["model.layers.1.mlp.down_proj.weight"], schemes["model.layers.0.mlp.up_proj.weight"]
     assert parse(more).grid.bits > parse(less).grid.bits
     assert found.loss == pytest.approx(sum(steep(name, scheme) for name, scheme in schemes.items()))
-    assert all("costs" in entry.reason for entry in found.plan.entries if entry.weight.scheme)
+    costs = {entry.weight.name: entry.costs for entry in found.plan.entries if entry.weight.scheme}
+    assert all(
+        row == {scheme: steep(name, scheme) for scheme in row} and 2 <= len(row) <= 3 for name, row in costs.items()
+    )
+    assert all(next(iter(row)) == found.chosen[name] for name, row in costs.items())
+    assert all(entry.why.startswith("costs ") for entry in found.plan.entries if entry.weight.scheme)
 
 
 def test_what_a_runtime_joins_has_one_scheme(tmp_path: Path) -> None:
@@ -227,13 +235,13 @@ def test_the_table_says_which_layers_got_what_and_what_they_cost(tmp_path: Path)
         names = [f"{whole[2]}{n}{whole[4]}" if whole[1] else f"{whole[2]}{whole[4]}" for n in numbers]
         assert len(names) == int(whole[1] or 1)
         listed |= dict.fromkeys(names, scheme)
-        if costs := re.fullmatch(r"cost (\S+) to (\S+) nats each, (\S+) together", reason):
+        if costs := re.fullmatch(r"cost (\S+) to (\S+) each, (\S+) together: predicted, in nats per token", reason):
             wanted = sorted(loss(each, scheme) for each in names)
             assert [float(each) for each in costs.groups()] == pytest.approx(
                 [wanted[0], wanted[-1], sum(wanted)], rel=0.06
             )
     assert listed == {entry.weight.name: str(entry.weight.scheme or "keep") for entry in plan.entries}
-    assert any(row[-1].endswith(" together") for row in rows) and any("costs" in row[-1] for row in rows)
+    assert any(" together: " in row[-1] for row in rows) and any("costs" in row[-1] for row in rows)
 
 
 def test_set_skip_and_policy_are_left_alone_by_a_budget(tmp_path: Path) -> None:
@@ -293,12 +301,44 @@ def test_the_search_ends_with_a_plan_that_passes_and_is_nearly_the_smallest(
     assert found.allocation.size <= 1.04 * parts.within_loss(low).size
 
 
+def test_a_trial_says_what_was_asked_in_its_own_unit(tmp_path: Path) -> None:
+    found = problem(tmp_path / "m", steep).within_bits(7.0)
+    (said,) = Trial(found, Interval(0.0087, 0.0051, 0.0123), 0.01, share=True).lines()
+    assert said.endswith("increase of the perplexity 0.870% [0.510%, 1.230%], at most 1.000% was asked for: misses")
+    (said,) = Trial(found, Interval(0.0087, 0.0051, 0.0099), 0.01).lines()
+    assert said.endswith(" nats per token: divergence 0.0087 [0.0051, 0.0099], at most 0.01 was asked for: passes")
+
+
+def test_the_text_is_split_once_for_all_plans_that_are_tried(tmp_path: Path, monkeypatch: Any) -> None:
+    save_tiny("llama", tmp_path / "m")
+    text, split = str(save_words(tmp_path / "m")), list[str]()
+    encode = _windows._encode_one
+
+    def counted(source: Checkpoint, text: _windows.Text, limit: int | None) -> Any:
+        split.append(text.name)
+        return encode(source, text, limit)
+
+    monkeypatch.setattr(_windows, "_encode_one", counted)
+    words = [str(tmp_path / "m"), "--method", "rtn", "--calibration", text, "--samples", "8", "--sequence-length", "24"]
+    words += ["--schemes", "int4-g8,int6-g8,int8-g8", "--evaluate", text, "--context", "24", "--max-kl", "0.02"]
+    done = CliRunner().invoke(command, [*words, "--out", str(tmp_path / "plan.json")])
+    assert done.exit_code == 0, done.stderr
+    assert ", at most 0.02 was asked for: passes" in done.stderr and split == ["words.txt"]
+
+
 def test_a_quality_that_no_plan_has_is_refused_with_the_best(tmp_path: Path) -> None:
     with pytest.raises(QualityError, match="best of 1 measured has 5, upper end 5"):
         search(problem(tmp_path / "m", steep), 1e-9, Measured(lambda _: 5.0))
 
 
-FACTS: Mapping[str, Any] = {"model": "m", "format": "gguf", "recipe": "rtn", "options": {}, "text": "t"}
+FACTS: Mapping[str, Any] = {
+    "model": "m",
+    "format": "gguf",
+    "recipe": "rtn",
+    "options": {},
+    "text": "t",
+    "measure": "fisher",
+}
 ROWS = {"a": {"q4_0": 0.5, "q8_0": 0.0}}
 
 
@@ -307,7 +347,7 @@ def test_what_was_measured_is_saved_and_used_again(tmp_path: Path) -> None:
     file.write_text(sensitivity.Sensitivity(FACTS, ROWS).to_json())
     found = sensitivity.read_sensitivity(file, FACTS)
     assert found.losses == ROWS
-    more = found.joined({"a": {"q5_0": 0.25}, "b": {"q4_0": 1.0}}, {})
+    more = found.joined(sensitivity.Measured({"a": {"q5_0": 0.25}, "b": {"q4_0": 1.0}}))
     assert more.losses == {"a": {**ROWS["a"], "q5_0": 0.25}, "b": {"q4_0": 1.0}}
     entry = Entry(Weight("a", (32, 32), torch.float32), None, "")
     offers = {"a": dict.fromkeys(("q4_0", "q6_k"), entry), "b": dict[str, Entry](), "c": dict[str, Entry]()}
@@ -336,6 +376,8 @@ SAVED = json.loads(sensitivity.Sensitivity(FACTS, ROWS).to_json())
         ({**SAVED, "lowbit_sensitivity": 99}, "version 99"),
         ({**SAVED, "recipe": "gptq"}, "measured with recipe 'gptq', not 'rtn'"),
         ({**SAVED, "other": 1}, "measured with other 1"),
+        ({**SAVED, "measure": "output"}, "measured with measure 'output', not 'fisher'"),
+        ({**SAVED, "readers": {"a": 1}}, "holds no sensitivities"),
         ({key: value for key, value in SAVED.items() if key != "text"}, "measured with text None"),
     ],
 )

@@ -20,7 +20,7 @@ from lowbit.errors import LowbitError, UnsupportedError, UsageError
 from lowbit.stages._model import open_config
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 from lowbit.stages.plan import Calibration, Entry, Rules, make_plan, tied_names
-from lowbit.stages.running import Cache, Running, activation_bytes, cache_of, read_bytes
+from lowbit.stages.running import Cache, Kept, Running, activation_bytes, cache_of, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -278,15 +278,18 @@ def running(
 ) -> tuple[Running, float]:
     """How a result in some format is to run, and the share of the memory that its runtime takes by default.
 
+    `others` has all types of the cache below 16 bits that errors can be worked out for.
+
     Args:
         hardware: None for any.
-        runtime: None for `lowbit` on x86 and on any hardware, else for the one that is usual for the format.
+        runtime: None for `lowbit` on processors and on any hardware, else for the one that is usual for the format.
 
     Raises:
         UsageError: a runtime or type of cache that is not known, or a runtime that does not load the format there, or
             expands it when it loads it.
     """
-    usual = "lowbit" if hardware is None or hardware.vendor == "x86" else _USUAL.get(form, "vllm")
+    own = hardware is None or hardware.vendor in ("x86", "arm")
+    usual = "lowbit" if own else _USUAL.get(form, "vllm")
     name = runtime or usual
     question = Question(hardware or _ANY, context, batch, runtime=name, cache=cache)
     row = _runtimes(question)[0]
@@ -298,9 +301,11 @@ def running(
         raise UsageError(f"{name} does not load {form}{where}; name another --runtime, or another --format")
     if loads and all(each["speed"] == "unpacked" for each in loads):
         raise UsageError(f"{name} expands {form} to 16 bits when it loads it: no choice of schemes makes that smaller")
+    others = tuple(Kept(each, float(row["caches"][each]), scheme) for each, scheme in row.get("rounds", {}).items())
     found = Running(
-        name, context, batch, cache, float(row["caches"][cache]), int(row["chunk"]), int(row["value"]), row["latent"]
-    )
+        name, context, batch, cache, float(row["caches"][cache]), int(row["chunk"]), int(row["value"]), row["latent"],
+        others=others,
+    )  # fmt: skip
     if hardware:
         found = replace(found, machine=hardware.name, bandwidth=hardware.bandwidth)
     return found, float(row["usable"])

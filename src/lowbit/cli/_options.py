@@ -19,6 +19,7 @@ from lowbit import plugins
 
 if TYPE_CHECKING:
     from lowbit.stages._narrow import Narrowed
+    from lowbit.stages._wide import Widened
     from lowbit.stages.allocate import Allocation, Budget, Checked
     from lowbit.stages.plan import Entry, Plan, Rules
     from lowbit.stages.search import Trial
@@ -212,7 +213,7 @@ _BUDGET = (
         "named, and its bandwidth.  [default: this for --latency]",
     ),
     click.option(
-        "--runtime", metavar="NAME", help="What it is to run in.  [default: lowbit; off x86 what is usual]"
+        "--runtime", metavar="NAME", help="What it is to run in.  [default: lowbit; on GPUs what is usual]"
     ),
     click.option("--run-context", type=click.IntRange(1), metavar="N", help="Tokens of a sequence.  [default: 4096]"),
     click.option("--run-batch", type=click.IntRange(1), metavar="N", help="Sequences at once.  [default: 1]"),
@@ -232,6 +233,12 @@ _BUDGET = (
         "for gguf q2_k,q3_k,iq4_xs,q4_k,q5_k,q6_k,q8_0]",
     ),
     click.option(
+        "--measure", type=click.Choice(["fisher", "output", "hessian", "kl"]), show_default="fisher",
+        help="What errors cost: fisher (predicted divergence), output (error of a layer's output: the fastest, and no "
+        "divergence), hessian (mean trace times square error, as HAWQ-V2; the whole model in memory), kl (the true "
+        "divergence of each weight alone: slow). With --check N the decisions that are near are measured by kl.",
+    ),
+    click.option(
         "--sensitivity", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
         help="Where what was measured for a budget is saved, and taken from if it is there.",
     ),
@@ -247,7 +254,13 @@ _BUDGET = (
     click.option(
         "--narrow", callback=listed, metavar="S,S,...",
         help="Show what it costs to round the inputs of layers, keys and values to these schemes, with tokens as rows, "
-        "as int8-row,int8-g32,fp8-e4m3-row, and where most of it is; with a budget or without.",
+        "as int8-row,int8-g32,fp8-e4m3-row, and where most of it is; with a budget or without. With --memory or "
+        "--latency and without --kv the cache gets the one that is best, of those that the runtime has.",
+    ),
+    click.option(
+        "--activations-within", "rounding", type=click.FloatRange(0), metavar="X",
+        help="Round inputs to --activations only as far as that is predicted to cost at most X nats per token; those "
+        "that cost the most for what they save stay wide.",
     ),
     click.option(
         "--unfused", is_flag=True,
@@ -299,15 +312,19 @@ def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | Non
     from lowbit.stages.allocate import Budget
 
     asked = {name: options.pop(name) for name in ("bits", "size", "kl", "perplexity")}
-    others = {name: options.pop(name) for name in ("schemes", "sensitivity", "check", "beside", "narrow", "unfused")}
+    words = ("schemes", "measure", "sensitivity", "check", "beside", "narrow", "rounding", "unfused")
+    others = {name: options.pop(name) for name in words}
     run = {name: options.pop(name) for name in ("memory", "latency", "rate", *WORDS)}
     given = [name for name, value in {**asked, "memory": run["memory"]}.items() if value is not None]
     timed, placed = run["latency"] or run["rate"], run["hardware"] is not None
+    if others["rounding"] is not None and not options["activations"]:
+        raise click.UsageError("--activations-within says how far inputs are rounded: say to what with --activations")
     if not (given or timed or placed):
-        saved = {} if others["narrow"] else {"sensitivity": others["sensitivity"]}
-        alone = {name: others[name] for name in ("schemes", "check", "beside", "unfused")}
+        shown = others["narrow"] or others["rounding"] is not None
+        alone = {name: others[name] for name in ("schemes", "measure", "check", "beside", "unfused")}
+        saved = {} if shown else {"sensitivity": others["sensitivity"]}
         _refuse_alone({**alone, **saved, **{word: run[name] for name, word in WORDS.items()}})
-        return Budget(sensitivity=others["sensitivity"], narrow=others["narrow"]) if others["narrow"] else None
+        return Budget(**{name: others[name] for name in ("sensitivity", "narrow", "rounding")}) if shown else None
     _check_budget(asked, given, options, plan_file)
     runs = bool(run["memory"] or timed or placed)
     if not runs and any(run[name] for name in WORDS):
@@ -317,8 +334,14 @@ def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | Non
     if (runs or others["check"]) and (asked["kl"] or asked["perplexity"]):
         raise click.UsageError("--max-kl and --max-ppl-increase are measured as a whole: no --check or other limit")
     sized = bool(asked["bits"] or asked["size"])
-    wanted = make_wanted(run, options["form"], options["threads"], sized) if runs else None
-    ran = {name: getattr(wanted, name) for name in ("memory", "latency", "running")} if wanted else {}
+    wanted = make_wanted(run, options["form"], options["threads"], sized, others["narrow"]) if runs else None
+    others["measure"] = others["measure"] or "fisher"
+    if wanted and wanted.running.others and others["measure"] in ("output", "hessian"):
+        raise click.UsageError(
+            f"--measure {others['measure']} is no divergence, and does not compare with what a narrower cache costs: "
+            "name the cache with --kv"
+        )
+    ran = {name: getattr(wanted, name) for name in ("memory", "latency", "running", "asked")} if wanted else {}
     return Budget(**asked, **ran, fused=not others.pop("unfused"), **others)
 
 
@@ -449,32 +472,14 @@ class _Lines:
         click.echo(f"{stage}: {share:.0f}%, {now - begun:.1f} s{left}", err=True)
 
 
-def print_told(told: str | Trial | Allocation | Checked | Narrowed | Way) -> None:
+def print_told(told: str | Trial | Allocation | Checked | Narrowed | Widened | Way) -> None:
     """A plan that was measured for what was asked, or what else there is to say of measuring and of plans."""
-    from lowbit.stages.search import Trial
-
-    if isinstance(told, Trial):
-        _print_trial(told)
-        return
     for line in [told] if isinstance(told, str) else told.lines():
         click.echo(line, err=True)
 
 
-def _print_trial(trial: Trial) -> None:
-    from lowbit.budget import format_size
-
-    found, measured = trial.allocation, trial.measured
-    interval = "" if measured.low is None else f" [{measured.low:.4g}, {measured.high:.4g}]"
-    click.echo(
-        f"plan of {format_size(found.size)}: predicted {found.loss:.4g} nats per token; asked for at most "
-        f"{trial.limit:.4g}, measured {measured.value:.4g}{interval}: {'passes' if trial.passes else 'misses'}",
-        err=True,
-    )
-
-
 _WIDE = 120  # columns that reasons need
 _NUMBER = re.compile(r"\.\d+\.")
-_COST = re.compile(r"costs ([\d.e+-]+) nats(; \S+ [\d.e+-]+(, \S+ [\d.e+-]+)*)?")
 
 
 def print_plan(plan: Plan, err: bool) -> None:
@@ -512,9 +517,8 @@ def fold(plan: Plan) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in plan.entries:
         weight = entry.weight
-        reason = _COST.sub("", entry.reason)
         shape = "x".join(map(str, weight.shape))
-        key = (_NUMBER.sub(".*.", weight.name), shape, str(weight.scheme or "keep"), entry.method or "", reason)
+        key = (_NUMBER.sub(".*.", weight.name), shape, str(weight.scheme or "keep"), entry.method or "", entry.reason)
         groups.setdefault(key, []).append(entry)
     times = Counter(name for name, *_ in groups)
     return [
@@ -522,7 +526,7 @@ def fold(plan: Plan) -> list[tuple[str, ...]]:
             _together(name, members, times[name] > 1), shape, scheme, method,
             format_size(sum(entry.source_bytes for entry in members)),
             format_size(sum(plan.stored_bytes(entry) for entry in members)),
-            _costs(members) + reason,
+            _reason(members),
         )
         for (name, shape, scheme, method, reason), members in groups.items()
     ]  # fmt: skip
@@ -545,10 +549,10 @@ def _runs(numbers: Sequence[int]) -> str:
     return ",".join(f"{first}-{last}" if first < last else f"{first}" for first, last in zip(starts, ends, strict=True))
 
 
-def _costs(members: Sequence[Entry]) -> str:
-    """What is said of the cost of weights that share a row."""
-    said = [found for entry in members if (found := _COST.match(entry.reason))]
-    if len(said) < 2:
-        return said[0][0] if said else ""
-    costs = [float(each[1]) for each in said]
-    return f"cost {min(costs):.2g} to {max(costs):.2g} nats each, {sum(costs):.2g} together"
+def _reason(members: Sequence[Entry]) -> str:
+    """Why weights that share a row have their scheme, after what they are predicted to cost."""
+    costs = [cost for entry in members for cost in list(entry.costs.values())[:1]]
+    if len(costs) < 2:
+        return members[0].why
+    said = f"cost {min(costs):.2g} to {max(costs):.2g} each, {sum(costs):.2g} together"
+    return f"{said}: {members[0].reason}"

@@ -123,6 +123,21 @@ def _scale(rows: Sequence[Tensor], scheme: Scheme) -> float | None:
     return input_scale(max((float(x.abs().max()) for x in rows), default=0.0), scheme)
 
 
+def kept_losses(losses: Mapping[str, Mapping[str, float]], schemes: Sequence[str]) -> dict[str, float]:
+    """What keeping the keys and values of all blocks in each of these schemes costs.
+
+    Raises:
+        UsageError: none were seen.
+    """
+    rows = [row for name, row in losses.items() if name.endswith(tuple(f" {kind}" for kind in KEPT))]
+    if schemes and not rows:
+        raise UsageError(
+            "what a narrower cache costs was not seen: this model's attention is not torch's own function; name the "
+            "cache's type with --kv"
+        )
+    return {scheme: sum((row[scheme] for row in rows), 0.0) for scheme in schemes}
+
+
 @final
 @dataclass(frozen=True)
 class Narrowed:

@@ -9,6 +9,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import TYPE_CHECKING, final
 
 from lowbit import plugins
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _ROUNDS = 5
 _SHOWN = 10
+NATS = "nats per token"  # of divergence: the unit of losses that are one
 
 
 @final
@@ -44,14 +46,16 @@ class Budget:
         memory: bytes at run time: weights, cache and what a pass works with.
         kl: most divergence from the original, nats per token.
         perplexity: most relative increase of the perplexity, 0.01 for 1%.
+        measure: name of what sensitivity is, of `_measures.py`.
         schemes: names of those to choose from; none for the format's usual ones.
         sensitivity: file to take the measurement from, or to save it in.
         fused: layers that runtimes join get one scheme.
-        latency: seconds of one step of decoding.
+        latency: seconds of one step of decoding; `asked`: how the user said it.
         running: what memory and seconds are worked out for; None where neither is asked for.
         check: decisions that were nearest to another one, of which the true divergence is measured.
         beside: that is what they add to the divergence of the plan without them, not of each alone.
         narrow: schemes of inputs and of the cache, of which the cost is measured too.
+        rounding: most that rounding inputs to the scheme of the rules may be predicted to cost; None for no limit.
     """
 
     bits: float | None = None
@@ -63,10 +67,13 @@ class Budget:
     sensitivity: Path | None = None
     fused: bool = True
     latency: float | None = None
+    asked: str = "--latency"
     running: Running | None = None
     check: int = 0
     beside: bool = False
     narrow: tuple[str, ...] = ()
+    rounding: float | None = None
+    measure: str = "fisher"
 
     @property
     def decides(self) -> bool:
@@ -90,7 +97,8 @@ _USUAL = {
 class Allocation:
     """A plan, the divergence that is predicted for it in nats per token, and the bytes of its weight files.
 
-    `chosen` has the scheme of each weight that was decided, as it is called on offer.
+    `chosen` has the scheme of each weight that was decided, as it is called on offer; `caches` the types of the cache
+    that were to be chosen from, with loss and bytes of each, the chosen one first.
     """
 
     plan: Plan
@@ -98,10 +106,21 @@ class Allocation:
     size: int
     chosen: Mapping[str, str] = field(default_factory=dict)
     forecast: Forecast | None = None
+    caches: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    unit: str = NATS
+
+    @property
+    def predicted(self) -> str:
+        """The loss with its unit, and whether that is a divergence."""
+        return f"{self.loss:.3g} {self.unit}" + ("" if self.unit == NATS else ", which is no divergence")
 
     def lines(self) -> Iterator[str]:
         """What is said of it."""
-        yield f"predicted: {self.loss:.3g} nats per token of divergence from the original"
+        of = " of divergence from the original" if self.unit == NATS else ""
+        yield f"plan of {format_size(self.size)}, predicted {self.predicted}{of}"
+        if len(self.caches) > 1:
+            said = [f"{name} {loss:.2g} nats, {format_size(size)}" for name, (loss, size) in self.caches.items()]
+            yield f"cache: {said[0]}; not {'; '.join(said[1:])}"
         yield from self.forecast.lines() if self.forecast else ()
 
 
@@ -143,6 +162,9 @@ class Problem:
     Attributes:
         groups: names of weights that get one scheme.
         choices: for each group, the schemes that all of it can have.
+        undecided: the plan before anything is chosen.
+        kept: what keeping all keys and values in a scheme is predicted to cost.
+        unit: of the losses.
     """
 
     source: Checkpoint
@@ -151,6 +173,9 @@ class Problem:
     losses: Losses
     groups: tuple[tuple[str, ...], ...]
     choices: tuple[tuple[str, ...], ...]
+    undecided: Plan
+    kept: Mapping[str, float] = field(default_factory=dict)
+    unit: str = NATS
 
     def within(self, budget: Budget) -> Allocation:
         """The best plan of so many bits per weight, bytes of files or of memory, or seconds of a token.
@@ -160,16 +185,18 @@ class Problem:
             UnsupportedError: a model whose memory is not worked out here.
         """
         limits, running = self._as_it_runs(budget), budget.running
+        ways = running.ways if running else ()
         if budget.bits is not None:
-            found = self.within_bits(budget.bits, *limits)
+            found = self.within_bits(budget.bits, *limits, ways=ways)
         elif budget.size is not None:
-            found = self.within_size(budget.size, *limits)
+            found = self.within_size(budget.size, *limits, ways=ways)
         else:
             first, *others = limits
-            found = self._made(solve(self._losses(), first.sizes, first.most, *others).picked)
+            found = self._made(solve(self._losses(ways), first.sizes, first.most, *others).picked, ways)
         if running is None:
             return found
-        return replace(found, forecast=forecast(found.plan, self._config, running, budget.memory, budget.latency))
+        way = next(way for way in ways if way.cache == next(iter(found.caches)))
+        return replace(found, forecast=forecast(found.plan, self._config, way, budget.memory, budget.latency))
 
     def nearest(self, budget: Budget, found: Allocation) -> list[Case]:
         """The decisions of a plan that were nearest to another: the weights of each, in its scheme and in the other."""
@@ -181,18 +208,21 @@ class Problem:
     def _use(self, budget: Budget) -> list[list[float]]:
         """What each choice takes of the budgets, as a share of them, added up."""
         limits = self._as_it_runs(budget)
+        nothing = _nothing(budget.running.ways if budget.running else ())
         if budget.bits is not None:
-            limits.append(Limit(self._coded, budget.bits * self._count))
+            limits.append(Limit(self._coded + nothing, budget.bits * self._count))
         if budget.size is not None:
-            limits.append(Limit(self._stored, float(budget.size)))
+            limits.append(Limit(self._stored + nothing, float(budget.size)))
         tables = [[[size / limit.most for size in row] for row in limit.sizes] for limit in limits]
-        return [[sum(parts) for parts in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+        shares = [[sum(parts) for parts in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+        return shares[: len(self.groups)]
 
     def corrected(self, cases: Sequence[Case], measured: Sequence[float]) -> tuple[Problem, float]:
         """With what was measured in the place of what was predicted, and the median of the ratios.
 
         All other losses are multiplied by that ratio, so that what was measured is not favoured for being smaller
-        throughout; the measured loss of weights that were replaced together is shared as the predicted one was.
+        throughout, and so that losses of another unit become divergences; the measured loss of weights that were
+        replaced together is shared as the predicted one was.
         """
         predicted = [sum(self.losses[name][case.scheme] for name in case.names) for case in cases]
         ratios = [new / old for new, old in zip(measured, predicted, strict=True) if old > 0]
@@ -201,24 +231,25 @@ class Problem:
         for case, new, old in zip(cases, measured, predicted, strict=True):
             for name in case.names if old > 0 else ():
                 losses[name][case.scheme] = self.losses[name][case.scheme] * new / old
-        return replace(self, losses=losses), ratio
+        kept = {scheme: ratio * loss for scheme, loss in self.kept.items()}
+        return replace(self, losses=losses, kept=kept, unit=NATS), ratio
 
-    def within_bits(self, bits: float, also: Limit | None = None) -> Allocation:
-        """The best plan of so many bits per weight."""
-        sizes, count = self._coded, self._count
+    def within_bits(self, bits: float, *also: Limit, ways: Sequence[Running] = ()) -> Allocation:
+        """The best plan of so many bits per weight, and which of the ways to run it."""
+        sizes, count = self._coded + _nothing(ways), self._count
         least = sum(map(min, sizes)) / max(count, 1)
         if least > bits:
             raise UsageError(f"--bits-per-weight {bits:g}: the smallest of --schemes take {least:.4f} together")
-        return self._made(solve(self._losses(), sizes, bits * count, also).picked)
+        return self._made(solve(self._losses(ways), sizes, bits * count, *also).picked, ways)
 
-    def within_size(self, size: int, also: Limit | None = None) -> Allocation:
-        """The best plan whose weight files take at most so many bytes."""
-        sizes, smallest = self._stored, self.smallest()
+    def within_size(self, size: int, *also: Limit, ways: Sequence[Running] = ()) -> Allocation:
+        """The best plan whose weight files take at most so many bytes, and which of the ways to run it."""
+        sizes, smallest = self._stored + _nothing(ways), self.smallest(ways)
         if smallest.size > size:
             raise UsageError(f"--size {size:,} bytes: with the smallest of --schemes the model takes {smallest.size:,}")
         room = size - (smallest.size - sum(map(min, sizes)))
         for _ in range(_ROUNDS):
-            found = self._made(solve(self._losses(), sizes, max(room, sum(map(min, sizes))), also).picked)
+            found = self._made(solve(self._losses(ways), sizes, max(room, sum(map(min, sizes))), *also).picked, ways)
             if found.size <= size:
                 return found
             room -= found.size - size  # headers of another length
@@ -233,14 +264,15 @@ class Problem:
         if running and budget.memory is not None:
             found.append(self._memory(running, budget.memory))
         if running and budget.latency is not None:
-            found.append(self._seconds(running, budget.latency))
+            found.append(self._seconds(running, budget.latency, budget.asked))
         return found
 
     def _memory(self, running: Running, memory: int) -> Limit:
         """Bytes at run time that each choice takes, and what the rest leaves for them."""
-        sizes, fixed = self._running(running.held, running.batch)
-        cache, working = running.beside(self._config)
-        least = sum(map(min, sizes)) + fixed + cache + working
+        weights, fixed = self._running(running.held, running.batch)
+        sizes = [*weights, [float(way.beside(self._config)[0]) for way in running.ways]]
+        cache, working = int(min(sizes[-1])), running.beside(self._config)[1]
+        least = sum(map(min, sizes)) + fixed + working
         if least > memory:
             parts = {"weights": int(least) - cache - working, "cache": cache, "working": working}
             raise UsageError(
@@ -248,23 +280,24 @@ class Problem:
                 f"{format_size(int(least))} = {format_sum(parts)}; fewer tokens (--run-context) or sequences "
                 "(--run-batch) need less"
             )
-        return Limit(sizes, float(memory - fixed - cache - working))
+        return Limit(sizes, float(memory - fixed - working))
 
-    def _seconds(self, running: Running, latency: float) -> Limit:
+    def _seconds(self, running: Running, latency: float, asked: str) -> Limit:
         """Seconds of a step of decoding that each choice takes, and what the rest leaves for them."""
-        times, fixed = self._running(running.seconds, running.batch)
-        remembering = running.beside(self._config)[0] / running.bandwidth
-        least = sum(map(min, times)) + fixed + remembering
+        weights, fixed = self._running(running.seconds, running.batch)
+        times = [*weights, [way.beside(self._config)[0] / running.bandwidth for way in running.ways]]
+        least, remembering = sum(map(min, times)) + fixed, min(times[-1])
         if least > latency:
             raise UsageError(
-                f"--latency {1e3 * latency:.4g}ms: with the fastest of --schemes a token takes {1e3 * least:.4g}ms on "
-                f"{running.machine}, weights {1e3 * (least - remembering):.4g}ms and cache {1e3 * remembering:.4g}ms"
+                f"{asked}: with the fastest of --schemes a token takes {1e3 * least:.4g}ms on {running.machine} "
+                f"({1 / least:.4g} a second), weights {1e3 * (least - remembering):.4g}ms and cache "
+                f"{1e3 * remembering:.4g}ms"
             )
-        return Limit(times, latency - fixed - remembering)
+        return Limit(times, latency - fixed)
 
     def _running(self, of: Callable[[Use], float], tokens: int) -> tuple[list[list[float]], float]:
         """For each group and scheme the sum of what its weights take as they run; and the sum over all others."""
-        plan = self._undecided
+        plan = self.undecided
         uses = uses_of(plan, self._config, tokens)
 
         def taken(name: str, scheme: str) -> float:
@@ -280,10 +313,6 @@ class Problem:
         return sum(prod(self._entry(name).weight.shape) for group in self.groups for name in group)
 
     @cached_property
-    def _undecided(self) -> Plan:
-        return undecided(self.source, self.rules, self.offers)
-
-    @cached_property
     def _config(self) -> PreTrainedConfig:
         return open_config(self.source)
 
@@ -292,40 +321,49 @@ class Problem:
         losses = self._losses()
         return self._made(solve(self._stored, losses, max(loss, sum(map(min, losses)))).picked)
 
-    def smallest(self) -> Allocation:
+    def smallest(self, ways: Sequence[Running] = ()) -> Allocation:
         """The plan of fewest bytes."""
-        sizes = self._stored
-        return self._made([row.index(min(row)) for row in sizes])
+        return self._made([row.index(min(row)) for row in self._stored + _nothing(ways)], ways)
 
-    def _made(self, picked: Sequence[int]) -> Allocation:
-        """The plan of these choices."""
+    def _made(self, picked: Sequence[int], ways: Sequence[Running] = ()) -> Allocation:
+        """The plan of these choices, of which the last is a way to run it, where there are any."""
         chosen = {
             name: schemes[at]
-            for group, schemes, at in zip(self.groups, self.choices, picked, strict=True)
+            for group, schemes, at in zip(self.groups, self.choices, picked, strict=False)
             for name in group
         }
-        return self.allocation(chosen)
+        found = self.allocation(chosen)
+        if not ways:
+            return found
+        losses, order = self._losses(ways)[-1], [picked[-1], *(at for at in range(len(ways)) if at != picked[-1])]
+        caches = {ways[at].cache: (losses[at], ways[at].beside(self._config)[0]) for at in order}
+        return replace(found, loss=found.loss + losses[picked[-1]], caches=caches)
 
     def allocation(self, chosen: Mapping[str, str]) -> Allocation:
         """The plan in which weights have these schemes."""
-        given = {name: (scheme, self._reason(name, scheme)) for name, scheme in chosen.items()}
+        given = {name: (scheme, f"predicted, in {self.unit}") for name, scheme in chosen.items()}
         given |= {name: ("keep", "none of the schemes on offer fits it") for name in self.offers if name not in given}
         plan = make_plan(self.source, self.rules, given)
+        costs = {name: self._costs(name, scheme) for name, scheme in chosen.items()}
+        plan = replace(plan, entries=tuple(replace(e, costs=costs.get(e.weight.name, {})) for e in plan.entries))
         size = sum(shard.nbytes for shard in make_shards(plan, None, self.source))
-        return Allocation(plan, sum(self.losses[name][scheme] for name, scheme in chosen.items()), size, chosen)
+        return Allocation(
+            plan, sum(self.losses[name][scheme] for name, scheme in chosen.items()), size, chosen, unit=self.unit
+        )
 
-    def _reason(self, name: str, scheme: str) -> str:
+    def _costs(self, name: str, scheme: str) -> dict[str, float]:
         """What this scheme costs, and what its neighbours by size would."""
         row, names = self.losses[name], sorted(self.losses[name], key=lambda each: _bytes(self.offers[name][each]))
         at = names.index(scheme)
-        others = [f"{each} {row[each]:.2g}" for each in (names[max(at - 1, 0) : at] + names[at + 1 : at + 2])]
-        return f"costs {row[scheme]:.2g} nats" + (f"; {', '.join(others)}" if others else "")
+        return {each: row[each] for each in (scheme, *names[max(at - 1, 0) : at], *names[at + 1 : at + 2])}
 
     def _entry(self, name: str) -> Entry:
         return next(iter(self.offers[name].values()))
 
-    def _losses(self) -> list[list[float]]:
-        return self._sums(lambda name, scheme: self.losses[name][scheme])
+    def _losses(self, ways: Sequence[Running] = ()) -> list[list[float]]:
+        """Of each choice of each group; and of each way to run the plan, where there are any."""
+        kept = [[0.0, *(self.kept[each.scheme] for each in ways[0].others)]] if ways else []
+        return self._sums(lambda name, scheme: self.losses[name][scheme]) + kept
 
     @cached_property
     def _coded(self) -> list[list[float]]:
@@ -335,8 +373,7 @@ class Problem:
     @cached_property
     def _stored(self) -> list[list[float]]:
         """Bytes in the file; each round of a search asks for them."""
-        plan = self._undecided
-        return self._sums(lambda name, scheme: plan.stored_bytes(self.offers[name][scheme]))
+        return self._sums(lambda name, scheme: self.undecided.stored_bytes(self.offers[name][scheme]))
 
     def _sums(self, of: Callable[[str, str], float]) -> list[list[float]]:
         """For each group and scheme the sum over the group."""
@@ -344,20 +381,38 @@ class Problem:
         return [[float(sum(of(name, scheme) for name in group)) for scheme in schemes] for group, schemes in pairs]
 
 
+def _nothing(ways: Sequence[Running]) -> list[list[float]]:
+    """What the ways to run a plan take of its bits and bytes."""
+    return [[0.0] * len(ways)] if ways else []
+
+
 def undecided(source: Checkpoint, rules: Rules, offers: Offers) -> Plan:
     """The plan before anything on offer is chosen: no scheme has to fit yet."""
     return make_plan(source, rules, dict.fromkeys(offers, ("keep", "")))
 
 
-def make_problem(source: Checkpoint, rules: Rules, offers: Offers, losses: Losses, fused: bool) -> Problem:
+def make_problem(
+    source: Checkpoint,
+    rules: Rules,
+    offers: Offers,
+    losses: Losses,
+    fused: bool,
+    plan: Plan,
+    kept: Mapping[str, float] = MappingProxyType({}),
+    unit: str = NATS,
+) -> Problem:
     """Group the weights that must agree.
+
+    Args:
+        plan: in which nothing is chosen yet.
+        kept: what keeping all keys and values in a scheme is predicted to cost.
 
     Raises:
         UsageError: no weight can have any of the schemes.
     """
     groups: dict[str, list[str]] = {}
     for name in offers:
-        groups.setdefault(_group(source, rules, name, fused), []).append(name)
+        groups.setdefault(group_of(source, rules, name, fused), []).append(name)
     choices = {
         key: [s for s in losses[names[0]] if all(s in losses[n] for n in names)] for key, names in groups.items()
     }
@@ -367,10 +422,11 @@ def make_problem(source: Checkpoint, rules: Rules, offers: Offers, losses: Losse
     return Problem(
         source, rules, offers, losses,
         tuple(tuple(groups[key]) for key in open_), tuple(tuple(choices[key]) for key in open_),
+        plan, kept, unit,
     )  # fmt: skip
 
 
-def _group(source: Checkpoint, rules: Rules, name: str, fused: bool) -> str:
+def group_of(source: Checkpoint, rules: Rules, name: str, fused: bool) -> str:
     """What weights that must have one scheme have in common."""
     form: Format = plugins.load("formats", rules.format)
     if form.container == "gguf":

@@ -72,12 +72,13 @@ def divergences(run: Run, variants: Sequence[Variant]) -> list[float]:
     alike = dict(zip(keys, changed, strict=True))
     paths, several = list(run.blueprint.blocks), list(alike.values())
     ends = _ends(run, several)
-    states = _started(run, ends)
+    entrances = {end: Entrance(end, CPU) for end in dict.fromkeys(ends) if end}
+    states = _started(run, ends, entrances)
     for index, path in enumerate(paths):
         run.progress("check", index, len(paths))
         run.watch.check()
         _through(run, path, index, several, states)
-    found = dict(zip(alike, _judged(run, ends, states), strict=True))
+    found = dict(zip(alike, _judged(run, ends, entrances, states), strict=True))
     run.progress("check", len(paths), len(paths))
     return [found[key] for key in keys]
 
@@ -97,11 +98,13 @@ def _ends(run: Run, variants: Sequence[Variant]) -> list[Blueprint | None]:
     return found
 
 
-def _started(run: Run, ends: Sequence[Blueprint | None]) -> list[Tensor | None]:
+def _started(
+    run: Run, ends: Sequence[Blueprint | None], entrances: Mapping[Blueprint, Entrance]
+) -> list[Tensor | None]:
     """Rooms for the hidden states of variants that differ before the first block, with them in it."""
     rooms = {number: _room(run, number) for number, end in enumerate(ends) if end}
-    for end in dict.fromkeys(filter(None, ends)):
-        entrance, own = Entrance(end, CPU), [room for number, room in rooms.items() if ends[number] is end]
+    for end, entrance in entrances.items():
+        own = [room for number, room in rooms.items() if ends[number] is end]
         for at, ids in enumerate(run.windows.ids[run.held]):
             hidden = entrance.hidden(ids[None])[0]
             for room in own:
@@ -154,12 +157,17 @@ def _values(
                 yield from (((j.entry.weight.name, label), made_by(j)) for j in jobs_of(run, live, names, label, seen))
 
 
-def _judged(run: Run, ends: Sequence[Blueprint | None], states: Sequence[Tensor | None]) -> list[float]:
+def _judged(
+    run: Run,
+    ends: Sequence[Blueprint | None],
+    entrances: Mapping[Blueprint, Entrance],
+    states: Sequence[Tensor | None],
+) -> list[float]:
     """Mean divergence of each variant over the tokens of the windows that judge."""
     ids, last = run.windows.ids[run.held], run.streams.read("float", len(run.blueprint.blocks))[run.held]
     own, found = Exit(run.blueprint, run.entrance, ids, held=True), [0.0] * len(ends)
     for end in dict.fromkeys(ends):
-        way = Exit(end, Entrance(end, CPU), ids, held=True) if end else own
+        way = Exit(end, entrances[end], ids, held=True) if end else own
         for piece in pieces_of(run, ids):
             before = chances(own, ids, last, piece)
             for number, state in enumerate(states):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from lowbit import plugins
@@ -150,6 +151,7 @@ def evaluate(
     announce: Callable[[Way], None] = lambda way: None,
     trust_remote_code: bool = False,
     adapter: Path | None = None,
+    encoded: tuple[Int64[Tensor, "tokens"], tuple[str, ...]] | None = None,
 ) -> Evaluation:
     """Score a causal language model on a text; `Conditions` is the protocol, `docs/evaluate.md` has its reasons.
 
@@ -169,6 +171,7 @@ def evaluate(
         announce: called once with the memory estimate before models are loaded.
         trust_remote_code: run Python code that a checkpoint brings.
         adapter: directory of low-rank terms to add to the model's weights.
+        encoded: the text's tokens and special tokens, where it is known that both tokenizers make these.
 
     Raises:
         UsageError: text, context or stride cannot be used, or the two models do not share their tokens.
@@ -178,7 +181,7 @@ def evaluate(
     text = text if isinstance(text, Text) else read_text(Path(text))
     sources = _open(model, reference, adapter, trust_remote_code)
     blueprints = [open_blueprint(source, dtype) for source in sources]
-    windows = cut(text, encode(sources, text, tokens, ram), context, stride)
+    windows = cut(text, encoded or encode(sources, text, tokens, ram), context, stride)
     _check(blueprints, windows)
     with MemoryWatch(ram).running() as watch, _threads(threads), torch.inference_mode():
         way = plan_evaluation(blueprints, context, len(windows.ids), batch, ram)

@@ -126,7 +126,8 @@ class Entry:
 
     `tied` names the weight whose storage this one shares: it is stored once, under that name. Where `weight.swapped`,
     it is the transpose of what the checkpoint holds (`as_planned`). `came`: the dtype that it had, where it is
-    stored in another.
+    stored in another. `costs`: of a scheme that was chosen for a budget, and of those beside it by size, what each is
+    predicted to cost, its own first; the reason has the unit.
     """
 
     weight: Weight
@@ -134,6 +135,15 @@ class Entry:
     reason: str
     tied: str | None = None
     came: torch.dtype | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def why(self) -> str:
+        """The reason, after what was predicted."""
+        if not self.costs:
+            return self.reason
+        (_, own), *others = self.costs.items()
+        return ", ".join([f"costs {own:.2g}", *(f"{name} {cost:.2g}" for name, cost in others)]) + f": {self.reason}"
 
     @property
     def source_bytes(self) -> int:
@@ -201,6 +211,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         "reason": entry.reason,
         **({"activations": str(weight.activations)} if weight.activations else {}),
         **({"tied": entry.tied} if entry.tied else {}),
+        **({"costs": dict(entry.costs)} if entry.costs else {}),
     }
 
 
@@ -567,7 +578,7 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
         entries = [_read_row(row, _plain(weights[row["name"]]), form, config, smooths) for row in rows]
     except LowbitError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UsageError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
     return Plan(name, tuple(entries), options, recipe, calibration, imatrix)
 
@@ -600,7 +611,8 @@ def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, config: Mapp
     kept = types.get(row["dtype"], "keep") if form.arrange else "keep"
     scheme, method, swap = row["scheme"] or kept, row["method"] or "rtn", swapped(config, weight) and not weight.swapped
     smooths = smooths and _BLOCK.search(weight.name) is not None
-    return _entry(weight, scheme, row["reason"], method, form, config, row.get("activations"), swap, smooths)
+    entry = _entry(weight, scheme, row["reason"], method, form, config, row.get("activations"), swap, smooths)
+    return replace(entry, costs={str(name): float(cost) for name, cost in row.get("costs", {}).items()})
 
 
 def _check_same(path: Path, rows: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> None:

@@ -141,7 +141,7 @@ def _row(plan: Plan, entry: Entry, output: Output) -> Row:
         dtype=_name(weight.dtype),
         scheme=str(weight.scheme) if weight.scheme else None,
         method=entry.method,
-        reason=entry.reason,
+        reason=entry.why,
         before=entry.source_bytes,
         after=plan.stored_bytes(entry),
         outcome=outcome,

@@ -190,6 +190,21 @@ def as_stored(use: Use) -> int:
 
 @final
 @dataclass(frozen=True)
+class Kept:
+    """A type of the cache.
+
+    Attributes:
+        name: as the runtime calls it; `bits` of a number, scales included.
+        scheme: of `--narrow`, which rounds nearly so.
+    """
+
+    name: str
+    bits: float
+    scheme: str
+
+
+@final
+@dataclass(frozen=True)
 class Running:
     """How a result is to run.
 
@@ -201,6 +216,7 @@ class Running:
         bandwidth: bytes a second of its memory; 0 where none is meant.
         held: bytes of a weight in memory.
         product: seconds to multiply by a whole weight, measured; None where these are its bytes over the bandwidth.
+        others: types of the cache that may take the place of `cache`.
     """
 
     runtime: str
@@ -215,6 +231,12 @@ class Running:
     bandwidth: float = 0.0
     held: Callable[[Use], int] = as_stored
     product: Callable[[Use], float] | None = None
+    others: tuple[Kept, ...] = ()
+
+    @property
+    def ways(self) -> tuple[Running, ...]:
+        """This, and the same with each other type of the cache."""
+        return (self, *(replace(self, cache=each.name, bits=each.bits) for each in self.others))
 
     def seconds(self, use: Use) -> float:
         """Of a step of decoding that are due to this weight."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import expm1
 from typing import final
 
+from lowbit.budget import format_size
 from lowbit.errors import QualityError
 from lowbit.stages._quality import Interval, Quality
 from lowbit.stages.allocate import Allocation, Budget, Problem
@@ -18,16 +19,31 @@ _NEAR = 1.02  # predicted loss of a plan that failed over that of one that passe
 @final
 @dataclass(frozen=True)
 class Trial:
-    """A plan, and what was asked of it as it was measured, with its 95% interval."""
+    """A plan, and what was asked of it as it was measured, with its 95% interval.
+
+    `share`: that is a relative increase of the perplexity, not a divergence.
+    """
 
     allocation: Allocation
     measured: Interval
     limit: float
+    share: bool = False
 
     @property
     def passes(self) -> bool:
         """Whether even the upper end of the interval is within the limit."""
         return self.measured.worst <= self.limit
+
+    def lines(self) -> Iterator[str]:
+        """What is said of it."""
+        found, measured = self.allocation, self.measured
+        show = "{:.3%}".format if self.share else "{:.4g}".format
+        what = "increase of the perplexity" if self.share else "divergence"
+        interval = "" if measured.low is None else f" [{show(measured.low)}, {show(measured.worst)}]"
+        yield (
+            f"plan of {format_size(found.size)}, predicted {found.predicted}: {what} {show(measured.value)}{interval}, "
+            f"at most {show(self.limit)} was asked for: {'passes' if self.passes else 'misses'}"
+        )
 
 
 def asked(budget: Budget, quality: Quality) -> Interval:
@@ -40,7 +56,7 @@ def asked(budget: Budget, quality: Quality) -> Interval:
     return Interval(expm1(quality.change.value), *ends)
 
 
-def search(problem: Problem, limit: float, measure: Callable[[Allocation], Interval]) -> Trial:
+def search(problem: Problem, limit: float, measure: Callable[[Allocation], Interval], share: bool = False) -> Trial:
     """The smallest plan that passes, of at most five that are measured.
 
     What is measured is taken to grow in proportion to what is predicted; between a plan that passed and one that failed
@@ -50,6 +66,7 @@ def search(problem: Problem, limit: float, measure: Callable[[Allocation], Inter
         problem: what is to be decided.
         limit: most that the upper end of the measured interval may be.
         measure: quantizes a plan and measures it.
+        share: what is measured is a relative increase.
 
     Raises:
         QualityError: none of them passes.
@@ -60,7 +77,7 @@ def search(problem: Problem, limit: float, measure: Callable[[Allocation], Inter
         found = problem.within_loss(target)
         if any(found.plan == trial.allocation.plan for trial in trials):
             break
-        trials.append(Trial(found, measure(found), limit))
+        trials.append(Trial(found, measure(found), limit, share))
         passed = max((t.allocation.loss for t in trials if t.passes), default=0.0)
         failed = min((t.allocation.loss for t in trials if not t.passes), default=float("inf"))
         if failed <= _NEAR * passed:
@@ -68,10 +85,10 @@ def search(problem: Problem, limit: float, measure: Callable[[Allocation], Inter
         target = _next(trials[-1], passed, failed)
     best = min((trial for trial in trials if trial.passes), key=lambda trial: trial.allocation.size, default=None)
     if best is None:
-        nearest = min(trials, key=lambda trial: trial.measured.worst).measured
+        nearest, show = min(trials, key=lambda t: t.measured.worst).measured, "{:.3%}" if share else "{:.4g}"
         raise QualityError(
-            f"no plan of the schemes on offer stays within {limit:.4g}: the best of {len(trials)} measured has "
-            f"{nearest.value:.4g}, upper end {nearest.worst:.4g}; offer a scheme with more bits"
+            f"no plan of the schemes on offer stays within {show.format(limit)}: the best of {len(trials)} measured "
+            f"has {show.format(nearest.value)}, upper end {show.format(nearest.worst)}; offer a scheme with more bits"
         )
     return best
 

@@ -51,6 +51,7 @@ from lowbit.tensors import QTensor
 Losses = dict[str, dict[str, float]]
 Offers = Mapping[str, Mapping[str, Entry]]
 Piece = tuple[int, slice]  # a window, and tokens of it
+Judge = Callable[[Job, Seen], float]  # of what a job makes, and of what was seen of its input
 
 VERSION = 1
 _FIT, _HELD = 16384, 4096  # tokens that methods learn from, and that errors are judged on
@@ -103,10 +104,12 @@ def plan_way(
     threads: int,
     checked: bool = False,
     narrowed: bool = False,
+    whole: bool = False,
 ) -> Way:
     """The fastest way that fits the limit: fewer inputs at once, fewer workers, smaller batches and pieces.
 
-    `checked`: single decisions are measured afterwards; `narrowed`: inputs and cache are rounded too.
+    `checked`: single decisions are measured afterwards; `narrowed`: inputs and cache are rounded too; `whole`: the
+    model runs as a whole, twice backward.
 
     Raises:
         ResourceError: nothing fits; the text names the least limit that works.
@@ -115,6 +118,9 @@ def plan_way(
     later = _decided(blueprint, offers) if checked else 0
     before = 4 * max(_HELD, length) * blueprint.width + _watched(blueprint, narrowed)
     held = {"gradients": before} if before >= later else {"decisions": later}  # the first are gone by then
+    if whole:  # weights, a probe, gradients, products; and what a window leaves for each way back
+        graph = 2 * _BACKWARD * length * blueprint.token_bytes(length) * len(blueprint.blocks)
+        held["whole model"] = 4 * blueprint.resident_bytes + graph
     every = max((len(names) for names in blueprint.blocks.values()), default=1)
     ways = [
         Way({"process": base, **held, **_parts(blueprint, offers, length, tokens, piece, workers, sites)},
@@ -224,6 +230,7 @@ def opened(
     progress: Progress = silent,
     checked: bool = False,
     narrow: Mapping[str, Scheme] = MappingProxyType({}),
+    whole: bool = False,
     announce: Callable[[Way], None] = lambda way: None,
 ) -> Iterator[Run]:
     """What `measure` and `check` work with: the model ran forward, and the inputs of every block are on disk.
@@ -237,6 +244,7 @@ def opened(
         threads: workers.
         checked: single decisions are measured afterwards.
         narrow: schemes of inputs and of the cache that are measured too, by name.
+        whole: the model will run as a whole.
         announce: called with the estimate before anything runs.
 
     Raises:
@@ -248,7 +256,7 @@ def opened(
     windows, blueprint = _windows(ids), open_blueprint(source, torch.float32)
     if not blueprint.blocks:
         raise UnsupportedError(f"{source.path} has no list of blocks to measure; name a scheme for each weight")
-    way = plan_way(blueprint, offers, windows.ids, ram, threads, checked, bool(narrow))
+    way = plan_way(blueprint, offers, windows.ids, ram, threads, checked, bool(narrow), whole)
     announce(way)
     windows = replace(windows, tokens=way.tokens)
     with TemporaryDirectory(dir=folder, prefix=".sensitivity-") as place:
@@ -260,29 +268,48 @@ def opened(
         yield run
 
 
-def measure(run: Run) -> tuple[Losses, Losses]:
-    """The predicted divergence, in nats per token, of each weight in each of its schemes.
+@final
+@dataclass(frozen=True)
+class Measured:
+    """What errors cost.
 
-    And that of inputs, under the name of the first weight that reads one, and of each block's keys and values, in each
-    of the schemes that are asked for.
+    Attributes:
+        losses: of each weight in each of its schemes.
+        narrow: nats per token of inputs, under the name of the first weight that reads one, and of each block's keys
+            and values, in each of the schemes that are asked for.
+        readers: all weights that read such an input.
+    """
+
+    losses: Losses
+    narrow: Losses = field(default_factory=dict)
+    readers: Mapping[str, Site] = field(default_factory=dict)
+
+
+def measure(run: Run) -> Measured:
+    """The predicted divergence, in nats per token, of each weight in each of its schemes, and of what is narrow.
 
     Raises:
         WeightError: NaN or Inf in a weight.
     """
     gradients, paths = _last_gradients(run), list(run.blueprint.blocks)
-    losses, narrow = Losses(), Losses()
+    losses, narrow, readers = Losses(), Losses(), dict[str, Site]()
     for index in range(len(paths) - 1, -1, -1):
         run.progress("measure", len(paths) - 1 - index, len(paths))
         run.watch.check()
-        weights, others = _block(run, paths[index], index, gradients)
-        losses, narrow = losses | weights, others | narrow
+        found = _block(run, paths[index], index, gradients)
+        losses, narrow, readers = losses | found.losses, found.narrow | narrow, {**found.readers, **readers}
     losses |= _outside(run, gradients)
     run.progress("measure", len(paths), len(paths))
+    return Measured(with_kept(run, losses), narrow, readers)
+
+
+def with_kept(run: Run, losses: Losses) -> Losses:
+    """The losses of all that is on offer: what stays as it is has none."""
     kept = {
         name: {label: 0.0 for label, entry in row.items() if not entry.weight.scheme}
         for name, row in run.offers.items()
     }
-    return {name: losses.get(name, {}) | kept[name] for name in run.offers}, narrow
+    return {name: losses.get(name, {}) | kept[name] for name in run.offers}
 
 
 def _windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
@@ -367,22 +394,28 @@ class _Probe:
         return [(pair[0], pair[1]) for pair in self.seen.get(name, []) if len(pair) == 2]
 
 
-def _block(run: Run, path: str, index: int, gradients: Float[Tensor, "windows tokens width"]) -> tuple[Losses, Losses]:
+def _block(run: Run, path: str, index: int, gradients: Float[Tensor, "windows tokens width"]) -> Measured:
     """Losses of the weights of one block, and of what is narrow; `gradients` become those at the block's input."""
     live, attended = live_block(run, path), Attended(_step(run)) if run.narrow else None
     every = sites_of(run, live, index)
-    sites = [site for site in every if any(run.offers.get(name) for name in site)]
     probe = _backward(run, live, run.streams.read("float", index), gradients, attended)
-    losses, narrow = Losses(), _narrowed(run, live, every, probe, attended) if attended else Losses()
+    narrow = _narrowed(run, live, every, probe, attended) if attended else Losses()
+    losses = judged(run, live, index, every, lambda job, seen: _loss(run, job, probe))
+    return Measured(losses, narrow, {site[0]: site for site in every if site[0] in narrow})
+
+
+def judged(run: Run, live: LiveBlock, index: int, every: Sequence[Site], judge: Judge) -> Losses:
+    """What a judge says of each weight of a block in each of its schemes."""
+    sites, losses = [site for site in every if any(run.offers.get(name) for name in site)], Losses()
     for at in range(0, len(sites), run.way.sites):
         seen = see(run, live, sites[at : at + run.way.sites], index)
         with one_torch_thread(), torch.no_grad(), ThreadPoolExecutor(run.way.threads, "measure") as pool:
-            tasks = [(label, pool.submit(_task, run, live, site, label, seen[site], probe))
+            tasks = [(label, pool.submit(_task, run, live, site, label, seen[site], judge))
                      for site in seen for label in _labels(run, site)]  # fmt: skip
             for label, task in tasks:
                 for name, loss in task.result().items():
                     losses.setdefault(name, {})[label] = loss
-    return losses, narrow
+    return losses
 
 
 @torch.no_grad()
@@ -425,9 +458,9 @@ def _labels(run: Run, site: Site) -> list[str]:
     return list(dict.fromkeys(label for label, entry in entries if entry.weight.scheme))
 
 
-def _task(run: Run, live: LiveBlock, site: Site, label: str, seen: Seen, probe: _Probe) -> dict[str, float]:
+def _task(run: Run, live: LiveBlock, site: Site, label: str, seen: Seen, judge: Judge) -> dict[str, float]:
     """Losses of the weights of one site in one scheme."""
-    return {job.entry.weight.name: _loss(run, job, probe) for job in jobs_of(run, live, site, label, seen)}
+    return {job.entry.weight.name: judge(job, seen) for job in jobs_of(run, live, site, label, seen)}
 
 
 def jobs_of(run: Run, live: LiveBlock, site: Site, label: str, seen: Seen) -> Iterator[Job]:
@@ -508,26 +541,55 @@ def _loss(run: Run, job: Job, probe: _Probe) -> float:
 @torch.no_grad()
 def _outside(run: Run, gradients: Float[Tensor, "windows tokens width"]) -> Losses:
     """Losses of the weights outside of the blocks: of what enters the first block, and of the predictions."""
+    return outside(run, lambda entry: _replaced(run, entry, gradients))
+
+
+def outside(run: Run, loss: Callable[[Entry], float]) -> Losses:
+    """What is said of each weight outside of the blocks in each of its schemes."""
     inside = frozenset[str]().union(*run.blueprint.blocks.values())
-    losses = Losses()
-    for name, entries in run.offers.items():
-        if name not in inside:
-            losses[name] = {label: _replaced(run, entry, gradients) for label, entry in entries.items()}
-    return losses
+    return {
+        name: {label: loss(entry) for label, entry in entries.items() if entry.weight.scheme}
+        for name, entries in run.offers.items()
+        if name not in inside
+    }
 
 
 def _replaced(run: Run, entry: Entry, gradients: Float[Tensor, "windows tokens width"]) -> float:
+    found = ends_of(run, entry)
+    loss = float((found.moved * gradients[: len(found.ids)]).sum(-1).double().square().mean()) / 2
+    for piece in pieces_of(run, found.ids):
+        before, after = (chances(way, found.ids, found.last, piece) for way in found.ways)
+        loss += divergence(before, after) / found.ids.numel()
+    return loss
+
+
+@final
+@dataclass(frozen=True)
+class Ends:
+    """The model with one weight outside of its blocks replaced, on some windows.
+
+    Attributes:
+        ids: the windows.
+        first: what enters the first block of the model as it is; `moved`: how that changes.
+        last: what leaves the last block.
+        ways: from there to the logits, as the model is and as it becomes.
+    """
+
+    ids: Int64[Tensor, "windows tokens"]
+    first: Float[Tensor, "windows tokens width"]
+    moved: Float[Tensor, "windows tokens width"]
+    last: Float[Tensor, "windows tokens width"]
+    ways: tuple[Exit, Exit]
+
+
+def ends_of(run: Run, entry: Entry) -> Ends:
+    """What a weight outside of the blocks changes."""
     blueprint = replaced(run, {entry.weight.name: made_outside(run, entry)})
     count = max(_JUDGED // run.windows.ids.shape[1], 1)
     ids, entrance = run.windows.ids[run.held][:count], Entrance(blueprint, CPU)
     first, last = (run.streams.read("float", at)[run.held][:count] for at in (0, len(run.blueprint.blocks)))
     moved = torch.cat([entrance.hidden(batch) for batch in torch.split(ids, 1)]) - first
-    loss = float((moved * gradients[:count]).sum(-1).double().square().mean()) / 2
-    ways = Exit(run.blueprint, run.entrance, ids), Exit(blueprint, entrance, ids)
-    for piece in pieces_of(run, ids):
-        before, after = (chances(way, ids, last, piece) for way in ways)
-        loss += divergence(before, after) / ids.numel()
-    return loss
+    return Ends(ids, first, moved, last, (Exit(run.blueprint, run.entrance, ids), Exit(blueprint, entrance, ids)))
 
 
 def chances(way: Exit, ids: Tensor, hidden: Tensor, piece: Piece) -> Float[Tensor, "tokens vocabulary"]:
@@ -566,12 +628,13 @@ class Sensitivity:
     Attributes:
         facts: what must be the same for the losses to hold: model, format, recipe, options and text.
         losses: nats per token, by weight and scheme.
-        narrow: the same of inputs, keys and values.
+        narrow: the same of inputs, keys and values; `readers`: the weights that read an input, by the first.
     """
 
     facts: Mapping[str, Any]
     losses: Losses
     narrow: Losses = field(default_factory=dict)
+    readers: Mapping[str, Site] = field(default_factory=dict)
 
     def lacking(self, offers: Offers) -> Offers:
         """What is on offer and was not measured."""
@@ -588,34 +651,36 @@ class Sensitivity:
 
     def lacking_narrow(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """Those of these schemes of inputs and cache that were not measured."""
-        known = [row.keys() for row in self.narrow.values()]
+        known = [row.keys() for row in self.narrow.values()] if self.readers else []
         return {name: each for name, each in schemes.items() if not known or any(name not in row for row in known)}
 
     def narrow_of(self, schemes: Sequence[str]) -> Losses:
         """Losses of inputs and cache in these schemes."""
         return {name: {scheme: row[scheme] for scheme in schemes} for name, row in self.narrow.items()}
 
-    def joined(self, losses: Losses, narrow: Losses) -> Sensitivity:
+    def joined(self, more: Measured) -> Sensitivity:
         """With what was measured under these conditions beside it."""
-        return replace(self, losses=_joined(self.losses, losses), narrow=_joined(self.narrow, narrow))
+        losses, narrow = _joined(self.losses, more.losses), _joined(self.narrow, more.narrow)
+        return replace(self, losses=losses, narrow=narrow, readers={**self.readers, **more.readers})
 
     def to_json(self) -> str:
         """The whole as JSON, one weight a line."""
         head = json.dumps({"lowbit_sensitivity": VERSION, **self.facts})[:-1]
         more = f', "narrow": {{\n{_rows(self.narrow)}\n}}' if self.narrow else ""
+        more += f', "readers": {{\n{_rows(self.readers)}\n}}' if self.readers else ""
         return f'{head}, "losses": {{\n{_rows(self.losses)}\n}}{more}}}\n'
 
 
-def _rows(losses: Losses) -> str:
-    return ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in losses.items())
+def _rows(rows: Mapping[str, Any]) -> str:
+    return ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
 
 
 def _joined(one: Losses, other: Losses) -> Losses:
     return {name: {**one.get(name, {}), **other.get(name, {})} for name in {**one, **other}}
 
 
-def conditions(source: Checkpoint, rules: Rules, sha256: str) -> dict[str, Any]:
-    """Under what a measurement holds: model, format, recipe with its options, and text by its hash."""
+def conditions(source: Checkpoint, rules: Rules, sha256: str, measure: str = "fisher") -> dict[str, Any]:
+    """Under what a measurement holds: model, format, recipe with its options, text by its hash, and the measure."""
     inputs = [source.config, {name: [str(spec.dtype), spec.shape] for name, spec in source.specs.items()}]
     recipe, options = rules.recipe()
     return {
@@ -624,6 +689,7 @@ def conditions(source: Checkpoint, rules: Rules, sha256: str) -> dict[str, Any]:
         "recipe": str(recipe),
         "options": json.loads(json.dumps(options)),
         "text": sha256,
+        "measure": measure,
     }
 
 
@@ -640,6 +706,8 @@ def read_sensitivity(path: Path, facts: Mapping[str, Any]) -> Sensitivity:
             {name: {scheme: _number(loss) for scheme, loss in row.items()} for name, row in table.items()}
             for table in tables
         )
+        data.setdefault("measure", "fisher")  # files of before there were others
+        readers = {name: tuple(map(str, row)) for name, row in data.pop("readers", {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} holds no sensitivities: {type(error).__name__}: {error}") from None
     if version != VERSION:
@@ -649,7 +717,7 @@ def read_sensitivity(path: Path, facts: Mapping[str, Any]) -> Sensitivity:
             raise UsageError(
                 f"{path} was measured with {key} {data.get(key)!r}, not {facts.get(key)!r}; name another --sensitivity"
             )
-    return Sensitivity(data, losses, narrow)
+    return Sensitivity(data, losses, narrow, readers)
 
 
 def _number(loss: Any) -> float:
