@@ -2,8 +2,8 @@
 
     python benchmarks/products.py [--threads 1 2] [--tokens 1 256] [--rounds 5]
 
-Shapes are those of a Llama of 1.1B parameters. Sides take turns, round by round; printed are ratios of medians: above 1,
-ours is faster. A weight is there so many times that no cache holds all of them: one token is multiplied by each, more
+Shapes are those of a Llama of 1.1B parameters. Sides take turns, round by round; printed are ratios of medians: ours is
+faster above 1. A weight is there so many times that no cache holds all of them: one token is multiplied by each, more
 tokens by one. Every peer gets float32 and bfloat16 inputs, and the faster of the two counts; ours are float32. Peers
 compute with inputs as they are, `linear_dynamic` with inputs as int8; ours rounds them to int8, but for nf4.
 """
