@@ -9,7 +9,8 @@
 namespace lowbit {
 namespace {
 
-constexpr int64_t piece = 8;  // tokens that a thread takes at a time, where each is little work
+constexpr int64_t piece = 8;     // tokens that a thread takes at a time, where each is little work
+constexpr int64_t gates = 2048;  // and numbers, of what tokens do not matter to
 
 // In eight sums, which the compiler may keep side by side.
 void norm(const float* from, const float* weight, int64_t count, float epsilon, float* to) {
@@ -145,9 +146,8 @@ void Decoder::attend(size_t layer) {
 void Decoder::feed(const DecoderLayer& of, float* hidden) {
     normed(hidden, of.after);
     multiply(normed_.data(), tokens(), {{&of.gate, inner_.data()}, {&of.up, up_.data()}}, threads_);
-    share(tokens(), piece, threads_, [&](int64_t first, int64_t last) {
-        int64_t at = first * shape_.inner;
-        kernels().gate((last - first) * shape_.inner, shape_.gelu, inner_.data() + at, up_.data() + at);
+    share(tokens() * shape_.inner, gates, threads_, [&](int64_t first, int64_t last) {
+        kernels().gate(last - first, shape_.gelu, inner_.data() + first, up_.data() + first);
     });
     multiply(inner_.data(), tokens(), {{&of.down, normed_.data()}}, threads_);
     add_to(hidden, of.fed);

@@ -9,9 +9,9 @@
 namespace lowbit {
 namespace {
 
-// Pieces of a weight that a thread takes at a time: small enough that one that is held up costs little, large enough
-// that taking them costs nothing.
-constexpr int64_t bytes_of_piece = 1 << 17;
+// Bytes of a weight that a thread takes at a time: so many that taking them costs nothing, and fewer to the end, so that
+// nobody waits long for the last.
+constexpr int64_t bytes_of_piece = 1 << 17, least_bytes = 1 << 14;
 
 // The inputs as some weights take them.
 struct Inputs {
@@ -67,10 +67,22 @@ struct Piece {
     int64_t first, last;
 };
 
-void cut(const Product& of, std::vector<Piece>& into) {
-    int64_t panels = (of.rows + 15) / 16, bytes = std::max<int64_t>(2 * of.cols * of.bits, 1);
-    int64_t size = std::max<int64_t>(bytes_of_piece / bytes, 1);
-    for (int64_t first = 0; first < panels; first += size) into.push_back({&of, first, std::min(first + size, panels)});
+int64_t panels_of(const Product& of) { return (of.rows + 15) / 16; }
+int64_t panel_bytes(const Product& of) { return std::max<int64_t>(2 * of.cols * of.bits, 1); }
+
+std::vector<Piece> pieces_of(const std::vector<Product>& products, int threads) {
+    std::vector<Piece> pieces;
+    int64_t left = 0;
+    for (const Product& of : products) left += panels_of(of) * panel_bytes(of);
+    for (const Product& of : products) {
+        int64_t bytes = panel_bytes(of), panels = panels_of(of);
+        for (int64_t first = 0, last; first < panels; first = last, left -= (last - first) * bytes) {
+            int64_t some = std::clamp(left / (4 * threads), least_bytes, bytes_of_piece);
+            last = std::min(first + std::max<int64_t>(some / bytes, 1), panels);
+            pieces.push_back({&of, first, last});
+        }
+    }
+    return pieces;
 }
 
 void add_bias(const Matrix& matrix, int64_t tokens, float* out) {
@@ -90,8 +102,7 @@ void multiply(const float* inputs, int64_t tokens, const std::vector<Task>& task
         of.rounded = from.rounded.data(), of.input_scale = from.scale.data();
         of.step_sum = from.step_sum.data();
     }
-    std::vector<Piece> pieces;
-    for (const Product& of : products) cut(of, pieces);
+    std::vector<Piece> pieces = pieces_of(products, threads);
     share(int64_t(pieces.size()), 1, threads, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) kernels().product(*pieces[size_t(i)].of, pieces[size_t(i)].first, pieces[size_t(i)].last);
     });

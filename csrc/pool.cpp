@@ -15,12 +15,12 @@
 namespace lowbit {
 namespace {
 
-// Looks again and again for what comes soon as a rule (some 5 us): to sleep and to be woken takes as long as a small
-// product. Whoever looks in vain sleeps.
+// Looks again and again for what comes soon as a rule (some 50 us): to sleep and to be woken takes as long as a product,
+// where a processor that rests is given back to others. Whoever looks in vain sleeps.
 template <class Ready>
 void look(Ready ready) {
 #if defined(LOWBIT_X86)
-    for (int i = 0; i < 200 && !ready(); i++) _mm_pause();
+    for (int i = 0; i < 2000 && !ready(); i++) _mm_pause();
 #else
     for (int i = 0; i < 20 && !ready(); i++) std::this_thread::yield();
 #endif

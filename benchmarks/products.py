@@ -1,0 +1,137 @@
+"""Products beside those of PyTorch's own int4 and int8 kernels and of bitsandbytes, on one processor.
+
+    python benchmarks/products.py [--threads 1 2] [--tokens 1 256] [--rounds 5]
+
+Shapes are those of a Llama of 1.1B parameters. Sides take turns, round by round; printed are ratios of medians: ours is
+faster above 1. A weight is there so many times that no cache holds all of them: one token is multiplied by each, more
+tokens by one. Every peer gets float32 and bfloat16 inputs, and the faster of the two counts; ours are float32. Peers
+compute with inputs as they are, `linear_dynamic` with inputs as int8; ours rounds them to int8, but for nf4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, final
+
+import bitsandbytes
+import torch
+
+from lowbit.native import isa
+from lowbit.runtime.bench import seconds
+from lowbit.runtime.panels import pack_noise
+from lowbit.schemes import parse
+
+SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))
+ALL = 2**25  # bytes of weights that one token is multiplied by in turn
+GROUP = 64
+Work = Callable[..., object]
+
+
+@final
+@dataclass(frozen=True)
+class Case:
+    """Tokens that are multiplied at once, and threads."""
+
+    tokens: int
+    threads: int
+
+
+def torch_int4(shape: tuple[int, int], dtype: torch.dtype) -> Work:
+    """`_weight_int4pack_mm_for_cpu`: codes of 4 bits, a scale and a zero point for each group."""
+    codes = torch.randint(0, 16, shape, dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales = torch.rand(shape[1] // GROUP, shape[0], 2, dtype=dtype)
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
+
+
+def torch_int8(shape: tuple[int, int], dtype: torch.dtype) -> Work:
+    """`_weight_int8pack_mm`: a scale for each row."""
+    codes, scales = torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(shape[0], dtype=dtype)
+    return lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, scales)
+
+
+def torch_dynamic(shape: tuple[int, int], dtype: torch.dtype) -> Work:
+    """`quantized.linear_dynamic` (FBGEMM): inputs become int8 by one scale for all of them."""
+    scales, zeros = torch.full(shape[:1], 0.03), torch.zeros(shape[0])
+    weight = torch.quantize_per_channel(torch.randn(shape), scales, zeros, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(weight, None)
+    return lambda x: torch.ops.quantized.linear_dynamic(x.float(), packed, True).to(dtype)
+
+
+def bitsandbytes_nf4(shape: tuple[int, int], dtype: torch.dtype) -> Work:
+    """What `Linear4bit` calls; where there is no AVX-512, it dequantizes and multiplies floats."""
+    functional: Any = bitsandbytes.functional
+    packed, state = functional.quantize_4bit(torch.randn(shape, dtype=dtype), blocksize=GROUP, quant_type="nf4")
+    return lambda x: bitsandbytes.matmul_4bit(x, packed, state)
+
+
+def bitsandbytes_int8(shape: tuple[int, int], dtype: torch.dtype) -> Work:
+    """What `Linear8bitLt` calls; where there is no AVX-512, it multiplies integers as float32."""
+    layer: Any = bitsandbytes.nn.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False, device="cpu")
+    layer.weight.data = torch.randn(shape)
+    return layer.to("cpu").eval()  # type: ignore[no-any-return]
+
+
+PEERS: dict[str, tuple[str, Callable[[tuple[int, int], torch.dtype], Work]]] = {
+    "torch int4pack": ("int4-g64-asym", torch_int4),
+    "torch int8pack": ("int8-row", torch_int8),
+    "torch linear_dynamic": ("int8-row", torch_dynamic),
+    "bitsandbytes nf4": ("nf4-g64", bitsandbytes_nf4),
+    "bitsandbytes int8": ("int8-row", bitsandbytes_int8),
+}
+
+
+def sides(peer: str, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, list[Work]]]:
+    """Of ours, and of the peer with either dtype of inputs, as many weights as no cache holds."""
+    scheme, make = PEERS[peer]
+    count = ALL * 8 // (shape[0] * shape[1] * parse(scheme).grid.bits)
+    found: dict[str, tuple[torch.dtype, list[Work]]] = {}
+    found["ours"] = torch.float32, [pack_noise(parse(scheme), shape).matrix() for _ in range(count)]
+    for dtype in (torch.float32, torch.bfloat16):
+        found[str(dtype)] = dtype, [make(shape, dtype) for _ in range(count)]
+    return found
+
+
+def ratio(works: dict[str, tuple[torch.dtype, list[Work]]], shape: tuple[int, int], case: Case, rounds: int) -> float:
+    """The peer's time over ours."""
+    torch.set_num_threads(case.threads)
+    runs: dict[str, Callable[[], object]] = {}
+    for name, (dtype, weights) in works.items():
+        used = weights if case.tokens == 1 else weights[:1]
+        x = torch.randn(case.tokens, shape[1]).to(dtype)
+        more = {"threads": case.threads} if name == "ours" else {}
+        runs[name] = lambda used=used, x=x, more=more: [weight(x, **more) for weight in used]  # type: ignore[misc]
+    with torch.inference_mode():
+        for run in runs.values():
+            run()
+        times = [{name: seconds(run) for name, run in runs.items()} for _ in range(rounds)]
+    ours, *theirs = (median(each[name] for each in times) for name in runs)
+    return min(theirs) / ours
+
+
+def main() -> None:
+    """Print a line per peer, tokens and threads, and all of it as JSON at the end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
+    for name, default in (("threads", [1, 2]), ("tokens", [1, 256])):
+        parser.add_argument(f"--{name}", nargs="+", type=int, default=default)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    cases = [Case(tokens, threads) for tokens in args.tokens for threads in args.threads]
+    results = {}
+    for peer in args.peers:
+        found = {shape: sides(peer, shape) for shape in SHAPES}
+        for case in cases:
+            ratios = [ratio(found[shape], shape, case, args.rounds) for shape in SHAPES]
+            results[f"{peer}:{case.tokens}:{case.threads}"] = ratios
+            shown = "  ".join(f"{each:.2f}" for each in ratios)
+            print(f"{peer:22} {case.tokens:4} tokens  {case.threads} threads  {shown}", flush=True)
+    print(json.dumps({"isa": isa(), "torch": torch.__version__, "shapes": SHAPES, "ratios": results}))
+
+
+if __name__ == "__main__":
+    main()
