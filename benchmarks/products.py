@@ -14,10 +14,10 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from statistics import median
 from typing import Any, final
 
-import bitsandbytes
 import torch
 
 from lowbit.native import isa
@@ -26,6 +26,7 @@ from lowbit.runtime.panels import pack_noise
 from lowbit.schemes import parse
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))
+bitsandbytes: Any = import_module("bitsandbytes")
 ALL = 2**25  # bytes of weights that one token is multiplied by in turn
 GROUP = 64
 Work = Callable[..., object]
@@ -64,14 +65,15 @@ def torch_dynamic(shape: tuple[int, int], dtype: torch.dtype) -> Work:
 
 def bitsandbytes_nf4(shape: tuple[int, int], dtype: torch.dtype) -> Work:
     """What `Linear4bit` calls; where there is no AVX-512, it dequantizes and multiplies floats."""
-    functional: Any = bitsandbytes.functional
-    packed, state = functional.quantize_4bit(torch.randn(shape, dtype=dtype), blocksize=GROUP, quant_type="nf4")
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        torch.randn(shape, dtype=dtype), blocksize=GROUP, quant_type="nf4"
+    )
     return lambda x: bitsandbytes.matmul_4bit(x, packed, state)
 
 
 def bitsandbytes_int8(shape: tuple[int, int], dtype: torch.dtype) -> Work:
     """What `Linear8bitLt` calls; where there is no AVX-512, it multiplies integers as float32."""
-    layer: Any = bitsandbytes.nn.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False, device="cpu")
+    layer = bitsandbytes.nn.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False, device="cpu")
     layer.weight.data = torch.randn(shape)
     return layer.to("cpu").eval()  # type: ignore[no-any-return]
 
