@@ -19,6 +19,7 @@ from lowbit.pipeline import Request, counted, read_once, run
 from lowbit.runtime.bench import bench
 from lowbit.stages import quantize
 from lowbit.stages._frontier import Interval, Point, read_point
+from lowbit.stages._text_part import text_part
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.evaluate import read_text
 from lowbit.stages.plan import Plan, Rules, make_plan
@@ -109,7 +110,7 @@ def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tup
         request = replace(request, base=replace(base, rules=rules))
         for name, rules in _combinations(request):
             try:
-                plan = make_plan(checkpoint, rules)
+                plan = make_plan(text_part(checkpoint) if rules.format == "gguf" else checkpoint, rules)
             except UnsupportedError as error:
                 skipped.append(Skipped(name, " ".join(str(error).split())))
                 continue
