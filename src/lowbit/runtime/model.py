@@ -195,7 +195,7 @@ def _check_blocks(checkpoint: Checkpoint, weight: Weight, kind: BlockType, store
     """Raise FormatError where rows of blocks cannot be looked up."""
     try:
         with ThreadPoolExecutor(threads) as pool:
-            parts = stored.split(_CHECKED)
+            parts = torch.split(stored, _CHECKED)
             list(pool.map(lambda rows: unpack(kind.name, rows, (len(rows), weight.shape[1])).shape, parts))
     except FormatError:
         checkpoint.load(weight.name)  # says where it is
