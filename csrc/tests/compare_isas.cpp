@@ -279,6 +279,7 @@ static void compare_ggml_panels(const Kernels& kernels, GgmlType type, int64_t r
         *out++ = found.finite, *out++ = found.wide;
         for (int i = 0; i < 5; out += sizes[i++]) std::memcpy(out, at(i), size_t(sizes[i]));
     });
+    if (cols == 0) return;
     Buffer codes(all * shape.weights), turned(all * shape.weights), wanted(sizes[0]), got(sizes[0], 0xaa);
     ggml_unpack(type, all, stored.at(), {codes.at(), scale.at(), min.at(), subs.at(), Buffer(all * shape.subs).at()});
     for (int64_t r = 0; r < rows; r++) std::memcpy(turned.at() + r * cols, codes.at() + order[size_t(r)] * cols, size_t(cols));

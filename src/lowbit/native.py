@@ -14,6 +14,7 @@ import functools
 import mmap
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
@@ -29,6 +30,7 @@ from lowbit import _native
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ROOM = 256  # positions for which a text has room at least
 _LARGE = 1 << 22  # bytes from which pages of 2 MiB pay
+_PAGE, _REGION = 1 << 21, 1 << 25
 
 
 def isa() -> str:
@@ -820,11 +822,15 @@ class GgmlPanels:
 
 
 def ggml_panels(
-    type: int, stored: UInt8[Tensor, "rows bytes"], order: Int64[Tensor, "rows"] | None, threads: int = 1
+    type: int,
+    stored: UInt8[Tensor, "rows bytes"],
+    order: Int64[Tensor, "rows"] | None,
+    threads: int = 1,
+    room: Room | None = None,
 ) -> GgmlPanels | None:
     """What `interleave` and `interleave_floats` make of rows of blocks that `ggml_unpack` took apart, row r `order[r]`.
 
-    None for types that have no such way. Floats are float16.
+    None for types that have no such way. Floats are float16. They lie in `room`, if that is given.
     """
     bits, (weights, size, subs, has_min, _) = _native.ggml_panel_bits(type), _ggml_shape(type)
     rows, width = _two(stored.shape)
@@ -837,15 +843,18 @@ def ggml_panels(
         _check_order(order, rows)
     down, blocks = ceil(rows / 16), width // size
     apart = has_min and bits > 2  # integers of minima have a place of their own
-    codes = _room((down, blocks * weights * bits // 32, 64), torch.uint8)
-    scale = _room((down, blocks, 16), torch.float16)
-    zero = _room((down, blocks, 16), torch.float16) if has_min else None
+    take = room.take if room else _room
+    codes = take((down, blocks * weights * bits // 32, 64), torch.uint8)
+    scale = take((down, blocks, 16), torch.float16)
+    zero = take((down, blocks, 16), torch.float16) if has_min else None
     fine, fine_zero = (
-        _room((down, blocks * subs // 2, 16, 2), torch.int8) if there else None for there in (subs, subs and apart)
+        take((down, blocks * subs // 2, 16, 2), torch.int8) if there else None for there in (subs, subs and apart)
     )
-    parts = (scale, zero, fine, fine_zero)
-    found = _native.ggml_panels(type, stored, blocks, order, max(threads, 1), codes, *map(_as_bytes, parts))
-    return GgmlPanels(codes, *parts, *found)
+    finite, wide = _native.ggml_panels(
+        type, stored, blocks, order, max(threads, 1), codes, scale.view(torch.uint8), _as_bytes(zero), _as_bytes(fine),
+        _as_bytes(fine_zero),
+    )  # fmt: skip
+    return GgmlPanels(codes, scale, zero, fine, fine_zero, finite, wide)
 
 
 def interleave_floats(
@@ -869,11 +878,32 @@ def _check_order(order: Tensor, count: int) -> None:
 def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An empty tensor; a large one in large pages, where looking up addresses does not hold up reading."""
     size = prod(shape) * dtype.itemsize
-    if size < _LARGE or sys.platform != "linux":
-        return torch.empty(shape, dtype=dtype)
-    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory seldom gets large pages
-    room.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(room, dtype=dtype).view(shape)
+    return (torch.empty(size, dtype=torch.uint8) if size < _LARGE else _pages(size)).view(dtype).view(shape)
+
+
+def _pages(size: int) -> UInt8[Tensor, " size"]:
+    if sys.platform != "linux":
+        return torch.empty(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory seldom gets large pages
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+@final
+class Room:
+    """Memory for many tensors that live together: small ones are in large pages too, and no page is half used."""
+
+    def __init__(self) -> None:
+        self._lock, self._free = threading.Lock(), torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An empty tensor; any thread may ask."""
+        size = prod(shape) * dtype.itemsize
+        with self._lock:
+            if self._free.numel() < size:
+                self._free = _pages(-(-max(size, _REGION) // _PAGE) * _PAGE)
+            found, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
+        return found.view(dtype).view(shape)
 
 
 def _check_panels(of: Panels) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 
 import lowbit
 from lowbit.cli import group
-from lowbit.errors import UnsupportedError, UsageError
+from lowbit.errors import FormatError, UnsupportedError, UsageError
 from lowbit.native import KEEPS, DecoderShape
 from lowbit.runtime.bench import bench
 from lowbit.runtime.decoder import Engine, native_of, start
@@ -22,6 +22,7 @@ from lowbit.runtime.generate import Sampling, answer, chooser, generate, generat
 from lowbit.runtime.linear import Linear
 from lowbit.runtime.model import open_model
 from lowbit.runtime.runner import open_runner, runner_of
+from lowbit.stages._gguf import read_gguf
 from tests.reference.models import save_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -81,6 +82,34 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         want = model(IDS).logits[0, ends]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def is_opened_whole(path: Path, kept: Path, blocks: str) -> None:
+    """A start alone, one that writes a cache, and one that finds it, give the bits of a model that has all weights."""
+    ids = IDS[0]
+    want = Engine(native_of(open_model(path))).start(64).read(ids)
+    for runner in [open_runner(path), *(open_runner(path, cache=kept) for _ in range(2))]:
+        assert runner.engine and runner.engine.native.blocks == blocks
+        assert torch.equal(runner.engine.start(64).read(ids), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_an_embedding_is_looked_up_as_it_is_stored(name: str, tmp_path: Path) -> None:
+    kind, settings = KINDS[name]
+    saved(tmp_path / "model", kind, **settings)
+    is_opened_whole(tmp_path / "model", tmp_path / "kept", "")
+
+
+def test_an_embedding_in_blocks_is_looked_up_there(wiki_8m: Path, tmp_path: Path) -> None:
+    lowbit.quantize(wiki_8m, tmp_path / "out", scheme="q4_0", format="gguf", method="ggml")
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    embedding = read_gguf(file).tensors["token_embd.weight"]
+    is_opened_whole(tmp_path / "out", tmp_path / "kept", embedding.type)
+    data = bytearray(file.read_bytes())
+    data[embedding.start : embedding.start + embedding.nbytes] = b"\xff" * embedding.nbytes
+    file.write_bytes(data)
+    with pytest.raises(FormatError, match=r"\.gguf.*embed_tokens.*must be finite"):
+        open_runner(tmp_path / "out")
 
 
 @pytest.mark.parametrize("keep", KEEPS)

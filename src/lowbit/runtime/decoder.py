@@ -15,6 +15,7 @@ from lowbit.native import MATRICES, NORMS, Cache, Decoder, DecoderLayer, Decoder
 from lowbit.runtime.linear import Linear
 from lowbit.runtime.model import Loaded
 from lowbit.runtime.panels import Packed, pack_dense
+from lowbit.runtime.table import Table
 from lowbit.stages.checkpoint import arch_rows
 
 _CHUNK = 256  # tokens of a prompt that go through the blocks together
@@ -52,6 +53,7 @@ class Native:
         factors: of each table, what cosine and sine are multiplied by.
         factor: of embeddings.
         cap: of logits, or 0.
+        blocks: of the embedding (`Table`).
     """
 
     shape: DecoderShape
@@ -62,6 +64,7 @@ class Native:
     factors: tuple[float, ...]
     factor: float = 1.0
     cap: float = 0.0
+    blocks: str = ""
 
 
 @final
@@ -73,7 +76,7 @@ class Engine:
         _check(native)
         layers = [self._layer(number) for number in range(len(native.windows))]
         self.decoder = Decoder(native.shape, layers, self.threads)
-        self._head = self._matrix("head")
+        self._head, self._table = self._matrix("head"), Table(native.vectors["embedding"], native.blocks)
         self._factors = torch.tensor(native.factors)[:, None, None]
         self._steps = torch.stack([native.vectors[f"angles.{i}"] for i in range(len(native.factors))])[:, None]
 
@@ -104,8 +107,7 @@ class Engine:
 
     def _hidden(self, new: Sequence[tuple[Session, Tensor]]) -> Float[Tensor, "tokens hidden"]:
         at = torch.cat([torch.arange(len(session.ids), len(session.ids) + len(ids)) for session, ids in new])
-        table = self.native.vectors["embedding"]
-        hidden = nn.functional.embedding(torch.cat([ids for _, ids in new]), table).float() * self.native.factor
+        hidden = self._table.rows(torch.cat([ids for _, ids in new])) * self.native.factor
         return self.decoder(hidden, [(session.cache, len(ids)) for session, ids in new], *self._turns(at))
 
     def _turns(self, at: Int64[Tensor, " tokens"]) -> tuple[Tensor, Tensor]:
@@ -119,11 +121,14 @@ def _check(native: Native) -> None:
     wanted: dict[str, tuple[int, ...]] = {
         f"angles.{i}": (native.shape.turned // 2,) for i in range(len(native.factors))
     }
-    wanted |= {"norm": (native.shape.hidden,), "embedding": (native.matrices["head"].panels.rows, native.shape.hidden)}
+    table = Table(native.vectors["embedding"], native.blocks)
+    rows = table.stored_as(native.matrices["head"].panels.rows, native.shape.hidden)
+    wanted |= {"norm": (native.shape.hidden,), "embedding": rows}
     for name, shape in wanted.items():
-        found = native.vectors[name]
-        if tuple(found.shape) != shape or not found.dtype.is_floating_point:
-            raise ValueError(f"{name} is {found.dtype} {list(found.shape)}; it must be floats {list(shape)}")
+        found, kind = native.vectors[name], "bytes" if native.blocks and name == "embedding" else "floats"
+        right = found.dtype.is_floating_point if kind == "floats" else found.dtype == torch.uint8
+        if tuple(found.shape) != shape or not right:
+            raise ValueError(f"{name} is {found.dtype} {list(found.shape)}; it must be {kind} {list(shape)}")
     if max(native.angles, default=0) >= len(native.factors):
         raise ValueError(f"angles {native.angles} are of tables that are not there")
     if len(native.angles) != len(native.windows) or native.matrices["head"].inputs != native.shape.hidden:
@@ -183,7 +188,8 @@ def native_of(loaded: Loaded) -> Native:
     tables, factors = _tables(model, facts)
     config, blocks = model.config, model.model.layers
     parts = [(f"{number}.", block) for number, block in enumerate(blocks)]
-    matrices, vectors = {}, {"embedding": _detached(model.model.embed_tokens.weight)}
+    table = loaded.table or Table(_detached(model.model.embed_tokens.weight))
+    matrices, vectors = {}, {"embedding": table.values}
     for start, block in parts:
         for name, module, first, count in _matrices(block, facts, config):
             matrices[start + name], bias = _packed(module).part(first, count), _bias(module)
@@ -197,7 +203,7 @@ def native_of(loaded: Loaded) -> Native:
         windows=tuple(_window(config, number) for number in range(len(blocks))),
         angles=tuple(_table(block, config, tables, number) for number, block in enumerate(blocks)),
         factors=factors, factor=float(getattr(model.model.embed_tokens, "embed_scale", 1.0)),
-        cap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        cap=getattr(config, "final_logit_softcapping", None) or 0.0, blocks=table.blocks,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import torch
+from torch import Tensor
 
-from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.errors import CheckpointError, FormatError, UnsupportedError
 from lowbit.formats import Weight
-from lowbit.formats._ggml import BLOCKS, type_of
+from lowbit.formats._ggml import BLOCKS, BlockType, type_of, unpack
 from lowbit.formats._gguf import separate
+from lowbit.native import WEIGHT_DTYPES, Room
 from lowbit.runtime.linear import Linear
 from lowbit.runtime.panels import Packed, pack, pack_blocks, pack_dense
 from lowbit.runtime.stored import Stored, read_stored, stored_path, write_stored
+from lowbit.runtime.table import Table
 from lowbit.stages._model import Blueprint, open_blueprint, open_tokenizer
 from lowbit.stages._rooms import Rooms
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint, swapped
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 else:  # the run-time check of annotations needs names, and importing these costs a second
     PreTrainedModel = PreTrainedTokenizerBase = object
+
+_EMBEDDING = "model.embed_tokens.weight"  # of all models that the native decoder knows
+_CHECKED = 1024  # rows at a time, so that codes stay near
 
 
 @final
@@ -41,12 +47,14 @@ class Loaded:
         model: of `transformers`; its `generate` works.
         kernels: weights that the kernels multiply, by name: their packed form.
         others: weights that are computed with in another way, with the reason.
+        table: the embedding, where it is not in the model, which does not run then.
     """
 
     checkpoint: Checkpoint
     model: PreTrainedModel
     kernels: dict[str, Packed]
     others: dict[str, str]
+    table: Table | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -99,8 +107,60 @@ def open_model(
     Raises:
         LowbitError: see `lowbit.errors`.
     """
+    return open_weights(path, exact, reference, threads, trust_remote_code, cache).loaded()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """The weights of a checkpoint as they are multiplied, and the class that they belong to, not filled yet.
+
+    Attributes:
+        checkpoint: where they come from.
+        blueprint: of the model.
+        places: paths of the linear layers of each matrix.
+        packed: matrices that the kernels multiply.
+        others: weights that are computed with in another way, with the reason.
+        rest: weights that something else reads, too.
+        threads: of the kernels.
+    """
+
+    checkpoint: Checkpoint
+    blueprint: Blueprint
+    places: Mapping[str, list[str]]
+    packed: dict[str, Packed]
+    others: dict[str, str]
+    rest: frozenset[str]
+    threads: int
+
+    def loaded(self) -> Loaded:
+        """The whole model."""
+        model = self.blueprint.with_parts(self.rest)
+        _put(model, self.places, self.packed, self.threads)
+        return Loaded(self.checkpoint, model, self.packed, self.others)
+
+    def bare(self) -> Loaded | None:
+        """The model without its embedding, which is left as it is stored; None where it is not all that is missing."""
+        matrices = [name for name in self.rest if len(self.checkpoint.weights[name].shape) != 1]
+        table = _table(self.blueprint, matrices[0], self.threads) if len(matrices) == 1 else None
+        if table is None:
+            return None
+        model = self.blueprint.taken()
+        _put(model, self.places, self.packed, self.threads)
+        return Loaded(self.checkpoint, model, self.packed, self.others, table)
+
+
+def open_weights(
+    path: str | Path,
+    exact: bool = False,
+    reference: bool = False,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    cache: Path | None = None,
+) -> Opened:
+    """As `open_model`, up to the model itself; raises like it."""
     checkpoint = open_checkpoint(path, trust_remote_code)
-    blueprint = open_blueprint(checkpoint, torch.float32)
+    blueprint = open_blueprint(checkpoint, torch.float32, vectors=True)
     places = _matrices(blueprint)
     others, workers = dict(_left_out(checkpoint, places.keys(), reference)), threads or torch.get_num_threads()
     file = stored_path(cache, checkpoint, f"weights, exact {exact}") if cache and not reference else None
@@ -112,10 +172,34 @@ def open_model(
     packed, others = dict(stored.matrices), others | stored.facts["others"]
     if not packed.keys() <= places.keys():
         raise CheckpointError(f"{file} has weights that the model does not have; delete it")
-    alone = packed.keys() - _shared(blueprint)
-    model = blueprint.with_parts(checkpoint.weights.keys() - alone)
-    _put(model, places, packed, workers)
-    return Loaded(checkpoint, model, packed, others)
+    rest = checkpoint.weights.keys() - (packed.keys() - _shared(blueprint))
+    return Opened(checkpoint, blueprint, places, packed, others, frozenset(rest), workers)
+
+
+def _table(blueprint: Blueprint, name: str, threads: int) -> Table | None:
+    """A weight that an embedding has alone, as rows that are looked up; None where it is none that is read so."""
+    checkpoint, weight = blueprint.checkpoint, blueprint.checkpoint.weights[name]
+    readers = [path for path, sources in blueprint.sources("").items() if name in sources]
+    if readers != [_EMBEDDING] or weight.swapped or name in checkpoint.terms or name in checkpoint.edits:
+        return None
+    kind = type_of(weight.scheme) if weight.scheme and checkpoint.format == "gguf" else ""
+    stored = checkpoint.tensor(name) if kind or not weight.scheme else None
+    if kind == "nvfp4" or stored is None or stored.dtype not in (torch.uint8, *WEIGHT_DTYPES):
+        return None
+    if kind:
+        _check_blocks(checkpoint, weight, BLOCKS[kind], stored, threads)
+    return Table(Room().take(tuple(stored.shape), stored.dtype).copy_(stored), kind or "")
+
+
+def _check_blocks(checkpoint: Checkpoint, weight: Weight, kind: BlockType, stored: Tensor, threads: int) -> None:
+    """Raise FormatError where rows of blocks cannot be looked up."""
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            parts = torch.split(stored, _CHECKED)
+            list(pool.map(lambda rows: unpack(kind.name, rows, (len(rows), weight.shape[1])).shape, parts))
+    except FormatError:
+        checkpoint.load(weight.name)  # says where it is
+        raise
 
 
 def _matrices(blueprint: Blueprint) -> dict[str, list[str]]:
@@ -150,10 +234,11 @@ def _pack_all(checkpoint: Checkpoint, names: list[str], exact: bool, threads: in
     """Weights as products read them, and why others are not; the largest first, so that no thread is left with it."""
 
     rooms = Rooms(Path(), scratch=False)  # fresh memory for each weight's codes would take longer than unpacking them
+    room = Room()
 
     def work(name: str) -> Packed | str:
         try:
-            return _pack(checkpoint, checkpoint.weights[name], exact, rooms)
+            return _pack(checkpoint, checkpoint.weights[name], exact, rooms, room)
         except UnsupportedError as error:
             return str(error)
 
@@ -165,8 +250,8 @@ def _pack_all(checkpoint: Checkpoint, names: list[str], exact: bool, threads: in
     return Stored({"others": others}, packed, {})
 
 
-def _pack(checkpoint: Checkpoint, weight: Weight, exact: bool, rooms: Rooms) -> Packed:
-    if not exact and (found := _from_blocks(checkpoint, weight)):
+def _pack(checkpoint: Checkpoint, weight: Weight, exact: bool, rooms: Rooms, room: Room) -> Packed:
+    if not exact and (found := _from_blocks(checkpoint, weight, room)):
         return found
     codes = rooms.codes("codes", weight.shape, weight.scheme) if weight.scheme else None
     value = checkpoint.load(weight.name, codes)
@@ -175,14 +260,14 @@ def _pack(checkpoint: Checkpoint, weight: Weight, exact: bool, rooms: Rooms) -> 
     return pack_dense(value.T if _turned(checkpoint, weight) else value)
 
 
-def _from_blocks(checkpoint: Checkpoint, weight: Weight) -> Packed | None:
+def _from_blocks(checkpoint: Checkpoint, weight: Weight, room: Room) -> Packed | None:
     """A weight of a GGUF file at once, where there is such a way."""
     name = type_of(weight.scheme) if weight.scheme and checkpoint.format == "gguf" else None
     if name is None:
         return None
     rows, heads = weight.shape[0], weight.interleaved
     order = separate(rows, heads) if heads else None
-    return pack_blocks(BLOCKS[name], checkpoint.tensor(weight.name), order)
+    return pack_blocks(BLOCKS[name], checkpoint.tensor(weight.name), order, room=room)
 
 
 def _turned(checkpoint: Checkpoint, weight: Weight) -> bool:
@@ -190,7 +275,7 @@ def _turned(checkpoint: Checkpoint, weight: Weight) -> bool:
     return weight.scheme is None and swapped(checkpoint.config, weight)
 
 
-def _put(model: PreTrainedModel, places: dict[str, list[str]], packed: dict[str, Packed], threads: int) -> None:
+def _put(model: PreTrainedModel, places: Mapping[str, list[str]], packed: dict[str, Packed], threads: int) -> None:
     """Set the layers that multiply on the kernels in the places of those that would not."""
     for name, weight in packed.items():
         for path in places[name]:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from lowbit.errors import UnsupportedError
 from lowbit.formats._ggml import BlockType
-from lowbit.native import CODE_BITS, PANEL_PARTS, Matrix, Panels, ggml_panels, interleave, interleave_floats
+from lowbit.native import CODE_BITS, PANEL_PARTS, Matrix, Panels, Room, ggml_panels, interleave, interleave_floats
 from lowbit.schemes import Grid, Scheme
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
@@ -76,13 +76,17 @@ def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
 
 
 def pack_blocks(
-    kind: BlockType, stored: UInt8[Tensor, "rows row_bytes"], order: Int64[Tensor, " rows"] | None, threads: int = 1
+    kind: BlockType,
+    stored: UInt8[Tensor, "rows row_bytes"],
+    order: Int64[Tensor, " rows"] | None,
+    threads: int = 1,
+    room: Room | None = None,
 ) -> Packed | None:
     """What `pack` makes of the weight whose row r is `order[r]` of these rows of ggml's blocks, without its `QTensor`.
 
     None where that way is needed: for some types, and for scales that are not finite or whose integers are all small.
     """
-    found = ggml_panels(kind.id, stored, order, threads)
+    found = ggml_panels(kind.id, stored, order, threads, room)
     if found is None or not found.finite or (found.fine_zero is not None and not found.wide):
         return None
     rows, cols = stored.shape[0], stored.shape[1] // kind.bytes * kind.weights

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.native import DecoderShape
 from lowbit.runtime.decoder import Engine, Native, Session, native_of
-from lowbit.runtime.model import Loaded, open_model
+from lowbit.runtime.model import Loaded, open_weights
 from lowbit.runtime.stored import Stored, damaged, read_stored, stored_path, write_stored
 from lowbit.stages._model import open_tokenizer
 from lowbit.stages._weightfile import read_json
@@ -58,7 +58,8 @@ class Runner:
         checkpoint: where the model comes from.
         decoder: what computes its blocks: `native`, or why it is the class of transformers.
         engine: the native decoder, if it is that.
-        model: the model of transformers, if it is that.
+        model: the model of transformers: whole where it computes; beside the native decoder it may be without its
+            embedding, and from a cache there is none.
         limit: most tokens of a text, with its prompt.
         ends: tokens that end one.
         keep: how the native decoder keeps keys and values, one of `native.KEEPS`.
@@ -118,8 +119,12 @@ def open_runner(
         file = stored_path(cache, checkpoint, f"native, exact {exact}")
         if file.exists():
             return _stored_runner(checkpoint, file, threads, context, keep)
-    loaded = open_model(path, exact, threads=threads, trust_remote_code=trust_remote_code)
-    runner = runner_of(loaded, threads, context, keep)
+    opened = open_weights(path, exact, threads=threads, trust_remote_code=trust_remote_code)
+    loaded = opened.bare()
+    runner = runner_of(loaded, threads, context, keep) if loaded else None
+    if loaded is None or runner is None or runner.engine is None:
+        loaded = opened.loaded()
+        runner = runner_of(loaded, threads, context, keep)
     if file and runner.engine:
         write_stored(file, _stored(runner.engine.native, loaded))
     return runner
@@ -167,7 +172,9 @@ def _stored(native: Native, loaded: Loaded) -> Stored:
 
 
 def _narrow(table: Tensor) -> Tensor:
-    """In 16 bits where these hold every value."""
+    """Floats of 32 bits in 16, where these hold every value."""
+    if table.dtype != torch.float32:
+        return table
     found = (table.to(dtype) for dtype in (torch.bfloat16, torch.float16))
     return next((each for each in found if torch.equal(each.float(), table)), table)
 

@@ -68,19 +68,23 @@ class _Standin:
     # Its threads would unpack several tensors at once, which the memory estimate does not foresee.
     _one_at_a_time = threading.Lock()
 
-    def __init__(self, checkpoint: Checkpoint, name: str, read: bool) -> None:
-        self._checkpoint, self._name, self._read = checkpoint, name, read
+    def __init__(self, checkpoint: Checkpoint, name: str, read: bool, kept: bool = False) -> None:
+        self._checkpoint, self._name, self._read, self._kept = checkpoint, name, read, kept
 
     def __getitem__(self, index: object) -> _Standin:
         return self
 
     def to(self, device: object = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight in `dtype`, or its trace."""
+        """The weight in `dtype`, or its trace, with what is in it where that is kept."""
         if self._read:
             with self._one_at_a_time:
                 return self._checkpoint.dequantized(self._name, dtype)
         weight = self._checkpoint.weights[self._name]
-        trace: _Trace = torch.empty(weight.held, dtype=dtype or weight.dtype, device="meta").as_subclass(_Trace)
+        if self._kept:
+            made = self._checkpoint.dequantized(self._name, dtype)
+        else:
+            made = torch.empty(weight.held, dtype=dtype or weight.dtype, device="meta")
+        trace: _Trace = made.as_subclass(_Trace)
         trace.sources = frozenset([self._name])
         return trace
 
@@ -113,12 +117,14 @@ class Blueprint:
         config: of `transformers`, without what it says of quantization.
         dtype: of the weights and of the computation.
         kind: class of the model.
+        vectors: whether the model that is traced has its vectors in memory, for `taken`.
     """
 
     checkpoint: Checkpoint
     config: PreTrainedConfig
     dtype: torch.dtype
     kind: type[PreTrainedModel]
+    vectors: bool = False
 
     def resident(self) -> PreTrainedModel:
         """The model with all its weights in memory."""
@@ -127,6 +133,18 @@ class Blueprint:
     def with_parts(self, names: AbstractSet[str]) -> PreTrainedModel:
         """The model with these weights in memory; the others are without, and must be replaced before it runs."""
         return self._with_rounded_inputs(self._build(names)[0])
+
+    def taken(self) -> PreTrainedModel:
+        """The model that was traced, which is not built again: its vectors are in memory, matrices are without."""
+        model = self._skeleton
+        del self.__dict__["_skeleton"]
+        with torch._C.DisableTorchFunctionSubclass():
+            for name, parameter in list(model.named_parameters()):
+                if not parameter.is_meta:
+                    path, _, last = name.rpartition(".")
+                    plain = nn.Parameter(parameter.detach().as_subclass(Tensor), requires_grad=False)
+                    setattr(model.get_submodule(path), last, plain)
+        return model
 
     def linear_layers(self) -> Iterator[tuple[str, tuple[int, ...], frozenset[str]]]:
         """Modules that multiply their inputs by one matrix: path, `[outputs, inputs]`, and the weights that make it.
@@ -250,7 +268,8 @@ class Blueprint:
         Raises:
             CheckpointError: weights are missing, too many, or of another shape than the configuration says.
         """
-        model, problems = self._build(frozenset())
+        vectors = {name for name, weight in self.checkpoint.weights.items() if self.vectors and len(weight.shape) < 2}
+        model, problems = self._build(frozenset(), vectors)
         for kind, names in problems.items():
             if names:
                 shown = ", ".join(show(name) for name in names[:3])
@@ -276,9 +295,15 @@ class Blueprint:
             for path in [*blocks, *outside]
         ]
 
-    def _build(self, read: AbstractSet[str], **settings: Any) -> tuple[PreTrainedModel, dict[str, list[str]]]:
-        """A model that has the weights named in `read`, and traces of the others; and what did not fit, by kind."""
-        standins = {name: _Standin(self.checkpoint, name, name in read) for name in self.checkpoint.weights}
+    def _build(
+        self, read: AbstractSet[str], kept: AbstractSet[str] = frozenset(), **settings: Any
+    ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+        """A model that has the weights named in `read`, and traces of the others; and what did not fit, by kind.
+
+        Traces of those in `kept` have what is in them too.
+        """
+        names = self.checkpoint.weights
+        standins = {name: _Standin(self.checkpoint, name, name in read, name in kept) for name in names}
         # The threads of `from_pretrained` know nothing of inference mode, and tensors of both modes do not go together.
         normal = torch.inference_mode(False)
         with (
@@ -340,7 +365,7 @@ def block_paths(model: nn.Module) -> list[str]:
     return [f"{path}.{name}" for name, _ in blocks.named_children()]
 
 
-def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype) -> Blueprint:
+def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype, vectors: bool = False) -> Blueprint:
     """Find the configuration and the class of a checkpoint's model.
 
     Raises:
@@ -360,7 +385,7 @@ def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype) -> Blueprint:
                 part.tie_word_embeddings = False
         with torch.device("meta"):
             model = _auto_class(config).from_config(config, trust_remote_code=checkpoint.trusted)
-    return Blueprint(checkpoint, config, dtype, type(model))
+    return Blueprint(checkpoint, config, dtype, type(model), vectors)
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
