@@ -1,7 +1,7 @@
-"""Convert a synthetic checkpoint, lossless, beside a plain copy of its files in the same run.
+"""Convert a synthetic checkpoint beside a plain copy of its files in the same run.
 
     python benchmarks/convert.py [--layers 12] [--from gptq] [--to compressed-tensors] [--scheme int4-g128] [--runs 3]
-                                 [--threads 1,2] [--folder DIR]
+                                 [--lossy] [--threads 1,2] [--folder DIR]
 
 For each number of threads, of whole conversions (every weight tried before anything is written, then packed, written,
 synced, read back, compared): megabytes of input a second, milliseconds of processor time for each megabyte, and of the
@@ -37,7 +37,7 @@ def make(root: Path, args: argparse.Namespace) -> Path:
 
 def weights(path: Path) -> list[Path]:
     """Weight files of a checkpoint."""
-    return sorted(path.glob("*.safetensors"))
+    return sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf"))
 
 
 def copy(source: Path, out: Path) -> float:
@@ -51,14 +51,14 @@ def copy(source: Path, out: Path) -> float:
     return time.perf_counter() - start
 
 
-def convert(source: Path, out: Path, target: str, threads: int) -> dict[str, float]:
+def convert(source: Path, out: Path, args: argparse.Namespace, threads: int) -> dict[str, float]:
     """Seconds of one conversion: by the clock, of the processor, and of the clock while weights were tried."""
     start = time.process_time()
-    done = lowbit.convert(source, out, format=target, threads=threads)
+    done = lowbit.convert(source, out, format=args.target, threads=threads, lossy=args.lossy)
     processor = time.process_time() - start
     shutil.rmtree(out)
-    if not done.lossless or done.seconds is None:
-        raise SystemExit(f"{source} to {target} is not lossless")
+    if not (done.lossless or args.lossy) or done.seconds is None:
+        raise SystemExit(f"{source} to {args.target} is not lossless")
     return {"all": sum(done.seconds.values()), "processor": processor, "check": done.seconds["check"]}
 
 
@@ -66,11 +66,11 @@ def measure(root: Path, args: argparse.Namespace) -> dict[str, float]:
     """Figures by name; those of conversions have the number of threads behind."""
     source, threads = make(root, args), [int(number) for number in args.threads.split(",")]
     size = sum(len(file.read_bytes()) for file in weights(source)) / 1e6
-    convert(source, root / "out", args.target, 1)  # imports, pages of the input
+    convert(source, root / "out", args, 1)  # imports, pages of the input
     seconds: dict[str, list[float]] = {}
     for _ in range(args.runs):
         for number in threads:
-            for name, each in convert(source, root / "out", args.target, number).items():
+            for name, each in convert(source, root / "out", args, number).items():
                 seconds.setdefault(f"{name}_{number}", []).append(each)
         seconds.setdefault("copy", []).append(copy(source, root / "copied"))
         shutil.rmtree(root / "copied")
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--from", dest="source", default="gptq")
     parser.add_argument("--to", dest="target", default="compressed-tensors")
     parser.add_argument("--scheme", default="int4-g128")
+    parser.add_argument("--lossy", action="store_true")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", default="1,2", help="numbers of them, each is measured")
     parser.add_argument("--folder", type=Path, help="where files are made; the system's temporary folder")

@@ -121,6 +121,15 @@ def pack_cases(codes: Tensor, bits: int) -> Iterator[Case]:
     )
 
 
+def word_cases(codes: Tensor) -> Iterator[Case]:
+    """Rows of words from one layout of 4 bits into another, without codes."""
+    rows = native.pack_bits(codes, 4)
+    turned, eights, back = native.transpose_words(rows), native.rows_to_awq(rows), torch.empty_like(rows)
+    yield Case("transpose_words", "out", rows.nbytes, lambda: native.transpose_words(rows, out=turned))
+    yield Case("rows_to_awq", "out", rows.nbytes, lambda: native.rows_to_awq(rows, out=eights))
+    yield Case("awq_to_rows", "out", rows.nbytes, lambda: native.awq_to_rows(eights, out=back))
+
+
 def nibble_cases(codes: Tensor) -> Iterator[Case]:
     """Bitsandbytes' order of nibbles."""
     flat = codes.view(-1)
@@ -193,7 +202,7 @@ def all_cases(rows: int, cols: int) -> list[Case]:
     cases += [*write_cases(codes, scale, torch.bfloat16), *write_cases(codes, scale, torch.float32)]
     for bits in (2, 3, 4, 8):
         cases += pack_cases(codes & (2**bits - 1), bits)
-    return [*cases, *nibble_cases(codes), *peer_cases(weight.bfloat16(), scale, codes)]
+    return [*cases, *word_cases(codes), *nibble_cases(codes), *peer_cases(weight.bfloat16(), scale, codes)]
 
 
 def cpu_name() -> str:

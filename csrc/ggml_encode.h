@@ -64,6 +64,8 @@ struct MinFit {
     F levels[32];
     Fit best;
 
+    MinFit(int count, int top, const F* x, const F* w) : count(count), top(top), x(x), w(w) {}
+
     F penalty(F difference) const { return absolute ? magnitude(difference) : mul(difference, difference); }
 
     template <bool tame>
@@ -429,7 +431,7 @@ struct MinKind {
 
 template <bool absolute>
 void fit_two(const Tile& t, const MinKind& kind, int first, float start, float step, int steps, Fit* fits) {
-    auto block = [&](int j) { return MinFit<absolute>{kind.size, kind.top, t.x + j * kind.size, t.w + j * kind.size}; };
+    auto block = [&](int j) { return MinFit<absolute>(kind.size, kind.top, t.x + j * kind.size, t.w + j * kind.size); };
     MinFit<absolute> one = block(first), other = block(first + 1);
     MinFit<absolute>::both_of(one, other, start, step, steps);
     fits[first] = one.end(), fits[first + 1] = other.end();
@@ -660,7 +662,7 @@ void encode_symmetric(Tile& t, int half) {
 void encode_ranged(Tile& t, int top) {
     if (t.weighted) {
         t.weigh(0, 32, t.row_sigma);
-        Fit fit = MinFit<false>{32, top, t.x, t.w}(-0.9f, 0.05f, 36);
+        Fit fit = MinFit<false>(32, top, t.x, t.w)(-0.9f, 0.05f, 36);
         t.scale = as_half(fit.scale), t.least = as_half(fit.least);
         for (int i = 0; i < 32; i++) t.code(i, codes_of(fit, t.x[i], top));
         return;

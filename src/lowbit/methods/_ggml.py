@@ -6,7 +6,7 @@ The algorithms are native (`csrc/ggml_encode.h`); here rows are filled up to who
 from __future__ import annotations
 
 from dataclasses import replace
-from math import ceil
+from math import ceil, isfinite
 
 import torch
 from jaxtyping import Float, UInt8
@@ -52,10 +52,11 @@ def encode(
     Raises:
         WeightError: NaN or Inf, with its place.
     """
-    finite_range(weight, {}, _ROW)
     (rows, cols), whole = weight.shape, scheme.block.cols * (scheme.nested.block.cols if scheme.nested else 1)
     tail = -cols % whole
     filled = pad(weight.float(), (0, tail)) if tail else weight.float()
+    if not isfinite(filled.sum().item()):  # it is only where all weights are; to look at each takes longer
+        finite_range(weight, {}, _ROW)
     wanted = None if importance is None else pad(importance.float(), (0, tail))
     found = _room(rows, cols + tail, whole, scheme, None if tail else out)
     if weight.numel():
