@@ -256,7 +256,7 @@ def test_the_cache_may_be_what_narrow_names_and_the_runtime_has(capsys: pytest.C
     assert capsys.readouterr().err == ""
     assert others(narrow=("int8-row",)) == ()
     assert "the cache stays f16: lowbit has int8-g32 (int8) for it, none of --narrow" in capsys.readouterr().err
-    with pytest.raises(click.UsageError, match="say to what with --activations"):
+    with pytest.raises(click.UsageError, match="decides with --activations"):
         make_budget({**OPTIONS, "rounding": 0.1}, None)
 
 
