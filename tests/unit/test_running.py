@@ -112,7 +112,7 @@ def test_the_cache_gets_what_is_best_beside_the_weights(tmp_path: Path) -> None:
     parts = made(tmp_path / "m", fused=True)
     types = {"f16": (16.0, 0.0), "q8_0": (8.5, 0.03), "q4_0": (4.5, 0.2)}
     others = tuple(Kept(name, bits, name) for name, (bits, _) in types.items() if name != "f16")
-    run = replace(RUN, cache="f16", bits=16, others=others)
+    run = replace(RUN, cache="f16", bits=16.0, others=others)
     parts = replace(parts, kept={name: loss for name, (_, loss) in types.items()})
     plain = {entry.weight.name: entry.weight for entry in parts.undecided.entries}
     decided = {name for group in parts.groups for name in group}
