@@ -253,8 +253,11 @@ def kinds(bench: Bench, names: list[str], count: int) -> dict[str, Any]:
             seconds = time.perf_counter() - begin
             predicted = [sum(losses[each][scheme] for each, scheme in chosen.items()) for chosen in plans]
             ranks = [float(spearmanr(predicted[::step], measured[::step]).statistic) for step in (1, 2)]
-            print(f"{name}: {seconds:.1f} s; rank correlation with the divergence of {count} random plans "
-                  f"{ranks[0]:.3f}, of the {len(plans[::2])} of about the same bits {ranks[1]:.3f}", flush=True)  # fmt: skip
+            print(
+                f"{name}: {seconds:.1f} s; rank correlation with the divergence of {count} random plans "
+                f"{ranks[0]:.3f}, of the {len(plans[::2])} of about the same bits {ranks[1]:.3f}",
+                flush=True,
+            )
             found[name] = {"seconds": seconds, "rank_correlation": ranks, "predicted": predicted, "measured": measured}
     return found
 
