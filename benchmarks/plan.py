@@ -2,7 +2,8 @@
 
     python benchmarks/plan.py --calibration FILE --text FILE [--model DIR] [--bits 3.0 3.5 4.25 5.0] [--samples 16]
         [--sequence-length 512] [--tokens 16384] [--context 512] [--plans 30] [--gguf q4_k_m q3_k_m] [--auto-scheme]
-        [--schemes int2-g64-asym,...] [--measures fisher,output,hessian,kl] [--quality 0.01] [--threads 2] [--work DIR]
+        [--schemes int2-g64-asym,...] [--measures fisher,output,hessian,kl]
+        [--measured-plans 24] [--quality 0.01] [--threads 2] [--work DIR]
 
 Sensitivities are measured once, by `lowbit plan`. The model is quantized once in every scheme by `--method gptq
 --inputs float`, with which a weight does not depend on the schemes of others, so that the weights of any plan are taken
@@ -11,10 +12,11 @@ plan's less that, paired by token. Uniform schemes are the three largest of `UNI
 which is shown; AutoScheme chooses among the schemes of the plan on the same text, counts scales as we do, and its
 choice is quantized in the same way.
 
-Then: loss that was predicted by each of `--measures`, and divergence that was measured, of random plans (rank
-correlation); files of GGUF of the size of llama.cpp's mixtures beside these, each made by the command line; and with
-`--quality` the plan for so much of an increase of the perplexity by `rtn`, and the next smaller ones that the same
-predictions give, each measured as a whole on the text. With `--work` a run goes on where it was.
+Then: divergence that was predicted and measured for random plans (rank correlation), and files of GGUF of the size
+of llama.cpp's mixtures beside these, each made by the command line. With `--measures` losses of each kind beside the
+true divergence of random plans by `rtn`, in one process; with `--quality` the plan for so much of an increase of the
+perplexity by `rtn`, and the next smaller ones that the same predictions give, each measured as a whole on the text.
+With `--work` a run goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -38,15 +41,20 @@ from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from torch import nn
 
 import lowbit
+from lowbit.budget import MemoryWatch
 from lowbit.metrics import Blocks, Values
 from lowbit.metrics._blocks import make_blocks
 from lowbit.schemes import parse
+from lowbit.stages._measures import measure
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._windows import Windows, cut, encode, read_text
 from lowbit.stages.allocate import make_problem, undecided
+from lowbit.stages.check import divergences
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import _score
 from lowbit.stages.plan import Rules, make_offers
+from lowbit.stages.samples import read_samples
+from lowbit.stages.sensitivity import opened
 from lowbit.tensors import scheme_bytes
 
 DATA = Path(lowbit.__file__).parent / "data"
@@ -97,17 +105,12 @@ class Bench:
                     *self.text)  # fmt: skip
         return open_checkpoint(out)
 
-    def saved(self, measure: str) -> Path:
-        """Where what a measure gives is kept."""
-        return self.work / f"sensitivity-{measure}.json"
-
-    def plan(self, *budget: object, measure: str = "fisher") -> Path:
+    def plan(self, *budget: object) -> Path:
         """The plan for a budget."""
-        out = self.work / f"plan{'-'.join(map(str, budget))}-{measure}.json"
+        out = self.work / f"plan{'-'.join(map(str, budget))}.json"
         if not out.exists():
             command("plan", self.options.model, *budget, "--method", "gptq", "--schemes", self.options.schemes,
-                    "--unfused", "--measure", measure, "--sensitivity", self.saved(measure), "--out", out,
-                    *self.text)  # fmt: skip
+                    "--unfused", "--sensitivity", self.work / "sensitivity.json", "--out", out, *self.text)  # fmt: skip
         return out
 
     def bits(self, chosen: Mapping[str, str]) -> float:
@@ -209,32 +212,54 @@ def compare(bench: Bench, bits: float) -> list[dict[str, Any]]:
 
 
 def correlate(bench: Bench, count: int) -> dict[str, Any]:
-    """Loss by each measure, and measured divergence, of random plans; half of these of about the same bits."""
-    schemes, kinds = bench.options.schemes.split(","), bench.options.measures.split(",")
-    for kind in kinds:
-        bench.plan("--bits-per-weight", 3.5, measure=kind)
-    losses = {kind: json.loads(bench.saved(kind).read_text())["losses"] for kind in kinds}
+    """Predicted and measured divergence of random plans."""
+    losses = json.loads((bench.work / "sensitivity.json").read_text())["losses"]
     dice, few = np.random.default_rng(0), replace(bench.windows, ids=bench.windows.ids[:8])
+    pairs = []
+    for _ in range(count):
+        shares = dice.dirichlet(np.ones(len(bench.options.schemes.split(","))))
+        chosen = {name: str(dice.choice(bench.options.schemes.split(","), p=shares)) for name in losses}
+        predicted = sum(losses[name][scheme] for name, scheme in chosen.items())
+        pairs.append((predicted, float(bench.divergence(chosen, few).mean())))
+    ranks = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    print(f"predicted against measured divergence of {count} random plans: rank correlation {ranks:.3f}")
+    print("  " + ", ".join(f"{a:.4f}:{b:.4f}" for a, b in sorted(pairs)), flush=True)
+    return {"rank_correlation": ranks, "pairs": pairs}
+
+
+def kinds(bench: Bench, names: list[str], count: int) -> dict[str, Any]:
+    """Loss by each measure, and true divergence, of random plans by `rtn`, on the windows that judge.
+
+    Half of the plans have each scheme about as often, so that their bits are about the same.
+    """
+    options, rules = bench.options, Rules(method="rtn")
+    schemes, source, dice = options.schemes.split(","), bench.source, np.random.default_rng(0)
+    offers = make_offers(source, rules, schemes)
     plans: list[dict[str, str]] = []
     for at in range(count):
         shares = dice.dirichlet(np.ones(len(schemes))) if at % 2 else np.full(len(schemes), 1 / len(schemes))
-        plans.append({name: str(dice.choice(schemes, p=shares)) for name in losses[kinds[0]]})
-    measured = [float(bench.divergence(chosen, few).mean()) for chosen in plans]
-    return {kind: _ranked(kind, losses[kind], plans, measured) for kind in kinds}
-
-
-def _ranked(
-    kind: str, losses: Mapping[str, Mapping[str, float]], plans: list[dict[str, str]], measured: list[float]
-) -> dict[str, Any]:
-    """How well one measure orders the plans: all of them, and those in which each scheme is as frequent."""
-    predicted = [sum(losses[name][scheme] for name, scheme in chosen.items()) for chosen in plans]
-    ranks = [float(spearmanr(predicted[::step], measured[::step]).statistic) for step in (1, 2)]
-    print(
-        f"{kind}: rank correlation with the measured divergence of {len(plans)} random plans {ranks[0]:.3f}, of the "
-        f"{len(plans[::2])} of about the same bits {ranks[1]:.3f}"
-    )
-    print("  " + ", ".join(f"{a:.4g}:{b:.4f}" for a, b in sorted(zip(predicted, measured, strict=True))), flush=True)
-    return {"rank_correlation": ranks, "predicted": predicted, "measured": measured}
+        plans.append({name: str(dice.choice(schemes, p=shares)) for name in offers})
+    samples = read_samples((str(options.calibration),), source, samples=options.samples,
+                           length=options.sequence_length, seed=0, sampling="random")  # fmt: skip
+    found: dict[str, Any] = {}
+    with (
+        MemoryWatch(None).running() as watch,
+        opened(source, undecided(source, rules, offers), offers, samples.ids, bench.work, None, options.threads, watch,
+               whole=True) as run,
+    ):  # fmt: skip
+        measured = divergences(run, plans)
+        for name in names:
+            begin, losses = time.perf_counter(), measure(name, run).losses
+            seconds = time.perf_counter() - begin
+            predicted = [sum(losses[each][scheme] for each, scheme in chosen.items()) for chosen in plans]
+            ranks = [float(spearmanr(predicted[::step], measured[::step]).statistic) for step in (1, 2)]
+            print(
+                f"{name}: {seconds:.1f} s; rank correlation with the divergence of {count} random plans "
+                f"{ranks[0]:.3f}, of the {len(plans[::2])} of about the same bits {ranks[1]:.3f}",
+                flush=True,
+            )
+            found[name] = {"seconds": seconds, "rank_correlation": ranks, "predicted": predicted, "measured": measured}
+    return found
 
 
 def passing(bench: Bench, share: float) -> dict[str, Any]:
@@ -306,7 +331,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--plans", type=int, default=30, help="random ones")
-    parser.add_argument("--measures", default="fisher")
+    parser.add_argument("--measures", default="", help="to compare, as fisher,output,hessian,kl")
+    parser.add_argument("--measured-plans", type=int, default=24, help="random ones, for these")
     parser.add_argument("--quality", type=float, help="most relative increase of the perplexity, as 0.01")
     parser.add_argument("--gguf", nargs="*", default=["q4_k_m", "q3_k_m"])
     parser.add_argument("--auto-scheme", action="store_true", help="needs auto-round")
@@ -325,7 +351,10 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {f"{bits:g} bits": compare(bench, bits) for bits in options.bits}
     if options.quality:
         found["quality"] = passing(bench, options.quality)
+    if options.measures:
+        found["measures"] = kinds(bench, options.measures.split(","), options.measured_plans)
     if options.plans:
+        bench.plan("--bits-per-weight", 3.5)
         found["random plans"] = correlate(bench, options.plans)
     return found | {mixture: files(bench, mixture) for mixture in options.gguf}
 

@@ -170,7 +170,7 @@ def test_it_is_shown_without_a_budget_saved_and_taken_from_the_file(tmp_path: Pa
     assert more.stderr.count(" in int4-g8") == 6 and "decisions measured, beside the rest" in more.stderr
     assert more.stderr.count("forward: 0%") <= 1 and more.stderr.count("forward: 100%") == 1  # for both measurements
     wide = "inputs: 0 of 8 are rounded to int8-row, predicted to cost 0 nats per token of 0; 8 stay wide"
-    assert wide in first.stderr and "activations" not in first.stdout and "inputs: " not in again.stderr
+    assert wide in first.stderr and '"activations": ' not in first.stdout and "inputs: " not in again.stderr
     data = json.loads(saved.read_text())
     assert {names[0]: len(names) for names in data["readers"].values()} == {
         f"model.layers.{n}.{first}.weight": 1 + len(others)

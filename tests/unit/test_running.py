@@ -112,7 +112,7 @@ def test_the_cache_gets_what_is_best_beside_the_weights(tmp_path: Path) -> None:
     parts = made(tmp_path / "m", fused=True)
     types = {"f16": (16.0, 0.0), "q8_0": (8.5, 0.03), "q4_0": (4.5, 0.2)}
     others = tuple(Kept(name, bits, name) for name, (bits, _) in types.items() if name != "f16")
-    run = replace(RUN, cache="f16", bits=16, others=others)
+    run = replace(RUN, cache="f16", bits=16.0, others=others)
     parts = replace(parts, kept={name: loss for name, (_, loss) in types.items()})
     plain = {entry.weight.name: entry.weight for entry in parts.undecided.entries}
     decided = {name for group in parts.groups for name in group}
@@ -256,7 +256,7 @@ def test_the_cache_may_be_what_narrow_names_and_the_runtime_has(capsys: pytest.C
     assert capsys.readouterr().err == ""
     assert others(narrow=("int8-row",)) == ()
     assert "the cache stays f16: lowbit has int8-g32 (int8) for it, none of --narrow" in capsys.readouterr().err
-    with pytest.raises(click.UsageError, match="say to what with --activations"):
+    with pytest.raises(click.UsageError, match="decides with --activations"):
         make_budget({**OPTIONS, "rounding": 0.1}, None)
 
 

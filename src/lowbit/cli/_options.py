@@ -317,8 +317,8 @@ def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | Non
     run = {name: options.pop(name) for name in ("memory", "latency", "rate", *WORDS)}
     given = [name for name, value in {**asked, "memory": run["memory"]}.items() if value is not None]
     timed, placed = run["latency"] or run["rate"], run["hardware"] is not None
-    if others["rounding"] is not None and not options["activations"]:
-        raise click.UsageError("--activations-within says how far inputs are rounded: say to what with --activations")
+    if others["rounding"] is not None and (plan_file or not options["activations"]):
+        raise click.UsageError("--activations-within decides with --activations, and not over a saved --plan")
     if not (given or timed or placed):
         shown = others["narrow"] or others["rounding"] is not None
         alone = {name: others[name] for name in ("schemes", "measure", "check", "beside", "unfused")}

@@ -159,16 +159,14 @@ def evaluate(
         model: directory, file or hub name of a checkpoint, float or quantized.
         text: path of a UTF-8 file, or a `Text`.
         reference: checkpoint to compare with, on the same tokens.
-        context: tokens per window.
-        stride: tokens from one window's begin to the next's; None for `context`, windows without overlap.
+        context, stride: tokens per window, and from one window's begin to the next's; None: windows without overlap.
         tokens: use at most this many tokens from the beginning of the text.
         batch: windows per pass; None for what is fast and fits.
         ram: anonymous memory allowed, in bytes; None for no limit.
         dtype: of weights and computation.
         threads: of torch; None leaves them as they are.
         seed: of the bootstrap and of the permutation test.
-        progress: called with `("evaluate", windows done, windows)`.
-        announce: called once with the memory estimate before models are loaded.
+        progress, announce: called with `("evaluate", windows done, windows)`; once with the estimate of memory.
         trust_remote_code: run Python code that a checkpoint brings.
         adapter: directory of low-rank terms to add to the model's weights.
         encoded: the text's tokens and special tokens, where it is known that both tokenizers make these.
