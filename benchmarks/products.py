@@ -14,11 +14,13 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from statistics import median
 from typing import Any, final
 
-import bitsandbytes
 import torch
+from torch import Tensor
 
 from lowbit.native import isa
 from lowbit.runtime.bench import seconds
@@ -64,16 +66,18 @@ def torch_dynamic(shape: tuple[int, int], dtype: torch.dtype) -> Work:
 
 def bitsandbytes_nf4(shape: tuple[int, int], dtype: torch.dtype) -> Work:
     """What `Linear4bit` calls; where there is no AVX-512, it dequantizes and multiplies floats."""
-    functional: Any = bitsandbytes.functional
-    packed, state = functional.quantize_4bit(torch.randn(shape, dtype=dtype), blocksize=GROUP, quant_type="nf4")
-    return lambda x: bitsandbytes.matmul_4bit(x, packed, state)
+    library: Any = import_module("bitsandbytes")
+    packed, state = library.functional.quantize_4bit(torch.randn(shape, dtype=dtype), blocksize=GROUP, quant_type="nf4")
+    return lambda x: library.matmul_4bit(x, packed, state)
 
 
 def bitsandbytes_int8(shape: tuple[int, int], dtype: torch.dtype) -> Work:
     """What `Linear8bitLt` calls; where there is no AVX-512, it multiplies integers as float32."""
-    layer: Any = bitsandbytes.nn.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False, device="cpu")
+    library: Any = import_module("bitsandbytes")
+    layer = library.nn.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False, device="cpu")
     layer.weight.data = torch.randn(shape)
-    return layer.to("cpu").eval()  # type: ignore[no-any-return]
+    made: Work = layer.to("cpu").eval()
+    return made
 
 
 PEERS: dict[str, tuple[str, Callable[[tuple[int, int], torch.dtype], Work]]] = {
@@ -96,6 +100,12 @@ def sides(peer: str, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, lis
     return found
 
 
+def multiply_all(weights: list[Work], x: Tensor, more: dict[str, int]) -> None:
+    """Each by the same inputs."""
+    for weight in weights:
+        weight(x, **more)
+
+
 def ratio(works: dict[str, tuple[torch.dtype, list[Work]]], shape: tuple[int, int], case: Case, rounds: int) -> float:
     """The peer's time over ours."""
     torch.set_num_threads(case.threads)
@@ -103,8 +113,7 @@ def ratio(works: dict[str, tuple[torch.dtype, list[Work]]], shape: tuple[int, in
     for name, (dtype, weights) in works.items():
         used = weights if case.tokens == 1 else weights[:1]
         x = torch.randn(case.tokens, shape[1]).to(dtype)
-        more = {"threads": case.threads} if name == "ours" else {}
-        runs[name] = lambda used=used, x=x, more=more: [weight(x, **more) for weight in used]  # type: ignore[misc]
+        runs[name] = partial(multiply_all, used, x, {"threads": case.threads} if name == "ours" else {})
     with torch.inference_mode():
         for run in runs.values():
             run()

@@ -451,7 +451,7 @@ int main(int count, char** arguments) {
                 for (int kind = 0; kind < 6; kind++)
                     if (number++ % every == 0) compare_ggml(kernels, type, 7, blocks, kind);
         for (int64_t last : {1, 2, 17, 40})
-            for (int64_t first : {int64_t(0), last - 1}) compare_attention(kernels, 32, first, last);
+            for (int64_t first : {int64_t(0), last - 1}) compare_attention(kernels, 80, first, last);
     }
     return failures == 0 ? 0 : 1;
 }
