@@ -5,7 +5,7 @@
 Shapes are those of a Llama of 1.1B parameters. Sides take turns, round by round; printed are ratios of medians: ours is
 faster above 1. A weight is there so many times that no cache holds all of them: one token is multiplied by each, more
 tokens by one. Every peer gets float32 and bfloat16 inputs, and the faster of the two counts; ours are float32. Peers
-compute with inputs as they are, `linear_dynamic` with inputs as int8; ours rounds them to int8, but for nf4.
+compute with inputs as they are (bitsandbytes int8: rounded to int8 by row); ours rounds them to int8, but for nf4.
 """
 
 from __future__ import annotations
@@ -56,14 +56,6 @@ def torch_int8(shape: tuple[int, int], dtype: torch.dtype) -> Work:
     return lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, scales)
 
 
-def torch_dynamic(shape: tuple[int, int], dtype: torch.dtype) -> Work:
-    """`quantized.linear_dynamic` (FBGEMM): inputs become int8 by one scale for all of them."""
-    scales, zeros = torch.full(shape[:1], 0.03), torch.zeros(shape[0])
-    weight = torch.quantize_per_channel(torch.randn(shape), scales, zeros, 0, torch.qint8)
-    packed = torch.ops.quantized.linear_prepack(weight, None)
-    return lambda x: torch.ops.quantized.linear_dynamic(x.float(), packed, True).to(dtype)
-
-
 def bitsandbytes_nf4(shape: tuple[int, int], dtype: torch.dtype) -> Work:
     """What `Linear4bit` calls; where there is no AVX-512, it dequantizes and multiplies floats."""
     library: Any = import_module("bitsandbytes")
@@ -83,7 +75,6 @@ def bitsandbytes_int8(shape: tuple[int, int], dtype: torch.dtype) -> Work:
 PEERS: dict[str, tuple[str, Callable[[tuple[int, int], torch.dtype], Work]]] = {
     "torch int4pack": ("int4-g64-asym", torch_int4),
     "torch int8pack": ("int8-row", torch_int8),
-    "torch linear_dynamic": ("int8-row", torch_dynamic),
     "bitsandbytes nf4": ("nf4-g64", bitsandbytes_nf4),
     "bitsandbytes int8": ("int8-row", bitsandbytes_int8),
 }
