@@ -5,7 +5,7 @@
 Shapes are those of a Llama of 1.1B parameters. Sides take turns, round by round; printed are ratios of medians: ours is
 faster above 1. A weight is there so many times that no cache holds all of them: one token is multiplied by each, more
 tokens by one. Every peer gets float32 and bfloat16 inputs, and the faster of the two counts; ours are float32. Peers
-compute with inputs as they are, `linear_dynamic` with inputs as int8; ours rounds them to int8, but for nf4.
+compute with inputs as they are (bitsandbytes int8: rounded to int8 by row); ours rounds them to int8, but for nf4.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from statistics import median
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from lowbit.native import isa
 from lowbit.runtime.bench import seconds
@@ -26,8 +28,7 @@ from lowbit.runtime.panels import pack_noise
 from lowbit.schemes import parse
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))
-bitsandbytes: Any = import_module("bitsandbytes")
-ALL = 2**25  # bytes of weights that one token is multiplied by in turn
+ALL = 2**27  # bytes of weights that one token is multiplied by in turn
 GROUP = 64
 Work = Callable[..., object]
 
@@ -55,33 +56,25 @@ def torch_int8(shape: tuple[int, int], dtype: torch.dtype) -> Work:
     return lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, scales)
 
 
-def torch_dynamic(shape: tuple[int, int], dtype: torch.dtype) -> Work:
-    """`quantized.linear_dynamic` (FBGEMM): inputs become int8 by one scale for all of them."""
-    scales, zeros = torch.full(shape[:1], 0.03), torch.zeros(shape[0])
-    weight = torch.quantize_per_channel(torch.randn(shape), scales, zeros, 0, torch.qint8)
-    packed = torch.ops.quantized.linear_prepack(weight, None)
-    return lambda x: torch.ops.quantized.linear_dynamic(x.float(), packed, True).to(dtype)
-
-
 def bitsandbytes_nf4(shape: tuple[int, int], dtype: torch.dtype) -> Work:
     """What `Linear4bit` calls; where there is no AVX-512, it dequantizes and multiplies floats."""
-    packed, state = bitsandbytes.functional.quantize_4bit(
-        torch.randn(shape, dtype=dtype), blocksize=GROUP, quant_type="nf4"
-    )
-    return lambda x: bitsandbytes.matmul_4bit(x, packed, state)
+    library: Any = import_module("bitsandbytes")
+    packed, state = library.functional.quantize_4bit(torch.randn(shape, dtype=dtype), blocksize=GROUP, quant_type="nf4")
+    return lambda x: library.matmul_4bit(x, packed, state)
 
 
 def bitsandbytes_int8(shape: tuple[int, int], dtype: torch.dtype) -> Work:
     """What `Linear8bitLt` calls; where there is no AVX-512, it multiplies integers as float32."""
-    layer = bitsandbytes.nn.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False, device="cpu")
+    library: Any = import_module("bitsandbytes")
+    layer = library.nn.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False, device="cpu")
     layer.weight.data = torch.randn(shape)
-    return layer.to("cpu").eval()  # type: ignore[no-any-return]
+    made: Work = layer.to("cpu").eval()
+    return made
 
 
 PEERS: dict[str, tuple[str, Callable[[tuple[int, int], torch.dtype], Work]]] = {
     "torch int4pack": ("int4-g64-asym", torch_int4),
     "torch int8pack": ("int8-row", torch_int8),
-    "torch linear_dynamic": ("int8-row", torch_dynamic),
     "bitsandbytes nf4": ("nf4-g64", bitsandbytes_nf4),
     "bitsandbytes int8": ("int8-row", bitsandbytes_int8),
 }
@@ -98,6 +91,12 @@ def sides(peer: str, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, lis
     return found
 
 
+def multiply_all(weights: list[Work], x: Tensor, more: dict[str, int]) -> None:
+    """Each by the same inputs."""
+    for weight in weights:
+        weight(x, **more)
+
+
 def ratio(works: dict[str, tuple[torch.dtype, list[Work]]], shape: tuple[int, int], case: Case, rounds: int) -> float:
     """The peer's time over ours."""
     torch.set_num_threads(case.threads)
@@ -105,8 +104,7 @@ def ratio(works: dict[str, tuple[torch.dtype, list[Work]]], shape: tuple[int, in
     for name, (dtype, weights) in works.items():
         used = weights if case.tokens == 1 else weights[:1]
         x = torch.randn(case.tokens, shape[1]).to(dtype)
-        more = {"threads": case.threads} if name == "ours" else {}
-        runs[name] = lambda used=used, x=x, more=more: [weight(x, **more) for weight in used]  # type: ignore[misc]
+        runs[name] = partial(multiply_all, used, x, {"threads": case.threads} if name == "ours" else {})
     with torch.inference_mode():
         for run in runs.values():
             run()

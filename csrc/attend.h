@@ -81,13 +81,13 @@ void score(const Attention& of, Key key) {
 // Scores to their share of the sum; returns 1 over the sum.
 float weigh(const Attention& of) {
     int64_t seen = of.last - of.first;
-    float most = -__builtin_inff();
     for (int64_t i = 0; of.cap > 0 && i < seen; i += 16) {
         F part = load_some<F32>(of.room + i, int(smaller(16, seen - i)));
         store_some<F32>(of.room + i, mul(tanh_of(mul(part, set(1 / of.cap))), set(of.cap)), int(smaller(16, seen - i)));
     }
-    for (int64_t i = 0; i < seen; i++) most = of.room[i] > most ? of.room[i] : most;
-    F sum = set(0.0f);
+    F top = set(-__builtin_inff()), sum = set(0.0f);
+    each_16(seen, seen, [&](int64_t at, auto count) { top = max(load_some<F32>(of.room + at, count), top); });
+    float most = greatest(top);
     each_16(seen, seen, [&](int64_t at, auto count) {
         F power = exp_negative(sub(load_some<F32>(of.room + at, count), set(most)));
         store_some<F32>(of.room + at, power, count);
@@ -96,14 +96,23 @@ float weigh(const Attention& of) {
     return 1 / sum_of(sum);
 }
 
+// `wide` times sixteen columns from `col` on, so that no addition waits for the one before.
+template <int wide, class Value>
+void mix_columns(const Attention& of, float share, int64_t col, Value value) {
+    F total[wide];
+    for (F& each : total) each = set(0.0f);
+    for (int64_t i = of.first; i < of.last; i++) {
+        F part = set(of.room[i - of.first]);
+        for (int k = 0; k < wide; k++) total[k] = add(total[k], mul(part, value(i * of.dim + col + 16 * k)));
+    }
+    for (int k = 0; k < wide; k++) store_f32(of.out + col + 16 * k, mul(total[k], set(share)));
+}
+
 template <class Value>
 void mix(const Attention& of, float share, Value value) {
-    for (int64_t col = 0; col < of.dim; col += 16) {
-        F total = set(0.0f);
-        for (int64_t i = of.first; i < of.last; i++)
-            total = add(total, mul(set(of.room[i - of.first]), value(i * of.dim + col)));
-        store_f32(of.out + col, mul(total, set(share)));
-    }
+    int64_t col = 0;
+    for (; col + 64 <= of.dim; col += 64) mix_columns<4>(of, share, col, value);
+    for (; col < of.dim; col += 16) mix_columns<1>(of, share, col, value);
 }
 
 template <class Body>

@@ -494,7 +494,7 @@ int main(int count, char** arguments) {
                 for (int64_t blocks : {0, 1, 3})
                     if (ggml_panel_bits(type)) compare_ggml_panels(kernels, type, rows, blocks);
         for (int64_t last : {1, 2, 17, 40})
-            for (int64_t first : {int64_t(0), last - 1}) compare_attention(kernels, 32, first, last);
+            for (int64_t first : {int64_t(0), last - 1}) compare_attention(kernels, 80, first, last);
     }
     return failures == 0 ? 0 : 1;
 }
