@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import time
 
@@ -154,3 +155,18 @@ def test_the_brute_force_itself() -> None:
         for ks in itertools.product(range(2), repeat=2)
     ]
     assert brute(losses, sizes, 4.0) == min(loss for loss, size in sums if size <= 4)
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS writes a line of its own to standard output over this case, among what `--json` prints."""
+    dice = np.random.default_rng(110)
+    count, bits = int(dice.integers(8, 60)), np.array([2.5, 3.1, 4.1, 8.1])
+    weights = dice.integers(1, 20, size=count) * 1000.0
+    sizes = [[float(each) for each in weight * bits] for weight in weights]
+    losses = [
+        sorted((float(v) for v in np.exp(dice.normal(size=4)) * 4.0**-bits * dice.lognormal()), reverse=True)
+        for _ in weights
+    ]
+    solve(losses, sizes, float(weights.sum() * dice.uniform(2.6, 7)))
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == ""

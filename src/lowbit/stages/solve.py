@@ -8,7 +8,11 @@ keeps the other one too is the best; else the integer program has both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
@@ -195,11 +199,12 @@ def exact(loss: Table, sizes: Sequence[Table], budgets: Sequence[float]) -> Pick
     rows = np.stack([each / unit for each, unit in zip(weights, units, strict=True)])
     rooms = np.array([budget / unit for budget, unit in zip(budgets, units, strict=True)])
     for room in (rooms, rooms - _TOLERANCE):  # the second, where the first used the tolerance
-        found = milp(
-            costs / scale, integrality=np.ones(len(items)), bounds=(0, 1),
-            constraints=[LinearConstraint(one, 1, 1), LinearConstraint(rows, ub=room)],
-            options={"mip_rel_gap": 1e-4, "node_limit": _NODES},
-        )  # fmt: skip
+        with _unheard():
+            found = milp(
+                costs / scale, integrality=np.ones(len(items)), bounds=(0, 1),
+                constraints=[LinearConstraint(one, 1, 1), LinearConstraint(rows, ub=room)],
+                options={"mip_rel_gap": 1e-4, "node_limit": _NODES},
+            )  # fmt: skip
         if found.x is None:
             return None
         picked = np.zeros(len(loss), dtype=np.intp)
@@ -208,3 +213,20 @@ def exact(loss: Table, sizes: Sequence[Table], budgets: Sequence[float]) -> Pick
         if all(_sum(size, picked) <= budget for size, budget in zip(sizes, budgets, strict=True)):
             return picked
     return None
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Nothing is written to standard output: HiGHS has a line there that no option turns off, amid a JSON document."""
+    library = ctypes.CDLL(None)  # that buffers what it writes
+    sys.stdout.flush()
+    library.fflush(None)
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+        library.fflush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
