@@ -391,7 +391,7 @@ def run_conversion(
     clock = Clock()
     refuse_foreign(out)
     with MemoryWatch(ram).running() as watch, open_checkpoint(model) as source:
-        source = text_part(source) if goal.format == "gguf" else source
+        source = text_part(source, goal.format)
         folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
         for text in source.notes:
             note(text)
@@ -436,7 +436,8 @@ def run_imatrix(
     """
     if out.exists():
         raise UsageError(f"{out} is there already and is left alone; name a new file")
-    with MemoryWatch(ram).running() as watch, text_part(open_checkpoint(model, trust_remote_code)) as source:
+    with MemoryWatch(ram).running() as watch, open_checkpoint(model, trust_remote_code) as source:
+        source = text_part(source, "gguf")
         samples = _read(text, source)
         cost = imatrix.estimate(source, (samples.ids.shape[0], samples.ids.shape[1]), ram)
         if announce:
@@ -458,10 +459,9 @@ def without_tokenizer(model: str, out: Path) -> str | None:
 def _open(request: Request, tell: Tell) -> Checkpoint:
     """The checkpoint, or a view of it that is rotated where the recipe says so and was proved to compute the same."""
     source = open_checkpoint(request.model, request.trust_remote_code)
-    if (read_format(request.plan) if request.plan else request.rules.format) == "gguf":
-        source = text_part(source)
-    if source.left:
-        tell(source.notes[-1])
+    source = text_part(source, read_format(request.plan) if request.plan else request.rules.format)
+    if source.left_out:
+        tell(source.left_out)
     recipe, options = read_recipe(request.plan) if request.plan else request.rules.recipe()
     if not recipe.rotate:
         return source

@@ -110,7 +110,7 @@ def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tup
         request = replace(request, base=replace(base, rules=rules))
         for name, rules in _combinations(request):
             try:
-                plan = make_plan(text_part(checkpoint) if rules.format == "gguf" else checkpoint, rules)
+                plan = make_plan(text_part(checkpoint, rules.format), rules)
             except UnsupportedError as error:
                 skipped.append(Skipped(name, " ".join(str(error).split())))
                 continue

@@ -24,14 +24,16 @@ _TOP = (
 )  # said for the whole model, where at all
 
 
-def text_part(source: Checkpoint) -> Checkpoint:
+def text_part(source: Checkpoint, form: str | None) -> Checkpoint:
     """A view of what reads, under the names and with the configuration of a model of its own; others as they are.
+
+    `form`: the format that it is for. Only files of llama.cpp have the parts of a model apart.
 
     Raises:
         CheckpointError: `transformers` cannot use the configuration.
     """
     text = source.config.get("text_config")
-    arch = arch_of(text.get("model_type")) if isinstance(text, Mapping) else None
+    arch = arch_of(text.get("model_type")) if form == "gguf" and isinstance(text, Mapping) else None
     if arch is None:
         return source
     config = open_config(source).get_text_config().to_dict()

@@ -164,7 +164,12 @@ class Checkpoint:
         inputs = [name for name in self.skipped if name.endswith(_INPUTS)]
         found = [f"{name} is no tensor of the model and is not carried" for name in self.skipped if name not in inputs]
         found += [_IGNORED.format(count=len(inputs), first=name) for name in inputs[:1]]
-        return found + ([f"{len(self.left)} weights of what sees or hears are left out: {LEFT}"] if self.left else [])
+        return found + ([self.left_out] if self.left_out else [])
+
+    @property
+    def left_out(self) -> str | None:
+        """What is said of the weights in `left`; None where there are none."""
+        return f"{len(self.left)} weights of what sees or hears are left out: {LEFT}" if self.left else None
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
