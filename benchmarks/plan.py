@@ -45,16 +45,16 @@ from lowbit.budget import MemoryWatch
 from lowbit.metrics import Blocks, Values
 from lowbit.metrics._blocks import make_blocks
 from lowbit.schemes import parse
-from lowbit.stages._measures import measure
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._windows import Windows, cut, encode, read_text
-from lowbit.stages.allocate import make_problem, undecided
-from lowbit.stages.check import divergences
+from lowbit.stages.budgets.allocate import make_problem, undecided
+from lowbit.stages.budgets.check import divergences
+from lowbit.stages.budgets.measures import measure
+from lowbit.stages.budgets.sensitivity import opened
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import _score
 from lowbit.stages.plan import Rules, make_offers
 from lowbit.stages.samples import read_samples
-from lowbit.stages.sensitivity import opened
 from lowbit.tensors import scheme_bytes
 
 DATA = Path(lowbit.__file__).parent / "data"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,26 +15,23 @@ from torch import Tensor
 
 from lowbit.budget import Estimate, MemoryWatch
 from lowbit.errors import UsageError
-from lowbit.schemes import Scheme
-from lowbit.stages import convert, imatrix, quantize, sensitivity, tune
+from lowbit.stages import convert, imatrix, quantize, tune
 from lowbit.stages._adapter import Terms
 from lowbit.stages._changes import Goal
 from lowbit.stages._cost import Cost
 from lowbit.stages._directory import GGUF
 from lowbit.stages._gguf_vocabulary import untold
-from lowbit.stages._measures import MEASURES, measure
 from lowbit.stages._model import open_blueprint
-from lowbit.stages._narrow import Narrowed, kept_losses, narrow_schemes
 from lowbit.stages._policy import read_policy
 from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._room import with_factors
 from lowbit.stages._text_part import text_part
-from lowbit.stages._wide import Widened, widened
 from lowbit.stages._windows import cut, encode
-from lowbit.stages.allocate import Allocation, Budget, Checked, Problem, group_of, make_problem, undecided
+from lowbit.stages.budgets.allocate import Budget
+from lowbit.stages.budgets.decide import Job, Read, Told, decide
+from lowbit.stages.budgets.search import asked
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
-from lowbit.stages.check import check
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
 from lowbit.stages.frequency import count_tokens
@@ -45,7 +41,6 @@ from lowbit.stages.plan import (
     Rules,
     as_planned,
     load_plan,
-    make_offers,
     make_plan,
     read_format,
     read_recipe,
@@ -55,12 +50,10 @@ from lowbit.stages.report import RunRecord, write_report
 from lowbit.stages.rotate import Options as Rotation
 from lowbit.stages.rotate import prove, rotate
 from lowbit.stages.samples import Samples, read_samples, similarity
-from lowbit.stages.search import Trial, asked, search
 from lowbit.stages.verify import verify
 from lowbit.stages.write import open_output, refuse_foreign, write_atomic
 
-Tell = Callable[[str | Trial | Allocation | Checked | Narrowed | Widened | sensitivity.Way], None]
-Read = Callable[[Calibration], Samples]
+Tell = Callable[[str | Told], None]
 
 
 @final
@@ -221,46 +214,16 @@ def _plan(work: _Work) -> Plan:
 
 def _decided(work: _Work) -> Plan:
     """The plan by rules, or for the budget."""
-    rules = counted(work.request, work.source, work.watch, work.progress, work.read)
-    work = replace(work, request=replace(work.request, rules=rules))
-    budget = work.request.budget
-    if budget is None:
+    request = work.request
+    rules = counted(request, work.source, work.watch, work.progress, work.read)
+    if request.budget is None:
         return make_plan(work.source, rules)
-    limit, share = (budget.perplexity, True) if budget.kl is None else (budget.kl, False)
-    spoken = _spoken(work) if limit is not None else None
-    with ExitStack() as stack:
-        offers = make_offers(work.source, rules, budget.choices(rules.format)) if budget.decides else {}
-        plan = undecided(work.source, rules, offers)
-        known, opened = _measured(work, budget, offers, plan, stack)
-        if not budget.decides:
-            return _widened(work, budget, make_plan(work.source, rules), known)
-        others = [each.scheme for each in budget.running.others] if budget.running else []
-        kept, unit = kept_losses(known.narrow, others), MEASURES[budget.measure].unit
-        problem = make_problem(work.source, rules, offers, known.of(offers), budget.fused, plan, kept, unit)
-        if limit is None or spoken is None:
-            return _widened(work, budget, _within(work, budget, problem, opened), known)
-
-    def tried(found: Allocation) -> Interval:
-        plan = _widened(replace(work, tell=lambda told: None), budget, found.plan, known)
-        measured = _try(work, budget, with_factors(plan, work.source), spoken)
-        work.tell(Trial(found, measured, limit, share))
-        return measured
-
-    best = search(problem, limit, tried, share).allocation
-    work.tell(best)
-    return _widened(work, budget, best.plan, known)
-
-
-def _widened(work: _Work, budget: Budget, plan: Plan, known: sensitivity.Sensitivity) -> Plan:
-    """The plan with inputs as they are where rounding them costs more than the budget allows."""
-    rules = work.request.rules
-    if budget.rounding is None or rules.activations is None:
-        return plan
-    losses = {name: known.narrow[name][rules.activations] for name in known.readers}
-    joined = partial(group_of, work.source, rules, fused=budget.fused)
-    plan, told = widened(plan, rules.activations, losses, known.readers, budget.rounding, joined)
-    work.tell(told)
-    return plan
+    spoken = _spoken(work) if request.budget.quality is not None else None
+    job = Job(
+        work.source, rules, request.budget, request.out.absolute().parent, request.ram, request.threads,
+        work.watch, work.progress, work.read, work.tell,
+    )  # fmt: skip
+    return decide(job, lambda plan: _try(work, with_factors(plan, work.source), spoken))
 
 
 def _spoken(work: _Work) -> _Spoken:
@@ -285,7 +248,7 @@ def counted(request: Request, source: Checkpoint, watch: MemoryWatch, progress: 
     return replace(rules, counts=count_tokens(source, ids, folder, request.ram, watch, progress))
 
 
-def _try(work: _Work, budget: Budget, plan: Plan, spoken: _Spoken) -> Interval:
+def _try(work: _Work, plan: Plan, spoken: _Spoken | None) -> Interval:
     """What the budget limits, of a plan that is carried out in a temporary folder beside the result."""
     request = work.request
     with TemporaryDirectory(dir=request.out.absolute().parent, prefix=".search-") as folder:
@@ -294,78 +257,8 @@ def _try(work: _Work, budget: Budget, plan: Plan, spoken: _Spoken) -> Interval:
         record = _line(replace(request, out=Path(folder) / "out", plan=file, budget=None), spoken, work.progress)
         quality = read_quality(record.evaluation)
     assert quality is not None
-    return asked(budget, quality)
-
-
-def _within(work: _Work, budget: Budget, problem: Problem, opened: Callable[[], sensitivity.Run]) -> Plan:
-    """The plan within the limits; where it is asked, after the decisions that were nearest to another were measured."""
-    best = problem.within(budget)
-    if budget.check:
-        best, checked = _checked(budget, problem, best, opened())
-        work.tell(checked)
-    work.tell(best)
-    return best.plan
-
-
-def _checked(
-    budget: Budget, problem: Problem, first: Allocation, opened: sensitivity.Run
-) -> tuple[Allocation, Checked]:
-    """The plan after the nearest decisions were measured, and what that gave."""
-    cases = problem.nearest(budget, first)
-    measured = check(opened, cases, first.chosen if budget.beside else None)
-    better, ratio = problem.corrected(cases, measured)
-    found = better.within(budget)
-    changed = {n: (first.chosen[n], scheme) for n, scheme in found.chosen.items() if scheme != first.chosen[n]}
-    return found, Checked(len(cases) // 2, ratio, changed, budget.beside)
-
-
-def _measured(
-    work: _Work, budget: Budget, offers: sensitivity.Offers, plan: Plan, stack: ExitStack
-) -> tuple[sensitivity.Sensitivity, Callable[[], sensitivity.Run]]:
-    """What errors cost, measured, or from a file; saved where one is named.
-
-    And what measuring works with, in a folder beside the result: opened once, when it is first needed.
-    """
-    source, rules, file = work.source, work.request.rules, budget.sensitivity
-    schemes = narrow_schemes(_narrow(rules, budget))
-    if rules.calibration is None:
-        raise UsageError("a budget is decided by what errors do to text: name some with --calibration FILE")
-    samples = work.read(rules.calibration)
-    opened = cache(lambda: stack.enter_context(_opened(work, budget, offers, plan, samples, schemes)))
-    facts = sensitivity.conditions(source, rules, samples.sha256, budget.measure)
-    known = sensitivity.Sensitivity(facts, {})
-    if file and file.exists():
-        known = sensitivity.read_sensitivity(file, facts)
-    lacking, narrow = known.lacking(offers), known.lacking_narrow(schemes)
-    if lacking or narrow:
-        known = known.joined(measure(budget.measure, replace(opened(), offers=lacking, narrow=narrow)))
-        if file:
-            write_atomic(file, known.to_json().encode())
-    if budget.narrow:
-        work.tell(Narrowed(known.narrow_of(budget.narrow)))
-    return known, opened
-
-
-def _narrow(rules: Rules, budget: Budget) -> Sequence[str]:
-    """The schemes of inputs and of the cache to measure."""
-    inputs = [rules.activations] if rules.activations and budget.rounding is not None else []
-    return [*budget.narrow, *inputs]
-
-
-def _opened(
-    work: _Work,
-    budget: Budget,
-    offers: sensitivity.Offers,
-    plan: Plan,
-    samples: Samples,
-    narrow: Mapping[str, Scheme],
-) -> AbstractContextManager[sensitivity.Run]:
-    request = work.request
-    folder = request.out.absolute().parent
-    return sensitivity.opened(
-        work.source, plan, offers, samples.ids, folder, request.ram, request.threads, work.watch, work.progress,
-        budget.check > 0, narrow, MEASURES[budget.measure].whole, work.tell,
-    )  # fmt: skip
+    assert request.budget is not None
+    return asked(request.budget, quality)
 
 
 def run_conversion(

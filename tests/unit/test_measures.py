@@ -19,8 +19,8 @@ from lowbit.budget import MemoryWatch
 from lowbit.cli.plan import command
 from lowbit.methods import NoOptions, rtn
 from lowbit.schemes import parse
-from lowbit.stages import _measures, sensitivity
-from lowbit.stages.allocate import undecided
+from lowbit.stages.budgets import measures, sensitivity
+from lowbit.stages.budgets.allocate import undecided
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules, make_offers
 from tests.reference.models import save_tiny, save_words
@@ -57,7 +57,7 @@ def error(model: Any, name: str) -> Tensor:
 @torch.no_grad()
 def test_output_errors_are_those_of_rows_that_judge(tmp_path: Path) -> None:
     with running(tmp_path, (INSIDE, EMBEDDING, HEAD)) as (run, model):
-        found = _measures.measure("output", run).losses
+        found = measures.measure("output", run).losses
     seen = dict[str, Tensor]()
     for name in (INSIDE, HEAD):
         module = model.get_submodule(name.removesuffix(".weight"))
@@ -72,9 +72,9 @@ def test_output_errors_are_those_of_rows_that_judge(tmp_path: Path) -> None:
 
 
 def test_the_trace_is_that_of_the_whole_hessian(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(_measures, "_PROBES", 256)
+    monkeypatch.setattr(measures, "_PROBES", 256)
     with running(tmp_path, (INSIDE,)) as (run, model):
-        estimate, losses = _measures.mean_traces(run)[INSIDE], _measures.measure("hessian", run).losses
+        estimate, losses = measures.mean_traces(run)[INSIDE], measures.measure("hessian", run).losses
     weight = model.get_parameter(INSIDE)
     with sdpa_kernel(SDPBackend.MATH):
         loss = cross_entropy(model(HELD).logits[0, :-1], HELD[0, 1:])
@@ -94,10 +94,10 @@ def test_the_trace_is_that_of_the_whole_hessian(tmp_path: Path, monkeypatch: Any
 
 @torch.no_grad()
 def test_the_true_divergence_is_that_of_each_alone(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(_measures, "_TOGETHER", 2)
+    monkeypatch.setattr(measures, "_TOGETHER", 2)
     names = (INSIDE, EMBEDDING, HEAD)
     with running(tmp_path, names) as (run, model):
-        found = _measures.measure("kl", run).losses
+        found = measures.measure("kl", run).losses
     before = model(HELD).logits.log_softmax(-1)
     for name in names:
         weight, moved = model.get_parameter(name), error(model, name)
@@ -109,7 +109,7 @@ def test_the_true_divergence_is_that_of_each_alone(tmp_path: Path, monkeypatch: 
 
 
 def test_a_plan_says_what_its_prediction_is(tmp_path: Path) -> None:
-    assert set(_measures.MEASURES) == {"fisher", "output", "hessian", "kl"}
+    assert set(measures.MEASURES) == {"fisher", "output", "hessian", "kl"}
     save_tiny("llama", tmp_path / "m")
     text = str(save_words(tmp_path / "m"))
     words = [str(tmp_path / "m"), "--method", "rtn", "--calibration", text, "--samples", "4", "--sequence-length", "24"]

@@ -18,9 +18,9 @@ from torch import Tensor
 from lowbit.budget import MemoryWatch
 from lowbit.cli.plan import command
 from lowbit.errors import UsageError
-from lowbit.stages import sensitivity
-from lowbit.stages._narrow import Narrowed, kept_loss, narrow_schemes
-from lowbit.stages._wide import widened
+from lowbit.stages.budgets import sensitivity
+from lowbit.stages.budgets.narrow import Narrowed, kept_loss, narrow_schemes
+from lowbit.stages.budgets.wide import widened
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules, load_plan, make_plan
 from tests.reference.activations import fp8_groups, int8_token

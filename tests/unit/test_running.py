@@ -24,12 +24,12 @@ from lowbit.errors import UsageError
 from lowbit.runtime import costs
 from lowbit.runtime.model import open_model
 from lowbit.schemes import parse
-from lowbit.stages.allocate import Budget, Problem, make_problem, undecided
+from lowbit.stages.budgets.allocate import Budget, Problem, make_problem, undecided
+from lowbit.stages.budgets.sensitivity import Sensitivity, conditions
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules, make_offers, make_plan
 from lowbit.stages.running import Kept, Running, Use, forecast, uses_of
 from lowbit.stages.samples import read_samples
-from lowbit.stages.sensitivity import Sensitivity, conditions
 from tests.reference.models import save_tiny
 
 # Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.

@@ -21,14 +21,15 @@ from lowbit.errors import QualityError, UsageError
 from lowbit.formats import Weight
 from lowbit.methods import NoOptions, rtn
 from lowbit.schemes import parse
-from lowbit.stages import _windows, sensitivity
+from lowbit.stages import _windows
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._quality import Interval
-from lowbit.stages.allocate import Allocation, Budget, Checked, Problem, make_problem, undecided
-from lowbit.stages.check import Case, check
+from lowbit.stages.budgets import sensitivity
+from lowbit.stages.budgets.allocate import Allocation, Budget, Checked, Problem, make_problem, undecided
+from lowbit.stages.budgets.check import Case, check
+from lowbit.stages.budgets.search import Trial, search
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Entry, Plan, Rules, load_plan, make_offers, make_plan
-from lowbit.stages.search import Trial, search
 from lowbit.stages.write import make_shards
 from tests.reference.models import save_tiny, save_words
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lowbit.errors import UsageError
-from lowbit.stages.solve import Limit, closest, exact, relaxed, solve
+from lowbit.stages.budgets.solve import Limit, closest, exact, relaxed, solve
 
 
 def brute(losses: list[list[float]], sizes: list[list[float]], budget: float) -> float:

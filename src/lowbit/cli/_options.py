@@ -18,12 +18,9 @@ import click
 from lowbit import plugins
 
 if TYPE_CHECKING:
-    from lowbit.stages._narrow import Narrowed
-    from lowbit.stages._wide import Widened
-    from lowbit.stages.allocate import Allocation, Budget, Checked
+    from lowbit.stages.budgets.allocate import Budget
+    from lowbit.stages.budgets.decide import Told
     from lowbit.stages.plan import Entry, Plan, Rules
-    from lowbit.stages.search import Trial
-    from lowbit.stages.sensitivity import Way
 
 F = TypeVar("F", bound=Callable[..., Any])
 _STEPS = 100_000  # a stage with more is counted in bytes, not in blocks or windows
@@ -309,7 +306,7 @@ def budget_options(function: F) -> F:
 def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | None:
     """Take the options of a budget out of a command's options, before `make_rules`; None where none is asked for."""
     from lowbit.cli._running import WORDS, make_wanted
-    from lowbit.stages.allocate import Budget
+    from lowbit.stages.budgets.allocate import Budget
 
     asked = {name: options.pop(name) for name in ("bits", "size", "kl", "perplexity")}
     words = ("schemes", "measure", "sensitivity", "check", "beside", "narrow", "rounding", "unfused")
@@ -472,7 +469,7 @@ class _Lines:
         click.echo(f"{stage}: {share:.0f}%, {now - begun:.1f} s{left}", err=True)
 
 
-def print_told(told: str | Trial | Allocation | Checked | Narrowed | Widened | Way) -> None:
+def print_told(told: str | Told) -> None:
     """A plan that was measured for what was asked, or what else there is to say of measuring and of plans."""
     for line in [told] if isinstance(told, str) else told.lines():
         click.echo(line, err=True)

@@ -17,10 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lowbit.errors import UnsupportedError
 from lowbit.stages._jobs import Job
 from lowbit.stages._observe import Seen
-from lowbit.stages.allocate import NATS
-from lowbit.stages.check import divergences
-from lowbit.stages.plan import Entry
-from lowbit.stages.sensitivity import (
+from lowbit.stages.budgets.allocate import NATS
+from lowbit.stages.budgets.check import divergences
+from lowbit.stages.budgets.sensitivity import (
     Judge,
     Losses,
     Measured,
@@ -35,9 +34,10 @@ from lowbit.stages.sensitivity import (
     sites_of,
     with_kept,
 )
-from lowbit.stages.sensitivity import (
+from lowbit.stages.budgets.sensitivity import (
     measure as fisher,
 )
+from lowbit.stages.plan import Entry
 
 _PROBES = 4  # of each window that judges
 _TOGETHER = 64  # variants of the model that run side by side

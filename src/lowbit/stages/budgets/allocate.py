@@ -18,12 +18,12 @@ from lowbit.errors import UsageError
 from lowbit.formats import Format
 from lowbit.formats._gguf import arch_of
 from lowbit.stages._model import open_config
-from lowbit.stages.check import Case
+from lowbit.stages.budgets.check import Case
+from lowbit.stages.budgets.sensitivity import Losses, Offers
+from lowbit.stages.budgets.solve import Limit, closest, solve
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 from lowbit.stages.plan import Entry, Plan, Rules, make_plan
 from lowbit.stages.running import Forecast, Running, Use, forecast, uses_of
-from lowbit.stages.sensitivity import Losses, Offers
-from lowbit.stages.solve import Limit, closest, solve
 from lowbit.stages.write import make_shards
 from lowbit.tensors import scheme_bytes
 
@@ -46,7 +46,7 @@ class Budget:
         memory: bytes at run time: weights, cache and what a pass works with.
         kl: most divergence from the original, nats per token.
         perplexity: most relative increase of the perplexity, 0.01 for 1%.
-        measure: name of what sensitivity is, of `_measures.py`.
+        measure: name of what sensitivity is, of `measures.py`.
         schemes: names of those to choose from; none for the format's usual ones.
         sensitivity: file to take the measurement from, or to save it in.
         fused: layers that runtimes join get one scheme.
@@ -80,6 +80,11 @@ class Budget:
         """Whether anything is limited, so that schemes are chosen."""
         limits = (self.bits, self.size, self.memory, self.kl, self.perplexity, self.latency)
         return any(limit is not None for limit in limits)
+
+    @property
+    def quality(self) -> float | None:
+        """Most divergence, or most relative increase of the perplexity, that the whole may be measured to have."""
+        return self.perplexity if self.kl is None else self.kl
 
     def choices(self, form: str) -> tuple[str, ...]:
         """The schemes to choose from."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import final
 
+from lowbit.stages.budgets.solve import solve
 from lowbit.stages.plan import Entry, Plan
-from lowbit.stages.solve import solve
 
 _SHOWN = 10
 _REASON = "; its inputs stay wide for --activations-within"

@@ -6,7 +6,7 @@ probability of a token drawn from the model's own prediction (the Fisher informa
 doi:10.1162/089976698300017746). The model runs forward block by block, hidden states are kept on disk; then backward,
 one block in memory at a time, and each block's weights are quantized by the method of the plan in all their schemes.
 What stands outside of the blocks is measured as it is: with the embedding or the head replaced. On the same way back it
-is measured what rounding inputs of layers, keys and values costs (`_narrow.py`), where that is asked.
+is measured what rounding inputs of layers, keys and values costs (`narrow.py`), where that is asked.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from lowbit.schemes import Scheme
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock
 from lowbit.stages._jobs import Job
 from lowbit.stages._model import Blueprint, open_blueprint
-from lowbit.stages._narrow import KEPT, Attended, input_loss, kept_loss
 from lowbit.stages._observe import Accumulator, Observer, Seen, Windows
 from lowbit.stages._products import Product
 from lowbit.stages._recipe import step_options
 from lowbit.stages._sites import Found, Site, find_steps
 from lowbit.stages._streams import Streams
+from lowbit.stages.budgets.narrow import KEPT, Attended, input_loss, kept_loss
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, Rules
 from lowbit.stages.quantize import Progress, make, one_torch_thread, silent, tensor_stats

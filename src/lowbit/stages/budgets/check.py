@@ -17,8 +17,7 @@ from torch import Tensor
 from lowbit.blocks import CPU
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock
 from lowbit.stages._model import Blueprint
-from lowbit.stages.quantize import one_torch_thread
-from lowbit.stages.sensitivity import (
+from lowbit.stages.budgets.sensitivity import (
     Run,
     chances,
     divergence,
@@ -31,6 +30,7 @@ from lowbit.stages.sensitivity import (
     see,
     sites_of,
 )
+from lowbit.stages.quantize import one_torch_thread
 from lowbit.stages.write import allocate
 
 Variant = Mapping[str, str]  # weight to the scheme on offer that it gets; all others stay as they are

@@ -10,7 +10,7 @@ from typing import final
 from lowbit.budget import format_size
 from lowbit.errors import QualityError
 from lowbit.stages._quality import Interval, Quality
-from lowbit.stages.allocate import Allocation, Budget, Problem
+from lowbit.stages.budgets.allocate import Allocation, Budget, Problem
 
 _ROUNDS = 5
 _NEAR = 1.02  # predicted loss of a plan that failed over that of one that passed: no plan between is worth a round
