@@ -276,10 +276,8 @@ def passing(bench: Bench, share: float) -> dict[str, Any]:
     problem = make_problem(bench.source, rules, offers, losses, True, undecided(bench.source, rules, offers))
     found = problem.allocation({name: next(iter(row["costs"])) for name, row in _rows(plan) if row.get("costs")})
     made, rows = [found], []
-    for step in range(1, 400):
-        smaller = problem.within_loss(found.loss * 1.002**step)
-        if smaller.size < made[-1].size and len(made) < 3:
-            made.append(smaller)
+    for _ in range(2):
+        made.append(problem.within_size(made[-1].size - 1))
     print(f"increase of the perplexity of at most {share:.2%}: the plan that was found, and the next smaller ones")
     for number, each in enumerate(made):
         out = bench.work / f"ppl-{share:g}-{number}"

@@ -302,6 +302,14 @@ def test_the_search_ends_with_a_plan_that_passes_and_is_nearly_the_smallest(
     assert found.allocation.size <= 1.04 * parts.within_loss(low).size
 
 
+@pytest.mark.parametrize("factor", [0.4, 0.85, 1.3, 2.5])
+def test_the_next_smaller_plan_of_a_search_fails(factor: float, tmp_path: Path) -> None:
+    parts, measure = problem(tmp_path / "m", steep, fused=False), Measured(lambda loss: factor * loss)
+    found = search(parts, 1.0, measure).allocation
+    smaller = parts.within_size(found.size - 1)
+    assert 1.1 * factor * smaller.loss > 1.0 and smaller.plan in [each.plan for each in measure.seen]
+
+
 def test_a_trial_says_what_was_asked_in_its_own_unit(tmp_path: Path) -> None:
     found = problem(tmp_path / "m", steep).within_bits(7.0)
     (said,) = Trial(found, Interval(0.0087, 0.0051, 0.0123), 0.01, share=True).lines()

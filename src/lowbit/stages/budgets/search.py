@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import expm1
+from math import expm1, isfinite
 from typing import final
 
 from lowbit.budget import format_size
@@ -13,7 +13,6 @@ from lowbit.stages._quality import Interval, Quality
 from lowbit.stages.budgets.allocate import Allocation, Budget, Problem
 
 _ROUNDS = 5
-_NEAR = 1.02  # predicted loss of a plan that failed over that of one that passed: no plan between is worth a round
 
 
 @final
@@ -59,8 +58,9 @@ def asked(budget: Budget, quality: Quality) -> Interval:
 def search(problem: Problem, limit: float, measure: Callable[[Allocation], Interval], share: bool = False) -> Trial:
     """The smallest plan that passes, of at most five that are measured.
 
-    What is measured is taken to grow in proportion to what is predicted; between a plan that passed and one that failed
-    the middle is tried where that leads out of them.
+    What is measured is taken to grow in proportion to what is predicted, and between a plan that passed and one that
+    failed along a straight line. Where that leads to a plan that was measured, the next smaller one than the best that
+    passed is tried: where it fails, nothing is left to try.
 
     Args:
         problem: what is to be decided.
@@ -72,18 +72,11 @@ def search(problem: Problem, limit: float, measure: Callable[[Allocation], Inter
         QualityError: none of them passes.
     """
     trials: list[Trial] = []
-    target = limit
-    for _ in range(_ROUNDS):
-        found = problem.within_loss(target)
-        if any(found.plan == trial.allocation.plan for trial in trials):
-            break
+    found: Allocation | None = problem.within_loss(limit)
+    while found and len(trials) < _ROUNDS:
         trials.append(Trial(found, measure(found), limit, share))
-        passed = max((t.allocation.loss for t in trials if t.passes), default=0.0)
-        failed = min((t.allocation.loss for t in trials if not t.passes), default=float("inf"))
-        if failed <= _NEAR * passed:
-            break
-        target = _next(trials[-1], passed, failed)
-    best = min((trial for trial in trials if trial.passes), key=lambda trial: trial.allocation.size, default=None)
+        found = _next(problem, trials)
+    best = _best(trials)
     if best is None:
         nearest, show = min(trials, key=lambda t: t.measured.worst).measured, "{:.3%}" if share else "{:.4g}"
         raise QualityError(
@@ -93,11 +86,34 @@ def search(problem: Problem, limit: float, measure: Callable[[Allocation], Inter
     return best
 
 
-def _next(last: Trial, passed: float, failed: float) -> float:
+def _best(trials: Sequence[Trial]) -> Trial | None:
+    """The smallest that passed."""
+    return min((trial for trial in trials if trial.passes), key=lambda trial: trial.allocation.size, default=None)
+
+
+def _next(problem: Problem, trials: Sequence[Trial]) -> Allocation | None:
+    """The plan to measure next; None where all that could tell more were measured."""
+    passed, tried = _best(trials), [trial.allocation.plan for trial in trials]
+    found = problem.within_loss(_aim(trials, passed))
+    if found.plan not in tried:
+        return found
+    if passed is None or passed.allocation.size <= problem.smallest().size:
+        return None
+    found = problem.within_size(passed.allocation.size - 1)
+    return None if found.plan in tried else found
+
+
+def _aim(trials: Sequence[Trial], passed: Trial | None) -> float:
     """The predicted loss to aim at next."""
+    last, failed = trials[-1], min((t for t in trials if not t.passes), key=lambda t: t.allocation.loss, default=None)
     target = last.limit * last.allocation.loss / max(last.measured.worst, 1e-12)
-    if passed < target < failed:
-        return target
-    if passed and failed < float("inf"):
-        return float((passed * failed) ** 0.5)
-    return failed / 2 if failed < float("inf") else 2 * passed
+    if passed is None:
+        assert failed is not None
+        return target if target < failed.allocation.loss else failed.allocation.loss / 2
+    low = passed.allocation.loss
+    if failed is None:
+        return target if target > low else 2 * low
+    high, worst = failed.allocation.loss, failed.measured.worst
+    if not isfinite(worst):
+        return float((low * high) ** 0.5)
+    return low + (high - low) * (last.limit - passed.measured.worst) / (worst - passed.measured.worst)
