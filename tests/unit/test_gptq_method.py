@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from math import inf, nan
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lowbit import native
-from lowbit.methods import Stats, gptaq, gptq, imatrix, imatrix_fit, ldlq, on_device, rtn
+from lowbit.methods import Stats, _elsewhere, gptaq, gptq, imatrix, imatrix_fit, ldlq, rtn
+from lowbit.methods._scales import coder_of
 from lowbit.schemes import Scheme, parse
 from lowbit.tensors import QTensor, block_size
 from tests.reference import gptq as oracle
@@ -284,16 +286,25 @@ def test_wide_weights_go_through_products_that_the_processor_is_fast_at() -> Non
     assert last < first < 0.3 * plain
 
 
-def test_copies_for_another_device_are_what_products_read() -> None:
-    """Of the processor's own matrices only what is within a run of columns may be read then: the rest is NaN here."""
-    weight, kind, options = weight_of(20, 96), parse("int4-g32"), gptq.Options(block=32)
-    stats = dict(gptq.prepare({"second_moment": moment_of(96)}, kind, options))
-    wanted = gptq.quantize(weight, stats, kind, options)
-    outside = torch.kron(torch.eye(3), torch.ones(32, 32)) == 0
-    for name in gptq.METHOD.products:
-        stats |= {on_device(name): stats[name], name: stats[name].masked_fill(outside, nan)}
-    found = gptq.quantize(weight, stats, kind, options)
-    assert torch.equal(found.codes, wanted.codes) and torch.equal(found.dequantize(), wanted.dequantize())
+@pytest.mark.parametrize("scheme", [*SCHEMES[:8], "q4_k"])
+def test_the_loop_of_another_device_does_what_the_kernel_does(scheme: str) -> None:
+    """Multiples of 1/8 between halves make ties; sums of small ones are exact, so that order does not count."""
+    kind, dice = parse(scheme), torch.Generator().manual_seed(5)
+    cols, lanes = 24, 32
+    coder, zero = (
+        coder_of(kind),
+        torch.randint(0, 4, (cols, lanes), generator=dice).float() if "asym" in scheme else None,
+    )
+    target, weight, error = (torch.randint(-40, 40, (cols, lanes), generator=dice) / 8 for _ in range(3))
+    weight[::5, ::3] = 0
+    coupling = torch.randint(-2, 3, (cols, cols), generator=dice).float()
+    scale = 2.0 ** torch.randint(-1, 2, (cols, lanes), generator=dice)
+    found = []
+    for sweep in (partial(native.sweep, coder=coder), _elsewhere.Sweep(coder, target.device)):
+        given, gaps, out = target.clone(), error.clone(), torch.empty(cols, lanes, dtype=torch.uint8)
+        sweep(given, weight, gaps, coupling, scale, zero, out=out)
+        found.append((out, gaps))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 def test_weights_that_are_zero_stay_zero() -> None:

@@ -19,11 +19,6 @@ from lowbit.tensors import QTensor
 Stats = Mapping[str, Tensor]
 
 
-def on_device(name: str) -> str:
-    """Name in `Stats` of the copy of one of `Method.products`."""
-    return f"{name} on device"
-
-
 @dataclass(frozen=True)
 class NoOptions:
     """Options of a method that has none."""
@@ -46,8 +41,8 @@ class Method:
         workspace: bytes of temporary memory per weight element, for the memory estimate.
         prepare: `(stats, scheme, options) -> stats`: work on the statistics that is done once for all weights and
             pieces which share them (a factorization), before `quantize`.
-        products: names of what `prepare` makes for large matrix products; where blocks are on another device,
-            `quantize` finds a copy there beside it, named by `on_device`.
+        anywhere: whether `prepare` and `quantize` compute on the device where the statistics are; weights come from
+            the processor, and what `quantize` gives is there, in any case.
         learn: for methods that see a whole block: `(block, options) -> QTensor` of every weight of `block.weights`;
             `quantize` then serves weights outside of the blocks. None for methods that see one weight.
         prepared: `cols -> ` most bytes that `prepare` holds, what it was given included.
@@ -69,7 +64,7 @@ class Method:
     outside: str = "mse"
     supports: Callable[[Scheme], str | None] = lambda scheme: None
     prepare: Callable[[Stats, Scheme, Any], Stats] = lambda stats, scheme, options: stats
-    products: frozenset[str] = frozenset()
+    anywhere: bool = False
     learn: Callable[[Block, Any], Mapping[str, QTensor]] | None = None
     prepared: Callable[[int], int] = lambda cols: 0
     work: Callable[[int, int], float] = lambda rows, cols: 0.0

@@ -32,6 +32,10 @@ class Steps:
     scale: Float[Tensor, "..."] | None
     least: Float[Tensor, "..."] | None
 
+    def to(self, device: torch.device | str) -> Steps:
+        """The same on a device."""
+        return Steps(*(None if part is None else part.to(device) for part in (self.scale, self.least)))
+
     def lanes(self, rows: Tensor) -> Steps:
         """Those of some rows, as columns."""
         return Steps(*(None if part is None else part[rows].T.contiguous() for part in (self.scale, self.least)))

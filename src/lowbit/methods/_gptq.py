@@ -12,8 +12,9 @@ are. Both are one sweep over blocks of columns: a matrix product for the errors 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from math import inf
 from typing import Literal, final
@@ -23,14 +24,14 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from lowbit import native
-from lowbit.methods import Stats, _blocks, on_device
+from lowbit.methods import Stats, _blocks, _elsewhere
 from lowbit.methods._scales import (
     Affine,
     Blocks,
     Range,
-    _sorted_levels,
     block_mean,
     candidates,
+    coder_of,
     finish,
     finite_range,
     fit,
@@ -48,8 +49,9 @@ from lowbit.tensors import QTensor, block_size, level_table
 
 Order = Literal["static", "none", "group", "aware"]
 
-PRODUCTS = frozenset({"feedback", "pull"})  # what the large products read of what `prepare` makes
-LANES = 128  # rows that are rounded together; a fixed number, so that products round the same however rows are cut
+# Rows that are rounded together on the processor; a fixed number, so that products round the same however rows are cut.
+# Another device takes all at once: there it is the number of operations that counts.
+LANES = 128
 _WIDEST = 512  # columns of the widest block whose scale is searched or refitted on the way
 _NARROWEST = 32  # columns of the narrowest block whose scale is refitted: below, it gains little and costs most
 # Columns up to which products are in float32; then in bfloat16, several times as fast where the processor has it (and
@@ -99,24 +101,20 @@ def prepare(stats: Stats, scheme: Scheme, loop: Loop) -> Stats:
     feedback, curvature, damp = _factor(moment, order, loop.damp)
     found = {
         "order": order,
-        "feedback": feedback.to(_product_type(cols)),
+        "feedback": feedback.to(_product_type(moment)),
         "curvature": curvature,
         "damp": torch.tensor([damp]),
     }
     if loop.passes:
-        rows = order if _regroups(scheme, loop, cols) else torch.arange(cols)
+        rows = order if _regroups(scheme, loop, cols) else torch.arange(cols, device=moment.device)
         pull = moment[rows[:, None], rows].div_(curvature[rows, None]).fill_diagonal_(0)
-        found["pull"] = (pull if damp < inf else torch.zeros_like(pull)).to(_product_type(cols))
+        found["pull"] = (pull if damp < inf else torch.zeros_like(pull)).to(_product_type(moment))
     return {name: value for name, value in stats.items() if name != "second_moment"} | found
 
 
-def _read_by_products(stats: Stats, name: str) -> Tensor:
-    """A matrix that `prepare` made, or its copy on the device of the products."""
-    return stats.get(on_device(name), stats[name])
-
-
-def _product_type(cols: int) -> torch.dtype:
-    return torch.bfloat16 if cols > _FULL and native.computes_bfloat16() else torch.float32
+def _product_type(moment: Tensor) -> torch.dtype:
+    slow = moment.device.type == "cpu" and len(moment) > _FULL
+    return torch.bfloat16 if slow and native.computes_bfloat16() else torch.float32
 
 
 def prepared_bytes(cols: int) -> int:
@@ -152,20 +150,23 @@ def _factor(
         if not failed and lower.isfinite().all():
             feedback = lower.div_(lower.diagonal().clone()).T.flip(0, 1).tril_(-1).float()
             return feedback, (diagonal + share * mean)[back.argsort()].float(), share
-    return torch.zeros_like(moment), torch.ones(len(order)), inf
+    return torch.zeros_like(moment), torch.ones_like(moment[0]), inf
 
 
 def _order(diagonal: Float[Tensor, "cols"], scheme: Scheme, order: Order) -> Int64[Tensor, "cols"]:
     """Columns in the order of rounding: those of the largest inputs first."""
     cols = len(diagonal)
     if order == "none":
-        return torch.arange(cols)
+        return torch.arange(cols, device=diagonal.device)
     if order != "aware":
         return diagonal.argsort(descending=True, stable=True)
     width = scheme.block.cols or max(cols, 1)
     parts = [start + part.argsort(descending=True, stable=True) for start, part in _parts(diagonal, width)]
     largest = torch.stack([part.max() for _, part in _parts(diagonal, width)]) if parts else diagonal
-    return torch.cat([parts[i] for i in largest.argsort(descending=True, stable=True).tolist()] or [torch.arange(0)])
+    return torch.cat(
+        [parts[i] for i in largest.argsort(descending=True, stable=True).tolist()]
+        or [torch.arange(0, device=diagonal.device)]
+    )
 
 
 def _parts(diagonal: Float[Tensor, "cols"], width: int) -> list[tuple[int, Tensor]]:
@@ -223,7 +224,7 @@ class _Tile:
         scales: as they are stored, by block.
         zeros: likewise, None where there are none; minima as they are subtracted, in units of the weight.
         steps: the scales above these, where there are some.
-        rounded: the error as products take it: itself, or in bfloat16, or on another device.
+        rounded: the error as products take it: itself, or in bfloat16.
         group: block of each column.
     """
 
@@ -244,31 +245,23 @@ class _Tile:
 
     def target(self, at: slice, factors: Float[Tensor, "n known"]) -> Float[Tensor, "n lanes"]:
         """The targets of some columns, from the errors of the first or of all columns."""
-        return self.weight[at] + (factors @ self.rounded[: factors.shape[1]]).to(self.weight.device)
+        return self.weight[at] + factors @ self.rounded[: factors.shape[1]]
 
 
 @final
 @dataclass(frozen=True)
 class _Rule:
-    """What all tiles share: scheme, loop, global divisor, and how codes are found."""
+    """What all tiles share: scheme, loop, global divisor, the kernel that finds codes, and what these stand for."""
 
     scheme: Scheme
     loop: Loop
     divisor: float
-    coder: native.Coder
+    sweep: Callable[..., None]
+    table: Float[Tensor, "256"]
 
     @property
     def unit(self) -> float:
         return (1 / torch.tensor(self.divisor)).item()
-
-
-def coder_of(scheme: Scheme) -> native.Coder:
-    """The rule by which `encode` finds codes."""
-    grid = scheme.grid
-    if grid.kind == "int":
-        return native.Coder(2 ** (grid.bits - 1), 2**grid.bits - 1, scheme.zero in ("float", "min"), True)
-    levels, codes = _sorted_levels(grid)
-    return native.Coder(keep_zeros=0.0 in grid.levels, levels=levels, codes=codes, table=level_table(grid))
 
 
 def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, loop: Loop) -> QTensor:
@@ -277,30 +270,43 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, l
     Raises:
         WeightError: NaN or Inf, with its place.
     """
-    ranges = finite_range(weight, stats, scheme)
+    ranges, device = finite_range(weight, stats, scheme), stats["curvature"].device
     special = _blocks.special(scheme)
     divisor = 1.0 if special else global_divisor(ranges, stats, scheme)
-    rule = _Rule(scheme, loop, divisor, coder_of(scheme))
+    coder = coder_of(scheme)
+    sweep = partial(native.sweep, coder=coder) if device.type == "cpu" else _elsewhere.Sweep(coder, device)
+    rule = _Rule(scheme, loop, divisor, sweep, level_table(scheme.grid).to(device))
     wide = block_size((weight.shape[0], weight.shape[1]), scheme.block)[1]
     order, permuted = stats["order"], _regroups(scheme, loop, weight.shape[1])
-    view, importance = (weight[:, order], stats["curvature"][order]) if permuted else (weight, stats["curvature"])
+    view, importance = (weight[:, order.cpu()], stats["curvature"][order]) if permuted else (weight, stats["curvature"])
     if permuted:
         ranges = native.block_range(view, *block_size((view.shape[0], view.shape[1]), scheme.block))[:2]
-    first = replace(loop, search=loop.search and not _on_the_way(rule, wide))
-    if special:
-        affine, steps = _blocks.start(view, importance, scheme)
-    else:
-        affine, steps = choose(view, ranges, importance, scheme, first, rule.divisor), _blocks.Steps(None, None)
-    codes = torch.empty(view.shape, dtype=torch.uint8)
-    local = {**stats, "turn": torch.arange(len(order)) if permuted else order, "importance": importance}
-    for start in range(0, view.shape[0], LANES):
-        _tile_of_rows(view[start : start + LANES], start, (affine, steps), local, rule, codes)
+    affine, steps = _start(view, ranges, importance, rule, wide)
+    codes, there = torch.empty(view.shape, dtype=torch.uint8), view.to(device)
+    turn = torch.arange(len(order), device=device) if permuted else order
+    local, lanes = {**stats, "turn": turn, "importance": importance}, LANES if device.type == "cpu" else len(view)
+    for start in range(0, len(view), lanes):
+        _tile_of_rows(there[start : start + lanes], start, lanes, (affine, steps), local, rule, codes)
+    affine, steps = affine.to("cpu"), steps.to("cpu")
     result = _blocks.finish(codes, affine, steps, scheme) if special else finish(view, affine, scheme)
     index = None
     if permuted:
-        back = order.argsort()
+        back = order.cpu().argsort()
         codes, index = codes[:, back], (back // wide).int()
     return replace(result, codes=codes, group_index=index)
+
+
+def _start(
+    view: Float[Tensor, "rows cols"], ranges: Range, importance: Float[Tensor, "cols"], rule: _Rule, wide: int
+) -> tuple[Affine, _blocks.Steps]:
+    """The scales to start from, on the device of `importance`."""
+    device, scheme = importance.device, rule.scheme
+    if _blocks.special(scheme):
+        affine, steps = _blocks.start(view, importance.cpu(), scheme)
+        return affine.to(device), steps.to(device)
+    first = replace(rule.loop, search=rule.loop.search and not _on_the_way(rule, wide))
+    low, high = (part.to(device) for part in ranges)
+    return choose(view.to(device), (low, high), importance, scheme, first, rule.divisor), _blocks.Steps(None, None)
 
 
 def _regroups(scheme: Scheme, loop: Loop, cols: int) -> bool:
@@ -322,24 +328,25 @@ def _movable(scheme: Scheme, wide: int) -> bool:
 def _tile_of_rows(
     rows: Float[Tensor, "rows cols"],
     start: int,
+    lanes: int,
     maps: tuple[Affine, _blocks.Steps],
     stats: Stats,
     rule: _Rule,
     codes: UInt8[Tensor, "all cols"],
 ) -> None:
-    """Round up to `LANES` rows; codes and changed scales go to their places."""
-    affine, steps = maps
+    """Round up to so many rows; codes and changed scales go to their places."""
+    (affine, steps), device = maps, rows.device
     count, cols = rows.shape
     high, wide = block_size((codes.shape[0], cols), rule.scheme.block)
-    lane = (start + torch.arange(LANES).clamp(max=count - 1)) // high
-    full = torch.zeros(cols, LANES)
+    lane = (start + torch.arange(lanes, device=device).clamp(max=count - 1)) // high
+    full = torch.zeros(cols, lanes, device=device)
     full[:, :count] = rows.T
     zeros = None if affine.zeros is None else affine.zeros[lane].T.contiguous()
-    empty = torch.zeros(cols, LANES, dtype=torch.uint8)
+    empty = torch.zeros(cols, lanes, dtype=torch.uint8, device=device)
     scales = affine.scales[lane].T.contiguous()
     error = torch.zeros_like(full)
-    rounded = error.to(_read_by_products(stats, "feedback"))
-    tile = _Tile(full, error, empty, scales, zeros, rounded, torch.arange(cols) // wide, steps.lanes(lane))
+    rounded, group = error.to(stats["feedback"].dtype), torch.arange(cols, device=device) // wide
+    tile = _Tile(full, error, empty, scales, zeros, rounded, group, steps.lanes(lane))
     _round(tile, stats, rule, wide)
     codes[start : start + count] = tile.codes[:, :count].T
     if _movable(rule.scheme, wide):
@@ -354,7 +361,7 @@ def _round(tile: _Tile, stats: Stats, rule: _Rule, wide: int) -> None:
     tile.reorder(turn)
     fresh = _on_the_way(rule, wide)
     for at in _segments(tile.group, rule.loop.block, fresh):
-        target = tile.target(at, _read_by_products(stats, "feedback")[at, : at.start])
+        target = tile.target(at, stats["feedback"][at, : at.start])
         if fresh:
             _fit_fresh(tile, at, _compensated(tile, at, target, stats), stats["importance"][turn[at]], rule)
         _sweep(tile, at, target, stats["feedback"], rule)
@@ -363,7 +370,7 @@ def _round(tile: _Tile, stats: Stats, rule: _Rule, wide: int) -> None:
     refit = rule.loop.refit and worth and _movable(rule.scheme, wide) and rule.scheme.scale != "e8m0"
     for _ in range(rule.loop.passes):
         for at in _segments(tile.group, rule.loop.block, refit):
-            target = tile.target(at, _read_by_products(stats, "pull")[at])
+            target = tile.target(at, stats["pull"][at])
             if refit:
                 _refit(tile, at, target, stats, rule)
             _sweep(tile, at, target, stats["pull"], rule)
@@ -386,7 +393,7 @@ def _sweep(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], factors: Te
     if zero is not None and rule.scheme.zero == "min":
         zero = zero / scale
     coupling = factors[at, at].T.float().contiguous()
-    native.sweep(target, tile.weight[at], tile.error[at], coupling, scale, zero, rule.coder, out=tile.codes[at])
+    rule.sweep(target, tile.weight[at], tile.error[at], coupling, scale, zero, out=tile.codes[at])
     if tile.rounded is not tile.error:
         tile.rounded[at] = tile.error[at]
 
@@ -403,7 +410,7 @@ def _fit_fresh(
 ) -> None:
     """The scale of one block from its compensated weights."""
     block, rows = int(tile.group[at.start]), weight.T.contiguous()
-    low, high, _ = native.block_range(rows, 1, rows.shape[1])
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     scheme = replace(rule.scheme, block=replace(rule.scheme.block, cols=0))
     found = choose(rows, (low, high), importance, scheme, rule.loop, rule.divisor)
     live = (tile.weight[at] != 0).any(0)
@@ -418,7 +425,7 @@ def _refit(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], stats: Stat
     codes = tile.codes[at]
     minus = scheme.zero == "min"
     if tile.zeros is None:
-        value = level_table(scheme.grid)[codes.long()]
+        value = rule.table[codes.long()]
     else:
         value = codes.float() if minus else codes.float() - tile.zeros[block]
     scale = tile.scales[block] * rule.unit

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import WeightError
-from lowbit.methods import Stats
+from lowbit.methods import Stats, _elsewhere
 from lowbit.schemes import FLOATS, Block, Grid, ScaleType, Scheme
 from lowbit.tensors import QTensor, block_size, level_table, scale_shape, view_shape
 
@@ -57,6 +57,10 @@ class Affine:
         """The part for some blocks."""
         zeros = None if self.zeros is None else self.zeros[blocks].contiguous()
         return Affine(self.scales[blocks].contiguous(), zeros, self.divisor)
+
+    def to(self, device: torch.device | str) -> Affine:
+        """The same on a device."""
+        return Affine(self.scales.to(device), None if self.zeros is None else self.zeros.to(device), self.divisor)
 
     def where(self, mask: Tensor, other: Affine) -> Affine:
         """This map where the mask is set, the other elsewhere."""
@@ -194,10 +198,21 @@ def encode(
     return native.quantize_levels(weight, scales, *_sorted_levels(grid), *block, out=out)
 
 
+def coder_of(scheme: Scheme) -> native.Coder:
+    """The rule by which `encode` finds codes."""
+    grid = scheme.grid
+    if grid.kind == "int":
+        return native.Coder(2 ** (grid.bits - 1), 2**grid.bits - 1, scheme.zero in ("float", "min"), True)
+    levels, codes = _sorted_levels(grid)
+    return native.Coder(keep_zeros=0.0 in grid.levels, levels=levels, codes=codes, table=level_table(grid))
+
+
 def residual(
     weight: Float[Tensor, "rows cols"], affine: Affine, scheme: Scheme, block: tuple[int, int]
 ) -> Float[Tensor, "rows cols"]:
     """Encoded and decoded weight minus the weight, in float32."""
+    if weight.device.type != "cpu":
+        return _elsewhere.residual(weight, affine.scales * affine.unit, affine.zeros, coder_of(scheme), block)
     codes = encode(weight, affine, scheme, block)
     table = level_table(scheme.grid)
     decoded = native.dequantize(codes, affine.scales * affine.unit, affine.zeros, table, *block)

@@ -75,7 +75,8 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, o
     for start in range(0, len(weight), _gptq.LANES):
         rows = target[start : start + _gptq.LANES]
         full = torch.nn.functional.pad(rows, (0, 0, 0, _gptq.LANES - len(rows)))  # products of one shape round alike
-        target[start : start + _gptq.LANES] += (full @ stats["shift"])[: len(rows)] * (rows != 0)
+        moved = (full.to(stats["shift"].device) @ stats["shift"])[: len(rows)].cpu()
+        target[start : start + _gptq.LANES] += moved * (rows != 0)
     return _gptq.quantize(target, stats, scheme, _loop(options))
 
 
@@ -87,7 +88,7 @@ METHOD = Method(
     workspace=48.0,
     supports=_gptq.objection,
     prepare=prepare,
-    products=_gptq.PRODUCTS,
+    anywhere=True,
     prepared=_gptq.prepared_bytes,
     work=lambda rows, cols: _gptq.operations(rows, cols, Options().passes),
 )

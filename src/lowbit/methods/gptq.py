@@ -73,5 +73,5 @@ METHOD = Method(
     work=lambda rows, cols: _gptq.operations(rows, cols, Options().passes),
     supports=_gptq.objection,
     prepare=prepare,
-    products=_gptq.PRODUCTS,
+    anywhere=True,
 )

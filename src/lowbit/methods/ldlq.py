@@ -55,7 +55,7 @@ METHOD = Method(
     workspace=40.0,
     supports=_gptq.objection,
     prepare=prepare,
-    products=_gptq.PRODUCTS,
+    anywhere=True,
     prepared=_gptq.prepared_bytes,
     work=lambda rows, cols: _gptq.operations(rows, cols, 0),
 )

@@ -106,10 +106,10 @@ def _ways(facts: _Facts, threads: int) -> Iterator[Cost]:
     length = facts.windows[1]
     batches = dict.fromkeys(max(size, length) for size in (_TOKENS, 2048, length))
     for workers in dict.fromkeys((threads, 1)):
-        for shift in (0, 2, 4):
+        for piece in [*facts.whole, *(PIECE >> shift for shift in (0, 2, 4))]:
             for tokens in batches:
                 for sites in dict.fromkeys((facts.experts, min(facts.experts, 8), 1)):
-                    yield facts.cost(tokens, PIECE >> shift, workers, sites)
+                    yield facts.cost(tokens, piece, workers, sites)
 
 
 @final
@@ -137,6 +137,13 @@ class _Facts:
     def wide(self) -> int:
         """Inputs of the widest weight."""
         return max((entry.weight.shape[-1] for entry in self.largest), default=0)
+
+    @property
+    def whole(self) -> list[int]:
+        """A piece for the largest weight: on a device, time goes with the number of operations, not with their size."""
+        device = self.plan.calibration.device if self.plan.calibration else "cpu"
+        whole = max((prod(entry.weight.shape) for entry in self.largest), default=0)
+        return [whole] if self.method.anywhere and device != "cpu" and whole > PIECE else []
 
     def cost(self, tokens: int, piece: int, threads: int, sites: int) -> Cost:
         """Of one way of working."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lowbit import plugins
-from lowbit.methods import Method, Stats, on_device
+from lowbit.methods import Method, Stats
 from lowbit.stages._jobs import Job
 from lowbit.stages._observe import Seen
 from lowbit.stages._sites import Site
@@ -42,7 +42,7 @@ def _job(
     method = plugins.load("methods", chosen)
     options = work.options(method, chosen)
     if (chosen, scheme) not in prepared:
-        prepared[chosen, scheme] = _with_copies(method.prepare(seen.stats, scheme, options), method, work.device)
+        prepared[chosen, scheme] = method.prepare(_where(method, seen.stats, work.device), scheme, options)
     state.scale_input(name, seen)
     whole = state.kept(name)
     weight = corrections.residual(name, whole, seen)
@@ -50,10 +50,9 @@ def _job(
     return Job(entry, chosen, weight, stats, seen, options, piece, whole)
 
 
-def _with_copies(stats: Stats, method: Method, device: torch.device) -> Stats:
-    """What a method prepared, and copies of what its products read where these are faster than on the processor."""
-    there = method.products & stats.keys() if device.type != "cpu" else frozenset[str]()
-    return {**stats, **{on_device(name): stats[name].to(device) for name in there}}
+def _where(method: Method, stats: Stats, device: torch.device) -> Stats:
+    """Statistics where the method is fastest."""
+    return {name: value.to(device) for name, value in stats.items()} if method.anywhere else stats
 
 
 def _carry_out(jobs: Sequence[Job], threads: int, state: State) -> None:
