@@ -27,6 +27,7 @@ from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._room import with_factors
 from lowbit.stages._text_part import text_part
+from lowbit.stages._views import view_for
 from lowbit.stages._windows import cut, encode
 from lowbit.stages.budgets.allocate import Budget
 from lowbit.stages.budgets.decide import Job, Read, Told, decide
@@ -352,7 +353,7 @@ def without_tokenizer(model: str, out: Path) -> str | None:
 def _open(request: Request, tell: Tell) -> Checkpoint:
     """The checkpoint, or a view of it that is rotated where the recipe says so and was proved to compute the same."""
     source = open_checkpoint(request.model, request.trust_remote_code)
-    source = text_part(source, read_format(request.plan) if request.plan else request.rules.format)
+    source = view_for(source, read_format(request.plan) if request.plan else request.rules.format)
     if source.left_out:
         tell(source.left_out)
     recipe, options = read_recipe(request.plan) if request.plan else request.rules.recipe()

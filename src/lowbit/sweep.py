@@ -19,7 +19,7 @@ from lowbit.pipeline import Request, counted, read_once, run
 from lowbit.runtime.bench import bench
 from lowbit.stages import quantize
 from lowbit.stages._frontier import Interval, Point, read_point
-from lowbit.stages._text_part import text_part
+from lowbit.stages._views import view_for
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.evaluate import read_text
 from lowbit.stages.plan import Plan, Rules, make_plan
@@ -106,11 +106,11 @@ def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tup
         open_checkpoint(base.model, base.trust_remote_code) as checkpoint,
     ):
         held = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in checkpoint.shards]
-        rules = counted(base, checkpoint, watch, progress, read_once(checkpoint))
+        rules = counted(base, view_for(checkpoint, base.rules.format), watch, progress, read_once(checkpoint))
         request = replace(request, base=replace(base, rules=rules))
         for name, rules in _combinations(request):
             try:
-                plan = make_plan(text_part(checkpoint, rules.format), rules)
+                plan = make_plan(view_for(checkpoint, rules.format), rules)
             except UnsupportedError as error:
                 skipped.append(Skipped(name, " ".join(str(error).split())))
                 continue

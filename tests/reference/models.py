@@ -18,6 +18,11 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 _MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+_LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_LINEAR: dict[str, Any] = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 16},
@@ -36,13 +41,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": _MOE,
     "mamba": {"state_size": 8},
 }
+# Their files have all experts of a layer in one tensor.
+STACKED: dict[str, dict[str, Any]] = {
+    "llama4_text": {**_LOCAL, "intermediate_size": 40, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
+    "gpt_oss": {**_LOCAL, "intermediate_size": 40, "sliding_window": 16},
+    "granitemoe": {**_LOCAL, "intermediate_size": 40},
+    "qwen3_5_moe_text": {**_MOE, **_LINEAR, "shared_expert_intermediate_size": 40},
+}
 
 
 def save_tiny(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A model of a type, its biases and norms not trivial; returns it in eval mode."""
     config_class: Any = transformers.CONFIG_MAPPING[kind]
     known = config_class()
-    wanted = {name: value for name, value in {**_SIZES, **SETTINGS[kind]}.items() if value is not None}
+    wanted = {name: value for name, value in {**_SIZES, **{**SETTINGS, **STACKED}[kind]}.items() if value is not None}
     config = config_class(**{name: value for name, value in wanted.items() if hasattr(known, name)})
     torch.manual_seed(0)
     auto: Any = transformers.AutoModelForCausalLM

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, final
 from lowbit.advise.hardware import Hardware
 from lowbit.budget import format_size
 from lowbit.errors import LowbitError, UnsupportedError, UsageError
+from lowbit.stages._experts import apart
 from lowbit.stages._model import open_config
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 from lowbit.stages.plan import Calibration, Entry, Rules, make_plan, tied_names
@@ -201,7 +202,7 @@ def _sizes(checkpoint: Checkpoint, form: str, scheme: str | None, activations: s
     # The method does not change a byte, and the text is not read.
     rules = Rules(scheme, None if form == "gguf" else "rtn", form, activations=activations, calibration=_TEXT)
     try:
-        plan = make_plan(checkpoint, rules)
+        plan = make_plan(apart(checkpoint, form), rules)
     except UnsupportedError as error:
         return " ".join(str(error).split())
     return _Sizes(plan.entries, tuple(map(plan.stored_bytes, plan.entries)), plan.bits_per_weight()[0])

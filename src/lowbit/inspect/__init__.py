@@ -20,6 +20,7 @@ from lowbit.inspect.grids import recognise
 from lowbit.inspect.names import Name, decode
 from lowbit.inspect.provenance import convention, declared, made_by
 from lowbit.inspect.sanity import check_plain, check_quantized
+from lowbit.stages._experts import apart
 from lowbit.stages._history import methods
 from lowbit.stages.checkpoint import Checkpoint, arch_row, open_checkpoint
 from lowbit.tensors import QTensor, scheme_bytes
@@ -78,7 +79,8 @@ def inspect(
 
 def _beside(found: Inspection, checkpoint: Checkpoint, original: str | Path, progress: Progress) -> Inspection:
     """The inspection with every weight compared with its original."""
-    with open_checkpoint(original) as source:
+    with open_checkpoint(original) as opened:
+        source = apart(opened, checkpoint.format)
         alike = [name for name in checkpoint.weights if _shape(checkpoint, name) == _shape(source, name)]
         left = [name for name in checkpoint.weights if name not in set(alike)]
         broken = {finding.tensor for finding in found.findings if finding.level == "error"}

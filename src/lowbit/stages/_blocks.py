@@ -315,8 +315,9 @@ def _candidates(parameter: str, tensor: Tensor, shape: tuple[int, ...]) -> list[
     for turned in (False, True):
         high, wide = (tensor.shape[-1], tensor.shape[-2]) if turned else tuple(tensor.shape[-2:])
         if wide == shape[1]:
-            starts = range(0, high - shape[0] + 1, shape[0])
-            places += [Place(parameter, e, slice(at, at + shape[0]), turned) for e in experts for at in starts]
+            runs = [slice(at, at + shape[0]) for at in range(0, high - shape[0] + 1, shape[0])]
+            runs += [slice(at, None, 2) for at in (0, 1) if high == 2 * shape[0]]  # gpt-oss: gate and up alternate
+            places += [Place(parameter, e, rows, turned) for e in experts for rows in runs]
     return places
 
 

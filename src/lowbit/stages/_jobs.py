@@ -109,7 +109,8 @@ class Job:
 
     def piece(self, rows: slice) -> Piece:
         """All candidates for some rows."""
-        start, part, whole = time.perf_counter(), self.weight[rows].float(), self.whole[rows].float()
+        start = time.perf_counter()
+        part, whole = (each[rows].float().contiguous() for each in (self.weight, self.whole))
         view = part.reshape(view_shape((part.shape[0], part.shape[1]), self.scheme.block))
         made = {name: m.quantize(view, self.stats, self.scheme, options) for name, (m, options) in self.methods.items()}
         tallies = {name: self._tally(part, whole, q) for name, q in made.items()}

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from lowbit.errors import CheckpointError, LowbitError, UsageError
 from lowbit.stages._activations import round_inputs
 from lowbit.stages._directory import GGUF
+from lowbit.stages._experts import Stack, stacks
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._gguf_config import require_told
 from lowbit.stages._gguf_vocabulary import alone, tokenizer_documents
@@ -87,6 +88,22 @@ class _Standin:
         trace: _Trace = made.as_subclass(_Trace)
         trace.sources = frozenset([self._name])
         return trace
+
+
+@final
+class _StackStandin:
+    """What it gets for the tensor that holds all experts of a layer, where the checkpoint has them apart."""
+
+    def __init__(self, stack: Stack, standins: Mapping[str, _Standin]) -> None:
+        self._stack, self._standins = stack, standins
+
+    def __getitem__(self, index: object) -> _StackStandin:
+        return self
+
+    def to(self, device: object = None, dtype: torch.dtype | None = None) -> Tensor:
+        """As of one weight; of all that are in it."""
+        found = [[self._standins[name].to(device, dtype) for name in names] for names in self._stack.members]
+        return self._stack.layout.join(found)
 
 
 @final
@@ -295,6 +312,11 @@ class Blueprint:
             for path in [*blocks, *outside]
         ]
 
+    @cached_property
+    def _stacks(self) -> dict[str, Stack]:
+        """Tensors with all experts of a layer that the class wants, of what the checkpoint has apart."""
+        return stacks(str(self.config.model_type), self.checkpoint.weights.keys())
+
     def _build(
         self, read: AbstractSet[str], kept: AbstractSet[str] = frozenset(), **settings: Any
     ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
@@ -303,7 +325,10 @@ class Blueprint:
         Traces of those in `kept` have what is in them too.
         """
         names = self.checkpoint.weights
-        standins = {name: _Standin(self.checkpoint, name, name in read, name in kept) for name in names}
+        plain = {name: _Standin(self.checkpoint, name, name in read, name in kept) for name in names}
+        inside = {name for stack in self._stacks.values() for names in stack.members for name in names}
+        stacked = {name: _StackStandin(stack, plain) for name, stack in self._stacks.items()}
+        standins = {name: standin for name, standin in plain.items() if name not in inside} | stacked
         # The threads of `from_pretrained` know nothing of inference mode, and tensors of both modes do not go together.
         normal = torch.inference_mode(False)
         with (

@@ -91,10 +91,12 @@ class Products(TorchFunctionMode):
         places, found = _PRODUCTS.get(func), []
         if places and len(args) > places[1] and isinstance(args[places[1]], Tensor):
             args, (at, weight) = list(args), places
+            if self._is_stack(args[at], args[weight]):
+                return self._one_by_one(args[at], args[weight])
             found = self._products(args[at], args[weight], func is _LINEAR)
             for product in found:
                 rows = self._before(product) if self._before else None
-                if rows is not None and args[weight].dim() == 2:
+                if rows is not None:
                     args[at] = rows.view(args[at].shape)
         result = func(*args, **(kwargs or {}))
         for product in found if self._after else ():
@@ -102,20 +104,35 @@ class Products(TorchFunctionMode):
             result = self._after(product, result)
         return result
 
+    def _is_stack(self, rows: Tensor, weight: Tensor) -> bool:
+        """Whether one operation is a product for each expert of a stack that is known."""
+        return weight.dim() == 3 and rows.dim() == 3 and len(rows) == len(weight) and bool(self._inside(weight))
+
+    def _one_by_one(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """The products of a stack, each on its own; rows of zeros stand for tokens that other experts get (Llama 4)."""
+        results = []
+        for x, matrix in zip(rows, weight, strict=True):
+            sent = x.detach().any(-1).nonzero().squeeze(-1)
+            result = x.new_zeros(len(x), matrix.shape[-1])
+            if len(sent):
+                result = result.index_copy(0, sent, self.__torch_function__(torch.mm, (), (x[sent], matrix)))
+            results.append(result)
+        return torch.stack(results)
+
     def _products(self, rows: Tensor, weight: Tensor, outputs_first: bool) -> list[Product]:
-        """The products that one operation stands for: one, or one per expert of a stack."""
+        """The products that one operation on a matrix stands for."""
         matrix = weight if outputs_first else weight.transpose(-1, -2)
-        if matrix.dim() == 2:
-            return self._one(rows.reshape(-1, rows.shape[-1]), matrix)
-        if matrix.dim() != 3 or rows.dim() != 3:
-            return []
-        return [product for x, part in zip(rows, matrix, strict=True) for product in self._one(x, part)]
+        return self._one(rows.reshape(-1, rows.shape[-1]), matrix) if matrix.dim() == 2 else []
+
+    def _inside(self, tensor: Tensor) -> list[Region]:
+        """The weights that lie in a tensor."""
+        whole = Region("", tensor)
+        start, last = whole.start, whole.last
+        return [region for first, end, region in self._regions if start <= first and end <= last]
 
     def _one(self, rows: Tensor, matrix: Tensor) -> list[Product]:
         """`rows @ matrix.T`, where the matrix, `[outputs, inputs]`, holds weights that are known."""
-        whole = Region("", matrix)
-        start, last = whole.start, whole.last
-        inside = [region for first, end, region in self._regions if start <= first and end <= last]
+        inside = self._inside(matrix)
         straight = [region for region in inside if region.view.stride(-1) == matrix.stride(-1)]
         found = [(straight, False), ([region for region in inside if region not in straight], True)]
         return [Product(tuple(r.name for r in regions), rows, swapped) for regions, swapped in found if regions]

@@ -24,6 +24,7 @@ from lowbit.formats._ggml import BLOCKS
 from lowbit.methods import Method
 from lowbit.methods._scales import shares_rows
 from lowbit.schemes import parse
+from lowbit.stages._experts import is_stack
 from lowbit.stages._gguf_config import require_told
 from lowbit.stages._gguf_vocabulary import alone
 from lowbit.stages._imatrix import Imatrix, Importance, read_importance
@@ -38,7 +39,9 @@ _UNSEEN = "; not in the importance matrix"
 _OUTSIDE = "; outside of the blocks, where no statistics are taken"
 _SWAPPED = "transposed linear layer (Conv1D)"
 _SHARED = "shared with another layer, which no reader of this format would find"
-_STACKED = "experts in one tensor, which are not taken apart yet"
+_STACKED = "experts in one tensor; "
+_WHOLE = "readers of this format do not know them apart, those of compressed-tensors, gptq and awq do"
+_UNKNOWN = "how they lie in it is not known for this type of model"
 _LOOSE = "no layer's weight: readers of quantized files know no other matrices"
 _SWAPPING = "readers of this format know no such layer, those of gptq, gptq_v2 and bitsandbytes do"
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -529,8 +532,10 @@ def _decide(
     if chosen:
         return chosen
     if len(weight.shape) != 2:
+        if is_stack(config, weight.name):
+            return "keep", _STACKED + _WHOLE
         experts = len(weight.shape) == 3 and ".experts." in weight.name
-        return "keep", _STACKED if experts else f"not a matrix ({len(weight.shape)}-D)"
+        return "keep", _STACKED + _UNKNOWN if experts else f"not a matrix ({len(weight.shape)}-D)"
     row = arch_row("keep", config, weight)
     if row:
         return "keep", row["reason"]

@@ -207,7 +207,7 @@ def quantize_weight(
     with _located(weight.name, tensor):
         stats = {**given, **tensor_stats(view, scheme, elements)}
         for rows, cols in pieces_of(weight.shape, scheme.block, elements):
-            part = view[rows, cols]
+            part = view[rows, cols].contiguous()
             hasher.update(as_bytes(part))
             if method.into:
                 piece = method.into(part, stats, scheme, options, codes[rows, cols])
@@ -281,7 +281,7 @@ def tensor_stats(view: Tensor, scheme: Scheme, elements: int) -> Stats:
         return {}
     low, high = [], []
     for rows, cols in pieces_of(tuple(view.shape), Block(1, 0), elements):
-        smallest, largest, _ = native.block_range(view[rows, cols], view.shape[0], view.shape[1])
+        smallest, largest, _ = native.block_range(view[rows, cols].contiguous(), view.shape[0], view.shape[1])
         low.append(smallest.min())
         high.append(largest.max())
     return {"range": torch.stack([torch.stack(low).min(), torch.stack(high).max()])} if low else {}

@@ -1,0 +1,148 @@
+"""Experts that a checkpoint has in one tensor, taken apart into matrices and joined again; nothing is copied to look.
+
+What lies where is data (`arch/experts.toml`). Taken apart is a view of the checkpoint: all that follows sees matrices
+by names of their own. Joined again is what the model's class wants.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import Spec, Weight
+from lowbit.stages._weightfile import Slot, WeightFile
+from lowbit.stages.checkpoint import Checkpoint, arch_rows
+
+T = TypeVar("T")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_MOST = 4096  # experts of a layer; a header may claim more names than there is memory for
+
+
+@final
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of tensor holds the matrices of experts: a row of `arch/experts.toml`."""
+
+    model_types: Sequence[str]
+    formats: Sequence[str]
+    stack: str
+    parts: Sequence[str]
+    turned: bool = False
+    interleaved: bool = False
+
+    def part(self, stack: Tensor, expert: int, part: int) -> Tensor:
+        """View of one matrix `[outputs, inputs]`, or bias, in the tensor that holds all."""
+        one = stack[expert].T if self.turned else stack[expert]
+        rows = one.shape[0] // len(self.parts)
+        return one[part :: len(self.parts)] if self.interleaved else one[part * rows : (part + 1) * rows]
+
+    def join(self, experts: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The tensor that holds all, of the parts of each expert: the inverse of `part`."""
+        wide = [torch.stack(tuple(p), 1).flatten(0, 1) if self.interleaved else torch.cat(tuple(p)) for p in experts]
+        return torch.stack([one.T if self.turned else one for one in wide])
+
+    def names(self, prefix: str, experts: int) -> list[list[str]]:
+        """Names of the parts of each expert."""
+        return [[prefix + part.format(expert) for part in self.parts] for expert in range(experts)]
+
+
+@final
+@dataclass(frozen=True)
+class Stack:
+    """A tensor that is not in a checkpoint, for its matrices are: names of the parts of each expert."""
+
+    layout: Layout
+    members: Sequence[Sequence[str]]
+
+
+def apart(source: Checkpoint, form: str | None) -> Checkpoint:
+    """A view in which each expert's matrices are weights, where readers of the format `form` know them so."""
+    if source.format or form is None:
+        return source
+    rows = [row for row in _layouts(str(source.config.get("model_type"))) if form.replace("-", "_") in row.formats]
+    found = {name: pieces for name in source.specs if (pieces := _pieces(source, rows, name))}
+    if not found:
+        return source
+    whole = {file: _file(file, found) for file in set(source.files.values())}
+    specs = _spread(source.specs, {name: {new: slot.spec for new, slot in p.items()} for name, p in found.items()})
+    return replace(
+        source,
+        specs=specs,
+        weights=_spread(
+            source.weights,
+            {name: {n: Weight(n, s.spec.shape, s.spec.dtype) for n, s in p.items()} for name, p in found.items()},
+        ),
+        files=_spread(
+            {name: whole[file] for name, file in source.files.items()},
+            {name: dict.fromkeys(pieces, whole[source.files[name]]) for name, pieces in found.items()},
+        ),
+    )
+
+
+def stacks(model_type: str, names: Collection[str]) -> dict[str, Stack]:
+    """The tensors that a class wants in place of matrices that are there by these names, all of each."""
+    found: dict[str, Stack] = {}
+    for row in _layouts(model_type):
+        pattern = re.compile(re.escape(row.parts[0]).replace(r"\{\}", r"0") + "$")
+        for prefix in (name[: match.start()] for name in names if (match := pattern.search(name))):
+            count = next(e for e in range(_MOST + 1) if prefix + row.parts[0].format(e) not in names)
+            members = row.names(prefix, count)
+            if all(name in names for expert in members for name in expert):
+                found[prefix + row.stack] = Stack(row, members)
+    return found
+
+
+def is_stack(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor holds all experts of a layer, in a way that is known."""
+    return _row(_layouts(str(config.get("model_type"))), name) is not None
+
+
+@cache
+def _layouts(model_type: str) -> list[Layout]:
+    return [row for row in (Layout(**row) for row in arch_rows("experts")) if model_type in row.model_types]
+
+
+def _pieces(source: Checkpoint, rows: Sequence[Layout], name: str) -> dict[str, Slot]:
+    """The places of a stack's matrices by name; none where it is no stack that can be taken apart."""
+    row, file, shape = _row(rows, name), source.files[name], source.specs[name].shape
+    axes = 2 if row and ".bias" in row.parts[0] else 3
+    odd = row is None or len(shape) != axes or 0 in shape or shape[0] > _MOST or source.specs[name].dtype not in _FLOATS
+    if row is None or odd or name in source.edits or name in file.values or name in _tied(file):
+        return {}
+    if shape[-1 if row.turned else 1] % len(row.parts):
+        return {}
+    slot, names = file.slots[name], row.names(name.removesuffix(row.stack), shape[0])
+    stride = slot.stride or torch.empty(shape, device="meta").stride()
+    stack = torch.empty_strided(shape, stride, dtype=slot.spec.dtype, device="meta")
+    found = {new: _slot(slot, row.part(stack, e, p)) for e, one in enumerate(names) for p, new in enumerate(one)}
+    return {} if found.keys() & source.specs.keys() else found
+
+
+def _row(rows: Sequence[Layout], name: str) -> Layout | None:
+    return next((row for row in rows if name.endswith(row.stack)), None)
+
+
+def _slot(stack: Slot, view: Tensor) -> Slot:
+    """Where a view of a stack lies in the file."""
+    extent = 1 + sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
+    start = stack.start + int(view.storage_offset()) * view.element_size()
+    return Slot(Spec(view.dtype, tuple(view.shape)), start, extent, None if view.is_contiguous() else view.stride())
+
+
+def _tied(file: WeightFile) -> set[str]:
+    return {*file.tied, *file.tied.values()}
+
+
+def _file(file: WeightFile, found: Mapping[str, Mapping[str, Slot]]) -> WeightFile:
+    return replace(file, slots=_spread(file.slots, found))
+
+
+def _spread(values: Mapping[str, T], found: Mapping[str, Mapping[str, Any]]) -> dict[str, T]:
+    """Values by name, with several in the place of each that was found."""
+    return {new: each for name, value in values.items() for new, each in found.get(name, {name: value}).items()}
