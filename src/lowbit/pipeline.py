@@ -20,6 +20,7 @@ from lowbit.stages._adapter import Terms
 from lowbit.stages._changes import Goal
 from lowbit.stages._cost import Cost
 from lowbit.stages._directory import GGUF
+from lowbit.stages._experts import apart, skipped, told_apart
 from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._policy import read_policy
@@ -44,6 +45,7 @@ from lowbit.stages.plan import (
     load_plan,
     make_plan,
     read_format,
+    read_names,
     read_recipe,
 )
 from lowbit.stages.record import Clock, make_record
@@ -353,9 +355,12 @@ def without_tokenizer(model: str, out: Path) -> str | None:
 def _open(request: Request, tell: Tell) -> Checkpoint:
     """The checkpoint, or a view of it that is rotated where the recipe says so and was proved to compute the same."""
     source = open_checkpoint(request.model, request.trust_remote_code)
-    source = view_for(source, read_format(request.plan) if request.plan else request.rules.format)
-    if source.left_out:
-        tell(source.left_out)
+    form = read_format(request.plan) if request.plan else request.rules.format
+    text = text_part(source, form)
+    source = apart(text, form, read_names(request.plan).__contains__ if request.plan else skipped(request.rules.skip))
+    for said in (source.left_out, told_apart(text, source, form)):
+        if said:
+            tell(said)
     recipe, options = read_recipe(request.plan) if request.plan else request.rules.recipe()
     if not recipe.rotate:
         return source

@@ -18,9 +18,10 @@ from lowbit.errors import CheckpointError, QualityError, UnsupportedError, Usage
 from lowbit.pipeline import Request, counted, read_once, run
 from lowbit.runtime.bench import bench
 from lowbit.stages import quantize
+from lowbit.stages._experts import apart, skipped
 from lowbit.stages._frontier import Interval, Point, read_point
-from lowbit.stages._views import view_for
-from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.stages._text_part import text_part
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import read_text
 from lowbit.stages.plan import Plan, Rules, make_plan
 from lowbit.stages.report import RunRecord
@@ -106,17 +107,22 @@ def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tup
         open_checkpoint(base.model, base.trust_remote_code) as checkpoint,
     ):
         held = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in checkpoint.shards]
-        rules = counted(base, view_for(checkpoint, base.rules.format), watch, progress, read_once(checkpoint))
+        rules = counted(base, _view(checkpoint, base.rules), watch, progress, read_once(checkpoint))
         request = replace(request, base=replace(base, rules=rules))
         for name, rules in _combinations(request):
             try:
-                plan = make_plan(view_for(checkpoint, rules.format), rules)
+                plan = make_plan(_view(checkpoint, rules), rules)
             except UnsupportedError as error:
                 skipped.append(Skipped(name, " ".join(str(error).split())))
                 continue
             asked = (__version__, held, hashed, base.context, base.tokens, request.timed, plan.to_json(), _said(plan))
             wanted.append((name, rules, hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]))
     return wanted, skipped
+
+
+def _view(checkpoint: Checkpoint, rules: Rules) -> Checkpoint:
+    """As the line takes it."""
+    return apart(text_part(checkpoint, rules.format), rules.format, skipped(rules.skip))
 
 
 def _said(plan: Plan) -> list[tuple[str, int, int]]:

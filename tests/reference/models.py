@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -18,11 +19,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 _MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
-_LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_LINEAR: dict[str, Any] = {
-    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention"],
-}  # fmt: skip
+_LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 40}
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 16},
@@ -43,11 +40,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # Their files have all experts of a layer in one tensor.
 STACKED: dict[str, dict[str, Any]] = {
-    "llama4_text": {**_LOCAL, "intermediate_size": 40, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
-    "gpt_oss": {**_LOCAL, "intermediate_size": 40, "sliding_window": 16},
-    "granitemoe": {**_LOCAL, "intermediate_size": 40},
-    "qwen3_5_moe_text": {**_MOE, **_LINEAR, "shared_expert_intermediate_size": 40},
-}
+    "llama4_text": {**_LOCAL, "intermediate_size_mlp": 48, "num_hidden_layers": 1},
+    "gpt_oss": {**_LOCAL, "sliding_window": 16},
+    "granitemoe": {**_LOCAL, "num_hidden_layers": 1},
+    "qwen3_5_moe_text": {
+        **_MOE, "shared_expert_intermediate_size": 40, "num_hidden_layers": 1, "layer_types": ["full_attention"],
+    },
+}  # fmt: skip
 
 
 def save_tiny(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -66,6 +65,14 @@ def save_tiny(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
             )
     model = model.to(dtype).eval()
     model.save_pretrained(path)
+    return model
+
+
+def save_stacked(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The same, of a type of `STACKED`, its parameters stored as its class holds them: `save_pretrained` parts some."""
+    model = save_tiny(kind, path, dtype)
+    if kind == "qwen3_5_moe_text":
+        save_file(dict(model.state_dict()), path / "model.safetensors", {"format": "pt"})
     return model
 
 

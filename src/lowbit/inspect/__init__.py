@@ -80,7 +80,7 @@ def inspect(
 def _beside(found: Inspection, checkpoint: Checkpoint, original: str | Path, progress: Progress) -> Inspection:
     """The inspection with every weight compared with its original."""
     with open_checkpoint(original) as opened:
-        source = apart(opened, checkpoint.format)
+        source = apart(opened, checkpoint.format, checkpoint.weights.__contains__)
         alike = [name for name in checkpoint.weights if _shape(checkpoint, name) == _shape(source, name)]
         left = [name for name in checkpoint.weights if name not in set(alike)]
         broken = {finding.tensor for finding in found.findings if finding.level == "error"}

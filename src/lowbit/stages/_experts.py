@@ -7,7 +7,8 @@ by names of their own. Joined again is what the model's class wants.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar, final
@@ -33,6 +34,7 @@ class Layout:
     formats: Sequence[str]
     stack: str
     parts: Sequence[str]
+    transformers: Sequence[str] = ()
     turned: bool = False
     interleaved: bool = False
 
@@ -61,15 +63,35 @@ class Stack:
     members: Sequence[Sequence[str]]
 
 
-def apart(source: Checkpoint, form: str | None) -> Checkpoint:
-    """A view in which each expert's matrices are weights, where readers of the format `form` know them so."""
+def nowhere(name: str) -> bool:
+    """No tensor stays whole."""
+    return False
+
+
+def skipped(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether one of these regular expressions is found in a name; what is none is left to others to refuse."""
+
+    def found(pattern: str, name: str) -> bool:
+        with suppress(re.error):
+            return re.search(pattern, name) is not None
+        return False
+
+    return lambda name: any(found(pattern, name) for pattern in patterns)
+
+
+def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = nowhere) -> Checkpoint:
+    """A view in which each expert's matrices are weights, where readers of the format `form` know them so.
+
+    `whole`: of the name of a tensor that holds all, whether it stays as it is.
+    """
     if source.format or form is None:
         return source
     rows = [row for row in _layouts(str(source.config.get("model_type"))) if form.replace("-", "_") in row.formats]
-    found = {name: pieces for name in source.specs if (pieces := _pieces(source, rows, name))}
+    wanted = [name for name in source.specs if _row(rows, name) and not whole(name)]
+    found = {name: pieces for name in wanted if (pieces := _pieces(source, rows, name))}
     if not found:
         return source
-    whole = {file: _file(file, found) for file in set(source.files.values())}
+    held = {file: replace(file, slots=_spread(file.slots, found)) for file in set(source.files.values())}
     specs = _spread(source.specs, {name: {new: slot.spec for new, slot in p.items()} for name, p in found.items()})
     return replace(
         source,
@@ -79,9 +101,25 @@ def apart(source: Checkpoint, form: str | None) -> Checkpoint:
             {name: {n: Weight(n, s.spec.shape, s.spec.dtype) for n, s in p.items()} for name, p in found.items()},
         ),
         files=_spread(
-            {name: whole[file] for name, file in source.files.items()},
-            {name: dict.fromkeys(pieces, whole[source.files[name]]) for name, pieces in found.items()},
+            {name: held[file] for name, file in source.files.items()},
+            {name: dict.fromkeys(pieces, held[source.files[name]]) for name, pieces in found.items()},
         ),
+    )
+
+
+def told_apart(before: Checkpoint, after: Checkpoint, form: str | None) -> str | None:
+    """What to say of tensors that were taken apart; None where none was."""
+    names = [name for name in before.weights if name not in after.weights]
+    if not names or form is None:
+        return None
+    first = next(name for name in after.weights if name not in before.weights)
+    row = _row(_layouts(str(before.config.get("model_type"))), names[0])
+    text = f"{len(names)} tensors that hold all experts of a layer are taken apart, into {first} and others"
+    if row and form.replace("-", "_") in row.transformers:
+        return text
+    return (
+        f"{text}: names of llm-compressor and vLLM, which transformers' class of this model does not read; what --skip "
+        f"finds, as {names[0]}, stays whole in 16 bits"
     )
 
 
@@ -137,10 +175,6 @@ def _slot(stack: Slot, view: Tensor) -> Slot:
 
 def _tied(file: WeightFile) -> set[str]:
     return {*file.tied, *file.tied.values()}
-
-
-def _file(file: WeightFile, found: Mapping[str, Mapping[str, Slot]]) -> WeightFile:
-    return replace(file, slots=_spread(file.slots, found))
 
 
 def _spread(values: Mapping[str, T], found: Mapping[str, Mapping[str, Any]]) -> dict[str, T]:

@@ -609,6 +609,13 @@ def read_format(path: Path) -> str | None:
     return None
 
 
+def read_names(path: Path) -> frozenset[str]:
+    """Names of the weights of a saved plan; none where it has none, which `load_plan` refuses."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return frozenset(str(row["name"]) for row in json.loads(path.read_text())["tensors"])
+    return frozenset()
+
+
 def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, config: Mapping[str, Any], smooths: bool) -> Entry:
     if row.get("tied"):
         return Entry(weight, None, row["reason"], row["tied"])
