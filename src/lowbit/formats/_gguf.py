@@ -44,6 +44,7 @@ class Arch:
         plus_one: norms are stored with 1 added.
         tied: there is never an output layer.
         requires: what config.json must say, where it says anything of it.
+        told: by model type the sizes of config.json that must be there to do without the defaults of transformers.
     """
 
     arch: str
@@ -56,6 +57,7 @@ class Arch:
     plus_one: bool
     tied: bool
     requires: Mapping[str, Any]
+    told: Mapping[str, tuple[str, ...]]
 
     def place(self, name: str) -> Place | None:
         """Where a tensor with this name in transformers belongs; None where llama.cpp has no such tensor."""
@@ -100,6 +102,7 @@ class Arch:
 def archs() -> tuple[Arch, ...]:
     """The rows of the table, in order."""
     table = tomllib.loads(files("lowbit").joinpath("arch/gguf.toml").read_text())
+    told = table["told"]
 
     def joined(kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for name in row[kind] for key, value in table[kind][name].items()}
@@ -116,6 +119,7 @@ def archs() -> tuple[Arch, ...]:
             row.get("plus_one", False),
             row.get("tied", False),
             row.get("requires", {}),
+            {kind: (*told["base"], *told[kind]) for kind in row["model_types"] if kind in told},
         )
         for row in table["gguf"]
     )

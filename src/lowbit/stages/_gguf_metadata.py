@@ -12,9 +12,9 @@ from lowbit.formats._gguf import Arch
 from lowbit.stages._directory import GGUF
 from lowbit.stages._gguf import Value, encoded, read_gguf
 from lowbit.stages._gguf_config import FREQUENCIES, LONG, SHORT, llama3_factors
+from lowbit.stages._gguf_facts import facts_of
 from lowbit.stages._gguf_model import COMPUTED
 from lowbit.stages._gguf_tokenizer import tokenizer_values
-from lowbit.stages._model import open_config
 from lowbit.stages._weightfile import show
 from lowbit.stages.checkpoint import Checkpoint
 
@@ -55,7 +55,7 @@ def _carried(checkpoint: Checkpoint) -> Constants:
 
 def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tuple[dict[str, Value], Constants]:
     """Keys and small tensors from what lies beside a checkpoint of transformers."""
-    facts = _flat(open_config(checkpoint).get_text_config().to_dict())
+    facts = facts_of(checkpoint, arch)
     for key, wanted in arch.requires.items():
         if facts.get(key, wanted) != wanted:
             raise UnsupportedError(
@@ -72,13 +72,6 @@ def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tupl
     values |= _derived(arch, facts)
     rope, constants = _rope(arch, facts)
     return values | rope | tokenizer_values(checkpoint, int(facts["vocab_size"])) | dict(last), constants
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with the parameters of its rope, where it has but one, among the others."""
-    rope = config.get("rope_parameters")
-    plain = isinstance(rope, Mapping) and not any(isinstance(part, Mapping) for part in rope.values())
-    return {**config, **(rope if plain and isinstance(rope, Mapping) else {})}
 
 
 def _derived(arch: Arch, facts: Mapping[str, Any]) -> dict[str, Value]:

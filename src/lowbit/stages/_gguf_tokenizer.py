@@ -10,6 +10,7 @@ from typing import Any
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.stages._gguf import Value
 from lowbit.stages._model import open_tokenizer
+from lowbit.stages._plain_tokenizer import PlainTokenizer, plain_tokenizer
 from lowbit.stages._weightfile import show
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 
@@ -26,11 +27,9 @@ def tokenizer_values(checkpoint: Checkpoint, size: int) -> dict[str, Value]:
         CheckpointError: there is no tokenizer, or it has more tokens than the model.
         UnsupportedError: it is neither byte-level BPE that `arch/pre.toml` knows nor BPE with bytes as a fallback.
     """
-    tokenizer: Any = open_tokenizer(checkpoint)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UnsupportedError(f"{checkpoint.path}: the tokenizer has no tokenizer.json, from which GGUF's is made")
-    document = json.loads(backend.to_str())
+    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    tokenizer = plain_tokenizer(root, checkpoint.config.get("model_type")) or _of_transformers(checkpoint)
+    document = tokenizer.document
     model = document["model"]
     if model.get("type") != "BPE":
         raise UnsupportedError(
@@ -58,7 +57,19 @@ def tokenizer_values(checkpoint: Checkpoint, size: int) -> dict[str, Value]:
         found["tokenizer.ggml.merges"] = [
             " ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]
         ]
-    return found | _special(tokenizer, document)
+    return found | _special(tokenizer)
+
+
+def _of_transformers(checkpoint: Checkpoint) -> PlainTokenizer:
+    tokenizer: Any = open_tokenizer(checkpoint)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedError(f"{checkpoint.path}: the tokenizer has no tokenizer.json, from which GGUF's is made")
+    numbers = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
+    ids = {name: int(number) for name, number in numbers.items() if number is not None}
+    template = getattr(tokenizer, "chat_template", None)
+    example, template = tokenizer("a")["input_ids"], template if isinstance(template, str) else None
+    return PlainTokenizer(json.loads(backend.to_str()), ids, example, template)
 
 
 def _tokens(document: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
@@ -112,20 +123,19 @@ def _splits(part: Any) -> list[str]:
     return [json.dumps(part, sort_keys=True)]
 
 
-def _special(tokenizer: Any, document: Mapping[str, Any]) -> dict[str, Value]:
+def _special(tokenizer: PlainTokenizer) -> dict[str, Value]:
     """Ids of special tokens, whether texts begin and end with one, and the chat template."""
-    found: dict[str, Value] = {}
-    for theirs, name in _SPECIAL.items():
-        number = getattr(tokenizer, f"{theirs}_token_id", None)
-        if number is not None:
-            found[f"tokenizer.ggml.{name}_token_id"] = int(number)
-    ids = tokenizer("a")["input_ids"]
-    found["tokenizer.ggml.add_bos_token"] = bool(ids) and ids[0] == tokenizer.bos_token_id
-    found["tokenizer.ggml.add_eos_token"] = bool(ids) and ids[-1] == tokenizer.eos_token_id
-    if document["model"].get("byte_fallback"):
-        found["tokenizer.ggml.add_space_prefix"] = _prefixes(document)
-    template = getattr(tokenizer, "chat_template", None)
-    return found | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
+    found: dict[str, Value] = {
+        f"tokenizer.ggml.{name}_token_id": tokenizer.ids[theirs]
+        for theirs, name in _SPECIAL.items()
+        if theirs in tokenizer.ids
+    }
+    ids = tokenizer.example
+    found["tokenizer.ggml.add_bos_token"] = bool(ids) and ids[0] == tokenizer.ids.get("bos")
+    found["tokenizer.ggml.add_eos_token"] = bool(ids) and ids[-1] == tokenizer.ids.get("eos")
+    if tokenizer.document["model"].get("byte_fallback"):
+        found["tokenizer.ggml.add_space_prefix"] = _prefixes(tokenizer.document)
+    return found | ({} if tokenizer.template is None else {"tokenizer.chat_template": tokenizer.template})
 
 
 def _prefixes(document: Mapping[str, Any]) -> bool:

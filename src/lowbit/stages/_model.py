@@ -28,7 +28,8 @@ from lowbit.stages._experts import Stack, stacks
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._gguf_config import require_told
 from lowbit.stages._gguf_vocabulary import alone, tokenizer_documents
-from lowbit.stages._weightfile import one_line, show
+from lowbit.stages._plain_tokenizer import CLASSES, TYPES
+from lowbit.stages._weightfile import one_line, read_json, show
 from lowbit.stages.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -452,17 +453,27 @@ def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         UsageError: it needs the code that it brings, and is not trusted.
         CheckpointError: there is none, or it cannot be used.
     """
-    from transformers import AutoTokenizer
-
     root, shard = _root(checkpoint), checkpoint.shards[0]
     inside = shard.suffix == GGUF and not (root / "tokenizer_config.json").exists()
     with silent_transformers(), _own_code(checkpoint), refusals(f"{root} has no usable tokenizer"):
         if inside:
             return _told_tokenizer(tokenizer_documents(read_gguf(shard)))
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = _tokenizer_class(checkpoint).from_pretrained(
             root, trust_remote_code=checkpoint.trusted, local_files_only=True
         )
     return tokenizer
+
+
+def _tokenizer_class(checkpoint: Checkpoint) -> Any:
+    """What opens a tokenizer; not `AutoTokenizer` where its choice is sure, as it imports all configurations for it."""
+    import transformers
+
+    beside = _root(checkpoint) / "tokenizer_config.json"
+    told = read_json(beside) if beside.exists() else {}
+    plain = told.get("tokenizer_class") in CLASSES and "auto_map" not in told
+    if plain and checkpoint.config.get("model_type") in TYPES:
+        return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
 
 
 def _told_tokenizer(documents: Mapping[str, Any]) -> PreTrainedTokenizerBase:
