@@ -28,7 +28,6 @@ from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._room import with_factors
 from lowbit.stages._text_part import text_part
-from lowbit.stages._views import view_for
 from lowbit.stages._windows import cut, encode
 from lowbit.stages.budgets.allocate import Budget
 from lowbit.stages.budgets.decide import Job, Read, Told, decide
