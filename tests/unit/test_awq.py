@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.blocks import Block, Site, Weights
+from lowbit.transforms import _search
 from lowbit.transforms._search import judging
 from lowbit.transforms.awq import TRANSFORM, Options
 from tests.reference.small_block import SITES, Small, as_block, small, statistics
@@ -55,6 +56,24 @@ def test_the_search_is_brute_force(scheme: str, site: Site, duo: bool) -> None:
     assert (found is not None) == helps
     if found is not None:
         torch.testing.assert_close(found, best.float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("site", SITES, ids=str)
+def test_a_few_windows_tell_which_candidates_are_worth_all(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options, tokens = small(times=20, windows=16), Options(windows=8), list[int]()
+    monkeypatch.setattr(_search, "_SCREEN", 40)
+    block = as_block(model, "int3-g16")
+
+    def counted(indices: Sequence[int], weights: Weights, factors: Weights | None = None) -> Tensor:
+        tokens.append(20 * len(indices))
+        return block.run(indices, weights, factors) if factors else block.run(indices, weights)
+
+    found = TRANSFORM.search(site, replace(block, run=counted), statistics(model, site), options)
+    trials, even = exponents(model, site, 16, options), list(range(0, 16, 2))
+    errors = sorted(mean_error(block, model, site, s, even) for s in trials)
+    assert found is not None and len(trials) == 40
+    assert mean_error(block, model, site, found, even) <= errors[1] * (1 + 1e-5), "one of the best two of all"
+    assert sum(tokens) == _search.tokens_tried(8, 20, 40) == 20 * (2 * 40 + 8 * 8 + 8 * 3)
 
 
 def test_factors_are_found_where_channels_differ() -> None:
@@ -147,7 +166,7 @@ def test_long_windows_count_for_several() -> None:
         return out
 
     TRANSFORM.search(SITES[0], replace(block, run=run), statistics(model, SITES[0]), replace(ONE_SET, windows=4))
-    assert set(runs) <= {0, 1, 3, 4} and runs.count(0) == 21
+    assert set(runs) <= {0, 1, 3, 4} and (runs.count(0), runs.count(3)) == (20 + 1 + 8, 1 + 8)
 
 
 def test_options_are_checked() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import isnan
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,8 @@ Factors = Float[Tensor, "channels"]
 
 _BATCH = 4  # windows per run: enough rows for fast products, few enough that activations stay small beside weights
 _WINDOW = 512  # tokens of a window that counts as one where candidates are judged
+_SCREEN = 1024  # tokens that tell which candidates are worth all
+_KEPT = 8  # candidates are
 _LEAST = 1e-4  # of the largest: a channel that is nearly never used pulls no other factor
 
 
@@ -30,6 +33,19 @@ def spread(block: Block, count: int) -> tuple[list[int], list[int]]:
 def judging(windows: int, length: int) -> int:
     """How many windows of `length` tokens judge where `windows` were asked for: longer ones are several."""
     return max(windows * _WINDOW // max(length, _WINDOW), 1)
+
+
+def _screening(windows: int, length: int) -> int:
+    """How many of the windows that judge tell which candidates are worth all."""
+    return min(-(-_SCREEN // length), windows)
+
+
+def tokens_tried(windows: int, length: int, candidates: int) -> int:
+    """Tokens that `choose` runs through a block, those without factors and of the last comparison included."""
+    judges = judging(windows, length)
+    few = _screening(judges, length)
+    screened = few < judges and candidates > _KEPT
+    return length * ((few * candidates + judges * _KEPT if screened else judges * candidates) + 3 * judges)
 
 
 def rounded(site: Site, block: Block, factors: Factors) -> dict[str, Tensor]:
@@ -52,15 +68,24 @@ def output_error(block: Block, indices: Sequence[int], weights: Weights, factors
 
 
 def choose(site: Site, block: Block, candidates: Iterable[Factors], windows: int) -> Factors | None:
-    """The candidate with the least output error; None where it does not beat no factors, on other windows too."""
-    search, confirm = spread(block, judging(windows, block.target([0]).shape[1]))
+    """The candidate with the least output error; None where it does not beat no factors, on other windows too.
+
+    All are tried on a few windows, and the best of these on all that judge.
+    """
+    length = block.target([0]).shape[1]
+    search, confirm = spread(block, judging(windows, length))
 
     def error_of(factors: Factors, indices: Sequence[int]) -> float:
         return output_error(block, indices, rounded(site, block, factors), dict.fromkeys(site.weights, factors))
 
-    ones = torch.ones(site.channels)
+    ones, tried = torch.ones(site.channels), [site.tied(factors) for factors in candidates]
+    few = search[:: len(search) // _screening(len(search), length)]
+    if len(few) < len(search) and len(tried) > _KEPT:
+        errors = [error_of(factors, few) for factors in tried]
+        order = sorted(range(len(tried)), key=lambda at: (isnan(errors[at]), errors[at]))
+        tried = [tried[at] for at in sorted(order[:_KEPT])]
     best, least = None, error_of(ones, search)
-    for factors in map(site.tied, candidates):
+    for factors in tried:
         error = error_of(factors, search)
         if error < least:  # never so for NaN
             best, least = factors, error

@@ -16,7 +16,7 @@ from lowbit.methods import Stats
 from lowbit.schemes import Scheme
 from lowbit.tensors import block_size
 from lowbit.transforms import Transform
-from lowbit.transforms._search import Factors, balanced, choose, floored, judging
+from lowbit.transforms._search import Factors, balanced, choose, floored, tokens_tried
 
 
 @final
@@ -81,8 +81,5 @@ TRANSFORM = Transform(
     options=Options,
     needs=frozenset({"mean_abs"}),
     method="clip",
-    # Besides the candidates: no factors, and on other windows no factors and the best.
-    tokens=lambda options, length: (
-        length * judging(options.windows, length) * (options.ratios * (2 if options.duo else 1) + 3)
-    ),
+    tokens=lambda options, length: tokens_tried(options.windows, length, options.ratios * (2 if options.duo else 1)),
 )

@@ -15,7 +15,7 @@ from lowbit.methods import Stats
 from lowbit.methods._learn import grouped, within_rows
 from lowbit.schemes import Scheme
 from lowbit.transforms import Transform
-from lowbit.transforms._search import Factors, balanced, choose, judging, rounded, smoothing
+from lowbit.transforms._search import Factors, balanced, choose, rounded, smoothing, tokens_tried
 
 
 @final
@@ -128,6 +128,8 @@ TRANSFORM = Transform(
     # Forward, and backward twice as long; the start's candidates, and both ends on the windows that choose and confirm.
     batch=lambda options: options.batch,
     tokens=lambda options, length: (
-        length * (3 * options.steps * options.batch + judging(options.windows, length) * (options.strengths + 8))
+        length * 3 * options.steps * options.batch
+        + tokens_tried(options.windows, length, options.strengths)
+        + tokens_tried(options.windows, length, 2)
     ),
 )

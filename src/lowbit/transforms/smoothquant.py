@@ -8,7 +8,7 @@ from typing import final
 from lowbit.blocks import Block, Site
 from lowbit.methods import Stats
 from lowbit.transforms import Transform
-from lowbit.transforms._search import Factors, choose, judging, smoothing
+from lowbit.transforms._search import Factors, choose, smoothing, tokens_tried
 
 
 @final
@@ -41,6 +41,5 @@ TRANSFORM = Transform(
     search=search,
     options=Options,
     needs=frozenset({"absmax"}),
-    # Besides the candidates: no factors, and on other windows no factors and the best.
-    tokens=lambda options, length: length * judging(options.windows, length) * (options.strengths + 3),
+    tokens=lambda options, length: tokens_tried(options.windows, length, options.strengths),
 )
