@@ -328,6 +328,24 @@ def test_what_is_no_stack_stays_as_it_is(tensors: dict[str, Tensor], tmp_path: P
     assert apart(source, FORM) is source
 
 
+@pytest.mark.parametrize("hidden", [32, "32", 16])
+def test_the_length_of_the_hidden_state_tells_how_matrices_lie(hidden: object, tmp_path: Path) -> None:
+    """The hub has Qwen3-VL's experts as `[inputs, outputs]`, transformers saves them the other way."""
+    wide, down = torch.randn(2, 12, 32), torch.randn(2, 32, 6)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": hidden}})
+    )
+    for stored in ({WIDE: wide, DOWN: down}, {WIDE: wide.mT.contiguous(), DOWN: down.mT.contiguous()}):
+        save_file(stored, tmp_path / "model.safetensors")
+        source = view(tmp_path)
+        if hidden != 32:
+            assert set(source.weights) == {WIDE, DOWN}
+            continue
+        for expert, (gate, up, low) in enumerate(matrices("qwen3_vl_moe", wide, down)):
+            for part, wanted in (("gate", gate), ("up", up), ("down", low)):
+                assert torch.equal(source.tensor(f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight"), wanted)
+
+
 def test_a_stack_of_a_pytorch_file_that_is_stored_turned(tmp_path: Path) -> None:
     wide = torch.randn(2, 6, 4)
     turned = wide.transpose(1, 2)

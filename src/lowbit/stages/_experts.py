@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Spec, Weight
-from lowbit.stages._weightfile import Slot, WeightFile
+from lowbit.stages._weightfile import Slot
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 
 T = TypeVar("T")
@@ -35,6 +35,7 @@ class Layout:
     stack: str
     parts: Sequence[str]
     transformers: Sequence[str] = ()
+    hidden: str = ""
     turned: bool = False
     interleaved: bool = False
 
@@ -48,6 +49,16 @@ class Layout:
         """The tensor that holds all, of the parts of each expert: the inverse of `part`."""
         wide = [torch.stack(tuple(p), 1).flatten(0, 1) if self.interleaved else torch.cat(tuple(p)) for p in experts]
         return torch.stack([one.T if self.turned else one for one in wide])
+
+    def holds(self, shape: Sequence[int], hidden: object) -> bool:
+        """Whether a tensor of this shape can be one, of a model with this `hidden_size`, where it is known."""
+        matrices = not self.parts[0].endswith(".bias")
+        if len(shape) != 2 + matrices or 0 in shape or shape[0] > _MOST:
+            return False
+        sides = {"outputs": shape[-1 if self.turned else 1], "inputs": shape[1 if self.turned else -1]}
+        if sides["outputs"] % len(self.parts):
+            return False
+        return hidden is None or not self.hidden or sides[self.hidden] == hidden
 
     def names(self, prefix: str, experts: int) -> list[list[str]]:
         """Names of the parts of each expert."""
@@ -132,7 +143,7 @@ def stacks(model_type: str, names: Collection[str]) -> dict[str, Stack]:
             count = next(e for e in range(_MOST + 1) if prefix + row.parts[0].format(e) not in names)
             members = row.names(prefix, count)
             if all(name in names for expert in members for name in expert):
-                found[prefix + row.stack] = Stack(row, members)
+                found.setdefault(prefix + row.stack, Stack(row, members))
     return found
 
 
@@ -148,16 +159,16 @@ def _layouts(model_type: str) -> list[Layout]:
 
 def _pieces(source: Checkpoint, rows: Sequence[Layout], name: str) -> dict[str, Slot]:
     """The places of a stack's matrices by name; none where it is no stack that can be taken apart."""
-    row, file, shape = _row(rows, name), source.files[name], source.specs[name].shape
-    axes = 2 if row and ".bias" in row.parts[0] else 3
-    odd = row is None or len(shape) != axes or 0 in shape or shape[0] > _MOST or source.specs[name].dtype not in _FLOATS
-    if row is None or odd or name in source.edits or name in file.values or name in _tied(file):
+    file, spec = source.files[name], source.specs[name]
+    text = source.config.get("text_config")
+    hidden = ({**source.config, **text} if isinstance(text, Mapping) else source.config).get("hidden_size")
+    row = next((row for row in rows if name.endswith(row.stack) and row.holds(spec.shape, hidden)), None)
+    tied = name in file.tied or name in file.tied.values()
+    if row is None or tied or spec.dtype not in _FLOATS or name in source.edits or name in file.values:
         return {}
-    if shape[-1 if row.turned else 1] % len(row.parts):
-        return {}
-    slot, names = file.slots[name], row.names(name.removesuffix(row.stack), shape[0])
-    stride = slot.stride or torch.empty(shape, device="meta").stride()
-    stack = torch.empty_strided(shape, stride, dtype=slot.spec.dtype, device="meta")
+    slot, names = file.slots[name], row.names(name.removesuffix(row.stack), spec.shape[0])
+    stride = slot.stride or torch.empty(spec.shape, device="meta").stride()
+    stack = torch.empty_strided(spec.shape, stride, dtype=spec.dtype, device="meta")
     found = {new: _slot(slot, row.part(stack, e, p)) for e, one in enumerate(names) for p, new in enumerate(one)}
     return {} if found.keys() & source.specs.keys() else found
 
@@ -171,10 +182,6 @@ def _slot(stack: Slot, view: Tensor) -> Slot:
     extent = 1 + sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
     start = stack.start + int(view.storage_offset()) * view.element_size()
     return Slot(Spec(view.dtype, tuple(view.shape)), start, extent, None if view.is_contiguous() else view.stride())
-
-
-def _tied(file: WeightFile) -> set[str]:
-    return {*file.tied, *file.tied.values()}
 
 
 def _spread(values: Mapping[str, T], found: Mapping[str, Mapping[str, Any]]) -> dict[str, T]:
