@@ -441,10 +441,10 @@ template <class Source>
 void many_tokens(const Product& of, int64_t panel, const Source& source) {
     auto add = tile_of<Source>(of);
     int64_t wide = of.fine ? columns_at_once / of.over * of.over : columns_at_once;
-    uint8_t bytes[16 * columns_at_once];
+    alignas(64) uint8_t bytes[16 * columns_at_once];
     for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
         int64_t count = smaller(tokens_at_once, of.tokens - token);
-        Near kept = {};
+        alignas(64) Near kept = {};
         for (int64_t col = 0; col < of.cols; col += wide) {
             Span span{panel, col, smaller(col + wide, of.cols), bytes};
             unpack(source, codes_of_panel(of, panel) + col / 32 * 64 * Source::bits, (span.last - col) / 32, bytes);
@@ -454,20 +454,15 @@ void many_tokens(const Product& of, int64_t panel, const Source& source) {
     }
 }
 
-// ---- floats: what codes stand for times the inputs as they are ----
-
 struct Level16 {
+    static constexpr bool narrow = true;  // only the lower four bits of a code count
     F table;
     F operator()(I code) const { return lookup16(table, code); }
 };
 struct Level256 {
+    static constexpr bool narrow = false;
     const float* table;
     F operator()(I code) const { return lookup256(table, code); }
-};
-
-template <int n>
-struct Count {
-    static constexpr int value = n;
 };
 
 template <class Body>
@@ -480,116 +475,138 @@ void with_codes(int bits, Body body) {
     if (bits == 8) body(Codes<8>{});
 }
 
-// body(token, Count) for `wide` tokens at a time, then for the rest one by one.
-template <int wide, class Body>
-void each_tile(int64_t first, int64_t last, Body body) {
-    for (; first + wide <= last; first += wide) body(first, Count<wide>{});
-    for (; first < last; first++) body(first, Count<1>{});
-}
+// ---- floats: weights as float32, times the inputs as they are ----
 
-template <int byte = 0, class Level, class Take>
-LOWBIT_INLINE void each_byte(I codes, Level level, int64_t column, Take& take) {
-    take(level(both(shift_right<8 * byte>(codes), set(255))), column + byte);
-    if constexpr (byte < 3) each_byte<byte + 1>(codes, level, column, take);
-}
-
-template <int tokens, class Level>
-void float_panel(const Product& of, int64_t panel, int64_t token, Level level) {
-    uint8_t chunk[512];
-    F total[tokens], sum[tokens], all[tokens];
-    for (F& each : total) each = set(0.0f);
-    for (int64_t group = 0, groups = of.cols / of.step; group < groups; group++) {
-        F s = scales_at(of, of.scale.data, panel * groups + group), z = scales_at(of, of.zero, panel * groups + group);
-        for (int t = 0; t < tokens; t++) sum[t] = all[t] = set(0.0f);
-        auto take = [&](F value, int64_t column) {
-            F shifted = of.minus ? value : sub(value, z);
-            for (int t = 0; t < tokens; t++) {
-                F each = set(of.input[(token + t) * of.cols + column]);
-                sum[t] = fma(shifted, each, sum[t]);
-                if (of.minus) all[t] = add(all[t], each);
-            }
-        };
-        for (int64_t col = group * of.step; col < (group + 1) * of.step; col += 4) {
-            const uint8_t* codes = codes_of_panel(of, panel) + col / 32 * 64 * of.bits;
-            if (col % 32 == 0) with_codes(of.bits, [&](auto source) { unpack(source, codes, 1, chunk); });
-            each_byte(load_words(chunk + col % 32 * 16), level, col, take);
-        }
-        for (int t = 0; t < tokens; t++) {
-            total[t] = fma(sum[t], s, total[t]);
-            if (of.minus) total[t] = fma(sub(set(0.0f), z), all[t], total[t]);
-        }
-    }
-    for (int t = 0; t < tokens; t++) store_rows(of, panel, token + t, total[t]);
-}
-
+// Codes as what they stand for, each value rounded as where the weight is dequantized.
 template <class Level>
-void float_panels(const Product& of, int64_t first, int64_t last, Level level) {
-    for (int64_t panel = first; panel < last; panel++)
-        each_tile<4>(0, of.tokens, [&](int64_t token, auto count) { float_panel<count.value>(of, panel, token, level); });
-}
+struct Leveled {
+    using Element = F32;
+    static constexpr bool near = true;
+    const Product& of;
+    Level level;
 
-// ---- weights that are floats themselves ----
-
-// Sums of even and of odd columns are apart, so that an addition need not wait for the one before.
-template <class T>
-void one_dense(const Product& of, int64_t panel) {
-    const uint8_t* weight = of.codes + panel * of.cols * 16 * T::size;
-    F even = set(0.0f), odd = even;
-    for (int64_t col = 0; col < of.cols; col += 2, weight += 32 * T::size) {
-        ask_for<T::size / 2>(weight);
-        even = fma(T::load(weight), set(of.input[col]), even);
-        odd = fma(T::load(weight + 16 * T::size), set(of.input[col + 1]), odd);
+    // `count` columns of a panel from `first` on, written to `to`.
+    const void* columns(int64_t panel, int64_t first, int64_t count, float* to) const {
+        for (int64_t i = 0; i < count; i += 32) fill(panel, first + i, to + 16 * i);
+        return to;
     }
-    store_rows(of, panel, 0, add(even, odd));
-}
+
+  private:
+    void fill(int64_t panel, int64_t col, float* to) const {
+        uint8_t chunk[512];
+        const uint8_t* codes = codes_of_panel(of, panel) + col / 32 * 64 * of.bits;
+        const bool nibbles = Level::narrow && of.bits == 4;
+        const Put put{level, of.zero && !of.minus, of.zero && of.minus};  // not read again after each value
+        if (!nibbles) with_codes(of.bits, [&](auto source) { unpack(source, codes, 1, chunk); });
+        for (int64_t at = 0; at < 32; at += 16) {
+            int64_t group = (panel * of.cols + col + at) / of.step;
+            F scale = scales_at(of, of.scale.data, group), zero = scales_at(of, of.zero, group);
+            for (int64_t i = at; i < at + 16; i += nibbles ? 8 : 4) {
+                if (nibbles) put.template words<4>(load_words(codes + 8 * i), scale, zero, to + 16 * i);
+                else put.template words<8>(load_words(chunk + 16 * i), scale, zero, to + 16 * i);
+            }
+        }
+    }
+
+    struct Put {
+        Level level;
+        bool before, after;  // whether a zero is subtracted, and when
+
+        // What stands in a word, where a lookup leaves out what is above its field (`narrow`).
+        template <int bits, int byte = 0, int field = 0>
+        LOWBIT_INLINE void words(I from, F scale, F zero, float* to) const {
+            I code = shift_right<8 * byte + bits * field>(from);
+            F value = level(Level::narrow ? code : both(code, set(255)));
+            if (before) value = sub(value, zero);
+            value = mul(value, scale);
+            store_f32(to + 16 * (4 * field + byte), after ? sub(value, zero) : value);
+            if constexpr (byte < 3) words<bits, byte + 1, field>(from, scale, zero, to);
+            else if constexpr (bits == 4 && field == 0) words<bits, 0, 1>(from, scale, zero, to);
+        }
+    };
+};
+
+// Weights that are floats themselves.
+template <class T>
+struct Stored {
+    using Element = T;
+    static constexpr bool near = false;
+    const Product& of;
+
+    const void* columns(int64_t panel, int64_t first, int64_t, float*) const {
+        return of.codes + (panel * of.cols + first) * 16 * T::size;
+    }
+};
 
 constexpr int64_t floats_at_once = 256;         // columns
 constexpr int float_tile = tile == 8 ? 12 : 6;  // tokens: what registers hold beside a weight and an input
 
-struct DenseSums {
+// Sums of even and of odd columns are apart, so that an addition need not wait for the one before.
+template <class Weight>
+void one_float(const Product& of, int64_t panel, const Weight& weight) {
+    using T = typename Weight::Element;
+    alignas(64) float near[floats_at_once * 16];
+    F even = set(0.0f), odd = even;
+    for (int64_t first = 0, last; first < of.cols; first = last) {
+        last = smaller(first + floats_at_once, of.cols);
+        auto from = static_cast<const uint8_t*>(weight.columns(panel, first, last - first, near));
+        for (int64_t col = first; col < last; col += 2, from += 32 * T::size) {
+            if constexpr (!Weight::near) ask_for<T::size / 2>(from);
+            even = fma(T::load(from), set(of.input[col]), even);
+            odd = fma(T::load(from + 16 * T::size), set(of.input[col + 1]), odd);
+        }
+    }
+    store_rows(of, panel, 0, add(even, odd));
+}
+
+struct FloatSums {
     float at[2][tokens_at_once][16];
 };
 
-// The columns from `first` to before `last` in steps of two, whose weights are at `weight`, for a tile of tokens from
-// number `token` on, of which `count` are there: others repeat the last.
+// `count` columns in steps of two, whose weights are at `weight`, for a tile of tokens whose inputs are at `first_input`,
+// of which `there` are there: others repeat the last.
 template <class T>
-void add_dense(const Product& of, const uint8_t* weight, int64_t first, int64_t last, int64_t token, int64_t count,
-               float (*kept)[16]) {
+void add_floats(const uint8_t* weight, const float* first_input, int64_t cols, int64_t count, int64_t there,
+                float (*kept)[16]) {
     const float* input[float_tile];
     F sum[float_tile];
     for (int t = 0; t < float_tile; t++) {
-        input[t] = of.input + (token + smaller(t, count - 1)) * of.cols;
-        sum[t] = load_f32(kept[smaller(t, count - 1)]);
+        input[t] = first_input + smaller(t, there - 1) * cols;
+        sum[t] = load_f32(kept[smaller(t, there - 1)]);
     }
-    for (int64_t col = first; col < last; col += 2, weight += 32 * T::size) {
+    for (int64_t i = 0; i < count; i += 2, weight += 32 * T::size) {
         F value = T::load(weight);
-        for (int t = 0; t < float_tile; t++) sum[t] = fma(value, set(input[t][col]), sum[t]);
+        for (int t = 0; t < float_tile; t++) sum[t] = fma(value, set(input[t][i]), sum[t]);
     }
-    for (int t = 0; t < float_tile; t++) store_f32(kept[smaller(t, count - 1)], sum[t]);
+    for (int t = 0; t < float_tile; t++) store_f32(kept[smaller(t, there - 1)], sum[t]);
 }
 
 // Some columns for as many tokens as keep their sums near.
-template <class T>
-void many_dense(const Product& of, int64_t panel) {
-    const uint8_t* weight = of.codes + panel * of.cols * 16 * T::size;
+template <class Weight>
+void many_floats(const Product& of, int64_t panel, const Weight& weight) {
+    using T = typename Weight::Element;
+    alignas(64) float near[floats_at_once * 16];
     for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
-        int64_t count = smaller(tokens_at_once, of.tokens - token);
-        DenseSums kept = {};
+        int64_t there = smaller(tokens_at_once, of.tokens - token);
+        alignas(64) FloatSums kept = {};
         for (int64_t first = 0; first < of.cols; first += floats_at_once) {
-            int64_t last = smaller(first + floats_at_once, of.cols);
-            for (int64_t t = 0; t < count; t += float_tile)
+            int64_t count = smaller(floats_at_once, of.cols - first);
+            auto from = static_cast<const uint8_t*>(weight.columns(panel, first, count, near));
+            const float* input = of.input + token * of.cols + first;
+            for (int64_t t = 0; t < there; t += float_tile)
                 for (int odd = 0; odd < 2; odd++)
-                    add_dense<T>(of, weight + (first + odd) * 16 * T::size, first + odd, last, token + t,
-                                 smaller(float_tile, count - t), kept.at[odd] + t);
+                    add_floats<T>(from + odd * 16 * T::size, input + t * of.cols + odd, of.cols, count,
+                                  smaller(float_tile, there - t), kept.at[odd] + t);
         }
-        for (int64_t t = 0; t < count; t++)
+        for (int64_t t = 0; t < there; t++)
             store_rows(of, panel, token + t, add(load_f32(kept.at[0][t]), load_f32(kept.at[1][t])));
     }
 }
 
-template <class T>
-void dense_panels(const Product& of, int64_t first, int64_t last) {
-    for (int64_t panel = first; panel < last; panel++) of.tokens == 1 ? one_dense<T>(of, panel) : many_dense<T>(of, panel);
+template <class Weight>
+void float_panels(const Product& of, int64_t first, int64_t last, const Weight& weight) {
+    for (int64_t panel = first; panel < last; panel++)
+        of.tokens == 1 ? one_float(of, panel, weight) : many_floats(of, panel, weight);
 }
 
 // ---- which of these ----
@@ -616,10 +633,10 @@ void code_panels(const Product& of, int64_t first, int64_t last) {
 
 void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last);
 void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last) {
-    if (of.way == Way::dense) with_dtype(of.scale.dtype, [&](auto type) { dense_panels<decltype(type)>(of, first, last); });
+    if (of.way == Way::dense) with_dtype(of.scale.dtype, [&](auto type) { float_panels(of, first, last, Stored<decltype(type)>{of}); });
     else if (of.way != Way::floats) code_panels(of, first, last);
-    else if (of.bits <= 4) float_panels(of, first, last, Level16{load_f32(of.level)});
-    else float_panels(of, first, last, Level256{of.level});
+    else if (of.bits <= 4) float_panels(of, first, last, Leveled<Level16>{of, {load_f32(of.level)}});
+    else float_panels(of, first, last, Leveled<Level256>{of, {of.level}});
 }
 
 }  // namespace lowbit
