@@ -32,5 +32,5 @@ def command(out: Path, scheme: str, method: str) -> None:
             command=f"lowbit demo {out} --scheme {scheme} --method {method}",
         )
         run(request, progress, lambda plan, way: print_plan(plan, err=True))
-    click.echo((out / "report.md").read_text())
+    click.echo((out / "report.md").read_text(), nl=False)
     click.echo(f"Open {(out / 'report.html').resolve()}")

@@ -79,7 +79,7 @@ def write_report(run: RunRecord, out_dir: Path) -> None:
     facts = _facts(run)
     texts = {
         "report.json": _to_json(run, facts["verdict"]),
-        "report.md": _environment(page=False).get_template("report.md.j2").render(facts),
+        "report.md": _environment(page=False).get_template("report.md.j2").render(facts).rstrip() + "\n",
         "report.html": _page(run, facts),
     }
     for name, text in texts.items():
