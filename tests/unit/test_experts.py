@@ -31,6 +31,7 @@ from lowbit.stages.calibrate import Prepared, _begin, _enter, calibrate, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Calibration, Rules, as_planned, make_plan
 from lowbit.stages.quantize import estimate_memory, quantize
+from lowbit.stages.rotate import TOLERANCE, prove, rotate
 from lowbit.stages.write import Output, open_output
 from tests.reference.models import STACKED, save_stacked, save_words
 
@@ -189,6 +190,15 @@ def test_experts_that_see_few_tokens_get_all(tmp_path: Path) -> None:
     starved = [each for each in facts.values() if each["starved"] is not None]
     assert starved and all(each["rows"] == 8 and each["starved"] <= 8 for each in starved)
     assert any(each["starved"] < 8 for each in starved)
+
+
+def test_a_rotation_turns_experts_that_the_class_has_the_other_way(tmp_path: Path) -> None:
+    save_stacked("gpt_oss", tmp_path)
+    original = open_blueprint(view(tmp_path), torch.float32)
+    turned = rotate(original)
+    assert prove(original, turned) < TOLERANCE
+    for name in [name for name in original.checkpoint.weights if ".experts.3." in name and "bias" not in name]:
+        assert not torch.allclose(original.checkpoint.tensor(name), turned.checkpoint.tensor(name), atol=0.05)
 
 
 def test_only_tokens_that_are_sent_to_an_expert_count() -> None:

@@ -318,6 +318,12 @@ class Blueprint:
         """Tensors with all experts of a layer that the class wants, of what the checkpoint has apart."""
         return stacks(str(self.config.model_type), self.checkpoint.weights.keys())
 
+    @property
+    def turned(self) -> frozenset[str]:
+        """Weights whose transpose the class has, in a stack of experts."""
+        stacks = [stack for stack in self._stacks.values() if stack.layout.turned]
+        return frozenset(name for stack in stacks for names in stack.members for name in names)
+
     def _build(
         self, read: AbstractSet[str], kept: AbstractSet[str] = frozenset(), **settings: Any
     ) -> tuple[PreTrainedModel, dict[str, list[str]]]:

@@ -226,6 +226,7 @@ class _Model:
         stored: weights of the checkpoint, and their shapes.
         tables: parameters with a row for every token of the vocabulary.
         head: what the checkpoint calls an output layer that is one with the embedding; and the embedding.
+        turned: weights whose transpose is in the parameter.
     """
 
     flow: Flow
@@ -235,6 +236,7 @@ class _Model:
     tables: frozenset[str]
     head: tuple[str, str] | None
     checkpoint: Checkpoint
+    turned: frozenset[str]
 
     @property
     def axes(self) -> Mapping[str, int]:
@@ -257,7 +259,7 @@ class _Model:
         flow = _trace(blueprint, model.to("meta"))
         tables = frozenset(name for name, shape in shapes.items() if shape[:-1] == (blueprint.vocabulary,))
         head = _tied_head(model, blueprint.checkpoint, sources)
-        return cls(flow, sources, shapes, stored, tables, head, blueprint.checkpoint)
+        return cls(flow, sources, shapes, stored, tables, head, blueprint.checkpoint, blueprint.turned)
 
     def whole(self, *names: str) -> bool:
         """Whether each of these parameters is one stored weight, as it is."""
@@ -318,11 +320,12 @@ class _Model:
                 assert self.head
                 found[self.head[0]] = Edit(tuple(each))
             for source in self.sources.get(name, ()):
-                for step in each:
+                own = [replace(step, axis=-3 - step.axis) if source in self.turned else step for step in each]
+                for step, mine in zip(each, own, strict=True):
                     wanted, there = self.shapes[name][step.axis], self.stored[source]
-                    if len(there) < -step.axis or there[step.axis] != wanted:
+                    if len(there) < -mine.axis or there[mine.axis] != wanted:
                         raise UnsupportedError(f"{source} is stored in another layout than {name}; it is not rotated")
-                found[source] = Edit(tuple(each))
+                found[source] = Edit(tuple(own))
         return found
 
 
