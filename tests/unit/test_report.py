@@ -13,13 +13,19 @@ from math import inf, nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import lowbit
-from lowbit.stages import _charts, _words
+from lowbit.methods import NoOptions
+from lowbit.plugins import load
+from lowbit.schemes import parse
+from lowbit.stages import _charts, _words, record
 from lowbit.stages._records import TermsRecord
 from lowbit.stages._verdict import BANDS, judge, position
 from lowbit.stages.report import Count, Histogram, Memory, Outcome, RunRecord, Verification, write_report
+from lowbit.tensors import QTensor, block_size
 from tests.conftest import ROOT
 from tests.reference.reports import HOSTILE, make_evaluation, make_rows, make_run
 
@@ -504,3 +510,27 @@ def test_the_report_tells_what_was_learned_from(tuned: Any, wanted: str, absent:
     learned = "awq+gptq+tune learned from 1,024 windows of 512 tokens of train.txt, chats.jsonl (tokens 0123456789ab)"
     assert learned in sentences
     assert "Few tokens." in sentences
+
+
+@pytest.mark.parametrize("scheme", ["int4-g48", "int4-g48-asym", "int8-row", "q4_k", "int4-16x32"])
+def test_histograms_count_every_weight(scheme: str) -> None:
+    """Bin by bin as numpy counts weights in units of their scales, block by block; what is beyond is at the ends."""
+    weight = torch.randn(70, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q: QTensor = load("methods", "ggml" if scheme == "q4_k" else "rtn").quantize(weight, {}, parse(scheme), NoOptions())
+    found = record.histogram("w", weight, q)
+    (high, wide), scales, zeros = block_size(q.shape, q.scheme.block), q.scale_values(), q.zero_values()
+    units = np.empty((70, 512))
+    for row, col in np.ndindex(70, 512):
+        block = row // high, col // wide
+        value, scale = float(weight[row, col]), float(scales[block])
+        zero = 0.0 if zeros is None else float(zeros[block])
+        units[row, col] = (value + zero) / scale if q.scheme.zero == "min" else value / scale + zero
+    counts, _ = np.histogram(units.clip(found.edges[0], found.edges[-1]), found.edges)
+    assert sum(found.counts) == weight.numel() and np.abs(counts - found.counts).sum() < 180  # float32 at the edges
+    assert sum(found.codes) == weight.numel()
+
+
+def test_a_value_that_is_no_number_is_in_no_bin() -> None:
+    values = torch.tensor([float("nan"), -9.0, 0.0, 9.0, float("inf")])
+    counts = record._binned(values, -1.0, 1.0)
+    assert counts.sum() == 4 and (counts[0], counts[record.BINS // 2], counts[-1]) == (1, 1, 2)

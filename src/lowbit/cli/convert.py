@@ -11,6 +11,7 @@ import click
 
 from lowbit import plugins
 from lowbit.cli._options import Size, cores, note, progress_bars
+from lowbit.collector import paused
 
 if TYPE_CHECKING:
     from lowbit.stages.convert import Converted
@@ -49,8 +50,9 @@ def command(model: str, out: Path, form: str, scheme: str | None, lossy: bool, a
 
     Killed at any moment, the same command goes on where it was. Everything written is read back and compared.
     """
-    from lowbit.pipeline import run_conversion, without_tokenizer
-    from lowbit.stages._changes import Goal
+    with paused():  # what is imported stays
+        from lowbit.pipeline import run_conversion, without_tokenizer
+        from lowbit.stages._changes import Goal
 
     def announce(planned: Converted, way: Any) -> None:
         if not as_json:

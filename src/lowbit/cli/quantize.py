@@ -21,6 +21,7 @@ from lowbit.cli._options import (
     rules_options,
     run_options,
 )
+from lowbit.collector import paused
 
 _EPILOG = """\b
 Schemes are GRID[-BLOCK][-OPTION...], as int4-g128-asym:
@@ -56,7 +57,8 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
     Killed at any moment, the same command goes on where it was. Everything written is read back and compared.
     OUT/report.html shows the result.
     """
-    from lowbit.pipeline import Request, run, without_tokenizer
+    with paused():  # what is imported stays
+        from lowbit.pipeline import Request, run, without_tokenizer
 
     budget, rules = make_budget(options, plan_file), make_rules(options)
     request = Request(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from lowbit import __version__
@@ -208,33 +209,47 @@ def histogram(name: str, weight: Tensor, qtensor: QTensor) -> Histogram:
     finite = levels[levels.isfinite()]
     low, high = float(finite.min()), float(finite.max())
     margin = (high - low) / 20
-    counts, codes = torch.zeros(BINS, dtype=torch.float64), torch.zeros(256, dtype=torch.int64)
+    counts, codes = torch.zeros(BINS, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
     view = weight.reshape(qtensor.codes.shape)
     for rows, cols in pieces_of(qtensor.shape, scheme.block, PIECE // 4):
-        units = _units(view, qtensor, rows, cols).clamp(low - margin, high + margin)
-        counts += torch.histc(units, BINS, low - margin, high + margin)
+        counts += _binned(_units(view, qtensor, rows, cols), low - margin, high + margin)
         codes += torch.bincount(qtensor.codes[rows, cols].reshape(-1), minlength=256)
     edges = torch.linspace(low - margin, high + margin, BINS + 1)
     order = [code for code in levels.argsort().tolist() if levels[code].isfinite()]
     return Histogram(
         name,
         tuple(edges.tolist()),
-        tuple(int(count) for count in counts),
+        tuple(counts.tolist()),
         tuple(float(levels[code]) for code in order),
         tuple(int(codes[code]) for code in order),
         _AXIS[scheme.zero],
     )
 
 
+def _binned(values: Tensor, first: float, last: float) -> Int64[Tensor, "bins"]:
+    """How many values are in each of `BINS` bins, the outer ones with all that is beyond; NaN is in none.
+
+    `torch.histc` takes three times as long.
+    """
+    places = (values - first).mul_(BINS / (last - first)).clamp_(0, BINS - 1).nan_to_num_(nan=BINS)
+    return torch.bincount(places.to(torch.int32).reshape(-1), minlength=BINS + 1)[:BINS]
+
+
 def _units(view: Tensor, qtensor: QTensor, rows: slice, cols: slice) -> Tensor:
     """A piece of the weight in units of its blocks' scales, on the axis of the codes."""
     high, wide = block_size(qtensor.shape, qtensor.scheme.block)
-    across = torch.arange(cols.start, cols.stop) // wide
+    across = slice(cols.start // wide, -(-cols.stop // wide))
     down = torch.arange(rows.start, rows.stop) // high
-    scales, zeros = qtensor.scale_values()[down][:, across], qtensor.zero_values()
+
+    def spread(blocks: Tensor) -> Tensor:
+        """What each block has, for each weight."""
+        begin = cols.start % wide
+        return blocks[down, across].repeat_interleave(wide, 1)[:, begin : begin + cols.stop - cols.start]
+
+    scales, zeros = spread(qtensor.scale_values()), qtensor.zero_values()
     if zeros is None:
         return view[rows, cols].float() / scales
-    zeros = zeros[down][:, across]
+    zeros = spread(zeros)
     if qtensor.scheme.zero == "min":
         return (view[rows, cols].float() + zeros) / scales
     return view[rows, cols].float() / scales + zeros

@@ -18,6 +18,7 @@ from typing import final
 from safetensors import SafetensorError, safe_open
 
 from lowbit.budget import Estimate
+from lowbit.collector import paused
 from lowbit.errors import VerifyError
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._shard import Shard
@@ -129,9 +130,9 @@ def _check_gguf(path: Path, shard: Shard, written: Checkpoint) -> None:
     import gguf
 
     try:
-        theirs = {
-            str(tensor.name): (int(tensor.data_offset), int(tensor.n_bytes)) for tensor in gguf.GGUFReader(path).tensors
-        }
+        with paused():  # it makes several objects for each token
+            found = gguf.GGUFReader(path).tensors
+        theirs = {str(tensor.name): (int(tensor.data_offset), int(tensor.n_bytes)) for tensor in found}
     except (ValueError, KeyError, IndexError) as error:
         raise VerifyError(f"{path}: the gguf package refuses what was written: {error}") from error
     ours = {name: (tensor.start, tensor.nbytes) for name, tensor in read_gguf(path).tensors.items()}
