@@ -7,7 +7,7 @@ by names of their own. Joined again is what the model's class wants.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -45,8 +45,8 @@ class Layout:
         rows = one.shape[0] // len(self.parts)
         return one[part :: len(self.parts)] if self.interleaved else one[part * rows : (part + 1) * rows]
 
-    def join(self, experts: Sequence[Sequence[Tensor]]) -> Tensor:
-        """The tensor that holds all, of the parts of each expert: the inverse of `part`."""
+    def join(self, experts: Iterable[Sequence[Tensor]]) -> Tensor:
+        """The tensor that holds all, of the parts of each expert, which are taken one by one: the inverse of `part`."""
         wide = [torch.stack(tuple(p), 1).flatten(0, 1) if self.interleaved else torch.cat(tuple(p)) for p in experts]
         return torch.stack([one.T if self.turned else one for one in wide])
 
