@@ -253,6 +253,8 @@ def test_a_result_is_computed_with_whatever_its_readers_are(kind: str, tmp_path:
     else:
         record = lowbit.quantize(tmp_path / "model", tmp_path / "out", scheme="int4-g8", method="gptq", **asked)
         assert record.evaluation is not None
+    (note,) = [count for count in record.counts if count.kind == "apart"]
+    assert "does not read" in note.reason and note.tensors == (8 if kind == "gpt_oss" else 2)
     written = open_checkpoint(tmp_path / "out")
     layers = model.config.num_hidden_layers
     assert sum(weight.scheme is not None for weight in written.weights.values()) == layers * (4 + 3 * 4)
@@ -278,7 +280,8 @@ def save_seeing(path: Path) -> None:
 def test_transformers_opens_what_it_reads_apart(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     save_seeing(tmp_path / "model") if kind == "llama4" else save_stacked(kind, tmp_path / "model")
-    lowbit.quantize(tmp_path / "model", tmp_path / "out", scheme="int4-g8", method="mse")
+    record = lowbit.quantize(tmp_path / "model", tmp_path / "out", scheme="int4-g8", method="mse")
+    assert not any(count.kind == "apart" for count in record.counts)
     experts = {
         name
         for name, weight in open_checkpoint(tmp_path / "out").weights.items()

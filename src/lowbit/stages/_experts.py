@@ -21,6 +21,7 @@ from lowbit.stages._weightfile import Slot
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 
 T = TypeVar("T")
+UNREAD = "experts have names of llm-compressor and vLLM, which transformers' class of this model does not read"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MOST = 4096  # experts of a layer; a header may claim more names than there is memory for
 
@@ -124,14 +125,16 @@ def told_apart(before: Checkpoint, after: Checkpoint, form: str | None) -> str |
     if not names or form is None:
         return None
     first = next(name for name in after.weights if name not in before.weights)
-    row = _row(_layouts(str(before.config.get("model_type"))), names[0])
     text = f"{len(names)} tensors that hold all experts of a layer are taken apart, into {first} and others"
-    if row and form.replace("-", "_") in row.transformers:
+    if not unread(after, form):
         return text
-    return (
-        f"{text}: names of llm-compressor and vLLM, which transformers' class of this model does not read; what --skip "
-        f"finds, as {names[0]}, stays whole in 16 bits"
-    )
+    return f"{text}: {UNREAD}; what --skip finds, as {names[0]}, stays whole in 16 bits"
+
+
+def unread(source: Checkpoint, form: str) -> list[str]:
+    """Tensors that a class has of experts that are apart, where its reader of the format does not join them."""
+    found = stacks(str(source.config.get("model_type")), source.weights)
+    return [name for name, stack in found.items() if form.replace("-", "_") not in stack.layout.transformers]
 
 
 def stacks(model_type: str, names: Collection[str]) -> dict[str, Stack]:
