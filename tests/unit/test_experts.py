@@ -33,7 +33,7 @@ from lowbit.stages.plan import Calibration, Rules, as_planned, make_plan
 from lowbit.stages.quantize import estimate_memory, quantize
 from lowbit.stages.rotate import TOLERANCE, prove, rotate
 from lowbit.stages.write import Output, open_output
-from tests.reference.models import STACKED, save_stacked, save_words
+from tests.reference.models import _SIZES, STACKED, save_stacked, save_words
 
 # Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -248,11 +248,13 @@ def test_a_result_is_computed_with_whatever_its_readers_are(kind: str, tmp_path:
     text = save_words(tmp_path / "model")
     asked: dict[str, Any] = {"calibration": str(text), "samples": 4, "sequence_length": 32}
     asked |= {"evaluate": text, "context": 32}
-    if kind == "granitemoe":
+    if kind == "gpt_oss":
         record = lowbit.quantize(tmp_path / "model", tmp_path / "out", scheme="int4-g8", method="mse")
     else:
         record = lowbit.quantize(tmp_path / "model", tmp_path / "out", scheme="int4-g8", method="gptq", **asked)
         assert record.evaluation is not None
+    (note,) = [count for count in record.counts if count.kind == "apart"]
+    assert "does not read" in note.reason and note.tensors == (8 if kind == "gpt_oss" else 2)
     written = open_checkpoint(tmp_path / "out")
     layers = model.config.num_hidden_layers
     assert sum(weight.scheme is not None for weight in written.weights.values()) == layers * (4 + 3 * 4)
@@ -262,17 +264,37 @@ def test_a_result_is_computed_with_whatever_its_readers_are(kind: str, tmp_path:
             torch.testing.assert_close(found(input_ids=IDS, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama4_text", "qwen3_5_moe_text"])
+def save_seeing(path: Path) -> None:
+    """A Llama 4 as the hub has it: it reads images too."""
+    text = {**_SIZES, **STACKED["llama4_text"]}
+    sight = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sight |= {"image_size": 28, "patch_size": 14, "projector_input_dim": 32, "projector_output_dim": 32}
+    known: Any = transformers.CONFIG_MAPPING
+    config = known["llama4"](text_config=text, vision_config={**sight, "vision_output_dim": 32}, image_token_index=90)
+    auto: Any = transformers.AutoModelForImageTextToText
+    torch.manual_seed(0)
+    auto.from_config(config).save_pretrained(path)
+
+
+@pytest.mark.parametrize("kind", ["llama4", "qwen3_5_moe_text"])
 def test_transformers_opens_what_it_reads_apart(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    save_stacked(kind, tmp_path / "model")
-    lowbit.quantize(tmp_path / "model", tmp_path / "out", scheme="int4-g8", method="mse")
-    auto: Any = transformers.AutoModelForCausalLM
+    save_seeing(tmp_path / "model") if kind == "llama4" else save_stacked(kind, tmp_path / "model")
+    record = lowbit.quantize(tmp_path / "model", tmp_path / "out", scheme="int4-g8", method="mse")
+    assert not any(count.kind == "apart" for count in record.counts)
+    experts = {
+        name
+        for name, weight in open_checkpoint(tmp_path / "out").weights.items()
+        if ".experts." in name and weight.scheme
+    }
+    assert len(experts) == 3 * 4
+    auto: Any = transformers.AutoModelForImageTextToText if kind == "llama4" else transformers.AutoModelForCausalLM
     model, told = auto.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
+    ids = IDS.clamp(max=89)
     with torch.inference_mode():
-        wanted = model.eval()(input_ids=IDS, use_cache=False).logits
-        found = lowbit.load(tmp_path / "out", reference=True)(input_ids=IDS, use_cache=False).logits
+        wanted = model.eval()(input_ids=ids, use_cache=False).logits
+        found = lowbit.load(tmp_path / "out", reference=True)(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -7,7 +7,7 @@ by names of their own. Joined again is what the model's class wants.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,6 +21,7 @@ from lowbit.stages._weightfile import Slot
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 
 T = TypeVar("T")
+UNREAD = "experts have names of llm-compressor and vLLM, which transformers' class of this model does not read"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MOST = 4096  # experts of a layer; a header may claim more names than there is memory for
 
@@ -45,8 +46,8 @@ class Layout:
         rows = one.shape[0] // len(self.parts)
         return one[part :: len(self.parts)] if self.interleaved else one[part * rows : (part + 1) * rows]
 
-    def join(self, experts: Sequence[Sequence[Tensor]]) -> Tensor:
-        """The tensor that holds all, of the parts of each expert: the inverse of `part`."""
+    def join(self, experts: Iterable[Sequence[Tensor]]) -> Tensor:
+        """The tensor that holds all, of the parts of each expert, which are taken one by one: the inverse of `part`."""
         wide = [torch.stack(tuple(p), 1).flatten(0, 1) if self.interleaved else torch.cat(tuple(p)) for p in experts]
         return torch.stack([one.T if self.turned else one for one in wide])
 
@@ -124,14 +125,16 @@ def told_apart(before: Checkpoint, after: Checkpoint, form: str | None) -> str |
     if not names or form is None:
         return None
     first = next(name for name in after.weights if name not in before.weights)
-    row = _row(_layouts(str(before.config.get("model_type"))), names[0])
     text = f"{len(names)} tensors that hold all experts of a layer are taken apart, into {first} and others"
-    if row and form.replace("-", "_") in row.transformers:
+    if not unread(after, form):
         return text
-    return (
-        f"{text}: names of llm-compressor and vLLM, which transformers' class of this model does not read; what --skip "
-        f"finds, as {names[0]}, stays whole in 16 bits"
-    )
+    return f"{text}: {UNREAD}; what --skip finds, as {names[0]}, stays whole in 16 bits"
+
+
+def unread(source: Checkpoint, form: str) -> list[str]:
+    """Tensors that a class has of experts that are apart, where its reader of the format does not join them."""
+    found = stacks(str(source.config.get("model_type")), source.weights)
+    return [name for name, stack in found.items() if form.replace("-", "_") not in stack.layout.transformers]
 
 
 def stacks(model_type: str, names: Collection[str]) -> dict[str, Stack]:

@@ -103,8 +103,8 @@ class _StackStandin:
 
     def to(self, device: object = None, dtype: torch.dtype | None = None) -> Tensor:
         """As of one weight; of all that are in it."""
-        found = [[self._standins[name].to(device, dtype) for name in names] for names in self._stack.members]
-        return self._stack.layout.join(found)
+        experts = ([self._standins[name].to(device, dtype) for name in names] for names in self._stack.members)
+        return self._stack.layout.join(experts)
 
 
 @final

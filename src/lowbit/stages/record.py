@@ -19,6 +19,7 @@ from torch import Tensor
 from lowbit import __version__
 from lowbit.budget import PIECE, Estimate, MemoryWatch
 from lowbit.stages._adapter import Adapter
+from lowbit.stages._experts import UNREAD, unread
 from lowbit.stages._records import (
     Count,
     Histogram,
@@ -87,7 +88,7 @@ def make_record(
         verified=Verification(verified.tensors, 0, verified.seconds),
         evaluation=evaluation,
         histograms=tuple(histograms(source, output, rows, way.scratch)),
-        counts=(*_counts(plan), *_fallbacks(output), *_left(source)),
+        counts=(*_counts(plan), *_fallbacks(output), *_left(source), *_apart(source, plan)),
         resumed=output.resumed,
         calibration=calibration and {**calibration, "folded": _folded(output)},
         adapter=_terms(plan, adapter) if adapter else None,
@@ -167,6 +168,12 @@ def _fallbacks(output: Output) -> tuple[Count, ...]:
 
 def _left(source: Checkpoint) -> tuple[Count, ...]:
     return (Count("left out", LEFT, len(source.left)),) if source.left else ()
+
+
+def _apart(source: Checkpoint, plan: Plan) -> tuple[Count, ...]:
+    """Tensors that the model's class wants and that `transformers` will not find, for their experts are apart."""
+    count = len(unread(source, plan.format))
+    return (Count("apart", UNREAD, count),) if count else ()
 
 
 def _folded(output: Output) -> int:

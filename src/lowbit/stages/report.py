@@ -177,7 +177,7 @@ def _facts(run: RunRecord) -> dict[str, Any]:
         "scored": any(row.outcome.against_rtn is not None for _, row in made if row.outcome),
         "terms": _terms(run.adapter) if run.adapter else "",
         "kept": _kept(run.rows),
-        "other": [count for count in run.counts if count.kind in ("padded", "fallback", "left out")],
+        "other": [count for count in run.counts if count.kind in ("padded", "fallback", "left out", "apart")],
         "measures": _measures(quality) if quality else [],
         "protocol": _protocol(run.evaluation["conditions"]) if run.evaluation else [],
         "machine": _machine(run.machine),
