@@ -8,12 +8,17 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def paused() -> Iterator[None]:
-    """For parts that make very many objects, all of which stay: the search would go through them again and again."""
+def paused(freeze: bool = False) -> Iterator[None]:
+    """For parts that make very many objects none of which is garbage: the search would go through them again and again.
+
+    `freeze`: it will never again look at what there is when they end, which is for a process of our own alone.
+    """
     before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if freeze:
+            gc.freeze()
         if before:
             gc.enable()

@@ -122,21 +122,26 @@ class Scheme:
     smooth: bool = False
 
     def __str__(self) -> str:
-        if self.smooth:
-            return f"{replace(self, smooth=False)}-smooth"
-        if self.zero == "quantized":
-            words = ["spqr", "perm" if self.perm else "", f"sparse{self.outliers}" if self.outliers else ""]
-            return "-".join(word for word in words if word)
-        family = _family_of(self)
-        if family in _FIXED and self == FAMILIES[family]:
-            return family
-        default = FAMILIES[family] if family in FAMILIES else Scheme(self.grid, _LEVELS_BLOCK)
-        parts = [family, str(self.block) if self.block != default.block or family not in _FIXED else ""]
-        parts.append({"none": "", "int": "asym", "float": "fzero", "min": "min"}[self.zero])
-        parts.append("dq" if self.nested and not default.nested else "")
-        parts.append("perm" if self.perm else "")
-        parts.append(self.scale if self.scale != default.scale else "")
-        return "-".join(part for part in parts if part)
+        return _spelled(self)
+
+
+@cache
+def _spelled(scheme: Scheme) -> str:
+    if scheme.smooth:
+        return f"{replace(scheme, smooth=False)}-smooth"
+    if scheme.zero == "quantized":
+        words = ["spqr", "perm" if scheme.perm else "", f"sparse{scheme.outliers}" if scheme.outliers else ""]
+        return "-".join(word for word in words if word)
+    family = _family_of(scheme)
+    if family in _FIXED and scheme == FAMILIES[family]:
+        return family
+    default = FAMILIES[family] if family in FAMILIES else Scheme(scheme.grid, _LEVELS_BLOCK)
+    parts = [family, str(scheme.block) if scheme.block != default.block or family not in _FIXED else ""]
+    parts.append({"none": "", "int": "asym", "float": "fzero", "min": "min"}[scheme.zero])
+    parts.append("dq" if scheme.nested and not default.nested else "")
+    parts.append("perm" if scheme.perm else "")
+    parts.append(scheme.scale if scheme.scale != default.scale else "")
+    return "-".join(part for part in parts if part)
 
 
 def _int_grid(bits: int) -> Grid:

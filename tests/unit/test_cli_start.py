@@ -47,6 +47,16 @@ def test_start_imports_nothing_heavy(code: str) -> None:
     assert not HEAVY & set(loaded)
 
 
+def test_a_llama_goes_into_gguf_without_transformers(wiki_8m: Path, tmp_path: Path) -> None:
+    """Its import takes longer than the rest; `gc` says that what was imported is not looked through again."""
+    command = ["quantize", str(wiki_8m), str(tmp_path / "out"), "--scheme", "q8_0", "--format", "gguf"]
+    told = "import gc; print('\\n' + str(gc.get_freeze_count()))"
+    text = python(f"{MAIN}\n{told}\n{LOADED}", *command)
+    *_, frozen, _, loaded = text.splitlines()
+    assert "tokenizers" in json.loads(loaded) and "transformers" not in json.loads(loaded)
+    assert int(frozen) > 10_000
+
+
 def test_help_names_every_command() -> None:
     text = python(MAIN, "--help")
     files = (Path(__file__).resolve().parents[2] / "src" / "lowbit" / "cli").glob("[!_]*.py")

@@ -50,7 +50,7 @@ def command(model: str, out: Path, form: str, scheme: str | None, lossy: bool, a
 
     Killed at any moment, the same command goes on where it was. Everything written is read back and compared.
     """
-    with paused():  # what is imported stays
+    with paused(freeze=True):
         from lowbit.pipeline import run_conversion, without_tokenizer
         from lowbit.stages._changes import Goal
 

@@ -57,7 +57,7 @@ def command(model: str, out: Path, as_json: bool, plan_file: Path | None, **opti
     Killed at any moment, the same command goes on where it was. Everything written is read back and compared.
     OUT/report.html shows the result.
     """
-    with paused():  # what is imported stays
+    with paused(freeze=True):
         from lowbit.pipeline import Request, run, without_tokenizer
 
     budget, rules = make_budget(options, plan_file), make_rules(options)

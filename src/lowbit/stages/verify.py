@@ -131,8 +131,10 @@ def _check_gguf(path: Path, shard: Shard, written: Checkpoint) -> None:
 
     try:
         with paused():  # it makes several objects for each token
-            found = gguf.GGUFReader(path).tensors
-        theirs = {str(tensor.name): (int(tensor.data_offset), int(tensor.n_bytes)) for tensor in found}
+            theirs = {
+                str(tensor.name): (int(tensor.data_offset), int(tensor.n_bytes))
+                for tensor in gguf.GGUFReader(path).tensors
+            }
     except (ValueError, KeyError, IndexError) as error:
         raise VerifyError(f"{path}: the gguf package refuses what was written: {error}") from error
     ours = {name: (tensor.start, tensor.nbytes) for name, tensor in read_gguf(path).tensors.items()}
