@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "decoder.h"
+#include "lookup.h"
 #include "lowbit.h"
 
 namespace nb = nanobind;
@@ -230,6 +231,13 @@ NB_MODULE(_native, module) {
         },
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
         Unlocked());
+    module.def(
+        "ggml_floats",
+        [](int type, const Bytes& stored, const Floats& levels, const MaybeFloats& scales, int64_t step, const FloatsOut& out) {
+            ggml_floats(GgmlType(type), {levels.data(), data_or_null(scales), step}, stored.data(), int64_t(out.shape(0)),
+                        int64_t(out.shape(1)), out.data());
+        },
+        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), Unlocked());
     module.def(
         "ggml_encode",
         [](int type, const Floats& weight, const MaybeFloats& importance, bool fitted, const Codes& codes,

@@ -398,6 +398,30 @@ def ggml_unpack(type: int, blocks: int, stored: UInt8[Tensor, "..."], *, out: Gg
     _native.ggml_unpack(type, stored, blocks, *each)
 
 
+def ggml_floats(
+    type: int,
+    stored: UInt8[Tensor, "rows row_bytes"],
+    levels: Float[Tensor, "256"],
+    scales: Float[Tensor, "256"] | None,
+    step: int,
+) -> Float[Tensor, "rows cols"]:
+    """Rows of blocks as float32: what `dequantize` makes of what `ggml_unpack` gives.
+
+    Codes stand for `levels`, those of scales and minima for `scales` where the type has these; `step` weights share a
+    scale. Values under one that is not finite are NaN.
+    """
+    weights, size, subs, _, scale_bytes = _ggml_shape(type)
+    rows, width = _two(stored.shape)
+    if scale_bytes != 2 or width % size or step < 1 or step * max(subs, 1) != weights:
+        raise ValueError(f"type {type} has no scales of float16 for each {step} weights in rows of {width} bytes")
+    _check("stored", stored, (rows, width), torch.uint8)
+    _check("levels", levels, (256,), torch.float32)
+    _check_present("scales", scales, subs > 0, (256,), torch.float32)
+    out = torch.empty(rows, width // size * weights)
+    _native.ggml_floats(type, stored, levels, scales, step, out)
+    return out
+
+
 @final
 @dataclass(frozen=True)
 class GgmlBlocks:

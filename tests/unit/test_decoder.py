@@ -112,6 +112,19 @@ def test_an_embedding_in_blocks_is_looked_up_there(wiki_8m: Path, tmp_path: Path
         open_runner(tmp_path / "out")
 
 
+def test_tokens_one_by_one_turn_as_those_read_at_once(tmp_path: Path) -> None:
+    """Also where the angles that are at hand end, and where some tokens are before it and some after."""
+    saved(tmp_path, "llama")
+    engine = Engine(native_of(open_model(tmp_path)), 1)
+    ids = torch.randint(3, 96, (260,), generator=torch.Generator().manual_seed(6))
+    whole, one, two = (engine.start(300) for _ in range(3))
+    want = whole.read(ids)
+    one.read(ids[:254])
+    assert torch.equal([one.read(each[None]) for each in ids[254:]][-1], want)
+    two.read(ids[:254])
+    assert torch.equal(two.read(ids[254:]), want)
+
+
 @pytest.mark.parametrize("keep", KEEPS)
 def test_what_a_text_begins_with_is_not_read_again(keep: str, tmp_path: Path) -> None:
     """Whatever was read before, a text gets the bits that it gets alone; so does one of several."""

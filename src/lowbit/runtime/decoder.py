@@ -79,6 +79,7 @@ class Engine:
         self._head, self._table = self._matrix("head"), Table(native.vectors["embedding"], native.blocks)
         self._factors = torch.tensor(native.factors)[:, None, None]
         self._steps = torch.stack([native.vectors[f"angles.{i}"] for i in range(len(native.factors))])[:, None]
+        self._near = 0, self._angles(torch.arange(_CHUNK))  # turns of a run of positions, and where it begins
 
     def _layer(self, number: int) -> DecoderLayer:
         matrices: Any = {name: self._matrix(f"{number}.{name}") for name in MATRICES}
@@ -111,7 +112,17 @@ class Engine:
         return self.decoder(hidden, [(session.cache, len(ids)) for session, ids in new], *self._turns(at))
 
     def _turns(self, at: Int64[Tensor, " tokens"]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine `[tables, tokens, turned]` at these positions."""
+        """Cosine and sine `[tables, tokens, turned]` at these positions; of a text token by token they are at hand."""
+        places = at.tolist()
+        begin = min(places) // _CHUNK * _CHUNK
+        if max(places) >= begin + _CHUNK:
+            return self._angles(at)
+        if begin != self._near[0]:
+            self._near = begin, self._angles(torch.arange(begin, begin + _CHUNK))
+        cosine, sine = self._near[1]
+        return cosine.index_select(1, at - begin), sine.index_select(1, at - begin)
+
+    def _angles(self, at: Int64[Tensor, " tokens"]) -> tuple[Tensor, Tensor]:
         angles = (at.float()[:, None] * self._steps).repeat(1, 1, 2)
         return angles.cos() * self._factors, angles.sin() * self._factors
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from math import isfinite
 from typing import final
 
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lowbit.formats._ggml import BLOCKS, unpack
+from lowbit.formats._ggml import BLOCKS, BlockType, unpack
+from lowbit.native import ggml_floats
+from lowbit.tensors import level_table
 
 
 @final
@@ -30,8 +34,25 @@ class Table:
         if not self.blocks:
             return found.float()
         kind = BLOCKS[self.blocks]
-        return unpack(kind.name, found, (len(ids), found.shape[1] // kind.bytes * kind.weights)).dequantize()
+        values = _floats(kind, found)
+        if values is None or not isfinite(values.sum().item()):  # what is wrong is told by the way that takes longer
+            values = unpack(kind.name, found, (len(ids), found.shape[1] // kind.bytes * kind.weights)).dequantize()
+        return values
 
     def stored_as(self, rows: int, width: int) -> tuple[int, int]:
         """Shape of `values` for so many rows of this width."""
         return rows, BLOCKS[self.blocks].row_bytes(width) if self.blocks else width
+
+
+def _floats(kind: BlockType, stored: Tensor) -> Tensor | None:
+    """Rows of blocks natively, at once; None of the types whose scales are no float16."""
+    if kind.scheme.scale in ("e8m0", "e4m3"):
+        return None
+    return ggml_floats(kind.id, stored, *_levels(kind.name), kind.scheme.block.cols)
+
+
+@cache
+def _levels(name: str) -> tuple[Tensor, Tensor | None]:
+    """What codes stand for, and those of nested scales."""
+    scheme = BLOCKS[name].scheme
+    return level_table(scheme.grid), None if scheme.nested is None else level_table(scheme.nested.grid)
