@@ -83,9 +83,7 @@ def ggml_pack(
     stored: Tensor,
     /,
 ) -> int: ...
-def ggml_floats(
-    type: int, stored: Tensor, levels: Tensor, scales: Tensor | None, step: int, out: Tensor
-) -> None: ...
+def ggml_floats(type: int, stored: Tensor, levels: Tensor, scales: Tensor | None, step: int, out: Tensor) -> None: ...
 def ggml_unpack(
     type: int,
     stored: Tensor,
