@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from threading import Lock
 from typing import final
 
 import torch
@@ -11,6 +12,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowbit.native import Coder
+
+_ONE_RECORDS = Lock()  # it begins by waiting for the device, which is refused while another thread records
 
 
 @final
@@ -86,10 +89,10 @@ class Sweep:
 
     def _record(self, given: list[Tensor], out: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         own, codes, graph = [tensor.clone() for tensor in given], out.clone(), torch.cuda.CUDAGraph()
-        _columns(self._rounder, codes, *own)  # what is loaded on first use must not be while it records
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            _columns(self._rounder, codes, *own)
+        with _ONE_RECORDS:
+            _columns(self._rounder, codes, *own)  # what is loaded on first use must not be while it records
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                _columns(self._rounder, codes, *own)
         return graph, own, codes
 
 

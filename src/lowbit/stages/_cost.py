@@ -105,7 +105,7 @@ def _ways(facts: _Facts, threads: int) -> Iterator[Cost]:
     """Ways of working, fastest first."""
     length = facts.windows[1]
     batches = dict.fromkeys(max(size, length) for size in (_TOKENS, 2048, length))
-    for workers in dict.fromkeys((threads, 1)):
+    for workers in dict.fromkeys((1,) if facts.elsewhere else (threads, 1)):
         for piece in [*facts.whole, *(PIECE >> shift for shift in (0, 2, 4))]:
             for tokens in batches:
                 for sites in dict.fromkeys((facts.experts, min(facts.experts, 8), 1)):
@@ -139,11 +139,15 @@ class _Facts:
         return max((entry.weight.shape[-1] for entry in self.largest), default=0)
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether the method computes on another device, where workers would only wait for each other."""
+        return self.method.anywhere and self.plan.calibration is not None and self.plan.calibration.device != "cpu"
+
+    @property
     def whole(self) -> list[int]:
         """A piece for the largest weight: on a device, time goes with the number of operations, not with their size."""
-        device = self.plan.calibration.device if self.plan.calibration else "cpu"
         whole = max((prod(entry.weight.shape) for entry in self.largest), default=0)
-        return [whole] if self.method.anywhere and device != "cpu" and whole > PIECE else []
+        return [whole] if self.elsewhere and whole > PIECE else []
 
     def cost(self, tokens: int, piece: int, threads: int, sites: int) -> Cost:
         """Of one way of working."""
