@@ -13,9 +13,6 @@ from lowbit.pipeline import Request, run
 from lowbit.stages.evaluate import evaluate
 from lowbit.stages.plan import Calibration, Rules
 
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 TEXT = Path(lowbit.__file__).parent / "data" / "evaluation.txt"
 
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner
 
 import lowbit
 from lowbit.cli import group
 from lowbit.pipeline import Request, run
 from lowbit.stages.plan import Calibration, Rules
-
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 TEXT = Path(lowbit.__file__).parent / "data" / "evaluation.txt"
 

@@ -15,8 +15,6 @@ from lowbit.stages.plan import Rules
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 CONTEXT = 512
 TOKENS = 8 * CONTEXT
 

@@ -35,7 +35,6 @@ from lowbit.stages.quantize import estimate_memory
 from lowbit.stages.samples import read_samples
 
 llama_cpp: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 TEXT = "The river, it's said, had 1850 bridges; nobody knew why. Zürich  is über 9,000 miles away!\n\tÇa va?"
 # Types of the file and how far llama.cpp's logits may be from ours, as a share of the largest: it rounds activations to

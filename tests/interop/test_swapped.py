@@ -20,9 +20,6 @@ from tests.reference.models import save_tiny
 
 transformers = pytest.importorskip("transformers")
 
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 IDS = torch.arange(3, 35)[None]
 
 

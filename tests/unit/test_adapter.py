@@ -16,8 +16,6 @@ from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.stages._adapter import read_adapter, write_adapter
 from tests.interop.models import tiny_llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 _RANKS = {"layers.0.self_attn.q_proj": 3, "layers.0.mlp.down_proj": 8, "layers.1.mlp.down_proj": 3}
 
 

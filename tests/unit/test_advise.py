@@ -20,9 +20,6 @@ from lowbit.stages.checkpoint import Checkpoint, arch_rows, open_checkpoint
 from lowbit.stages.plan import Rules, make_plan
 from lowbit.stages.running import activation_bytes, cache_of, read_bytes
 
-# transformers imports what is there, and hqq uses a part of torch that is deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 GIB = 2**30
 # As published in the models' config.json.
 LLAMA_2_7B = {

@@ -45,9 +45,6 @@ from lowbit.stages.write import Output, open_output
 from lowbit.transforms import awq
 from tests.reference.models import SETTINGS, save_tiny
 
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 IDS = torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(1))
 DENSE = [kind for kind in SETTINGS if kind not in ("mixtral", "qwen2_moe", "qwen3_moe", "mamba")]
 MOE = ["mixtral", "qwen2_moe", "qwen3_moe"]

@@ -25,7 +25,6 @@ from lowbit.runtime.runner import open_runner, runner_of
 from lowbit.stages._gguf import read_gguf
 from tests.reference.models import save_tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 IDS = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(5))
 MIXED = ["sliding_attention", "full_attention"]
 LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

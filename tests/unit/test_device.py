@@ -22,12 +22,10 @@ from lowbit.stages.checkpoint import open_checkpoint
 from tests.reference import simulated
 from tests.reference.models import save_tiny
 
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
 # In a thread that has not used a GPU yet, torch says once that it sets it up.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning"
+)
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch sees")
 CASES: list[tuple[str, str, dict[str, Any]]] = [

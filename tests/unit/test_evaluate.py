@@ -30,9 +30,6 @@ from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.evaluate import Evaluation, Text, Way, evaluate
 from tests.reference.evaluate import CONFIGS, TEXT, expected, load, token_ids, write_model, write_tokenizer
 
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 SAMPLE = Text("sample", TEXT)
 
 

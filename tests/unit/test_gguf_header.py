@@ -19,8 +19,6 @@ from lowbit.stages._gguf_metadata import _derived, _rope
 from lowbit.stages._plain_tokenizer import plain_tokenizer
 from lowbit.stages.plan import Rules
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 JSON = dict[str, Any]
 SIZES: JSON = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,

@@ -119,7 +119,6 @@ def test_learning_goes_on_from_where_smoothing_ends() -> None:
     assert unlearned is not None and torch.allclose(start, unlearned)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("kind", "method"), [("llama", "let+rtn"), ("gpt2", "let+omniquant"), ("phi3", "let+gptq")])
 def test_factors_are_learned_in_the_blocks_of_a_model(kind: str, method: str, tmp_path: Path) -> None:
     """Through merged weights, transposed ones, and inputs that are rounded."""

@@ -25,9 +25,6 @@ from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules, make_offers
 from tests.reference.models import save_tiny, save_words
 
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 IDS = torch.randint(3, 96, (4, 24), generator=torch.Generator().manual_seed(1))
 HELD = IDS[3:]  # of four windows one judges
 INSIDE, EMBEDDING, HEAD = "model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weight", "lm_head.weight"

@@ -25,9 +25,6 @@ from lowbit.transforms import awq
 from tests.reference.models import save_tiny
 from tests.unit.test_calibrate import IDS, begun, block_of, last, steps_of, store_rest
 
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 OUT = "dense_4h_to_h"  # reads what a GELU made, which no factor passes through
 
 

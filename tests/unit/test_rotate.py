@@ -18,9 +18,6 @@ from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.rotate import TOLERANCE, Options, Rotated, prove, rotate
 from tests.reference.rotations import rotated_llama
 
-# `transformers` imports a package that does this.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 _SIZES = {
     "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,

@@ -32,9 +32,6 @@ from lowbit.stages.running import Kept, Running, Use, forecast, uses_of
 from lowbit.stages.samples import read_samples
 from tests.reference.models import save_tiny
 
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 SCHEMES = ("int4-g16-f16", "int8-g16-f16")
 RUN = Running("vllm", 40, 3, "fp8", 8.0, 512, 2, True, "card", 1e6)
 # Of `save_tiny`: two layers, keys and values of two heads of 8, one byte each, 40 tokens of 3 sequences.

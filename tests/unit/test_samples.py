@@ -24,9 +24,6 @@ from lowbit.errors import UsageError
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.samples import Samples, Sampling, parse_sources, read_samples, similarity
 
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 WORDS = 4000
 BOS, EOS, UNKNOWN = WORDS, WORDS + 1, WORDS + 2
 CHAT = "{% for m in messages %}<b> {{ m.role }} {{ m.content }} {% endfor %}"

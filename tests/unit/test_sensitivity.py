@@ -33,9 +33,6 @@ from lowbit.stages.plan import Entry, Plan, Rules, load_plan, make_offers, make_
 from lowbit.stages.write import make_shards
 from tests.reference.models import save_tiny, save_words
 
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 IDS = torch.randint(3, 96, (64, 24), generator=torch.Generator().manual_seed(1))
 HELD = IDS[48:]
 

@@ -26,8 +26,6 @@ from lowbit.schemes import parse
 from tests.reference.qtensors import random_qtensor
 from tests.unit.test_decoder import IDS, saved
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -23,9 +23,6 @@ from lowbit.stages.verify import verify
 from lowbit.stages.write import Record, open_output
 from tests.reference.models import SETTINGS, save_tiny
 
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 IDS = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(1))
 MATRICES = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 NAMES = [f"transformer.h.{block}.{each}.weight" for block in (0, 1) for each in MATRICES]

@@ -20,8 +20,6 @@ from lowbit.stages._frontier import USERS, Interval, Point, frontier, judge, kne
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.sweep_report import Skipped, SweepRecord, write_sweep
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 
 def point(name: str, size: int, loss: float, speed: float | None = None, spread: float = 0.1) -> Point:
     around = Interval(loss, loss * (1 - spread), loss * (1 + spread))

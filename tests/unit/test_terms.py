@@ -24,9 +24,6 @@ from lowbit.stages.write import Record, open_output
 from tests.reference.activations import int8_token
 from tests.reference.models import save_tiny
 
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 IDS = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(1))
 Rounding = Callable[[Tensor], Tensor]
 

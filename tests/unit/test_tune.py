@@ -30,7 +30,6 @@ from tests.unit.test_calibrate import opened, store_rest
 
 MODEL = Path(__file__).parents[2] / "src/lowbit/data/wiki-8m"
 TEXT = Path(__file__).parents[2] / "src/lowbit/data/evaluation.txt"
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
 def request(out: Path, method: str, scheme: str = "int2-g64-asym", **options: Any) -> pipeline.Request:
