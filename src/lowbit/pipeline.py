@@ -20,7 +20,7 @@ from lowbit.stages._adapter import Terms
 from lowbit.stages._changes import Goal
 from lowbit.stages._cost import Cost
 from lowbit.stages._directory import GGUF
-from lowbit.stages._experts import apart, skipped, told_apart
+from lowbit.stages._experts import apart, finds, told_apart
 from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._policy import read_policy
@@ -356,7 +356,7 @@ def _open(request: Request, tell: Tell) -> Checkpoint:
     source = open_checkpoint(request.model, request.trust_remote_code)
     form = read_format(request.plan) if request.plan else request.rules.format
     text = text_part(source, form)
-    source = apart(text, form, read_names(request.plan).__contains__ if request.plan else skipped(request.rules.skip))
+    source = apart(text, form, read_names(request.plan).__contains__ if request.plan else finds(request.rules.skip))
     for said in (source.left_out, told_apart(text, source, form)):
         if said:
             tell(said)

@@ -18,7 +18,7 @@ from lowbit.errors import CheckpointError, QualityError, UnsupportedError, Usage
 from lowbit.pipeline import Request, counted, read_once, run
 from lowbit.runtime.bench import bench
 from lowbit.stages import quantize
-from lowbit.stages._experts import apart, skipped
+from lowbit.stages._experts import apart, finds
 from lowbit.stages._frontier import Interval, Point, read_point
 from lowbit.stages._text_part import text_part
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
@@ -122,7 +122,7 @@ def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tup
 
 def _view(checkpoint: Checkpoint, rules: Rules) -> Checkpoint:
     """As the line takes it."""
-    return apart(text_part(checkpoint, rules.format), rules.format, skipped(rules.skip))
+    return apart(text_part(checkpoint, rules.format), rules.format, finds(rules.skip))
 
 
 def _said(plan: Plan) -> list[tuple[str, int, int]]:

@@ -17,7 +17,7 @@ import lowbit
 from lowbit import plugins
 from lowbit.budget import MemoryWatch
 from lowbit.inspect import inspect
-from lowbit.stages._experts import apart, skipped, stacks
+from lowbit.stages._experts import apart, finds, stacks
 from lowbit.stages._gather import Gatherer
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._observe import Accumulator
@@ -34,9 +34,6 @@ from lowbit.stages.quantize import estimate_memory, quantize
 from lowbit.stages.rotate import TOLERANCE, prove, rotate
 from lowbit.stages.write import Output, open_output
 from tests.reference.models import _SIZES, STACKED, save_stacked, save_words
-
-# Where the hqq package is installed, `transformers` imports it, and it compiles a function as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 IDS = torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(1))
 FORM = "compressed-tensors"
@@ -399,4 +396,4 @@ def test_experts_that_are_not_all_there_are_not_joined() -> None:
 
 
 def test_a_pattern_that_is_none_skips_nothing() -> None:
-    assert not skipped(["("])("a(b") and skipped(["(", "b$"])("ab")
+    assert not finds(["("])("a(b") and finds(["(", "b$"])("ab")

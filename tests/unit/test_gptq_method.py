@@ -300,7 +300,7 @@ def test_the_loop_of_another_device_does_what_the_kernel_does(scheme: str) -> No
     coupling = torch.randint(-2, 3, (cols, cols), generator=dice).float()
     scale = 2.0 ** torch.randint(-1, 2, (cols, lanes), generator=dice)
     found = []
-    for sweep in (partial(native.sweep, coder=coder), _elsewhere.Sweep(coder, target.device)):
+    for sweep in (partial(native.sweep, coder=coder), _elsewhere.Sweep(_elsewhere.Rounder.of(coder, target.device))):
         given, gaps, out = target.clone(), error.clone(), torch.empty(cols, lanes, dtype=torch.uint8)
         sweep(given, weight, gaps, coupling, scale, zero, out=out)
         found.append((out, gaps))

@@ -59,8 +59,8 @@ class Sweep:
     column, and starting them takes longer than they do.
     """
 
-    def __init__(self, coder: Coder, device: torch.device) -> None:
-        self._rounder = Rounder.of(coder, device)
+    def __init__(self, rounder: Rounder) -> None:
+        self._rounder = rounder
         self._recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
     def __call__(
@@ -121,7 +121,7 @@ def residual(
     weight: Float[Tensor, "rows cols"],
     scales: Float[Tensor, "down across"],
     zeros: Float[Tensor, "down across"] | None,
-    coder: Coder,
+    rounder: Rounder,
     block: tuple[int, int],
 ) -> Float[Tensor, "rows cols"]:
     """Encoded and decoded weight minus the weight."""
@@ -130,5 +130,5 @@ def residual(
         return blocks.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
 
     wide = spread(scales)
-    _, value = Rounder.of(coder, weight.device)(weight / wide, None if zeros is None else spread(zeros))
+    _, value = rounder(weight / wide, None if zeros is None else spread(zeros))
     return value.mul_(wide).sub_(weight)

@@ -41,6 +41,7 @@ from lowbit.methods._scales import (
     residual,
     round_scales,
     round_zeros,
+    rounder_of,
     shares_rows,
     unscaled,
 )
@@ -113,8 +114,8 @@ def prepare(stats: Stats, scheme: Scheme, loop: Loop) -> Stats:
 
 
 def _product_type(moment: Tensor) -> torch.dtype:
-    slow = moment.device.type == "cpu" and len(moment) > _FULL
-    return torch.bfloat16 if slow and native.computes_bfloat16() else torch.float32
+    wide = moment.device.type == "cpu" and len(moment) > _FULL
+    return torch.bfloat16 if wide and native.computes_bfloat16() else torch.float32
 
 
 def prepared_bytes(cols: int) -> int:
@@ -273,16 +274,17 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, l
     ranges, device = finite_range(weight, stats, scheme), stats["curvature"].device
     special = _blocks.special(scheme)
     divisor = 1.0 if special else global_divisor(ranges, stats, scheme)
-    coder = coder_of(scheme)
-    sweep = partial(native.sweep, coder=coder) if device.type == "cpu" else _elsewhere.Sweep(coder, device)
+    sweep: Callable[..., None] = partial(native.sweep, coder=coder_of(scheme))
+    if device.type != "cpu":
+        sweep = _elsewhere.Sweep(rounder_of(scheme, device))
     rule = _Rule(scheme, loop, divisor, sweep, level_table(scheme.grid).to(device))
     wide = block_size((weight.shape[0], weight.shape[1]), scheme.block)[1]
     order, permuted = stats["order"], _regroups(scheme, loop, weight.shape[1])
     view, importance = (weight[:, order.cpu()], stats["curvature"][order]) if permuted else (weight, stats["curvature"])
     if permuted:
         ranges = native.block_range(view, *block_size((view.shape[0], view.shape[1]), scheme.block))[:2]
-    affine, steps = _start(view, ranges, importance, rule, wide)
-    codes, there = torch.empty(view.shape, dtype=torch.uint8), view.to(device)
+    there, codes = view.to(device), torch.empty(view.shape, dtype=torch.uint8)
+    affine, steps = _start(view, there, ranges, importance, rule, wide)
     turn = torch.arange(len(order), device=device) if permuted else order
     local, lanes = {**stats, "turn": turn, "importance": importance}, LANES if device.type == "cpu" else len(view)
     for start in range(0, len(view), lanes):
@@ -297,16 +299,21 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, l
 
 
 def _start(
-    view: Float[Tensor, "rows cols"], ranges: Range, importance: Float[Tensor, "cols"], rule: _Rule, wide: int
+    view: Float[Tensor, "rows cols"],
+    there: Float[Tensor, "rows cols"],
+    ranges: Range,
+    importance: Float[Tensor, "cols"],
+    rule: _Rule,
+    wide: int,
 ) -> tuple[Affine, _blocks.Steps]:
-    """The scales to start from, on the device of `importance`."""
+    """The scales to start from, on the device of `there`, which is the weight, and of `importance`."""
     device, scheme = importance.device, rule.scheme
     if _blocks.special(scheme):
         affine, steps = _blocks.start(view, importance.cpu(), scheme)
         return affine.to(device), steps.to(device)
     first = replace(rule.loop, search=rule.loop.search and not _on_the_way(rule, wide))
     low, high = (part.to(device) for part in ranges)
-    return choose(view.to(device), (low, high), importance, scheme, first, rule.divisor), _blocks.Steps(None, None)
+    return choose(there, (low, high), importance, scheme, first, rule.divisor), _blocks.Steps(None, None)
 
 
 def _regroups(scheme: Scheme, loop: Loop, cols: int) -> bool:

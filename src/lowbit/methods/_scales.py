@@ -207,12 +207,20 @@ def coder_of(scheme: Scheme) -> native.Coder:
     return native.Coder(keep_zeros=0.0 in grid.levels, levels=levels, codes=codes, table=level_table(grid))
 
 
+@cache
+def rounder_of(scheme: Scheme, device: torch.device) -> _elsewhere.Rounder:
+    """The same on another device, where it is asked for each candidate."""
+    return _elsewhere.Rounder.of(coder_of(scheme), device)
+
+
 def residual(
     weight: Float[Tensor, "rows cols"], affine: Affine, scheme: Scheme, block: tuple[int, int]
 ) -> Float[Tensor, "rows cols"]:
     """Encoded and decoded weight minus the weight, in float32."""
     if weight.device.type != "cpu":
-        return _elsewhere.residual(weight, affine.scales * affine.unit, affine.zeros, coder_of(scheme), block)
+        return _elsewhere.residual(
+            weight, affine.scales * affine.unit, affine.zeros, rounder_of(scheme, weight.device), block
+        )
     codes = encode(weight, affine, scheme, block)
     table = level_table(scheme.grid)
     decoded = native.dequantize(codes, affine.scales * affine.unit, affine.zeros, table, *block)

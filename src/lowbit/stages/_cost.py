@@ -139,15 +139,24 @@ class _Facts:
         return max((entry.weight.shape[-1] for entry in self.largest), default=0)
 
     @property
+    def heaviest(self) -> int:
+        """Elements of the largest weight."""
+        return max((prod(entry.weight.shape) for entry in self.largest), default=0)
+
+    @property
+    def device(self) -> str:
+        """Where blocks run."""
+        return self.plan.calibration.device if self.plan.calibration else "cpu"
+
+    @property
     def elsewhere(self) -> bool:
         """Whether the method computes on another device, where workers would only wait for each other."""
-        return self.method.anywhere and self.plan.calibration is not None and self.plan.calibration.device != "cpu"
+        return self.method.anywhere and self.device != "cpu"
 
     @property
     def whole(self) -> list[int]:
         """A piece for the largest weight: on a device, time goes with the number of operations, not with their size."""
-        whole = max((prod(entry.weight.shape) for entry in self.largest), default=0)
-        return [whole] if self.elsewhere and whole > PIECE else []
+        return [self.heaviest] if self.elsewhere and self.heaviest > PIECE else []
 
     def cost(self, tokens: int, piece: int, threads: int, sites: int) -> Cost:
         """Of one way of working."""
@@ -160,8 +169,7 @@ class _Facts:
         batch = max(tokens, self.windows[1])
         held = sum(statistic.nbytes(self.wide) for statistic in self.statistics)
         prepared = self.method.prepared(self.wide)
-        weight = max((prod(entry.weight.shape) for entry in self.largest), default=0)
-        parts = int((self.method.workspace + _RIVALS) * min(piece, weight)) * threads
+        parts = int((self.method.workspace + _RIVALS) * min(piece, self.heaviest)) * threads
         parts += 3 * sum(sorted(prod(entry.weight.shape) for entry in self.largest)[-3:])
         streams = 2 if self.paired or self.floats else 1
         hidden = prod(self.windows) * self.blueprint.width * self.blueprint.dtype.itemsize
@@ -198,8 +206,7 @@ class _Facts:
 
     def seconds(self, way: Cost) -> float:
         """From the multiplications of forward passes, statistics and methods, and the rates of this machine."""
-        device = self.plan.calibration.device if self.plan.calibration else "cpu"
-        fast, slow = rate(self.blueprint.dtype, device), rate(torch.float32)
+        fast, slow = rate(self.blueprint.dtype, self.device), rate(torch.float32)
         tokens, total = prod(self.windows), 0.0
         for entries in self.blocks:
             weights = sum(prod(entry.weight.shape) for entry in entries)

@@ -80,7 +80,7 @@ def nowhere(name: str) -> bool:
     return False
 
 
-def skipped(patterns: Sequence[str]) -> Callable[[str], bool]:
+def finds(patterns: Sequence[str]) -> Callable[[str], bool]:
     """Whether one of these regular expressions is found in a name; what is none is left to others to refuse."""
 
     def found(pattern: str, name: str) -> bool:

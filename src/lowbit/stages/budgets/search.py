@@ -73,9 +73,9 @@ def search(problem: Problem, limit: float, measure: Callable[[Allocation], Inter
     """
     trials: list[Trial] = []
     found: Allocation | None = problem.within_loss(limit)
-    while found and len(trials) < _ROUNDS:
+    while found:
         trials.append(Trial(found, measure(found), limit, share))
-        found = _next(problem, trials)
+        found = _next(problem, trials) if len(trials) < _ROUNDS else None
     best = _best(trials)
     if best is None:
         nearest, show = min(trials, key=lambda t: t.measured.worst).measured, "{:.3%}" if share else "{:.4g}"
