@@ -220,33 +220,34 @@ def test_blocks_that_span_rows_are_refused() -> None:
         assert "row" in (METHOD.supports(parse(scheme)) or "")
 
 
+@pytest.mark.parametrize(("dtype", "gap"), [(torch.bfloat16, 0.01), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(("heads", "shared", "tokens"), [(4, 1, 300), (8, 4, 128), (2, 2, 7)])
-def test_tiled_attention_is_attention(heads: int, shared: int, tokens: int) -> None:
-    """Against float32 on the same bfloat16 numbers, forward and backward."""
+def test_tiled_attention_is_attention(heads: int, shared: int, tokens: int, dtype: torch.dtype, gap: float) -> None:
+    """Against float64 on the same numbers, forward and backward."""
     dice = torch.Generator().manual_seed(1)
 
     def numbers(count: int) -> Tensor:
-        return torch.randn(2, tokens, count, 16, generator=dice).bfloat16().transpose(1, 2).requires_grad_()
+        return torch.randn(2, tokens, count, 16, generator=dice).to(dtype).transpose(1, 2).requires_grad_()
 
     parts, grad = [numbers(heads), numbers(heads // shared), numbers(heads // shared)], numbers(heads).detach()
     attention: Any = scaled_dot_product_attention
     settings = {"is_causal": True, "enable_gqa": True, "scale": 0.3}
     with TiledAttention():
         found = attention(*parts, **settings)
-    exact = [part.detach().float().requires_grad_() for part in parts]
+    exact = [part.detach().double().requires_grad_() for part in parts]
     wanted = attention(*exact, **settings)
     assert "Attend" in str(found.grad_fn)
     pairs = zip(
         [found, *torch.autograd.grad(found, parts, grad)],
-        [wanted, *torch.autograd.grad(wanted, exact, grad.float())],
+        [wanted, *torch.autograd.grad(wanted, exact, grad.double())],
         strict=True,
     )
     for ours, theirs in pairs:
-        assert (ours.float() - theirs).norm() < 0.01 * theirs.norm()
+        assert (ours.double() - theirs).norm() < gap * theirs.norm()
 
 
 def test_other_attention_is_left_alone() -> None:
-    parts = [torch.randn(1, 2, 5, 8).requires_grad_() for _ in range(3)]
+    parts = [torch.randn(1, 2, 5, 8).double().requires_grad_() for _ in range(3)]
     short = [part.detach().bfloat16().requires_grad_() for part in parts]
     mask, attention = torch.ones(5, 5, dtype=torch.bool), cast(Any, scaled_dot_product_attention)
     with TiledAttention():
