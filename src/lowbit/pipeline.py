@@ -32,6 +32,7 @@ from lowbit.stages._windows import cut, encode
 from lowbit.stages.budgets.allocate import Budget
 from lowbit.stages.budgets.decide import Job, Read, Told, decide
 from lowbit.stages.budgets.search import asked
+from lowbit.stages.budgets.sensitivity import Way
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
@@ -134,8 +135,8 @@ def _line(
     clock, scores, most = Clock(), None, 0
     text = spoken.text if spoken else read_text(request.text) if request.text else None
     with MemoryWatch(request.ram).running() as watch, _open(request, tell) as source:
-        read = read_once(source)
-        plan = _plan(_Work(request, source, watch, progress, tell, read))
+        read, decided = read_once(source), _Heard(tell)
+        plan = _plan(_Work(request, source, watch, progress, decided, read))
         plan, samples = _with_samples(plan, read)
         source = as_planned(source, plan)
         if text and not spoken:  # one that cannot be used is refused now, not after hours of calibration
@@ -173,8 +174,9 @@ def _line(
             )
             most = max(most, *(cost.total for cost in costs))
             result = make_record(
-                request.command, source, output, way, most, watch, checked, scores, clock.seconds, learned, adapter
-            )
+                request.command, source, output, way, most, watch, checked, scores, clock.seconds, learned, adapter,
+                tuple(decided.lines),
+            )  # fmt: skip
             write_report(result, request.out)
             watch.check()
     return result
@@ -192,6 +194,20 @@ def find_plan(
     """
     with MemoryWatch(request.ram).running() as watch, _open(request, tell) as source:
         return _plan(_Work(request, source, watch, progress, tell, read_once(source)))
+
+
+@final
+@dataclass(frozen=True)
+class _Heard:
+    """What was told of how a budget was met, for the report too."""
+
+    tell: Tell
+    lines: list[str] = field(default_factory=list)
+
+    def __call__(self, told: str | Told) -> None:
+        self.tell(told)
+        if not isinstance(told, str | Way):
+            self.lines.extend(told.lines())
 
 
 @final

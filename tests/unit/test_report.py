@@ -318,6 +318,16 @@ def test_low_rank_terms_are_counted_beside_the_codes(tmp_path: Path) -> None:
     assert "low-rank" not in (tmp_path / "report.md").read_text()
 
 
+def test_how_schemes_were_chosen_is_told(tmp_path: Path) -> None:
+    said = ("plan of 7 MiB, at most 0.03: passes", "plan of <6> | MiB, predicted 0.04")
+    record, markdown, page = written(make_run(decided=said), tmp_path)
+    assert tuple(record["decided"]) == said and all(line in page.text for line in said)
+    assert "How the schemes were chosen:\n\n- plan of 7 MiB, at most 0.03: passes\n- plan of" in markdown
+    assert "\\| MiB, predicted 0.04" in markdown
+    _, markdown, page = written(make_run(), tmp_path)
+    assert "schemes were chosen" not in markdown + page.text
+
+
 def test_fallback_names_both_methods(tmp_path: Path) -> None:
     row = make_rows(1)[2]
     assert row.outcome is not None

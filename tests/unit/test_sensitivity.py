@@ -17,6 +17,7 @@ from torch import Tensor
 from lowbit.budget import MemoryWatch
 from lowbit.cli._options import fold
 from lowbit.cli.plan import command
+from lowbit.cli.quantize import command as quantize
 from lowbit.errors import QualityError, UsageError
 from lowbit.formats import Weight
 from lowbit.methods import NoOptions, rtn
@@ -330,6 +331,18 @@ def test_the_text_is_split_once_for_all_plans_that_are_tried(tmp_path: Path, mon
     done = CliRunner().invoke(command, [*words, "--out", str(tmp_path / "plan.json")])
     assert done.exit_code == 0, done.stderr
     assert ", at most 0.02 was asked for: passes" in done.stderr and split == ["words.txt"]
+
+
+def test_the_report_tells_how_the_budget_was_met(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "m")
+    text, out = str(save_words(tmp_path / "m")), tmp_path / "out"
+    words = ["--method", "rtn", "--calibration", text, "--samples", "8", "--sequence-length", "24", "--schemes"]
+    words += ["int4-g8,int8-g8", "--bits-per-weight", "9.5"]
+    done = CliRunner().invoke(quantize, [str(tmp_path / "m"), str(out), *words])
+    assert done.exit_code == 0, done.stderr
+    (said,) = json.loads((out / "report.json").read_text())["decided"]
+    assert said.startswith("plan of ") and said.endswith(" nats per token of divergence from the original")
+    assert said in done.stderr
 
 
 def test_a_quality_that_no_plan_has_is_refused_with_the_best(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Causal attention for learning on a CPU: matrix products of tiles, nothing above the diagonal.
 
-Forward and backward take about a third of the time of `scaled_dot_product_attention`'s CPU kernel in bfloat16, two thirds
-in float32 (batch of 8, 8 heads of 32, 512 tokens). Scores are rounded to bfloat16 once more than there, which is why it
-serves gradients and not evaluation.
+Forward and backward take about a third of the time of `scaled_dot_product_attention`'s CPU kernel in bfloat16, two
+thirds in float32 (batch of 8, 8 heads of 32, 512 tokens). Scores are rounded to bfloat16 once more than there, which is
+why it serves gradients and not evaluation.
 """
 
 from __future__ import annotations

@@ -164,6 +164,7 @@ class RunRecord:
         calibration: what was learned from: `Samples.to_dict()`, `recipe`, `dtype`, likeness to the evaluation text;
             None where nothing was.
         adapter: None where no low-rank terms were made.
+        decided: what was said while schemes were chosen for a budget: plans that were measured, what was predicted.
     """
 
     command: str
@@ -182,3 +183,4 @@ class RunRecord:
     resumed: int = 0
     calibration: Mapping[str, Any] | None = None
     adapter: TermsRecord | None = None
+    decided: tuple[str, ...] = ()

@@ -71,6 +71,7 @@ def make_record(
     seconds: dict[str, float],
     calibration: dict[str, Any] | None = None,
     adapter: Adapter | None = None,
+    decided: tuple[str, ...] = (),
 ) -> RunRecord:
     """Everything the report says about a finished run; `other_memory`: bytes planned for calibration or evaluation."""
     plan = output.plan
@@ -92,6 +93,7 @@ def make_record(
         resumed=output.resumed,
         calibration=calibration and {**calibration, "folded": _folded(output)},
         adapter=_terms(plan, adapter) if adapter else None,
+        decided=decided,
     )
 
 
