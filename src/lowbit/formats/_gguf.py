@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
@@ -54,6 +54,7 @@ class Arch:
         tied: there is never an output layer.
         rotary: name in config.json of the share of a head that is rotated.
         requires: what config.json must say, where it says anything of it; a list has what it may say.
+        biases: name in config.json of whether there are biases, to a tensor of the first layer that is there if so.
         told: by model type the sizes of config.json that must be there to do without the defaults of transformers.
     """
 
@@ -75,6 +76,7 @@ class Arch:
     tied: bool
     rotary: str
     requires: Mapping[str, tuple[Any, ...]]
+    biases: Mapping[str, str]
     told: Mapping[str, tuple[str, ...]]
 
     def place(self, name: str) -> Place | None:
@@ -203,19 +205,31 @@ def archs() -> tuple[Arch, ...]:
             row.get("shaped", {}),
             row.get("tied", False),
             row.get("rotary", "partial_rotary_factor"),
-            {key: tuple(v) if isinstance(v, list) else (v,) for key, v in row.get("requires", {}).items()},
+            _required(row),
+            row.get("biases", {}),
             {kind: (*told["base"], *told[kind]) for kind in row["model_types"] if kind in told},
         )
         for row in table["gguf"]
     )
 
 
-def arch_named(arch: str, tensors: Collection[str]) -> Arch | None:
-    """The row of an architecture of llama.cpp that a file with these tensors has."""
-    rows = [row for row in archs() if row.arch == arch]
+def _required(row: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    told = row.get("requires", {}) | dict.fromkeys(row.get("without", ()))
+    return {key: tuple(value) if isinstance(value, list) else (value,) for key, value in told.items()}
+
+
+def arch_named(arch: str, tensors: Collection[str], value: Callable[[str], Any]) -> Arch | None:
+    """The row of an architecture of llama.cpp that a file has with these tensors, and these values of its keys."""
+    rows = [row for row in archs() if row.arch == arch and _told(row, value)]
     modules = {_tail(name).rpartition(".")[0] for name in tensors}
     marked = (row for row in rows if row.marked in modules)
     return next(marked, None) or next((row for row in rows if not row.marked), None)
+
+
+def _told(row: Arch, value: Callable[[str], Any]) -> bool:
+    """Whether a file says what the row is for, where it has a key for that."""
+    keys = {names[0]: f"{row.arch}.{key}" for key, names in row.keys.items()}
+    return all(value(keys[name]) == wanted for name, wanted in row.when.items() if name in keys)
 
 
 def arch_of(config: Mapping[str, Any]) -> Arch | None:

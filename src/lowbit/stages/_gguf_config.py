@@ -29,6 +29,7 @@ def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
     kind = arch.sparse_type if told.get("expert_count") else arch.model_types[0]
     facts |= {"model_type": kind, "architectures": [arch.classes[kind]], **arch.implied}
     facts["tie_word_embeddings"] = "output.weight" not in header.tensors
+    facts |= {key: f"blk.0.{tensor}" in header.tensors for key, tensor in arch.biases.items()}
     embedding = header.tensors.get("token_embd.weight")
     facts |= {"vocab_size": embedding.shape[0]} if embedding and embedding.shape else {}
     for name in ("bos", "eos", "padding"):
@@ -109,6 +110,8 @@ def _yarn(header: Gguf, name: str, facts: Mapping[str, Any], factor: float) -> d
     }
     if told["attn_factor"] not in (None, 1.0):
         found["attention_factor"] = float(told["attn_factor"]) * (0.1 * log(factor) + 1 if factor > 1 else 1)
+    if name == "gpt-oss":
+        found["truncate"] = False
     names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
     return found | {ours: float(told[key]) for ours, key in names.items() if told[key]}
 

@@ -105,7 +105,7 @@ def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], Const
     if kind == "linear":
         return {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": float(facts["factor"])}, {}
     if kind == "yarn":
-        return {f"{name}.rope.scaling.{key}": value for key, value in _yarn(facts).items()}, {}
+        return {f"{name}.rope.scaling.{key}": value for key, value in _yarn(facts, name).items()}, {}
     if kind in ("longrope", "su") and arch.arch == "phi3":
         return _longrope(facts)
     if kind == "llama3":
@@ -117,10 +117,13 @@ def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], Const
     )
 
 
-def _yarn(facts: Mapping[str, Any]) -> dict[str, Value]:
-    """llama.cpp multiplies `attn_factor` with the factor of attention that follows from the stretching."""
+def _yarn(facts: Mapping[str, Any], name: str) -> dict[str, Value]:
+    """llama.cpp multiplies `attn_factor` with the factor of attention that follows from the stretching.
+
+    It rounds the ends of the range between turned and stretched; gpt-oss, which it runs so, was trained without.
+    """
     betas = (facts.get("beta_fast") or 32, facts.get("beta_slow") or 1)
-    if betas != (32, 1) or facts.get("truncate") is False or (facts.get("mscale") and facts.get("mscale_all_dim")):
+    if betas != (32, 1) or (facts.get("truncate") is False and name != "gpt-oss") or (facts.get("mscale") and facts.get("mscale_all_dim")):
         raise UnsupportedError(
             "rope of type yarn with a beta_fast that is not 32, a beta_slow that is not 1, mscale_all_dim or without "
             "truncation is not written to GGUF: llama.cpp would compute something else"

@@ -60,7 +60,7 @@ def open_gguf(path: Path) -> GgufModel:
     headers = _parts(path)
     header = headers[0]
     names = {name for each in headers for name in each.tensors}
-    arch = arch_named(str(header.value("general.architecture")), names)
+    arch = arch_named(str(header.value("general.architecture")), names, header.value)
     facts = config_of(header, arch) if arch else {}
     beside = _beside(headers)
     files = tuple(weight_file(each, arch, beside) for each in headers)
