@@ -302,7 +302,7 @@ def run_conversion(
     clock = Clock()
     refuse_foreign(out)
     with MemoryWatch(ram).running() as watch, open_checkpoint(model) as source:
-        source = text_part(source, goal.format)
+        source = apart(text_part(source, goal.format), goal.format)
         folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
         for text in source.notes:
             note(text)

@@ -41,7 +41,10 @@ class Weight:
             stack); `shape`, and all that formats and methods see, is `[outputs, inputs]`.
         interleaved: heads whose rows the file has in llama.cpp's order, for a rotation of neighbours; 0: none. All that
             is seen outside of the file is in the order of transformers.
+        grouped: groups of heads and queries in each, where the rows are those of q, k and v: of each group the queries,
+            a key and a value; the file has all queries, then all keys, then all values. None: no such rows.
         plus: what the file has added to each element (Gemma's norms, of which transformers stores what exceeds 1).
+        decays: whether the file has -exp of each element (Mamba's A, of which transformers stores the logarithm).
     """
 
     name: str
@@ -52,7 +55,9 @@ class Weight:
     input_scale: float | None = None
     swapped: bool = False
     interleaved: int = 0
+    grouped: tuple[int, int] | None = None
     plus: float = 0.0
+    decays: bool = False
 
     @property
     def module(self) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any, final
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from lowbit.errors import UnsupportedError
 from lowbit.formats import Weight
 
 _PLACE = re.compile(r"\\\{\\\}")
@@ -39,11 +40,21 @@ class Arch:
         sparse_type: the one that is taken where a file has experts.
         classes: of transformers, by model type.
         names: module of llama.cpp, without the layer, to module of transformers with {} for numbers.
+        whole: the same of tensors whose last part is not the same in both.
         keys: metadata key, without the architecture, to names in config.json.
+        constants: metadata key to what it always is.
+        when: what config.json says of the models that the row is for; of several the first fits.
+        marked: a module that all of these have, and none of the row's without one.
         interleaved: rows of q and k are in another order in the file.
+        grouped: name in config.json of the number of groups in which transformers has the rows of q, k and v.
         plus_one: norms are stored with 1 added.
+        decays: tensors that are stored as -exp of what transformers has.
+        shaped: tensors with another shape in the file to which: `squeezed`, without the second of three axes; or
+            `column`, with an axis of 1 more at the end.
         tied: there is never an output layer.
-        requires: what config.json must say, where it says anything of it.
+        rotary: name in config.json of the share of a head that is rotated.
+        requires: what config.json must say, where it says anything of it; a list has what it may say.
+        biases: name in config.json of whether there are biases, to a tensor of the first layer that is there if so.
         told: by model type the sizes of config.json that must be there to do without the defaults of transformers.
     """
 
@@ -52,50 +63,118 @@ class Arch:
     sparse_type: str
     classes: Mapping[str, str]
     names: Mapping[str, str]
+    whole: Mapping[str, str]
     keys: Mapping[str, tuple[str, ...]]
+    constants: Mapping[str, Any]
+    when: Mapping[str, Any]
+    marked: str
     interleaved: bool
+    grouped: str
     plus_one: bool
+    decays: tuple[str, ...]
+    shaped: Mapping[str, str]
     tied: bool
-    requires: Mapping[str, Any]
+    rotary: str
+    requires: Mapping[str, tuple[Any, ...]]
+    biases: Mapping[str, str]
     told: Mapping[str, tuple[str, ...]]
 
     def place(self, name: str) -> Place | None:
         """Where a tensor with this name in transformers belongs; None where llama.cpp has no such tensor."""
         module, _, part = name.rpartition(".")
-        for stem, pattern in self._patterns.items():
-            match = pattern.fullmatch(module)
+        for (stem, whole), pattern in self._patterns.items():
+            match = pattern.fullmatch(name if whole else module)
             if match:
                 layer, expert = (*match.groups(), None, None)[:2]
                 prefix = "" if layer is None else f"blk.{layer}."
-                return Place(f"{prefix}{stem}.{part}", None if expert is None else int(expert))
+                end = "" if whole else f".{part}"
+                return Place(f"{prefix}{stem}{end}", None if expert is None else int(expert))
         return None
 
     def name(self, stored: str, expert: int = 0) -> str | None:
         """The name in transformers of a tensor of the file; None where there is none."""
-        match = re.fullmatch(r"(?:blk\.(0|[1-9]\d*)\.)?(\w+)\.(weight|bias)", stored)
-        module = self.names.get(match[2]) if match else None
-        if match is None or module is None or ("{}" in module) != (match[1] is not None):
+        match = re.fullmatch(r"(?:blk\.(0|[1-9]\d*)\.)?((\w+)(?:\.(\w+))?)", stored)
+        if match is None:
             return None
-        return f"{module.format(match[1], expert)}.{match[3]}"
+        whole, module = self.whole.get(match[2]), self.names.get(match[3])
+        if whole is None and module is not None and match[4] in ("weight", "bias"):
+            whole = f"{module}.{match[4]}"
+        if whole is None or ("{}" in whole) != (match[1] is not None):
+            return None
+        return whole.format(match[1], expert)
 
     def stacks(self, stored: str) -> bool:
         """Whether a tensor of the file holds that of every expert."""
         return self.names.get(stored.split(".")[-2] if "." in stored else "", "").count("{}") == 2
 
-    @cached_property
-    def _patterns(self) -> Mapping[str, re.Pattern[str]]:
-        number = r"(0|[1-9]\\d*)"
-        return {stem: re.compile(_PLACE.sub(number, re.escape(module))) for stem, module in self.names.items()}
+    def file_shape(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape in the file of one member of a tensor, which transformers has in this one."""
+        way = self.shaped.get(_tail(stored))
+        return (*shape[:1], *shape[2:]) if way == "squeezed" else (*shape, 1) if way == "column" else shape
 
-    def layout(self, weight: Weight, config: Mapping[str, Any]) -> tuple[int, float]:
-        """`Weight.interleaved` and `Weight.plus` of a weight; `config` is that of transformers."""
+    def own_shape(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Shape in transformers of one member of a tensor of the file; None where that is impossible."""
+        if self.stacks(stored):
+            return shape[1:] if len(shape) == (3 if stored.endswith("weight") else 2) else None
+        way = self.shaped.get(_tail(stored))
+        if way is None:
+            return shape
+        if len(shape) != 2 or (way == "column" and shape[1] != 1):
+            return None
+        return (shape[0], 1, shape[1]) if way == "squeezed" else shape[:1]
+
+    @cached_property
+    def _patterns(self) -> Mapping[tuple[str, bool], re.Pattern[str]]:
+        """By tensor of the file and whether all of its name is told."""
+        number = r"(0|[1-9]\\d*)"
+        rows = [(False, self.names), (True, self.whole)]
+        return {
+            (stem, whole): re.compile(_PLACE.sub(number, re.escape(name)))
+            for whole, names in rows
+            for stem, name in names.items()
+        }
+
+    def arranged(self, weight: Weight, config: Mapping[str, Any]) -> Weight:
+        """A weight with what is other about it in the file; `config` is that of transformers.
+
+        Raises:
+            UnsupportedError: the configuration does not tell the number of heads.
+        """
         place = self.place(weight.name)
-        stem = place.name.split(".")[-2] if place else ""
-        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(stem)
+        tail = _tail(place.name) if place else ""
+        stem = tail.removesuffix(".weight").removesuffix(".bias")
         plus = float(self.plus_one and stem.endswith("norm") and weight.name.endswith(".weight"))
-        if not self.interleaved or heads is None:
-            return 0, plus
-        return int(config.get(heads) or config["num_attention_heads"]), plus
+        weight = replace(weight, plus=plus, decays=tail in self.decays)
+        queries = self.keys.get("attention.head_count", ())
+        if self.interleaved and stem in ("attn_q", "attn_k"):
+            names = self.keys["attention.head_count_kv"] if stem == "attn_k" else queries
+            return replace(weight, interleaved=_count(config, *names))
+        if self.grouped and stem == "attn_qkv":
+            groups = _count(config, self.grouped)
+            return replace(weight, grouped=(groups, _count(config, *queries) // groups))
+        return weight
+
+    def wants(self, key: str, value: object) -> bool:
+        """Whether llama.cpp computes a model of which config.json says this."""
+        return key not in self.requires or value in self.requires[key]
+
+    @property
+    def implied(self) -> Mapping[str, Any]:
+        """What config.json says of a model that comes from a file."""
+        return {**{key: values[0] for key, values in self.requires.items()}, **self.when}
+
+
+def _tail(stored: str) -> str:
+    """The name of a tensor of a file without its layer."""
+    return re.sub(r"^blk\.\d+\.", "", stored)
+
+
+def _count(config: Mapping[str, Any], *names: str) -> int:
+    """The first of these that the configuration tells."""
+    value = next((config[name] for name in names if config.get(name) is not None), None)
+    if type(value) is not int or value < 1:
+        raise UnsupportedError(f"the configuration does not tell one number of heads for all layers ({names[0]})")
+    return value
 
 
 @cache
@@ -114,39 +193,105 @@ def archs() -> tuple[Arch, ...]:
             row.get("sparse_type", row["model_types"][0]),
             {kind: table["classes"][kind] for kind in row["model_types"]},
             joined("names", row),
+            {key: name for part in row.get("whole", ()) for key, name in table["whole"][part].items()},
             {key: tuple(names) for key, names in joined("keys", row).items()},
+            row.get("constants", {}),
+            row.get("when", {}),
+            row.get("marked", ""),
             row.get("interleaved", False),
+            row.get("grouped", ""),
             row.get("plus_one", False),
+            tuple(row.get("decays", ())),
+            row.get("shaped", {}),
             row.get("tied", False),
-            row.get("requires", {}),
+            row.get("rotary", "partial_rotary_factor"),
+            _required(row),
+            row.get("biases", {}),
             {kind: (*told["base"], *told[kind]) for kind in row["model_types"] if kind in told},
         )
         for row in table["gguf"]
     )
 
 
-def arch_named(arch: str) -> Arch | None:
-    """The row of an architecture of llama.cpp."""
-    return next((row for row in archs() if row.arch == arch), None)
+def _required(row: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    told = row.get("requires", {}) | dict.fromkeys(row.get("without", ()))
+    return {key: tuple(value) if isinstance(value, list) else (value,) for key, value in told.items()}
 
 
-def arch_of(model_type: object) -> Arch | None:
-    """The row of a model type of transformers."""
-    return next((row for row in archs() if model_type in row.model_types), None)
+def arch_named(arch: str, tensors: Collection[str], value: Callable[[str], Any]) -> Arch | None:
+    """The row of an architecture of llama.cpp that a file has with these tensors, and these values of its keys."""
+    rows = [row for row in archs() if row.arch == arch and _told(row, value)]
+    modules = {_tail(name).rpartition(".")[0] for name in tensors}
+    marked = (row for row in rows if row.marked in modules)
+    return next(marked, None) or next((row for row in rows if not row.marked), None)
+
+
+def _told(row: Arch, value: Callable[[str], Any]) -> bool:
+    """Whether a file says what the row is for, where it has a key for that."""
+    keys = {names[0]: f"{row.arch}.{key}" for key, names in row.keys.items()}
+    return all(value(keys[name]) == wanted for name, wanted in row.when.items() if name in keys)
+
+
+def arch_of(config: Mapping[str, Any]) -> Arch | None:
+    """The row of a model of transformers."""
+    rows = (row for row in archs() if config.get("model_type") in row.model_types)
+    return next((row for row in rows if all(config.get(key) == value for key, value in row.when.items())), None)
+
+
+def is_other(weight: Weight) -> bool:
+    """Whether a file has a weight in another way than transformers."""
+    return bool(weight.interleaved or weight.grouped or weight.plus or weight.decays)
 
 
 def from_file(weight: Weight, tensor: Tensor) -> Tensor:
     """A float tensor of a GGUF file as transformers has it, in the same dtype."""
-    if weight.interleaved:
-        tensor = tensor[separate(len(tensor), weight.interleaved)]
+    order = own_rows(weight)
+    tensor = tensor if order is None else tensor[order]
+    tensor = _logarithm(tensor) if weight.decays else tensor
     return tensor - weight.plus if weight.plus else tensor
 
 
 def to_file(weight: Weight, tensor: Tensor) -> Tensor:
-    """The inverse of `from_file`; what is added is rounded to the dtype of the tensor."""
-    if weight.interleaved:
-        tensor = tensor[interleave(len(tensor), weight.interleaved)]
+    """The inverse of `from_file`; what is added, and a power of e, is rounded to the dtype of the tensor."""
+    order = file_rows(weight)
+    tensor = tensor if order is None else tensor[order]
+    tensor = _power(tensor) if weight.decays else tensor
     return tensor + weight.plus if weight.plus else tensor
+
+
+def _logarithm(tensor: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """Of the powers of e in a tensor, negated; of all numbers that have the same one, that with the fewest digits.
+
+    So a logarithm that was bfloat16 or float16 comes back as it was, and what is written again is what was read.
+    """
+    exact = (-tensor.double()).log()
+    near = found = exact.to(tensor.dtype)
+    others = [torch.nextafter(near, near + step) for step in (1, -1)]
+    short = [exact.to(dtype).to(tensor.dtype) for dtype in (torch.float16, torch.bfloat16)]
+    for each in (*others, near, *short):
+        found = torch.where(_power(each) == tensor, each, found)
+    return found
+
+
+def _power(tensor: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    return -tensor.double().exp().to(tensor.dtype)
+
+
+def file_rows(weight: Weight) -> Int64[Tensor, "rows"] | None:
+    """For each row as llama.cpp stores it the row of transformers; None where the order is the same."""
+    if weight.interleaved:
+        return interleave(weight.shape[0], weight.interleaved)
+    if weight.grouped is None:
+        return None
+    groups, queries = weight.grouped
+    rows = torch.arange(weight.shape[0]).reshape(groups, queries + 2, -1)
+    return torch.cat([rows[:, :queries].reshape(-1), rows[:, queries].reshape(-1), rows[:, queries + 1].reshape(-1)])
+
+
+def own_rows(weight: Weight) -> Int64[Tensor, "rows"] | None:
+    """For each row of transformers the row as llama.cpp stores it; None where the order is the same."""
+    order = file_rows(weight)
+    return None if order is None else order.argsort()
 
 
 def interleave(rows: int, heads: int) -> Int64[Tensor, "rows"]:

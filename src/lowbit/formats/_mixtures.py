@@ -62,7 +62,7 @@ def require_arch(config: Mapping[str, Any]) -> Arch:
     Raises:
         UnsupportedError: there is none; the text has those there are.
     """
-    arch = arch_of(config.get("model_type"))
+    arch = arch_of(config)
     if arch is None:
         known = ", ".join(sorted({kind for row in archs() for kind in row.model_types}))
         raise UnsupportedError(f"gguf is written for models of type {known}, not {config.get('model_type')!r}")

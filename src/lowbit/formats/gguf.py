@@ -19,13 +19,14 @@ from lowbit.formats._checks import finite, stored
 from lowbit.formats._ggml import BLOCKS, BlockType, hollow, type_of
 from lowbit.formats._ggml import pack as pack_blocks
 from lowbit.formats._ggml import unpack as unpack_blocks
-from lowbit.formats._gguf import interleave, separate
+from lowbit.formats._gguf import file_rows, own_rows, separate
 from lowbit.formats._linear import check_matrix, check_planned, declare, planned
 from lowbit.formats._mixtures import choose, float_only, place_of, require_arch
 from lowbit.schemes import Scheme, parse
 from lowbit.tensors import QTensor
 
 _NVFP4 = parse("nvfp4")
+_ROWS, _COLUMNS = 128, 512  # of what is put into another order at a time
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -65,7 +66,7 @@ def _kind(weight: Weight) -> BlockType:
 
 
 def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
-    """Fill the rows of blocks, a head at a time where their order changes.
+    """Fill the rows of blocks, some at a time where their order changes.
 
     Raises:
         FormatError: another tensor than the planned one, or a scale that is not exact in its type.
@@ -74,13 +75,12 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
     out, name = into[weight.name], _kind(weight).name
     if isinstance(q.scales, QTensor) and _scale_of(weight) in into:
         into[_scale_of(weight)].copy_(q.scales.scale_values().reshape(1))
-    if not weight.interleaved:
+    order = file_rows(weight)
+    if order is None:
         pack_blocks(q, name, out)
         return
-    size = weight.shape[0] // weight.interleaved
-    order = interleave(size, 1)
-    for start in range(0, weight.shape[0], size):
-        pack_blocks(_rows(q, start + order), name, out[start : start + size])
+    for start in range(0, weight.shape[0], _ROWS):
+        pack_blocks(_rows(q, order[start : start + _ROWS]), name, out[start : start + _ROWS])
 
 
 def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None) -> QTensor:
@@ -98,17 +98,24 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None) 
     if isinstance(q.scales, QTensor) and weight.scheme == _NVFP4:
         scale = stored(tensors, _scale_of(weight), torch.float32, (1,))
         q = replace(q, scales=replace(q.scales, scales=finite(_scale_of(weight), scale).reshape(1, 1)))
-    if not weight.interleaved:
+    whole = own_rows(weight)
+    if whole is None:
         return q
-    rows = weight.shape[0]
-    size = rows // weight.interleaved
-    order = separate(size, 1)
-    for start in range(0, 0 if q.codes.is_meta else rows, size):
-        head = q.codes[start : start + size]
-        head.copy_(head[order])
-    whole = separate(rows, weight.interleaved)
+    if not q.codes.is_meta:
+        _reorder(q.codes, weight, whole)
     minima = None if q.minima is None else _part(q.minima, whole)
     return replace(q, scales=_part(q.scales, whole), minima=minima)
+
+
+def _reorder(codes: Tensor, weight: Weight, order: Tensor) -> None:
+    """Put rows in the order of transformers, in place: within each head, or some columns at a time."""
+    if weight.interleaved:
+        for head in codes.chunk(weight.interleaved):
+            head.copy_(head[separate(len(head), 1)])
+        return
+    for start in range(0, codes.shape[1], _COLUMNS):
+        columns = codes[:, start : start + _COLUMNS]
+        columns.copy_(columns[order])
 
 
 def _rows(q: QTensor, index: Tensor) -> QTensor:
@@ -148,8 +155,7 @@ def arrange(weight: Weight, wanted: str, config: Mapping[str, Any]) -> Weight:
     dtype = _DTYPES.get(wanted, weight.dtype)
     if wanted not in BLOCKS and float_only(weight, stored):
         dtype = torch.float32
-    heads, plus = arch.layout(weight, config)
-    return replace(weight, dtype=dtype, interleaved=heads, plus=plus)
+    return replace(arch.arranged(weight, config), dtype=dtype)
 
 
 def owns(weight: Weight) -> Sequence[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowbit.errors import CheckpointError, FormatError, UnsupportedError
 from lowbit.formats import Weight
 from lowbit.formats._ggml import BLOCKS, BlockType, type_of, unpack
-from lowbit.formats._gguf import separate
+from lowbit.formats._gguf import own_rows
 from lowbit.native import WEIGHT_DTYPES, Room
 from lowbit.runtime.linear import Linear
 from lowbit.runtime.panels import Packed, pack, pack_blocks, pack_dense
@@ -265,9 +265,7 @@ def _from_blocks(checkpoint: Checkpoint, weight: Weight, room: Room) -> Packed |
     name = type_of(weight.scheme) if weight.scheme and checkpoint.format == "gguf" else None
     if name is None:
         return None
-    rows, heads = weight.shape[0], weight.interleaved
-    order = separate(rows, heads) if heads else None
-    return pack_blocks(BLOCKS[name], checkpoint.tensor(weight.name), order, room=room)
+    return pack_blocks(BLOCKS[name], checkpoint.tensor(weight.name), own_rows(weight), room=room)
 
 
 def _turned(checkpoint: Checkpoint, weight: Weight) -> bool:

@@ -27,8 +27,9 @@ def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
     told = {key: header.value(f"{arch.arch}.{key}") for key in arch.keys}
     facts = {arch.keys[key][0]: _short(value) for key, value in told.items() if value is not None}
     kind = arch.sparse_type if told.get("expert_count") else arch.model_types[0]
-    facts |= {"model_type": kind, "architectures": [arch.classes[kind]], **arch.requires}
+    facts |= {"model_type": kind, "architectures": [arch.classes[kind]], **arch.implied}
     facts["tie_word_embeddings"] = "output.weight" not in header.tensors
+    facts |= {key: f"blk.0.{tensor}" in header.tensors for key, tensor in arch.biases.items()}
     embedding = header.tensors.get("token_embd.weight")
     facts |= {"vocab_size": embedding.shape[0]} if embedding and embedding.shape else {}
     for name in ("bos", "eos", "padding"):
@@ -72,7 +73,7 @@ def _heads(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]
     size = size or width // heads
     turned = header.value(f"{name}.rope.dimension_count")
     if turned and turned != size:
-        found["partial_rotary_factor"] = turned / size
+        found[arch.rotary] = turned / size
     if name in ("gemma2", "gemma3"):  # llama.cpp knows the largest by their numbers of layers
         largest = facts["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[name]
         found["query_pre_attn_scalar"] = width // heads if largest else size
@@ -82,11 +83,12 @@ def _heads(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]
 def _rope(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, in the words that every version of transformers reads."""
     name = arch.arch
-    found: dict[str, Any] = {"rope_theta": _short(float(header.value(f"{name}.rope.freq_base", 10000.0)))}
+    theta = _short(float(header.value(f"{name}.rope.freq_base", 10000.0)))
+    found: dict[str, Any] = {arch.keys["rope.freq_base"][0]: theta}
     if name == "gemma3":
         found["rope_local_base_freq"] = float(header.value("gemma3.rope.freq_base_swa", 10000.0))
     if FREQUENCIES in header.tensors:
-        return found | {"rope_scaling": _llama3(header.floats(FREQUENCIES), found["rope_theta"])}
+        return found | {"rope_scaling": _llama3(header.floats(FREQUENCIES), theta)}
     if LONG in header.tensors and SHORT in header.tensors:
         return found | _longrope(header, name, facts)
     factor = header.value(f"{name}.rope.scaling.factor") or header.value(f"{name}.rope.scale_linear") or 0.0
@@ -108,6 +110,8 @@ def _yarn(header: Gguf, name: str, facts: Mapping[str, Any], factor: float) -> d
     }
     if told["attn_factor"] not in (None, 1.0):
         found["attention_factor"] = float(told["attn_factor"]) * (0.1 * log(factor) + 1 if factor > 1 else 1)
+    if name == "gpt-oss":
+        found["truncate"] = False
     names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
     return found | {ours: float(told[key]) for ours, key in names.items() if told[key]}
 

@@ -37,7 +37,7 @@ def told_facts(config: Mapping[str, Any], arch: Arch) -> dict[str, Any] | None:
     sizes += [] if config.get("head_dim") is None else [config["head_dim"]]
     if rope is None or not all(map(_size, sizes)) or not _real(config.get("rms_norm_eps")):
         return None
-    if any(config.get(key) != wanted for key, wanted in arch.requires.items()):
+    if not all(arch.wants(key, config.get(key)) for key in arch.requires):
         return None  # wrong, or a default
     return None if config["hidden_size"] % config["num_attention_heads"] else {**config, **rope}
 

@@ -22,7 +22,7 @@ Constants = dict[str, Sequence[float]]
 
 # Keys that are true of one file alone.
 _OF_THE_FILE = ("general.alignment", "split.no", "split.count", "split.tensors.count")
-_FLOATS = ("epsilon", "freq_base", "softcapping")
+_FLOATS = ("epsilon", "freq_base", "softcapping", "scale")
 
 
 def metadata(
@@ -57,10 +57,10 @@ def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tupl
     """Keys and small tensors from what lies beside a checkpoint of transformers."""
     facts = facts_of(checkpoint, arch)
     for key, wanted in arch.requires.items():
-        if facts.get(key, wanted) != wanted:
+        if key in facts and not arch.wants(key, facts[key]):
             raise UnsupportedError(
                 f"{checkpoint.path} says {key} is {show(facts[key])}; llama.cpp computes a model of the architecture "
-                f"{arch.arch} as if it were {wanted!r}"
+                f"{arch.arch} as if it were {wanted[0]!r}"
             )
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     values: dict[str, Value] = {"general.architecture": arch.arch, "general.name": root.resolve().name or arch.arch}
@@ -68,10 +68,17 @@ def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tupl
     for key, names in arch.keys.items():
         value = next((facts[name] for name in names if facts.get(name) is not None), None)
         if value is not None:
-            values[f"{arch.arch}.{key}"] = float(value) if key.endswith(_FLOATS) else int(value)
-    values |= _derived(arch, facts)
+            values[f"{arch.arch}.{key}"] = _typed(key, value)
+    values |= _derived(arch, facts) | {f"{arch.arch}.{key}": value for key, value in arch.constants.items()}
     rope, constants = _rope(arch, facts)
     return values | rope | tokenizer_values(checkpoint, int(facts["vocab_size"])) | dict(last), constants
+
+
+def _typed(key: str, value: Any) -> Value:
+    """A number or a truth as llama.cpp wants it under a key."""
+    if isinstance(value, bool):
+        return value
+    return float(value) if key.endswith(_FLOATS) else int(value)
 
 
 def _derived(arch: Arch, facts: Mapping[str, Any]) -> dict[str, Value]:
@@ -98,7 +105,7 @@ def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], Const
     if kind == "linear":
         return {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": float(facts["factor"])}, {}
     if kind == "yarn":
-        return {f"{name}.rope.scaling.{key}": value for key, value in _yarn(facts).items()}, {}
+        return {f"{name}.rope.scaling.{key}": value for key, value in _yarn(facts, name).items()}, {}
     if kind in ("longrope", "su") and arch.arch == "phi3":
         return _longrope(facts)
     if kind == "llama3":
@@ -110,10 +117,13 @@ def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], Const
     )
 
 
-def _yarn(facts: Mapping[str, Any]) -> dict[str, Value]:
-    """llama.cpp multiplies `attn_factor` with the factor of attention that follows from the stretching."""
+def _yarn(facts: Mapping[str, Any], name: str) -> dict[str, Value]:
+    """llama.cpp multiplies `attn_factor` with the factor of attention that follows from the stretching.
+
+    It rounds the ends of the range between turned and stretched; gpt-oss, which it runs so, was trained without.
+    """
     betas = (facts.get("beta_fast") or 32, facts.get("beta_slow") or 1)
-    if betas != (32, 1) or facts.get("truncate") is False or (facts.get("mscale") and facts.get("mscale_all_dim")):
+    if betas != (32, 1) or (facts.get("truncate") is False and name != "gpt-oss") or (facts.get("mscale") and facts.get("mscale_all_dim")):
         raise UnsupportedError(
             "rope of type yarn with a beta_fast that is not 32, a beta_slow that is not 1, mscale_all_dim or without "
             "truncation is not written to GGUF: llama.cpp would compute something else"

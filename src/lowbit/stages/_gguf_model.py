@@ -13,10 +13,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.formats import Spec, Weight
 from lowbit.formats._ggml import BLOCKS
-from lowbit.formats._gguf import Arch, arch_named, from_file
+from lowbit.formats._gguf import Arch, arch_named, from_file, is_other
 from lowbit.stages._gguf import FLOATS, Gguf, Stored, read_gguf
 from lowbit.stages._gguf_config import FREQUENCIES, LONG, SHORT, config_of
 from lowbit.stages._weightfile import Slot, WeightFile, show
@@ -59,7 +59,8 @@ def open_gguf(path: Path) -> GgufModel:
     """
     headers = _parts(path)
     header = headers[0]
-    arch = arch_named(str(header.value("general.architecture")))
+    names = {name for each in headers for name in each.tensors}
+    arch = arch_named(str(header.value("general.architecture")), names, header.value)
     facts = config_of(header, arch) if arch else {}
     beside = _beside(headers)
     files = tuple(weight_file(each, arch, beside) for each in headers)
@@ -68,11 +69,11 @@ def open_gguf(path: Path) -> GgufModel:
         for name, stored in _named(each, arch, beside).items():
             if name in weights:
                 raise CheckpointError(f"{file.path}: tensor {show(stored)} holds {name}, which another one holds too")
-            weights[name] = _weight(each, arch, facts, name, each.tensors[stored])
+            weights[name] = _weight(each, arch, facts, name, stored)
     edits = {
         name: partial(from_file, weight)
         for name, weight in weights.items()
-        if weight.scheme is None and (weight.interleaved or weight.plus)
+        if weight.scheme is None and is_other(weight)
     }
     return GgufModel(files, weights, facts, edits)
 
@@ -205,13 +206,12 @@ def _slots(header: Gguf, arch: Arch | None, stored: str, tensor: Stored) -> dict
     name = arch.name(stored)
     if name is None:
         raise CheckpointError(f"{where}: transformers has no tensor for it in a model of the architecture {arch.arch}")
-    if not arch.stacks(stored):
-        return {name: _slot(tensor, tensor.shape, 0)}
-    if len(tensor.shape) != 3:
-        raise CheckpointError(f"{where} has shape {show(list(tensor.shape))}, a stack of experts has three axes")
-    return {
-        str(arch.name(stored, expert)): _slot(tensor, tensor.shape[1:], expert) for expert in range(tensor.shape[0])
-    }
+    shape = arch.own_shape(stored, tensor.shape)
+    if shape is None:
+        what = "a stack of experts" if arch.stacks(stored) else "what it stands for"
+        raise CheckpointError(f"{where} has shape {show(list(tensor.shape))}, {what} has another number of axes")
+    members = range(tensor.shape[0]) if arch.stacks(stored) else range(1)
+    return {str(arch.name(stored, expert)): _slot(tensor, shape, expert) for expert in members}
 
 
 def _slot(tensor: Stored, shape: tuple[int, ...], index: int) -> Slot:
@@ -224,16 +224,18 @@ def _slot(tensor: Stored, shape: tuple[int, ...], index: int) -> Slot:
     return Slot(spec, tensor.start + index * size * spec.dtype.itemsize, size)
 
 
-def _weight(header: Gguf, arch: Arch | None, facts: Mapping[str, Any], name: str, tensor: Stored) -> Weight:
-    shape = tensor.shape[1:] if arch and len(tensor.shape) == 3 else tensor.shape
+def _weight(header: Gguf, arch: Arch | None, facts: Mapping[str, Any], name: str, stored: str) -> Weight:
+    tensor = header.tensors[stored]
+    shape = (arch.own_shape(stored, tensor.shape) if arch else None) or tensor.shape
     if tensor.type in FLOATS:
         weight = Weight(name, shape, FLOATS[tensor.type][1])
     else:
         weight = Weight(name, shape, torch.float32, BLOCKS[tensor.type].scheme)
     try:
-        heads, plus = arch.layout(weight, facts) if arch else (0, 0.0)
-    except (KeyError, TypeError):
+        weight = arch.arranged(weight, facts) if arch else weight
+    except UnsupportedError:
         raise CheckpointError(f"{header.path}: the header does not tell one number of heads for all layers") from None
-    if heads and (not shape or shape[0] % (2 * heads)):
+    heads = 2 * weight.interleaved or (weight.grouped[0] * (weight.grouped[1] + 2) if weight.grouped else 1)
+    if (not shape and is_other(weight)) or (shape and shape[0] % heads):
         raise CheckpointError(f"{header.path}: {name}: {heads} heads do not divide the rows of {show(list(shape))}")
-    return Weight(name, shape, weight.dtype, weight.scheme, interleaved=heads, plus=plus)
+    return weight

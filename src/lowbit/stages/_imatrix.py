@@ -113,7 +113,7 @@ def read_importance(path: Path, config: Mapping[str, Any], names: Iterable[str])
         UsageError: it has nothing of the model.
         UnsupportedError: names of llama.cpp are not known for this model.
     """
-    arch = arch_of(config.get("model_type"))
+    arch = arch_of(config)
     if arch is None:
         raise UnsupportedError(f"llama.cpp's names are not known for models of type {config.get('model_type')!r}")
     with open_regular(path) as file:

@@ -33,7 +33,7 @@ def text_part(source: Checkpoint, form: str | None) -> Checkpoint:
         CheckpointError: `transformers` cannot use the configuration.
     """
     text = source.config.get("text_config")
-    arch = arch_of(text.get("model_type")) if form == "gguf" and isinstance(text, Mapping) else None
+    arch = arch_of(text) if form == "gguf" and isinstance(text, Mapping) else None
     if arch is None:
         return source
     config = open_config(source).get_text_config().to_dict()

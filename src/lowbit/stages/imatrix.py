@@ -106,7 +106,7 @@ def measure(
         UnsupportedError: llama.cpp has no names for this model, or its blocks cannot be run on their own.
         CheckpointError: it is no causal language model, or cannot be run.
     """
-    arch = arch_of(source.config.get("model_type"))
+    arch = arch_of(source.config)
     if arch is None:
         raise UnsupportedError(
             f"llama.cpp's names are not known for models of type {source.config.get('model_type')!r}"

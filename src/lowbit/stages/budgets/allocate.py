@@ -435,7 +435,7 @@ def group_of(source: Checkpoint, rules: Rules, name: str, fused: bool) -> str:
     """What weights that must have one scheme have in common."""
     form: Format = plugins.load("formats", rules.format)
     if form.container == "gguf":
-        arch = arch_of(source.config.get("model_type"))
+        arch = arch_of(source.config)
         place = arch.place(name) if arch else None
         return place.name if place else name
     if form.container == "safetensors" and fused:

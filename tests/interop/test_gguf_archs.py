@@ -1,0 +1,118 @@
+"""GGUF files of more architectures: what llama.cpp computes from them, and what is read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from lowbit.formats._mixtures import choose, place_of, require_arch
+from lowbit.pipeline import run_conversion
+from lowbit.stages._changes import Goal
+from lowbit.stages._experts import apart
+from lowbit.stages.checkpoint import open_checkpoint
+from tests.interop.test_gguf import SMALL, agree, alone, byte_level, llama_quantize, ours, quantized, saved_model, tensors
+
+library: Any = transformers
+JSON = dict[str, Any]
+
+
+@final
+@dataclass(frozen=True)
+class Case:
+    """A small model of transformers.
+
+    Attributes:
+        family: its class without `ForCausalLM`, and its configuration's without `Config`.
+        settings: of its configuration.
+        exact: how far llama.cpp's logits may be, as a share of the largest, where weights are float32; GELU is a table
+            in float16 there, and the approximation by tanh.
+        share: of the positions for which `q8_0` must agree: rounding moves tokens to other experts.
+        config: class of the configuration, where it is named otherwise.
+    """
+
+    family: str
+    settings: JSON
+    exact: float = 1e-4
+    share: float = 1.0
+    config: str = ""
+
+    def model(self, **more: Any) -> Any:
+        """It, with other settings."""
+        config = getattr(library, f"{self.config or self.family}Config")(**{**self.settings, **more})
+        return getattr(library, f"{self.family}ForCausalLM")(config)
+
+
+_PLAIN = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
+_FALCON = {**_PLAIN, "ffn_hidden_size": 96, "tie_word_embeddings": False}
+_MAMBA = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 400, "state_size": 16, "time_step_rank": 32,
+          "intermediate_size": 128}  # fmt: skip
+_LLAMA4 = {**SMALL, "num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 64, "intermediate_size_mlp": 96,
+           "num_local_experts": 4, "pad_token_id": 0}  # fmt: skip
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 100.0}
+_OSS = {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64,
+        "sliding_window": 8, "rope_parameters": _YARN}  # fmt: skip
+CASES = {
+    "gpt_neox": Case("GPTNeoX", {**_PLAIN, "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.25}}, 4e-3),
+    "gpt_neox in line": Case("GPTNeoX", {**_PLAIN, "use_parallel_residual": False}, 4e-3),
+    "falcon 7b": Case("Falcon", {**_FALCON, "multi_query": True}, 4e-3),
+    "falcon 40b": Case("Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, 4e-3),
+    "falcon 11b": Case(
+        "Falcon",
+        {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+        4e-3,
+    ),
+    "bloom": Case("Bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 400}, 2e-3),
+    "mamba": Case("Mamba", _MAMBA),
+    "llama4": Case("Llama4", {**_LLAMA4, "interleave_moe_layer_step": 2}, share=0.5, config="Llama4Text"),
+    "llama4 without norms": Case("Llama4", {**_LLAMA4, "num_local_experts": 128, "use_qk_norm": False}, share=0.5, config="Llama4Text"),
+    "gpt-oss": Case("GptOss", _OSS, share=0.5),
+    "granitemoe": Case("GraniteMoe", {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.3, "logits_scaling": 3.0}, share=0.5),
+    "granite": Case("Granite", {**SMALL, "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 3.0}),
+    "starcoder2": Case("Starcoder2", {**SMALL, "sliding_window": None}, 2e-3),
+    "stablelm": Case("StableLm", {**SMALL, "use_qkv_bias": True}),
+    "stablelm in parallel": Case("StableLm", {**SMALL, "use_parallel_residual": True}),
+    "olmo": Case("Olmo", SMALL),
+    "olmo2": Case("Olmo2", SMALL),
+    "olmoe": Case("Olmoe", {**SMALL, "num_experts": 4, "num_experts_per_tok": 2}, share=0.5),
+    "cohere": Case("Cohere", {**SMALL, "logit_scale": 0.2}),
+    "cohere2": Case("Cohere2", {**SMALL, "head_dim": 16, "num_hidden_layers": 4, "logit_scale": 0.2, "sliding_window": 8}),
+    "phi": Case("Phi", SMALL, 2e-3),
+    "glm4": Case("Glm4", {**SMALL, "head_dim": 16, "pad_token_id": 0}),
+    "smollm3": Case("SmolLM3", {**SMALL, "num_hidden_layers": 4, "pad_token_id": 0}),
+    "seed_oss": Case("SeedOss", {**SMALL, "head_dim": 16}),
+    "ernie4_5": Case("Ernie4_5", {**SMALL, "head_dim": 16}),
+    "arcee": Case("Arcee", SMALL),
+    "nemotron": Case("Nemotron", {**SMALL, "head_dim": 16}),
+    "hunyuan": Case("HunYuanDenseV1", {**SMALL, "head_dim": 16}),
+}  # fmt: skip
+
+
+def saved(case: Case, path: Path, **more: Any) -> Path:
+    return saved_model(case.model(**more), path, byte_level())
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_logits_and_what_is_read_back(kind: str, tmp_path: Path) -> None:
+    case = CASES[kind]
+    source = saved(case, tmp_path / "model")
+    file = quantized(source, tmp_path / "f32", "f32")
+    agree(file, source, case.exact)
+    written, original = open_checkpoint(file), apart(open_checkpoint(source), "gguf")
+    for name in written.weights:
+        torch.testing.assert_close(written.dequantized(name), original.dequantized(name), rtol=0, atol=3e-7)
+    other, ids = alone(file, tmp_path / "alone"), list(range(2, 60))
+    found, wanted = ours(other, ids), ours(source, ids)
+    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    again = quantized(other, tmp_path / "again", "f32")
+    assert tensors(again) == tensors(file)
+    run_conversion(str(other), tmp_path / "float", Goal("float"))
+    assert np.abs(ours(tmp_path / "float", ids) - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    agree(quantized(source, tmp_path / "q8_0", "q8_0"), source, 0.1, case.share)
