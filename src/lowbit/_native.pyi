@@ -83,7 +83,6 @@ def ggml_pack(
     stored: Tensor,
     /,
 ) -> int: ...
-def ggml_floats(type: int, stored: Tensor, levels: Tensor, scales: Tensor | None, step: int, out: Tensor) -> None: ...
 def ggml_unpack(
     type: int,
     stored: Tensor,
@@ -123,6 +122,12 @@ def ggml_encode(
 ) -> None: ...
 def causal_softmax(scores: Tensor, period: int, first: int, scale: float, out: Tensor, /) -> None: ...
 def causal_softmax_slopes(shares: Tensor, period: int, first: int, scale: float, slopes: Tensor, /) -> None: ...
+
+class Table:
+    def __init__(
+        self, values: Tensor, cols: int, type: int, levels: Tensor | None, scales: Tensor | None, step: int, /
+    ) -> None: ...
+    def rows(self, ids: list[int], out: Tensor, /) -> bool: ...
 
 class Matrix:
     def __init__(
@@ -171,21 +176,20 @@ class Decoder:
         scale: float,
         cap: float,
         gelu: bool,
+        embedding: Table,
+        factor: float,
+        norm: Tensor,
+        head: Matrix,
+        steps: Tensor,
+        factors: Tensor,
         threads: int,
         /,
     ) -> None: ...
     def add(self, matrices: list[Matrix], norms: list[Tensor | None], window: int, angles: int, /) -> None: ...
     def cache(self, keep: int, /) -> Cache: ...
-    def run(
-        self,
-        hidden: Tensor,
-        caches: list[Cache],
-        positions: list[int],
-        tokens: list[int],
-        cosine: Tensor,
-        sine: Tensor,
-        /,
-    ) -> None: ...
+    def read(
+        self, ids: list[int], caches: list[Cache], positions: list[int], tokens: list[int], logits: Tensor, /
+    ) -> bool: ...
 
 def interleave(codes: Tensor, order: Tensor | None, bits: int, full: int, threads: int, out: Tensor, /) -> None: ...
 def interleave_floats(values: Tensor, full: int, threads: int, out: Tensor, /) -> None: ...

@@ -224,13 +224,17 @@ def test_more_than_there_is_room_for_is_refused(tmp_path: Path) -> None:
         session.read(IDS[0, :3])
     decoder = session.engine.decoder
     with pytest.raises(ValueError, match="no decoder that runs here"):
-        type(decoder)(DecoderShape(64, 4, 3, 16, 96, 16, 1e-6, 0.25), [], 1)
+        type(decoder)(DecoderShape(64, 4, 3, 16, 96, 16, 1e-6, 0.25), [], session.engine.ends, 1)
     with pytest.raises(ValueError, match="cannot be kept of 6"):
         session.cache.forget(7)
     with pytest.raises(ValueError, match="not as float8"):
         decoder.cache("float8")
     with pytest.raises(ValueError, match="twice"):
-        decoder(torch.ones(2, 64), [(session.cache, 1)] * 2, torch.ones(1, 2, 16), torch.ones(1, 2, 16))
+        decoder([1, 1], [(session.cache, 1)] * 2)
+    with pytest.raises(ValueError, match="2 tokens for"):
+        decoder([1, 1], [(session.cache, 1)])
+    with pytest.raises(LookupError, match="rows 5 to 96 of a table of 96"):
+        decoder([96, 5], [(session.cache, 2)])
     with pytest.raises(UsageError, match="a context of 129 tokens is more than this model takes, which is 128"):
         open_runner(tmp_path, context=129)
 
