@@ -6,6 +6,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "decoder.h"
 #include "lookup.h"
 #include "lowbit.h"
@@ -360,10 +362,15 @@ NB_MODULE(_native, module) {
         .def(
             "read",
             [](HeldDecoder& self, const Numbers& ids, const std::vector<Cache*>& caches, const Numbers& positions,
-               const Numbers& tokens, const FloatsOut& logits) {
+               const Numbers& tokens) {
                 std::vector<Part> parts;
                 for (size_t i = 0; i < caches.size(); i++) parts.push_back({caches[i], positions.at(i), tokens.at(i)});
-                return self.of.read(ids.data(), parts, logits.data());
+                return self.of.read(ids, parts);
             },
-            Unlocked());
+            Unlocked())
+        .def("logits", [](const HeldDecoder& self, const FloatsOut& out) {
+            const std::vector<float>& from = self.of.logits();
+            std::copy_n(from.data(), std::min(from.size(), out.size()), out.data());
+        })
+        .def("likeliest", [](const HeldDecoder& self) { return self.of.likeliest(); });
 }

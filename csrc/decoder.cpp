@@ -65,18 +65,18 @@ Kept Cache::kept(int64_t side, int64_t head) const {
     return {as_, data_.get() + at * row_bytes_, scale_.get() + at * row_scales_, block_};
 }
 
-bool Decoder::read(const int64_t* ids, const std::vector<Part>& parts, float* logits) {
+bool Decoder::read(const std::vector<int64_t>& ids, const std::vector<Part>& parts) {
     spots_.clear();
     for (const Part& part : parts)
         for (int64_t t = 0; t < part.tokens; t++) spots_.push_back({part.cache, part.position + t});
     make_room();
-    if (!look_up(ends_.embedding, ids, tokens(), ends_.factor, hidden_.data())) return false;
+    if (!look_up(ends_.embedding, ids.data(), tokens(), ends_.factor, hidden_.data())) return false;
     make_turns();
     for (size_t layer = 0; layer < layers_.size(); layer++) {
         attention(layer);
         feed(layers_[layer]);
     }
-    predict(parts, logits);
+    predict(parts);
     return true;
 }
 
@@ -174,14 +174,22 @@ void Decoder::feed(const DecoderLayer& of) {
 }
 
 // Of the last token of each text.
-void Decoder::predict(const std::vector<Part>& parts, float* logits) {
+void Decoder::predict(const std::vector<Part>& parts) {
     int64_t end = 0, text = 0;
     for (const Part& part : parts) {
         end += part.tokens;
         norm(hidden_.data() + (end - 1) * shape_.hidden, ends_.norm, shape_.hidden, shape_.epsilon,
              normed_.data() + text++ * shape_.hidden);
     }
-    multiply(normed_.data(), text, {{&ends_.head, logits}}, threads_);
+    logits_.resize(size_t(text * ends_.head.of.rows));
+    multiply(normed_.data(), text, {{&ends_.head, logits_.data()}}, threads_);
+}
+
+std::vector<int64_t> Decoder::likeliest() const {
+    std::vector<int64_t> found;
+    for (auto row = logits_.begin(); row < logits_.end(); row += ends_.head.of.rows)
+        found.push_back(std::max_element(row, row + ends_.head.of.rows) - row);
+    return found;
 }
 
 }  // namespace lowbit

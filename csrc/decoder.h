@@ -82,9 +82,14 @@ class Decoder final {
         : shape_(shape), ends_(ends), threads_(threads) {}
     void add(const DecoderLayer& layer) { layers_.push_back(layer); }
 
-    // Logits after the last token of each text [texts, vocabulary]; caches have room. Returns whether the embeddings of
-    // the tokens are finite; nothing else is done where they are not.
-    bool read(const int64_t* ids, const std::vector<Part>& parts, float* logits);
+    // Tokens of some texts, one text after the other; caches have room. Returns whether the embeddings of the tokens are
+    // finite; nothing else is done where they are not.
+    bool read(const std::vector<int64_t>& ids, const std::vector<Part>& parts);
+
+    // What came of the last token of each text that was read last [texts, vocabulary], and which is the greatest (the
+    // first of these).
+    const std::vector<float>& logits() const { return logits_; }
+    std::vector<int64_t> likeliest() const;
 
   private:
     struct Spot {
@@ -99,7 +104,7 @@ class Decoder final {
     void feed(const DecoderLayer& of);
     void normed(const float* weight);
     void add_to_hidden(const float* weight);
-    void predict(const std::vector<Part>& parts, float* logits);
+    void predict(const std::vector<Part>& parts);
     int64_t tokens() const { return int64_t(spots_.size()); }
 
     DecoderShape shape_;
@@ -108,7 +113,7 @@ class Decoder final {
     std::vector<DecoderLayer> layers_;
     std::vector<Spot> spots_;  // of the tokens that run
     std::vector<float> cosine_, sine_;  // [tokens, tables, turned / 2]
-    std::vector<float> hidden_, normed_, query_, key_, value_, mixed_, inner_, up_;
+    std::vector<float> hidden_, normed_, query_, key_, value_, mixed_, inner_, up_, logits_;
 };
 
 }  // namespace lowbit

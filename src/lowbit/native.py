@@ -443,7 +443,7 @@ class Table:
         """Some rows, what `dequantize` makes of what `ggml_unpack` gives; None where one is not finite."""
         self.check(ids)
         out = torch.empty(len(ids), self.cols)
-        return out if self.handle.rows(ids, out) else None
+        return out if self.handle.rows(list(ids), out) else None
 
 
 @final
@@ -788,7 +788,7 @@ class Decoder:
         if any(layer.window < 0 or not -1 <= layer.angles < len(ends.factors) for layer in layers):
             raise ValueError("windows are at least 0, and angles are of tables that are there, or -1")
         _check_ends(ends, shape)
-        self.shape = shape
+        self.shape, self._texts = shape, 0
         self._ends, self._layers = ends, tuple(layers)  # their memory is read
         self._handle = _native.Decoder(
             shape.hidden, shape.heads, shape.key_heads, shape.head_size, shape.inner, shape.turned, shape.epsilon,
@@ -823,10 +823,10 @@ class Decoder:
             raise ValueError(f"keys and values are kept as one of {', '.join(KEEPS)}, not as {keep}")
         return Cache(self._handle.cache(KEEPS.index(keep)), limit)
 
-    def __call__(self, ids: Sequence[int], parts: Sequence[tuple[Cache, int]]) -> Float[Tensor, "texts rows"] | None:
-        """Logits after some tokens for each text, at least one, after those that it has; then it has these too.
+    def read(self, ids: Sequence[int], parts: Sequence[tuple[Cache, int]]) -> bool:
+        """Some tokens for each text, at least one, after those that it has; then it has these too.
 
-        The tokens of all texts stand one after the other. None, and nothing is done, where an embedding is not finite.
+        The tokens of all texts stand one after the other. False, and nothing is done, where an embedding is not finite.
         """
         if len(ids) != sum(count for _, count in parts) or any(count < 1 for _, count in parts):
             raise ValueError(f"{len(ids)} tokens for {[count for _, count in parts]}")
@@ -838,13 +838,23 @@ class Decoder:
                 raise ValueError(f"{cache.known} tokens and {count} more are over the limit of {cache.limit}")
         for cache, count in parts:
             cache.handle.reserve(min(max(cache.known + count, _ROOM), max(cache.limit, 1)))
-        out = torch.empty(len(parts), self._ends.head.rows)
-        caches, known, counts = ([*each] for each in zip(*((c.handle, c.known, n) for c, n in parts), strict=True))
-        if not self._handle.read(ids, caches, known, counts, out):
-            return None
+        caches, known = [cache.handle for cache, _ in parts], [cache.known for cache, _ in parts]
+        if not self._handle.read(list(ids), caches, known, [count for _, count in parts]):
+            return False
         for cache, count in parts:
             cache.known += count
+        self._texts = len(parts)
+        return True
+
+    def logits(self) -> Float[Tensor, "texts rows"]:
+        """After the last token of each text that was read last."""
+        out = torch.empty(self._texts, self._ends.head.rows)
+        self._handle.logits(out)
         return out
+
+    def likeliest(self) -> list[int]:
+        """The greatest of these."""
+        return self._handle.likeliest()
 
 
 def _check_ends(of: DecoderEnds, shape: DecoderShape) -> None:

@@ -96,14 +96,21 @@ class Engine:
 
     def read(self, new: Sequence[tuple[Session, Int64[Tensor, "_"]]]) -> Float[Tensor, "texts vocabulary"]:
         """Read more tokens of each text, at least one; the logits of the token after them."""
-        texts = [(session, ids.tolist()) for session, ids in new]
-        tokens = [token for _, ids in texts for token in ids]
-        logits = self.decoder(tokens, [(session.cache, len(ids)) for session, ids in texts])
-        if logits is None:
-            raise self._table.refusal(tokens)
-        for session, ids in texts:
-            session.ids += ids
+        self._read([(session, ids.tolist()) for session, ids in new])
+        logits = self.decoder.logits()
         return logits if not self.native.cap else (logits / self.native.cap).tanh() * self.native.cap
+
+    def likeliest(self, new: Sequence[tuple[Session, int]]) -> list[int]:
+        """Read a token more of each text; the likeliest after it."""
+        self._read([(session, [token]) for session, token in new])
+        return self.decoder.likeliest()
+
+    def _read(self, new: Sequence[tuple[Session, list[int]]]) -> None:
+        tokens = [token for _, ids in new for token in ids]
+        if not self.decoder.read(tokens, [(session.cache, len(ids)) for session, ids in new]):
+            raise self._table.refusal(tokens)
+        for session, ids in new:
+            session.ids += ids
 
 
 @final
@@ -125,6 +132,10 @@ class Session:
         for part in torch.split(ids, _CHUNK):
             logits = self.engine.read([(self, part)])[0]
         return logits
+
+    def likeliest(self, token: int) -> int:
+        """Read one more token; the likeliest after it."""
+        return self.engine.likeliest([(self, token)])[0]
 
     def follow(self, ids: Int64[Tensor, " tokens"]) -> Float[Tensor, " vocabulary"]:
         """Be the text of these tokens: what it has and they have too, from the first on, is not read again."""
