@@ -7,7 +7,8 @@
 Per scheme the checkpoint is quantized into DIR once (method `ggml`: llama.cpp's own bytes). Then both runtimes read
 the same tokens in turn: a prompt of 256 (prefill), then token by token (decode). Medians over the runs; a ratio above 1
 says that ours is faster. `share` is the bytes of weights that a token needs, over its time, as a share of what summing
-an array of int64 by torch reads in the same run. With `--busy N`, the speed of decoding that is left where
+an array of int64 by torch reads (a median over the same runs); `ceiling` is what the ratio of decoding would be at a
+share of 1: no decoder that reads its weights once can be above it on this memory. With `--busy N`, the speed of decoding that is left where
 another process computes on each of the first N cores, as a share of that without: `kept` and `kept_by_llama.cpp`.
 With `--opening`, how long it takes to open a file over reading it once (from memory), and the seconds from a second
 start with `--cache` to the first token of an answer, modules being imported.
@@ -64,7 +65,7 @@ class Ours:
 
     def decode(self, token: int) -> None:
         """One more token, and the likeliest after it."""
-        self.session.read(torch.tensor([token])).argmax()
+        self.session.likeliest(token)
 
 
 class Theirs:
@@ -142,7 +143,9 @@ def measure(file: Path, threads: int, tokens: int, runs: int, busy: int) -> dict
         "llama.cpp": Theirs(file, threads, capacity),
     }
     found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in sides}
+    reads = []
     for _ in range(runs):
+        reads.append(read_rate())
         for name, side in sides.items():
             found[name]["prefill"].append(seconds(partial(side.prefill, [7] * PROMPT)))
             found[name]["decode"] += [seconds(partial(side.decode, 9)) for _ in range(tokens)]
@@ -151,10 +154,12 @@ def measure(file: Path, threads: int, tokens: int, runs: int, busy: int) -> dict
     mine = sides["ours"]
     assert isinstance(mine, Ours)
     left = kept(sides, busy, tokens, runs) if busy else {}
+    limit = mine.nbytes / statistics.median(reads)  # seconds of a token
     return {
         "decode_tokens_per_second": 1 / ours["decode"], "decode_ratio": theirs["decode"] / ours["decode"],
         "prefill_tokens_per_second": PROMPT / ours["prefill"], "prefill_ratio": theirs["prefill"] / ours["prefill"],
-        "share": mine.nbytes / ours["decode"] / read_rate(), "load_seconds": mine.load,
+        "share": limit / ours["decode"], "ceiling": theirs["decode"] / limit, "read_gb_per_second": mine.nbytes / limit / 1e9,
+        "load_seconds": mine.load,
         **{"kept" if name == "ours" else f"kept_by_{name}": value for name, value in left.items()},
     }  # fmt: skip
 

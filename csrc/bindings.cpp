@@ -6,6 +6,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "decoder.h"
 #include "lookup.h"
 #include "lowbit.h"
@@ -53,6 +55,8 @@ struct HeldDecoder {
     int64_t layers;
     Decoder of;
 };
+
+using Numbers = std::vector<int64_t>;
 
 NB_MODULE(_native, module) {
     using Unlocked = nb::call_guard<nb::gil_scoped_release>;
@@ -232,13 +236,6 @@ NB_MODULE(_native, module) {
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
         Unlocked());
     module.def(
-        "ggml_floats",
-        [](int type, const Bytes& stored, const Floats& levels, const MaybeFloats& scales, int64_t step, const FloatsOut& out) {
-            ggml_floats(GgmlType(type), {levels.data(), data_or_null(scales), step}, stored.data(), int64_t(out.shape(0)),
-                        int64_t(out.shape(1)), out.data());
-        },
-        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), Unlocked());
-    module.def(
         "ggml_encode",
         [](int type, const Floats& weight, const MaybeFloats& importance, bool fitted, const Codes& codes,
            const FloatsOut& scale, const std::optional<FloatsOut>& min, const MaybeCodes& scale_codes,
@@ -266,6 +263,21 @@ NB_MODULE(_native, module) {
             kernels().softmax_slopes(of, weight_of(shares), {slopes.data(), dtype_of(slopes.dtype())});
         },
         Unlocked());
+    nb::class_<Table>(module, "Table")
+        .def("__init__",
+             [](Table* self, const AnyIn& values, int64_t cols, int type, const MaybeFloats& levels, const MaybeFloats& scales,
+                int64_t step) {
+                 new (self) Table{static_cast<const uint8_t*>(values.data()), cols,
+                                  int64_t(values.shape(1) * values.itemsize()), dtype_of(values.dtype()), GgmlType(type),
+                                  {data_or_null(levels), data_or_null(scales), step}};
+             },
+             nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg())
+        .def(
+            "rows",
+            [](const Table& self, const Numbers& ids, const FloatsOut& out) {
+                return look_up(self, ids.data(), int64_t(ids.size()), 1, out.data());
+            },
+            Unlocked());
     nb::class_<Held>(module, "Matrix")
         .def("__init__",
              [](Held* self, int way, int bits, int64_t step, int64_t over, int64_t sub, int64_t rows, int64_t cols,
@@ -329,9 +341,12 @@ NB_MODULE(_native, module) {
     nb::class_<HeldDecoder>(module, "Decoder")
         .def("__init__",
              [](HeldDecoder* self, int64_t hidden, int64_t heads, int64_t key_heads, int64_t head_size, int64_t inner,
-                int64_t turned, float epsilon, float scale, float cap, bool gelu, int threads) {
+                int64_t turned, float epsilon, float scale, float cap, bool gelu, const Table& embedding, float factor,
+                const Floats& norm, const Held& head, const Floats& steps, const Floats& factors, int threads) {
                  DecoderShape shape{hidden, heads, key_heads, head_size, inner, turned, epsilon, scale, cap, gelu};
-                 new (self) HeldDecoder{shape, 0, Decoder(shape, threads)};
+                 DecoderEnds ends{embedding,    factor,       norm.data(),    head.matrix, int64_t(factors.size()),
+                                  steps.data(), factors.data()};
+                 new (self) HeldDecoder{shape, 0, Decoder(shape, ends, threads)};
              })
         .def(
             "add",
@@ -345,13 +360,17 @@ NB_MODULE(_native, module) {
             })
         .def("cache", [](const HeldDecoder& self, int as) { return new Cache(self.shape, self.layers, Keep(as)); })
         .def(
-            "run",
-            [](HeldDecoder& self, const FloatsOut& hidden, const std::vector<Cache*>& caches,
-               const std::vector<int64_t>& positions, const std::vector<int64_t>& tokens, const Floats& cosine,
-               const Floats& sine) {
+            "read",
+            [](HeldDecoder& self, const Numbers& ids, const std::vector<Cache*>& caches, const Numbers& positions,
+               const Numbers& tokens) {
                 std::vector<Part> parts;
                 for (size_t i = 0; i < caches.size(); i++) parts.push_back({caches[i], positions.at(i), tokens.at(i)});
-                self.of.run(hidden.data(), parts, cosine.data(), sine.data());
+                return self.of.read(ids, parts);
             },
-            Unlocked());
+            Unlocked())
+        .def("logits", [](const HeldDecoder& self, const FloatsOut& out) {
+            const std::vector<float>& from = self.of.logits();
+            std::copy_n(from.data(), std::min(from.size(), out.size()), out.data());
+        })
+        .def("likeliest", [](const HeldDecoder& self) { return self.of.likeliest(); });
 }

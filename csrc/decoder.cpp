@@ -28,7 +28,7 @@ void norm(const float* from, const float* weight, int64_t count, float epsilon, 
 void turn(float* head, int64_t size, const float* cosine, const float* sine) {
     for (int64_t i = 0, half = size / 2; i < half; i++) {
         float x = head[i], y = head[i + half];
-        head[i] = x * cosine[i] - y * sine[i], head[i + half] = y * cosine[i + half] + x * sine[i + half];
+        head[i] = x * cosine[i] - y * sine[i], head[i + half] = y * cosine[i] + x * sine[i];
     }
 }
 
@@ -65,56 +65,76 @@ Kept Cache::kept(int64_t side, int64_t head) const {
     return {as_, data_.get() + at * row_bytes_, scale_.get() + at * row_scales_, block_};
 }
 
-void Decoder::run(float* hidden, const std::vector<Part>& parts, const float* cosine, const float* sine) {
+bool Decoder::read(const std::vector<int64_t>& ids, const std::vector<Part>& parts) {
     spots_.clear();
     for (const Part& part : parts)
         for (int64_t t = 0; t < part.tokens; t++) spots_.push_back({part.cache, part.position + t});
-    int64_t queries = shape_.heads * shape_.head_size, keys = shape_.key_heads * shape_.head_size, count = tokens();
-    grow(normed_, count * shape_.hidden), grow(query_, count * queries), grow(mixed_, count * queries);
-    grow(key_, count * keys), grow(value_, count * keys);
-    grow(inner_, count * shape_.inner), grow(up_, count * shape_.inner);
+    make_room();
+    if (!look_up(ends_.embedding, ids.data(), tokens(), ends_.factor, hidden_.data())) return false;
+    make_turns();
     for (size_t layer = 0; layer < layers_.size(); layer++) {
-        attention(layer, hidden, cosine, sine);
-        feed(layers_[layer], hidden);
+        attention(layer);
+        feed(layers_[layer]);
     }
+    predict(parts);
+    return true;
 }
 
-void Decoder::normed(const float* hidden, const float* weight) {
+void Decoder::make_room() {
+    int64_t queries = shape_.heads * shape_.head_size, keys = shape_.key_heads * shape_.head_size, count = tokens();
+    grow(hidden_, count * shape_.hidden), grow(normed_, count * shape_.hidden);
+    grow(query_, count * queries), grow(mixed_, count * queries), grow(key_, count * keys), grow(value_, count * keys);
+    grow(inner_, count * shape_.inner), grow(up_, count * shape_.inner);
+    grow(cosine_, count * ends_.tables * shape_.turned / 2), grow(sine_, count * ends_.tables * shape_.turned / 2);
+}
+
+void Decoder::make_turns() {
+    int64_t half = shape_.turned / 2, each = ends_.tables * half;
     share(tokens(), piece, threads_, [&](int64_t first, int64_t last) {
-        for (int64_t t = first; t < last; t++)
-            norm(hidden + t * shape_.hidden, weight, shape_.hidden, shape_.epsilon, normed_.data() + t * shape_.hidden);
+        for (int64_t i = first * each; i < last * each; i++) {
+            float angle = float(spots_[size_t(i / each)].position) * ends_.steps[i % each];
+            float factor = ends_.factors[i % each / half];
+            cosine_[size_t(i)] = std::cos(angle) * factor, sine_[size_t(i)] = std::sin(angle) * factor;
+        }
+    });
+}
+
+void Decoder::normed(const float* weight) {
+    share(tokens(), piece, threads_, [&](int64_t first, int64_t last) {
+        for (int64_t i = first * shape_.hidden; i < last * shape_.hidden; i += shape_.hidden)
+            norm(hidden_.data() + i, weight, shape_.hidden, shape_.epsilon, normed_.data() + i);
     });
 }
 
 // What a part of the block gave, through a norm of its own where it has one.
-void Decoder::add_to(float* hidden, const float* weight) {
+void Decoder::add_to_hidden(const float* weight) {
     for (int64_t t = 0; weight && t < tokens(); t++) {
         float* at = normed_.data() + t * shape_.hidden;
         norm(at, weight, shape_.hidden, shape_.epsilon, at);
     }
-    for (int64_t i = 0; i < tokens() * shape_.hidden; i++) hidden[i] += normed_[size_t(i)];
+    for (int64_t i = 0; i < tokens() * shape_.hidden; i++) hidden_[size_t(i)] += normed_[size_t(i)];
 }
 
-void Decoder::attention(size_t layer, float* hidden, const float* cosine, const float* sine) {
+void Decoder::attention(size_t layer) {
     const DecoderLayer& of = layers_[layer];
-    normed(hidden, of.before);
+    normed(of.before);
     multiply(normed_.data(), tokens(), {{&of.query, query_.data()}, {&of.key, key_.data()}, {&of.value, value_.data()}},
              threads_);
     share(tokens(), piece, threads_, [&](int64_t first, int64_t last) {
-        for (int64_t t = first; t < last; t++) place(layer, t, cosine, sine);
+        for (int64_t t = first; t < last; t++) place(layer, t);
     });
     attend(layer);
     multiply(mixed_.data(), tokens(), {{&of.output, normed_.data()}}, threads_);
-    add_to(hidden, of.attended);
+    add_to_hidden(of.attended);
 }
 
 // Norms and positions of a token's heads; its keys and values to where they are kept.
-void Decoder::place(size_t layer, int64_t token, const float* cosine, const float* sine) {
+void Decoder::place(size_t layer, int64_t token) {
     const DecoderLayer& of = layers_[layer];
-    int64_t size = shape_.head_size, angle = (of.angles * tokens() + token) * shape_.turned;
+    int64_t size = shape_.head_size, turns = (token * ends_.tables + of.angles) * shape_.turned / 2;
     auto ready = [&](float* head, const float* weight) {
         if (weight) norm(head, weight, size, shape_.epsilon, head);
-        if (of.angles >= 0) turn(head, shape_.turned, cosine + angle, sine + angle);
+        if (of.angles >= 0) turn(head, shape_.turned, cosine_.data() + turns, sine_.data() + turns);
         return head;
     };
     for (int64_t head = 0; head < shape_.heads; head++)
@@ -143,14 +163,33 @@ void Decoder::attend(size_t layer) {
     });
 }
 
-void Decoder::feed(const DecoderLayer& of, float* hidden) {
-    normed(hidden, of.after);
+void Decoder::feed(const DecoderLayer& of) {
+    normed(of.after);
     multiply(normed_.data(), tokens(), {{&of.gate, inner_.data()}, {&of.up, up_.data()}}, threads_);
     share(tokens() * shape_.inner, gates, threads_, [&](int64_t first, int64_t last) {
         kernels().gate(last - first, shape_.gelu, inner_.data() + first, up_.data() + first);
     });
     multiply(inner_.data(), tokens(), {{&of.down, normed_.data()}}, threads_);
-    add_to(hidden, of.fed);
+    add_to_hidden(of.fed);
+}
+
+// Of the last token of each text.
+void Decoder::predict(const std::vector<Part>& parts) {
+    int64_t end = 0, text = 0;
+    for (const Part& part : parts) {
+        end += part.tokens;
+        norm(hidden_.data() + (end - 1) * shape_.hidden, ends_.norm, shape_.hidden, shape_.epsilon,
+             normed_.data() + text++ * shape_.hidden);
+    }
+    logits_.resize(size_t(text * ends_.head.of.rows));
+    multiply(normed_.data(), text, {{&ends_.head, logits_.data()}}, threads_);
+}
+
+std::vector<int64_t> Decoder::likeliest() const {
+    std::vector<int64_t> found;
+    for (auto row = logits_.begin(); row < logits_.end(); row += ends_.head.of.rows)
+        found.push_back(std::max_element(row, row + ends_.head.of.rows) - row);
+    return found;
 }
 
 }  // namespace lowbit

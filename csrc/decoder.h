@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "lookup.h"
 #include "lowbit.h"
 
 namespace lowbit {
@@ -39,6 +40,16 @@ struct DecoderShape {
     bool gelu;                                           // the gate is GELU, not SiLU
 };
 
+// What stands before and after the blocks.
+struct DecoderEnds {
+    Table embedding;
+    float factor;                  // of embeddings
+    const float* norm;             // its weight [hidden]
+    Matrix head;                   // gives logits
+    int64_t tables;                // of angles
+    const float *steps, *factors;  // of a position, in turns of a pair [tables, turned / 2]; of cosine and sine [tables]
+};
+
 // Keys and values of one text, in every layer.
 class Cache final {
   public:
@@ -67,31 +78,42 @@ struct Part {
 
 class Decoder final {
   public:
-    Decoder(const DecoderShape& shape, int threads) : shape_(shape), threads_(threads) {}
+    Decoder(const DecoderShape& shape, const DecoderEnds& ends, int threads)
+        : shape_(shape), ends_(ends), threads_(threads) {}
     void add(const DecoderLayer& layer) { layers_.push_back(layer); }
 
-    // What comes of the hidden states of all tokens [tokens, hidden], changed in place; caches have room for them.
-    // `cosine` and `sine` are [tables, tokens, turned].
-    void run(float* hidden, const std::vector<Part>& parts, const float* cosine, const float* sine);
+    // Tokens of some texts, one text after the other; caches have room. Returns whether the embeddings of the tokens are
+    // finite; nothing else is done where they are not.
+    bool read(const std::vector<int64_t>& ids, const std::vector<Part>& parts);
+
+    // What came of the last token of each text that was read last [texts, vocabulary], and which is the greatest (the
+    // first of these).
+    const std::vector<float>& logits() const { return logits_; }
+    std::vector<int64_t> likeliest() const;
 
   private:
     struct Spot {
         Cache* cache;
         int64_t position;
     };
-    void attention(size_t layer, float* hidden, const float* cosine, const float* sine);
-    void place(size_t layer, int64_t token, const float* cosine, const float* sine);
+    void make_room();
+    void make_turns();
+    void attention(size_t layer);
+    void place(size_t layer, int64_t token);
     void attend(size_t layer);
-    void feed(const DecoderLayer& of, float* hidden);
-    void normed(const float* hidden, const float* weight);
-    void add_to(float* hidden, const float* weight);
+    void feed(const DecoderLayer& of);
+    void normed(const float* weight);
+    void add_to_hidden(const float* weight);
+    void predict(const std::vector<Part>& parts);
     int64_t tokens() const { return int64_t(spots_.size()); }
 
     DecoderShape shape_;
+    DecoderEnds ends_;
     int threads_;
     std::vector<DecoderLayer> layers_;
     std::vector<Spot> spots_;  // of the tokens that run
-    std::vector<float> normed_, query_, key_, value_, mixed_, inner_, up_;
+    std::vector<float> cosine_, sine_;  // [tokens, tables, turned / 2]
+    std::vector<float> hidden_, normed_, query_, key_, value_, mixed_, inner_, up_, logits_;
 };
 
 }  // namespace lowbit

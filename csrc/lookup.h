@@ -1,4 +1,4 @@
-// Rows of an embedding that lies in ggml's blocks.
+// Rows of an embedding, as floats or in ggml's blocks.
 #pragma once
 
 #include "lowbit.h"
@@ -12,7 +12,16 @@ struct GgmlLevels {
     int64_t step;
 };
 
-// Whole blocks of a type whose scales are float16 as floats [rows, cols]; NaN where a scale is not finite.
-void ggml_floats(GgmlType type, const GgmlLevels& levels, const uint8_t* stored, int64_t rows, int64_t cols, float* to);
+// Rows of `cols` values, `row_bytes` each: floats, or blocks where `levels.codes` is set.
+struct Table {
+    const uint8_t* data;
+    int64_t cols, row_bytes;
+    Dtype dtype;
+    GgmlType type;
+    GgmlLevels levels;
+};
+
+// Some rows as float32 [count, cols], times `factor`. Returns whether all of them are finite.
+bool look_up(const Table& of, const int64_t* ids, int64_t count, float factor, float* to);
 
 }  // namespace lowbit

@@ -135,7 +135,7 @@ LOWBIT_INLINE void add_products(const Source& source, const uint8_t* chunk, cons
     I codes = source.template at<quad>(chunk);
     for (int t = 0; t < tokens; t++) {
         pairs[t] = add_pairs(pairs[t], product<Source>(codes, input.four(t, col + 4 * quad)));
-        if constexpr (tokens > 1) keep(pairs[t]);
+        keep(pairs[t]);
     }
     if constexpr (quad + 1 < last) add_products<quad + 1, last>(source, chunk, input, col, pairs);
 }
@@ -151,7 +151,7 @@ LOWBIT_INLINE void add_paired(const Source& source, const uint8_t* chunk, const 
             I pairs = product<Source>(first, input.four(t, col + 4 * quad));
             if constexpr (until - quad == 2) pairs = add_pairs(pairs, product<Source>(second, input.four(t, col + 4 * quad + 4)));
             sum[t] = add(sum[t], dot_pairs(pairs, factor));
-            if constexpr (tokens > 1) keep(sum[t]);
+            keep(sum[t]);
         }
     } else {
         I pairs[tokens];

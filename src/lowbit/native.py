@@ -398,28 +398,52 @@ def ggml_unpack(type: int, blocks: int, stored: UInt8[Tensor, "..."], *, out: Gg
     _native.ggml_unpack(type, stored, blocks, *each)
 
 
-def ggml_floats(
-    type: int,
-    stored: UInt8[Tensor, "rows row_bytes"],
-    levels: Float[Tensor, "256"],
-    scales: Float[Tensor, "256"] | None,
-    step: int,
-) -> Float[Tensor, "rows cols"]:
-    """Rows of blocks as float32: what `dequantize` makes of what `ggml_unpack` gives.
+@final
+class Table:
+    """Rows that tokens look up, in float32: floats, or blocks of a type of ggml.
 
-    Codes stand for `levels`, those of scales and minima for `scales` where the type has these; `step` weights share a
-    scale. Values under one that is not finite are NaN.
+    Attributes:
+        rows: that there are.
+        cols: of each.
     """
-    weights, size, subs, _, scale_bytes = _ggml_shape(type)
-    rows, width = _two(stored.shape)
-    if scale_bytes != 2 or width % size or step < 1 or step * max(subs, 1) != weights:
-        raise ValueError(f"type {type} has no scales of float16 for each {step} weights in rows of {width} bytes")
-    _check("stored", stored, (rows, width), torch.uint8)
-    _check("levels", levels, (256,), torch.float32)
-    _check_present("scales", scales, subs > 0, (256,), torch.float32)
-    out = torch.empty(rows, width // size * weights)
-    _native.ggml_floats(type, stored, levels, scales, step, out)
-    return out
+
+    def __init__(
+        self,
+        values: Tensor,
+        type: int | None = None,
+        levels: Float[Tensor, "256"] | None = None,
+        scales: Float[Tensor, "256"] | None = None,
+        step: int = 1,
+    ) -> None:
+        """`values` are floats `[rows, cols]`, or rows of blocks in uint8, as `ggml_unpack` takes them.
+
+        Codes stand for `levels`, those of scales and minima for `scales` where the type has these; `step` weights share
+        a scale.
+        """
+        self.rows, self.cols = _two(values.shape)
+        if type is None:
+            _check("values", values, (self.rows, self.cols), *WEIGHT_DTYPES)
+        else:
+            weights, size, subs, _, scale_bytes = _ggml_shape(type)
+            if scale_bytes > 2 or self.cols % size or step < 1 or step * max(subs, 1) != weights:
+                raise ValueError(f"type {type} has no scales of each {step} weights in rows of {self.cols} bytes")
+            _check("values", values, (self.rows, self.cols), torch.uint8)
+            _check_present("levels", levels, True, (256,), torch.float32)
+            _check_present("scales", scales, subs > 0, (256,), torch.float32)
+            self.cols = self.cols // size * weights
+        self._kept = values, levels, scales  # their memory is read
+        self.handle = _native.Table(values, self.cols, type or 0, levels, scales, step)
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise LookupError where a row is not there."""
+        if ids and not 0 <= min(ids) <= max(ids) < self.rows:
+            raise LookupError(f"rows {min(ids)} to {max(ids)} of a table of {self.rows}")
+
+    def __call__(self, ids: Sequence[int]) -> Float[Tensor, "ids cols"] | None:
+        """Some rows, what `dequantize` makes of what `ggml_unpack` gives; None where one is not finite."""
+        self.check(ids)
+        out = torch.empty(len(ids), self.cols)
+        return out if self.handle.rows(list(ids), out) else None
 
 
 @final
@@ -702,6 +726,28 @@ class DecoderLayer:
     angles: int = 0
 
 
+@final
+@dataclass(frozen=True)
+class DecoderEnds:
+    """What stands before and after the blocks.
+
+    Attributes:
+        embedding: of tokens.
+        norm: weight of that before the head.
+        head: gives logits.
+        steps: of each table of angles, the turn of each pair of dimensions per position.
+        factors: of each, what cosine and sine are multiplied by.
+        factor: of embeddings.
+    """
+
+    embedding: Table
+    norm: Float[Tensor, "hidden"]
+    head: Matrix
+    steps: Float[Tensor, "tables pairs"]
+    factors: Float[Tensor, "tables"]
+    factor: float = 1.0
+
+
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 NORMS = ("before", "after", "query_norm", "key_norm", "attended", "fed")
 
@@ -732,20 +778,22 @@ class Cache:
 
 @final
 class Decoder:
-    """The blocks of a model of the Llama family."""
+    """A model of the Llama family."""
 
-    def __init__(self, shape: DecoderShape, layers: Sequence[DecoderLayer], threads: int) -> None:
+    def __init__(self, shape: DecoderShape, layers: Sequence[DecoderLayer], ends: DecoderEnds, threads: int) -> None:
         sizes = (shape.hidden, shape.heads, shape.key_heads, shape.head_size, shape.inner, shape.turned)
         odd = min(sizes) < 1 or shape.head_size % 16 or shape.heads % shape.key_heads or shape.turned % 2
         if odd or shape.turned > shape.head_size:
             raise ValueError(f"{shape} is no decoder that runs here")
-        if any(layer.window < 0 or layer.angles < -1 for layer in layers):
-            raise ValueError("windows are at least 0 and tables of angles at least -1")
-        self.shape, self.tables = shape, 1 + max((layer.angles for layer in layers), default=0)
-        self._layers = tuple(layers)  # their memory is read
+        if any(layer.window < 0 or not -1 <= layer.angles < len(ends.factors) for layer in layers):
+            raise ValueError("windows are at least 0, and angles are of tables that are there, or -1")
+        _check_ends(ends, shape)
+        self.shape, self._texts = shape, 0
+        self._ends, self._layers = ends, tuple(layers)  # their memory is read
         self._handle = _native.Decoder(
             shape.hidden, shape.heads, shape.key_heads, shape.head_size, shape.inner, shape.turned, shape.epsilon,
-            shape.scale, shape.cap, shape.gelu, max(threads, 1),
+            shape.scale, shape.cap, shape.gelu, ends.embedding.handle, ends.factor, ends.norm, ends.head.handle,
+            ends.steps, ends.factors, max(threads, 1),
         )  # fmt: skip
         for layer in layers:
             self._add(layer)
@@ -775,22 +823,14 @@ class Decoder:
             raise ValueError(f"keys and values are kept as one of {', '.join(KEEPS)}, not as {keep}")
         return Cache(self._handle.cache(KEEPS.index(keep)), limit)
 
-    def __call__(
-        self,
-        hidden: Float[Tensor, "tokens hidden"],
-        parts: Sequence[tuple[Cache, int]],
-        cosine: Float[Tensor, "tables tokens turned"],
-        sine: Float[Tensor, "tables tokens turned"],
-    ) -> Float[Tensor, "tokens hidden"]:
-        """What comes of some tokens for each text after those that it has; then it has these too.
+    def read(self, ids: Sequence[int], parts: Sequence[tuple[Cache, int]]) -> bool:
+        """Some tokens for each text, at least one, after those that it has; then it has these too.
 
-        The tokens of all texts stand one after the other; `cosine` and `sine` are of the angles of their positions.
+        The tokens of all texts stand one after the other. False, and nothing is done, where an embedding is not finite.
         """
-        tokens = sum(count for _, count in parts)
-        _check("hidden", hidden, (tokens, self.shape.hidden), torch.float32)
-        tables = max(self.tables, cosine.shape[0])
-        _check("cosine", cosine, (tables, tokens, self.shape.turned), torch.float32)
-        _check("sine", sine, (tables, tokens, self.shape.turned), torch.float32)
+        if len(ids) != sum(count for _, count in parts) or any(count < 1 for _, count in parts):
+            raise ValueError(f"{len(ids)} tokens for {[count for _, count in parts]}")
+        self._ends.embedding.check(ids)
         if len({id(cache) for cache, _ in parts}) < len(parts):
             raise ValueError("a text is there twice")
         for cache, count in parts:
@@ -798,12 +838,32 @@ class Decoder:
                 raise ValueError(f"{cache.known} tokens and {count} more are over the limit of {cache.limit}")
         for cache, count in parts:
             cache.handle.reserve(min(max(cache.known + count, _ROOM), max(cache.limit, 1)))
-        out = hidden.detach().clone()
-        caches, known, counts = zip(*((cache.handle, cache.known, count) for cache, count in parts), strict=True)
-        self._handle.run(out, list(caches), list(known), list(counts), cosine, sine)
+        caches, known = [cache.handle for cache, _ in parts], [cache.known for cache, _ in parts]
+        if not self._handle.read(list(ids), caches, known, [count for _, count in parts]):
+            return False
         for cache, count in parts:
             cache.known += count
+        self._texts = len(parts)
+        return True
+
+    def logits(self) -> Float[Tensor, "texts rows"]:
+        """After the last token of each text that was read last."""
+        out = torch.empty(self._texts, self._ends.head.rows)
+        self._handle.logits(out)
         return out
+
+    def likeliest(self) -> list[int]:
+        """The greatest of these."""
+        return self._handle.likeliest()
+
+
+def _check_ends(of: DecoderEnds, shape: DecoderShape) -> None:
+    _check("norm", of.norm, (shape.hidden,), torch.float32)
+    _check("angles", of.steps, (len(of.factors), shape.turned // 2), torch.float32)
+    _check("factors", of.factors, (len(of.factors),), torch.float32)
+    found = (of.embedding.rows, of.embedding.cols, of.head.inputs)
+    if found != (of.head.rows, shape.hidden, shape.hidden):
+        raise ValueError(f"embedding is {found[0]} x {found[1]}; it must be {of.head.rows} x {shape.hidden}")
 
 
 def interleave(

@@ -124,6 +124,22 @@ def test_tokens_one_by_one_turn_as_those_read_at_once(tmp_path: Path) -> None:
     assert torch.equal(two.read(ids[254:]), want)
 
 
+def test_the_likeliest_token_is_that_of_the_logits(tmp_path: Path) -> None:
+    """Of several texts too, with a cap as without."""
+    kind, settings = KINDS["gemma2"]
+    saved(tmp_path, kind, **settings)
+    engine = Engine(native_of(open_model(tmp_path)), 2)
+    texts, others = ([engine.start(64) for _ in range(3)] for _ in range(2))
+    for text, other, count in zip(texts, others, (1, 9, 30), strict=True):
+        text.read(IDS[0, :count])
+        other.read(IDS[0, :count])
+    for token in IDS[0, 30:36].tolist():
+        want = engine.read([(text, torch.tensor([token])) for text in texts]).argmax(1).tolist()
+        assert engine.likeliest([(other, token) for other in others]) == want
+    assert others[1].likeliest(7) == int(texts[1].read(torch.tensor([7])).argmax())
+    assert others[1].ids == texts[1].ids
+
+
 @pytest.mark.parametrize("keep", KEEPS)
 def test_what_a_text_begins_with_is_not_read_again(keep: str, tmp_path: Path) -> None:
     """Whatever was read before, a text gets the bits that it gets alone; so does one of several."""
@@ -224,13 +240,17 @@ def test_more_than_there_is_room_for_is_refused(tmp_path: Path) -> None:
         session.read(IDS[0, :3])
     decoder = session.engine.decoder
     with pytest.raises(ValueError, match="no decoder that runs here"):
-        type(decoder)(DecoderShape(64, 4, 3, 16, 96, 16, 1e-6, 0.25), [], 1)
+        type(decoder)(DecoderShape(64, 4, 3, 16, 96, 16, 1e-6, 0.25), [], session.engine.ends, 1)
     with pytest.raises(ValueError, match="cannot be kept of 6"):
         session.cache.forget(7)
     with pytest.raises(ValueError, match="not as float8"):
         decoder.cache("float8")
     with pytest.raises(ValueError, match="twice"):
-        decoder(torch.ones(2, 64), [(session.cache, 1)] * 2, torch.ones(1, 2, 16), torch.ones(1, 2, 16))
+        decoder.read([1, 1], [(session.cache, 1)] * 2)
+    with pytest.raises(ValueError, match="2 tokens for"):
+        decoder.read([1, 1], [(session.cache, 1)])
+    with pytest.raises(LookupError, match="rows 5 to 96 of a table of 96"):
+        decoder.read([96, 5], [(session.cache, 2)])
     with pytest.raises(UsageError, match="a context of 129 tokens is more than this model takes, which is 128"):
         open_runner(tmp_path, context=129)
 

@@ -121,7 +121,7 @@ LIES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "half of the codes": (_halved("m/0.up/codes"), "codes has shape"),
     "half of an embedding": (_halved("v/embedding"), "embedding is"),
     "a norm in float64": (lambda t: t.update({"v/0.before": t["v/0.before"].double()}), "before is torch.float64"),
-    "half of the angles": (_halved("v/angles.0"), "angles.0 is"),
+    "half of the angles": (_halved("v/angles.0"), "angles has shape"),
     "a matrix less": (_facts(lambda f: f["matrices"].pop("1.down")), "1.down"),
     "scales as integers": (lambda t: t.update({"m/0.up/scale": t["m/0.up/scale"].to(torch.int32)}), "scale is"),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import gguf
 import gguf.quants
 import pytest
@@ -23,7 +25,8 @@ def some_rows(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name != "nvfp4"])
 def test_rows_are_those_of_gguf(name: str) -> None:
     stored, ids = some_rows(name), torch.tensor([4, 0, 4])
-    found = Table(stored, name).rows(ids)
+    found = Table(stored, name).opened()(ids.tolist())
+    assert found is not None
     want = gguf.quants.dequantize(stored.numpy(), gguf.GGMLQuantizationType(BLOCKS[name].id))[ids.numpy()]
     assert torch.equal(found, torch.from_numpy(want))
     assert torch.equal(found, unpack(name, stored[ids], (3, 768)).dequantize())
@@ -35,11 +38,32 @@ def test_rows_are_those_of_gguf(name: str) -> None:
 def test_rows_that_hold_no_numbers_are_refused(name: str, byte: int, said: str) -> None:
     stored = some_rows(name)
     stored[2] = byte
-    with pytest.raises(FormatError, match=said):
-        Table(stored, name).rows(torch.tensor([1, 2]))
-    assert Table(stored, name).rows(torch.tensor([1])).isfinite().all()
-    with pytest.raises(LookupError):
-        Table(stored, name).rows(torch.tensor([5]))
+    table = Table(stored, name)
+    rows = table.opened()
+    assert rows([1, 2]) is None and isinstance(table.refusal([1, 2]), FormatError)
+    assert re.search(said, str(table.refusal([1, 2])))
+    found = rows([1])
+    assert found is not None and found.isfinite().all()
+    for wrong in (5, -1):
+        with pytest.raises(LookupError):
+            rows([wrong])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_floats(dtype: torch.dtype) -> None:
+    """All halves that are finite, subnormal ones too."""
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    stored = torch.where(halves.isfinite(), halves, 0).to(dtype).view(64, 1024)
+    ids = torch.randint(0, 64, (100,), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(found_in(stored, ids), stored[ids].float())
+    stored[3, 5] = torch.nan
+    assert Table(stored).opened()([3]) is None and "[1, 3] is not finite" in str(Table(stored).refusal([3, 1]))
+
+
+def found_in(stored: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    found = Table(stored).opened()(ids.tolist())
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(
@@ -50,4 +74,4 @@ def test_rows_that_hold_no_numbers_are_refused(name: str, byte: int, said: str) 
 def test_blocks_that_do_not_fit_are_refused(kind: int, scales: bool, step: int, width: int) -> None:
     levels, stored = torch.zeros(256), torch.zeros(2, width, dtype=torch.uint8)
     with pytest.raises(ValueError, match=f"type {kind}|scales is"):
-        native.ggml_floats(kind, stored, levels, levels if scales else None, step)
+        native.Table(stored, kind, levels, levels if scales else None, step)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from lowbit.errors import UnsupportedError
-from lowbit.native import MATRICES, NORMS, Cache, Decoder, DecoderLayer, DecoderShape, Matrix
+from lowbit.native import MATRICES, NORMS, Cache, Decoder, DecoderEnds, DecoderLayer, DecoderShape, Matrix
 from lowbit.runtime.linear import Linear
 from lowbit.runtime.model import Loaded
 from lowbit.runtime.panels import Packed, pack_dense
@@ -72,14 +72,15 @@ class Engine:
     """A native model that reads texts."""
 
     def __init__(self, native: Native, threads: int | None = None) -> None:
-        self.native, self.threads = native, threads or torch.get_num_threads()
-        _check(native)
+        self.native = native
         layers = [self._layer(number) for number in range(len(native.windows))]
-        self.decoder = Decoder(native.shape, layers, self.threads)
-        self._head, self._table = self._matrix("head"), Table(native.vectors["embedding"], native.blocks)
-        self._factors = torch.tensor(native.factors)[:, None, None]
-        self._steps = torch.stack([native.vectors[f"angles.{i}"] for i in range(len(native.factors))])[:, None]
-        self._near = 0, self._angles(torch.arange(_CHUNK))  # turns of a run of positions, and where it begins
+        self._table = Table(native.vectors["embedding"], native.blocks)
+        steps = torch.stack([native.vectors[f"angles.{i}"] for i in range(len(native.factors))])
+        self.ends = DecoderEnds(
+            self._table.opened(), native.vectors["norm"], self._matrix("head"), steps, torch.tensor(native.factors),
+            native.factor,
+        )  # fmt: skip
+        self.decoder = Decoder(native.shape, layers, self.ends, threads or torch.get_num_threads())
 
     def _layer(self, number: int) -> DecoderLayer:
         matrices: Any = {name: self._matrix(f"{number}.{name}") for name in MATRICES}
@@ -95,55 +96,21 @@ class Engine:
 
     def read(self, new: Sequence[tuple[Session, Int64[Tensor, "_"]]]) -> Float[Tensor, "texts vocabulary"]:
         """Read more tokens of each text, at least one; the logits of the token after them."""
-        ends = torch.tensor([len(ids) for _, ids in new]).cumsum(0) - 1
-        with torch.inference_mode():
-            hidden = self._hidden(new)[ends]
-            normed = nn.functional.rms_norm(
-                hidden, hidden.shape[1:], self.native.vectors["norm"], self.native.shape.epsilon
-            )
-            logits = self._head(normed, self.threads)
-        for session, ids in new:
-            session.ids += ids.tolist()
+        self._read([(session, ids.tolist()) for session, ids in new])
+        logits = self.decoder.logits()
         return logits if not self.native.cap else (logits / self.native.cap).tanh() * self.native.cap
 
-    def _hidden(self, new: Sequence[tuple[Session, Tensor]]) -> Float[Tensor, "tokens hidden"]:
-        at = torch.cat([torch.arange(len(session.ids), len(session.ids) + len(ids)) for session, ids in new])
-        hidden = self._table.rows(torch.cat([ids for _, ids in new])) * self.native.factor
-        return self.decoder(hidden, [(session.cache, len(ids)) for session, ids in new], *self._turns(at))
+    def likeliest(self, new: Sequence[tuple[Session, int]]) -> list[int]:
+        """Read a token more of each text; the likeliest after it."""
+        self._read([(session, [token]) for session, token in new])
+        return self.decoder.likeliest()
 
-    def _turns(self, at: Int64[Tensor, " tokens"]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine `[tables, tokens, turned]` at these positions; of a text token by token they are at hand."""
-        places = at.tolist()
-        begin = min(places) // _CHUNK * _CHUNK
-        if max(places) >= begin + _CHUNK:
-            return self._angles(at)
-        if begin != self._near[0]:
-            self._near = begin, self._angles(torch.arange(begin, begin + _CHUNK))
-        cosine, sine = self._near[1]
-        return cosine.index_select(1, at - begin), sine.index_select(1, at - begin)
-
-    def _angles(self, at: Int64[Tensor, " tokens"]) -> tuple[Tensor, Tensor]:
-        angles = (at.float()[:, None] * self._steps).repeat(1, 1, 2)
-        return angles.cos() * self._factors, angles.sin() * self._factors
-
-
-def _check(native: Native) -> None:
-    """Raise ValueError where what is not given to `native.Decoder` does not fit the rest."""
-    wanted: dict[str, tuple[int, ...]] = {
-        f"angles.{i}": (native.shape.turned // 2,) for i in range(len(native.factors))
-    }
-    table = Table(native.vectors["embedding"], native.blocks)
-    rows = table.stored_as(native.matrices["head"].panels.rows, native.shape.hidden)
-    wanted |= {"norm": (native.shape.hidden,), "embedding": rows}
-    for name, shape in wanted.items():
-        found, kind = native.vectors[name], "bytes" if native.blocks and name == "embedding" else "floats"
-        right = found.dtype.is_floating_point if kind == "floats" else found.dtype == torch.uint8
-        if tuple(found.shape) != shape or not right:
-            raise ValueError(f"{name} is {found.dtype} {list(found.shape)}; it must be {kind} {list(shape)}")
-    if max(native.angles, default=0) >= len(native.factors):
-        raise ValueError(f"angles {native.angles} are of tables that are not there")
-    if len(native.angles) != len(native.windows) or native.matrices["head"].inputs != native.shape.hidden:
-        raise ValueError("angles, windows and the matrix of logits do not fit")
+    def _read(self, new: Sequence[tuple[Session, list[int]]]) -> None:
+        tokens = [token for _, ids in new for token in ids]
+        if not self.decoder.read(tokens, [(session.cache, len(ids)) for session, ids in new]):
+            raise self._table.refusal(tokens)
+        for session, ids in new:
+            session.ids += ids
 
 
 @final
@@ -165,6 +132,10 @@ class Session:
         for part in torch.split(ids, _CHUNK):
             logits = self.engine.read([(self, part)])[0]
         return logits
+
+    def likeliest(self, token: int) -> int:
+        """Read one more token; the likeliest after it."""
+        return self.engine.likeliest([(self, token)])[0]
 
     def follow(self, ids: Int64[Tensor, " tokens"]) -> Float[Tensor, " vocabulary"]:
         """Be the text of these tokens: what it has and they have too, from the first on, is not read again."""

@@ -41,6 +41,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int = 0
 
+    @property
+    def greedy(self) -> bool:
+        """Whether it is the likeliest token each time, whatever was there."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
 
 @final
 @dataclass(frozen=True)
@@ -86,10 +91,14 @@ def generate_all(runner: Runner, prompts: Sequence[str], sampling: Sampling) -> 
     texts = [_Text(runner, _ids(runner, prompt), sampling, lambda part: None) for prompt in prompts]
     sessions = {text: engine.start(runner.limit, runner.keep) for text in texts}
     with torch.inference_mode():
-        left = [text for text in texts if text.take(sessions[text].follow(text.seen))]
+        left = [text for text in texts if text.take(text.choose(sessions[text].follow(torch.tensor(text.seen))))]
         while left:
-            logits = engine.read([(sessions[text], text.seen[-1:]) for text in left])
-            left = [text for text, row in zip(left, logits, strict=True) if text.take(row)]
+            if sampling.greedy:
+                tokens = engine.likeliest([(sessions[text], text.seen[-1]) for text in left])
+            else:
+                logits = engine.read([(sessions[text], torch.tensor(text.seen[-1:])) for text in left])
+                tokens = [text.choose(row) for text, row in zip(left, logits, strict=True)]
+            left = [text for text, token in zip(left, tokens, strict=True) if text.take(token)]
     return [text.result() for text in texts]
 
 
@@ -125,9 +134,9 @@ def _ids(runner: Runner, prompt: str) -> Int64[Tensor, " tokens"]:
 def _run(runner: Runner, ids: Tensor, sampling: Sampling, show: Callable[[str], None]) -> Generated:
     text = _Text(runner, ids, sampling, show)
     with torch.inference_mode(), refusals("the model fails on this prompt"):
-        more = text.take(runner.reader.follow(ids))
-        while more:
-            more = text.take(runner.reader.read(text.seen[-1:]))
+        token, reader = text.choose(runner.reader.follow(ids)), runner.reader
+        while text.take(token):
+            token = reader.likeliest(token) if sampling.greedy else text.choose(reader.read(torch.tensor([token])))
     return text.result()
 
 
@@ -166,7 +175,7 @@ def chooser(sampling: Sampling) -> Callable[[Tensor, Tensor], int]:
 
 @final
 class _Text:
-    """A text while it is written: takes logits, and shows what can no longer change.
+    """A text while it is written: chooses and takes tokens, and shows what can no longer change.
 
     Attributes:
         seen: its tokens, the prompt's first.
@@ -175,16 +184,21 @@ class _Text:
     def __init__(self, runner: Runner, ids: Tensor, sampling: Sampling, show: Callable[[str], None]) -> None:
         if not 0 < len(ids) < runner.limit:
             raise UsageError(f"the prompt has {len(ids)} tokens; this model takes 1 to {runner.limit - 1}")
-        self.seen, self._prompt, self._runner, self._show = ids, len(ids), runner, show
+        self.seen: list[int] = ids.tolist()
+        self._prompt, self._runner, self._show = len(ids), runner, show
         self._left, self._stops = min(sampling.tokens, runner.limit - len(ids)), sampling.stop
         self._choose = chooser(sampling)
         self._shown = self._written = ""
         self._start, self._first, self._end = perf_counter(), 0.0, 0.0
 
-    def take(self, logits: Tensor) -> bool:
-        """Choose a token; whether the text goes on after it."""
-        token = self._choose(self.seen, logits)
-        self.seen, self._left = torch.cat([self.seen, torch.tensor([token])]), self._left - 1
+    def choose(self, logits: Tensor) -> int:
+        """The next token."""
+        return self._choose(torch.tensor(self.seen), logits)
+
+    def take(self, token: int) -> bool:
+        """One more token; whether the text goes on after it."""
+        self.seen.append(token)
+        self._left -= 1
         self._written = str(self._runner.tokenizer.decode(self.seen[self._prompt :], skip_special_tokens=True))
         if not self._written.endswith("\ufffd"):  # bytes of a character that is not whole yet
             self._show(self._written[len(self._shown) :])

@@ -48,6 +48,10 @@ class Plain:
         logits: Tensor = out.logits[0, -1]
         return logits
 
+    def likeliest(self, token: int) -> int:
+        """Read one more token; the likeliest after it."""
+        return int(self.read(torch.tensor([token])).argmax())
+
 
 @final
 @dataclass(frozen=True, eq=False)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from math import isfinite
 from typing import final
 
-from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lowbit.formats._ggml import BLOCKS, BlockType, unpack
-from lowbit.native import ggml_floats
+from lowbit import native
+from lowbit.errors import FormatError
+from lowbit.formats._ggml import BLOCKS, unpack
 from lowbit.tensors import level_table
 
 
@@ -28,31 +27,22 @@ class Table:
     values: Tensor
     blocks: str = ""
 
-    def rows(self, ids: Int64[Tensor, " tokens"]) -> Float[Tensor, "tokens width"]:
-        """Some rows in float32; LookupError where there is no such row."""
-        found = self.values[ids]
+    def opened(self) -> native.Table:
+        """What looks its rows up; ValueError where it is none of the above."""
         if not self.blocks:
-            return found.float()
+            return native.Table(self.values.contiguous())
         kind = BLOCKS[self.blocks]
-        values = _floats(kind, found)
-        if values is None or not isfinite(values.sum().item()):  # what is wrong is told by the way that takes longer
-            values = unpack(kind.name, found, (len(ids), found.shape[1] // kind.bytes * kind.weights)).dequantize()
-        return values
+        scheme, nested = kind.scheme, kind.scheme.nested
+        upper = None if nested is None else level_table(nested.grid)
+        return native.Table(self.values, kind.id, level_table(scheme.grid), upper, scheme.block.cols)
 
-    def stored_as(self, rows: int, width: int) -> tuple[int, int]:
-        """Shape of `values` for so many rows of this width."""
-        return rows, BLOCKS[self.blocks].row_bytes(width) if self.blocks else width
-
-
-def _floats(kind: BlockType, stored: Tensor) -> Tensor | None:
-    """Rows of blocks natively, at once; None of the types whose scales are no float16."""
-    if kind.scheme.scale in ("e8m0", "e4m3"):
-        return None
-    return ggml_floats(kind.id, stored, *_levels(kind.name), kind.scheme.block.cols)
-
-
-@cache
-def _levels(name: str) -> tuple[Tensor, Tensor | None]:
-    """What codes stand for, and those of nested scales."""
-    scheme = BLOCKS[name].scheme
-    return level_table(scheme.grid), None if scheme.nested is None else level_table(scheme.nested.grid)
+    def refusal(self, ids: Sequence[int]) -> FormatError:
+        """What is wrong with some rows that are not finite."""
+        stored = self.values[list(ids)]
+        if self.blocks:
+            kind = BLOCKS[self.blocks]
+            try:
+                unpack(kind.name, stored, (len(stored), stored.shape[1] // kind.bytes * kind.weights))
+            except FormatError as error:
+                return error
+        return FormatError(f"the embedding of one of the tokens {sorted(set(ids))} is not finite")
