@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -18,7 +18,17 @@ from lowbit.pipeline import run_conversion
 from lowbit.stages._changes import Goal
 from lowbit.stages._experts import apart
 from lowbit.stages.checkpoint import open_checkpoint
-from tests.interop.test_gguf import SMALL, agree, alone, byte_level, llama_quantize, ours, quantized, saved_model, tensors
+from tests.interop.test_gguf import (
+    SMALL,
+    agree,
+    alone,
+    byte_level,
+    llama_quantize,
+    ours,
+    quantized,
+    saved_model,
+    tensors,
+)
 
 library: Any = transformers
 JSON = dict[str, Any]
@@ -34,6 +44,7 @@ class Case:
         settings: of its configuration.
         exact: how far llama.cpp's logits may be, as a share of the largest, where weights are float32; GELU is a table
             in float16 there, and the approximation by tanh.
+        again: other settings with which a file is read, of what it does not tell.
         share: of the positions for which `q8_0` must agree: rounding moves tokens to other experts.
         config: class of the configuration, where it is named otherwise.
     """
@@ -43,6 +54,7 @@ class Case:
     exact: float = 1e-4
     share: float = 1.0
     config: str = ""
+    again: JSON = field(default_factory=dict)
 
     def model(self, **more: Any) -> Any:
         """It, with other settings."""
@@ -73,7 +85,7 @@ CASES = {
     "mamba": Case("Mamba", _MAMBA),
     "llama4": Case("Llama4", {**_LLAMA4, "interleave_moe_layer_step": 2}, share=0.5, config="Llama4Text"),
     "llama4 without norms": Case("Llama4", {**_LLAMA4, "num_local_experts": 128, "use_qk_norm": False}, share=0.5, config="Llama4Text"),
-    "gpt-oss": Case("GptOss", _OSS, share=0.5),
+    "gpt-oss": Case("GptOss", _OSS, share=0.5, again={"rope_parameters": {**_YARN, "truncate": False}}),
     "granitemoe": Case("GraniteMoe", {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.3, "logits_scaling": 3.0}, share=0.5),
     "granite": Case("Granite", {**SMALL, "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 3.0}),
     "starcoder2": Case("Starcoder2", {**SMALL, "sliding_window": None}, 2e-3),
@@ -81,7 +93,7 @@ CASES = {
     "stablelm in parallel": Case("StableLm", {**SMALL, "use_parallel_residual": True}),
     "olmo": Case("Olmo", SMALL),
     "olmo2": Case("Olmo2", SMALL),
-    "olmoe": Case("Olmoe", {**SMALL, "num_experts": 4, "num_experts_per_tok": 2}, share=0.5),
+    "olmoe": Case("Olmoe", {**SMALL, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}, share=0.5),
     "cohere": Case("Cohere", {**SMALL, "logit_scale": 0.2}),
     "cohere2": Case("Cohere2", {**SMALL, "head_dim": 16, "num_hidden_layers": 4, "logit_scale": 0.2, "sliding_window": 8}),
     "phi": Case("Phi", SMALL, 2e-3),
@@ -108,6 +120,8 @@ def test_logits_and_what_is_read_back(kind: str, tmp_path: Path) -> None:
     written, original = open_checkpoint(file), apart(open_checkpoint(source), "gguf")
     for name in written.weights:
         torch.testing.assert_close(written.dequantized(name), original.dequantized(name), rtol=0, atol=3e-7)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | case.again))
     other, ids = alone(file, tmp_path / "alone"), list(range(2, 60))
     found, wanted = ours(other, ids), ours(source, ids)
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
@@ -116,3 +130,26 @@ def test_logits_and_what_is_read_back(kind: str, tmp_path: Path) -> None:
     run_conversion(str(other), tmp_path / "float", Goal("float"))
     assert np.abs(ours(tmp_path / "float", ids) - wanted).max() <= 1e-4 * np.abs(wanted).max()
     agree(quantized(source, tmp_path / "q8_0", "q8_0"), source, 0.1, case.share)
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "ffn_hidden_size": 256, "num_hidden_layers": 16, "n_layer": 16}
+FLAT = ("gpt_neox", "falcon 7b", "falcon 40b", "bloom", "mamba", "cohere", "granitemoe", "olmo2")
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_types_are_llama_quantizes(kind: str, tmp_path: Path) -> None:
+    """Falcon has rules of its own; rows that no super-block divides get others."""
+    case = CASES[kind]
+    more = {name: value for name, value in WIDE.items() if name in case.settings} | {"tie_word_embeddings": True}
+    more |= {"tie_word_embeddings": False} if kind in ("gpt_neox", "falcon 7b") else {}
+    source = saved(case, tmp_path / "model", **more)
+    f16 = quantized(source, tmp_path / "f16", "f16")
+    checkpoint = apart(open_checkpoint(source), "gguf")
+    weights = [weight for name, weight in checkpoint.weights.items() if name not in checkpoint.tied]
+    arch = require_arch(checkpoint.config)
+    for scheme, file_type in {"q2_k": 10, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_m": 17}.items():
+        theirs = tensors(llama_quantize(f16, tmp_path / f"{scheme}.gguf", file_type))
+        found = choose(scheme, weights, checkpoint.config)
+        ours = {place_of(arch, checkpoint.weights[name]): kind.upper() for name, (kind, _) in found.items()}
+        assert ours == {name: kind for name, (kind, _) in theirs.items()}
+    agree(quantized(source, tmp_path / "q4_k_m", "q4_k_m", "ggml_fit"), source, 0.5, 0.5)

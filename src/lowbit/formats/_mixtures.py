@@ -54,6 +54,7 @@ class _Model:
     large: bool
     has_output: bool
     important: bool
+    falcon: bool
 
 
 def require_arch(config: Mapping[str, Any]) -> Arch:
@@ -135,7 +136,8 @@ def _model(config: Mapping[str, Any], stored: set[str], important: bool) -> _Mod
     grouped = heads // max(_number(config, "num_key_value_heads") or heads, 1)
     large = config.get("model_type") in ("llama", "mistral") and layers == 80 and grouped > 1
     experts = _number(config, "num_local_experts", "num_experts")
-    return _Model(layers, grouped, experts, large, "output.weight" in stored, important)
+    falcon = config.get("model_type") == "falcon"
+    return _Model(layers, grouped, experts, large, "output.weight" in stored, important, falcon)
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:
@@ -149,7 +151,7 @@ def _wanted(name: str, role: str, number: int, count: int, model: _Model, cols: 
     if base in FLOATS or name not in MIXTURES:
         return base
     if role == "output" or (role == "token_embd" and not model.has_output):
-        if base in ("q8_0", "nvfp4") or cols % BLOCKS[base].weights:
+        if base in ("q8_0", "nvfp4") or cols % BLOCKS[base].weights or model.falcon:
             return "q8_0"
         return "q5_k" if name in _TWO or name == "iq3_xxs" else "q6_k"
     if role == "token_embd":
@@ -167,6 +169,8 @@ def _wanted(name: str, role: str, number: int, count: int, model: _Model, cols: 
     if role.startswith(("ffn_gate", "ffn_up")) and name == "iq3_xs":
         return "iq3_xxs" if model.layers // 8 <= number < 7 * model.layers // 8 else base
     if role == "attn_output":
+        if model.falcon:
+            return "q4_k" if name == "q3_k_l" else base
         more = {"iq3_xxs": "iq3_s", "iq3_m": "q4_k", "q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(name, base)
         return "q5_k" if model.experts == 8 and name in _FEW else more
     return _down(name, base, number, model) if role in ("ffn_down", "ffn_down_exps") else base
@@ -210,6 +214,8 @@ def _values(name: str, base: str, number: int, count: int, model: _Model) -> str
 
 def _down(name: str, base: str, number: int, model: _Model) -> str:
     layers, first, important = model.layers, number < model.layers // 8, model.important
+    if model.falcon and name in ("q3_k_m", "q3_k_l", "q4_k_m", "q4_k_s"):
+        return _falcons_down(name, base, number, layers)
     return {
         "iq3_m": "q4_k" if first or (model.experts == 8 and _more(number, layers)) else base,
         "q2_k": "q3_k",
@@ -222,6 +228,15 @@ def _down(name: str, base: str, number: int, model: _Model) -> str:
         "q4_k_s": "q5_k" if first else base,
         "q4_0": "q4_1" if first and important else base,
         "q5_0": "q5_1" if first and important else base,
+    }.get(name, base)
+
+
+def _falcons_down(name: str, base: str, number: int, layers: int) -> str:
+    more = _more(number, layers)
+    return {
+        "q3_k_m": "q5_k" if number < layers // 16 else "q4_k" if more else base,
+        "q3_k_l": "q4_k",
+        "q4_k_m": "q6_k" if number < layers // 16 else "q5_k" if more else base,
     }.get(name, base)
 
 
