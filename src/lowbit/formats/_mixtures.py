@@ -35,6 +35,7 @@ _FALLBACK = {
     "q6_k": "q8_0", "nvfp4": "q8_0",
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),
 }  # fmt: skip
+_KV = "attention.head_count_kv"
 _NEVER = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types")
 # Mixtures under which attention's output gets more where a model has eight experts.
 _FEW = ("q2_k", "q3_k_s", "q3_k_m", "iq4_nl", "iq4_xs", "q4_k_s", "q4_k_m", "iq3_xs", "iq3_xxs", "iq3_s", "iq3_m")
@@ -105,9 +106,10 @@ def choose(
         raise UnsupportedError(f"gguf has no scheme {name!r}; there are: {', '.join([*MIXTURES, *BLOCKS])}")
     arch = require_arch(config)
     stored = {weight.name: place_of(arch, weight) for weight in weights}
-    model = _model(config, set(stored.values()), important)
+    model = _model(arch, config, set(stored.values()), important)
     seen: dict[str, list[str]] = {}
-    for weight in sorted(weights, key=lambda weight: order(stored[weight.name])):
+    matrices = [weight for weight in weights if not float_only(weight, stored[weight.name])]  # these alone are counted
+    for weight in sorted(matrices, key=lambda weight: order(stored[weight.name])):
         role, places = stored[weight.name].split(".")[-2], seen
         role = "attn_v" if role == "attn_qkv" else role
         if stored[weight.name] not in places.setdefault(role, []):
@@ -131,9 +133,10 @@ def order(stored: str) -> tuple[int, str]:
     return (int(parts[1]) if parts[0] == "blk" else -1), stored
 
 
-def _model(config: Mapping[str, Any], stored: set[str], important: bool) -> _Model:
-    layers, heads = _number(config, "num_hidden_layers", "n_layer"), _number(config, "num_attention_heads", "n_head")
-    grouped = heads // max(_number(config, "num_key_value_heads") or heads, 1)
+def _model(arch: Arch, config: Mapping[str, Any], stored: set[str], important: bool) -> _Model:
+    layers, heads = (_number(config, *arch.keys.get(key, ())) for key in ("block_count", "attention.head_count"))
+    shared = arch.constants.get(_KV) or _number(config, *arch.keys.get(_KV, ()))
+    grouped = heads // max(shared or heads, 1)
     large = config.get("model_type") in ("llama", "mistral") and layers == 80 and grouped > 1
     experts = _number(config, "num_local_experts", "num_experts")
     falcon = config.get("model_type") == "falcon"
