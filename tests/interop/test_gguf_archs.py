@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from lowbit.errors import UnsupportedError
 from lowbit.formats._mixtures import choose, place_of, require_arch
 from lowbit.pipeline import run_conversion
 from lowbit.stages._changes import Goal
@@ -76,8 +78,12 @@ _LLAMA4 = {**SMALL, "num_hidden_layers": 4, "head_dim": 16, "intermediate_size":
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 100.0}
 _OSS = {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64,
         "sliding_window": 8, "rope_parameters": _YARN}  # fmt: skip
+_PART = {"rope_theta": 5000.0, "partial_rotary_factor": 0.25}
+_MANY = {"num_local_experts": 128, "use_qk_norm": False}
+_GRANITE = {"attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 3.0}
+_COHERE2 = {"head_dim": 16, "num_hidden_layers": 4, "logit_scale": 0.2, "sliding_window": 8}
 CASES = {
-    "gpt_neox": Case("GPTNeoX", {**_PLAIN, "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.25}}, 4e-3),
+    "gpt_neox": Case("GPTNeoX", {**_PLAIN, "rope_parameters": _PART}, 4e-3),
     "gpt_neox in line": Case("GPTNeoX", {**_PLAIN, "use_parallel_residual": False}, 4e-3),
     "falcon 7b": Case("Falcon", {**_FALCON, "multi_query": True}, 4e-3),
     "falcon 40b": Case("Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, 4e-3),
@@ -89,18 +95,18 @@ CASES = {
     "bloom": Case("Bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 400}, 2e-3),
     "mamba": Case("Mamba", _MAMBA),
     "llama4": Case("Llama4", {**_LLAMA4, "interleave_moe_layer_step": 2}, share=0.5, config="Llama4Text"),
-    "llama4 without norms": Case("Llama4", {**_LLAMA4, "num_local_experts": 128, "use_qk_norm": False}, share=0.5, config="Llama4Text"),
+    "llama4 without norms": Case("Llama4", {**_LLAMA4, **_MANY}, share=0.5, config="Llama4Text"),
     "gpt-oss": Case("GptOss", _OSS, share=0.5, again={"rope_parameters": {**_YARN, "truncate": False}}),
-    "granitemoe": Case("GraniteMoe", {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.3, "logits_scaling": 3.0}, share=0.5),
-    "granite": Case("Granite", {**SMALL, "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 3.0}),
+    "granitemoe": Case("GraniteMoe", {**SMALL, **_GRANITE, "num_local_experts": 4}, share=0.5),
+    "granite": Case("Granite", {**SMALL, **_GRANITE}),
     "starcoder2": Case("Starcoder2", {**SMALL, "sliding_window": None}, 2e-3),
     "stablelm": Case("StableLm", {**SMALL, "use_qkv_bias": True}),
     "stablelm in parallel": Case("StableLm", {**SMALL, "use_parallel_residual": True}),
     "olmo": Case("Olmo", SMALL),
     "olmo2": Case("Olmo2", SMALL),
-    "olmoe": Case("Olmoe", {**SMALL, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}, share=0.5),
+    "olmoe": Case("Olmoe", {**SMALL, "num_key_value_heads": 4, "num_experts": 4}, share=0.5),
     "cohere": Case("Cohere", {**SMALL, "logit_scale": 0.2}),
-    "cohere2": Case("Cohere2", {**SMALL, "head_dim": 16, "num_hidden_layers": 4, "logit_scale": 0.2, "sliding_window": 8}),
+    "cohere2": Case("Cohere2", {**SMALL, **_COHERE2}),
     "phi": Case("Phi", SMALL, 2e-3),
     "glm4": Case("Glm4", {**SMALL, "head_dim": 16, "pad_token_id": 0}),
     "smollm3": Case("SmolLM3", {**SMALL, "num_hidden_layers": 4, "pad_token_id": 0}),
@@ -167,6 +173,7 @@ O200K = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001 - as it is
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 # As the models' own tokenizers split: the steps, and whether a text is normalized.
@@ -182,7 +189,7 @@ SPLITS: dict[str, tuple[list[Any], bool]] = {
         ],
         False,
     ),
-    "bloom": ([pre_tokenizers.Split(Regex(r" ?[^(\s|[.,!?…。，、।۔،])]+"), "isolated"), BYTES], False),
+    "bloom": ([pre_tokenizers.Split(Regex(BLOOM), "isolated"), BYTES], False),
     "stablelm2": ([pre_tokenizers.Split(Regex(QWEN), "isolated"), BYTES], False),
     "gpt-4o": ([pre_tokenizers.Split(Regex(O200K), "isolated"), BYTES], False),
 }
@@ -212,3 +219,32 @@ def test_splits_of_more_tokenizers_are_llama_cpps(pre: str, tmp_path: Path) -> N
         ids = open_tokenizer(open_checkpoint(source))(text)["input_ids"]
         assert tokens_and_logits(file, text)[0] == ids
         assert told(text)["input_ids"] == ids
+
+
+def test_what_old_checkpoints_store_beside_parameters_is_left_out(tmp_path: Path) -> None:
+    """Pythia's masks and frequencies."""
+    source = saved(CASES["gpt_neox"], tmp_path / "model")
+    before = tensors(quantized(source, tmp_path / "before", "q8_0"))
+    stored, name = load_file(source / "model.safetensors"), "gpt_neox.layers.0.attention."
+    stored |= {f"{name}bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8), f"{name}masked_bias": torch.tensor(-1e9)}
+    save_file(stored | {f"{name}rotary_emb.inv_freq": torch.ones(2)}, source / "model.safetensors", {"format": "pt"})
+    assert tensors(quantized(source, tmp_path / "after", "q8_0")) == before
+
+
+REFUSED: dict[str, tuple[str, JSON, str]] = {
+    "alibi": ("falcon 7b", {"alibi": True}, "alibi"),
+    "biases": ("falcon 40b", {"bias": True}, "says bias"),
+    "heads apart": ("falcon 7b", {"multi_query": False}, "multi_query"),
+    "tied": ("gpt_neox", {"tie_word_embeddings": True}, "tie_word_embeddings"),
+    "wide": ("mamba", {"expand": 3, "intermediate_size": 192}, "expand"),
+    "another limit": ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
+    "norms": ("llama4", {"use_qk_norm": False}, "use_qk_norm"),
+    "clipped": ("olmo", {"clip_qkv": 3.0}, "clip_qkv"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_llama_cpp_computes_in_another_way_is_refused(what: str, tmp_path: Path) -> None:
+    kind, settings, words = REFUSED[what]
+    with pytest.raises(UnsupportedError, match=words):
+        quantized(saved(CASES[kind], tmp_path / "model", **settings), tmp_path / "out", "q8_0")
