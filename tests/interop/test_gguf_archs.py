@@ -81,6 +81,7 @@ _OSS = {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 
 _PART = {"rope_theta": 5000.0, "partial_rotary_factor": 0.25}
 _MANY = {"num_local_experts": 128, "use_qk_norm": False}
 _GRANITE = {"attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 3.0}
+_OLMOE = {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}
 _COHERE2 = {"head_dim": 16, "num_hidden_layers": 4, "logit_scale": 0.2, "sliding_window": 8}
 CASES = {
     "gpt_neox": Case("GPTNeoX", {**_PLAIN, "rope_parameters": _PART}, 4e-3),
@@ -104,7 +105,7 @@ CASES = {
     "stablelm in parallel": Case("StableLm", {**SMALL, "use_parallel_residual": True}),
     "olmo": Case("Olmo", SMALL),
     "olmo2": Case("Olmo2", SMALL),
-    "olmoe": Case("Olmoe", {**SMALL, "num_key_value_heads": 4, "num_experts": 4}, share=0.5),
+    "olmoe": Case("Olmoe", {**SMALL, **_OLMOE}, share=0.5),
     "cohere": Case("Cohere", {**SMALL, "logit_scale": 0.2}),
     "cohere2": Case("Cohere2", {**SMALL, **_COHERE2}),
     "phi": Case("Phi", SMALL, 2e-3),
