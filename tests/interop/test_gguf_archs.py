@@ -249,3 +249,29 @@ def test_what_llama_cpp_computes_in_another_way_is_refused(what: str, tmp_path: 
     kind, settings, words = REFUSED[what]
     with pytest.raises(UnsupportedError, match=words):
         quantized(saved(CASES[kind], tmp_path / "model", **settings), tmp_path / "out", "q8_0")
+
+
+def test_gpt_oss_in_mxfp4_goes_into_gguf_without_loss(tmp_path: Path) -> None:
+    """As it is published: the experts of a layer in one tensor, in blocks."""
+    source, chance = saved(CASES["gpt-oss"], tmp_path / "model"), torch.Generator().manual_seed(0)
+    stored = load_file(source / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_proj") and "experts" in name]:
+        experts, inputs, outputs = stored.pop(name).shape
+        shape = experts, outputs, inputs // 32
+        stored[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=chance).to(torch.uint8)
+        stored[f"{name}_scales"] = torch.randint(118, 124, shape, generator=chance).to(torch.uint8)
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (source / "config.json").write_text(json.dumps(config))
+    assert run_conversion(str(source), tmp_path / "out", Goal("gguf")).lossless
+    file = tmp_path / "out" / "model.gguf"
+    assert {kind for name, (kind, _) in tensors(file).items() if name.endswith("exps.weight")} == {"MXFP4"}
+    written, whole = open_checkpoint(file), open_checkpoint(source)
+    both = whole.dequantized(
+        "model.layers.1.mlp.experts.gate_up_proj"
+    )  # [experts, inputs, outputs], gate and up by turns
+    for expert in range(4):
+        for part, name in enumerate(("gate", "up")):
+            found = written.dequantized(f"model.layers.1.mlp.experts.{expert}.{name}_proj.weight", torch.float32)
+            assert torch.equal(found, both[expert, :, part::2].T.float())
+    agree(file, source, 0.1, 0.5)
