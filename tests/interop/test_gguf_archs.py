@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -12,13 +11,31 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from lowbit.errors import UnsupportedError
 from lowbit.formats._mixtures import choose, place_of, require_arch
 from lowbit.pipeline import run_conversion
 from lowbit.stages._changes import Goal
 from lowbit.stages._experts import apart
+from lowbit.stages._gguf import read_gguf
+from lowbit.stages._model import open_tokenizer
 from lowbit.stages.checkpoint import open_checkpoint
-from tests.interop.test_gguf import SMALL, agree, alone, byte_level, llama_quantize, ours, quantized, saved_model, tensors
+from tests.interop.test_gguf import (
+    QWEN,
+    SMALL,
+    TEXT,
+    agree,
+    alone,
+    byte_level,
+    llama_quantize,
+    ours,
+    quantized,
+    saved_model,
+    tensors,
+    tokens_and_logits,
+)
 
 library: Any = transformers
 JSON = dict[str, Any]
@@ -34,6 +51,7 @@ class Case:
         settings: of its configuration.
         exact: how far llama.cpp's logits may be, as a share of the largest, where weights are float32; GELU is a table
             in float16 there, and the approximation by tanh.
+        again: other settings with which a file is read, of what it does not tell.
         share: of the positions for which `q8_0` must agree: rounding moves tokens to other experts.
         config: class of the configuration, where it is named otherwise.
     """
@@ -43,6 +61,7 @@ class Case:
     exact: float = 1e-4
     share: float = 1.0
     config: str = ""
+    again: JSON = field(default_factory=dict)
 
     def model(self, **more: Any) -> Any:
         """It, with other settings."""
@@ -59,8 +78,13 @@ _LLAMA4 = {**SMALL, "num_hidden_layers": 4, "head_dim": 16, "intermediate_size":
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 100.0}
 _OSS = {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64,
         "sliding_window": 8, "rope_parameters": _YARN}  # fmt: skip
+_PART = {"rope_theta": 5000.0, "partial_rotary_factor": 0.25}
+_MANY = {"num_local_experts": 128, "use_qk_norm": False}
+_GRANITE = {"attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 3.0}
+_OLMOE = {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}
+_COHERE2 = {"head_dim": 16, "num_hidden_layers": 4, "logit_scale": 0.2, "sliding_window": 8}
 CASES = {
-    "gpt_neox": Case("GPTNeoX", {**_PLAIN, "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.25}}, 4e-3),
+    "gpt_neox": Case("GPTNeoX", {**_PLAIN, "rope_parameters": _PART}, 4e-3),
     "gpt_neox in line": Case("GPTNeoX", {**_PLAIN, "use_parallel_residual": False}, 4e-3),
     "falcon 7b": Case("Falcon", {**_FALCON, "multi_query": True}, 4e-3),
     "falcon 40b": Case("Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, 4e-3),
@@ -72,18 +96,18 @@ CASES = {
     "bloom": Case("Bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 400}, 2e-3),
     "mamba": Case("Mamba", _MAMBA),
     "llama4": Case("Llama4", {**_LLAMA4, "interleave_moe_layer_step": 2}, share=0.5, config="Llama4Text"),
-    "llama4 without norms": Case("Llama4", {**_LLAMA4, "num_local_experts": 128, "use_qk_norm": False}, share=0.5, config="Llama4Text"),
-    "gpt-oss": Case("GptOss", _OSS, share=0.5),
-    "granitemoe": Case("GraniteMoe", {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.3, "logits_scaling": 3.0}, share=0.5),
-    "granite": Case("Granite", {**SMALL, "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 3.0}),
+    "llama4 without norms": Case("Llama4", {**_LLAMA4, **_MANY}, share=0.5, config="Llama4Text"),
+    "gpt-oss": Case("GptOss", _OSS, share=0.5, again={"rope_parameters": {**_YARN, "truncate": False}}),
+    "granitemoe": Case("GraniteMoe", {**SMALL, **_GRANITE, "num_local_experts": 4}, share=0.5),
+    "granite": Case("Granite", {**SMALL, **_GRANITE}),
     "starcoder2": Case("Starcoder2", {**SMALL, "sliding_window": None}, 2e-3),
     "stablelm": Case("StableLm", {**SMALL, "use_qkv_bias": True}),
     "stablelm in parallel": Case("StableLm", {**SMALL, "use_parallel_residual": True}),
     "olmo": Case("Olmo", SMALL),
     "olmo2": Case("Olmo2", SMALL),
-    "olmoe": Case("Olmoe", {**SMALL, "num_experts": 4, "num_experts_per_tok": 2}, share=0.5),
+    "olmoe": Case("Olmoe", {**SMALL, **_OLMOE}, share=0.5),
     "cohere": Case("Cohere", {**SMALL, "logit_scale": 0.2}),
-    "cohere2": Case("Cohere2", {**SMALL, "head_dim": 16, "num_hidden_layers": 4, "logit_scale": 0.2, "sliding_window": 8}),
+    "cohere2": Case("Cohere2", {**SMALL, **_COHERE2}),
     "phi": Case("Phi", SMALL, 2e-3),
     "glm4": Case("Glm4", {**SMALL, "head_dim": 16, "pad_token_id": 0}),
     "smollm3": Case("SmolLM3", {**SMALL, "num_hidden_layers": 4, "pad_token_id": 0}),
@@ -108,6 +132,8 @@ def test_logits_and_what_is_read_back(kind: str, tmp_path: Path) -> None:
     written, original = open_checkpoint(file), apart(open_checkpoint(source), "gguf")
     for name in written.weights:
         torch.testing.assert_close(written.dequantized(name), original.dequantized(name), rtol=0, atol=3e-7)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | case.again))
     other, ids = alone(file, tmp_path / "alone"), list(range(2, 60))
     found, wanted = ours(other, ids), ours(source, ids)
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
@@ -116,3 +142,136 @@ def test_logits_and_what_is_read_back(kind: str, tmp_path: Path) -> None:
     run_conversion(str(other), tmp_path / "float", Goal("float"))
     assert np.abs(ours(tmp_path / "float", ids) - wanted).max() <= 1e-4 * np.abs(wanted).max()
     agree(quantized(source, tmp_path / "q8_0", "q8_0"), source, 0.1, case.share)
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "ffn_hidden_size": 256, "num_hidden_layers": 16, "n_layer": 16}
+FLAT = ("gpt_neox", "falcon 7b", "falcon 40b", "bloom", "mamba", "cohere", "granitemoe", "olmo2")
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_types_are_llama_quantizes(kind: str, tmp_path: Path) -> None:
+    """Falcon has rules of its own; rows that no super-block divides get others."""
+    case = CASES[kind]
+    more = {name: value for name, value in WIDE.items() if name in case.settings} | {"tie_word_embeddings": True}
+    more |= {"intermediate_size": 512} if kind == "mamba" else {"num_key_value_heads": 4} if kind == "olmo2" else {}
+    more |= {"tie_word_embeddings": False} if kind in ("gpt_neox", "falcon 7b", "olmo2") else {}
+    source = saved(case, tmp_path / "model", **more)
+    f16 = quantized(source, tmp_path / "f16", "f16")
+    checkpoint = apart(open_checkpoint(source), "gguf")
+    weights = [weight for name, weight in checkpoint.weights.items() if name not in checkpoint.tied]
+    arch = require_arch(checkpoint.config)
+    for scheme, file_type in {"q2_k": 10, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_m": 17}.items():
+        theirs = tensors(llama_quantize(f16, tmp_path / f"{scheme}.gguf", file_type))
+        found = choose(scheme, weights, checkpoint.config)
+        ours = {place_of(arch, checkpoint.weights[name]): kind.upper() for name, (kind, _) in found.items()}
+        assert ours == {name: kind for name, (kind, _) in theirs.items()}
+    _, logits = tokens_and_logits(quantized(source, tmp_path / "q4_k_m", "q4_k_m"), "It loads.")
+    assert np.isfinite(logits).all()
+
+
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001 - as it is
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+# As the models' own tokenizers split: the steps, and whether a text is normalized.
+SPLITS: dict[str, tuple[list[Any], bool]] = {
+    "mpt": ([GPT2], True),
+    "command-r": ([pre_tokenizers.Digits(True), GPT2], True),
+    "falcon": (
+        [
+            pre_tokenizers.Punctuation("contiguous"),
+            GPT2,
+            pre_tokenizers.Digits(False),
+            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+        ],
+        False,
+    ),
+    "bloom": ([pre_tokenizers.Split(Regex(BLOOM), "isolated"), BYTES], False),
+    "stablelm2": ([pre_tokenizers.Split(Regex(QWEN), "isolated"), BYTES], False),
+    "gpt-4o": ([pre_tokenizers.Split(Regex(O200K), "isolated"), BYTES], False),
+}
+HARD = (
+    TEXT
+    + " 1234567 12a I'll WE'RE camelCase HTTPServer  \n\n  end... (a, b) $5+3=8 <x> `q` -- 'tis don't?!\r\n\n ok 2.50%"
+)
+
+
+@pytest.mark.parametrize("pre", SPLITS)
+def test_splits_of_more_tokenizers_are_llama_cpps(pre: str, tmp_path: Path) -> None:
+    steps, nfc = SPLITS[pre]
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    made.normalizer = normalizers.NFC() if nfc else None
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|start|>", "<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([HARD] * 4, trainer)
+    source = saved_model(CASES["granite"].model(), tmp_path / "model", made)
+    file = quantized(source, tmp_path / "out", "q8_0")
+    assert read_gguf(file).value("tokenizer.ggml.pre") == pre
+    told = open_tokenizer(open_checkpoint(alone(file, tmp_path / "alone")))
+    for text in (HARD, HARD[::-1]):
+        ids = open_tokenizer(open_checkpoint(source))(text)["input_ids"]
+        assert tokens_and_logits(file, text)[0] == ids
+        assert told(text)["input_ids"] == ids
+
+
+def test_what_old_checkpoints_store_beside_parameters_is_left_out(tmp_path: Path) -> None:
+    """Pythia's masks and frequencies."""
+    source = saved(CASES["gpt_neox"], tmp_path / "model")
+    before = tensors(quantized(source, tmp_path / "before", "q8_0"))
+    stored, name = load_file(source / "model.safetensors"), "gpt_neox.layers.0.attention."
+    stored |= {f"{name}bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8), f"{name}masked_bias": torch.tensor(-1e9)}
+    save_file(stored | {f"{name}rotary_emb.inv_freq": torch.ones(2)}, source / "model.safetensors", {"format": "pt"})
+    assert tensors(quantized(source, tmp_path / "after", "q8_0")) == before
+
+
+REFUSED: dict[str, tuple[str, JSON, str]] = {
+    "alibi": ("falcon 7b", {"alibi": True}, "alibi"),
+    "biases": ("falcon 40b", {"bias": True}, "says bias"),
+    "heads apart": ("falcon 7b", {"multi_query": False}, "multi_query"),
+    "tied": ("gpt_neox", {"tie_word_embeddings": True}, "tie_word_embeddings"),
+    "wide": ("mamba", {"expand": 3, "intermediate_size": 192}, "expand"),
+    "another limit": ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
+    "norms": ("llama4", {"use_qk_norm": False}, "use_qk_norm"),
+    "clipped": ("olmo", {"clip_qkv": 3.0}, "clip_qkv"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_llama_cpp_computes_in_another_way_is_refused(what: str, tmp_path: Path) -> None:
+    kind, settings, words = REFUSED[what]
+    with pytest.raises(UnsupportedError, match=words):
+        quantized(saved(CASES[kind], tmp_path / "model", **settings), tmp_path / "out", "q8_0")
+
+
+def test_gpt_oss_in_mxfp4_goes_into_gguf_without_loss(tmp_path: Path) -> None:
+    """As it is published: the experts of a layer in one tensor, in blocks."""
+    source, chance = saved(CASES["gpt-oss"], tmp_path / "model"), torch.Generator().manual_seed(0)
+    stored = load_file(source / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_proj") and "experts" in name]:
+        experts, inputs, outputs = stored.pop(name).shape
+        shape = experts, outputs, inputs // 32
+        stored[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=chance).to(torch.uint8)
+        stored[f"{name}_scales"] = torch.randint(118, 124, shape, generator=chance).to(torch.uint8)
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (source / "config.json").write_text(json.dumps(config))
+    assert run_conversion(str(source), tmp_path / "out", Goal("gguf")).lossless
+    file = tmp_path / "out" / "model.gguf"
+    assert {kind for name, (kind, _) in tensors(file).items() if name.endswith("exps.weight")} == {"MXFP4"}
+    written, whole = open_checkpoint(file), open_checkpoint(source)
+    both = whole.dequantized(
+        "model.layers.1.mlp.experts.gate_up_proj"
+    )  # [experts, inputs, outputs], gate and up by turns
+    for expert in range(4):
+        for part, name in enumerate(("gate", "up")):
+            found = written.dequantized(f"model.layers.1.mlp.experts.{expert}.{name}_proj.weight", torch.float32)
+            assert torch.equal(found, both[expert, :, part::2].T.float())
+    agree(file, source, 0.1, 0.5)

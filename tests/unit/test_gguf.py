@@ -392,3 +392,22 @@ def test_scales_come_without_codes(scheme: str, heads: int) -> None:
     parts[name][5, 1] = 0x7E
     with pytest.raises(FormatError, match=f"{name}: scales of .* finite"):
         FORMAT.unpack(weight, parts, codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logarithms_of_decays_come_back_as_they_were(dtype: torch.dtype) -> None:
+    """What is stored is -exp of them, to a rounding of float32; what had few digits has them again."""
+    logarithms = torch.randn(4096, generator=torch.Generator().manual_seed(0)).mul(2).to(dtype).float()
+    weight = Weight("A", (4096,), torch.float32, decays=True)
+    stored = to_file(weight, logarithms)
+    torch.testing.assert_close(stored, -logarithms.exp(), rtol=2e-7, atol=0)
+    assert torch.equal(from_file(weight, stored), logarithms)
+
+
+def test_rows_of_groups() -> None:
+    """llama.cpp's order of a merged matrix: all queries, all keys, all values."""
+    rows = torch.arange(24.0).reshape(2, 4, 3)  # two groups of two queries, a key and a value, heads of three rows
+    weight = Weight("qkv", (24,), torch.float32, grouped=(2, 2))
+    wanted = torch.cat([rows[0, :2].flatten(), rows[1, :2].flatten(), rows[:, 2].flatten(), rows[:, 3].flatten()])
+    assert torch.equal(to_file(weight, rows.flatten()), wanted)
+    assert torch.equal(from_file(weight, wanted), rows.flatten())

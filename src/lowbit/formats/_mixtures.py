@@ -35,6 +35,7 @@ _FALLBACK = {
     "q6_k": "q8_0", "nvfp4": "q8_0",
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),
 }  # fmt: skip
+_KV = "attention.head_count_kv"
 _NEVER = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types")
 # Mixtures under which attention's output gets more where a model has eight experts.
 _FEW = ("q2_k", "q3_k_s", "q3_k_m", "iq4_nl", "iq4_xs", "q4_k_s", "q4_k_m", "iq3_xs", "iq3_xxs", "iq3_s", "iq3_m")
@@ -54,6 +55,7 @@ class _Model:
     large: bool
     has_output: bool
     important: bool
+    falcon: bool
 
 
 def require_arch(config: Mapping[str, Any]) -> Arch:
@@ -104,9 +106,10 @@ def choose(
         raise UnsupportedError(f"gguf has no scheme {name!r}; there are: {', '.join([*MIXTURES, *BLOCKS])}")
     arch = require_arch(config)
     stored = {weight.name: place_of(arch, weight) for weight in weights}
-    model = _model(config, set(stored.values()), important)
+    model = _model(arch, config, set(stored.values()), important)
     seen: dict[str, list[str]] = {}
-    for weight in sorted(weights, key=lambda weight: order(stored[weight.name])):
+    matrices = [weight for weight in weights if not float_only(weight, stored[weight.name])]  # these alone are counted
+    for weight in sorted(matrices, key=lambda weight: order(stored[weight.name])):
         role, places = stored[weight.name].split(".")[-2], seen
         role = "attn_v" if role == "attn_qkv" else role
         if stored[weight.name] not in places.setdefault(role, []):
@@ -130,12 +133,14 @@ def order(stored: str) -> tuple[int, str]:
     return (int(parts[1]) if parts[0] == "blk" else -1), stored
 
 
-def _model(config: Mapping[str, Any], stored: set[str], important: bool) -> _Model:
-    layers, heads = _number(config, "num_hidden_layers", "n_layer"), _number(config, "num_attention_heads", "n_head")
-    grouped = heads // max(_number(config, "num_key_value_heads") or heads, 1)
+def _model(arch: Arch, config: Mapping[str, Any], stored: set[str], important: bool) -> _Model:
+    layers, heads = (_number(config, *arch.keys.get(key, ())) for key in ("block_count", "attention.head_count"))
+    shared = arch.constants.get(_KV) or _number(config, *arch.keys.get(_KV, ()))
+    grouped = heads // max(shared or heads, 1)
     large = config.get("model_type") in ("llama", "mistral") and layers == 80 and grouped > 1
     experts = _number(config, "num_local_experts", "num_experts")
-    return _Model(layers, grouped, experts, large, "output.weight" in stored, important)
+    falcon = config.get("model_type") == "falcon"
+    return _Model(layers, grouped, experts, large, "output.weight" in stored, important, falcon)
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:
@@ -149,7 +154,7 @@ def _wanted(name: str, role: str, number: int, count: int, model: _Model, cols: 
     if base in FLOATS or name not in MIXTURES:
         return base
     if role == "output" or (role == "token_embd" and not model.has_output):
-        if base in ("q8_0", "nvfp4") or cols % BLOCKS[base].weights:
+        if base in ("q8_0", "nvfp4") or cols % BLOCKS[base].weights or model.falcon:
             return "q8_0"
         return "q5_k" if name in _TWO or name == "iq3_xxs" else "q6_k"
     if role == "token_embd":
@@ -167,6 +172,8 @@ def _wanted(name: str, role: str, number: int, count: int, model: _Model, cols: 
     if role.startswith(("ffn_gate", "ffn_up")) and name == "iq3_xs":
         return "iq3_xxs" if model.layers // 8 <= number < 7 * model.layers // 8 else base
     if role == "attn_output":
+        if model.falcon:
+            return "q4_k" if name == "q3_k_l" else base
         more = {"iq3_xxs": "iq3_s", "iq3_m": "q4_k", "q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(name, base)
         return "q5_k" if model.experts == 8 and name in _FEW else more
     return _down(name, base, number, model) if role in ("ffn_down", "ffn_down_exps") else base
@@ -210,6 +217,8 @@ def _values(name: str, base: str, number: int, count: int, model: _Model) -> str
 
 def _down(name: str, base: str, number: int, model: _Model) -> str:
     layers, first, important = model.layers, number < model.layers // 8, model.important
+    if model.falcon and name in ("q3_k_m", "q3_k_l", "q4_k_m", "q4_k_s"):
+        return _falcons_down(name, base, number, layers)
     return {
         "iq3_m": "q4_k" if first or (model.experts == 8 and _more(number, layers)) else base,
         "q2_k": "q3_k",
@@ -222,6 +231,15 @@ def _down(name: str, base: str, number: int, model: _Model) -> str:
         "q4_k_s": "q5_k" if first else base,
         "q4_0": "q4_1" if first and important else base,
         "q5_0": "q5_1" if first and important else base,
+    }.get(name, base)
+
+
+def _falcons_down(name: str, base: str, number: int, layers: int) -> str:
+    more = _more(number, layers)
+    return {
+        "q3_k_m": "q5_k" if number < layers // 16 else "q4_k" if more else base,
+        "q3_k_l": "q4_k",
+        "q4_k_m": "q6_k" if number < layers // 16 else "q5_k" if more else base,
     }.get(name, base)
 
 

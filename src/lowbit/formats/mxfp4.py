@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ _refuse = never("mxfp4, gpt-oss's layout, is read and not written; use --format 
 
 
 def layout(weight: Weight) -> dict[str, Spec]:
-    """Names, dtypes and shapes of the tensors that hold a weight `[experts, outputs, inputs]`."""
-    experts, rows, cols = weight.shape
-    blocks = (experts, rows, cols // _MXFP4.block.cols)
+    """Names, dtypes and shapes of the tensors of a weight `[experts, outputs, inputs]`, or of one expert."""
+    *outer, cols = weight.shape
+    blocks = (*outer, cols // _MXFP4.block.cols)
     return {
         f"{weight.name}_blocks": Spec(torch.uint8, (*blocks, _BYTES)),
         f"{weight.name}_scales": Spec(torch.uint8, blocks),
@@ -48,14 +49,15 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     Raises:
         FormatError: stored tensors that break the layout.
     """
-    (blocks, scales), (experts, rows, cols) = layout(weight), weight.shape
+    (blocks, scales), (*outer, cols) = layout(weight), weight.shape
+    rows = prod(outer)
     parts = [stored(tensors, name, spec.dtype, spec.shape) for name, spec in layout(weight).items()]
     local = {
-        "weight_packed": parts[0].reshape(experts * rows, cols // 2),
-        "weight_scale": parts[1].reshape(experts * rows, -1),
+        "weight_packed": parts[0].reshape(rows, cols // 2),
+        "weight_scale": parts[1].reshape(rows, -1),
     }
     try:
-        q = tensors_of.unpack(planned(weight), (experts * rows, cols), local, codes)
+        q = tensors_of.unpack(planned(weight), (rows, cols), local, codes)
     except FormatError as error:
         text = str(error).replace("weight_packed", blocks).replace("weight_scale", scales)
         raise FormatError(text) from None

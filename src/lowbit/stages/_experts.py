@@ -96,11 +96,17 @@ def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = n
 
     `whole`: of the name of a tensor that holds all, whether it stays as it is.
     """
-    if source.format or form is None:
+    if source.format not in (None, "mxfp4") or form is None:
         return source
     rows = [row for row in _layouts(str(source.config.get("model_type"))) if form.replace("-", "_") in row.formats]
     wanted = [name for name in source.specs if _row(rows, name) and not whole(name)]
     found = {name: pieces for name in wanted if (pieces := _pieces(source, rows, name))}
+    made = {name: {n: Weight(n, s.spec.shape, s.spec.dtype) for n, s in p.items()} for name, p in found.items()}
+    for weight in source.weights.values():
+        row = _row(rows, weight.name) if weight.scheme and not whole(weight.name) else None
+        if row:
+            stored, made[weight.name] = _quantized(source, row, weight)
+            found |= stored
     if not found:
         return source
     held = {file: replace(file, slots=_spread(file.slots, found)) for file in set(source.files.values())}
@@ -108,10 +114,7 @@ def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = n
     return replace(
         source,
         specs=specs,
-        weights=_spread(
-            source.weights,
-            {name: {n: Weight(n, s.spec.shape, s.spec.dtype) for n, s in p.items()} for name, p in found.items()},
-        ),
+        weights=_spread(source.weights, made),
         files=_spread(
             {name: held[file] for name, file in source.files.items()},
             {name: dict.fromkeys(pieces, held[source.files[name]]) for name, pieces in found.items()},
@@ -174,6 +177,22 @@ def _pieces(source: Checkpoint, rows: Sequence[Layout], name: str) -> dict[str, 
     stack = torch.empty_strided(spec.shape, stride, dtype=spec.dtype, device="meta")
     found = {new: _slot(slot, row.part(stack, e, p)) for e, one in enumerate(names) for p, new in enumerate(one)}
     return {} if found.keys() & source.specs.keys() else found
+
+
+def _quantized(source: Checkpoint, row: Layout, weight: Weight) -> tuple[dict[str, dict[str, Slot]], dict[str, Weight]]:
+    """The places of the pieces of a stack in gpt-oss's MXFP4, which has outputs first, and the matrices they make."""
+    names, found = row.names(weight.name.removesuffix(row.stack), weight.shape[0]), dict[str, dict[str, Slot]]()
+    shape, straight = (weight.shape[1] // len(row.parts), weight.shape[2]), replace(row, turned=False)
+    for piece in source.pieces(weight.name):
+        slot = source.files[piece].slots[piece]
+        stack = torch.empty(slot.spec.shape, dtype=slot.spec.dtype, device="meta")
+        end = piece.removeprefix(weight.name)
+        found[piece] = {
+            f"{new}{end}": _slot(slot, straight.part(stack, e, p))
+            for e, one in enumerate(names)
+            for p, new in enumerate(one)
+        }
+    return found, {new: Weight(new, shape, weight.dtype, weight.scheme) for one in names for new in one}
 
 
 def _row(rows: Sequence[Layout], name: str) -> Layout | None:

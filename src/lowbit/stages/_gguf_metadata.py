@@ -123,7 +123,11 @@ def _yarn(facts: Mapping[str, Any], name: str) -> dict[str, Value]:
     It rounds the ends of the range between turned and stretched; gpt-oss, which it runs so, was trained without.
     """
     betas = (facts.get("beta_fast") or 32, facts.get("beta_slow") or 1)
-    if betas != (32, 1) or (facts.get("truncate") is False and name != "gpt-oss") or (facts.get("mscale") and facts.get("mscale_all_dim")):
+    if (
+        betas != (32, 1)
+        or (facts.get("truncate") is False and name != "gpt-oss")
+        or (facts.get("mscale") and facts.get("mscale_all_dim"))
+    ):
         raise UnsupportedError(
             "rope of type yarn with a beta_fast that is not 32, a beta_slow that is not 1, mscale_all_dim or without "
             "truncation is not written to GGUF: llama.cpp would compute something else"

@@ -118,6 +118,10 @@ def _splits(part: Any) -> list[str]:
         return [str(part["pattern"].get("Regex"))]
     if part["type"] == "Digits" and part.get("individual_digits"):
         return ["digits"]
+    if part["type"] == "Digits":
+        return ["numbers"]
+    if part["type"] == "Punctuation" and part.get("behavior") == "Contiguous":
+        return ["punctuation"]
     if part["type"] == "ByteLevel" and not part.get("add_prefix_space"):
         return ["bytes" if part.get("use_regex", True) else "plain bytes"]
     return [json.dumps(part, sort_keys=True)]

@@ -121,8 +121,10 @@ def _byte_level(header: Gguf, tokens: Sequence[str], types: Sequence[int]) -> di
 
 def _step(step: str) -> dict[str, Any]:
     """One step of a pre-tokenizer, in the words of `arch/pre.toml`."""
-    if step == "digits":
-        return {"type": "Digits", "individual_digits": True}
+    if step in ("digits", "numbers"):
+        return {"type": "Digits", "individual_digits": step == "digits"}
+    if step == "punctuation":
+        return {"type": "Punctuation", "behavior": "Contiguous"}
     if step in ("bytes", "plain bytes"):
         return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": step == "bytes"}
     return {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}

@@ -10,7 +10,7 @@ from typing import TypeVar
 from lowbit.formats._gguf import arch_of
 from lowbit.stages._model import open_config
 from lowbit.stages._weightfile import WeightFile
-from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.checkpoint import Checkpoint, arch_rows
 
 T = TypeVar("T")
 _INSIDE = re.compile(r"(language_model\.model|model\.language_model)\.|language_model\.(?=lm_head\.)")
@@ -32,6 +32,7 @@ def text_part(source: Checkpoint, form: str | None) -> Checkpoint:
     Raises:
         CheckpointError: `transformers` cannot use the configuration.
     """
+    source = _parameters(source) if form == "gguf" else source
     text = source.config.get("text_config")
     arch = arch_of(text) if form == "gguf" and isinstance(text, Mapping) else None
     if arch is None:
@@ -48,6 +49,24 @@ def text_part(source: Checkpoint, form: str | None) -> Checkpoint:
         files={name: whole[file] for name, file in _renamed(source.files).items()},
         edits=_renamed(source.edits),
         left=frozenset(name for name in source.weights if _name(name) is None),
+    )
+
+
+def _parameters(source: Checkpoint) -> Checkpoint:
+    """Without masks and frequencies that old checkpoints store, which no program reads."""
+    names = [
+        name
+        for name in source.weights
+        if not any(re.search(row["pattern"], name) for row in arch_rows("gguf", "computed"))
+    ]
+    if len(names) == len(source.weights):
+        return source
+    kept = {piece for name in names for piece in source.pieces(name)}
+    return replace(
+        source,
+        specs={name: spec for name, spec in source.specs.items() if name in kept},
+        weights={name: source.weights[name] for name in names},
+        files={name: file for name, file in source.files.items() if name in kept},
     )
 
 
