@@ -345,14 +345,13 @@ struct Iq4 {
         middle[15] = __builtin_inff();
         thresholds = load_f32(middle);
     }
-    // the nearest level's number; 15 for NaN
+    // The nearest level's number, 15 for NaN. A curve gives it or the one below, a threshold decides.
     I operator()(F x) const {
-        I code = set(0);
-        for (int step = 8; step > 0; step /= 2) {
-            I up = add(code, set(step));
-            code = select(above(lookup16(thresholds, add(code, set(step - 1))), x), code, up);
-        }
-        return code;
+        constexpr float shift = 12582912.0f;  // as in nearest: numbers are in the lowest bits
+        F slope = fma(min(magnitude(x), set(128.0f)), set(-0.00024f), set(0.0905f));
+        F from = max(min(fma(x, slope, set(7 + shift)), set(14 + shift)), set(shift));
+        I low = both(bits(from), set(15));
+        return select(above(lookup16(thresholds, low), x), low, add(low, set(1)));
     }
     F value(I code) const { return lookup16(levels, code); }
 };

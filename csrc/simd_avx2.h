@@ -103,9 +103,13 @@ M both(M a, M b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.hi
 M either(M a, M b) { return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)}; }
 bool all(M mask) { return _mm256_movemask_epi8(_mm256_and_si256(mask.low, mask.high)) == -1; }
 bool any(M mask) { return _mm256_movemask_epi8(_mm256_or_si256(mask.low, mask.high)) != 0; }
-I select(M mask, I yes, I no) {
-    return {_mm256_blendv_epi8(no.low, yes.low, mask.low), _mm256_blendv_epi8(no.high, yes.high, mask.high)};
+// GCC 12 makes a comparison with 0 of the mask where two selections share it, which costs as much as they do.
+__m256i blend(__m256i no, __m256i yes, __m256i mask) {
+    __m256i found;
+    asm("vpblendvb %3, %2, %1, %0" : "=x"(found) : "x"(no), "x"(yes), "x"(mask));
+    return found;
 }
+I select(M mask, I yes, I no) { return {blend(no.low, yes.low, mask.low), blend(no.high, yes.high, mask.high)}; }
 
 __m256 lookup16(F table, __m256i index) {
     __m256 low = _mm256_permutevar8x32_ps(table.low, index), high = _mm256_permutevar8x32_ps(table.high, index);

@@ -402,6 +402,9 @@ SAVED = {
     "iq4_nl": (0.05, 0.04), "iq4_xs": (0.05, 0.045), "tq1_0": (0.5, 0.5), "tq2_0": (0.5, 0.5), "mxfp4": (0.02, 0.02),
 }  # fmt: skip
 
+# Searched without llama.cpp's own result: a few blocks come out worse.
+SEARCHED = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"]
+
 
 def fitted(name: str, weight: Floats, importance: Floats | None) -> QTensor:
     scheme, matrix = BLOCKS[name].scheme, torch.from_numpy(weight)
@@ -418,15 +421,20 @@ def block_errors(name: str, blocks: Tensor, weight: Floats, importance: Floats |
 
 
 @pytest.mark.parametrize("name", list(SAVED))
-def test_no_block_is_worse_than_llama_cpps_and_the_whole_is_better(name: str) -> None:
+def test_no_weight_is_worse_than_llama_cpps_and_random_ones_are_better(name: str) -> None:
+    some = blocks = 0
     for what, weight in weights():
         for at, importance in enumerate(importances(weight.shape[1])):
             found = stored(fitted(name, weight, importance), name)
             theirs = torch.from_numpy(llama.quantize(BLOCKS[name].id, weight, importance, found.shape[1]))
-            mine, their = (block_errors(name, blocks, weight, importance) for blocks in (found, theirs))
-            assert (mine <= their * 1.00001 + 1e-60).all(), f"{what}: block {int((mine - their).argmax())}"
+            mine, their = (block_errors(name, each, weight, importance) for each in (found, theirs))
+            assert mine.sum() <= their.sum() * 1.00001 + 1e-60, what
+            worse = mine > their * 1.00001 + 1e-60
+            assert name in SEARCHED or not worse.any(), f"{what}: block {int((mine - their).argmax())}"
+            some, blocks = some + int(worse.sum()), blocks + len(worse)
             if what == "normal" and at in (0, 1):
                 assert mine.sum() < (1 - SAVED[name][at]) * their.sum(), f"saves {1 - float(mine.sum() / their.sum())}"
+    assert some <= 0.02 * blocks, f"{some} of {blocks} are worse"
 
 
 def exhaustive(q: QTensor, weight: Tensor, importance: Tensor) -> float:
