@@ -1,15 +1,16 @@
 """Decode and prefill beside llama.cpp on the same GGUF files, and the kernels beside a plain read of memory.
 
     python benchmarks/synthetic.py BIG
-    python benchmarks/runtime.py BIG --work DIR [--schemes q4_0 q8_0 q4_k ...] [--threads 2] [--tokens 32] [--runs 5]
-        [--busy 1] [--opening]
+    python benchmarks/runtime.py BIG --work DIR [--schemes q4_0 q8_0 q4_k ...] [--threads 2] [--prompt 256]
+        [--tokens 32] [--runs 5] [--busy 1] [--opening]
 
 Per scheme the checkpoint is quantized into DIR once (method `ggml`: llama.cpp's own bytes). Then both runtimes read
-the same tokens in turn: a prompt of 256 (prefill), then token by token (decode). Medians over the runs; a ratio above 1
-says that ours is faster. `share` is the bytes of weights that a token needs, over its time, as a share of what summing
-an array of int64 by torch reads (a median over the same runs); `ceiling` is what the ratio of decoding would be at a
-share of 1: no decoder that reads its weights once can be above it on this memory. With `--busy N`, the speed of decoding that is left where
-another process computes on each of the first N cores, as a share of that without: `kept` and `kept_by_llama.cpp`.
+the same tokens in turn: a prompt (prefill), then token by token (decode). Medians over the runs; a ratio above 1 says
+that ours is faster. `share` is the bytes of weights that a token needs, over its time, as a share of what summing an
+array of int64 by torch reads (a median over the same runs); `ceiling` is what the ratio of decoding would be at a share
+of 1: what reads its weights once, no faster than that loop, cannot be above it. With `--busy N`, the speed of decoding
+that is left where another process computes on each of the first N cores, as a share of that without: `kept` and
+`kept_by_llama.cpp`.
 With `--opening`, how long it takes to open a file over reading it once (from memory), and the seconds from a second
 start with `--cache` to the first token of an answer, modules being imported.
 """
@@ -35,7 +36,6 @@ import lowbit
 from lowbit.runtime.bench import read_rate, seconds
 from lowbit.runtime.runner import open_runner
 
-PROMPT = 256
 COMPUTE = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
 
 
@@ -76,7 +76,7 @@ class Theirs:
 
         begin = time.perf_counter()
         self.model = llama_cpp.Llama(
-            str(file), n_ctx=capacity, n_batch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False
+            str(file), n_ctx=capacity, n_batch=capacity, n_threads=threads, n_threads_batch=threads, verbose=False
         )
         self.load = time.perf_counter() - begin
 
@@ -134,10 +134,10 @@ def opening(file: Path, threads: int, runs: int) -> dict[str, float]:
     return {"opening_over_reading": fresh / read, "opening_seconds": fresh, "second_start_seconds": second}
 
 
-def measure(file: Path, threads: int, tokens: int, runs: int, busy: int) -> dict[str, Any]:
+def measure(file: Path, threads: int, prompt: int, tokens: int, runs: int, busy: int) -> dict[str, Any]:
     """Seconds of both, in turn."""
     torch.set_num_threads(threads)
-    capacity = PROMPT + tokens + 8
+    capacity = prompt + tokens + 8
     sides: dict[str, Ours | Theirs] = {
         "ours": Ours(file, threads, capacity),
         "llama.cpp": Theirs(file, threads, capacity),
@@ -147,7 +147,7 @@ def measure(file: Path, threads: int, tokens: int, runs: int, busy: int) -> dict
     for _ in range(runs):
         reads.append(read_rate())
         for name, side in sides.items():
-            found[name]["prefill"].append(seconds(partial(side.prefill, [7] * PROMPT)))
+            found[name]["prefill"].append(seconds(partial(side.prefill, [7] * prompt)))
             found[name]["decode"] += [seconds(partial(side.decode, 9)) for _ in range(tokens)]
     medians = {name: {what: statistics.median(times) for what, times in each.items()} for name, each in found.items()}
     ours, theirs = medians["ours"], medians["llama.cpp"]
@@ -157,9 +157,9 @@ def measure(file: Path, threads: int, tokens: int, runs: int, busy: int) -> dict
     limit = mine.nbytes / statistics.median(reads)  # seconds of a token
     return {
         "decode_tokens_per_second": 1 / ours["decode"], "decode_ratio": theirs["decode"] / ours["decode"],
-        "prefill_tokens_per_second": PROMPT / ours["prefill"], "prefill_ratio": theirs["prefill"] / ours["prefill"],
-        "share": limit / ours["decode"], "ceiling": theirs["decode"] / limit, "read_gb_per_second": mine.nbytes / limit / 1e9,
-        "load_seconds": mine.load,
+        "prefill_tokens_per_second": prompt / ours["prefill"], "prefill_ratio": theirs["prefill"] / ours["prefill"],
+        "share": limit / ours["decode"], "ceiling": theirs["decode"] / limit,
+        "read_gb_per_second": mine.nbytes / limit / 1e9, "load_seconds": mine.load,
         **{"kept" if name == "ours" else f"kept_by_{name}": value for name, value in left.items()},
     }  # fmt: skip
 
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--schemes", nargs="+", default=["q4_0", "q8_0", "q4_k", "q6_k", "q2_k", "q3_k", "iq4_xs"])
     parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
+    parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--busy", type=int, default=0)
@@ -180,8 +181,9 @@ def main() -> None:
     for scheme in args.schemes:
         file = made(args.big, args.work, scheme)
         for threads in args.threads:
-            found = results[f"{scheme}:{threads}"] = measure(file, threads, args.tokens, args.runs, args.busy)
+            found = measure(file, threads, args.prompt, args.tokens, args.runs, args.busy)
             found |= opening(file, threads, args.runs) if args.opening else {}
+            results[f"{scheme}:{threads}"] = found
             shown = "  ".join(f"{name} {value:.3g}" for name, value in found.items())
             print(f"{scheme:8} {threads} threads  {shown}", flush=True)
     print(json.dumps(results, indent=2))

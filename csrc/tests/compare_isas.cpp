@@ -256,10 +256,11 @@ static void check_ggml_blocks(GgmlType type, int64_t blocks) {
     uint8_t* ms = shape.subs && shape.has_min ? min_codes.at() : nullptr;
     ggml_unpack(type, blocks, stored.at(), {codes.at(), scale.at(), m, s, ms});
     ggml_pack(type, blocks, {codes.at(), scale.at(), m, s, ms}, again.at());
-    if (shape.scale_bytes == 2) {  // for the sanitizers: what comes of it is tested elsewhere
-        std::vector<float> levels(256, 1.0f), floats(size_t(blocks * shape.weights), 0.0f);
+    if (shape.scale_bytes <= 2 && blocks) {  // for the sanitizers: what comes of it is tested elsewhere
+        std::vector<float> levels(256, 1.0f), floats(size_t(2 * shape.weights), 0.0f);
         GgmlLevels meant{levels.data(), shape.subs ? levels.data() : nullptr, shape.weights / (shape.subs ? shape.subs : 1)};
-        ggml_floats(type, meant, stored.at(), 1, blocks * shape.weights, floats.data());
+        const int64_t ids[] = {blocks - 1, 0};
+        look_up({stored.at(), shape.weights, shape.bytes, Dtype::f32, type, meant}, ids, 2, 2.0f, floats.data());
     }
     if (type == GgmlType::tq1_0) return;  // five codes in a byte: not every byte is one that is written
     expect_same("ggml_pack", *supported_kernels()[0], {blocks, shape.weights, int64_t(type), 0}, again.at(), stored.at(),
@@ -406,22 +407,27 @@ static void run_decoder(int threads, Keep as) {
         return Matrix{of, nullptr, cols, norm.data()};
     };
     DecoderShape shape{hidden, heads, 1, size, inner, size, 1e-5f, 0.25f, as == Keep::f16 ? 5.0f : 0.0f, as == Keep::f16};
-    Decoder decoder(shape, threads);
+    auto embedding = random_codes(8 * hidden, 60);  // as float16
+    auto steps = random_scales(size);
+    Table table{embedding.at(), hidden, 2 * hidden, Dtype::f16, {}, {}};
+    DecoderEnds ends{table, 2.0f, norm.data(), matrix(4, hidden), 2, steps.data(), norm.data()};
+    Decoder decoder(shape, ends, threads);
     for (int i = 0; i < 2; i++) {
         auto add_no_bias = [](Matrix of) { return of.bias = nullptr, of; };
         const float* own = i ? norm.data() : nullptr;
         decoder.add({matrix(heads * size, hidden), matrix(size, hidden), matrix(size, hidden), matrix(hidden, heads * size),
                      add_no_bias(matrix(inner, hidden)), add_no_bias(matrix(inner, hidden)), matrix(hidden, inner),
-                     norm.data(), norm.data(), norm.data(), nullptr, own, own, i ? 3 : 0, 0});
+                     norm.data(), norm.data(), norm.data(), nullptr, own, own, i ? 3 : 0, i});
     }
     Cache cache(shape, 2, as), other(shape, 2, as);
-    auto angles = random_scales(2 * tokens * size), states = random_scales(2 * tokens * hidden);
     cache.reserve(tokens), other.reserve(tokens);
-    decoder.run(states.data(), {{&cache, 0, tokens}, {&other, 0, tokens}}, angles.data(), angles.data());
+    const std::vector<int64_t> ids{0, 1, 2, 3, 3, 1, 0, 0, 2, 1};
+    bool finite = decoder.read(ids, {{&cache, 0, tokens}, {&other, 0, tokens}});
     cache.reserve(2 * tokens);
-    decoder.run(states.data(), {{&cache, tokens, tokens}}, angles.data(), angles.data());
-    for (float value : states)
-        if (!std::isfinite(value)) failures++, std::printf("decoder: not finite\n");
+    finite &= decoder.read({3, 2, 1, 0, 3}, {{&cache, tokens, tokens}});
+    for (float value : decoder.logits()) finite &= std::isfinite(value);
+    if (!finite || decoder.logits().size() != 4 || decoder.likeliest().size() != 1)
+        failures++, std::printf("decoder: not finite, or not one text\n");
 }
 
 static constexpr GgmlType ggml_types[] = {

@@ -124,9 +124,10 @@ def test_tokens_one_by_one_turn_as_those_read_at_once(tmp_path: Path) -> None:
     assert torch.equal(two.read(ids[254:]), want)
 
 
-def test_the_likeliest_token_is_that_of_the_logits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gemma2", "qwen3"])
+def test_the_likeliest_token_is_that_of_the_logits(name: str, tmp_path: Path) -> None:
     """Of several texts too, with a cap as without."""
-    kind, settings = KINDS["gemma2"]
+    kind, settings = KINDS[name]
     saved(tmp_path, kind, **settings)
     engine = Engine(native_of(open_model(tmp_path)), 2)
     texts, others = ([engine.start(64) for _ in range(3)] for _ in range(2))
