@@ -18,7 +18,7 @@ def quantize(
     options: NoOptions,
     out: UInt8[Tensor, "rows cols"] | None = None,
 ) -> QTensor:
-    """Scales, minima and codes of little squared error, never more than `ggml` leaves.
+    """Scales, minima and codes of little squared error: less in a weight than `ggml` leaves.
 
     Raises:
         WeightError: NaN or Inf, with its place.

@@ -18,7 +18,7 @@ def quantize(
     options: NoOptions,
     out: UInt8[Tensor, "rows cols"] | None = None,
 ) -> QTensor:
-    """Scales, minima and codes of little squared error weighted by the inputs, never more than `imatrix` leaves.
+    """Scales, minima and codes of little squared error weighted by the inputs: less in a weight than `imatrix` leaves.
 
     Raises:
         WeightError: NaN or Inf, with its place.
