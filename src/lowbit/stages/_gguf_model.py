@@ -235,7 +235,7 @@ def _weight(header: Gguf, arch: Arch | None, facts: Mapping[str, Any], name: str
         weight = arch.arranged(weight, facts) if arch else weight
     except UnsupportedError:
         raise CheckpointError(f"{header.path}: the header does not tell one number of heads for all layers") from None
-    heads = 2 * weight.interleaved or (weight.grouped[0] * (weight.grouped[1] + 2) if weight.grouped else 1)
-    if (not shape and is_other(weight)) or (shape and shape[0] % heads):
+    heads = weight.grouped[0] * (weight.grouped[1] + 2) if weight.grouped else max(weight.interleaved, 1)
+    if (not shape and is_other(weight)) or (shape and shape[0] % (2 * heads if weight.interleaved else heads)):
         raise CheckpointError(f"{header.path}: {name}: {heads} heads do not divide the rows of {show(list(shape))}")
     return weight
