@@ -49,8 +49,7 @@ class Arch:
         grouped: name in config.json of the number of groups in which transformers has the rows of q, k and v.
         plus_one: norms are stored with 1 added.
         decays: tensors that are stored as -exp of what transformers has.
-        shaped: tensors with another shape in the file to which: `squeezed`, without the second of three axes; or
-            `column`, with an axis of 1 more at the end.
+        squeezed: tensors that have three axes in transformers and not the second of them, which is 1, in the file.
         tied: there is never an output layer.
         rotary: name in config.json of the share of a head that is rotated.
         requires: what config.json must say, where it says anything of it; a list has what it may say.
@@ -72,7 +71,7 @@ class Arch:
     grouped: str
     plus_one: bool
     decays: tuple[str, ...]
-    shaped: Mapping[str, str]
+    squeezed: tuple[str, ...]
     tied: bool
     rotary: str
     requires: Mapping[str, tuple[Any, ...]]
@@ -109,19 +108,15 @@ class Arch:
 
     def file_shape(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the file of one member of a tensor, which transformers has in this one."""
-        way = self.shaped.get(_tail(stored))
-        return (*shape[:1], *shape[2:]) if way == "squeezed" else (*shape, 1) if way == "column" else shape
+        return (*shape[:1], *shape[2:]) if _tail(stored) in self.squeezed else shape
 
     def own_shape(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Shape in transformers of one member of a tensor of the file; None where that is impossible."""
         if self.stacks(stored):
             return shape[1:] if len(shape) == (3 if stored.endswith("weight") else 2) else None
-        way = self.shaped.get(_tail(stored))
-        if way is None:
+        if _tail(stored) not in self.squeezed:
             return shape
-        if len(shape) != 2 or (way == "column" and shape[1] != 1):
-            return None
-        return (shape[0], 1, shape[1]) if way == "squeezed" else shape[:1]
+        return (shape[0], 1, shape[1]) if len(shape) == 2 else None
 
     @cached_property
     def _patterns(self) -> Mapping[tuple[str, bool], re.Pattern[str]]:
@@ -202,7 +197,7 @@ def archs() -> tuple[Arch, ...]:
             row.get("grouped", ""),
             row.get("plus_one", False),
             tuple(row.get("decays", ())),
-            row.get("shaped", {}),
+            tuple(row.get("squeezed", ())),
             row.get("tied", False),
             row.get("rotary", "partial_rotary_factor"),
             _required(row),

@@ -73,7 +73,8 @@ class Engine:
 
     def __init__(self, native: Native, threads: int | None = None) -> None:
         self.native = native
-        layers = [self._layer(number) for number in range(len(native.windows))]
+        kinds = zip(native.windows, native.angles, strict=True)
+        layers = [self._layer(number, *kind) for number, kind in enumerate(kinds)]
         self._table = Table(native.vectors["embedding"], native.blocks)
         steps = torch.stack([native.vectors[f"angles.{i}"] for i in range(len(native.factors))])
         self.ends = DecoderEnds(
@@ -82,10 +83,10 @@ class Engine:
         )  # fmt: skip
         self.decoder = Decoder(native.shape, layers, self.ends, threads or torch.get_num_threads())
 
-    def _layer(self, number: int) -> DecoderLayer:
+    def _layer(self, number: int, window: int, angles: int) -> DecoderLayer:
         matrices: Any = {name: self._matrix(f"{number}.{name}") for name in MATRICES}
         norms: Any = {name: self.native.vectors.get(f"{number}.{name}") for name in NORMS}
-        return DecoderLayer(**matrices, **norms, window=self.native.windows[number], angles=self.native.angles[number])
+        return DecoderLayer(**matrices, **norms, window=window, angles=angles)
 
     def _matrix(self, name: str) -> Matrix:
         return self.native.matrices[name].matrix(self.native.vectors.get(f"{name}.bias"))
