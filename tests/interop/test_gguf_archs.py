@@ -83,7 +83,16 @@ _MANY = {"num_local_experts": 128, "use_qk_norm": False}
 _GRANITE = {"attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 3.0}
 _OLMOE = {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}
 _COHERE2 = {"head_dim": 16, "num_hidden_layers": 4, "logit_scale": 0.2, "sliding_window": 8}
+_ROUTED = {**SMALL, "head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+           "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "n_group": 1, "topk_group": 1}
 CASES = {
+    "glm4_moe": Case("Glm4Moe", {**_ROUTED, "use_qk_norm": True, "attention_bias": True, "pad_token_id": 0}, share=0.5),
+    "glm4_moe without norms": Case("Glm4Moe", {**_ROUTED, "pad_token_id": 0}, share=0.5),
+    "dots1": Case("Dots1", {**_ROUTED, "num_key_value_heads": 4}, share=0.5),
+    "ernie4_5_moe": Case("Ernie4_5_Moe", {**SMALL, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1, "moe_layer_start_index": 1}, share=0.5),
+    "hunyuan moe": Case("HunYuanMoEV1", {**SMALL, "head_dim": 16, "num_experts": 4, "moe_topk": 2}, share=0.5),
+    "exaone4": Case("Exaone4", {**SMALL, "head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "minimax_m2": Case("MiniMaxM2", {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, share=0.5),
     "gpt_neox": Case("GPTNeoX", {**_PLAIN, "rope_parameters": _PART}, 4e-3),
     "gpt_neox in line": Case("GPTNeoX", {**_PLAIN, "use_parallel_residual": False}, 4e-3),
     "falcon 7b": Case("Falcon", {**_FALCON, "multi_query": True}, 4e-3),

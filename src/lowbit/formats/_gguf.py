@@ -42,6 +42,8 @@ class Arch:
         names: module of llama.cpp, without the layer, to module of transformers with {} for numbers.
         whole: the same of tensors whose last part is not the same in both.
         keys: metadata key, without the architecture, to names in config.json.
+        products: metadata key to names in config.json whose product it is.
+        sums: metadata key to names in config.json whose sum it is.
         constants: metadata key to what it always is.
         when: what config.json says of the models that the row is for; of several the first fits.
         marked: a module that all of these have, and none of the row's without one.
@@ -49,7 +51,8 @@ class Arch:
         grouped: name in config.json of the number of groups in which transformers has the rows of q, k and v.
         plus_one: norms are stored with 1 added.
         decays: tensors that are stored as -exp of what transformers has.
-        squeezed: tensors that have three axes in transformers and not the second of them, which is 1, in the file.
+        squeezed: tensors whose last axis but one is 1 in transformers and not there in the file.
+        layers: what `layer_types` in config.json says of every layer.
         tied: there is never an output layer.
         rotary: name in config.json of the share of a head that is rotated.
         requires: what config.json must say, where it says anything of it; a list has what it may say.
@@ -64,6 +67,8 @@ class Arch:
     names: Mapping[str, str]
     whole: Mapping[str, str]
     keys: Mapping[str, tuple[str, ...]]
+    products: Mapping[str, tuple[str, ...]]
+    sums: Mapping[str, tuple[str, ...]]
     constants: Mapping[str, Any]
     when: Mapping[str, Any]
     marked: str
@@ -72,6 +77,7 @@ class Arch:
     plus_one: bool
     decays: tuple[str, ...]
     squeezed: tuple[str, ...]
+    layers: str
     tied: bool
     rotary: str
     requires: Mapping[str, tuple[Any, ...]]
@@ -108,21 +114,19 @@ class Arch:
 
     def file_shape(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the file of one member of a tensor, which transformers has in this one."""
-        return (*shape[:1], *shape[2:]) if _tail(stored) in self.squeezed else shape
+        return (*shape[:-2], *shape[-1:]) if _tail(stored) in self.squeezed else shape
 
     def own_shape(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Shape in transformers of one member of a tensor of the file; None where that is impossible."""
         if self.stacks(stored):
             return shape[1:] if len(shape) == (3 if stored.endswith("weight") else 2) else None
-        if _tail(stored) not in self.squeezed:
-            return shape
-        return (shape[0], 1, shape[1]) if len(shape) == 2 else None
+        return (*shape[:-1], 1, *shape[-1:]) if _tail(stored) in self.squeezed else shape
 
     @cached_property
     def _patterns(self) -> Mapping[tuple[str, bool], re.Pattern[str]]:
         """By tensor of the file and whether all of its name is told."""
         number = r"(0|[1-9]\\d*)"
-        rows = [(False, self.names), (True, self.whole)]
+        rows = [(True, self.whole), (False, self.names)]
         return {
             (stem, whole): re.compile(_PLACE.sub(number, re.escape(name)))
             for whole, names in rows
@@ -190,6 +194,8 @@ def archs() -> tuple[Arch, ...]:
             joined("names", row),
             {key: name for part in row.get("whole", ()) for key, name in table["whole"][part].items()},
             {key: tuple(names) for key, names in joined("keys", row).items()},
+            {key: tuple(names) for key, names in row.get("products", {}).items()},
+            {key: tuple(names) for key, names in row.get("sums", {}).items()},
             row.get("constants", {}),
             row.get("when", {}),
             row.get("marked", ""),
@@ -198,6 +204,7 @@ def archs() -> tuple[Arch, ...]:
             row.get("plus_one", False),
             tuple(row.get("decays", ())),
             tuple(row.get("squeezed", ())),
+            row.get("layers", ""),
             row.get("tied", False),
             row.get("rotary", "partial_rotary_factor"),
             _required(row),

@@ -36,9 +36,15 @@ def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
         facts[f"{name.removesuffix('ding')}_token_id"] = header.value(f"tokenizer.ggml.{name}_token_id")
     try:
         rope = _rope(header, arch, facts) if "rope.freq_base" in arch.keys else {}
-        return facts | _heads(header, arch, facts) | rope
+        return facts | _heads(header, arch, facts) | rope | _layers(header, arch, facts)
     except (TypeError, ValueError, ArithmeticError, LookupError):  # it can be inspected
         return facts | {"rope_scaling": {"rope_type": UNTOLD}}
+
+
+def _layers(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the layers are, where the configuration's default would be another; a header may claim any number of them."""
+    count = min(facts["num_hidden_layers"], len(header.tensors)) if arch.layers else 0
+    return {"layer_types": [arch.layers] * count} if count else {}
 
 
 def _short(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import log, sqrt
+from math import log, prod, sqrt
 from typing import Any
 
 from lowbit import __version__
@@ -84,6 +84,8 @@ def _typed(key: str, value: Any) -> Value:
 def _derived(arch: Arch, facts: Mapping[str, Any]) -> dict[str, Value]:
     """Keys whose value is no single name of the configuration."""
     name, found = arch.arch, dict[str, Value]()
+    for combine, table in ((prod, arch.products), (sum, arch.sums)):
+        found |= {f"{name}.{key}": int(combine(facts[each] for each in names)) for key, names in table.items()}
     if not facts.get("intermediate_size") and not facts.get("n_inner"):
         found[f"{name}.feed_forward_length"] = 4 * int(facts.get("n_embd") or facts["hidden_size"])
     if "rope.freq_base" in arch.keys:
