@@ -302,7 +302,7 @@ def run_conversion(
     clock = Clock()
     refuse_foreign(out)
     with MemoryWatch(ram).running() as watch, open_checkpoint(model) as source:
-        source = apart(text_part(source, goal.format), goal.format)
+        source = text_part(apart(source, goal.format), goal.format)
         folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
         for text in source.notes:
             note(text)
@@ -369,11 +369,12 @@ def without_tokenizer(model: str, out: Path) -> str | None:
 
 def _open(request: Request, tell: Tell) -> Checkpoint:
     """The checkpoint, or a view of it that is rotated where the recipe says so and was proved to compute the same."""
-    source = open_checkpoint(request.model, request.trust_remote_code)
+    opened = open_checkpoint(request.model, request.trust_remote_code)
     form = read_format(request.plan) if request.plan else request.rules.format
-    text = text_part(source, form)
-    source = apart(text, form, read_names(request.plan).__contains__ if request.plan else finds(request.rules.skip))
-    for said in (source.left_out, told_apart(text, source, form)):
+    whole = read_names(request.plan).__contains__ if request.plan else finds(request.rules.skip)
+    spread = apart(opened, form, whole)
+    source = text_part(spread, form)
+    for said in (source.left_out, told_apart(opened, spread, form)):
         if said:
             tell(said)
     recipe, options = read_recipe(request.plan) if request.plan else request.rules.recipe()

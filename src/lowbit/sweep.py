@@ -122,7 +122,7 @@ def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tup
 
 def _view(checkpoint: Checkpoint, rules: Rules) -> Checkpoint:
     """As the line takes it."""
-    return apart(text_part(checkpoint, rules.format), rules.format, finds(rules.skip))
+    return text_part(apart(checkpoint, rules.format, finds(rules.skip)), rules.format)
 
 
 def _said(plan: Plan) -> list[tuple[str, int, int]]:

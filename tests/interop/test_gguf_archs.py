@@ -83,16 +83,31 @@ _MANY = {"num_local_experts": 128, "use_qk_norm": False}
 _GRANITE = {"attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 3.0}
 _OLMOE = {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}
 _COHERE2 = {"head_dim": 16, "num_hidden_layers": 4, "logit_scale": 0.2, "sliding_window": 8}
-_ROUTED = {**SMALL, "head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-           "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "n_group": 1, "topk_group": 1}
+_ROUTED = {
+    **SMALL,
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_ALPHA = {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 100.0}
+_GLM = {**_ROUTED, "use_qk_norm": True, "attention_bias": True, "pad_token_id": 0}
+_ERNIE = {**SMALL, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1,
+          "moe_layer_start_index": 1}  # fmt: skip
+_FEW = {"num_experts_per_tok": 2}
 CASES = {
-    "glm4_moe": Case("Glm4Moe", {**_ROUTED, "use_qk_norm": True, "attention_bias": True, "pad_token_id": 0}, share=0.5),
-    "glm4_moe without norms": Case("Glm4Moe", {**_ROUTED, "pad_token_id": 0}, share=0.5),
+    "glm4_moe": Case("Glm4Moe", _GLM, share=0.5),
+    "glm4_moe without norms": Case("Glm4Moe", {**_GLM, "use_qk_norm": False, "attention_bias": False}, share=0.5),
     "dots1": Case("Dots1", {**_ROUTED, "num_key_value_heads": 4}, share=0.5),
-    "ernie4_5_moe": Case("Ernie4_5_Moe", {**SMALL, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1, "moe_layer_start_index": 1}, share=0.5),
+    "ernie4_5_moe": Case("Ernie4_5_Moe", _ERNIE, share=0.5),
     "hunyuan moe": Case("HunYuanMoEV1", {**SMALL, "head_dim": 16, "num_experts": 4, "moe_topk": 2}, share=0.5),
     "exaone4": Case("Exaone4", {**SMALL, "head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
-    "minimax_m2": Case("MiniMaxM2", {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, share=0.5),
+    "minimax_m2": Case("MiniMaxM2", {**SMALL, **_FEW, "head_dim": 16, "num_local_experts": 4}, share=0.5),
     "gpt_neox": Case("GPTNeoX", {**_PLAIN, "rope_parameters": _PART}, 4e-3),
     "gpt_neox in line": Case("GPTNeoX", {**_PLAIN, "use_parallel_residual": False}, 4e-3),
     "falcon 7b": Case("Falcon", {**_FALCON, "multi_query": True}, 4e-3),
@@ -125,6 +140,7 @@ CASES = {
     "arcee": Case("Arcee", SMALL),
     "nemotron": Case("Nemotron", {**SMALL, "head_dim": 16}),
     "hunyuan": Case("HunYuanDenseV1", {**SMALL, "head_dim": 16}),
+    "hunyuan with alpha": Case("HunYuanDenseV1", {**SMALL, "head_dim": 16, "rope_parameters": _ALPHA}),
 }  # fmt: skip
 
 
@@ -176,6 +192,44 @@ def test_types_are_llama_quantizes(kind: str, tmp_path: Path) -> None:
         assert ours == {name: kind for name, (kind, _) in theirs.items()}
     _, logits = tokens_and_logits(quantized(source, tmp_path / "q4_k_m", "q4_k_m"), "It loads.")
     assert np.isfinite(logits).all()
+
+
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
+_SIGHT = {"depth": 2, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 48}
+SEEING: dict[str, tuple[str, JSON, JSON]] = {
+    "qwen2_vl": ("Qwen2", {}, {}),
+    "qwen2_5_vl": ("Qwen2", {}, {}),
+    "qwen3_vl": ("Qwen3", {"head_dim": 16}, {"deepstack_visual_indexes": [0, 1]}),
+    "qwen3_vl_moe": (
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        {"deepstack_visual_indexes": [1]},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SEEING)
+def test_the_part_that_reads_of_qwen(kind: str, tmp_path: Path) -> None:
+    """Against its own class; what sees is left out, and how much it hands to the layers is told."""
+    family, settings, sight = SEEING[kind]
+    config = library.AutoConfig.for_model(
+        kind,
+        text_config={**SMALL, **settings, "rope_parameters": _SECTIONS},
+        vision_config={**_SIGHT, **sight},
+        tie_word_embeddings=False,
+    )
+    model, tokenizer = library.AutoModelForImageTextToText.from_config(config), byte_level(QWEN, nfc=True)
+    source = saved_model(model, tmp_path / "model", tokenizer)
+    file = quantized(source, tmp_path / "f32", "f32")
+    # The installed llama.cpp takes no epsilon of its norms from a qwen2vl file.
+    agree(file, source, 2e-3 if family == "Qwen2" else 1e-4)
+    assert json.loads((file.parent / "config.json").read_text())["architectures"] == [f"{family}ForCausalLM"]
+    header, arch = read_gguf(file), kind.replace("_5", "").replace("_", "")
+    assert header.value(f"{arch}.rope.dimension_sections") == [3, 3, 2, 0]
+    assert header.value(f"{arch}.n_deepstack_layers", 0) == len(sight.get("deepstack_visual_indexes", ()))
+    ids = list(range(2, 60))
+    found, wanted = ours(alone(file, tmp_path / "alone"), ids), ours(source, ids)
+    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
 O200K = (

@@ -37,6 +37,7 @@ class Arch:
     Attributes:
         arch: of llama.cpp.
         model_types: of transformers; the first is taken where a file does not tell.
+        parts: of what reads in a model that sees too, which becomes the first of these and says `when`.
         sparse_type: the one that is taken where a file has experts.
         classes: of transformers, by model type.
         names: module of llama.cpp, without the layer, to module of transformers with {} for numbers.
@@ -62,6 +63,7 @@ class Arch:
 
     arch: str
     model_types: tuple[str, ...]
+    parts: tuple[str, ...]
     sparse_type: str
     classes: Mapping[str, str]
     names: Mapping[str, str]
@@ -189,6 +191,7 @@ def archs() -> tuple[Arch, ...]:
         Arch(
             row["arch"],
             tuple(row["model_types"]),
+            tuple(row.get("parts", ())),
             row.get("sparse_type", row["model_types"][0]),
             {kind: table["classes"][kind] for kind in row["model_types"]},
             joined("names", row),
@@ -235,9 +238,11 @@ def _told(row: Arch, value: Callable[[str], Any]) -> bool:
 
 
 def arch_of(config: Mapping[str, Any]) -> Arch | None:
-    """The row of a model of transformers."""
-    rows = (row for row in archs() if config.get("model_type") in row.model_types)
-    return next((row for row in rows if all(config.get(key) == value for key, value in row.when.items())), None)
+    """The row of a model of transformers, or of what reads in one that sees too."""
+    kind = config.get("model_type")
+    rows = [row for row in archs() if kind in row.model_types or kind in row.parts]
+    part = next((row for row in rows if kind in row.parts), None)
+    return part or next((row for row in rows if all(config.get(key) == value for key, value in row.when.items())), None)
 
 
 def is_other(weight: Weight) -> bool:

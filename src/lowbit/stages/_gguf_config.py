@@ -95,6 +95,8 @@ def _rope(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]:
         found["rope_local_base_freq"] = float(header.value("gemma3.rope.freq_base_swa", 10000.0))
     if FREQUENCIES in header.tensors:
         return found | {"rope_scaling": _llama3(header.floats(FREQUENCIES), theta)}
+    if "rope.dimension_sections" in arch.keys:
+        return found | {"rope_scaling": {"rope_type": "default", "mrope_section": facts["mrope_section"][:3]}}
     if LONG in header.tensors and SHORT in header.tensors:
         return found | _longrope(header, name, facts)
     factor = header.value(f"{name}.rope.scaling.factor") or header.value(f"{name}.rope.scale_linear") or 0.0

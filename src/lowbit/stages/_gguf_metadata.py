@@ -75,7 +75,9 @@ def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tupl
 
 
 def _typed(key: str, value: Any) -> Value:
-    """A number or a truth as llama.cpp wants it under a key."""
+    """A number or a truth as llama.cpp wants it under a key, or numbers of an angle's dimensions, of which it has four."""
+    if isinstance(value, list):
+        return [int(each) for each in (*value, 0, 0, 0, 0)][:4]
     if isinstance(value, bool):
         return value
     return float(value) if key.endswith(_FLOATS) else int(value)
@@ -106,6 +108,10 @@ def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], Const
         return {}, {}
     if kind == "linear":
         return {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": float(facts["factor"])}, {}
+    if kind == "dynamic" and facts.get("alpha"):  # HunYuan: it does not change with the context
+        dims = _head(facts)
+        theta = float(facts["rope_theta"]) * float(facts["alpha"]) ** (dims / (dims - 2))
+        return {f"{name}.rope.freq_base": theta}, {}
     if kind == "yarn":
         return {f"{name}.rope.scaling.{key}": value for key, value in _yarn(facts, name).items()}, {}
     if kind in ("longrope", "su") and arch.arch == "phi3":

@@ -33,12 +33,18 @@ def text_part(source: Checkpoint, form: str | None) -> Checkpoint:
         CheckpointError: `transformers` cannot use the configuration.
     """
     source = _parameters(source) if form == "gguf" else source
-    text = source.config.get("text_config")
-    arch = arch_of(text) if form == "gguf" and isinstance(text, Mapping) else None
+    sees = form == "gguf" and any(
+        isinstance(source.config.get(part), Mapping) for part in ("text_config", "vision_config")
+    )
+    config = open_config(source).get_text_config().to_dict() if sees else {}
+    arch = arch_of(config)
     if arch is None:
         return source
-    config = open_config(source).get_text_config().to_dict()
+    sight = source.config.get("vision_config") or {}
+    config |= {"deepstack_layers": len(sight.get("deepstack_visual_indexes") or ())}
     config |= {key: source.config[key] for key in _TOP if source.config.get(key) is not None}
+    if config["model_type"] in arch.parts:
+        config = {**arch.implied, **config, "model_type": arch.model_types[0]}
     config["architectures"] = [arch.classes[config["model_type"]]]
     whole = {file: _file(file) for file in set(source.files.values())}
     return replace(
