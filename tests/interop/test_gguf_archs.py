@@ -16,12 +16,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from lowbit.errors import UnsupportedError
 from lowbit.formats._mixtures import choose, place_of, require_arch
-from lowbit.pipeline import run_conversion
+from lowbit.pipeline import Request, run, run_conversion
 from lowbit.stages._changes import Goal
 from lowbit.stages._experts import apart
-from lowbit.stages._gguf import read_gguf
+from lowbit.stages._gguf import encoded, entry, header_of, read_gguf
 from lowbit.stages._model import open_tokenizer
-from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.stages.checkpoint import AHEAD, open_checkpoint
+from lowbit.stages.plan import Rules
 from tests.interop.test_gguf import (
     QWEN,
     SMALL,
@@ -95,10 +96,30 @@ _ROUTED = {
     "n_group": 1,
     "topk_group": 1,
 }
-_ALPHA = {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 100.0}
+_WHOLE = {"sliding_window": None, "layer_types": ["full_attention"] * 2}
+_ALPHA = {"rope_type": "dynamic", "factor": 1.0, "alpha": 50.0, "rope_theta": 100.0}
 _GLM = {**_ROUTED, "use_qk_norm": True, "attention_bias": True, "pad_token_id": 0}
 _ERNIE = {**SMALL, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1,
           "moe_layer_start_index": 1}  # fmt: skip
+_LATENT = {
+    **{name: value for name, value in _ROUTED.items() if name != "head_dim"},
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+}
+_LONG = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 100.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+}
+_GROUPS = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+_LITE = {"q_lora_rank": None, "num_hidden_layers": 27, "n_routed_experts": 2, "num_experts_per_tok": 1}
 _FEW = {"num_experts_per_tok": 2}
 CASES = {
     "glm4_moe": Case("Glm4Moe", _GLM, share=0.5),
@@ -106,8 +127,12 @@ CASES = {
     "dots1": Case("Dots1", {**_ROUTED, "num_key_value_heads": 4}, share=0.5),
     "ernie4_5_moe": Case("Ernie4_5_Moe", _ERNIE, share=0.5),
     "hunyuan moe": Case("HunYuanMoEV1", {**SMALL, "head_dim": 16, "num_experts": 4, "moe_topk": 2}, share=0.5),
-    "exaone4": Case("Exaone4", {**SMALL, "head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "exaone4": Case("Exaone4", {**SMALL, **_WHOLE, "head_dim": 16}),
     "minimax_m2": Case("MiniMaxM2", {**SMALL, **_FEW, "head_dim": 16, "num_local_experts": 4}, share=0.5),
+    "deepseek_v3": Case("DeepseekV3", {**_LATENT, **_GROUPS}, share=0.5),
+    "deepseek_v3 far": Case("DeepseekV3", {**_LATENT, "rope_parameters": _LONG}, share=0.5),
+    "deepseek_v2": Case("DeepseekV2", _LATENT, share=0.5),
+    "deepseek_v2 lite": Case("DeepseekV2", {**_LATENT, **_LITE, "rope_parameters": _LONG}, share=0.5),
     "gpt_neox": Case("GPTNeoX", {**_PLAIN, "rope_parameters": _PART}, 4e-3),
     "gpt_neox in line": Case("GPTNeoX", {**_PLAIN, "use_parallel_residual": False}, 4e-3),
     "falcon 7b": Case("Falcon", {**_FALCON, "multi_query": True}, 4e-3),
@@ -192,6 +217,43 @@ def test_types_are_llama_quantizes(kind: str, tmp_path: Path) -> None:
         assert ours == {name: kind for name, (kind, _) in theirs.items()}
     _, logits = tokens_and_logits(quantized(source, tmp_path / "q4_k_m", "q4_k_m"), "It loads.")
     assert np.isfinite(logits).all()
+
+
+def test_layers_that_foresee_are_left_out_of_new_files_and_read_in_others(tmp_path: Path) -> None:
+    """As GLM-4.5 and DeepSeek-V3 are published, with a layer that no class has."""
+    source = saved(CASES["glm4_moe"], tmp_path / "model")
+    plain = quantized(source, tmp_path / "plain", "f32")
+    stored, last = load_file(source / "model.safetensors"), "model.layers.2."
+    more = {last + name[15:]: tensor.clone() for name, tensor in stored.items() if name.startswith("model.layers.1.")}
+    more |= {f"{last}eh_proj.weight": torch.ones(64, 128), f"{last}enorm.weight": torch.ones(64)}
+    more |= {f"{last}hnorm.weight": torch.ones(64)}
+    save_file({**stored, **more}, source / "model.safetensors", {"format": "pt"})
+    told: list[str] = []
+    rules = Rules(scheme="f32", method="ggml", format="gguf")
+    run(Request(str(source), tmp_path / "out", rules), tell=lambda each: told.append(str(each)))
+    assert told == [f"{len(more)} weights are left out: {AHEAD}"]
+    assert tensors(tmp_path / "out" / "model.gguf") == tensors(plain)
+    # As llama.cpp's own converter writes it: one layer more, and how many of them foresee.
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (source / "config.json").write_text(json.dumps(config))
+    whole = alone(quantized(source, tmp_path / "whole", "f32"), tmp_path / "alone")
+    values = {key: read_gguf(whole).raw(key) for key in read_gguf(whole).fields}
+    file = with_values(whole, values | {"glm4moe.nextn_predict_layers": encoded(1)})
+    assert open_checkpoint(file).config["num_hidden_layers"] == 2
+    ids = list(range(2, 60))
+    wanted = ours(plain.parent, ids)
+    assert np.abs(ours(file, ids) - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    again = quantized(file, tmp_path / "again", "q8_0")
+    assert tokens_and_logits(again, TEXT)[0] == tokens_and_logits(plain, TEXT)[0]
+
+
+def with_values(file: Path, values: dict[str, bytes]) -> Path:
+    """The file with other metadata, whose tensors stay as they are."""
+    header, data = read_gguf(file), file.read_bytes()
+    start = min(tensor.start for tensor in header.tensors.values())
+    entries = [entry(name, tensor.shape, tensor.type, tensor.start - start) for name, tensor in header.tensors.items()]
+    file.write_bytes(header_of(values, entries) + data[start:])
+    return file
 
 
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}

@@ -100,19 +100,20 @@ class Arch:
 
     def name(self, stored: str, expert: int = 0) -> str | None:
         """The name in transformers of a tensor of the file; None where there is none."""
-        match = re.fullmatch(r"(?:blk\.(0|[1-9]\d*)\.)?((\w+)(?:\.(\w+))?)", stored)
+        match = re.fullmatch(r"(?:blk\.(0|[1-9]\d*)\.)?(\w[\w.]*)", stored)
         if match is None:
             return None
-        whole, module = self.whole.get(match[2]), self.names.get(match[3])
-        if whole is None and module is not None and match[4] in ("weight", "bias"):
-            whole = f"{module}.{match[4]}"
+        stem, _, part = match[2].rpartition(".")
+        whole, module = self.whole.get(match[2]), self.names.get(stem)
+        if whole is None and module is not None and part in ("weight", "bias"):
+            whole = f"{module}.{part}"
         if whole is None or ("{}" in whole) != (match[1] is not None):
             return None
         return whole.format(match[1], expert)
 
     def stacks(self, stored: str) -> bool:
         """Whether a tensor of the file holds that of every expert."""
-        return self.names.get(stored.split(".")[-2] if "." in stored else "", "").count("{}") == 2
+        return self.names.get(_tail(stored).rpartition(".")[0], "").count("{}") == 2
 
     def file_shape(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the file of one member of a tensor, which transformers has in this one."""

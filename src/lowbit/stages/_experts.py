@@ -39,20 +39,30 @@ class Layout:
     hidden: str = ""
     turned: bool = False
     interleaved: bool = False
+    heads: Sequence[str] = ()
 
-    def part(self, stack: Tensor, expert: int, part: int) -> Tensor:
-        """View of one matrix `[outputs, inputs]`, or bias, in the tensor that holds all."""
+    def part(self, stack: Tensor, expert: int, part: int, first: int = 0) -> Tensor:
+        """View of one matrix `[outputs, inputs]`, or bias, in the tensor that holds all.
+
+        `first`: rows of a head that are keys.
+        """
+        if self.heads:
+            return stack[expert, first:] if part else stack[expert, :first].T
         one = stack[expert].T if self.turned else stack[expert]
         rows = one.shape[0] // len(self.parts)
         return one[part :: len(self.parts)] if self.interleaved else one[part * rows : (part + 1) * rows]
 
     def join(self, experts: Iterable[Sequence[Tensor]]) -> Tensor:
         """The tensor that holds all, of the parts of each expert, which are taken one by one: the inverse of `part`."""
+        if self.heads:
+            return torch.cat([torch.cat([keys.T, values]) for keys, values in experts])
         wide = [torch.stack(tuple(p), 1).flatten(0, 1) if self.interleaved else torch.cat(tuple(p)) for p in experts]
         return torch.stack([one.T if self.turned else one for one in wide])
 
     def holds(self, shape: Sequence[int], hidden: object) -> bool:
         """Whether a tensor of this shape can be one, of a model with this `hidden_size`, where it is known."""
+        if self.heads:
+            return len(shape) == 2 and 0 not in shape
         matrices = not self.parts[0].endswith(".bias")
         if len(shape) != 2 + matrices or 0 in shape or shape[0] > _MOST:
             return False
@@ -167,16 +177,32 @@ def _pieces(source: Checkpoint, rows: Sequence[Layout], name: str) -> dict[str, 
     """The places of a stack's matrices by name; none where it is no stack that can be taken apart."""
     file, spec = source.files[name], source.specs[name]
     text = source.config.get("text_config")
-    hidden = ({**source.config, **text} if isinstance(text, Mapping) else source.config).get("hidden_size")
-    row = next((row for row in rows if name.endswith(row.stack) and row.holds(spec.shape, hidden)), None)
+    facts = {**source.config, **text} if isinstance(text, Mapping) else source.config
+    held = (row for row in rows if name.endswith(row.stack) and row.holds(spec.shape, facts.get("hidden_size")))
+    row = next(held, None)
     tied = name in file.tied or name in file.tied.values()
     if row is None or tied or spec.dtype not in _FLOATS or name in source.edits or name in file.values:
         return {}
-    slot, names = file.slots[name], row.names(name.removesuffix(row.stack), spec.shape[0])
+    slot = file.slots[name]
     stride = slot.stride or torch.empty(spec.shape, device="meta").stride()
-    stack = torch.empty_strided(spec.shape, stride, dtype=spec.dtype, device="meta")
-    found = {new: _slot(slot, row.part(stack, e, p)) for e, one in enumerate(names) for p, new in enumerate(one)}
+    stack, sizes = torch.empty_strided(spec.shape, stride, dtype=spec.dtype, device="meta"), _sizes(row, facts, spec)
+    if sizes is None:
+        return {}
+    heads, first = sizes
+    stack = stack.view(heads, -1, stack.shape[-1]) if row.heads else stack
+    names = row.names(name.removesuffix(row.stack), stack.shape[0])
+    found = {new: _slot(slot, row.part(stack, e, p, first)) for e, one in enumerate(names) for p, new in enumerate(one)}
     return {} if found.keys() & source.specs.keys() else found
+
+
+def _sizes(row: Layout, facts: Mapping[str, Any], spec: Spec) -> tuple[int, int] | None:
+    """Heads of a matrix that has them one after the other, and rows of keys in each; None where these do not fit."""
+    if not row.heads:
+        return 0, 0
+    heads, first = (facts.get(key) for key in row.heads)
+    if type(heads) is not int or type(first) is not int or not 0 < heads <= _MOST or spec.shape[0] % heads:
+        return None
+    return (heads, first) if 0 < first < spec.shape[0] // heads else None
 
 
 def _quantized(source: Checkpoint, row: Layout, weight: Weight) -> tuple[dict[str, dict[str, Slot]], dict[str, Weight]]:

@@ -26,6 +26,12 @@ def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
     """
     told = {key: header.value(f"{arch.arch}.{key}") for key in arch.keys}
     facts = {arch.keys[key][0]: _short(value) for key, value in told.items() if value is not None}
+    ahead = header.value(f"{arch.arch}.nextn_predict_layers")
+    if isinstance(ahead, int) and isinstance(facts.get("num_hidden_layers"), int):
+        facts |= {
+            "num_hidden_layers": facts["num_hidden_layers"] - ahead,
+            "num_nextn_predict_layers": ahead,
+        }
     kind = arch.sparse_type if told.get("expert_count") else arch.model_types[0]
     facts |= {"model_type": kind, "architectures": [arch.classes[kind]], **arch.implied}
     facts["tie_word_embeddings"] = "output.weight" not in header.tensors
@@ -42,7 +48,7 @@ def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
 
 
 def _layers(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What the layers are, where the configuration's default would be another; a header may claim any number of them."""
+    """What layers are, where the configuration's default would be another; a header may claim any number of them."""
     count = min(facts["num_hidden_layers"], len(header.tensors)) if arch.layers else 0
     return {"layer_types": [arch.layers] * count} if count else {}
 
@@ -73,6 +79,12 @@ def _heads(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]
     if not isinstance(heads, int) or "num_attention_heads" not in facts:
         return {}
     found: dict[str, Any] = {} if "num_key_value_heads" in facts else {"num_key_value_heads": heads}
+    if "attention.kv_lora_rank" in arch.keys:
+        turned, whole = (
+            int(header.value(f"{name}.{key}")) for key in ("rope.dimension_count", "attention.key_length_mla")
+        )
+        split = {"qk_rope_head_dim": turned, "qk_nope_head_dim": whole - turned}
+        return {"num_key_value_heads": heads, "q_lora_rank": facts.get("q_lora_rank"), **split}
     width, size = int(facts["hidden_size"]), header.value(f"{name}.attention.key_length")
     if size and size * heads != width:
         found["head_dim"] = int(size)
@@ -111,13 +123,16 @@ def _yarn(header: Gguf, name: str, facts: Mapping[str, Any], factor: float) -> d
     told = {key: header.value(f"{name}.rope.scaling.{key}") for key in
             ("original_context_length", "attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_ext_factor",
              "yarn_log_multiplier")}  # fmt: skip
-    if told["yarn_log_multiplier"] or told["yarn_ext_factor"] not in (None, 1.0):
+    stretched = told["yarn_log_multiplier"] if name == "deepseek2" else None
+    if (told["yarn_log_multiplier"] and not stretched) or told["yarn_ext_factor"] not in (None, 1.0):
         return {"rope_type": UNTOLD}
     found: dict[str, Any] = {
         "original_max_position_embeddings": int(told["original_context_length"] or facts["max_position_embeddings"])
     }
     if told["attn_factor"] not in (None, 1.0):
         found["attention_factor"] = float(told["attn_factor"]) * (0.1 * log(factor) + 1 if factor > 1 else 1)
+    if stretched:
+        found["mscale"] = found["mscale_all_dim"] = _short(_single(10 * float(stretched)))
     if name == "gpt-oss":
         found["truncate"] = False
     names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}

@@ -75,7 +75,7 @@ def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tupl
 
 
 def _typed(key: str, value: Any) -> Value:
-    """A number or a truth as llama.cpp wants it under a key, or numbers of an angle's dimensions, of which it has four."""
+    """A number or a truth as llama.cpp wants it under a key, or a list of numbers, of which it has four."""
     if isinstance(value, list):
         return [int(each) for each in (*value, 0, 0, 0, 0)][:4]
     if isinstance(value, bool):
@@ -86,12 +86,12 @@ def _typed(key: str, value: Any) -> Value:
 def _derived(arch: Arch, facts: Mapping[str, Any]) -> dict[str, Value]:
     """Keys whose value is no single name of the configuration."""
     name, found = arch.arch, dict[str, Value]()
-    for combine, table in ((prod, arch.products), (sum, arch.sums)):
-        found |= {f"{name}.{key}": int(combine(facts[each] for each in names)) for key, names in table.items()}
     if not facts.get("intermediate_size") and not facts.get("n_inner"):
         found[f"{name}.feed_forward_length"] = 4 * int(facts.get("n_embd") or facts["hidden_size"])
     if "rope.freq_base" in arch.keys:
         found[f"{name}.rope.dimension_count"] = int(_head(facts) * float(facts.get("partial_rotary_factor") or 1))
+    for combine, table in ((prod, arch.products), (sum, arch.sums)):
+        found |= {f"{name}.{key}": int(combine(facts[each] for each in names)) for key, names in table.items()}
     return found
 
 
@@ -134,7 +134,7 @@ def _yarn(facts: Mapping[str, Any], name: str) -> dict[str, Value]:
     if (
         betas != (32, 1)
         or (facts.get("truncate") is False and name != "gpt-oss")
-        or (facts.get("mscale") and facts.get("mscale_all_dim"))
+        or (facts.get("mscale") and facts.get("mscale_all_dim") and not _latent(facts, name))
     ):
         raise UnsupportedError(
             "rope of type yarn with a beta_fast that is not 32, a beta_slow that is not 1, mscale_all_dim or without "
@@ -143,9 +143,16 @@ def _yarn(facts: Mapping[str, Any], name: str) -> dict[str, Value]:
     trained = int(facts["original_max_position_embeddings"])
     factor = float(facts.get("factor") or facts["max_position_embeddings"] / trained)
     found: dict[str, Value] = {"type": "yarn", "factor": factor, "original_context_length": trained}
+    if _latent(facts, name):
+        found["yarn_log_multiplier"] = 0.1 * float(facts["mscale_all_dim"])
     if facts.get("attention_factor"):
         found["attn_factor"] = float(facts["attention_factor"]) / (0.1 * log(factor) + 1 if factor > 1 else 1.0)
     return found
+
+
+def _latent(facts: Mapping[str, Any], name: str) -> bool:
+    """Whether scores are multiplied, and angles are not, as llama.cpp has it for DeepSeek."""
+    return name == "deepseek2" and bool(facts.get("mscale")) and facts["mscale"] == facts.get("mscale_all_dim")
 
 
 def _longrope(facts: Mapping[str, Any]) -> tuple[dict[str, Value], Constants]:

@@ -30,7 +30,7 @@ from lowbit.stages._gguf_config import require_told
 from lowbit.stages._gguf_vocabulary import alone, tokenizer_documents
 from lowbit.stages._plain_tokenizer import CLASSES, TYPES
 from lowbit.stages._weightfile import one_line, read_json, show
-from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.checkpoint import Checkpoint, is_ahead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -146,11 +146,11 @@ class Blueprint:
 
     def resident(self) -> PreTrainedModel:
         """The model with all its weights in memory."""
-        return self._with_rounded_inputs(self._build(self.checkpoint.weights.keys())[0])
+        return self._with_rounded_inputs(self._build(self.checkpoint.weights.keys()))
 
     def with_parts(self, names: AbstractSet[str]) -> PreTrainedModel:
         """The model with these weights in memory; the others are without, and must be replaced before it runs."""
-        return self._with_rounded_inputs(self._build(names)[0])
+        return self._with_rounded_inputs(self._build(names))
 
     def taken(self) -> PreTrainedModel:
         """The model that was traced, which is not built again: its vectors are in memory, matrices are without."""
@@ -179,7 +179,7 @@ class Blueprint:
     def streamed(self) -> PreTrainedModel:
         """The model with few weights in memory: each part is filled just before it runs, and emptied after it."""
         kept = self.checkpoint.weights.keys() - {name for part in self._parts for name in part.sources}
-        model, _ = self._build(kept)
+        model = self._build(kept)
         for part in self._parts:
             self._stream(model.get_submodule(part.path), part)
         return self._with_rounded_inputs(model)
@@ -199,7 +199,7 @@ class Blueprint:
 
     def filled(self, path: str) -> nn.Module:
         """One block with its weights in memory; experts run one after the other, each by products of its own."""
-        return self._build(self.blocks[path], experts_implementation="eager")[0].get_submodule(path)
+        return self._build(self.blocks[path], experts_implementation="eager").get_submodule(path)
 
     def sources(self, path: str, aliases: bool = False) -> dict[str, frozenset[str]]:
         """For each parameter of a module, the weights of the checkpoint that it is made of.
@@ -211,8 +211,7 @@ class Blueprint:
 
     def hollow(self) -> tuple[PreTrainedModel, dict[str, frozenset[str]]]:
         """The model with its buffers and weights that take no memory; and of which weights each of these is made."""
-        model = self._build(frozenset())[0]
-        _ = self._skeleton  # it says what does not fit
+        model = self._build(frozenset())
         state = model.state_dict(keep_vars=True)
         sources = {name: found for name, tensor in state.items() if (found := _sources(tensor))}
         model.load_state_dict({name: _nothing(state[name]) for name in sources}, assign=True, strict=False)
@@ -223,7 +222,7 @@ class Blueprint:
         module.load_state_dict(empty, assign=True)
 
         def fill(*_: object) -> None:
-            filled = self._build(part.sources)[0].get_submodule(part.path)
+            filled = self._build(part.sources).get_submodule(part.path)
             module.load_state_dict(filled.state_dict(), assign=True)
             filled.load_state_dict(empty, assign=True)  # in a reference cycle it would keep them until it is collected
 
@@ -281,21 +280,9 @@ class Blueprint:
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
-        """The model without any weight, every parameter a trace.
-
-        Raises:
-            CheckpointError: weights are missing, too many, or of another shape than the configuration says.
-        """
+        """The model without any weight, every parameter a trace."""
         vectors = {name for name, weight in self.checkpoint.weights.items() if self.vectors and len(weight.shape) < 2}
-        model, problems = self._build(frozenset(), vectors)
-        for kind, names in problems.items():
-            if names:
-                shown = ", ".join(show(name) for name in names[:3])
-                raise CheckpointError(
-                    f"{self.checkpoint.path} does not fit its config.json: {len(names)} {kind}, as {shown}; "
-                    "complete the checkpoint or mend the configuration"
-                )
-        return model
+        return self._build(frozenset(), vectors)
 
     @cached_property
     def _parts(self) -> list[_Part]:
@@ -324,12 +311,13 @@ class Blueprint:
         stacks = [stack for stack in self._stacks.values() if stack.layout.turned]
         return frozenset(name for stack in stacks for names in stack.members for name in names)
 
-    def _build(
-        self, read: AbstractSet[str], kept: AbstractSet[str] = frozenset(), **settings: Any
-    ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
-        """A model that has the weights named in `read`, and traces of the others; and what did not fit, by kind.
+    def _build(self, read: AbstractSet[str], kept: AbstractSet[str] = frozenset(), **settings: Any) -> PreTrainedModel:
+        """A model that has the weights named in `read`, and traces of the others.
 
         Traces of those in `kept` have what is in them too.
+
+        Raises:
+            CheckpointError: weights are missing, too many, or of another shape than the configuration says.
         """
         names = self.checkpoint.weights
         plain = {name: _Standin(self.checkpoint, name, name in read, name in kept) for name in names}
@@ -350,10 +338,19 @@ class Blueprint:
         model, info = loaded
         found = {
             "weights are missing": info["missing_keys"],
-            "weights have no place in the model": info["unexpected_keys"],
+            "weights have no place in the model": [
+                name for name in info["unexpected_keys"] if not is_ahead(self.checkpoint.config, name)
+            ],
             "weights have another shape": [name for name, *_ in info["mismatched_keys"]],
         }
-        return model.eval(), {kind: sorted(names) for kind, names in found.items()}
+        for what, wrong in found.items():
+            if wrong:
+                raise CheckpointError(
+                    f"{self.checkpoint.path} does not fit its config.json: {len(wrong)} {what}, as "
+                    f"{', '.join(map(show, sorted(wrong)[:3]))}; complete the checkpoint or mend the configuration"
+                )
+        filled: PreTrainedModel = model.eval()
+        return filled
 
 
 def _filled_bytes(tensor: Tensor) -> int:

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 from lowbit.formats._gguf import arch_of
+from lowbit.stages._directory import GGUF
 from lowbit.stages._model import open_config
 from lowbit.stages._weightfile import WeightFile
-from lowbit.stages.checkpoint import Checkpoint, arch_rows
+from lowbit.stages.checkpoint import Checkpoint, arch_rows, is_ahead
 
 T = TypeVar("T")
 _INSIDE = re.compile(r"(language_model\.model|model\.language_model)\.|language_model\.(?=lm_head\.)")
@@ -59,11 +60,13 @@ def text_part(source: Checkpoint, form: str | None) -> Checkpoint:
 
 
 def _parameters(source: Checkpoint) -> Checkpoint:
-    """Without masks and frequencies that old checkpoints store, which no program reads."""
+    """Without masks and frequencies that old checkpoints store, which no program reads, and layers after the last."""
+    written = source.shards[0].suffix == GGUF  # its header tells of all layers
+    ahead = frozenset(name for name in source.weights if not written and is_ahead(source.config, name))
     names = [
         name
         for name in source.weights
-        if not any(re.search(row["pattern"], name) for row in arch_rows("gguf", "computed"))
+        if name not in ahead and not any(re.search(row["pattern"], name) for row in arch_rows("gguf", "computed"))
     ]
     if len(names) == len(source.weights):
         return source
@@ -73,6 +76,7 @@ def _parameters(source: Checkpoint) -> Checkpoint:
         specs={name: spec for name, spec in source.specs.items() if name in kept},
         weights={name: source.weights[name] for name in names},
         files={name: file for name, file in source.files.items() if name in kept},
+        ahead=ahead,
     )
 
 

@@ -32,6 +32,10 @@ from lowbit.tensors import QTensor
 _STUMBLES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 LEFT = "llama.cpp takes them from a file of its own (mmproj)"
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+AHEAD = (
+    "layers after the model's last, which foresee tokens further on, are not in its class, and llama.cpp does without"
+)
 # Beside NVFP4 in GGUF, for kernels that round inputs to it.
 _INPUTS = ".input_scale"
 _IGNORED = "{count} scales of inputs, as {first}, are neither used nor carried: inputs are not rounded here"
@@ -61,6 +65,7 @@ class Checkpoint:
         terms: weight to a low-rank pair `(down, up)`, whose product stands beside it (an adapter).
         trusted: whether Python code that it brings may be run.
         left: where it is a part of what lies at `path`, with a configuration of its own, the weights of the rest.
+        ahead: weights that it lacks of layers after the model's last.
     """
 
     path: Path
@@ -75,6 +80,7 @@ class Checkpoint:
     terms: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     trusted: bool = False
     left: frozenset[str] | None = None
+    ahead: frozenset[str] = frozenset()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -168,8 +174,10 @@ class Checkpoint:
 
     @property
     def left_out(self) -> str | None:
-        """What is said of the weights in `left`; None where there are none."""
-        return f"{len(self.left)} weights of what sees or hears are left out: {LEFT}" if self.left else None
+        """What is said of the weights in `left` and `ahead`; None where there are none."""
+        said = [f"{len(self.left)} weights of what sees or hears are left out: {LEFT}"] if self.left else []
+        said += [f"{len(self.ahead)} weights are left out: {AHEAD}"] if self.ahead else []
+        return "; ".join(said) or None
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
@@ -276,6 +284,13 @@ def arch_row(table: str, config: Mapping[str, Any], weight: Weight) -> dict[str,
     kind = str(config.get("model_type", ""))
     rows = (row for row in arch_rows(table) if kind in row.get("model_types", [kind]))
     return next((row for row in rows if re.search(row["pattern"], weight.name)), None)
+
+
+def is_ahead(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a weight is in a layer after the model's last, of those that `num_nextn_predict_layers` tells of."""
+    layer = _LAYER.match(name)
+    last, more = (config.get(key) for key in ("num_hidden_layers", "num_nextn_predict_layers"))
+    return layer is not None and type(last) is type(more) is int and 0 <= int(layer[1]) - last < more
 
 
 @cache

@@ -33,7 +33,7 @@ from lowbit.stages._records import (
     TermsRecord,
     Verification,
 )
-from lowbit.stages.checkpoint import LEFT, Checkpoint, open_checkpoint
+from lowbit.stages.checkpoint import AHEAD, LEFT, Checkpoint, open_checkpoint
 from lowbit.stages.plan import Entry, Plan
 from lowbit.stages.quantize import pieces_of
 from lowbit.stages.verify import Verified
@@ -169,7 +169,8 @@ def _fallbacks(output: Output) -> tuple[Count, ...]:
 
 
 def _left(source: Checkpoint) -> tuple[Count, ...]:
-    return (Count("left out", LEFT, len(source.left)),) if source.left else ()
+    counts = (Count("left out", why, len(names or ())) for why, names in ((LEFT, source.left), (AHEAD, source.ahead)))
+    return tuple(count for count in counts if count.tensors)
 
 
 def _apart(source: Checkpoint, plan: Plan) -> tuple[Count, ...]:

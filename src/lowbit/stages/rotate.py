@@ -250,7 +250,7 @@ class _Model:
         Raises:
             UnsupportedError: it cannot be run so.
         """
-        model: Any = blueprint._build(frozenset())[0]
+        model: Any = blueprint._build(frozenset())
         sources = {name: _sources(tensor) for name, tensor in model.named_parameters()}
         shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
         stored = {name: weight.shape for name, weight in blueprint.checkpoint.weights.items()}
