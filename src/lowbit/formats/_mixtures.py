@@ -122,7 +122,10 @@ def choose(
         if float_only(weight, place):
             found[weight.name] = "f32", f"{name}: stays float32"
         else:
-            wanted = _wanted(name, role, seen[role].index(place), len(seen[role]), model, weight.shape[1])
+            layer = (
+                int(place.split(".")[1]) if model.experts > 1 and role.startswith("ffn") else seen[role].index(place)
+            )
+            wanted = _wanted(name, role, layer, len(seen[role]), model, weight.shape[1])
             found[weight.name] = _fitting(name, wanted, weight.shape[1])
     return found
 
@@ -138,7 +141,7 @@ def _model(arch: Arch, config: Mapping[str, Any], stored: set[str], important: b
     shared = arch.constants.get(_KV) or _number(config, *arch.keys.get(_KV, ()))
     grouped = heads // max(shared or heads, 1)
     large = config.get("model_type") in ("llama", "mistral") and layers == 80 and grouped > 1
-    experts = _number(config, "num_local_experts", "num_experts")
+    experts = _number(config, *arch.keys.get("expert_count", ()))
     falcon = config.get("model_type") == "falcon"
     return _Model(layers, grouped, experts, large, "output.weight" in stored, important, falcon)
 
@@ -175,8 +178,8 @@ def _wanted(name: str, role: str, number: int, count: int, model: _Model, cols: 
         if model.falcon:
             return "q4_k" if name == "q3_k_l" else base
         more = {"iq3_xxs": "iq3_s", "iq3_m": "q4_k", "q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(name, base)
-        return "q5_k" if model.experts == 8 and name in _FEW else more
-    return _down(name, base, number, model) if role in ("ffn_down", "ffn_down_exps") else base
+        return more if model.experts != 8 else "q5_k" if name in _FEW else base
+    return _down(name, base, number, model) if role.startswith("ffn_down") else base
 
 
 def _two_bits(name: str, base: str, role: str, number: int, model: _Model) -> str:
@@ -185,7 +188,7 @@ def _two_bits(name: str, base: str, role: str, number: int, model: _Model) -> st
         return "q4_k" if model.grouped >= 4 or model.experts >= 4 else more
     if role == "attn_k" and model.experts == 8:
         return "q4_k"
-    if role in ("ffn_down", "ffn_down_exps"):
+    if role.startswith("ffn_down"):
         return more if number < model.layers // 8 else base
     if role != "attn_output":
         return base
