@@ -207,7 +207,7 @@ def check_bytes(out: Path) -> None:
 
 def check_back(model: Path, out: Path, folder: Path) -> None:
     """Inspected beside the original; as a float model, which is the same; refused by what holds no such blocks."""
-    found = inspect(out, model)
+    found = inspect(out, original=model)
     assert {each.name for each in found.compared or []} >= {"model.embed_tokens.rows1.weight"}
     assert not [finding for finding in found.findings if finding.level == "error"]
     with pytest.raises(UnsupportedError, match="--format onnx alone holds; convert it to float"):
