@@ -13,13 +13,10 @@ all recipes are run with each of these, as
 
 which is llama.cpp's own encoder, the fitted one on the same importance and mixture, and GPTQ in the same types.
 
-An embedding by frequency of tokens beside uniform ones (docs/planning.md) is a recipe of the kind
-"--format onnx --skip layers --policy rules.toml" beside "--format onnx --skip layers --set embed_tokens=int8-row".
-
-Printed are the bytes of all weights, the divergence KL(original || quantized) in nats per token with its 95% interval,
-the change of log perplexity, and both less those of the first recipe (of that scheme), paired by token; over seeds, the
-mean for each token. And, of the weights quantized, the output error on calibration rows that were held out over that of
-`rtn`, the geometric mean. The figures in docs/methods/ that name no other script are this one's.
+Printed are the divergence KL(original || quantized) in nats per token with its 95% interval, the change of log
+perplexity, and both less those of the first recipe (of that scheme), paired by token; over seeds, the mean for each
+token. And, of the weights quantized, the output error on calibration rows that were held out over that of `rtn`, the
+geometric mean. The figures in docs/methods/ that name no other script are this one's.
 """
 
 from __future__ import annotations
@@ -74,26 +71,24 @@ def score(original: nn.Module, windows: Windows, out: Path) -> dict[str, Values]
     return {"kl": found["kl"], "change": found["nll"] - found["reference_nll"]}
 
 
-def reported(out: Path) -> tuple[list[float], int]:
-    """Each weight's output error over that of `rtn`, nothing where no rows were held out; and bytes of all weights."""
-    rows = json.loads((out / "report.json").read_text())["rows"]
-    outcomes = [row["outcome"] for row in rows if row["outcome"]]
-    return [each["against_rtn"] for each in outcomes if each.get("against_rtn")], sum(row["after"] for row in rows)
+def held_out(out: Path) -> list[float]:
+    """Each weight's output error over that of `rtn`; nothing where no rows were held out."""
+    outcomes = [row["outcome"] for row in json.loads((out / "report.json").read_text())["rows"] if row["outcome"]]
+    return [each["against_rtn"] for each in outcomes if each.get("against_rtn")]
 
 
 def measure(
     options: argparse.Namespace, original: nn.Module, windows: Windows, recipe: str
-) -> tuple[dict[str, Values], list[float], int]:
-    """Values per token of one recipe, the mean over seeds, output errors on rows held out, and bytes."""
-    found, errors, size = [], list[float](), 0
+) -> tuple[dict[str, Values], list[float]]:
+    """Values per token of one recipe, the mean over seeds, and output errors on rows held out."""
+    found, errors = [], list[float]()
     with tempfile.TemporaryDirectory() as folder:
         for seed in options.seeds:
             quantize(options, recipe, seed, Path(folder) / "out")
             found.append(score(original, windows, Path(folder) / "out"))
-            more, size = reported(Path(folder) / "out")
-            errors += more
+            errors += held_out(Path(folder) / "out")
             shutil.rmtree(Path(folder) / "out")
-    return {name: np.mean([each[name] for each in found], axis=0) for name in found[0]}, errors, size
+    return {name: np.mean([each[name] for each in found], axis=0) for name in found[0]}, errors
 
 
 def summarise(blocks: Blocks, found: dict[str, Values], first: dict[str, Values]) -> dict[str, Score]:
@@ -137,16 +132,12 @@ def main() -> None:
     blocks, first, rows = make_blocks(windows.counts), dict[str, dict[str, Values]](), []
     given = [(scheme, f"--scheme {scheme} {recipe}") for scheme in options.schemes for recipe in options.recipes]
     for scheme, recipe in given or [("", recipe) for recipe in options.recipes]:
-        found, errors, size = measure(options, original, windows, recipe)
+        found, errors = measure(options, original, windows, recipe)
         scores = summarise(blocks, found, first.setdefault(scheme, found))
         scores |= {"held out / rtn": Score(geometric_mean(errors))} if errors else {}
-        row: dict[str, Any] = {
-            "recipe": recipe,
-            "bytes": size,
-            "scores": {name: asdict(each) for name, each in scores.items()},
-        }
+        row: dict[str, Any] = {"recipe": recipe, "scores": {name: asdict(each) for name, each in scores.items()}}
         rows.append(row)
-        print(show(f"{recipe}: {size:,} bytes", scores), file=sys.stderr if options.json else sys.stdout, flush=True)
+        print(show(recipe, scores), file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
         print(json.dumps({"seeds": options.seeds, "tokens": int(blocks.tokens), "rows": rows}, indent=2))
 

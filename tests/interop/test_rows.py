@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit.cli import group
+from lowbit.errors import FormatError, UnsupportedError
 from lowbit.inspect import inspect
 from lowbit.pipeline import run_conversion
 from lowbit.schemes import parse
@@ -231,3 +233,29 @@ def test_a_tied_embedding_in_groups_is_looked_up_and_multiplied(tmp_path: Path) 
     most = [SPECIAL, *[n for n in frequent() if n != SPECIAL]][:29]
     check(model, out, {EMBED: ["int8-g16" if n in most else "int4-g16-asym" for n in range(WORDS)]})
     assert [name for name in open_checkpoint(out).weights if "lm_head" in name] == []
+
+
+def by_hand(path: Path, places: list[int] | None, cols: tuple[int, int] = (4, 4)) -> Path:
+    """A graph of two float blocks of 2 and 3 rows, and what it says of their places."""
+    values = {f"m.rows{n}.weight": np.full((2 + n, cols[n]), n, np.float32) for n in (0, 1)}
+    stored = {**values, **({} if places is None else {"m.rows": np.array(places, np.int32)})}
+    nodes = [onnx.helper.make_node("Gather", [name, "at"], [f"{name}.out"]) for name in stored]
+    ends = [onnx.helper.make_tensor_value_info("at", 7, ["n"])]
+    graph = onnx.helper.make_graph(nodes, "rows", ends, [], [numpy_helper.from_array(v, n) for n, v in stored.items()])
+    file = path / "model.onnx"
+    (path / "data").unlink(missing_ok=True)
+    model = onnx.helper.make_model(graph)
+    onnx.save(model, str(file), save_as_external_data=True, location="data", size_threshold=0)
+    return file
+
+
+def test_places_of_rows_that_are_not_are_refused(tmp_path: Path) -> None:
+    found = open_checkpoint(by_hand(tmp_path, [2, 0, 3, 1, 4])).weights
+    assert found["m.rows0.weight"].rows == ((1, 2), (3, 4))
+    assert found["m.rows1.weight"].rows == ((0, 1), (2, 3), (4, 5))
+    assert open_checkpoint(by_hand(tmp_path, None)).weights["m.rows1.weight"].rows == ((2, 5),)
+    for wrong in ([2, 0, 3, 1, 1], [2, 0, 3, 1, 5], [2, 1, 3, 0, 4], [0, 1, 2, 3], [2, -1, 3, 1, 4]):
+        with pytest.raises(FormatError, match=r"'m\.rows' has not each row of 'm\.weight' once"):
+            open_checkpoint(by_hand(tmp_path, wrong))
+    with pytest.raises(FormatError, match="columns of different number"):
+        open_checkpoint(by_hand(tmp_path, [2, 0, 3, 1, 4], (4, 5)))

@@ -25,7 +25,7 @@ from lowbit.formats import onnx as layouts
 from lowbit.formats._linear import SCALE_TYPES
 from lowbit.schemes import Scheme, parse
 from lowbit.stages._directory import is_inside
-from lowbit.stages._rows import Runs, block_name, places, places_name, runs_of, whole_of
+from lowbit.stages._rows import Runs, block_name, places_name, runs_of, whole_of
 from lowbit.stages._weightfile import Slot, WeightFile, one_line, open_regular, show
 
 _LARGEST = 2**31 - 1  # what protobuf can hold
@@ -334,16 +334,16 @@ class _Found:
         order = _read(stored) if stored.dims == (ends[-1],) and stored.spec.dtype == torch.int32 else torch.empty(0)
         inside = [((order >= first) & (order < last)).nonzero().flatten() for first, last in pairwise(ends)]
         runs = [runs_of(rows.tolist()) for rows in inside]
-        if [len(rows) for rows in inside] != [block.shape[0] for block in blocks] or not _same(order, runs):
+        if [len(rows) for rows in inside] != [block.shape[0] for block in blocks] or not _canonical(order, inside):
             raise FormatError(
                 f"{self.path}: {show(places_name(whole))} has not each row of {show(whole)} once, in order"
             )
         return runs
 
 
-def _same(order: Tensor, runs: list[Runs]) -> bool:
-    found = places(runs)
-    return torch.equal(order, torch.arange(len(order), dtype=order.dtype) if found is None else found)
+def _canonical(order: Tensor, inside: list[Tensor]) -> bool:
+    """Whether rows of each block are in their order, and each place is there."""
+    return torch.equal(order[torch.cat(inside)], torch.arange(len(order), dtype=order.dtype))
 
 
 def _scopes(node: Any) -> str:

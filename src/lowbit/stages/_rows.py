@@ -61,7 +61,7 @@ def _number(weight: Weight) -> int:
 def runs_of(rows: Sequence[int]) -> Runs:
     """Rows, in order, as runs."""
     ends = [at for at, (one, other) in enumerate(pairwise(rows), 1) if other != one + 1]
-    return tuple((rows[a], rows[b - 1] + 1) for a, b in pairwise([0, *ends, len(rows)]))
+    return tuple((rows[a], rows[b - 1] + 1) for a, b in pairwise([0, *ends, len(rows)]) if b)
 
 
 def rows_of(runs: Runs) -> Int32[Tensor, "rows"]:
