@@ -159,12 +159,13 @@ class _Graph:
             name = maker.input[0]
         return name
 
-    def columns(self, node: Any, filled: int) -> int:
-        """Columns of the weight of a lookup, which a `Slice` cuts where the last group is filled up."""
+    def columns(self, node: Any, filled: int, size: int) -> int:
+        """Columns of the weight of a lookup, which a `Slice` cuts where the last group, of `size`, is filled up."""
         for user in self.users.get(node.output[0], ()):
-            ends = self._number(user.input[2]) if user.op_type == "Slice" and len(user.input) > 2 else None
-            if ends is not None and 0 < ends <= filled:
-                return ends
+            if user.op_type == "Slice" and len(user.input) > 3 and self._number(user.input[3]) == -1:
+                end = self._number(user.input[2])
+                if end is not None and filled - size < end < filled:
+                    return end
         return filled
 
     def _number(self, name: str) -> int | None:
@@ -408,7 +409,7 @@ def _of_lookup(graph: _Graph, node: Any, found: _Found) -> None:
     if len(scales.dims) != 2 or facts.get("gather_axis", 0) or scales.spec.dtype not in SCALE_TYPES:
         raise FormatError(f"{where} has scales {scales.spec.dtype} {list(scales.dims)}, or gathers no rows")
     scheme = parse(f"int{bits}-g{size}{'-asym' if zeros else ''}-{SCALE_TYPES[scales.spec.dtype]}")
-    cols = graph.columns(node, scales.dims[1] * size)
+    cols = graph.columns(node, scales.dims[1] * size, size)
     _add(found, _weight_name(node, codes.name), (scales.dims[0], cols), scheme, [codes, scales, zeros])
 
 
