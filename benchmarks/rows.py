@@ -1,7 +1,7 @@
 """An embedding by frequency of its tokens beside one scheme for all of it, at the same bytes.
 
     python benchmarks/rows.py --calibration FILE --text FILE [--model DIR] [--samples 128] [--sequence-length 512]
-        [--tokens 16384] [--context 256]
+        [--tokens 8192] [--context 256]
 
 The embedding alone is quantized, as `lowbit quantize --format onnx --policy rules.toml` does it, by round to nearest.
 Tokens are counted on the calibration windows. Printed are the bytes of the embedding with scales and places of rows,
@@ -26,7 +26,6 @@ from lowbit.stages._model import open_blueprint
 from lowbit.stages._rows import joined
 from lowbit.stages._windows import Windows, cut, encode, read_text
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
-from lowbit.stages.evaluate import _score
 from lowbit.stages.frequency import rank_tokens
 from lowbit.stages.plan import Rules, in_rows, make_plan
 from lowbit.stages.quantize import make
@@ -68,25 +67,36 @@ class Bench:
         return joined(values, runs) if runs else values[0], sum(map(plan.stored_bytes, entries))
 
     @torch.inference_mode()
-    def score(self, policy: str) -> tuple[Values, int]:
-        """Divergence of every token, and bytes."""
-        value, size = self.embedding(policy)
-        self.changed.get_submodule("model.embed_tokens").weight.copy_(value)  # type: ignore[operator]
-        return _score([self.original, self.changed], self.windows, 4, lambda *_: None)["kl"], size
+    def divergences(self, embeddings: list[Tensor], batch: int = 4) -> list[Values]:
+        """Divergence of every scored token with each embedding; the original runs once."""
+        place = self.changed.get_submodule("model.embed_tokens").weight
+        assert isinstance(place, Tensor)
+        found: list[list[Tensor]] = [[] for _ in embeddings]
+        for start in range(0, len(self.windows.ids), batch):
+            ids = self.windows.ids[start : start + batch]
+            at = self.windows.positions(start, start + len(ids))
+            logits = self.original(input_ids=ids, use_cache=False).logits.flatten(0, 1)[at]
+            meant = logits.log_softmax(1, dtype=torch.float64)
+            for embedding, values in zip(embeddings, found, strict=True):
+                place.copy_(embedding)
+                logits = self.changed(input_ids=ids, use_cache=False).logits.flatten(0, 1)[at]
+                made = logits.log_softmax(1, dtype=torch.float64)
+                values.append((meant.exp() * (meant - made)).sum(1))
+        return [torch.cat(values).numpy() for values in found]
 
 
 def policy(folder: Path, rules: list[tuple[str, str]]) -> str:
     """A file with a rule for each pair of tokens and scheme."""
-    said = [f'tokens = "{tokens}"\n' if tokens else "" for tokens, _ in rules]
-    text = [f'[[rule]]\nrole = "embedding"\n{s}scheme = "{r[1]}"\n' for s, r in zip(said, rules, strict=True)]
+    named = [(f'tokens = "{tokens}"\n' if tokens else "", scheme) for tokens, scheme in rules if scheme]
+    text = [f'[[rule]]\nrole = "embedding"\n{tokens}scheme = "{scheme}"\n' for tokens, scheme in named]
     (folder / "rules.toml").write_text("".join(text))
     return str(folder / "rules.toml")
 
 
 def show(name: str, size: int, score: Score, change: Score | None) -> None:
     """One line."""
-    ends = f"{score.value:.5f} [{score.low or 0:.5f}, {score.high or 0:.5f}]"
-    less = f"{change.value:+.5f} [{change.low or 0:+.5f}, {change.high or 0:+.5f}]" if change else ""
+    ends = f"{score.value:.3g} [{score.low or 0:.3g}, {score.high or 0:.3g}]"
+    less = f"{change.value:+.2g} [{change.low or 0:+.2g}, {change.high or 0:+.2g}]" if change else ""
     print(f"{name:<36} {size:>9,}  {ends}  {less}", flush=True)
 
 
@@ -98,7 +108,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="to score on")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--context", type=int, default=256)
     return parser.parse_args()
 
@@ -114,15 +124,17 @@ def main() -> None:
     blueprint = open_blueprint(source, torch.float32)
     windows = cut(text, encode([source], text, options.tokens, None), options.context, None)
     bench = Bench(source, blueprint.resident(), blueprint.resident(), windows, rank_tokens(source, ids))
-    blocks = make_blocks(windows.counts)
+    rules = [(uniform, each) for uniform, others in CASES for each in [("", uniform, ""), *others]]
     with tempfile.TemporaryDirectory() as folder:
-        for uniform, others in CASES:
-            first, size = bench.score(policy(Path(folder), [("", uniform)]))
-            show(uniform, size, blocks.mean(first), None)
-            for tokens, scheme, rest in others:
-                found, size = bench.score(policy(Path(folder), [(tokens, scheme), ("", rest)]))
-                name = f"  {tokens} {scheme}, rest {rest}"
-                show(name, size, blocks.mean(found), blocks.change(found - first))
+        made = [
+            bench.embedding(policy(Path(folder), [(tokens, scheme), ("", rest)])) for _, (tokens, scheme, rest) in rules
+        ]
+    first: dict[str, Values] = {}
+    found, blocks = bench.divergences([value for value, _ in made]), make_blocks(windows.counts)
+    for (uniform, (tokens, scheme, rest)), values, (_, size) in zip(rules, found, made, strict=True):
+        change = blocks.change(values - first[uniform]) if tokens else None
+        first.setdefault(uniform, values)
+        show(f"  {tokens} {scheme}, rest {rest}" if tokens else uniform, size, blocks.mean(values), change)
 
 
 if __name__ == "__main__":
