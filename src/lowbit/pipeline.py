@@ -27,6 +27,7 @@ from lowbit.stages._policy import read_policy
 from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._room import with_factors
+from lowbit.stages._row_views import apart_in_rows, joined_rows
 from lowbit.stages._text_part import text_part
 from lowbit.stages._windows import cut, encode
 from lowbit.stages.budgets.allocate import Budget
@@ -36,17 +37,19 @@ from lowbit.stages.budgets.sensitivity import Way
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
-from lowbit.stages.frequency import count_tokens
+from lowbit.stages.frequency import count_tokens, rank_tokens
 from lowbit.stages.plan import (
     Calibration,
     Plan,
     Rules,
     as_planned,
+    in_rows,
     load_plan,
     make_plan,
     read_format,
     read_names,
     read_recipe,
+    read_rows,
 )
 from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
@@ -136,6 +139,7 @@ def _line(
     text = spoken.text if spoken else read_text(request.text) if request.text else None
     with MemoryWatch(request.ram).running() as watch, _open(request, tell) as source:
         read, decided = read_once(source), _Heard(tell)
+        request, source = _in_rows(request, source, watch, progress, read)
         plan = _plan(_Work(request, source, watch, progress, decided, read))
         plan, samples = _with_samples(plan, read)
         source = as_planned(source, plan)
@@ -193,7 +197,9 @@ def find_plan(
         LowbitError: see `lowbit.errors`.
     """
     with MemoryWatch(request.ram).running() as watch, _open(request, tell) as source:
-        return _plan(_Work(request, source, watch, progress, tell, read_once(source)))
+        read = read_once(source)
+        request, source = _in_rows(request, source, watch, progress, read)
+        return _plan(_Work(request, source, watch, progress, tell, read))
 
 
 @final
@@ -232,8 +238,7 @@ def _plan(work: _Work) -> Plan:
 
 def _decided(work: _Work) -> Plan:
     """The plan by rules, or for the budget."""
-    request = work.request
-    rules = counted(request, work.source, work.watch, work.progress, work.read)
+    request, rules = work.request, work.request.rules
     if request.budget is None:
         return make_plan(work.source, rules)
     spoken = _spoken(work) if request.budget.quality is not None else None
@@ -256,14 +261,28 @@ def _spoken(work: _Work) -> _Spoken:
 
 
 def counted(request: Request, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress, read: Read) -> Rules:
-    """The rules, with how often experts are used, where the policy asks for it and there is text to count on."""
+    """The rules, with how often experts or tokens are used, where the policy asks for it and there is text."""
     rules, folder = request.rules, request.out.absolute().parent
-    if rules.counts is not None or rules.policy is None or rules.calibration is None:
+    if rules.policy is None or rules.calibration is None:
         return rules
-    if not read_policy(rules.policy).counts:
-        return rules
-    ids = read(rules.calibration).ids
-    return replace(rules, counts=count_tokens(source, ids, folder, request.ram, watch, progress))
+    policy = read_policy(rules.policy)
+    text = rules.calibration
+    if policy.ranks and rules.tokens is None:
+        rules = replace(rules, tokens=rank_tokens(source, read(text).ids))
+    if policy.counts and rules.counts is None:
+        counts = count_tokens(source, read(text).ids, folder, request.ram, watch, progress)
+        rules = replace(rules, counts=counts)
+    return rules
+
+
+def _in_rows(
+    request: Request, source: Checkpoint, watch: MemoryWatch, progress: quantize.Progress, read: Read
+) -> tuple[Request, Checkpoint]:
+    """The request with what its policy counts, and the checkpoint with rows that have schemes of their own apart."""
+    if request.plan:
+        return request, apart_in_rows(source, read_rows(request.plan))
+    request = replace(request, rules=counted(request, source, watch, progress, read))
+    return request, in_rows(source, request.rules)
 
 
 def _try(work: _Work, plan: Plan, spoken: _Spoken | None) -> Interval:
@@ -303,6 +322,7 @@ def run_conversion(
     refuse_foreign(out)
     with MemoryWatch(ram).running() as watch, open_checkpoint(model) as source:
         source = text_part(apart(source, goal.format), goal.format)
+        source = joined_rows(source, goal.format, goal.dtype, goal.lossy)
         folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
         for text in source.notes:
             note(text)

@@ -23,7 +23,7 @@ from lowbit.stages._frontier import Interval, Point, read_point
 from lowbit.stages._text_part import text_part
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import read_text
-from lowbit.stages.plan import Plan, Rules, make_plan
+from lowbit.stages.plan import Plan, Rules, in_rows, make_plan
 from lowbit.stages.report import RunRecord
 from lowbit.stages.sweep_report import Skipped, SweepRecord, write_sweep
 from lowbit.stages.write import write_atomic
@@ -107,7 +107,7 @@ def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tup
         open_checkpoint(base.model, base.trust_remote_code) as checkpoint,
     ):
         held = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in checkpoint.shards]
-        rules = counted(base, _view(checkpoint, base.rules), watch, progress, read_once(checkpoint))
+        rules = counted(base, _apart(checkpoint, base.rules), watch, progress, read_once(checkpoint))
         request = replace(request, base=replace(base, rules=rules))
         for name, rules in _combinations(request):
             try:
@@ -122,6 +122,11 @@ def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tup
 
 def _view(checkpoint: Checkpoint, rules: Rules) -> Checkpoint:
     """As the line takes it."""
+    return in_rows(_apart(checkpoint, rules), rules)
+
+
+def _apart(checkpoint: Checkpoint, rules: Rules) -> Checkpoint:
+    """The same, without rows apart."""
     return text_part(apart(checkpoint, rules.format, finds(rules.skip)), rules.format)
 
 

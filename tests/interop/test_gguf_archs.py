@@ -195,7 +195,19 @@ def test_logits_and_what_is_read_back(kind: str, tmp_path: Path) -> None:
 
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "ffn_hidden_size": 256, "num_hidden_layers": 16, "n_layer": 16}
-FLAT = ("gpt_neox", "falcon 7b", "falcon 40b", "bloom", "mamba", "cohere", "granitemoe", "olmo2", "glm4_moe", "deepseek_v3", "ernie4_5_moe")
+FLAT = (
+    "gpt_neox",
+    "falcon 7b",
+    "falcon 40b",
+    "bloom",
+    "mamba",
+    "cohere",
+    "granitemoe",
+    "olmo2",
+    "glm4_moe",
+    "deepseek_v3",
+    "ernie4_5_moe",
+)
 
 
 @pytest.mark.parametrize("kind", FLAT)

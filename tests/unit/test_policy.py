@@ -16,9 +16,11 @@ from lowbit.budget import MemoryWatch
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.pipeline import Request
 from lowbit.stages._policy import expert_of, presets, role_of, step
+from lowbit.stages._row_views import apart_in_rows, joined_rows
+from lowbit.stages._rows import Runs
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.frequency import count_tokens
-from lowbit.stages.plan import Calibration, Rules, make_plan
+from lowbit.stages.plan import Calibration, Plan, Rules, in_rows, load_plan, make_plan, read_rows
 from lowbit.stages.samples import read_samples
 from lowbit.sweep import SweepRequest, sweep
 from tests.reference.models import save_tiny, save_words
@@ -152,8 +154,13 @@ def test_every_preset_makes_a_plan_and_says_why(model: Checkpoint) -> None:
         ("[[rule]]\nscheme = 'int4'\nexperts = 'all'", "experts is 'all'"),
         ("[[rule]]\nscheme = 'int4'\nfrequency = 'often'", "'often' is not 'most N'"),
         ("[[rule]]\nscheme = 'int4'\nfrequency = 3", "frequency is 3"),
-        ("[[rule]]\nscheme = 'int4'\nrows = 'frequent'", "no public format holds rows"),
-        ("[[rule]]\nscheme = 'int4'\nheads = [1]", "no public format holds heads"),
+        ("[[rule]]\nscheme = 'int4'\nrole = 'embedding'\ntokens = 'often'", "tokens 'often' is not 'most N'"),
+        ("[[rule]]\nscheme = 'int4'\nrole = 'q'\ntokens = 'most 5'", "tokens are rows of embedding, head; name role"),
+        ("[[rule]]\nscheme = 'int4'\nheads = [1]", "heads are rows of q, k, v; name role"),
+        ("[[rule]]\nscheme = 'int4'\nrole = ['q', 'o']\nheads = [1]", "heads are rows of q, k, v; name role"),
+        ("[[rule]]\nscheme = 'int4'\nrole = 'q'\nheads = [true]", "heads True is not a number"),
+        ("[[rule]]\nscheme = 'int4'\nrole = 'q'\nheads = '0-4'", "heads '0-4' is not a number"),
+        ("[[rule]]\nscheme = 'int4'\nrole = 'q'\nheads = -1", "heads -1 is not a number"),
         ("[[rule]]\nscheme = 'int99'", "no scheme is called"),
     ],
 )
@@ -236,3 +243,113 @@ def test_a_model_without_experts_has_none_to_count(model: Checkpoint, tmp_path: 
     kept = {name: weight for name, weight in model.weights.items() if "experts" not in name}
     with pytest.raises(UnsupportedError, match="no experts by name"), MemoryWatch(None).running() as watch:
         count_tokens(replace(model, weights=kept), torch.ones(2, 8, dtype=torch.long), tmp_path, None, watch)
+
+
+HEADS = '[[rule]]\nrole = ["q", "k"]\nheads = %s\nscheme = "int8-g64"\n'
+TOKENS = """
+    [[rule]]
+    role = "embedding"
+    tokens = "most %s"
+    scheme = "keep"
+    [[rule]]
+    role = "embedding"
+    scheme = "int8-row"
+"""
+
+
+def ruled(model: Checkpoint, folder: Path, text: str, form: str = "onnx", **rules: Any) -> Plan:
+    (folder / "p.toml").write_text(text)
+    asked = Rules("int4-g64", format=form, policy=str(folder / "p.toml"), **rules)
+    return make_plan(in_rows(model, asked), asked)
+
+
+def attention(model: Checkpoint, rows: dict[str, int], **facts: int) -> Checkpoint:
+    """The same with other numbers of rows and heads."""
+    config = {**model.config, **facts}
+    weights = {
+        name: replace(weight, shape=(next((n for part, n in rows.items() if part in name), 64), 256))
+        for name, weight in model.weights.items()
+    }
+    return replace(model, config=config, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("heads", "blocks"),
+    [
+        ("[0, 3]", ["0-15", "16-47", "48-63"]), ("'1:'", ["0-15", "16-63"]), ("2", ["0-31", "32-47", "48-63"]),
+        ("[':2', 1]", ["0-31", "32-63"]), ("':'", []),
+    ],
+)  # fmt: skip
+def test_heads_are_runs_of_rows(model: Checkpoint, tmp_path: Path, heads: str, blocks: list[str]) -> None:
+    small = attention(model, {}, head_dim=16)
+    entries = [
+        entry for entry in ruled(small, tmp_path, HEADS % heads).entries if "0.self_attn.k_proj" in entry.weight.name
+    ]
+    said = [f"{run[0]}-{run[1] - 1}" for entry in entries for run in entry.weight.rows]
+    assert said == blocks and sum(entry.weight.shape[0] for entry in entries) == 64
+    assert all("layers.0.self_attn.k_proj.rows" in entry.weight.name for entry in entries if blocks)
+    assert {str(entry.weight.scheme)[:8] for entry in entries} == ({"int8-g64", "int4-g64"} if blocks else {"int8-g64"})
+
+
+def test_heads_that_are_not_there_and_rows_that_are_no_heads_are_one_sentence(
+    model: Checkpoint, tmp_path: Path
+) -> None:
+    small = attention(model, {}, head_dim=16)
+    for heads in ("4", "'2:5'", "'3:3'"):
+        with pytest.raises(UsageError, match=r"[qk]_proj.weight has heads 0 to 3"):
+            ruled(small, tmp_path, HEADS % heads)
+    with pytest.raises(UsageError, match=r"k_proj.weight has heads 0 to 1"):
+        ruled(attention(model, {"k_proj": 32}, head_dim=16, num_key_value_heads=2), tmp_path, HEADS % "2")
+    with pytest.raises(UsageError, match="has 60 rows, which are not 4 heads of 16"):
+        ruled(attention(model, {"q_proj": 60}, head_dim=16), tmp_path, HEADS % "0")
+    with pytest.raises(UsageError, match="does not say how many heads"):
+        ruled(attention(model, {}, num_attention_heads=0, hidden_size=0), tmp_path, HEADS % "0")
+
+
+def test_rows_in_schemes_of_their_own_are_for_onnx_and_counted_on_text(model: Checkpoint, tmp_path: Path) -> None:
+    ranks = [(n * 5) % 64 for n in range(64)]
+    with pytest.raises(UsageError, match=r"how often tokens are used.*--calibration"):
+        ruled(model, tmp_path, TOKENS % "10%")
+    with pytest.raises(UnsupportedError, match="which gptq cannot hold; use --format onnx"):
+        ruled(model, tmp_path, TOKENS % "10%", "gptq", tokens=ranks)
+    with pytest.raises(UsageError, match="has a row 50, and the model has no such token"):
+        ruled(model, tmp_path, TOKENS % "10%", tokens=ranks[:50])
+    plan = ruled(model, tmp_path, TOKENS % "10%", tokens=ranks)
+    first, second, places = [entry for entry in plan.entries if "embed_tokens" in entry.weight.name]
+    rows = sorted(range(64), key=ranks.__getitem__)[:7]
+    assert [row for a, b in first.weight.rows for row in range(a, b)] == sorted(rows)
+    assert first.weight.scheme is None and str(second.weight.scheme) == "int8-row"
+    assert second.weight.shape == (57, 256) and "most" not in second.reason and "57 rows" in second.reason
+    assert places.weight.dtype == torch.int32 and places.source_bytes == 0 and plan.stored_bytes(places) == 256
+    # what names the weight outright wins, and leaves it whole
+    whole = ruled(model, tmp_path, TOKENS % "10%", tokens=ranks, sets=[("embed_tokens", "int8-g64")])
+    assert [e.weight.shape for e in whole.entries if "embed_tokens" in e.weight.name] == [(64, 256)]
+
+
+def test_a_saved_plan_has_its_rows(model: Checkpoint, tmp_path: Path) -> None:
+    plan = ruled(model, tmp_path, TOKENS % "9", tokens=[(n * 5) % 64 for n in range(64)])
+    file = tmp_path / "plan.json"
+    file.write_text(plan.to_json())
+    view = apart_in_rows(model, read_rows(file))
+    assert load_plan(file, view) == plan
+    data = json.loads(plan.to_json())
+    row = next(row for row in data["tensors"] if row["name"].endswith("rows0.weight"))
+    for wrong, words in (([[0, 8]], "is not the weight whose rows"), ([[0, 9]], "in two blocks, or in none")):
+        row["rows"] = wrong
+        file.write_text(json.dumps(data))
+        with pytest.raises(UsageError, match=words):
+            apart_in_rows(model, read_rows(file))
+
+
+def test_blocks_are_the_rows_of_the_whole(tmp_path: Path) -> None:
+    """What a view reads, and what it is joined to again, row by row."""
+    save_tiny("llama", tmp_path)
+    source, name = open_checkpoint(tmp_path), "model.embed_tokens.weight"
+    whole = source.tensor(name)
+    runs: list[Runs] = [((3, 5), (9, 10)), ((0, 3), (5, 9)), ((10, 96),)]
+    view = apart_in_rows(source, {name: runs})
+    for number, rows in enumerate(([3, 4, 9], [0, 1, 2, 5, 6, 7, 8], range(10, 96))):
+        found = view.tensor(f"model.embed_tokens.rows{number}.weight")
+        assert all(torch.equal(found[at], whole[row]) for at, row in enumerate(rows)) and len(found) == len(rows)
+    assert view.tensor("model.embed_tokens.rows").tolist()[:11] == [3, 4, 5, 0, 1, 6, 7, 8, 9, 2, 10]
+    assert torch.equal(joined_rows(view, "float").tensor(name), whole)

@@ -45,6 +45,8 @@ class Weight:
             a key and a value; the file has all queries, then all keys, then all values. None: no such rows.
         plus: what the file has added to each element (Gemma's norms, of which transformers stores what exceeds 1).
         decays: whether the file has -exp of each element (Mamba's A, of which transformers stores the logarithm).
+        rows: runs `(first, after the last)` of rows of a larger weight that this one is (`stages/_rows.py`); none
+            where it is no block of rows.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Weight:
     grouped: tuple[int, int] | None = None
     plus: float = 0.0
     decays: bool = False
+    rows: tuple[tuple[int, int], ...] = ()
 
     @property
     def module(self) -> str:

@@ -22,6 +22,8 @@ from lowbit.inspect.provenance import convention, declared, made_by
 from lowbit.inspect.sanity import check_plain, check_quantized
 from lowbit.stages._experts import apart
 from lowbit.stages._history import methods
+from lowbit.stages._row_views import apart_in_rows
+from lowbit.stages._rows import Runs, blocks_of
 from lowbit.stages.checkpoint import Checkpoint, arch_row, open_checkpoint
 from lowbit.tensors import QTensor, scheme_bytes
 
@@ -81,6 +83,7 @@ def _beside(found: Inspection, checkpoint: Checkpoint, original: str | Path, pro
     """The inspection with every weight compared with its original."""
     with open_checkpoint(original) as opened:
         source = apart(opened, checkpoint.format, checkpoint.weights.__contains__)
+        source = apart_in_rows(source, _blocks(checkpoint, source))
         alike = [name for name in checkpoint.weights if _shape(checkpoint, name) == _shape(source, name)]
         left = [name for name in checkpoint.weights if name not in set(alike)]
         broken = {finding.tensor for finding in found.findings if finding.level == "error"}
@@ -104,6 +107,14 @@ def _beside(found: Inspection, checkpoint: Checkpoint, original: str | Path, pro
         return replace(
             found, original=str(source.path), compared=compared, changed=(changed, len(plain)), findings=findings
         )
+
+
+def _blocks(checkpoint: Checkpoint, original: Checkpoint) -> dict[str, list[Runs]]:
+    """The blocks of rows of weights that the original has whole."""
+    found = {name: [block.rows for block in blocks] for name, blocks in blocks_of(checkpoint.weights).items()}
+    rows = {name: sum(last - first for runs in blocks for first, last in runs) for name, blocks in found.items()}
+    shapes = {name: weight.shape for name, weight in original.weights.items()}
+    return {name: blocks for name, blocks in found.items() if shapes.get(name, ())[:1] == (rows[name],)}
 
 
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:

@@ -180,7 +180,8 @@ def _table(blueprint: Blueprint, name: str, threads: int) -> Table | None:
     """A weight that an embedding has alone, as rows that are looked up; None where it is none that is read so."""
     checkpoint, weight = blueprint.checkpoint, blueprint.checkpoint.weights[name]
     readers = [path for path, sources in blueprint.sources("").items() if name in sources]
-    if readers != [_EMBEDDING] or weight.swapped or name in checkpoint.terms or name in checkpoint.edits:
+    plain = not (weight.swapped or weight.rows or name in checkpoint.terms or name in checkpoint.edits)
+    if readers != [_EMBEDDING] or not plain:
         return None
     kind = type_of(weight.scheme) if weight.scheme and checkpoint.format == "gguf" else ""
     stored = checkpoint.tensor(name) if kind or not weight.scheme else None

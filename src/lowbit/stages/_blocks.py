@@ -235,9 +235,10 @@ class LiveBlock:
                 return Place(parameter, None, slice(None), False)
             if name in made_of and len(shape) == 2:
                 whole = blueprint.checkpoint.dequantized(name, tensor.dtype)
-                return next(
-                    (place for place in _candidates(parameter, tensor, shape) if _holds(place, tensor, whole)), None
-                )
+                places = _candidates(parameter, tensor, shape)
+                if weight.rows and tensor.dim() == 2:
+                    places = [Place(parameter, None, slice(*weight.rows[0]), False)]
+                return next((place for place in places if _holds(place, tensor, whole)), None)
         return None
 
     def weight(self, name: str) -> Tensor:
@@ -323,4 +324,4 @@ def _candidates(parameter: str, tensor: Tensor, shape: tuple[int, ...]) -> list[
 
 def _holds(place: Place, tensor: Tensor, weight: Tensor) -> bool:
     view = place.of(tensor)
-    return torch.equal(view[:1], weight[:1]) and torch.equal(view, weight)
+    return view.shape == weight.shape and torch.equal(view[:1], weight[:1]) and torch.equal(view, weight)

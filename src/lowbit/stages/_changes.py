@@ -60,6 +60,11 @@ class Goal:
         found: Format = _float.FORMAT if self.format == _float.NAME else plugins.load("formats", self.format)
         return found
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The float type that was asked for."""
+        return FLOATS.get(self.scheme) if self.scheme else None  # type: ignore[call-overload]
+
 
 @final
 @dataclass(frozen=True)
@@ -416,7 +421,7 @@ class Changer:
 
     def to_float(self, weight: Weight) -> Change:
         """The float type that has every value, else the model's own, and the error in that."""
-        named = FLOATS.get(self.goal.scheme) if self.goal.scheme else None  # type: ignore[call-overload]
+        named = self.goal.dtype
         if self.goal.scheme and named is None:
             raise UnsupportedError(f"--scheme {self.goal.scheme}: {_float.NAME} holds f16, bf16 or f32")
         choices = [named] if named else self.dtypes(weight)

@@ -119,13 +119,13 @@ def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = n
             found |= stored
     if not found:
         return source
-    held = {file: replace(file, slots=_spread(file.slots, found)) for file in set(source.files.values())}
-    specs = _spread(source.specs, {name: {new: slot.spec for new, slot in p.items()} for name, p in found.items()})
+    held = {file: replace(file, slots=spread(file.slots, found)) for file in set(source.files.values())}
+    specs = spread(source.specs, {name: {new: slot.spec for new, slot in p.items()} for name, p in found.items()})
     return replace(
         source,
         specs=specs,
-        weights=_spread(source.weights, made),
-        files=_spread(
+        weights=spread(source.weights, made),
+        files=spread(
             {name: held[file] for name, file in source.files.items()},
             {name: dict.fromkeys(pieces, held[source.files[name]]) for name, pieces in found.items()},
         ),
@@ -232,6 +232,6 @@ def _slot(stack: Slot, view: Tensor) -> Slot:
     return Slot(Spec(view.dtype, tuple(view.shape)), start, extent, None if view.is_contiguous() else view.stride())
 
 
-def _spread(values: Mapping[str, T], found: Mapping[str, Mapping[str, Any]]) -> dict[str, T]:
+def spread(values: Mapping[str, T], found: Mapping[str, Mapping[str, Any]]) -> dict[str, T]:
     """Values by name, with several in the place of each that was found."""
     return {new: each for name, value in values.items() for new, each in found.get(name, {name: value}).items()}

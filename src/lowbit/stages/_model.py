@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lowbit.errors import CheckpointError, LowbitError, UsageError
+from lowbit.formats import Weight
 from lowbit.stages._activations import round_inputs
 from lowbit.stages._directory import GGUF
 from lowbit.stages._experts import Stack, stacks
@@ -29,6 +30,7 @@ from lowbit.stages._gguf import read_gguf
 from lowbit.stages._gguf_config import require_told
 from lowbit.stages._gguf_vocabulary import alone, tokenizer_documents
 from lowbit.stages._plain_tokenizer import CLASSES, TYPES
+from lowbit.stages._rows import blocks_of, is_places, joined
 from lowbit.stages._weightfile import one_line, read_json, show
 from lowbit.stages.checkpoint import Checkpoint, is_ahead
 
@@ -105,6 +107,22 @@ class _StackStandin:
         """As of one weight; of all that are in it."""
         experts = ([self._standins[name].to(device, dtype) for name in names] for names in self._stack.members)
         return self._stack.layout.join(experts)
+
+
+@final
+class _RowsStandin:
+    """What it gets for a weight that the checkpoint has in blocks of rows."""
+
+    def __init__(self, blocks: Sequence[Weight], standins: Mapping[str, _Standin]) -> None:
+        self._blocks, self._standins = blocks, standins
+
+    def __getitem__(self, index: object) -> _RowsStandin:
+        return self
+
+    def to(self, device: object = None, dtype: torch.dtype | None = None) -> Tensor:
+        """As of one weight; of all blocks, in order."""
+        found = [self._standins[block.name].to(device, dtype) for block in self._blocks]
+        return joined(found, [block.rows for block in self._blocks])
 
 
 @final
@@ -319,11 +337,18 @@ class Blueprint:
         Raises:
             CheckpointError: weights are missing, too many, or of another shape than the configuration says.
         """
-        names = self.checkpoint.weights
-        plain = {name: _Standin(self.checkpoint, name, name in read, name in kept) for name in names}
+        weights = self.checkpoint.weights
+        plain = {
+            name: _Standin(self.checkpoint, name, name in read, name in kept)
+            for name, weight in weights.items()
+            if not is_places(weight)
+        }
         inside = {name for stack in self._stacks.values() for names in stack.members for name in names}
-        stacked = {name: _StackStandin(stack, plain) for name, stack in self._stacks.items()}
-        standins = {name: standin for name, standin in plain.items() if name not in inside} | stacked
+        standins: dict[str, _Standin | _StackStandin | _RowsStandin] = {
+            name: standin for name, standin in plain.items() if name not in inside and not weights[name].rows
+        }
+        standins |= {name: _StackStandin(stack, plain) for name, stack in self._stacks.items()}
+        standins |= {name: _RowsStandin(blocks, plain) for name, blocks in blocks_of(weights).items()}
         # The threads of `from_pretrained` know nothing of inference mode, and tensors of both modes do not go together.
         normal = torch.inference_mode(False)
         with (

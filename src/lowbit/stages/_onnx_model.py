@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, count, pairwise, takewhile
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, final
@@ -24,6 +25,7 @@ from lowbit.formats import onnx as layouts
 from lowbit.formats._linear import SCALE_TYPES
 from lowbit.schemes import Scheme, parse
 from lowbit.stages._directory import is_inside
+from lowbit.stages._rows import Runs, block_name, places_name, runs_of, whole_of
 from lowbit.stages._weightfile import Slot, WeightFile, one_line, open_regular, show
 
 _LARGEST = 2**31 - 1  # what protobuf can hold
@@ -39,7 +41,7 @@ _SIGNED = (3, 22)
 _ANONYMOUS = re.compile(r"val_\d+|onnx::\w+|t_?\d*|\w*[Cc]onstant\w*|_?to_copy(_\d+)?")
 _SUFFIX = re.compile(r"(_Q\d+|_quantized|_DQ_Q\d+|\.qweight|_q4)$")
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_CASTS = ("Cast", "Identity")
+_CASTS = ("Cast", "Identity", "Reshape")
 
 
 @final
@@ -75,6 +77,8 @@ def open_onnx(path: Path) -> OnnxModel:
             _of_dequantize(graph, node, found)
         elif node.op_type == "MatMulInteger":
             _of_matmul_integer(graph, node, found)
+        elif node.op_type == "GatherBlockQuantized":
+            _of_lookup(graph, node, found)
     for name in [name for name in graph.stored if name not in found.taken]:
         _of_float(graph, name, found)
     return found.model()
@@ -137,12 +141,45 @@ class _Graph:
 
     def source(self, name: str) -> _Stored | None:
         """The initializer that a value is, through casts."""
+        return self.stored.get(self._before(name, _CASTS))
+
+    def looked_up(self, name: str) -> _Stored | None:
+        """The initializer of which a value is rows that were looked up."""
+        maker = self.makers.get(self._before(name, (*_CASTS, "Unsqueeze")))
+        if maker is None or maker.op_type != "Gather" or not maker.input or _attributes(maker).get("axis", 0):
+            return None
+        return self.source(maker.input[0])
+
+    def _before(self, name: str, kinds: tuple[str, ...]) -> str:
+        """The value that one was before operators of these kinds."""
         for _ in range(4):
             maker = self.makers.get(name)
-            if maker is None or maker.op_type not in _CASTS or not maker.input:
+            if maker is None or maker.op_type not in kinds or not maker.input:
                 break
             name = maker.input[0]
-        return self.stored.get(name)
+        return name
+
+    def columns(self, node: Any, filled: int, size: int) -> int:
+        """Columns of the weight of a lookup, which a `Slice` cuts where the last group, of `size`, is filled up."""
+        for user in self.users.get(node.output[0], ()):
+            if user.op_type == "Slice" and len(user.input) > 3 and self._number(user.input[3]) == -1:
+                end = self._number(user.input[2])
+                if end is not None and filled - size < end < filled:
+                    return end
+        return filled
+
+    def _number(self, name: str) -> int | None:
+        """A constant of the graph that is one number."""
+        from onnx import numpy_helper
+
+        maker, stored = self.makers.get(name), self.stored.get(name)
+        if stored is not None and stored.value is not None and stored.value.numel() == 1:
+            return int(stored.value)
+        if maker is None or maker.op_type != "Constant":
+            return None
+        values = [each.t for each in maker.attribute if each.name == "value"]
+        array = numpy_helper.to_array(values[0]) if values else None
+        return int(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
 
     def wanted(self, node: Any, index: int, what: str) -> _Stored:
         """The initializer that an input of a node is.
@@ -270,7 +307,44 @@ class _Found:
                 )
         made = {file: WeightFile(file, sizes[file], table, values=values[file]) for file, table in slots.items()}
         files = {name: made[stored.file] for name, (stored, _, _) in self._parts.items()}
-        return OnnxModel(files, self.weights, self.edits)
+        return OnnxModel(files, self.weights | self._blocks(), self.edits)
+
+    def _blocks(self) -> dict[str, Weight]:
+        """Weights that are blocks of rows of one, with the rows that they are.
+
+        Raises:
+            FormatError: blocks, or places of rows, that make no whole.
+        """
+        found: dict[str, Weight] = {}
+        for whole in {whole for name in self.weights if (whole := whole_of(name))}:
+            numbered = (self.weights.get(block_name(whole, number)) for number in count())
+            blocks = [block for block in takewhile(lambda block: block is not None, numbered) if block]
+            if len(blocks) > 1:
+                runs = self._runs(whole, blocks)
+                found |= {block.name: replace(block, rows=rows) for block, rows in zip(blocks, runs, strict=True)}
+        return found
+
+    def _runs(self, whole: str, blocks: list[Weight]) -> list[Runs]:
+        """The rows of each block: those that are next, or those that the places of rows tell."""
+        ends = [0, *accumulate(block.shape[0] for block in blocks)]
+        stored, *_ = self._parts.get(places_name(whole), (None,))
+        if len({block.shape[1:] for block in blocks}) > 1:
+            raise FormatError(f"{self.path}: blocks of {show(whole)} have columns of different number")
+        if stored is None:
+            return [((first, last),) for first, last in pairwise(ends)]
+        order = _read(stored) if stored.dims == (ends[-1],) and stored.spec.dtype == torch.int32 else torch.empty(0)
+        inside = [((order >= first) & (order < last)).nonzero().flatten() for first, last in pairwise(ends)]
+        runs = [runs_of(rows.tolist()) for rows in inside]
+        if [len(rows) for rows in inside] != [block.shape[0] for block in blocks] or not _canonical(order, inside):
+            raise FormatError(
+                f"{self.path}: {show(places_name(whole))} has not each row of {show(whole)} once, in order"
+            )
+        return runs
+
+
+def _canonical(order: Tensor, inside: list[Tensor]) -> bool:
+    """Whether rows of each block are in their order, and each place is there."""
+    return torch.equal(order[torch.cat(inside)], torch.arange(len(order), dtype=order.dtype))
 
 
 def _scopes(node: Any) -> str:
@@ -324,6 +398,34 @@ def _of_matmul_nbits(graph: _Graph, node: Any, found: _Found) -> None:
     _add(found, name, shape, parse(f"int{bits}-g{size}{kind}-{SCALE_TYPES[scales.spec.dtype]}"), [codes, scales, zeros])
 
 
+def _of_lookup(graph: _Graph, node: Any, found: _Found) -> None:
+    """The weight of a `GatherBlockQuantized` of bytes, whose codes are those of `MatMulNBits`."""
+    codes, scales = graph.wanted(node, 0, "codes"), graph.wanted(node, 2, "scales")
+    zeros = graph.wanted(node, 3, "zero points") if len(node.input) > 3 and node.input[3] else None
+    facts, where = _attributes(node), f"{graph.path}: {_named(node)}"
+    bits, size, across = facts.get("bits", 4), facts.get("block_size", 128), facts.get("quantize_axis", 1)
+    if codes.kind != 2 or bits not in layouts.BITS or not 16 <= size <= 2**30 or size & (size - 1) or across != 1:
+        raise FormatError(f"{where} of {bits} bits, block_size {size}, codes of {codes.spec.dtype} is not read")
+    if len(scales.dims) != 2 or facts.get("gather_axis", 0) or scales.spec.dtype not in SCALE_TYPES:
+        raise FormatError(f"{where} has scales {scales.spec.dtype} {list(scales.dims)}, or gathers no rows")
+    scheme = parse(f"int{bits}-g{size}{'-asym' if zeros else ''}-{SCALE_TYPES[scales.spec.dtype]}")
+    cols = graph.columns(node, scales.dims[1] * size, size)
+    _add(found, _weight_name(node, codes.name), (scales.dims[0], cols), scheme, [codes, scales, zeros])
+
+
+def _of_rows_looked_up(graph: _Graph, node: Any, found: _Found, codes: _Stored) -> None:
+    """An int8 matrix whose rows are dequantized after they are looked up, with a scale of the row, or of all."""
+    several = graph.looked_up(node.input[1])
+    scales = several or graph.source(node.input[1])
+    zero = node.input[2] if len(node.input) > 2 and node.input[2] else None
+    zeros = (graph.looked_up(zero) or graph.source(zero)) if zero else None
+    alike = zeros is None or zeros.dims == (scales.dims if scales else None)
+    fits = scales is not None and len(codes.dims) == 2 and prod(scales.dims) == (codes.dims[0] if several else 1)
+    if scales is None or not fits or not alike or (zero and zeros is None):
+        raise FormatError(f"{graph.path}: {_named(node)} of rows that are looked up has no scale of each, or of all")
+    _of_rows(graph, node, found, codes, scales, zeros, False, 0)
+
+
 def _add(found: _Found, name: str, shape: tuple[int, int], scheme: Scheme, parts: list[_Stored | None]) -> None:
     stored = [part for part in parts if part is not None]
     weight = Weight(name, shape, stored[1].spec.dtype, scheme)
@@ -334,6 +436,9 @@ def _add(found: _Found, name: str, shape: tuple[int, int], scheme: Scheme, parts
 def _of_dequantize(graph: _Graph, node: Any, found: _Found) -> None:
     """The matrix of a `DequantizeLinear`; what it does to anything else is no weight's."""
     codes = graph.source(node.input[0]) if node.input else None
+    if codes is None and node.input and (codes := graph.looked_up(node.input[0])) is not None:
+        _of_rows_looked_up(graph, node, found, codes)
+        return
     if codes is None or len(codes.dims) != 2:
         return
     facts, scales = _attributes(node), graph.wanted(node, 1, "scales")

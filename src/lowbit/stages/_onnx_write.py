@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING, Any, final
 
@@ -20,7 +21,9 @@ from lowbit import __version__
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.formats import Spec, Weight
 from lowbit.formats.onnx import by_row
+from lowbit.schemes import Scheme
 from lowbit.stages._model import Blueprint, open_blueprint, silent_transformers
+from lowbit.stages._rows import blocks_of, places_name, whole_of
 from lowbit.stages._shard import Shard
 from lowbit.stages._weightfile import WeightFile, one_line
 from lowbit.stages.checkpoint import Checkpoint
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 FILE = "model.onnx"
 OPSET = 21  # the first that has blocks in DequantizeLinear and 4-bit types; IR version 10
 _MICROSOFT = "com.microsoft"
+_INT32 = 6  # of TensorProto.DataType
 _SKIP = "leave it as it is (--skip)"
 
 
@@ -66,7 +70,7 @@ def onnx_shard(plan: Plan, checkpoint: Checkpoint, shards: Sequence[Shard]) -> S
     blueprint = open_blueprint(checkpoint, torch.float32)
     model, sources = blueprint.hollow()
     entries = {entry.weight.name: entry for entry in plan.entries}
-    inside = {f"model.{name}": _entry(name, found, entries) for name, found in sources.items()}
+    inside = {f"model.{name}": _entries(name, found, entries) for name, found in sources.items()}
     made = _export(blueprint, model)
     # As inputs they are unknown to the optimizer, which would compute with them.
     parameters = [made.graph.initializers.pop(name) for name in list(made.graph.initializers) if name in inside]
@@ -83,15 +87,18 @@ def onnx_shard(plan: Plan, checkpoint: Checkpoint, shards: Sequence[Shard]) -> S
     return Shard(FILE, {}, header, len(header), lambda path: WeightFile(path, len(header), {}))
 
 
-def _entry(parameter: str, sources: frozenset[str], entries: Mapping[str, Entry]) -> Entry:
-    """The one stored weight that is a parameter."""
+def _entries(parameter: str, sources: frozenset[str], entries: Mapping[str, Entry]) -> list[Entry]:
+    """The stored weight that is a parameter, or the blocks of its rows."""
+    found = [entries[name] for name in sources]
+    blocks = blocks_of({entry.weight.name: entry.weight for entry in found})
+    if len(blocks) == 1 and all(entry.weight.rows for entry in found):
+        return [entries[block.name] for block in next(iter(blocks.values()))]
     if len(sources) != 1:
         raise UnsupportedError(
             f"the model merges {len(sources)} weights of the checkpoint into {parameter}; there is no ONNX graph for "
             "stacked experts here, use another --format"
         )
-    entry = entries[next(iter(sources))]
-    return entries[entry.tied] if entry.tied else entry
+    return [entries[entry.tied] if entry.tied else entry for entry in found]
 
 
 def _export(blueprint: Blueprint, model: nn.Module) -> ir.Model:
@@ -139,6 +146,16 @@ def _plain(model: ir.Model) -> None:
             value.metadata_props.clear()
 
 
+def _axis(node: ir.Node) -> int:
+    found = node.attributes.get("axis")
+    return int(found.value) if found else 0
+
+
+def _scheme(weight: Weight) -> Scheme:
+    assert weight.scheme is not None
+    return weight.scheme
+
+
 @final
 class _Builder:
     """Puts stored weights into a graph in the place of parameters."""
@@ -149,14 +166,19 @@ class _Builder:
         self._floats: dict[str, ir.Value] = {}
         self._first: ir.Node = model.graph[0]
 
-    def put(self, parameter: ir.Value, entry: Entry) -> None:
-        """Let what uses a parameter use the stored weight."""
-        weight = entry.weight
-        if weight.scheme is not None and not by_row(weight.scheme):
-            for node in [node for node, _ in parameter.uses()]:
-                self._product(node, parameter, weight)
-        else:
-            parameter.replace_all_uses_with(self._whole(weight))
+    def put(self, parameter: ir.Value, entries: Sequence[Entry]) -> None:
+        """Let what uses a parameter use the stored weight, or its blocks of rows."""
+        weights = [entry.weight for entry in entries]
+        if len(weights) == 1 and weights[0].scheme is None:
+            parameter.replace_all_uses_with(self._float(weights[0].name))
+            return
+        for node in [node for node, _ in parameter.uses()]:
+            if node.op_type == "Gather" and node.inputs[0] is parameter and not _axis(node):
+                self._lookup(node, weights)
+            elif len(weights) > 1 or not by_row(_scheme(weights[0])):
+                self._product(node, parameter, weights)
+        if len(weights) == 1 and by_row(_scheme(weights[0])):
+            parameter.replace_all_uses_with(self._whole(weights[0]))
 
     def _whole(self, weight: Weight) -> ir.Value:
         """A weight as the model has it, in float32."""
@@ -170,38 +192,138 @@ class _Builder:
             self._floats[weight.name] = self._node("Transpose", [found], {"perm": [1, 0]}) if weight.swapped else found
         return self._floats[weight.name]
 
-    def _product(self, node: ir.Node, parameter: ir.Value, weight: Weight) -> None:
-        """Put `MatMulNBits` in the place of each product with a weight that is in groups."""
-        if node.op_type == "Transpose" and not weight.swapped:
+    def _product(self, node: ir.Node, parameter: ir.Value, weights: Sequence[Weight]) -> None:
+        """Put `MatMulNBits` in the place of each product with a weight that is in groups, or in blocks of rows."""
+        swapped = weights[0].swapped
+        if node.op_type == "Transpose" and not swapped:
             for product in [user for user, _ in node.outputs[0].uses()]:
-                self._replace(product, node.outputs[0], weight, False)
+                self._replace(product, node.outputs[0], weights, False)
             self._graph.remove(node, safe=True)
         else:
-            self._replace(node, parameter, weight, not weight.swapped)
+            self._replace(node, parameter, weights, not swapped)
 
-    def _replace(self, node: ir.Node, matrix: ir.Value, weight: Weight, turned: bool) -> None:
+    def _replace(self, node: ir.Node, matrix: ir.Value, weights: Sequence[Weight], turned: bool) -> None:
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0 and not attributes.get("transA", 0)
         fits = node.op_type == "MatMul" or (node.op_type == "Gemm" and plain)
         if not fits or list(node.inputs)[1] is not matrix or bool(attributes.get("transB", 0)) != turned:
             raise UnsupportedError(
-                f"{weight.name} has its use in {node.op_type}, and MatMulNBits is for products alone; {_SKIP}"
+                f"{weights[0].name} has its use in {node.op_type}, and MatMulNBits is for products alone; {_SKIP}"
             )
-        found = self._matmul_nbits(node, weight)
+        found = self._in_order([self._multiplied(node, weight) for weight in weights], weights, node)
         for bias in [value for value in node.inputs[2:] if value is not None]:
             found = self._node("Add", [found, bias], {}, before=node)
+        self._exchange(node, found)
+
+    def _exchange(self, node: ir.Node, found: ir.Value) -> None:
+        """Let what uses the result of a node use this, and drop the node."""
         found.shape, found.type = node.outputs[0].shape, node.outputs[0].type
         node.outputs[0].replace_all_uses_with(found, replace_graph_outputs=True)
         self._graph.remove(node, safe=True)
 
-    def _matmul_nbits(self, node: ir.Node, weight: Weight) -> ir.Value:
-        scheme, layout = weight.scheme, self._plan.rules.layout(weight)
-        assert scheme is not None and node.inputs[0] is not None
-        pieces = [self._float(n) if s.dtype.is_floating_point else self._value(n) for n, s in layout.items()]
+    def _in_order(self, products: Sequence[ir.Value], weights: Sequence[Weight], node: ir.Node) -> ir.Value:
+        """Outputs of the blocks of a weight as those of the whole."""
+        if len(products) == 1:
+            return products[0]
+        found = self._node("Concat", products, {"axis": -1}, before=node)
+        order = self._places_of(weights)
+        return found if order is None else self._node("Gather", [found, order], {"axis": -1}, before=node)
+
+    def _multiplied(self, node: ir.Node, weight: Weight) -> ir.Value:
+        """The product of the inputs of a node with a weight, or a block."""
+        scheme, rows = weight.scheme, node.inputs[0]
+        assert rows is not None
+        if scheme is None or by_row(scheme):
+            matrix = self._node("Transpose", [self._whole(weight)], {"perm": [1, 0]})
+            return self._node("MatMul", [rows, matrix], {}, before=node)
+        pieces = [self._float(n) if s.dtype.is_floating_point else self._value(n) for n, s in self._layout(weight)]
         facts = {
             "K": weight.shape[1], "N": weight.shape[0], "bits": scheme.grid.bits, "block_size": scheme.block.cols
         }  # fmt: skip
-        return self._node("MatMulNBits", [node.inputs[0], *pieces], facts, before=node, domain=_MICROSOFT)
+        return self._node("MatMulNBits", [rows, *pieces], facts, before=node, domain=_MICROSOFT)
+
+    def _lookup(self, node: ir.Node, weights: Sequence[Weight]) -> None:
+        """Rows that are looked up, each dequantized after that, in its block where there are several."""
+        at, order, start = node.inputs[1], self._places_of(weights), 0
+        assert at is not None
+        if len(weights) == 1:
+            self._exchange(node, self._rows(node, weights[0], at))
+            return
+        if order is None:
+            at = self._node("Cast", [at], {"to": _INT32}, before=node)
+        else:
+            at = self._node("Gather", [order, at], {}, before=node)
+        found, last = None, self._node("Unsqueeze", [at, self._constant([-1], torch.int64)], {}, before=node)
+        for weight in weights:
+            first, count = self._constant(start, torch.int32), weight.shape[0]
+            inside = self._node("Sub", [at, first], {}, before=node)
+            bounds = [self._constant(end, torch.int32) for end in (0, count - 1)]
+            rows = self._rows(node, weight, self._node("Clip", [inside, *bounds], {}, before=node))
+            if found is not None:
+                beyond = self._node("GreaterOrEqual", [last, first], {}, before=node)
+                rows = self._node("Where", [beyond, rows, found], {}, before=node)
+            found, start = rows, start + count
+        assert found is not None
+        self._exchange(node, found)
+
+    def _rows(self, node: ir.Node, weight: Weight, at: ir.Value) -> ir.Value:
+        """Rows of a weight, or of a block, in float32."""
+        import onnx_ir as ir
+
+        scheme = weight.scheme
+        if scheme is None:
+            found = self._node("Gather", [self._value(weight.name), at], {}, before=node)
+            kept = weight.dtype != torch.float32
+            return self._node("Cast", [found], {"to": int(ir.DataType.FLOAT)}, before=node) if kept else found
+        if not by_row(scheme):
+            return self._rows_in_groups(node, weight, at)
+        codes, *others = [
+            self._float(n) if s.dtype.is_floating_point else self._value(n) for n, s in self._layout(weight)
+        ]
+        codes = self._node("Gather", [codes, at], {}, before=node)
+        if not scheme.block.rows:
+            return self._node("DequantizeLinear", [codes, *others], {}, before=node)
+        minus = self._constant([-1], torch.int64)
+        each = [self._node("Gather", [other, at], {}, before=node) for other in others]
+        each = [self._node("Unsqueeze", [other, minus], {}, before=node) for other in each]
+        facts = {"axis": -1, "block_size": weight.shape[1]}
+        return self._node("DequantizeLinear", [codes, *each], facts, before=node)
+
+    def _rows_in_groups(self, node: ir.Node, weight: Weight, at: ir.Value) -> ir.Value:
+        """Rows of what `MatMulNBits` multiplies with, without what fills the last group."""
+        scheme, (rows, cols) = _scheme(weight), weight.shape
+        if scheme.zero == "float":
+            raise UnsupportedError(
+                f"{weight.name} has its use in Gather, and GatherBlockQuantized has no float zero points; use "
+                f"{replace(scheme, zero='int')}"
+            )
+        (name, _), *others = self._layout(weight)
+        flat = self._constant([rows, -1], torch.int64)
+        codes = self._node("Reshape", [self._value(name), flat], {})
+        pieces = [self._float(n) if s.dtype.is_floating_point else self._value(n) for n, s in others]
+        facts = {"bits": scheme.grid.bits, "block_size": scheme.block.cols, "gather_axis": 0, "quantize_axis": 1}
+        inputs = [codes, at, *pieces]
+        found = self._node("GatherBlockQuantized", inputs, facts, before=node, domain=_MICROSOFT)
+        if cols % scheme.block.cols:
+            ends = [self._constant([end], torch.int64) for end in (0, cols, -1)]
+            found = self._node("Slice", [found, *ends], {}, before=node)
+        return found
+
+    def _places_of(self, blocks: Sequence[Weight]) -> ir.Value | None:
+        """The place of each row of a whole among those of its blocks; None where they are in order."""
+        name = places_name(whole_of(blocks[0].name) or "")
+        return self._value(name) if name in self._places else None
+
+    def _layout(self, weight: Weight) -> list[tuple[str, Spec]]:
+        return list(self._plan.rules.layout(weight).items())
+
+    def _constant(self, value: int | list[int], dtype: torch.dtype) -> ir.Value:
+        """A number, or a list of these, in the graph."""
+        import onnx_ir as ir
+
+        node = ir.node("Constant", [], {"value": ir.Tensor(torch.tensor(value, dtype=dtype).numpy())})
+        self._graph.insert_before(self._first, node)
+        return node.outputs[0]
 
     def _float(self, name: str) -> ir.Value:
         """A stored tensor in float32."""

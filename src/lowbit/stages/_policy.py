@@ -1,15 +1,16 @@
 """Policies: rules that give weights a scheme by what they do and where they stand; presets: `arch/policies.toml`.
 
-A rule says which weights it is for (role, name, blocks, experts and how often these are used, format) and which scheme
-they get: one by its name, or a step above or below the run's scheme on a ladder. The first rule that is met counts.
+A rule says which weights it is for (role, name, blocks, experts and how often these are used, format), or which rows of
+them (tokens by how often they are used, heads), and which scheme they get: one by its name, or a step above or below
+the run's scheme on a ladder. The first rule that is met counts.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from math import ceil
@@ -18,6 +19,7 @@ from typing import Any, final
 
 from lowbit.errors import UsageError
 from lowbit.formats import Weight
+from lowbit.stages._rows import Runs, runs_of, whole_of
 from lowbit.stages.checkpoint import arch_row, arch_rows
 
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -26,11 +28,8 @@ _NUMBERED = re.compile(r"^(.*\.experts?)\.(\d+)\.")
 _MOST = re.compile(r"(most|least) (\d+(?:\.\d+)?)(%?)")
 _ENDS = re.compile(r"(first|last) (\d+(?:\.\d+)?)(%?)")
 _STEPS = {"lower": -1, "higher": 1}
-_UNHELD = {
-    "rows": "no public format holds rows of one tensor in different schemes, as an embedding by frequency of its "
-    "tokens; name one scheme for all of it",
-    "heads": "no public format holds heads of one tensor in different schemes; name one scheme for q, k, v or o",
-}
+_RANGE = re.compile(r"(\d*):(\d*)")
+_BY_TOKENS, _BY_HEADS = ("embedding", "head"), ("q", "k", "v")
 
 
 @final
@@ -46,6 +45,13 @@ class Rule:
     experts: bool | None = None
     frequency: str = ""
     formats: tuple[str, ...] = ()
+    tokens: str = ""
+    heads: tuple[str | int, ...] = ()
+
+    @property
+    def rows(self) -> bool:
+        """Whether it is for some rows of a weight."""
+        return bool(self.tokens or self.heads)
 
     @property
     def special(self) -> bool:
@@ -65,6 +71,11 @@ class Policy:
     def counts(self) -> bool:
         """Whether it asks how often experts are used."""
         return any(rule.frequency for rule in self.rules)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it asks how often tokens are used."""
+        return any(rule.tokens for rule in self.rules)
 
 
 def presets() -> Mapping[str, str]:
@@ -104,13 +115,12 @@ def _rules(data: Mapping[str, Any], where: str) -> tuple[Rule, ...]:
 
 def _rule(row: Mapping[str, Any], where: str) -> Rule:
     """One rule, every key and value checked."""
-    for key in _UNHELD.keys() & row.keys():
-        raise UsageError(f"{where}: {_UNHELD[key]}")
     known = [field.name for field in fields(Rule)]
     for key in row.keys() - set(known):
         raise UsageError(f"{where}: there is no {key!r}; a rule has {', '.join(known)}")
-    lists = {key: _listed(row[key]) for key in ("role", "formats", "blocks") if key in row}
-    for key, kind in (("scheme", str), ("reason", str), ("pattern", str), ("frequency", str), ("experts", bool)):
+    lists = {key: _listed(row[key]) for key in ("role", "formats", "blocks", "heads") if key in row}
+    texts = ("scheme", "reason", "pattern", "frequency", "tokens")
+    for key, kind in [*((text, str) for text in texts), ("experts", bool)]:
         if not isinstance(row.get(key, kind()), kind):
             raise UsageError(f"{where}: {key} is {row[key]!r}")
     if not row.get("scheme"):
@@ -132,12 +142,24 @@ def _check(rule: Rule, where: str) -> None:
     for place in rule.blocks:
         if isinstance(place, bool) or not (isinstance(place, int) or _ENDS.fullmatch(str(place))):
             raise UsageError(f"{where}: blocks {place!r} is not a number, 'first N', 'last N' or 'first N%'")
-    if rule.frequency and not _MOST.fullmatch(rule.frequency):
-        raise UsageError(f"{where}: frequency {rule.frequency!r} is not 'most N', 'most N%', 'least N' or 'least N%'")
+    for key, often in (("frequency", rule.frequency), ("tokens", rule.tokens)):
+        if often and not _MOST.fullmatch(often):
+            raise UsageError(f"{where}: {key} {often!r} is not 'most N', 'most N%', 'least N' or 'least N%'")
+    _check_rows(rule, where)
     try:
         re.compile(rule.pattern)
     except re.error as error:
         raise UsageError(f"{where}: {rule.pattern!r} is not a regular expression: {error}") from None
+
+
+def _check_rows(rule: Rule, where: str) -> None:
+    for key, said, roles in (("tokens", rule.tokens, _BY_TOKENS), ("heads", rule.heads, _BY_HEADS)):
+        if said and not (rule.role and set(rule.role) <= set(roles)):
+            raise UsageError(f"{where}: {key} are rows of {', '.join(roles)}; name role as one of these")
+    for head in rule.heads:
+        number = isinstance(head, int) and not isinstance(head, bool) and head >= 0
+        if not number and not _RANGE.fullmatch(str(head)):
+            raise UsageError(f"{where}: heads {head!r} is not a number, a list of numbers or a range as '0:4'")
 
 
 def role_of(name: str) -> str | None:
@@ -174,37 +196,97 @@ def assign(
     base: str,
     form: str,
     counts: Mapping[str, int] | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> dict[str, tuple[str, str]]:
-    """Scheme name (or `keep`) and reason of every weight that a rule is for.
+    """Scheme name (or `keep`) and reason of every weight, or block of rows, that a rule is for.
 
     Args:
         config: of the model, `config.json`.
         base: the run's scheme.
         form: the output format.
         counts: tokens that each expert's weight multiplied (`frequency.py`), where the policy asks for it.
+        tokens: rank of each token (`frequency.py`), where the policy asks for it.
 
     Raises:
-        UsageError: a step that the run's scheme has not; a policy that asks how often experts are used, without counts.
+        UsageError: a step that the run's scheme has not; a policy that asks how often experts or tokens are used,
+            without what was counted; heads that a weight does not have.
     """
-    if policy.counts and counts is None:
-        raise UsageError(
-            f"policy {policy.name} asks how often experts are used; that is counted on text: name it with --calibration"
-        )
-    found, many, ranks = {}, list(weights), _ranks(counts or {})
-    count = 1 + max((block for weight in many if (block := _block(weight.name)) is not None), default=-1)
-    for weight in many:
-        if len(weight.shape) != 2:
-            continue
-        kept = arch_row("keep", config, weight) is not None
-        rule = next(
-            (rule for rule in policy.rules if (rule.special or not kept) and _met(rule, weight, count, form, ranks)),
-            None,
-        )
+    found = {}
+    for weight, rules in _met_by(policy, weights, config, form, counts, tokens):
+        row = weight.rows[0][0] if weight.rows else 0
+        rule = next((rule for rule in rules if _of_row(rule, weight, row, config, tokens)), None)
         if rule:
             used = f" for experts used {rule.frequency}" if rule.frequency else ""
+            used = f" for tokens used {rule.tokens}" if rule.tokens else used
+            used = f" for heads {', '.join(map(str, rule.heads))}" if rule.heads else used
             reason = f"policy {policy.name}: {rule.reason or rule.scheme + used}"
             found[weight.name] = step(base, rule.scheme, policy.name), reason
     return found
+
+
+def in_blocks(
+    policy: Policy,
+    weights: Iterable[Weight],
+    config: Mapping[str, Any],
+    form: str,
+    tokens: Sequence[int] | None,
+    counts: Mapping[str, int] | None = None,
+) -> dict[str, list[Runs]]:
+    """The rows of each weight of which some meet other rules than others, in blocks that meet the same.
+
+    Tokens of a rule are one block; heads, which calibration sees where they lie, one for each run. Takes and raises
+    what `assign` does.
+    """
+    found = {}
+    for weight, rules in _met_by(policy, weights, config, form, counts, tokens):
+        if not any(rule.rows for rule in rules):
+            continue
+        at = range(weight.shape[0])
+        first = [next((n for n, r in enumerate(rules) if _of_row(r, weight, row, config, tokens)), -1) for row in at]
+        groups = {rule: [row for row in at if first[row] == rule] for rule in dict.fromkeys([*range(len(rules)), -1])}
+        blocks = [runs_of(rows) for rows in groups.values() if rows]
+        if not any(rule.tokens for rule in rules):
+            blocks = sorted((run,) for runs in blocks for run in runs)
+        if len(blocks) > 1:
+            found[weight.name] = blocks
+    return found
+
+
+def _met_by(
+    policy: Policy,
+    weights: Iterable[Weight],
+    config: Mapping[str, Any],
+    form: str,
+    counts: Mapping[str, int] | None,
+    tokens: Sequence[int] | None,
+) -> Iterator[tuple[Weight, list[Rule]]]:
+    """Matrices with the rules that are for them, or for some of their rows, up to the first that is for all of it."""
+    for what, asked, known in (("experts", policy.counts, counts), ("tokens", policy.ranks, tokens)):
+        if asked and known is None:
+            raise UsageError(
+                f"policy {policy.name} asks how often {what} are used; that is counted on text: name it with "
+                "--calibration"
+            )
+    many, ranks = list(weights), _ranks(counts or {})
+    count = 1 + max((block for weight in many if (block := _block(weight.name)) is not None), default=-1)
+    for weight in [weight for weight in many if len(weight.shape) == 2]:
+        whole = replace(weight, name=whole_of(weight.name) or weight.name)
+        kept = arch_row("keep", config, whole) is not None
+        met = [rule for rule in policy.rules if (rule.special or not kept) and _met(rule, whole, count, form, ranks)]
+        last = next((at for at, rule in enumerate(met) if not rule.rows), len(met))
+        yield weight, met[: last + 1]
+
+
+def _of_row(rule: Rule, weight: Weight, row: int, config: Mapping[str, Any], tokens: Sequence[int] | None) -> bool:
+    """Whether a rule that is for a weight is for this row of it."""
+    if rule.tokens:
+        if tokens is None or not row < len(tokens):
+            raise UsageError(f"{weight.name} has a row {row}, and the model has no such token")
+        return _often((tokens[row], len(tokens)), rule.tokens)
+    if rule.heads:
+        heads, size = heads_of(weight, config)
+        return row // size in _numbers(rule, heads, weight)
+    return True
 
 
 def _block(name: str) -> int | None:
@@ -223,8 +305,38 @@ def _met(rule: Rule, weight: Weight, count: int, form: str, ranks: Mapping[str, 
     )
 
 
+def heads_of(weight: Weight, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Heads of a matrix of q, k or v, and rows of each, as the configuration says.
+
+    Raises:
+        UsageError: it says nothing, or the weight, where it is whole, has other rows.
+    """
+    text = config.get("text_config")
+    facts = {**config, **text} if isinstance(text, Mapping) else config
+    queries = facts.get("num_attention_heads")
+    heads = queries if role_of(weight.name) == "q" else facts.get("num_key_value_heads") or queries
+    size = facts.get("head_dim") or (facts.get("hidden_size") or 0) // (queries or 1)
+    if not isinstance(heads, int) or not isinstance(size, int) or size < 1:
+        raise UsageError(f"config.json does not say how many heads {weight.name} has, and how large they are")
+    if not weight.rows and heads * size != weight.shape[0]:
+        raise UsageError(f"{weight.name} has {weight.shape[0]} rows, which are not {heads} heads of {size}")
+    return heads, size
+
+
+def _numbers(rule: Rule, heads: int, weight: Weight) -> set[int]:
+    """The heads that a rule names."""
+    found: set[int] = set()
+    for said in rule.heads:
+        ends = _RANGE.fullmatch(str(said))
+        first, last = (int(ends[1] or 0), int(ends[2] or heads)) if ends else (int(said), int(said) + 1)
+        if last > heads or first >= last:
+            raise UsageError(f"heads {said!r}: {weight.name} has heads 0 to {heads - 1}")
+        found |= set(range(first, last))
+    return found
+
+
 def _often(rank: tuple[int, int] | None, wanted: str) -> bool:
-    """Whether an expert is among the most, or the least, used ones of its stack."""
+    """Whether an expert, or a token, is among the most, or the least, used ones of those beside it."""
     if rank is None:
         return False
     end, number, percent = _MOST.fullmatch(wanted).groups()  # type: ignore[union-attr]  # checked when it was read

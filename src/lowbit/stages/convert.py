@@ -159,7 +159,7 @@ def _estimate(
         threads=threads,
         element_bytes=max([_TEMPORARY, *(method.workspace for method in methods if again)]),
         buffers=max((_buffers(source, goal, weight, again) for weight in weights), default=0),
-        fixed=max((_fixed(goal, weight) for weight in weights), default=0),
+        fixed=max((_fixed(goal, weight) for weight in weights), default=0) + _joining(source),
     )
 
 
@@ -172,6 +172,12 @@ def _buffers(source: Checkpoint, goal: Goal, weight: Weight, again: bool) -> int
         prod(source.specs[piece].shape) * source.specs[piece].dtype.itemsize for piece in source.pieces(weight.name)
     )
     return count * (8 if again else 4) + 2 * max(stored, count)
+
+
+def _joining(source: Checkpoint) -> int:
+    """Bytes of a weight that is joined from blocks of rows: the blocks, these as one, and in their order."""
+    made = [weight for name, weight in source.weights.items() if weight.scheme is None and name in source.edits]
+    return max((3 * prod(weight.shape) * weight.dtype.itemsize for weight in made), default=0)
 
 
 def _fixed(goal: Goal, weight: Weight) -> int:

@@ -24,13 +24,15 @@ from lowbit.formats._ggml import BLOCKS
 from lowbit.methods import Method
 from lowbit.methods._scales import shares_rows
 from lowbit.schemes import parse
-from lowbit.stages._experts import is_stack
+from lowbit.stages._experts import finds, is_stack
 from lowbit.stages._gguf_config import require_told
 from lowbit.stages._gguf_vocabulary import alone
 from lowbit.stages._imatrix import Imatrix, Importance, read_importance
 from lowbit.stages._model import open_blueprint
-from lowbit.stages._policy import assign, read_policy
+from lowbit.stages._policy import assign, in_blocks, read_policy
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe
+from lowbit.stages._row_views import apart_in_rows
+from lowbit.stages._rows import HOLDS, Runs, is_places, said_rows, whole_of
 from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
 from lowbit.tensors import scheme_bytes
 
@@ -43,6 +45,7 @@ _STACKED = "experts in one tensor; "
 _WHOLE = "readers of this format do not know them apart, those of compressed-tensors, gptq and awq do"
 _UNKNOWN = "how they lie in it is not known for this type of model"
 _LOOSE = "no layer's weight: readers of quantized files know no other matrices"
+_PLACES = "where each row is among the rows of the blocks"
 _SWAPPING = "readers of this format know no such layer, those of gptq, gptq_v2 and bitsandbytes do"
 _BLOCK = re.compile(r"\.(\d+)\.")
 _NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -95,6 +98,7 @@ class Rules:
         imatrix: importance matrix of llama.cpp to take instead of calibrating, for methods that need nothing else.
         policy: preset, or TOML file of rules, that chooses schemes by role and place (`_policy.py`).
         counts: tokens that each expert's weight multiplied, for a policy that asks for it (`frequency.py`).
+        tokens: rank of each token by how often it is used, for a policy that asks for it (`frequency.py`).
     """
 
     scheme: str | None = None
@@ -109,6 +113,7 @@ class Rules:
     imatrix: Path | None = None
     policy: str | None = None
     counts: Mapping[str, int] | None = None
+    tokens: Sequence[int] | None = None
 
     def recipe(self) -> tuple[Recipe, dict[str, Any]]:
         """The steps of the method, and their options by `step.name`; raises `UsageError` where these make no sense."""
@@ -150,8 +155,8 @@ class Entry:
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the weight as it came."""
-        return prod(self.weight.shape) * (self.came or self.weight.dtype).itemsize
+        """Bytes of the weight as it came; none of what only tells where rows are."""
+        return 0 if is_places(self.weight) else prod(self.weight.shape) * (self.came or self.weight.dtype).itemsize
 
 
 @final
@@ -191,7 +196,7 @@ class Plan:
         left = [entry.weight for entry in self.entries if not entry.weight.scheme]
         kept = sum(prod(weight.shape) * weight.dtype.itemsize for weight in left)
         count = sum(prod(entry.weight.shape) for entry, _ in chosen)
-        total = sum(prod(entry.weight.shape) for entry in self.entries)
+        total = sum(prod(entry.weight.shape) for entry in self.entries if not is_places(entry.weight))
         return 8 * codes / max(count, 1), 8 * (codes + kept) / max(total, 1)
 
     def to_json(self) -> str:
@@ -214,6 +219,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         "reason": entry.reason,
         **({"activations": str(weight.activations)} if weight.activations else {}),
         **({"tied": entry.tied} if entry.tied else {}),
+        **({"rows": weight.rows} if weight.rows else {}),
         **({"costs": dict(entry.costs)} if entry.costs else {}),
     }
 
@@ -288,6 +294,7 @@ class _Maker:
         """Scheme name, float type or `keep` by the rules, and the reason."""
         chosen = self.chosen.get(weight.name)
         wanted, reason = _decide(weight, self.rules, self.checkpoint.config, self.form.default, chosen)
+        reason += said_rows(weight)
         if wanted == "keep" or reason.startswith("--set"):
             return wanted, reason
         if self.swap(weight) and not self.form.swaps:
@@ -440,9 +447,32 @@ def _by_policy(
         return {}
     weights = [weight for weight in checkpoint.weights.values() if weight.name not in tied]
     base = rules.scheme or form.default
-    found = assign(read_policy(rules.policy), weights, checkpoint.config, base, rules.format, rules.counts)
+    policy, config = read_policy(rules.policy), checkpoint.config
+    found = assign(policy, weights, config, base, rules.format, rules.counts, rules.tokens)
     # What stays in the run's scheme is left to a format that has mixtures: these know what fits a row.
     return {name: said for name, said in found.items() if not (form.choose and said[0] == base)}
+
+
+def in_rows(checkpoint: Checkpoint, rules: Rules) -> Checkpoint:
+    """A view in which rows that the policy has in schemes of their own are weights (`_rows.py`).
+
+    Raises:
+        UsageError: as `assign`.
+        UnsupportedError: such rows for a format that does not hold them.
+    """
+    if rules.policy is None or checkpoint.format:
+        return checkpoint
+    patterns, tied = [*rules.skip, *(pattern for pattern, _ in rules.sets)], tied_names(checkpoint)
+    named = finds(patterns)
+    weights = [weight for name, weight in checkpoint.weights.items() if name not in tied and not named(name)]
+    policy, form = read_policy(rules.policy), rules.format.replace("_", "-")
+    found = in_blocks(policy, weights, checkpoint.config, form, rules.tokens, rules.counts)
+    if found and form != HOLDS:
+        raise UnsupportedError(
+            f"policy {policy.name} has rows of {next(iter(found))} in schemes of their own, which {form} cannot hold; "
+            f"use --format {HOLDS}, or one scheme for all of it"
+        )
+    return apart_in_rows(checkpoint, found)
 
 
 def _stores_scale(activations: str | None) -> bool:
@@ -527,6 +557,8 @@ def _decide(
     number = _BLOCK.search(weight.name)
     if rules.blocks and number and not rules.blocks[0] <= int(number[1]) < rules.blocks[1]:
         return "keep", "not among --blocks"
+    if is_places(weight):
+        return "keep", _PLACES
     if weight.dtype not in _FLOATS:
         return "keep", f"not a float weight ({str(weight.dtype).removeprefix('torch.')})"
     if chosen:
@@ -614,6 +646,17 @@ def read_names(path: Path) -> frozenset[str]:
     with suppress(OSError, ValueError, KeyError, TypeError):
         return frozenset(str(row["name"]) for row in json.loads(path.read_text())["tensors"])
     return frozenset()
+
+
+def read_rows(path: Path) -> dict[str, list[Runs]]:
+    """The blocks of rows of a saved plan by weight; none where it has none, or what `load_plan` refuses."""
+    found: dict[str, list[Runs]] = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        for row in json.loads(path.read_text())["tensors"]:
+            if row.get("rows"):
+                runs = tuple((int(first), int(last)) for first, last in row["rows"])
+                found.setdefault(whole_of(row["name"]) or row["name"], []).append(runs)
+    return found
 
 
 def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, config: Mapping[str, Any], smooths: bool) -> Entry:

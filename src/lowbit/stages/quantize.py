@@ -68,13 +68,14 @@ def estimate_memory(plan: Plan, limit: int | None, threads: int) -> Estimate:
     """
     chosen = [(entry.weight, entry.weight.scheme, entry.method) for entry in plan.entries if entry.weight.scheme]
     scales = [prod(scale_shape(weight.shape, scheme.block)) for weight, scheme, _ in chosen]
+    apart = [entry.source_bytes for entry in plan.entries if len(entry.weight.rows) > 1]  # gathered from the file
     methods: list[Method] = [plugins.load("methods", name) for name in {name for *_, name in chosen if name}]
     return plan_memory(
         limit=limit,
         threads=threads,
         element_bytes=max((method.workspace for method in methods), default=0.0),
         buffers=max((_buffers(plan, entry) for entry in plan.entries if entry.weight.scheme), default=0),
-        fixed=16 * max(scales, default=0),
+        fixed=16 * max(scales, default=0) + max(apart, default=0),
         shared=plan.imatrix.memory if plan.imatrix else 0,
     )
 
