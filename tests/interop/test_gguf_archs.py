@@ -22,7 +22,7 @@ from lowbit.stages._experts import apart
 from lowbit.stages._gguf import encoded, entry, header_of, read_gguf
 from lowbit.stages._model import open_tokenizer
 from lowbit.stages.checkpoint import AHEAD, open_checkpoint
-from lowbit.stages.plan import Rules
+from lowbit.stages.plan import Calibration, Rules
 from tests.interop.test_gguf import (
     QWEN,
     SMALL,
@@ -80,7 +80,7 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
 _OSS = {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64,
         "sliding_window": 8, "rope_parameters": _YARN}  # fmt: skip
 _PART = {"rope_theta": 5000.0, "partial_rotary_factor": 0.25}
-_MANY = {"num_local_experts": 128, "use_qk_norm": False}
+_MANY = {"num_local_experts": 128, "use_qk_norm": False, "interleave_moe_layer_step": 4}
 _GRANITE = {"attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 3.0}
 _OLMOE = {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}
 _COHERE2 = {"head_dim": 16, "num_hidden_layers": 4, "logit_scale": 0.2, "sliding_window": 8}
@@ -304,6 +304,20 @@ def test_the_part_that_reads_of_qwen(kind: str, tmp_path: Path) -> None:
     ids = list(range(2, 60))
     found, wanted = ours(alone(file, tmp_path / "alone"), ids), ours(source, ids)
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+def test_keys_of_heads_are_left_to_the_encoder(tmp_path: Path) -> None:
+    """No layer of DeepSeek's class multiplies by these, so that no method of calibration sees what they read."""
+    wide = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256, "kv_lora_rank": 256}
+    wide["qk_nope_head_dim"] = 256
+    source, text = saved(CASES["deepseek_v2"], tmp_path / "model", **wide), tmp_path / "text.txt"
+    text.write_text(TEXT * 40)
+    learned = Calibration((str(text),), samples=4, length=64)
+    file = quantized(source, tmp_path / "out", "q4_k_m", "gptq", calibration=learned)
+    rows = json.loads((file.parent / "report.json").read_text())["rows"]
+    made = {row["name"]: row["outcome"]["method"] for row in rows if ".kv_b_proj." in row["name"]}
+    assert made == {name: "ggml_fit" if name.endswith("k_b.weight") else "gptq" for name in made} and len(made) == 16
+    agree(file, source, 0.3, 0.5)
 
 
 O200K = (

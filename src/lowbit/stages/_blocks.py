@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any, final
 
 import torch
@@ -316,7 +317,7 @@ def _candidates(parameter: str, tensor: Tensor, shape: tuple[int, ...]) -> list[
     for turned in (False, True):
         high, wide = (tensor.shape[-1], tensor.shape[-2]) if turned else tuple(tensor.shape[-2:])
         if wide == shape[1]:
-            runs = [slice(at, at + shape[0]) for at in range(0, high - shape[0] + 1, shape[0])]
+            runs = [slice(at, at + shape[0]) for at in range(0, high - shape[0] + 1, gcd(high, shape[0]))]
             runs += [slice(at, None, 2) for at in (0, 1) if high == 2 * shape[0]]  # gpt-oss: gate and up alternate
             places += [Place(parameter, e, rows, turned) for e in experts for rows in runs]
     return places

@@ -138,7 +138,7 @@ def told_apart(before: Checkpoint, after: Checkpoint, form: str | None) -> str |
     if not names or form is None:
         return None
     first = next(name for name in after.weights if name not in before.weights)
-    text = f"{len(names)} tensors that hold all experts of a layer are taken apart, into {first} and others"
+    text = f"{len(names)} tensors that hold several matrices are taken apart, into {first} and others"
     if not unread(after, form):
         return text
     return f"{text}: {UNREAD}; what --skip finds, as {names[0]}, stays whole in 16 bits"

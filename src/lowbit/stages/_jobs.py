@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowbit import plugins
+from lowbit.formats import Format
 from lowbit.methods import Method, Stats
 from lowbit.schemes import Scheme
 from lowbit.stages._observe import Seen
@@ -152,6 +153,12 @@ class Job:
         codes = parts[0].codes if len(parts) == 1 else torch.cat([part.codes for part in parts])
         joined = join(self.entry.weight, codes, [(part.scales, part.shifts) for part in parts])
         return replace(joined, group_index=parts[0].group_index)
+
+
+def stand_in(method: Method, scheme: Scheme, form: Format) -> str:
+    """The method for what calibration does not reach; the format's own encoder where that cannot make the scheme."""
+    able = not form.encoder or _load(method.outside).objection(scheme) is None
+    return method.outside if able else form.encoder
 
 
 def _power(values: Tensor) -> float:

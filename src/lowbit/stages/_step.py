@@ -10,7 +10,7 @@ import torch
 
 from lowbit import plugins
 from lowbit.methods import Method, Stats
-from lowbit.stages._jobs import Job
+from lowbit.stages._jobs import Job, stand_in
 from lowbit.stages._observe import Seen
 from lowbit.stages._sites import Site
 from lowbit.stages._state import Calibration, State
@@ -38,7 +38,7 @@ def _job(
     assert scheme is not None and entry.method is not None
     method: Method = plugins.load("methods", entry.method)
     reached = method.needs <= seen.stats.keys() and not method.learn
-    chosen = entry.method if reached else method.outside
+    chosen = entry.method if reached else stand_in(method, scheme, work.plan.rules)
     method = plugins.load("methods", chosen)
     options = work.options(method, chosen)
     if (chosen, scheme) not in prepared:

@@ -34,7 +34,7 @@ from lowbit.errors import ResourceError, UnsupportedError, UsageError
 from lowbit.methods import Method
 from lowbit.schemes import Scheme
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock
-from lowbit.stages._jobs import Job
+from lowbit.stages._jobs import Job, stand_in
 from lowbit.stages._model import Blueprint, open_blueprint
 from lowbit.stages._observe import Accumulator, Observer, Seen, Windows
 from lowbit.stages._products import Product
@@ -472,7 +472,8 @@ def jobs_of(run: Run, live: LiveBlock, site: Site, label: str, seen: Seen) -> It
             continue
         scheme, (chosen, method) = entry.weight.scheme, _method(entry)
         if not method.needs <= seen.stats.keys() or method.objection(scheme):
-            chosen, method = method.outside, plugins.load("methods", method.outside)
+            chosen = stand_in(method, scheme, run.plan.rules)
+            method = plugins.load("methods", chosen)
         options = step_options(method, chosen, run.plan.options)
         if (chosen, scheme) not in prepared:
             prepared[chosen, scheme] = method.prepare(seen.stats, scheme, options)
