@@ -17,7 +17,7 @@ from lowbit.budget import Estimate, MemoryWatch
 from lowbit.errors import UsageError
 from lowbit.stages import convert, imatrix, quantize, tune
 from lowbit.stages._adapter import Terms
-from lowbit.stages._changes import Goal
+from lowbit.stages._changes import Goal, model_dtype
 from lowbit.stages._cost import Cost
 from lowbit.stages._directory import GGUF
 from lowbit.stages._experts import apart, finds, told_apart
@@ -322,7 +322,7 @@ def run_conversion(
     refuse_foreign(out)
     with MemoryWatch(ram).running() as watch, open_checkpoint(model) as source:
         source = text_part(apart(source, goal.format), goal.format)
-        source = joined_rows(source, goal.format, goal.dtype, goal.lossy)
+        source = joined_rows(source, goal.format, goal.dtype or model_dtype(source), goal.lossy)
         folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
         for text in source.notes:
             note(text)

@@ -259,3 +259,20 @@ def test_places_of_rows_that_are_not_are_refused(tmp_path: Path) -> None:
             open_checkpoint(by_hand(tmp_path, wrong))
     with pytest.raises(FormatError, match="columns of different number"):
         open_checkpoint(by_hand(tmp_path, [2, 0, 3, 1, 4], (4, 5)))
+
+
+def test_gptq_of_heads_has_the_statistics_of_the_whole_layer(tmp_path: Path) -> None:
+    """Heads in the scheme that they would have anyway are what they are in one piece, to the bit."""
+    model = tmp_path / "model"
+    text = save(model, tied=False)
+    learn = ("--method", "gptq", "--samples", "8", "--skip", "mlp")
+    heads = '[[rule]]\nrole = ["q", "k", "v"]\nheads = %s\nscheme = "%s"\n'
+    quantize(model, tmp_path / "apart", text, heads % (1, "int4-g16"), *learn)
+    quantize(model, tmp_path / "whole", text, '[[rule]]\nrole = "q"\nscheme = "int4-g16"\n', *learn)
+    apart, whole = open_checkpoint(tmp_path / "apart"), open_checkpoint(tmp_path / "whole")
+    assert sum(bool(weight.rows) for weight in apart.weights.values()) == 2 * (3 + 2 + 2)
+    one, other = (open_blueprint(each, torch.float32).resident().state_dict() for each in (apart, whole))
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=0, msg=name)
+    rtn_made = rounded(open_checkpoint(model).tensor("model.layers.1.self_attn.q_proj.weight"), "int4-g16")
+    assert not torch.equal(one["model.layers.1.self_attn.q_proj.weight"], rtn_made)
