@@ -47,6 +47,11 @@ class Streamed:
     fill: Callable[[int, Tensor], None]
     lines: Callable[[int, int], Tensor | None]
 
+    @property
+    def over(self) -> int:
+        """Bits of codes in the last word of a row, 0 where they end with it."""
+        return self.q.codes.shape[1] * self.q.scheme.grid.bits % 32
+
     def panels(
         self, place: Callable[[int, int], Tensor | None] = lambda start, stop: None
     ) -> Iterator[tuple[int, Int32[Tensor, "rows words"]]]:
@@ -55,12 +60,13 @@ class Streamed:
         `place`: `(start, stop)` is where to make these rows, None for anywhere.
         """
         (rows, cols), bits = self.q.codes.shape, self.q.scheme.grid.bits
-        over = cols * bits % 32
+        over = self.over
         here, there = (None, None) if over else (self.lines(0, rows), place(0, rows))
-        if here is not None or there is not None:  # nothing is made room for: all at once, in few calls
-            if here is None:
-                self.fill(0, there)
-            yield 0, there if here is None else here
+        if here is None and there is not None:
+            self.fill(0, there)
+            here = there
+        if here is not None:  # no room is needed for it: all at once, in few calls
+            yield 0, here
             return
         step = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES
         room = torch.empty(min(step, rows), -(-cols * bits // 32), dtype=torch.int32)
@@ -168,9 +174,9 @@ def _stream(
     meant = _digests(value, place, lambda start, words: pack(weight, words, start, parts))
     for name, part in () if scratch else parts.items():
         output.write(name, as_bytes(part))
-    whole = None if value.q.codes.shape[1] * value.q.scheme.grid.bits % 32 else place(0, len(value.q.codes))
-    same = [] if whole is None else [name for name, part in parts.items() if part.data_ptr() == whole.data_ptr()]
-    stored = {name: meant[_WORDS] if name in same else digest(part) for name, part in parts.items()}
+    held = None if value.over else lines(weight, parts, 0, len(value.q.codes))  # these were hashed already
+    at = held.data_ptr() if held is not None else None
+    stored = {name: meant[_WORDS] if part.data_ptr() == at else digest(part) for name, part in parts.items()}
     start = time.perf_counter()
     if not output.holds(parts) or _digests_of(weight, rules, parts) != meant:
         find = lambda: rules.unpack(weight, output.read(entry), None)
