@@ -165,6 +165,15 @@ NB_MODULE(_native, module) {
         },
         Unlocked());
     module.def(
+        "file_holds",
+        [](int file, const std::vector<Bytes>& parts, const Numbers& starts) {
+            bool same = true;
+            for (size_t i = 0; same && i < parts.size(); i++)
+                same = file_holds(file, parts[i].data(), int64_t(parts[i].size()), starts.at(i));
+            return same;
+        },
+        Unlocked());
+    module.def(
         "transpose_words",
         [](const LinesIn& words, const LinesOut& out) {
             transpose_lines(kernels(), words.data(), words.stride(0), int64_t(words.shape(0)), int64_t(words.shape(1)),

@@ -310,4 +310,7 @@ GgmlFound ggml_panels(GgmlType, const GgmlRows&, int threads, const GgmlPanels&)
 int64_t ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);
 void ggml_unpack(GgmlType, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>&);
 
+// Whether an open file holds these bytes from its byte `at` on; one that cannot be read does not.
+bool file_holds(int file, const uint8_t* bytes, int64_t count, int64_t at);
+
 }  // namespace lowbit

@@ -297,6 +297,15 @@ def transpose_words(
     return turned
 
 
+def file_holds(file: int, parts: Sequence[tuple[Tensor, int]]) -> bool:
+    """Whether an open file holds the bytes of each contiguous tensor from the byte on that stands beside it.
+
+    What cannot be read is not held. The lock is released once for all parts.
+    """
+    views = [part.reshape(-1).view(torch.uint8) for part, _ in parts if part.numel()]
+    return _native.file_holds(file, views, [start for part, start in parts if part.numel()])
+
+
 def pack_awq(
     codes: UInt8[Tensor, "rows cols"], *, out: Int32[Tensor, "cols words"] | None = None
 ) -> Int32[Tensor, "cols words"]:

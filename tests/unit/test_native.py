@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from inspect import unwrap
 from math import ceil, inf, nan
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,6 +280,23 @@ def test_transposed_words(shape: tuple[int, int]) -> None:
     native.transpose_words(source[:, 2 : 2 + shape[1]], out=made[:, 1 : 1 + shape[0]])
     assert torch.equal(made[:, 1 : 1 + shape[0]], source[:, 2 : 2 + shape[1]].T)
     assert not made[:, :1].any() and not made[:, 1 + shape[0] :].any()
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, (1 << 17) - 1, 1 << 17, (1 << 18) + 5])
+def test_what_a_file_holds(count: int, tmp_path: Path) -> None:
+    """Every other byte, one too few in the file, and a tensor that is in another place are found."""
+    data, other = torch.randint(0, 256, (count,)).byte(), torch.randn(7)
+    path = tmp_path / "file"
+    path.write_bytes(b"12345" + other.numpy().tobytes() + data.numpy().tobytes())
+    with path.open("r+b") as file:
+        assert native.file_holds(file.fileno(), [(data, 33), (other, 5), (data[:0], 999)])
+        assert not native.file_holds(file.fileno(), [(data, 33), (other, 6)])
+        for at in {0, count // 2, count - 1} if count else ():
+            wrong = data.clone()
+            wrong[at] ^= 1
+            assert not native.file_holds(file.fileno(), [(other, 5), (wrong, 33)])
+        file.truncate(33 + count - 1)
+        assert native.file_holds(file.fileno(), [(data, 33)]) == (count == 0)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (8, 8), (16, 136), (520, 72), (200, 304)])

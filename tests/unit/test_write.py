@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lowbit import native
 from lowbit.errors import JournalError, LowbitError, ResourceError, WeightError
 from lowbit.pipeline import Request, run
 from lowbit.stages import _store, write
@@ -174,18 +176,18 @@ def test_pages_are_given_back_once_they_were_read_back(tmp_path: Path, monkeypat
     read: set[int] = set()
     advised: Counter[tuple[int, int]] = Counter()
 
-    def preadv(file: int, rooms: list[memoryview], start: int) -> int:
-        read.update(range(start, start + sum(len(room) for room in rooms)))
-        return os_preadv(file, rooms, start)
+    def holds(file: int, parts: Sequence[tuple[torch.Tensor, int]]) -> bool:
+        read.update(*(range(start, start + part.nbytes) for part, start in parts))
+        return file_holds(file, parts)
 
     def advise(file: int, start: int, size: int, advice: int) -> None:
         assert read.issuperset(range(start, start + size))
         advised[start, size] += 1
 
-    os_preadv = os.preadv
+    file_holds = native.file_holds
     monkeypatch.setattr(write, "_WINDOW", 1000)
     monkeypatch.setattr(_store, "_RUN", 500)
-    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(native, "file_holds", holds)
     monkeypatch.setattr(os, "posix_fadvise", advise)
     run(request(model, tmp_path / "out", shard_bytes=10**6))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -1,7 +1,7 @@
 """Store: a finished weight is packed, written, read back, compared with what was meant, and journalled, in that order.
 
-What is read back comes from the system's pages of the file, from where the header in the file says. It overwrites what
-was packed, and the format's reader unpacks it into memory that the method did not see.
+What is read back comes from the system's pages of the file, from where the header in the file says. It must be what
+was packed, byte for byte, and that the format's reader unpacks into memory that the method did not see.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import torch
 import xxhash
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import LowbitError, VerifyError
-from lowbit.formats import CodeRows, Weight
+from lowbit.formats import CodeRows, Format, Weight
 from lowbit.formats._gguf import to_file
 from lowbit.stages.plan import Entry
 from lowbit.stages.write import Output, Record, as_bytes, digest
@@ -47,6 +47,11 @@ class Streamed:
     fill: Callable[[int, Tensor], None]
     lines: Callable[[int, int], Tensor | None]
 
+    @property
+    def over(self) -> int:
+        """Bits of codes in the last word of a row, 0 where they end with it."""
+        return self.q.codes.shape[1] * self.q.scheme.grid.bits % 32
+
     def panels(
         self, place: Callable[[int, int], Tensor | None] = lambda start, stop: None
     ) -> Iterator[tuple[int, Int32[Tensor, "rows words"]]]:
@@ -55,15 +60,19 @@ class Streamed:
         `place`: `(start, stop)` is where to make these rows, None for anywhere.
         """
         (rows, cols), bits = self.q.codes.shape, self.q.scheme.grid.bits
-        step, over = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES, cols * bits % 32
+        over = self.over
+        here, there = (None, None) if over else (self.lines(0, rows), place(0, rows))
+        if here is None and there is not None:
+            self.fill(0, there)
+            here = there
+        if here is not None:  # no room is needed for it: all at once, in few calls
+            yield 0, here
+            return
+        step = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES
         room = torch.empty(min(step, rows), -(-cols * bits // 32), dtype=torch.int32)
         for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            words = None if over else self.lines(start, stop)
-            if words is None:
-                found = None if over else place(start, stop)
-                words = room[: stop - start] if found is None else found
-                self.fill(start, words)
+            words = room[: min(step, rows - start)]
+            self.fill(start, words)
             if over:
                 words[:, -1] &= 2**over - 1
             yield start, words
@@ -119,19 +128,19 @@ def store(
 
 def _copy(output: Output, entry: Entry, value: Tensor) -> tuple[dict[str, str], float]:
     """Write what is not quantized, some bytes at a time, each read back at once; returns its digest, and seconds."""
-    name, data = entry.weight.name, as_bytes(value)
-    meant, found, reading = xxhash.xxh3_128(), xxhash.xxh3_128(), 0.0
-    for at in range(0, len(data), _RUN):
-        run = data[at : at + _RUN]
-        meant.update(run)
-        output.write(name, run, at)
+    name, flat = entry.weight.name, value.reshape(-1).view(torch.uint8)
+    meant, same, reading = xxhash.xxh3_128(), True, 0.0
+    for at in range(0, len(flat), _RUN):
+        run = flat[at : at + _RUN]
+        meant.update(as_bytes(run))
+        output.write(name, as_bytes(run), at)
         start = time.perf_counter()
-        found.update(output.read_bytes(name, at, len(run)))
+        same = same and output.holds({name: run}, at)
         reading += time.perf_counter() - start
         output.let_go(name, len(run), at)
     digests = {"weight": meant.hexdigest()}
-    if found.hexdigest() != digests["weight"]:
-        compare(output.path, name, digests, lambda: output.read(entry, True)[name], lambda: value)
+    if not same:
+        _refuse(output, entry, digests, lambda: output.read(entry)[name], lambda: value)
     return digests, reading
 
 
@@ -139,56 +148,67 @@ def _pack(
     output: Output, entry: Entry, value: QTensor, meant: Mapping[str, str], scratch: bool
 ) -> tuple[dict[str, str], float]:
     """Pack, write and read back; returns the digest of each stored tensor, and seconds of reading."""
-    parts = output.into(entry, mapped=scratch)
-    output.plan.rules.pack(entry.weight, value, parts)
+    weight, rules, parts = entry.weight, output.plan.rules, output.into(entry, mapped=scratch)
+    rules.pack(weight, value, parts)
     for name, part in () if scratch else parts.items():
         output.write(name, as_bytes(part))
     stored = {name: digest(part) for name, part in parts.items()}
     start = time.perf_counter()
-    with output.codes(entry.weight, scratch, "check") as codes:
-        find = lambda: output.plan.rules.unpack(entry.weight, output.read(entry, scratch), codes)
-        compare(output.path, entry.weight.name, meant, find, lambda: value)
-    reading = time.perf_counter() - start
-    for name, part in parts.items():
-        output.let_go(name, part.nbytes)
-    return stored, reading
+    with output.codes(weight, scratch, "check") as codes:
+        find = lambda: rules.unpack(weight, output.read(entry), codes)
+        if not output.holds(parts):
+            _refuse(output, entry, meant, find, lambda: value)
+        compare(output.path, weight.name, meant, lambda: rules.unpack(weight, parts, codes), lambda: value)
+    return stored, _let_go(output, parts, start)
 
 
 def _stream(
     output: Output, entry: Entry, value: Streamed, scratch: bool
 ) -> tuple[dict[str, str], dict[str, str], float]:
     """As `_pack`, but codes are packed, and unpacked again, in panels of rows; returns what was meant, too."""
-    weight, rules = entry.weight, output.plan.rules
+    weight, rules, parts = entry.weight, output.plan.rules, output.into(entry, mapped=scratch)
     assert rules.rows is not None
-    pack, lines, parts = rules.rows.pack, rules.rows.lines, output.into(entry, mapped=scratch)
+    pack, lines = rules.rows.pack, rules.rows.lines
     rules.pack(weight, value.q, parts)
     place = lambda start, stop: lines(weight, parts, start, stop)
     meant = _digests(value, place, lambda start, words: pack(weight, words, start, parts))
     for name, part in () if scratch else parts.items():
         output.write(name, as_bytes(part))
-    stored = {name: digest(part) for name, part in parts.items()}
+    held = None if value.over else lines(weight, parts, 0, len(value.q.codes))  # these were hashed already
+    at = held.data_ptr() if held is not None else None
+    stored = {name: meant[_WORDS] if part.data_ptr() == at else digest(part) for name, part in parts.items()}
     start = time.perf_counter()
-    if _read_back(output, entry, scratch) != meant:
-        find = lambda: rules.unpack(weight, output.read(entry, True), None)
-        compare(output.path, weight.name, meant, find, value.whole)
+    if not output.holds(parts) or _digests_of(weight, rules, parts) != meant:
+        find = lambda: rules.unpack(weight, output.read(entry), None)
+        _refuse(output, entry, meant, find, value.whole)
+    return meant, stored, _let_go(output, parts, start)
+
+
+def _let_go(output: Output, parts: Mapping[str, Tensor], start: float) -> float:
+    """Say that tensors were read back; returns the seconds that this took."""
     reading = time.perf_counter() - start
     for name, part in parts.items():
         output.let_go(name, part.nbytes)
-    return meant, stored, reading
+    return reading
 
 
-def _read_back(output: Output, entry: Entry, scratch: bool) -> dict[str, str] | None:
+def _refuse(
+    output: Output, entry: Entry, meant: Mapping[str, str], find: Callable[[], Value], again: Callable[[], Value]
+) -> NoReturn:
+    """Say what differs in a weight of which the file does not have what was written, or that does not unpack to it."""
+    compare(output.path, entry.weight.name, meant, find, again)
+    raise VerifyError(f"{output.path}: {entry.weight.name} is not stored as it was packed")
+
+
+def _digests_of(weight: Weight, rules: Format, tensors: Mapping[str, Tensor]) -> dict[str, str] | None:
     """Digests of the parts of a weight whose codes are read in panels of rows; None where it cannot be read."""
-    weight, rules = entry.weight, output.plan.rules
-    assert rules.rows is not None
-    rows, tensors = rules.rows, output.read(entry, scratch)
-    assert weight.scheme is not None
+    assert weight.scheme is not None and rules.rows is not None
     codes = torch.empty(view_shape(weight.shape, weight.scheme.block), dtype=torch.uint8, device="meta")
     try:
         q = rules.unpack(weight, tensors, codes)
     except LowbitError:
         return None
-    return _digests(streamed(q, rows, weight, tensors))
+    return _digests(streamed(q, rules.rows, weight, tensors))
 
 
 def streamed(q: QTensor, rows: CodeRows, weight: Weight, tensors: Mapping[str, Tensor]) -> Streamed:

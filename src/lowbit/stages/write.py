@@ -31,7 +31,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lowbit import __version__
+from lowbit import __version__, native
 from lowbit.budget import format_size
 from lowbit.errors import JournalError, ResourceError
 from lowbit.formats import Spec, Weight
@@ -156,7 +156,11 @@ class Output:
             ResourceError: the disk is full.
         """
         layout = self.plan.layout(entry)
-        return {name: self._view(name) for name in layout} if mapped else self._room(layout)
+        if not mapped:
+            return self._room(layout)
+        for shard in {self._shard_of[name].file: self._shard_of[name] for name in layout}.values():
+            self._file(shard).reserve()
+        return {name: self._view(name) for name in layout}
 
     def _room(self, layout: Mapping[str, Spec]) -> dict[str, Tensor]:
         sizes = [prod(spec.shape) * spec.dtype.itemsize for spec in layout.values()]
@@ -175,27 +179,30 @@ class Output:
         with disk_errors(self.path):
             self._file(shard).write(data, shard.offsets[name][0] + at)
 
-    def read(self, entry: Entry, mapped: bool) -> dict[str, Tensor]:
-        """The stored tensors of one weight, where and as the file's header says; in this thread's buffer, or mapped.
+    def holds(self, parts: Mapping[str, Tensor], at: int = 0) -> bool:
+        """Whether the file has, where its header says, the bytes of contiguous stored tensors, or some from `at` on.
+
+        Raises:
+            CheckpointError: the header is damaged.
+        """
+        for shard in {self._shard_of[name].file: self._shard_of[name] for name in parts}.values():
+            header = self._header(shard).slots
+            own = {name: part for name, part in parts.items() if self._shard_of[name] is shard}
+            if any(name not in header or header[name].spec != shard.offsets[name][1] for name in own):
+                return False
+            if not self._file(shard).holds([(part, header[name].start + at) for name, part in own.items()]):
+                return False
+        return True
+
+    def read(self, entry: Entry) -> dict[str, Tensor]:
+        """The stored tensors of one weight as views of the file, where and as its header says.
 
         Raises:
             CheckpointError: the header is damaged.
         """
         weight, shard = entry.weight, self._shard_of[next(iter(self.plan.layout(entry)))]
         header, names = self._header(shard), self.plan.rules.owns(weight) if weight.scheme else [weight.name]
-        found = {name: header.slots[name] for name in names if name in header.slots}
-        if mapped:
-            return {name: header.tensor(name) for name in found}
-        room = self._room({name: slot.spec for name, slot in found.items()})
-        for name, tensor in room.items():
-            self._file(shard).read(as_bytes(tensor), found[name].start)
-        return room
-
-    def read_bytes(self, name: str, at: int, nbytes: int) -> memoryview:
-        """Some bytes of one stored tensor in this thread's buffer; raises like `read`."""
-        shard, room = self._shard_of[name], as_bytes(self._buffer("packed", nbytes))
-        self._file(shard).read(room, self._header(shard).slots[name].start + at)
-        return room
+        return {name: header.tensor(name) for name in names if name in header.slots}
 
     def let_go(self, name: str, nbytes: int, at: int = 0) -> None:
         """Say of bytes of a stored tensor that they were read back, so that their pages may leave the page cache."""
@@ -299,7 +306,7 @@ class Output:
         path = final_path if final_path.exists() else partial
         if path == partial:
             with partial.open("r+b" if partial.exists() else "w+b") as file:
-                allocate(file.fileno(), shard.nbytes, partial)
+                os.ftruncate(file.fileno(), shard.nbytes)
                 file.write(shard.header)
         return _File(path)
 
@@ -317,7 +324,8 @@ class Output:
         partial = self._partial(shard)
         self._drop(shard)
         if partial.exists():
-            sync(partial)
+            with disk_errors(self.path):
+                sync(partial)
             os.replace(partial, self.path / shard.file)
             sync(self.path)
 
@@ -503,6 +511,10 @@ class _File:
         self._written: list[tuple[int, int]] = []
         self._leaving: deque[list[tuple[int, int]]] = deque(maxlen=_CHANCES)
 
+    def reserve(self) -> None:
+        """Take all blocks of the file now: what is written through the mapping could not say that the disk is full."""
+        allocate(self._handle.fileno(), len(self._map), self.path)
+
     def close(self) -> None:
         """End writing; slices stay."""
         self._handle.close()
@@ -519,13 +531,9 @@ class _File:
             written = os.pwrite(self._handle.fileno(), data, start)
             data, start = data[written:], start + written
 
-    def read(self, room: memoryview, start: int) -> None:
-        """Fill all of `room` from an offset on."""
-        while room:
-            count = os.preadv(self._handle.fileno(), [room], start)
-            if not count:
-                raise JournalError(f"{self.path} ends at byte {start}; something else has shortened it")
-            room, start = room[count:], start + count
+    def holds(self, parts: Sequence[tuple[Tensor, int]]) -> bool:
+        """Whether these bytes are at these offsets (`native.file_holds`)."""
+        return native.file_holds(self._handle.fileno(), parts)
 
     def let_go(self, start: int, nbytes: int) -> None:
         """Advise with every window: the first advice starts a dirty page's way to the disk, a later one frees it."""
