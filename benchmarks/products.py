@@ -5,7 +5,7 @@
 Shapes are those of a Llama of 1.1B parameters. Sides take turns, round by round; printed are ratios of medians: ours is
 faster above 1. A weight is there so many times that no cache holds all of them: one token is multiplied by each, more
 tokens by one. Every peer gets float32 and bfloat16 inputs, and the faster of the two counts; ours are float32. Peers
-compute with inputs as they are (bitsandbytes int8: rounded to int8 by row); ours rounds them to int8, but for nf4.
+compute with inputs as they are (bitsandbytes int8: rounded to int8 by row); ours rounds them to int8.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ PEERS: dict[str, tuple[str, Callable[[tuple[int, int], torch.dtype], Work]]] = {
 }
 
 
-def sides(peer: str, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, list[Work]]]:
-    """Of ours, and of the peer with either dtype of inputs, as many weights as no cache holds."""
+def sides(peer: str, shape: tuple[int, int], alone: bool) -> dict[str, tuple[torch.dtype, list[Work]]]:
+    """Of ours, and of the peer with either dtype of inputs: `alone` as many weights as no cache holds, else one."""
     scheme, make = PEERS[peer]
-    count = ALL * 8 // (shape[0] * shape[1] * parse(scheme).grid.bits)
+    count = ALL * 8 // (shape[0] * shape[1] * parse(scheme).grid.bits) if alone else 1
     found: dict[str, tuple[torch.dtype, list[Work]]] = {}
     found["ours"] = torch.float32, [pack_noise(parse(scheme), shape).matrix() for _ in range(count)]
     for dtype in (torch.float32, torch.bfloat16):
@@ -124,7 +124,7 @@ def main() -> None:
     cases = [Case(tokens, threads) for tokens in args.tokens for threads in args.threads]
     results = {}
     for peer in args.peers:
-        found = {shape: sides(peer, shape) for shape in SHAPES}
+        found = {shape: sides(peer, shape, 1 in args.tokens) for shape in SHAPES}
         for case in cases:
             ratios = [ratio(found[shape], shape, case, args.rounds) for shape in SHAPES]
             results[f"{peer}:{case.tokens}:{case.threads}"] = ratios

@@ -288,37 +288,60 @@ struct Plain {
     }
 };
 
-// Scales without zeros of as many columns as are rounded together, a chunk: what `Plain` does, and nothing stays open.
+// Inputs rounded in blocks of 32, as most are: what `Plain` does for a chunk at a time, and nothing stays open.
 template <int tokens>
-struct Alone {
+struct Chunks {
     const Product& of;
     const int64_t (&token)[tokens];
     Sums<tokens>& sums;
 
-    static bool fits(const Product& of) { return of.sub == 32 && of.step == 32 && !of.zero; }
+    static bool fits(const Product& of) { return of.sub == 32 && of.step % 32 == 0; }
 
     template <class Source>
     LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
-        const float* scale[tokens];
-        const int16_t* sum[tokens];
-        for (int t = 0; t < tokens; t++) {
-            int64_t first = (token[t] * of.cols + span.first) / 32;
-            scale[t] = of.input_scale + first, sum[t] = of.step_sum + first;
-        }
-        const int32_t offset = int32_t(of.offset) + Source::above;
+        const int64_t step = of.step, at = span.panel * of.cols + span.first;
+        int64_t group = at / step, left = step - at % step;
         const uint8_t* chunk = span.codes;
-        const int64_t groups = span.panel * (of.cols / 32) + span.first / 32, count = (span.last - span.first) / 32;
-        for (int64_t block = 0; block < count; block++, chunk += 64 * Source::bits) {
-            if constexpr (!Source::near) ask_for<Source::bits>(chunk);
-            I dots[tokens];
-            for (I& each : dots) each = set(0);
-            add_quads<0, 8, true>(source, chunk, input, span.first + 32 * block, set(0x00010001), dots);
-            F group = scales_at(of, of.scale.data, groups + block);
-            for (int t = 0; t < tokens; t++) {
-                if (offset) dots[t] = sub(dots[t], set(offset * sum[t][block]));
-                F open = fma(to_float(dots[t]), set(scale[t][block]), set(0.0f));
-                sums.total[t] = fma(open, group, sums.total[t]);
+        for (int64_t first = span.first; first < span.last; first += 32 * most) {
+            const int64_t count = smaller(span.last - first, 32 * most) / 32;
+            Beside beside[tokens];
+            for (int t = 0; t < tokens; t++) fill(beside[t], token[t], first / 32, count, int32_t(of.offset) + Source::above);
+            for (int64_t i = 0; i < count; i++, chunk += 64 * Source::bits) {
+                if constexpr (!Source::near) ask_for<Source::bits>(chunk);
+                I dots[tokens];
+                for (int t = 0; t < tokens; t++) dots[t] = set(beside[t].less[i]);
+                add_quads<0, 8, true>(source, chunk, input, first + 32 * i, set(0x00010001), dots);
+                end_chunk(group, i, beside, dots);
+                if ((left -= 32) == 0) group++, left = step;
             }
+        }
+    }
+
+  private:
+    static constexpr int64_t most = 16;  // chunks for which this is made ready at once
+
+    // What there is of an input's block beside its integers: its scale, its sum (where zeros need it), and the integer
+    // at which a sum of products starts, so that a code's offset is out of it.
+    struct Beside {
+        const float* scale;
+        float inputs[most];
+        int32_t less[most];
+    };
+    LOWBIT_INLINE void fill(Beside& to, int64_t token, int64_t block, int64_t count, int32_t offset) const {
+        block += token * (of.cols / 32);
+        const int16_t* sum = of.step_sum + block;
+        to.scale = of.input_scale + block;
+        for (int64_t i = 0; i < count; i++) to.less[i] = -offset * sum[i];
+        for (int64_t i = 0; of.zero && i < count; i++) to.inputs[i] = to.scale[i] * float(sum[i]);
+    }
+    LOWBIT_INLINE void end_chunk(int64_t group, int64_t i, const Beside (&beside)[tokens], const I (&dots)[tokens]) const {
+        F scale = scales_at(of, of.scale.data, group), zero = scales_at(of, of.zero, group);
+        for (int t = 0; t < tokens; t++) {
+            F part = mul(to_float(dots[t]), set(beside[t].scale[i])), total = sums.total[t];
+            if (of.zero && !of.minus) part = sub(part, mul(zero, set(beside[t].inputs[i])));
+            total = fma(part, scale, total);
+            if (of.zero && of.minus) total = sub(total, mul(zero, set(beside[t].inputs[i])));
+            sums.total[t] = total;
         }
     }
 };
@@ -434,7 +457,7 @@ template <class Source>
 auto tile_of(const Product& of) {
     constexpr int most = whole_dots ? 255 : Source::is_signed ? 128 : Source::most < 15 ? 15 : Source::most;
     using Written = Unpacked<most, Source::above, Source::is_signed>;
-    return of.fine ? add_tile<Nested, Written> : Alone<1>::fits(of) ? add_tile<Alone, Written> : add_tile<Plain, Written>;
+    return of.fine ? add_tile<Nested, Written> : Chunks<1>::fits(of) ? add_tile<Chunks, Written> : add_tile<Plain, Written>;
 }
 
 template <class Source>
@@ -482,6 +505,7 @@ template <class Level>
 struct Leveled {
     using Element = F32;
     static constexpr bool near = true;
+    static constexpr int64_t at_once = 256;  // columns
     const Product& of;
     Level level;
 
@@ -531,6 +555,7 @@ template <class T>
 struct Stored {
     using Element = T;
     static constexpr bool near = false;
+    static constexpr int64_t at_once = 1024 / T::size;
     const Product& of;
 
     const void* columns(int64_t panel, int64_t first, int64_t, float*) const {
@@ -538,17 +563,17 @@ struct Stored {
     }
 };
 
-constexpr int64_t floats_at_once = 256;         // columns
 constexpr int float_tile = tile == 8 ? 12 : 6;  // tokens: what registers hold beside a weight and an input
+constexpr int64_t floats_at_once = 60;          // tokens whose sums stay near: whole tiles
 
 // Sums of even and of odd columns are apart, so that an addition need not wait for the one before.
 template <class Weight>
 void one_float(const Product& of, int64_t panel, const Weight& weight) {
     using T = typename Weight::Element;
-    alignas(64) float near[floats_at_once * 16];
+    alignas(64) float near[Weight::near ? Weight::at_once * 16 : 1];
     F even = set(0.0f), odd = even;
     for (int64_t first = 0, last; first < of.cols; first = last) {
-        last = smaller(first + floats_at_once, of.cols);
+        last = smaller(first + Weight::at_once, of.cols);
         auto from = static_cast<const uint8_t*>(weight.columns(panel, first, last - first, near));
         for (int64_t col = first; col < last; col += 2, from += 32 * T::size) {
             if constexpr (!Weight::near) ask_for<T::size / 2>(from);
@@ -560,7 +585,7 @@ void one_float(const Product& of, int64_t panel, const Weight& weight) {
 }
 
 struct FloatSums {
-    float at[2][tokens_at_once][16];
+    float at[2][floats_at_once][16];
 };
 
 // `count` columns in steps of two, whose weights are at `weight`, for a tile of tokens whose inputs are at `first_input`,
@@ -585,12 +610,12 @@ void add_floats(const uint8_t* weight, const float* first_input, int64_t cols, i
 template <class Weight>
 void many_floats(const Product& of, int64_t panel, const Weight& weight) {
     using T = typename Weight::Element;
-    alignas(64) float near[floats_at_once * 16];
-    for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
-        int64_t there = smaller(tokens_at_once, of.tokens - token);
+    alignas(64) float near[Weight::near ? Weight::at_once * 16 : 1];
+    for (int64_t token = 0; token < of.tokens; token += floats_at_once) {
+        int64_t there = smaller(floats_at_once, of.tokens - token);
         alignas(64) FloatSums kept = {};
-        for (int64_t first = 0; first < of.cols; first += floats_at_once) {
-            int64_t count = smaller(floats_at_once, of.cols - first);
+        for (int64_t first = 0; first < of.cols; first += Weight::at_once) {
+            int64_t count = smaller(Weight::at_once, of.cols - first);
             auto from = static_cast<const uint8_t*>(weight.columns(panel, first, count, near));
             const float* input = of.input + token * of.cols + first;
             for (int64_t t = 0; t < there; t += float_tile)
@@ -615,7 +640,7 @@ template <class Source>
 void integer_panels(const Product& of, int64_t first, int64_t last, const Source& source) {
     if (of.tokens == 1) {
         if (of.fine) return one_token<Nested>(of, source, first, last);
-        if (Alone<1>::fits(of)) return one_token<Alone>(of, source, first, last);
+        if (Chunks<1>::fits(of)) return one_token<Chunks>(of, source, first, last);
         return one_token<Plain>(of, source, first, last);
     }
     for (int64_t panel = first; panel < last; panel++) many_tokens(of, panel, source);

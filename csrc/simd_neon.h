@@ -173,6 +173,11 @@ double total(const D& sums) {
     float64x2_t two = vaddq_f64(vaddq_f64(eight.a, eight.c), vaddq_f64(eight.b, eight.d));
     return vgetq_lane_f64(two, 0) + vgetq_lane_f64(two, 1);
 }
+float sum_of(F value) {
+    float32x4_t four = vaddq_f32(vaddq_f32(value.a, value.c), vaddq_f32(value.b, value.d));
+    float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
 float least(F value) { return vminnmvq_f32(min_of(min_of(value.a, value.c), min_of(value.b, value.d))); }
 float greatest(F value) { return vmaxnmvq_f32(max_of(max_of(value.a, value.c), max_of(value.b, value.d))); }
 

@@ -211,13 +211,18 @@ I lookup256(const int32_t* table, I index) {
 void add_square(D& sums, F value) {
     for (int i = 0; i < 16; i++) sums.at[i] += double(value.at[i]) * double(value.at[i]);
 }
-// The order of these sums is part of the result: lane i + lane i + 8, then + 4, + 2, + 1.
+// The order of these sums and those below is part of the result: lane i + lane i + 8, then + 4, + 2, + 1.
 double total(const D& sums) {
     double at[16];
     __builtin_memcpy(at, sums.at, sizeof at);
     for (int half = 8; half > 0; half /= 2)
         for (int i = 0; i < half; i++) at[i] += at[i + half];
     return at[0];
+}
+float sum_of(F value) {
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) value.at[i] += value.at[i + half];
+    return value.at[0];
 }
 float least(F value) {
     float out = value.at[0];

@@ -40,14 +40,6 @@ void each_16(int64_t seen, int64_t cols, Body body) {
     if (at < seen) body(at, int(seen - at));
 }
 
-float sum_of(F value) {
-    float at[16];
-    store_f32(at, value);
-    for (int half = 8; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) at[i] += at[i + half];
-    return at[0];
-}
-
 int64_t columns_seen(const Causal& of, int64_t row) { return smaller(of.first + row % of.period + 1, of.cols); }
 
 template <class From, class To>

@@ -35,7 +35,8 @@ NESTED = {
     "q6_k": 6.5625,
     "iq4_xs": 4.3125,
 }  # bits a weight
-FLOATS = ["fp4-g64", "nf4-g64", "nf4-g64-dq", "fp8-e4m3-tensor", "fp8-e4m3-row", "fp8-e4m3-64x64", "mxfp8"]
+NEAR = {"nf4-g64": 112.03125, "nf4-g64-dq": 112.03125, "fp4-g64": 120.0}  # tables of bytes but for a small error
+FLOATS = ["fp8-e4m3-tensor", "fp8-e4m3-row", "fp8-e4m3-64x64", "mxfp8"]
 SHAPES = [(1, 1), (16, 32), (17, 33), (5, 130), (130, 48), (33, 300)]
 
 
@@ -72,7 +73,7 @@ def close(got: Tensor, want: Tensor, slack: float = 2e-6) -> None:
     assert ((got.double() - want).abs().max() / scale).item() < slack
 
 
-@pytest.mark.parametrize("scheme", [*CODES, *TABLE, *FLOATS])
+@pytest.mark.parametrize("scheme", [*CODES, *TABLE, *NEAR, *FLOATS])
 def test_exact_products_are_those_of_what_is_stored(scheme: str) -> None:
     for shape in SHAPES:
         q = random_qtensor(parse(scheme), shape, seed=1)
@@ -90,6 +91,19 @@ def test_integer_products_differ_by_the_rounding_of_inputs_alone(scheme: str) ->
         packed = pack(q)
         assert packed.panels.way == ("table" if scheme in TABLE else "codes")
         close(multiply(packed, x), wanted(q, rounded(packed, x)), 2e-5)
+
+
+@pytest.mark.parametrize("scheme", NEAR)
+def test_levels_that_are_nearly_bytes_are_rounded_to_them(scheme: str) -> None:
+    levels = torch.tensor(parse(scheme).grid.levels, dtype=torch.float64)
+    near = (levels * NEAR[scheme]).round() / NEAR[scheme]
+    assert ((near - levels).square().mean() / levels.square().mean()).sqrt() < 0.005
+    for shape in SHAPES:
+        q = random_qtensor(parse(scheme), shape, seed=2)
+        x, packed, codes = inputs(6, shape[1], seed=3), pack(q), q.codes.view(shape).long()
+        factor = torch.where(levels == 0, 1.0, near / levels)[codes]
+        assert packed.panels.way == "table"
+        close(multiply(packed, x), rounded(packed, x) @ (factor * slow_dequantize(q)).T, 2e-5)
 
 
 @pytest.mark.parametrize("scheme", NESTED)
@@ -232,9 +246,9 @@ from lowbit import native
 from lowbit.runtime.panels import pack, pack_dense
 from lowbit.schemes import parse
 from tests.reference.qtensors import random_qtensor
-from tests.unit.test_multiply import CODES, TABLE, FLOATS, NESTED, SHAPES, inputs, multiply
+from tests.unit.test_multiply import CODES, TABLE, NEAR, FLOATS, NESTED, SHAPES, inputs, multiply
 digest = hashlib.sha256()
-for scheme in [*CODES, *TABLE, *FLOATS]:
+for scheme in [*CODES, *TABLE, *NEAR, *FLOATS]:
     for shape in SHAPES[1:]:
         for exact in (False, True):
             packed = pack(random_qtensor(parse(scheme), shape), exact)
@@ -311,7 +325,7 @@ def test_panels_that_lie_are_refused() -> None:
         native.Matrix(good, 64)(torch.ones(1, 65))
 
 
-@pytest.mark.parametrize("scheme", [*CODES, *TABLE, *FLOATS])
+@pytest.mark.parametrize("scheme", [*CODES, *TABLE, *NEAR, *FLOATS])
 def test_bytes_are_known_without_a_weight(scheme: str) -> None:
     for shape in SHAPES:
         q = random_qtensor(parse(scheme), shape, seed=4)

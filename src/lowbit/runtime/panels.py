@@ -18,10 +18,11 @@ from lowbit.native import CODE_BITS, PANEL_PARTS, Matrix, Panels, Room, ggml_pan
 from lowbit.schemes import Grid, Scheme
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
-LAYOUT = 2  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
+LAYOUT = 3  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
 _LANES = 16
 _NUMBERS = 120  # codes that are numbers in every grid: patterns of small floats of 8 bits above it may be none
 _UNITS = (1.0, 2.0, 4.0, 8.0)
+_LEAST = 0.005  # of the levels' root mean square, what rounding inputs to int8 in blocks of 32 makes of these
 
 
 @final
@@ -192,7 +193,7 @@ class _Meaning:
 
 
 def _meaning(grid: Grid, shifted: bool, exact: bool) -> _Meaning:
-    """Integers as they are, other grids of 16 levels or fewer as small integers where they are that; else floats."""
+    """Integers as they are, other grids of 16 levels or fewer as bytes where they nearly are that; else floats."""
     levels = torch.tensor(grid.levels)
     steps = levels.diff()
     if shifted:
@@ -202,15 +203,22 @@ def _meaning(grid: Grid, shifted: bool, exact: bool) -> _Meaning:
         return _Meaning("floats", level=level_table(grid))
     if bool((steps == 1).all()) and float(levels[0]).is_integer() and abs(float(levels[0])) <= 128:
         return _Meaning("codes", offset=-float(levels[0]))
-    units = [unit for unit in _UNITS if len(levels) <= 16 and _small(levels * unit)]
-    if not units:
+    unit = _unit(levels) if len(levels) <= 16 else None
+    if unit is None:
         return _Meaning("floats", level=level_table(grid))
-    table = pad((levels * units[0]).to(torch.int8), (0, 16 - len(levels)))
-    return _Meaning("table", table=table.view(torch.uint8), unit=1 / units[0])
+    table = pad((levels * unit).round().to(torch.int8), (0, 16 - len(levels)))
+    return _Meaning("table", table=table.view(torch.uint8), unit=1 / unit)
 
 
-def _small(values: Tensor) -> bool:
-    return bool(((values == values.round()) & (values.abs() <= 127)).all())
+def _unit(levels: Float[Tensor, " levels"]) -> float | None:
+    """What makes levels bytes: exactly, or with the least error if that is no more than inputs have (NF4, FP4)."""
+    for unit in _UNITS:
+        if bool(((levels * unit == (levels * unit).round()) & (levels.abs() * unit <= 127)).all()):
+            return unit
+    units = torch.arange(64, 127.5, 1 / 64, dtype=torch.float64)[:, None] / levels.abs().max()
+    errors = ((levels * units).round() / units - levels).square().mean(1)
+    least, at = errors.min(0)
+    return float(units[at]) if least.sqrt() < _LEAST * levels.square().mean().sqrt() else None
 
 
 def _order(q: QTensor) -> Tensor | None:
