@@ -424,7 +424,15 @@ def test_histogram_densities_are_shares() -> None:
 def test_charts_follow_the_schema_of_vega_lite() -> None:
     """No run validates them."""
     altair = pytest.importorskip("altair")
-    point = {"name": "a", "method": "rtn", "scheme": "int4", "bytes": 2**22, "divergence": 0.1, "low": 0.05, "high": 0.2}
+    point = {
+        "name": "a",
+        "method": "rtn",
+        "scheme": "int4",
+        "bytes": 2**22,
+        "divergence": 0.1,
+        "low": 0.05,
+        "high": 0.2,
+    }
     frontier = _charts.frontier_chart([{**point, "frontier": True, "knee": True}])
     charts = _charts.draw(make_run())
     assert set(charts) >= {"error", "bytes", "bits", "grid-0"}
