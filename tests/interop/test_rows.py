@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -265,14 +266,22 @@ def test_gptq_of_heads_has_the_statistics_of_the_whole_layer(tmp_path: Path) -> 
     """Heads in the scheme that they would have anyway are what they are in one piece, to the bit."""
     model = tmp_path / "model"
     text = save(model, tied=False)
-    learn = ("--method", "gptq", "--samples", "8", "--skip", "mlp")
-    heads = '[[rule]]\nrole = ["q", "k", "v"]\nheads = %s\nscheme = "%s"\n'
-    quantize(model, tmp_path / "apart", text, heads % (1, "int4-g16"), *learn)
+    learn = ("--method", "gptq", "--inputs", "float", "--skip", "mlp")
+    heads = '[[rule]]\nrole = ["q", "k", "v"]\nheads = 1\nscheme = "int4-g16"\n'
+    parts = quantize(model, tmp_path / "apart", text, heads, *learn)
     quantize(model, tmp_path / "whole", text, '[[rule]]\nrole = "q"\nscheme = "int4-g16"\n', *learn)
     apart, whole = open_checkpoint(tmp_path / "apart"), open_checkpoint(tmp_path / "whole")
-    assert sum(bool(weight.rows) for weight in apart.weights.values()) == 2 * (3 + 2 + 2)
-    one, other = (open_blueprint(each, torch.float32).resident().state_dict() for each in (apart, whole))
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=0, atol=0, msg=name)
-    rtn_made = rounded(open_checkpoint(model).tensor("model.layers.1.self_attn.q_proj.weight"), "int4-g16")
-    assert not torch.equal(one["model.layers.1.self_attn.q_proj.weight"], rtn_made)
+    chosen = {row["name"]: row["outcome"] and row["outcome"]["method"] for row in parts["rows"]}
+    rows = json.loads((tmp_path / "whole" / "report.json").read_text())["rows"]
+    chosen |= {row["name"]: row["outcome"] and row["outcome"]["method"] for row in rows}
+    same, blocks = 0, [weight for weight in apart.weights.values() if weight.rows]
+    assert len(blocks) == 2 * (3 + 2 + 2)
+    for block in blocks:
+        name = block.name.replace(re.findall(r"rows\d\.", block.name)[0], "")
+        first, last = block.rows[0]
+        # Another method is taken where it has less error on rows that were held out: of a block, or of the whole.
+        if chosen[block.name] == chosen[name] == "gptq":
+            one, other = apart.dequantized(block.name), whole.dequantized(name)[first:last]
+            torch.testing.assert_close(one, other, rtol=0, atol=0, msg=block.name)
+            same += not torch.equal(one, rounded(open_checkpoint(model).tensor(name)[first:last], "int4-g16"))
+    assert same >= 5, chosen
