@@ -2,7 +2,7 @@
 
     python benchmarks/synthetic.py BIG
     python benchmarks/runtime.py BIG --work DIR [--schemes q4_0 q8_0 q4_k ...] [--threads 2] [--prompt 256]
-        [--tokens 32] [--runs 5] [--busy 1] [--opening]
+        [--tokens 32] [--runs 5] [--busy 1] [--opening] [--cpu]
 
 Per scheme the checkpoint is quantized into DIR once (method `ggml`: llama.cpp's own bytes). Then both runtimes read
 the same tokens in turn: a prompt (prefill), then token by token (decode). Medians over the runs; a ratio above 1 says
@@ -11,6 +11,8 @@ array of int64 by torch reads (a median over the same runs); `ceiling` is what t
 of 1: what reads its weights once, no faster than that loop, cannot be above it. With `--busy N`, the speed of decoding
 that is left where another process computes on each of the first N cores, as a share of that without: `kept` and
 `kept_by_llama.cpp`.
+With `--cpu`, prompts and tokens are timed by the processor time of this process: for one thread of both, on a machine
+that others use (with more, who waits for others by looking counts as computing).
 With `--opening`, how long it takes to open a file over reading it once (from memory), and the seconds from a second
 start with `--cache` to the first token of an answer, modules being imported.
 """
@@ -134,8 +136,17 @@ def opening(file: Path, threads: int, runs: int) -> dict[str, float]:
     return {"opening_over_reading": fresh / read, "opening_seconds": fresh, "second_start_seconds": second}
 
 
-def measure(file: Path, threads: int, prompt: int, tokens: int, runs: int, busy: int) -> dict[str, Any]:
+def spent(work: Callable[[], object]) -> float:
+    """Seconds of processor time of one call."""
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
+def measure(file: Path, threads: int, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of both, in turn."""
+    prompt, tokens, runs, busy = args.prompt, args.tokens, args.runs, args.busy
+    timed = spent if args.cpu else seconds
     torch.set_num_threads(threads)
     capacity = prompt + tokens + 8
     sides: dict[str, Ours | Theirs] = {
@@ -147,8 +158,8 @@ def measure(file: Path, threads: int, prompt: int, tokens: int, runs: int, busy:
     for _ in range(runs):
         reads.append(read_rate())
         for name, side in sides.items():
-            found[name]["prefill"].append(seconds(partial(side.prefill, [7] * prompt)))
-            found[name]["decode"] += [seconds(partial(side.decode, 9)) for _ in range(tokens)]
+            found[name]["prefill"].append(timed(partial(side.prefill, [7] * prompt)))
+            found[name]["decode"] += [timed(partial(side.decode, 9)) for _ in range(tokens)]
     medians = {name: {what: statistics.median(times) for what, times in each.items()} for name, each in found.items()}
     ours, theirs = medians["ours"], medians["llama.cpp"]
     mine = sides["ours"]
@@ -176,12 +187,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--busy", type=int, default=0)
     parser.add_argument("--opening", action="store_true")
+    parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
     results = {}
     for scheme in args.schemes:
         file = made(args.big, args.work, scheme)
         for threads in args.threads:
-            found = measure(file, threads, args.prompt, args.tokens, args.runs, args.busy)
+            found = measure(file, threads, args)
             found |= opening(file, threads, args.runs) if args.opening else {}
             results[f"{scheme}:{threads}"] = found
             shown = "  ".join(f"{name} {value:.3g}" for name, value in found.items())
