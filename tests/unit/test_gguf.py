@@ -110,8 +110,9 @@ def test_names_are_those_of_the_package(arch: Any) -> None:
         if arch.tied and stem == "output":
             continue
         wanted = f"blk.2.{stem}" if "{}" in module else stem
-        # The package knows experts by the name of their stack, and BLOOM without its first part.
-        known = module.replace("experts.{}", "experts").format(2)
+        # The package knows experts by their stack, parts of heads by a name of their own, BLOOM without its first part.
+        known = module.replace("experts.{}", "experts")
+        known = known.replace("kv_b_proj.{}.k_b", "k_b_proj").replace("kv_b_proj.{}.v_b", "v_b_proj").format(2)
         assert wanted in (names.get_name(known), names.get_name(known.removeprefix("transformer.")))
         place = arch.place(f"{name}.weight")
         assert place is not None
