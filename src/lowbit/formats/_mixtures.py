@@ -122,9 +122,8 @@ def choose(
         if float_only(weight, place):
             found[weight.name] = "f32", f"{name}: stays float32"
         else:
-            layer = (
-                int(place.split(".")[1]) if model.experts > 1 and role.startswith("ffn") else seen[role].index(place)
-            )
+            by_layer = model.experts > 1 and role.startswith("ffn")
+            layer = order(place)[0] if by_layer else seen[role].index(place)
             wanted = _wanted(name, role, layer, len(seen[role]), model, weight.shape[1])
             found[weight.name] = _fitting(name, wanted, weight.shape[1])
     return found

@@ -236,11 +236,10 @@ class _Builder:
         if scheme is None or by_row(scheme):
             matrix = self._node("Transpose", [self._whole(weight)], {"perm": [1, 0]})
             return self._node("MatMul", [rows, matrix], {}, before=node)
-        pieces = [self._float(n) if s.dtype.is_floating_point else self._value(n) for n, s in self._layout(weight)]
         facts = {
             "K": weight.shape[1], "N": weight.shape[0], "bits": scheme.grid.bits, "block_size": scheme.block.cols
         }  # fmt: skip
-        return self._node("MatMulNBits", [rows, *pieces], facts, before=node, domain=_MICROSOFT)
+        return self._node("MatMulNBits", [rows, *self._pieces(weight)], facts, before=node, domain=_MICROSOFT)
 
     def _lookup(self, node: ir.Node, weights: Sequence[Weight]) -> None:
         """Rows that are looked up, each dequantized after that, in its block where there are several."""
@@ -277,9 +276,7 @@ class _Builder:
             return self._node("Cast", [found], {"to": int(ir.DataType.FLOAT)}, before=node) if kept else found
         if not by_row(scheme):
             return self._rows_in_groups(node, weight, at)
-        codes, *others = [
-            self._float(n) if s.dtype.is_floating_point else self._value(n) for n, s in self._layout(weight)
-        ]
+        codes, *others = self._pieces(weight)
         codes = self._node("Gather", [codes, at], {}, before=node)
         if not scheme.block.rows:
             return self._node("DequantizeLinear", [codes, *others], {}, before=node)
@@ -297,12 +294,10 @@ class _Builder:
                 f"{weight.name} has its use in Gather, and GatherBlockQuantized has no float zero points; use "
                 f"{replace(scheme, zero='int')}"
             )
-        (name, _), *others = self._layout(weight)
-        flat = self._constant([rows, -1], torch.int64)
-        codes = self._node("Reshape", [self._value(name), flat], {})
-        pieces = [self._float(n) if s.dtype.is_floating_point else self._value(n) for n, s in others]
+        codes, *others = self._pieces(weight)
+        codes = self._node("Reshape", [codes, self._constant([rows, -1], torch.int64)], {})
         facts = {"bits": scheme.grid.bits, "block_size": scheme.block.cols, "gather_axis": 0, "quantize_axis": 1}
-        inputs = [codes, at, *pieces]
+        inputs = [codes, at, *others]
         found = self._node("GatherBlockQuantized", inputs, facts, before=node, domain=_MICROSOFT)
         if cols % scheme.block.cols:
             ends = [self._constant([end], torch.int64) for end in (0, cols, -1)]
@@ -314,8 +309,9 @@ class _Builder:
         name = places_name(whole_of(blocks[0].name) or "")
         return self._value(name) if name in self._places else None
 
-    def _layout(self, weight: Weight) -> list[tuple[str, Spec]]:
-        return list(self._plan.rules.layout(weight).items())
+    def _pieces(self, weight: Weight) -> list[ir.Value]:
+        """The stored tensors of a weight: codes and zero points as they are, float ones in float32."""
+        return [self._float(name) for name in self._plan.rules.layout(weight)]
 
     def _constant(self, value: int | list[int], dtype: torch.dtype) -> ir.Value:
         """A number, or a list of these, in the graph."""
