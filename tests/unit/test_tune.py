@@ -175,6 +175,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: py
         if left[0] == 0:
             raise KeyboardInterrupt
         store(*arguments, **settings)
+        partial = tmp_path / "part/.lowbit/model.safetensors.partial"
+        assert left[0] < 0 or partial.exists(), "a file is synced once, when all is stored"
 
     monkeypatch.setattr(tune, "store", stopped)
     with pytest.raises(KeyboardInterrupt):

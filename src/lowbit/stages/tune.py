@@ -35,7 +35,7 @@ from lowbit.stages.calibrate import Prepared
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Entry
 from lowbit.stages.quantize import Progress, measure, silent
-from lowbit.stages.write import WORK, Output, write_atomic
+from lowbit.stages.write import WORK, Output, Record, write_atomic
 from lowbit.tensors import QTensor, block_size, view_shape
 
 _TOKENS = 2048  # that go through the model at once
@@ -142,16 +142,20 @@ def tune(prepared: Prepared, output: Output, watch: MemoryWatch, progress: Progr
             write_atomic(state, save(tuned, {key: repr(value) for key, value in found.items()}))
         entries = {entry.weight.name: entry for entry in prepared.plan.entries}
         with safe_open(state, "pt") as file:
-            for name in list(file.keys()):  # this is no dict: it cannot be iterated over itself
-                if not output.records[name].facts.get(_TUNED):
-                    _replace(prepared, written, output, entries[name], file.get_tensor(name))
+            # this is no dict: it cannot be iterated over itself
+            left = [output.records[name] for name in list(file.keys()) if not output.records[name].facts.get(_TUNED)]
+            for record in left:  # all before the first is stored: files are synced and named once, not for each
+                output.forget(record)
+            for record in left:
+                _replace(prepared, written, output, entries[record.name], record, file.get_tensor(record.name))
             return {key: float(value) for key, value in file.metadata().items()}
 
 
-def _replace(prepared: Prepared, written: Checkpoint, output: Output, entry: Entry, values: Tensor) -> None:
+def _replace(
+    prepared: Prepared, written: Checkpoint, output: Output, entry: Entry, record: Record, values: Tensor
+) -> None:
     """Store a weight again, with other scales, or another vector."""
-    name = entry.weight.name
-    record, value = output.records[name], written.load(name)
+    name, value = record.name, written.unpacked(record.name, output.read(entry))
     facts = {**record.facts, _TUNED: True}
     if isinstance(value, QTensor):
         value = replace(value, codes=value.codes.clone(), scales=values)
@@ -160,7 +164,6 @@ def _replace(prepared: Prepared, written: Checkpoint, output: Output, entry: Ent
             facts |= {"relative_error": error.relative, "largest_error": error.largest}
     else:
         value = values
-    output.forget(record)
     store(output, entry, value, record.source, facts, scratch=False)
 
 

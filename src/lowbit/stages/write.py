@@ -247,6 +247,8 @@ class Output:
         """Drop a journalled weight whose bytes did not survive; it will be made again, in a shard without its name."""
         del self.records[record.name]
         for shard in {self._shard_of[name].file: self._shard_of[name] for name in record.stored}.values():
+            with self._lock:
+                self._left[shard.file] |= shard.offsets.keys() & record.stored.keys()
             self._drop(shard)
             if (self.path / shard.file).exists():
                 os.replace(self.path / shard.file, self._partial(shard))
