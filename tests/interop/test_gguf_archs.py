@@ -121,6 +121,15 @@ _LONG = {
 _GROUPS = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}
 _LITE = {"q_lora_rank": None, "num_hidden_layers": 27, "n_routed_experts": 2, "num_experts_per_tok": 1}
 _FEW = {"num_experts_per_tok": 2}
+_WINDOW = {"num_hidden_layers": 4, "sliding_window": 8}
+_CONV = {"num_hidden_layers": 4, "pad_token_id": 0, "layer_types": ["conv", "full_attention", "conv", "conv"]}
+_LFM_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_dense_layers": 1}
+_TWO_ROPES = {
+    "full_attention": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 300.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+}
+_STEPS = {**_LONG, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
+          "original_max_position_embeddings": 16}  # fmt: skip
 CASES = {
     "glm4_moe": Case("Glm4Moe", _GLM, share=0.5),
     "glm4_moe without norms": Case("Glm4Moe", {**_GLM, "use_qk_norm": False, "attention_bias": False}, share=0.5),
@@ -128,6 +137,13 @@ CASES = {
     "ernie4_5_moe": Case("Ernie4_5_Moe", _ERNIE, share=0.5),
     "hunyuan moe": Case("HunYuanMoEV1", {**SMALL, "head_dim": 16, "num_experts": 4, "moe_topk": 2}, share=0.5),
     "exaone4": Case("Exaone4", {**SMALL, **_WHOLE, "head_dim": 16}),
+    "exaone4 with windows": Case(
+        "Exaone4", {**SMALL, "head_dim": 16, "num_hidden_layers": 64, "sliding_window": 8}
+    ),
+    "olmo3": Case("Olmo3", {**SMALL, **_WINDOW, "rope_parameters": _TWO_ROPES}),
+    "lfm2": Case("Lfm2", {**SMALL, **_CONV}),
+    "lfm2_moe": Case("Lfm2Moe", {**SMALL, **_CONV, **_LFM_MOE}, share=0.5),
+    "ministral3": Case("Ministral3", {**SMALL, "head_dim": 16, "rope_parameters": _STEPS}),
     "minimax_m2": Case("MiniMaxM2", {**SMALL, **_FEW, "head_dim": 16, "num_local_experts": 4}, share=0.5),
     "deepseek_v3": Case("DeepseekV3", {**_LATENT, **_GROUPS}, share=0.5),
     "deepseek_v3 far": Case("DeepseekV3", {**_LATENT, "rope_parameters": _LONG}, share=0.5),

@@ -53,7 +53,12 @@ class Arch:
         plus_one: norms are stored with 1 added.
         decays: tensors that are stored as -exp of what transformers has.
         squeezed: tensors whose last axis but one is 1 in transformers and not there in the file.
-        layers: what `layer_types` in config.json says of every layer.
+        layers: what `layer_types` in config.json may say of a layer, to the keys that are lists, with 0 for layers of
+            other kinds; a header tells the kind of a layer by the first of them.
+        local: kind of layer that has a plain rope of its own in `rope_parameters`, which are by kind then.
+        in_rope: names in config.json that are among the parameters of its rope.
+        stretch: `mscale_all_dim` of a yarn is multiplied by it in a file; 0 where llama.cpp knows of none.
+        rows: metadata key to a tensor whose number of rows it is.
         tied: there is never an output layer.
         rotary: name in config.json of the share of a head that is rotated.
         requires: what config.json must say, where it says anything of it; a list has what it may say.
@@ -79,7 +84,11 @@ class Arch:
     plus_one: bool
     decays: tuple[str, ...]
     squeezed: tuple[str, ...]
-    layers: str
+    layers: Mapping[str, tuple[str, ...]]
+    local: str
+    in_rope: tuple[str, ...]
+    stretch: float
+    rows: Mapping[str, str]
     tied: bool
     rotary: str
     requires: Mapping[str, tuple[Any, ...]]
@@ -201,14 +210,18 @@ def archs() -> tuple[Arch, ...]:
             {key: tuple(names) for key, names in row.get("products", {}).items()},
             {key: tuple(names) for key, names in row.get("sums", {}).items()},
             row.get("constants", {}),
-            row.get("when", {}),
+            row.get("when", {}) | dict.fromkeys(row.get("lacks", ())),
             row.get("marked", ""),
             row.get("interleaved", False),
             row.get("grouped", ""),
             row.get("plus_one", False),
             tuple(row.get("decays", ())),
             tuple(row.get("squeezed", ())),
-            row.get("layers", ""),
+            {kind: tuple(keys) for kind, keys in row.get("layers", {}).items()},
+            row.get("local", ""),
+            tuple(row.get("in_rope", ())),
+            row.get("stretch", 0.0),
+            row.get("rows", {}),
             row.get("tied", False),
             row.get("rotary", "partial_rotary_factor"),
             _required(row),
