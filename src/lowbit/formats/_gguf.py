@@ -8,15 +8,18 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
+from math import prod
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from lowbit.errors import UnsupportedError
 from lowbit.formats import Weight
+from lowbit.tensors import QTensor, block_size
 
+_ROWS = 256  # whose columns are put into another order at a time
 _PLACE = re.compile(r"\\\{\\\}")
 
 
@@ -50,7 +53,12 @@ class Arch:
         marked: a module that all of these have, and none of the row's without one.
         interleaved: rows of q and k are in another order in the file.
         grouped: name in config.json of the number of groups in which transformers has the rows of q, k and v.
+        tiled: what has heads by group that the file has in another order: `heads`, names in config.json of the number of
+            groups and of heads; of tensors, `rows` are all such heads, `after` are these after rows of queries and keys,
+            two times the product of `first`, and `columns` are of that many heads.
         plus_one: norms are stored with 1 added.
+        plain: norms that are not.
+        defaults: what llama.cpp needs of config.json, and has no default of its own for.
         decays: tensors that are stored as -exp of what transformers has.
         squeezed: tensors whose last axis but one is 1 in transformers and not there in the file.
         layers: what `layer_types` in config.json may say of a layer, to the keys that are lists, with 0 for layers of
@@ -81,7 +89,10 @@ class Arch:
     marked: str
     interleaved: bool
     grouped: str
+    tiled: Mapping[str, tuple[str, ...]]
     plus_one: bool
+    plain: tuple[str, ...]
+    defaults: Mapping[str, Any]
     decays: tuple[str, ...]
     squeezed: tuple[str, ...]
     layers: Mapping[str, tuple[str, ...]]
@@ -154,7 +165,8 @@ class Arch:
         place = self.place(weight.name)
         tail = _tail(place.name) if place else ""
         stem = tail.removesuffix(".weight").removesuffix(".bias")
-        plus = float(self.plus_one and stem.endswith("norm") and weight.name.endswith(".weight"))
+        norm = stem.endswith("norm") and weight.name.endswith(".weight") and stem not in self.plain
+        plus = float(self.plus_one and norm)
         weight = replace(weight, plus=plus, decays=tail in self.decays)
         queries = self.keys.get("attention.head_count", ())
         if self.interleaved and stem in ("attn_q", "attn_k"):
@@ -163,7 +175,18 @@ class Arch:
         if self.grouped and stem == "attn_qkv":
             groups = _count(config, self.grouped)
             return replace(weight, grouped=(groups, _count(config, *queries) // groups))
-        return weight
+        return self._tiled(weight, stem, config) if self.tiled else weight
+
+    def _tiled(self, weight: Weight, stem: str, config: Mapping[str, Any]) -> Weight:
+        """A weight that may have heads by group; where a group has one head alone, the order is the same."""
+        groups, heads = (_count(config, name) for name in self.tiled["heads"])
+        each = heads // groups
+        if each <= 1 or heads % groups:
+            return weight
+        if stem in self.tiled["columns"]:
+            return replace(weight, across=(groups, each))
+        first = 2 * prod(_count(config, name) for name in self.tiled["first"]) if stem in self.tiled["after"] else 0
+        return replace(weight, tiled=(first, groups, each)) if first or stem in self.tiled["rows"] else weight
 
     def wants(self, key: str, value: object) -> bool:
         """Whether llama.cpp computes a model of which config.json says this."""
@@ -214,7 +237,10 @@ def archs() -> tuple[Arch, ...]:
             row.get("marked", ""),
             row.get("interleaved", False),
             row.get("grouped", ""),
+            {what: tuple(names) for what, names in row.get("tiled", {}).items()},
             row.get("plus_one", False),
+            tuple(row.get("plain", ())),
+            row.get("defaults", {}),
             tuple(row.get("decays", ())),
             tuple(row.get("squeezed", ())),
             {kind: tuple(keys) for kind, keys in row.get("layers", {}).items()},
@@ -261,21 +287,24 @@ def arch_of(config: Mapping[str, Any]) -> Arch | None:
 
 def is_other(weight: Weight) -> bool:
     """Whether a file has a weight in another way than transformers."""
-    return bool(weight.interleaved or weight.grouped or weight.plus or weight.decays)
+    moved = weight.interleaved or weight.grouped or weight.tiled or weight.across
+    return bool(moved or weight.plus or weight.decays)
 
 
 def from_file(weight: Weight, tensor: Tensor) -> Tensor:
     """A float tensor of a GGUF file as transformers has it, in the same dtype."""
-    order = own_rows(weight)
-    tensor = tensor if order is None else tensor[order]
+    rows, columns = own_rows(weight), file_columns(weight)
+    tensor = tensor if rows is None else tensor[rows]
+    tensor = tensor if columns is None else tensor[:, columns.argsort()]
     tensor = _logarithm(tensor) if weight.decays else tensor
     return tensor - weight.plus if weight.plus else tensor
 
 
 def to_file(weight: Weight, tensor: Tensor) -> Tensor:
     """The inverse of `from_file`; what is added, and a power of e, is rounded to the dtype of the tensor."""
-    order = file_rows(weight)
-    tensor = tensor if order is None else tensor[order]
+    rows, columns = file_rows(weight), file_columns(weight)
+    tensor = tensor if rows is None else tensor[rows]
+    tensor = tensor if columns is None else tensor[:, columns]
     tensor = _power(tensor) if weight.decays else tensor
     return tensor + weight.plus if weight.plus else tensor
 
@@ -302,11 +331,37 @@ def file_rows(weight: Weight) -> Int64[Tensor, "rows"] | None:
     """For each row as llama.cpp stores it the row of transformers; None where the order is the same."""
     if weight.interleaved:
         return interleave(weight.shape[0], weight.interleaved)
+    if weight.tiled:
+        first, *heads = weight.tiled
+        return torch.cat([torch.arange(first), first + _tiles(weight.shape[0] - first, *heads)])
     if weight.grouped is None:
         return None
     groups, queries = weight.grouped
     rows = torch.arange(weight.shape[0]).reshape(groups, queries + 2, -1)
     return torch.cat([rows[:, :queries].reshape(-1), rows[:, queries].reshape(-1), rows[:, queries + 1].reshape(-1)])
+
+
+def file_columns(weight: Weight) -> Int64[Tensor, "cols"] | None:
+    """For each column as llama.cpp stores it the column of transformers; None where the order is the same."""
+    return None if weight.across is None else _tiles(weight.shape[1], *weight.across)
+
+
+def across_index(q: QTensor, columns: Int64[Tensor, "cols"]) -> Int32[Tensor, "cols"]:
+    """The block of each column of transformers, where blocks are of these columns, one after the other."""
+    return (columns.argsort() // block_size(q.shape, q.scheme.block)[1]).int()
+
+
+def turned_back(q: QTensor, columns: Int64[Tensor, "cols"]) -> QTensor:
+    """A tensor of these columns of transformers, with its columns in the order of transformers; codes stay in place."""
+    for start in range(0, 0 if q.codes.is_meta else len(q.codes), _ROWS):
+        rows = q.codes[start : start + _ROWS]
+        rows.copy_(rows[:, columns.argsort()])
+    return replace(q, group_index=across_index(q, columns))
+
+
+def _tiles(count: int, groups: int, heads: int) -> Int64[Tensor, "count"]:
+    """Of heads by group the first of every group, then the second of every group."""
+    return torch.arange(count).reshape(groups, heads, -1).swapaxes(0, 1).reshape(-1)
 
 
 def own_rows(weight: Weight) -> Int64[Tensor, "rows"] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from math import log, pi
+from math import log, pi, prod
 from typing import Any
 
 from lowbit.errors import UnsupportedError
@@ -28,6 +28,9 @@ def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
     lists = {key for keys in arch.layers.values() for key in keys if isinstance(told.get(key), list)}
     told |= {key: max(told[key], default=0) for key in lists}
     facts = {arch.keys[key][0]: _short(value) for key, value in told.items() if value is not None}
+    for key, (first, *others) in arch.products.items():
+        if first not in facts and all(facts.get(name) for name in others):
+            facts[first] = int(header.value(f"{arch.arch}.{key}", 0)) // prod(facts[name] for name in others)
     ahead = header.value(f"{arch.arch}.nextn_predict_layers")
     if isinstance(ahead, int) and isinstance(facts.get("num_hidden_layers"), int):
         facts |= {

@@ -26,7 +26,7 @@ def facts_of(checkpoint: Checkpoint, arch: Arch) -> dict[str, Any]:
         CheckpointError: there is none that `transformers` can use.
     """
     facts = told_facts(checkpoint.config, arch)
-    return facts or _flat(open_config(checkpoint).get_text_config().to_dict(), arch)
+    return facts or arch.defaults | _flat(open_config(checkpoint).get_text_config().to_dict(), arch)
 
 
 def told_facts(config: Mapping[str, Any], arch: Arch) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ Constants = dict[str, Sequence[float]]
 
 # Keys that are true of one file alone.
 _OF_THE_FILE = ("general.alignment", "split.no", "split.count", "split.tensors.count")
-_FLOATS = ("epsilon", "freq_base", "softcapping", "scale")
+_FLOATS = ("epsilon", "freq_base", "freq_base_swa", "softcapping", "scale")
 
 
 def metadata(
