@@ -138,6 +138,38 @@ _DELTA = {**SMALL, "num_hidden_layers": 4, "head_dim": 16, "linear_key_head_dim"
                               "mrope_section": [2, 1, 1], "mrope_interleaved": True}}  # fmt: skip
 _QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
              "shared_expert_intermediate_size": 32}  # fmt: skip
+_MAMBA2 = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 400, "state_size": 16, "num_heads": 8,
+           "head_dim": 16, "n_groups": 2}  # fmt: skip
+_HYBRID = {
+    **SMALL,
+    **_GRANITE,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 64,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_NEMOTRON = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "vocab_size": 400,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+}
+_NEMOTRON_MOE = {
+    **_NEMOTRON,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 64,
+    "routed_scaling_factor": 1.5,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+}
 CASES = {
     "glm4_moe": Case("Glm4Moe", _GLM, share=0.5),
     "glm4_moe without norms": Case("Glm4Moe", {**_GLM, "use_qk_norm": False, "attention_bias": False}, share=0.5),
@@ -156,6 +188,11 @@ CASES = {
     "qwen3_5 one to one": Case("Qwen3_5", {**_DELTA, "linear_num_key_heads": 6}, share=0.5, config="Qwen3_5Text"),
     "qwen3_5_moe": Case("Qwen3_5Moe", {**_DELTA, **_QWEN_MOE}, share=0.5, rounded=0.3, config="Qwen3_5MoeText"),
     "qwen3_next": Case("Qwen3Next", {**_DELTA, **_QWEN_MOE}, share=0.5, rounded=0.3),
+    "mamba2": Case("Mamba2", _MAMBA2),
+    "granite hybrid": Case("GraniteMoeHybrid", _HYBRID),
+    "granite hybrid moe": Case("GraniteMoeHybrid", {**_HYBRID, "num_local_experts": 4}, share=0.5),
+    "nemotron_h": Case("NemotronH", _NEMOTRON),
+    "nemotron_h moe": Case("NemotronH", _NEMOTRON_MOE, share=0.5),
     "minimax_m2": Case("MiniMaxM2", {**SMALL, **_FEW, "head_dim": 16, "num_local_experts": 4}, share=0.5),
     "deepseek_v3": Case("DeepseekV3", {**_LATENT, **_GROUPS}, share=0.5),
     "deepseek_v3 far": Case("DeepseekV3", {**_LATENT, "rope_parameters": _LONG}, share=0.5),
@@ -249,6 +286,7 @@ def test_types_are_llama_quantizes(kind: str, tmp_path: Path) -> None:
     more = {name: value for name, value in WIDE.items() if name in case.settings} | {"tie_word_embeddings": True}
     more |= {"intermediate_size": 512} if kind == "mamba" else {"num_key_value_heads": 4} if kind == "olmo2" else {}
     more |= {"tie_word_embeddings": False} if kind in ("gpt_neox", "falcon 7b", "olmo2") else {}
+    more |= {"layer_types": case.settings["layer_types"] * 4} if "layer_types" in case.settings else {}
     source = saved(case, tmp_path / "model", **more)
     f16 = quantized(source, tmp_path / "f16", "f16")
     checkpoint = apart(open_checkpoint(source), "gguf")
@@ -266,14 +304,16 @@ def test_types_are_llama_quantizes(kind: str, tmp_path: Path) -> None:
 def test_heads_by_group_are_llama_quantizes(tmp_path: Path) -> None:
     """Blocks of 256 columns with two heads that are elsewhere in transformers: to the byte, and as they are read."""
     wide = {"hidden_size": 256, "intermediate_size": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
-    source = saved(CASES["qwen3_5"], tmp_path / "model", **wide, linear_num_value_heads=4)
+    model = CASES["qwen3_5"].model(**wide, linear_num_value_heads=4)
+    source = saved_model(model, tmp_path / "model", byte_level(QWEN35, nfc=True))
     f16 = quantized(source, tmp_path / "f16", "f16")
     theirs = tensors(llama_quantize(f16, tmp_path / "theirs.gguf", 15))
     file = quantized(f16, tmp_path / "ours", "q4_k_m")
     assert tensors(file) == theirs
     assert theirs["blk.0.ssm_out.weight"][0] == "Q4_K"
-    run_conversion(str(file), tmp_path / "float", Goal("float"))
-    agree(quantized(tmp_path / "float", tmp_path / "f32", "f32"), file.parent, 1e-4)
+    other = alone(file, tmp_path / "alone")
+    run_conversion(str(other), tmp_path / "float", Goal("float"))
+    agree(quantized(tmp_path / "float", tmp_path / "f32", "f32"), other.parent, 1e-4)
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 40)
     learned = Calibration((str(text),), samples=4, length=64)
@@ -380,6 +420,10 @@ O200K = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001 - as it is
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -398,6 +442,7 @@ SPLITS: dict[str, tuple[list[Any], bool]] = {
     ),
     "bloom": ([pre_tokenizers.Split(Regex(BLOOM), "isolated"), BYTES], False),
     "stablelm2": ([pre_tokenizers.Split(Regex(QWEN), "isolated"), BYTES], False),
+    "qwen35": ([pre_tokenizers.Split(Regex(QWEN35), "isolated"), BYTES], True),
     "gpt-4o": ([pre_tokenizers.Split(Regex(O200K), "isolated"), BYTES], False),
 }
 HARD = (

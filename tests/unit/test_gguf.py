@@ -114,7 +114,8 @@ def test_names_are_those_of_the_package(arch: Any) -> None:
         # The package knows experts by their stack, parts of heads by a name of their own, BLOOM without its first part.
         known = module.replace("experts.{}", "experts")
         known = known.replace("kv_b_proj.{}.k_b", "k_b_proj").replace("kv_b_proj.{}.v_b", "v_b_proj").format(2)
-        found = [names.get_name(each) for names in maps for each in (known, known.removeprefix("transformer."))]
+        others = (known, known.removeprefix("transformer."), known.removeprefix("model."))
+        found = [names.get_name(each) for names in maps for each in others]
         assert wanted == next(filter(None, found))
         place = arch.place(f"{name}.weight")
         assert place is not None

@@ -50,6 +50,7 @@ class Arch:
         sums: metadata key to names in config.json whose sum it is.
         constants: metadata key to what it always is.
         when: what config.json says of the models that the row is for; of several the first fits.
+        has: names in config.json to what one of these lists or texts has; empty for any.
         marked: a module that all of these have, and none of the row's without one.
         interleaved: rows of q and k are in another order in the file.
         grouped: name in config.json of the number of groups in which transformers has the rows of q, k and v.
@@ -61,6 +62,8 @@ class Arch:
         defaults: what llama.cpp needs of config.json, and has no default of its own for.
         decays: tensors that are stored as -exp of what transformers has.
         squeezed: tensors whose last axis but one is 1 in transformers and not there in the file.
+        folded: vectors that are matrices in the file, to the name in config.json of their number of rows; empty for columns.
+        kinds: name in config.json of what layers are.
         layers: what `layer_types` in config.json may say of a layer, to the keys that are lists, with 0 for layers of
             other kinds; a header tells the kind of a layer by the first of them.
         local: kind of layer that has a plain rope of its own in `rope_parameters`, which are by kind then.
@@ -86,6 +89,7 @@ class Arch:
     sums: Mapping[str, tuple[str, ...]]
     constants: Mapping[str, Any]
     when: Mapping[str, Any]
+    has: Mapping[str, str]
     marked: str
     interleaved: bool
     grouped: str
@@ -95,6 +99,8 @@ class Arch:
     defaults: Mapping[str, Any]
     decays: tuple[str, ...]
     squeezed: tuple[str, ...]
+    folded: Mapping[str, str]
+    kinds: str
     layers: Mapping[str, tuple[str, ...]]
     local: str
     in_rope: tuple[str, ...]
@@ -135,14 +141,19 @@ class Arch:
         """Whether a tensor of the file holds that of every expert."""
         return self.names.get(_tail(stored).rpartition(".")[0], "").count("{}") == 2
 
-    def file_shape(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in the file of one member of a tensor, which transformers has in this one."""
+    def file_shape(self, stored: str, weight: Weight) -> tuple[int, ...]:
+        """Shape in the file of one member of a tensor, as which transformers has this weight."""
+        shape = weight.shape
+        if weight.folded:
+            return weight.folded, prod(shape) // weight.folded
         return (*shape[:-2], *shape[-1:]) if _tail(stored) in self.squeezed else shape
 
     def own_shape(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Shape in transformers of one member of a tensor of the file; None where that is impossible."""
         if self.stacks(stored):
             return shape[1:] if len(shape) == (3 if stored.endswith("weight") else 2) else None
+        if _tail(stored) in self.folded:
+            return (prod(shape),)
         return (*shape[:-1], 1, *shape[-1:]) if _tail(stored) in self.squeezed else shape
 
     @cached_property
@@ -168,6 +179,9 @@ class Arch:
         norm = stem.endswith("norm") and weight.name.endswith(".weight") and stem not in self.plain
         plus = float(self.plus_one and norm)
         weight = replace(weight, plus=plus, decays=tail in self.decays)
+        if tail in self.folded:
+            name = self.folded[tail]
+            return replace(weight, folded=_count(config, name) if name else prod(weight.shape))
         queries = self.keys.get("attention.head_count", ())
         if self.interleaved and stem in ("attn_q", "attn_k"):
             names = self.keys["attention.head_count_kv"] if stem == "attn_k" else queries
@@ -234,6 +248,7 @@ def archs() -> tuple[Arch, ...]:
             {key: tuple(names) for key, names in row.get("sums", {}).items()},
             row.get("constants", {}),
             row.get("when", {}) | dict.fromkeys(row.get("lacks", ())),
+            row.get("has", {}),
             row.get("marked", ""),
             row.get("interleaved", False),
             row.get("grouped", ""),
@@ -243,6 +258,8 @@ def archs() -> tuple[Arch, ...]:
             row.get("defaults", {}),
             tuple(row.get("decays", ())),
             tuple(row.get("squeezed", ())),
+            row.get("folded", {}),
+            row.get("kinds", "layer_types"),
             {kind: tuple(keys) for kind, keys in row.get("layers", {}).items()},
             row.get("local", ""),
             tuple(row.get("in_rope", ())),
@@ -282,7 +299,13 @@ def arch_of(config: Mapping[str, Any]) -> Arch | None:
     kind = config.get("model_type")
     rows = [row for row in archs() if kind in row.model_types or kind in row.parts]
     part = next((row for row in rows if kind in row.parts), None)
-    return part or next((row for row in rows if all(config.get(key) == value for key, value in row.when.items())), None)
+    return part or next((row for row in rows if _fits(row, config)), None)
+
+
+def _fits(row: Arch, config: Mapping[str, Any]) -> bool:
+    """Whether a row is for a model of its types of which config.json says this."""
+    has = not row.has or any(each in (config.get(key) or ()) for key, each in row.has.items())
+    return has and all(config.get(key) == value for key, value in row.when.items())
 
 
 def is_other(weight: Weight) -> bool:

@@ -58,7 +58,7 @@ def _layers(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any
         return {}
     count, rest = min(facts["num_hidden_layers"], len(header.tensors)), next(k for k, v in arch.layers.items() if not v)
     marks = {kind: _marks(header, arch, keys[0], count) for kind, keys in arch.layers.items() if keys}
-    return {"layer_types": [next((kind for kind in marks if marks[kind][i]), rest) for i in range(count)]}
+    return {arch.kinds: [next((kind for kind in marks if marks[kind][i]), rest) for i in range(count)]}
 
 
 def _marks(header: Gguf, arch: Arch, key: str, count: int) -> list[Any]:

@@ -25,8 +25,9 @@ def facts_of(checkpoint: Checkpoint, arch: Arch) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none that `transformers` can use.
     """
-    facts = told_facts(checkpoint.config, arch)
-    return facts or arch.defaults | _flat(open_config(checkpoint).get_text_config().to_dict(), arch)
+    facts = told_facts(checkpoint.config, arch) or _flat(open_config(checkpoint).get_text_config().to_dict(), arch)
+    facts = {**facts, **{name: value for name, value in arch.defaults.items() if facts.get(name) is None}}
+    return facts if arch.kinds not in facts else {"num_hidden_layers": len(facts[arch.kinds] or ()), **facts}
 
 
 def told_facts(config: Mapping[str, Any], arch: Arch) -> dict[str, Any] | None:

@@ -103,7 +103,7 @@ def _rows(checkpoint: Checkpoint, arch: Arch, stored: str) -> int:
 
 def _lists(arch: Arch, facts: Mapping[str, Any], values: Mapping[str, Value]) -> dict[str, Value]:
     """Keys that have a value for each layer: what all layers of a kind have, or whether they are of it."""
-    found, kinds = dict[str, Value](), facts.get("layer_types") or facts.get("layers_block_type") or []
+    found, kinds = dict[str, Value](), facts.get(arch.kinds) or []
     if arch.layers and not set(kinds) <= arch.layers.keys():
         raise UnsupportedError(
             f"layers of the kinds {show(sorted(set(kinds)))} are not written to GGUF for a model of the architecture "

@@ -414,7 +414,7 @@ def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
 
 def _plain(weight: Weight) -> Weight:
     """A weight without what concerns the file that it came from alone."""
-    return replace(weight, interleaved=0, grouped=None, tiled=None, across=None, plus=0.0, decays=False)
+    return replace(weight, interleaved=0, grouped=None, tiled=None, across=None, folded=0, plus=0.0, decays=False)
 
 
 def arranged(weight: Weight, wanted: str, form: Format, config: Mapping[str, Any]) -> Weight:
