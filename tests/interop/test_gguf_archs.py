@@ -193,6 +193,7 @@ CASES = {
     "granite hybrid moe": Case("GraniteMoeHybrid", {**_HYBRID, "num_local_experts": 4}, share=0.5),
     "nemotron_h": Case("NemotronH", _NEMOTRON),
     "nemotron_h moe": Case("NemotronH", _NEMOTRON_MOE, share=0.5),
+    "glm4_moe_lite": Case("Glm4MoeLite", _LATENT, share=0.5),
     "minimax_m2": Case("MiniMaxM2", {**SMALL, **_FEW, "head_dim": 16, "num_local_experts": 4}, share=0.5),
     "deepseek_v3": Case("DeepseekV3", {**_LATENT, **_GROUPS}, share=0.5),
     "deepseek_v3 far": Case("DeepseekV3", {**_LATENT, "rope_parameters": _LONG}, share=0.5),
@@ -401,6 +402,17 @@ def test_the_part_that_reads_of_qwen(kind: str, tmp_path: Path) -> None:
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
+def test_granite_4_without_states_is_granite(tmp_path: Path) -> None:
+    more = {"layer_types": ["full_attention"] * 2, "position_embedding_type": "rope"}
+    source = saved(CASES["granite hybrid"], tmp_path / "model", **more)
+    file = quantized(source, tmp_path / "f32", "f32")
+    agree(file, source, 1e-4)
+    assert read_gguf(file).value("general.architecture") == "granite"
+    ids = list(range(2, 60))
+    found, wanted = ours(alone(file, tmp_path / "alone"), ids), ours(source, ids)
+    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
 def test_keys_of_heads_are_left_to_the_encoder(tmp_path: Path) -> None:
     """No layer of DeepSeek's class multiplies by these, so that no method of calibration sees what they read."""
     wide = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256, "kv_lora_rank": 256}
@@ -492,6 +504,16 @@ REFUSED: dict[str, tuple[str, JSON, str]] = {
     "another limit": ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
     "norms": ("llama4", {"use_qk_norm": False}, "use_qk_norm"),
     "clipped": ("olmo", {"clip_qkv": 3.0}, "clip_qkv"),
+    "windows": ("exaone4", {"sliding_window": 8, "layer_types": None}, "num_hidden_layers"),
+    "two bases": (
+        "olmo3",
+        {"rope_parameters": {**_TWO_ROPES, "sliding_attention": {"rope_type": "default", "rope_theta": 9.0}}},
+        "window",
+    ),
+    "kinds": ("nemotron_h moe", {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]}, "mlp"),
+    "steps": ("ministral3", {"rope_parameters": {**_STEPS, "mscale": 0.5, "mscale_all_dim": 0.5}}, "mscale_all_dim"),
+    "states and rope": ("granite hybrid moe", {"position_embedding_type": "rope"}, "position_embedding_type"),
+    "biases of convolutions": ("lfm2", {"conv_bias": True}, "conv_bias"),
 }
 
 

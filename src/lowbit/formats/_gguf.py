@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.resources import files
 from math import prod
@@ -54,15 +54,15 @@ class Arch:
         marked: a module that all of these have, and none of the row's without one.
         interleaved: rows of q and k are in another order in the file.
         grouped: name in config.json of the number of groups in which transformers has the rows of q, k and v.
-        tiled: what has heads by group that the file has in another order: `heads`, names in config.json of the number of
-            groups and of heads; of tensors, `rows` are all such heads, `after` are these after rows of queries and keys,
-            two times the product of `first`, and `columns` are of that many heads.
+        tiled: what has heads by group that the file has in another order. `heads`: names in config.json of how many
+            groups and heads there are. Of tensors `rows` are all such heads, `after` are such after rows of queries and of
+            keys, each the product of `first`, and `columns` are such heads.
         plus_one: norms are stored with 1 added.
         plain: norms that are not.
         defaults: what llama.cpp needs of config.json, and has no default of its own for.
         decays: tensors that are stored as -exp of what transformers has.
         squeezed: tensors whose last axis but one is 1 in transformers and not there in the file.
-        folded: vectors that are matrices in the file, to the name in config.json of their number of rows; empty for columns.
+        folded: vectors that are matrices in the file, to the name in config.json of their rows; empty for a column.
         kinds: name in config.json of what layers are.
         layers: what `layer_types` in config.json may say of a layer, to the keys that are lists, with 0 for layers of
             other kinds; a header tells the kind of a layer by the first of them.
@@ -79,38 +79,38 @@ class Arch:
 
     arch: str
     model_types: tuple[str, ...]
-    parts: tuple[str, ...]
     sparse_type: str
     classes: Mapping[str, str]
     names: Mapping[str, str]
     whole: Mapping[str, str]
     keys: Mapping[str, tuple[str, ...]]
-    products: Mapping[str, tuple[str, ...]]
-    sums: Mapping[str, tuple[str, ...]]
-    constants: Mapping[str, Any]
     when: Mapping[str, Any]
-    has: Mapping[str, str]
-    marked: str
-    interleaved: bool
-    grouped: str
-    tiled: Mapping[str, tuple[str, ...]]
-    plus_one: bool
-    plain: tuple[str, ...]
-    defaults: Mapping[str, Any]
-    decays: tuple[str, ...]
-    squeezed: tuple[str, ...]
-    folded: Mapping[str, str]
-    kinds: str
-    layers: Mapping[str, tuple[str, ...]]
-    local: str
-    in_rope: tuple[str, ...]
-    stretch: float
-    rows: Mapping[str, str]
-    tied: bool
-    rotary: str
     requires: Mapping[str, tuple[Any, ...]]
-    biases: Mapping[str, str]
     told: Mapping[str, tuple[str, ...]]
+    parts: tuple[str, ...] = ()
+    products: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    has: Mapping[str, str] = field(default_factory=dict)
+    marked: str = ""
+    interleaved: bool = False
+    grouped: str = ""
+    tiled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    plus_one: bool = False
+    plain: tuple[str, ...] = ()
+    decays: tuple[str, ...] = ()
+    squeezed: tuple[str, ...] = ()
+    folded: Mapping[str, str] = field(default_factory=dict)
+    kinds: str = "layer_types"
+    layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    local: str = ""
+    in_rope: tuple[str, ...] = ()
+    stretch: float = 0.0
+    tied: bool = False
+    rotary: str = "partial_rotary_factor"
+    biases: Mapping[str, str] = field(default_factory=dict)
 
     def place(self, name: str) -> Place | None:
         """Where a tensor with this name in transformers belongs; None where llama.cpp has no such tensor."""
@@ -229,50 +229,35 @@ def _count(config: Mapping[str, Any], *names: str) -> int:
 def archs() -> tuple[Arch, ...]:
     """The rows of the table, in order."""
     table = tomllib.loads(files("lowbit").joinpath("arch/gguf.toml").read_text())
-    told = table["told"]
+    return tuple(_row(table, row) for row in table["gguf"])
 
-    def joined(kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for name in row[kind] for key, value in table[kind][name].items()}
 
-    return tuple(
-        Arch(
-            row["arch"],
-            tuple(row["model_types"]),
-            tuple(row.get("parts", ())),
-            row.get("sparse_type", row["model_types"][0]),
-            {kind: table["classes"][kind] for kind in row["model_types"]},
-            joined("names", row),
-            {key: name for part in row.get("whole", ()) for key, name in table["whole"][part].items()},
-            {key: tuple(names) for key, names in joined("keys", row).items()},
-            {key: tuple(names) for key, names in row.get("products", {}).items()},
-            {key: tuple(names) for key, names in row.get("sums", {}).items()},
-            row.get("constants", {}),
-            row.get("when", {}) | dict.fromkeys(row.get("lacks", ())),
-            row.get("has", {}),
-            row.get("marked", ""),
-            row.get("interleaved", False),
-            row.get("grouped", ""),
-            {what: tuple(names) for what, names in row.get("tiled", {}).items()},
-            row.get("plus_one", False),
-            tuple(row.get("plain", ())),
-            row.get("defaults", {}),
-            tuple(row.get("decays", ())),
-            tuple(row.get("squeezed", ())),
-            row.get("folded", {}),
-            row.get("kinds", "layer_types"),
-            {kind: tuple(keys) for kind, keys in row.get("layers", {}).items()},
-            row.get("local", ""),
-            tuple(row.get("in_rope", ())),
-            row.get("stretch", 0.0),
-            row.get("rows", {}),
-            row.get("tied", False),
-            row.get("rotary", "partial_rotary_factor"),
-            _required(row),
-            row.get("biases", {}),
-            {kind: (*told["base"], *told[kind]) for kind in row["model_types"] if kind in told},
-        )
-        for row in table["gguf"]
-    )
+def _row(table: Mapping[str, Any], row: Mapping[str, Any]) -> Arch:
+    """A row with the tables that it names, joined."""
+
+    def joined(kind: str) -> dict[str, Any]:
+        return {key: value for name in row.get(kind, ()) for key, value in table[kind][name].items()}
+
+    told, kinds = table["told"], row["model_types"]
+    made = {
+        "sparse_type": row.get("sparse_type", kinds[0]),
+        "classes": {kind: table["classes"][kind] for kind in kinds},
+        "names": joined("names"),
+        "whole": joined("whole"),
+        "keys": joined("keys"),
+        "when": row.get("when", {}) | dict.fromkeys(row.get("lacks", ())),
+        "requires": _required(row),
+        "told": {kind: (*told["base"], *told[kind]) for kind in kinds if kind in told},
+    }
+    given = {key: value for key, value in row.items() if key not in ("lacks", "without")}
+    return Arch(**{key: _frozen(value) for key, value in (given | made).items()})
+
+
+def _frozen(value: Any) -> Any:
+    """With tuples in place of lists."""
+    if isinstance(value, dict):
+        return {key: _frozen(each) for key, each in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _required(row: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:

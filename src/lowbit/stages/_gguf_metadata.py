@@ -78,7 +78,7 @@ def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tupl
 
 def _typed(key: str, value: Any) -> Value:
     """A number or a truth as llama.cpp wants it under a key, or a list of numbers, of which it has four."""
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [int(each) for each in (*value, 0, 0, 0, 0)][:4]
     if isinstance(value, bool):
         return value
@@ -116,7 +116,9 @@ def _lists(arch: Arch, facts: Mapping[str, Any], values: Mapping[str, Value]) ->
 
 
 def _head(facts: Mapping[str, Any]) -> int:
-    return int(facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"])
+    """Width of a head; of DeepSeek's the part that is rotated."""
+    told = facts.get("qk_rope_head_dim") or facts.get("head_dim")
+    return int(told or facts["hidden_size"] // facts["num_attention_heads"])
 
 
 def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], Constants]:
@@ -188,5 +190,3 @@ def _longrope(facts: Mapping[str, Any]) -> tuple[dict[str, Value], Constants]:
     keys["phi3.rope.scaling.attn_factor"] = float(factor)
     named = {LONG: "long_factor", SHORT: "short_factor"}
     return keys, {name: facts[key] for name, key in named.items()}
-
-

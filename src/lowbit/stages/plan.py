@@ -324,7 +324,10 @@ class _Maker:
 
     def _moved(self, weight: Weight) -> bool:
         """Whether a file has its columns in another order, in which no calibration has their inputs."""
-        return self.form.choose is not None and arranged(weight, "keep", self.form, self.checkpoint.config).across is not None
+        return (
+            self.form.choose is not None
+            and arranged(weight, "keep", self.form, self.checkpoint.config).across is not None
+        )
 
     def _important(self, weight: Weight) -> bool:
         turned = replace(weight, shape=weight.shape[::-1]) if self.swap(weight) else weight
