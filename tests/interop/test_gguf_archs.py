@@ -436,6 +436,11 @@ QWEN35 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001 - as it is
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -455,6 +460,7 @@ SPLITS: dict[str, tuple[list[Any], bool]] = {
     "bloom": ([pre_tokenizers.Split(Regex(BLOOM), "isolated"), BYTES], False),
     "stablelm2": ([pre_tokenizers.Split(Regex(QWEN), "isolated"), BYTES], False),
     "qwen35": ([pre_tokenizers.Split(Regex(QWEN35), "isolated"), BYTES], True),
+    "tekken": ([pre_tokenizers.Split(Regex(TEKKEN), "isolated"), BYTES], False),
     "gpt-4o": ([pre_tokenizers.Split(Regex(O200K), "isolated"), BYTES], False),
 }
 HARD = (
@@ -475,6 +481,7 @@ def test_splits_of_more_tokenizers_are_llama_cpps(pre: str, tmp_path: Path) -> N
         vocab_size=400, special_tokens=["<|start|>", "<|end|>"], initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator([HARD] * 4, trainer)
+    made.model.ignore_merges = pre == "tekken"
     source = saved_model(CASES["granite"].model(), tmp_path / "model", made)
     file = quantized(source, tmp_path / "out", "q8_0")
     assert read_gguf(file).value("tokenizer.ggml.pre") == pre

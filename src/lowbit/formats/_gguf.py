@@ -55,8 +55,8 @@ class Arch:
         interleaved: rows of q and k are in another order in the file.
         grouped: name in config.json of the number of groups in which transformers has the rows of q, k and v.
         tiled: what has heads by group that the file has in another order. `heads`: names in config.json of how many
-            groups and heads there are. Of tensors `rows` are all such heads, `after` are such after rows of queries and of
-            keys, each the product of `first`, and `columns` are such heads.
+            groups and heads there are. Of tensors `rows` are all such heads, `after` are such after rows of queries and
+            of keys, each the product of `first`, and `columns` are such heads.
         plus_one: norms are stored with 1 added.
         plain: norms that are not.
         defaults: what llama.cpp needs of config.json, and has no default of its own for.
