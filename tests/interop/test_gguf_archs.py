@@ -277,6 +277,9 @@ FLAT = (
     "lfm2_moe",
     "qwen3_5",
     "qwen3_5_moe",
+    "mamba2",
+    "granite hybrid moe",
+    "nemotron_h moe",
 )
 
 
@@ -287,7 +290,9 @@ def test_types_are_llama_quantizes(kind: str, tmp_path: Path) -> None:
     more = {name: value for name, value in WIDE.items() if name in case.settings} | {"tie_word_embeddings": True}
     more |= {"intermediate_size": 512} if kind == "mamba" else {"num_key_value_heads": 4} if kind == "olmo2" else {}
     more |= {"tie_word_embeddings": False} if kind in ("gpt_neox", "falcon 7b", "olmo2") else {}
-    more |= {"layer_types": case.settings["layer_types"] * 4} if "layer_types" in case.settings else {}
+    kinds = {name: case.settings[name] for name in ("layer_types", "layers_block_type") if name in case.settings}
+    more |= {name: value * (16 // len(value)) for name, value in kinds.items()}
+    more |= {"head_dim": 64} if kind == "mamba2" else {}
     source = saved(case, tmp_path / "model", **more)
     f16 = quantized(source, tmp_path / "f16", "f16")
     checkpoint = apart(open_checkpoint(source), "gguf")
@@ -402,15 +407,31 @@ def test_the_part_that_reads_of_qwen(kind: str, tmp_path: Path) -> None:
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
-def test_granite_4_without_states_is_granite(tmp_path: Path) -> None:
-    more = {"layer_types": ["full_attention"] * 2, "position_embedding_type": "rope"}
-    source = saved(CASES["granite hybrid"], tmp_path / "model", **more)
+def test_qwen_3_5_as_it_is_published(tmp_path: Path) -> None:
+    """With what sees, and a layer that foresees; both are left out."""
+    config = library.AutoConfig.for_model(
+        "qwen3_5", text_config=_DELTA, vision_config=_SIGHT, tie_word_embeddings=False
+    )
+    model = library.AutoModelForImageTextToText.from_config(config)
+    source = saved_model(model, tmp_path / "model", byte_level(QWEN35, nfc=True))
+    stored = load_file(source / "model.safetensors")
+    save_file(stored | {"mtp.fc.weight": torch.ones(64, 128)}, source / "model.safetensors", {"format": "pt"})
     file = quantized(source, tmp_path / "f32", "f32")
     agree(file, source, 1e-4)
-    assert read_gguf(file).value("general.architecture") == "granite"
+    assert read_gguf(file).value("general.architecture") == "qwen35"
+    assert json.loads((file.parent / "config.json").read_text())["architectures"] == ["Qwen3_5ForCausalLM"]
     ids = list(range(2, 60))
     found, wanted = ours(alone(file, tmp_path / "alone"), ids), ours(source, ids)
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+def test_what_foresees_beside_the_layers_is_left_out(tmp_path: Path) -> None:
+    """As Qwen3-Next is published."""
+    source = saved(CASES["qwen3_next"], tmp_path / "model")
+    before = tensors(quantized(source, tmp_path / "before", "f32"))
+    stored = load_file(source / "model.safetensors")
+    save_file(stored | {"mtp.fc.weight": torch.ones(64, 128)}, source / "model.safetensors", {"format": "pt"})
+    assert tensors(quantized(source, tmp_path / "after", "f32")) == before
 
 
 def test_keys_of_heads_are_left_to_the_encoder(tmp_path: Path) -> None:

@@ -276,7 +276,9 @@ def arch_named(arch: str, tensors: Collection[str], value: Callable[[str], Any])
 def _told(row: Arch, value: Callable[[str], Any]) -> bool:
     """Whether a file says what the row is for, where it has a key for that."""
     keys = {names[0]: f"{row.arch}.{key}" for key, names in row.keys.items()}
-    return all(value(keys[name]) == wanted for name, wanted in row.when.items() if name in keys)
+    truths = {key: wanted for key, wanted in row.constants.items() if isinstance(wanted, bool)}
+    told = all(value(keys[name]) == wanted for name, wanted in row.when.items() if name in keys)
+    return told and all(value(f"{row.arch}.{key}") == wanted for key, wanted in truths.items())
 
 
 def arch_of(config: Mapping[str, Any]) -> Arch | None:
