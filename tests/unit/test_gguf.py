@@ -108,7 +108,7 @@ def test_names_are_those_of_the_package(arch: Any) -> None:
     maps = [gguf.get_tensor_name_map(each, 3) for each in (kind, gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.GLM4_MOE)]
     for stem, module in arch.names.items():
         name = module.format(2, 5)
-        if (arch.tied and stem == "output") or ".shared_mlp." in module and "granite" in arch.arch:
+        if (arch.tied and stem == "output") or (".shared_mlp." in module and "granite" in arch.arch):
             continue  # the converter takes Granite's apart and names the parts itself
         wanted = f"blk.2.{stem}" if "{}" in module else stem
         # The package knows experts by their stack, parts of heads by a name of their own, BLOOM without its first part.

@@ -67,6 +67,7 @@ class Arch:
         layers: what `layer_types` in config.json may say of a layer, to the keys that are lists, with 0 for layers of
             other kinds; a header tells the kind of a layer by the first of them.
         local: kind of layer that has a plain rope of its own in `rope_parameters`, which are by kind then.
+        equal: names in config.json that must say the same.
         in_rope: names in config.json that are among the parameters of its rope.
         stretch: `mscale_all_dim` of a yarn is multiplied by it in a file; 0 where llama.cpp knows of none.
         rows: metadata key to a tensor whose number of rows it is.
@@ -106,6 +107,7 @@ class Arch:
     kinds: str = "layer_types"
     layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     local: str = ""
+    equal: tuple[str, ...] = ()
     in_rope: tuple[str, ...] = ()
     stretch: float = 0.0
     tied: bool = False
@@ -197,7 +199,7 @@ class Arch:
         each = heads // groups
         if each <= 1 or heads % groups:
             return weight
-        if stem in self.tiled["columns"]:
+        if stem in self.tiled["columns"] and len(weight.shape) == 2:
             return replace(weight, across=(groups, each))
         first = 2 * prod(_count(config, name) for name in self.tiled["first"]) if stem in self.tiled["after"] else 0
         return replace(weight, tiled=(first, groups, each)) if first or stem in self.tiled["rows"] else weight
@@ -299,6 +301,19 @@ def is_other(weight: Weight) -> bool:
     """Whether a file has a weight in another way than transformers."""
     moved = weight.interleaved or weight.grouped or weight.tiled or weight.across
     return bool(moved or weight.plus or weight.decays)
+
+
+def parts(weight: Weight) -> tuple[int, int]:
+    """Length of the side of a weight that is of equal parts for what is other about it, and the number of these."""
+    rows = weight.shape[0] if weight.shape else 0
+    if weight.tiled:
+        first, groups, heads = weight.tiled
+        return max(rows - first, -1), groups * heads
+    if weight.across:
+        return weight.shape[-1], prod(weight.across)
+    if weight.grouped:
+        return rows, weight.grouped[0] * (weight.grouped[1] + 2)
+    return rows, weight.folded or 2 * weight.interleaved or 1
 
 
 def from_file(weight: Weight, tensor: Tensor) -> Tensor:

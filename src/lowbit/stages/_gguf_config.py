@@ -28,9 +28,6 @@ def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
     lists = {key for keys in arch.layers.values() for key in keys if isinstance(told.get(key), list)}
     told |= {key: max(told[key], default=0) for key in lists}
     facts = {arch.keys[key][0]: _short(value) for key, value in told.items() if value is not None}
-    for key, (first, *others) in arch.products.items():
-        if first not in facts and all(facts.get(name) for name in others):
-            facts[first] = int(header.value(f"{arch.arch}.{key}", 0)) // prod(facts[name] for name in others)
     ahead = header.value(f"{arch.arch}.nextn_predict_layers")
     if isinstance(ahead, int) and isinstance(facts.get("num_hidden_layers"), int):
         facts |= {
@@ -47,9 +44,18 @@ def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
         facts[f"{name.removesuffix('ding')}_token_id"] = header.value(f"tokenizer.ggml.{name}_token_id")
     try:
         rope = _rope(header, arch, facts) if "rope.freq_base" in arch.keys else {}
-        return facts | _heads(header, arch, facts) | rope | _layers(header, arch, facts)
+        return facts | _heads(header, arch, facts) | rope | _layers(header, arch, facts) | _factors(header, arch, facts)
     except (TypeError, ValueError, ArithmeticError, LookupError):  # it can be inspected
         return facts | {"rope_scaling": {"rope_type": UNTOLD}}
+
+
+def _factors(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The first factor of a product, where the header has the others under keys of their own."""
+    found = {}
+    for key, (first, *others) in arch.products.items():
+        if first not in facts and all(facts.get(name) for name in others):
+            found[first] = int(header.value(f"{arch.arch}.{key}", 0)) // prod(facts[name] for name in others)
+    return found
 
 
 def _layers(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,11 @@ def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tupl
                 f"{checkpoint.path} says {key} is {show(facts[key])}; llama.cpp computes a model of the architecture "
                 f"{arch.arch} as if it were {wanted[0]!r}"
             )
+    if len({facts[name] for name in arch.equal}) > 1:
+        raise UnsupportedError(
+            f"{checkpoint.path} has different {' and '.join(arch.equal)}; llama.cpp takes them to be the same for a "
+            f"model of the architecture {arch.arch}"
+        )
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     values: dict[str, Value] = {"general.architecture": arch.arch, "general.name": root.resolve().name or arch.arch}
     values["general.quantized_by"] = f"lowbit {__version__}"

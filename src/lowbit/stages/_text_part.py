@@ -63,8 +63,8 @@ def text_part(source: Checkpoint, form: str | None) -> Checkpoint:
 def _parameters(source: Checkpoint) -> Checkpoint:
     """Without masks and frequencies that old checkpoints store, which no program reads, and layers after the last."""
     written = source.shards[0].suffix == GGUF  # its header tells of all layers
-    foresees = lambda name: is_ahead(source.config, name) or name.startswith(_AHEAD)
-    ahead = frozenset(name for name in source.weights if not written and foresees(name))
+    later = (name for name in source.weights if name.startswith(_AHEAD) or is_ahead(source.config, name))
+    ahead = frozenset() if written else frozenset(later)
     names = [
         name
         for name in source.weights
