@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from lowbit.errors import UnsupportedError
 from lowbit.formats._mixtures import choose, place_of, require_arch
-from lowbit.pipeline import Request, run, run_conversion
+from lowbit.pipeline import Request, run, run_conversion, run_imatrix
 from lowbit.runtime.model import open_model
 from lowbit.stages._changes import Goal
 from lowbit.stages._experts import apart
@@ -24,6 +24,7 @@ from lowbit.stages._gguf import encoded, entry, header_of, read_gguf
 from lowbit.stages._model import open_tokenizer
 from lowbit.stages.checkpoint import AHEAD, open_checkpoint
 from lowbit.stages.plan import Calibration, Rules
+from lowbit.stages.samples import read_samples
 from tests.interop.test_gguf import (
     QWEN,
     SMALL,
@@ -336,6 +337,23 @@ def test_heads_by_group_are_llama_quantizes(tmp_path: Path) -> None:
     assert methods["model.layers.0.linear_attn.in_proj_qkv.weight"] == "gptq"
     run_conversion(str(made), tmp_path / "again", Goal("float"))
     agree(quantized(tmp_path / "again", tmp_path / "f32 again", "f32"), made.parent, 1e-4)
+
+
+def test_importance_of_heads_by_group_is_in_llama_cpps_order(tmp_path: Path) -> None:
+    model = CASES["qwen3_5"].model()
+    source, text = saved_model(model, tmp_path / "model", byte_level()), tmp_path / "text.txt"
+    text.write_text(TEXT * 40)
+    learned = Calibration((str(text),), samples=4, length=32)
+    run_imatrix(str(source), tmp_path / "imatrix.gguf", learned)
+    found = np.array(read_gguf(tmp_path / "imatrix.gguf").floats("blk.0.ssm_out.weight.in_sum2"))
+    inputs: list[torch.Tensor] = []
+    model.model.layers[0].linear_attn.out_proj.register_forward_hook(lambda module, seen, out: inputs.append(seen[0]))
+    with torch.inference_mode():
+        model.eval()(read_samples(learned.sources, open_checkpoint(source), samples=4, length=32).ids)
+    sums = inputs[0].double().square().sum((0, 1)).reshape(2, 3, 16).swapaxes(0, 1).reshape(-1)
+    assert np.abs(found - sums.numpy()).max() <= 1e-6 * float(sums.max())
+    file = quantized(source, tmp_path / "out", "q8_0", "imatrix", imatrix=tmp_path / "imatrix.gguf")
+    assert tensors(file)["blk.0.ssm_out.weight"][0] == "Q8_0"
 
 
 def test_layers_that_foresee_are_left_out_of_new_files_and_read_in_others(tmp_path: Path) -> None:
