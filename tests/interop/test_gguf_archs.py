@@ -563,7 +563,7 @@ REFUSED: dict[str, tuple[str, JSON, str]] = {
         {"rope_parameters": {**_TWO_ROPES, "sliding_attention": {"rope_type": "default", "rope_theta": 9.0}}},
         "window",
     ),
-    "kinds": ("nemotron_h moe", {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]}, "mlp"),
+    "kinds": ("exaone4", {"layer_types": ["sliding_attention", "full_attention"]}, "layers of the kinds"),
     "steps": ("ministral3", {"rope_parameters": {**_STEPS, "mscale": 0.5, "mscale_all_dim": 0.5}}, "mscale_all_dim"),
     "states and rope": ("granite hybrid moe", {"position_embedding_type": "rope"}, "position_embedding_type"),
     "wide values": ("qwen3_5", {"linear_value_head_dim": 32}, "different linear_key_head_dim"),
