@@ -450,6 +450,22 @@ def test_qwen_3_5_as_it_is_published(tmp_path: Path) -> None:
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
+def test_experts_of_qwen_3_5_in_one_tensor(tmp_path: Path) -> None:
+    """As they are published; transformers saves them apart."""
+    source = saved(CASES["qwen3_5_moe"], tmp_path / "model")
+    before = tensors(quantized(source, tmp_path / "before", "f32"))
+    stored = load_file(source / "model.safetensors")
+    for layer in range(4):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        one = {
+            part: [stored.pop(f"{prefix}{e}.{part}_proj.weight") for e in range(4)] for part in ("gate", "up", "down")
+        }
+        pairs = [torch.cat(pair) for pair in zip(one["gate"], one["up"], strict=True)]
+        stored |= {f"{prefix}gate_up_proj": torch.stack(pairs), f"{prefix}down_proj": torch.stack(one["down"])}
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    assert tensors(quantized(source, tmp_path / "after", "f32")) == before
+
+
 def test_what_foresees_beside_the_layers_is_left_out(tmp_path: Path) -> None:
     """As Qwen3-Next is published."""
     source = saved(CASES["qwen3_next"], tmp_path / "model")
