@@ -572,6 +572,11 @@ def _gguf(*entries: bytes, **parts: Any) -> Callable[[Path], Path]:
 _ARCH = gguf_key("general.architecture", 8, gguf_text("llama"))
 _HEADS = gguf_key("llama.attention.head_count", 4, struct.pack("<I", 3))
 _QUERY = gguf_entry("blk.0.attn_q.weight", (32, 4))
+_QWEN = [
+    gguf_key("general.architecture", 8, gguf_text("qwen35")),
+    *(gguf_key(f"qwen35.ssm.{key}", 4, struct.pack("<I", count)) for key, count in
+      (("group_count", 2), ("time_step_rank", 4), ("state_size", 8))),
+]  # fmt: skip
 
 
 def _scaled(shape: Sequence[int] = (1,), kind: int = 40, value: float = 1.0) -> Callable[[Path], Path]:
@@ -649,8 +654,23 @@ GGUFS = [
     Case("gguf scale without an axis", _scaled(()), (GGUF, "ffn_up.scale", "one float32")),
     Case("gguf scale nan", _scaled(value=NAN), (GGUF, "mlp.up_proj.scale", "nan")),
     Case("gguf scale of float16", _scaled(kind=1), (GGUF, "ffn_up.scale", "no tensor for it")),
+    Case(
+        "gguf groups do not divide",
+        _gguf(gguf_entry("blk.0.attn_gate.weight", (32, 6)), keys=_QWEN, size=768),
+        (GGUF, "attn.in_proj_z", "4 heads"),
+    ),
+    Case(
+        "gguf columns are no heads",
+        _gguf(gguf_entry("blk.0.ssm_out.weight", (6, 32)), keys=_QWEN, size=768),
+        (GGUF, "out_proj", "4 heads"),
+    ),
+    Case(
+        "gguf too few rows for keys",
+        _gguf(gguf_entry("blk.0.attn_qkv.weight", (32, 4)), keys=_QWEN, size=512),
+        (GGUF, "in_proj_qkv", "4 heads"),
+    ),
     Case("gguf no heads", _gguf(_QUERY, keys=[_ARCH], size=512), (GGUF, "heads")),
-    Case("gguf heads do not divide", _gguf(_QUERY, keys=[_ARCH, _HEADS], size=512), (GGUF, "3 heads")),
+    Case("gguf heads do not divide", _gguf(_QUERY, keys=[_ARCH, _HEADS], size=512), (GGUF, "6 heads or parts")),
     Case(
         "gguf scale not finite",
         _then(_gguf(gguf_entry(kind=8), size=64), lambda path: _patch(path, -64, b"\0\x7e")),

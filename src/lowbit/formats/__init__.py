@@ -43,6 +43,10 @@ class Weight:
             is seen outside of the file is in the order of transformers.
         grouped: groups of heads and queries in each, where the rows are those of q, k and v: of each group the queries,
             a key and a value; the file has all queries, then all keys, then all values. None: no such rows.
+        tiled: rows that come first, groups of heads, and heads in each, where the rows after these are heads by group;
+            the file has the first head of every group, then the second of every group. None: no such rows.
+        across: groups and heads in each, where the columns are such heads, in the file in that other order too.
+        folded: rows of the matrix that the file has in place of this vector; 0: none.
         plus: what the file has added to each element (Gemma's norms, of which transformers stores what exceeds 1).
         decays: whether the file has -exp of each element (Mamba's A, of which transformers stores the logarithm).
         rows: runs `(first, after the last)` of rows of a larger weight that this one is (`stages/_rows.py`); none
@@ -58,6 +62,9 @@ class Weight:
     swapped: bool = False
     interleaved: int = 0
     grouped: tuple[int, int] | None = None
+    tiled: tuple[int, int, int] | None = None
+    across: tuple[int, int] | None = None
+    folded: int = 0
     plus: float = 0.0
     decays: bool = False
     rows: tuple[tuple[int, int], ...] = ()

@@ -5,18 +5,21 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.resources import files
+from math import prod
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from lowbit.errors import UnsupportedError
 from lowbit.formats import Weight
+from lowbit.tensors import QTensor, block_size
 
+_ROWS = 256  # whose columns are put into another order at a time
 _PLACE = re.compile(r"\\\{\\\}")
 
 
@@ -47,13 +50,27 @@ class Arch:
         sums: metadata key to names in config.json whose sum it is.
         constants: metadata key to what it always is.
         when: what config.json says of the models that the row is for; of several the first fits.
+        has: names in config.json to what one of these lists or texts has; empty for any.
         marked: a module that all of these have, and none of the row's without one.
         interleaved: rows of q and k are in another order in the file.
         grouped: name in config.json of the number of groups in which transformers has the rows of q, k and v.
+        tiled: what has heads by group that the file has in another order. `heads`: names in config.json of how many
+            groups and heads there are. Of tensors `rows` are all such heads, `after` are such after rows of queries and
+            of keys, each the product of `first`, and `columns` are such heads.
         plus_one: norms are stored with 1 added.
+        plain: norms that are not.
+        defaults: what llama.cpp needs of config.json, and has no default of its own for.
         decays: tensors that are stored as -exp of what transformers has.
         squeezed: tensors whose last axis but one is 1 in transformers and not there in the file.
-        layers: what `layer_types` in config.json says of every layer.
+        folded: vectors that are matrices in the file, to the name in config.json of their rows; empty for a column.
+        kinds: name in config.json of what layers are.
+        layers: what `layer_types` in config.json may say of a layer, to the keys that are lists, with 0 for layers of
+            other kinds; a header tells the kind of a layer by the first of them.
+        local: kind of layer that has a plain rope of its own in `rope_parameters`, which are by kind then.
+        equal: names in config.json that must say the same.
+        in_rope: names in config.json that are among the parameters of its rope.
+        stretch: `mscale_all_dim` of a yarn is multiplied by it in a file; 0 where llama.cpp knows of none.
+        rows: metadata key to a tensor whose number of rows it is.
         tied: there is never an output layer.
         rotary: name in config.json of the share of a head that is rotated.
         requires: what config.json must say, where it says anything of it; a list has what it may say.
@@ -63,28 +80,39 @@ class Arch:
 
     arch: str
     model_types: tuple[str, ...]
-    parts: tuple[str, ...]
     sparse_type: str
     classes: Mapping[str, str]
     names: Mapping[str, str]
     whole: Mapping[str, str]
     keys: Mapping[str, tuple[str, ...]]
-    products: Mapping[str, tuple[str, ...]]
-    sums: Mapping[str, tuple[str, ...]]
-    constants: Mapping[str, Any]
     when: Mapping[str, Any]
-    marked: str
-    interleaved: bool
-    grouped: str
-    plus_one: bool
-    decays: tuple[str, ...]
-    squeezed: tuple[str, ...]
-    layers: str
-    tied: bool
-    rotary: str
     requires: Mapping[str, tuple[Any, ...]]
-    biases: Mapping[str, str]
     told: Mapping[str, tuple[str, ...]]
+    parts: tuple[str, ...] = ()
+    products: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    has: Mapping[str, str] = field(default_factory=dict)
+    marked: str = ""
+    interleaved: bool = False
+    grouped: str = ""
+    tiled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    plus_one: bool = False
+    plain: tuple[str, ...] = ()
+    decays: tuple[str, ...] = ()
+    squeezed: tuple[str, ...] = ()
+    folded: Mapping[str, str] = field(default_factory=dict)
+    kinds: str = "layer_types"
+    layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    local: str = ""
+    equal: tuple[str, ...] = ()
+    in_rope: tuple[str, ...] = ()
+    stretch: float = 0.0
+    tied: bool = False
+    rotary: str = "partial_rotary_factor"
+    biases: Mapping[str, str] = field(default_factory=dict)
 
     def place(self, name: str) -> Place | None:
         """Where a tensor with this name in transformers belongs; None where llama.cpp has no such tensor."""
@@ -115,14 +143,19 @@ class Arch:
         """Whether a tensor of the file holds that of every expert."""
         return self.names.get(_tail(stored).rpartition(".")[0], "").count("{}") == 2
 
-    def file_shape(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in the file of one member of a tensor, which transformers has in this one."""
+    def file_shape(self, stored: str, weight: Weight) -> tuple[int, ...]:
+        """Shape in the file of one member of a tensor, as which transformers has this weight."""
+        shape = weight.shape
+        if weight.folded:
+            return weight.folded, prod(shape) // weight.folded
         return (*shape[:-2], *shape[-1:]) if _tail(stored) in self.squeezed else shape
 
     def own_shape(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Shape in transformers of one member of a tensor of the file; None where that is impossible."""
         if self.stacks(stored):
             return shape[1:] if len(shape) == (3 if stored.endswith("weight") else 2) else None
+        if _tail(stored) in self.folded:
+            return (prod(shape),)
         return (*shape[:-1], 1, *shape[-1:]) if _tail(stored) in self.squeezed else shape
 
     @cached_property
@@ -145,8 +178,12 @@ class Arch:
         place = self.place(weight.name)
         tail = _tail(place.name) if place else ""
         stem = tail.removesuffix(".weight").removesuffix(".bias")
-        plus = float(self.plus_one and stem.endswith("norm") and weight.name.endswith(".weight"))
+        norm = stem.endswith("norm") and weight.name.endswith(".weight") and stem not in self.plain
+        plus = float(self.plus_one and norm)
         weight = replace(weight, plus=plus, decays=tail in self.decays)
+        if tail in self.folded:
+            name = self.folded[tail]
+            return replace(weight, folded=_count(config, name) if name else prod(weight.shape))
         queries = self.keys.get("attention.head_count", ())
         if self.interleaved and stem in ("attn_q", "attn_k"):
             names = self.keys["attention.head_count_kv"] if stem == "attn_k" else queries
@@ -154,7 +191,18 @@ class Arch:
         if self.grouped and stem == "attn_qkv":
             groups = _count(config, self.grouped)
             return replace(weight, grouped=(groups, _count(config, *queries) // groups))
-        return weight
+        return self._tiled(weight, stem, config) if self.tiled else weight
+
+    def _tiled(self, weight: Weight, stem: str, config: Mapping[str, Any]) -> Weight:
+        """A weight that may have heads by group; where a group has one head alone, the order is the same."""
+        groups, heads = (_count(config, name) for name in self.tiled["heads"])
+        each = heads // groups
+        if each <= 1 or heads % groups:
+            return weight
+        if stem in self.tiled["columns"] and len(weight.shape) == 2:
+            return replace(weight, across=(groups, each))
+        first = 2 * prod(_count(config, name) for name in self.tiled["first"]) if stem in self.tiled["after"] else 0
+        return replace(weight, tiled=(first, groups, each)) if first or stem in self.tiled["rows"] else weight
 
     def wants(self, key: str, value: object) -> bool:
         """Whether llama.cpp computes a model of which config.json says this."""
@@ -183,40 +231,35 @@ def _count(config: Mapping[str, Any], *names: str) -> int:
 def archs() -> tuple[Arch, ...]:
     """The rows of the table, in order."""
     table = tomllib.loads(files("lowbit").joinpath("arch/gguf.toml").read_text())
-    told = table["told"]
+    return tuple(_row(table, row) for row in table["gguf"])
 
-    def joined(kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for name in row[kind] for key, value in table[kind][name].items()}
 
-    return tuple(
-        Arch(
-            row["arch"],
-            tuple(row["model_types"]),
-            tuple(row.get("parts", ())),
-            row.get("sparse_type", row["model_types"][0]),
-            {kind: table["classes"][kind] for kind in row["model_types"]},
-            joined("names", row),
-            {key: name for part in row.get("whole", ()) for key, name in table["whole"][part].items()},
-            {key: tuple(names) for key, names in joined("keys", row).items()},
-            {key: tuple(names) for key, names in row.get("products", {}).items()},
-            {key: tuple(names) for key, names in row.get("sums", {}).items()},
-            row.get("constants", {}),
-            row.get("when", {}),
-            row.get("marked", ""),
-            row.get("interleaved", False),
-            row.get("grouped", ""),
-            row.get("plus_one", False),
-            tuple(row.get("decays", ())),
-            tuple(row.get("squeezed", ())),
-            row.get("layers", ""),
-            row.get("tied", False),
-            row.get("rotary", "partial_rotary_factor"),
-            _required(row),
-            row.get("biases", {}),
-            {kind: (*told["base"], *told[kind]) for kind in row["model_types"] if kind in told},
-        )
-        for row in table["gguf"]
-    )
+def _row(table: Mapping[str, Any], row: Mapping[str, Any]) -> Arch:
+    """A row with the tables that it names, joined."""
+
+    def joined(kind: str) -> dict[str, Any]:
+        return {key: value for name in row.get(kind, ()) for key, value in table[kind][name].items()}
+
+    told, kinds = table["told"], row["model_types"]
+    made = {
+        "sparse_type": row.get("sparse_type", kinds[0]),
+        "classes": {kind: table["classes"][kind] for kind in kinds},
+        "names": joined("names"),
+        "whole": joined("whole"),
+        "keys": joined("keys"),
+        "when": row.get("when", {}) | dict.fromkeys(row.get("lacks", ())),
+        "requires": _required(row),
+        "told": {kind: (*told["base"], *told[kind]) for kind in kinds if kind in told},
+    }
+    given = {key: value for key, value in row.items() if key not in ("lacks", "without")}
+    return Arch(**{key: _frozen(value) for key, value in (given | made).items()})
+
+
+def _frozen(value: Any) -> Any:
+    """With tuples in place of lists."""
+    if isinstance(value, dict):
+        return {key: _frozen(each) for key, each in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _required(row: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
@@ -235,7 +278,9 @@ def arch_named(arch: str, tensors: Collection[str], value: Callable[[str], Any])
 def _told(row: Arch, value: Callable[[str], Any]) -> bool:
     """Whether a file says what the row is for, where it has a key for that."""
     keys = {names[0]: f"{row.arch}.{key}" for key, names in row.keys.items()}
-    return all(value(keys[name]) == wanted for name, wanted in row.when.items() if name in keys)
+    truths = {key: wanted for key, wanted in row.constants.items() if isinstance(wanted, bool)}
+    told = all(value(keys[name]) == wanted for name, wanted in row.when.items() if name in keys)
+    return told and all(value(f"{row.arch}.{key}") == wanted for key, wanted in truths.items())
 
 
 def arch_of(config: Mapping[str, Any]) -> Arch | None:
@@ -243,26 +288,48 @@ def arch_of(config: Mapping[str, Any]) -> Arch | None:
     kind = config.get("model_type")
     rows = [row for row in archs() if kind in row.model_types or kind in row.parts]
     part = next((row for row in rows if kind in row.parts), None)
-    return part or next((row for row in rows if all(config.get(key) == value for key, value in row.when.items())), None)
+    return part or next((row for row in rows if _fits(row, config)), None)
+
+
+def _fits(row: Arch, config: Mapping[str, Any]) -> bool:
+    """Whether a row is for a model of its types of which config.json says this."""
+    has = not row.has or any(each in (config.get(key) or ()) for key, each in row.has.items())
+    return has and all(config.get(key) == value for key, value in row.when.items())
 
 
 def is_other(weight: Weight) -> bool:
     """Whether a file has a weight in another way than transformers."""
-    return bool(weight.interleaved or weight.grouped or weight.plus or weight.decays)
+    moved = weight.interleaved or weight.grouped or weight.tiled or weight.across
+    return bool(moved or weight.plus or weight.decays)
+
+
+def parts(weight: Weight) -> tuple[int, int]:
+    """Length of the side of a weight that is of equal parts for what is other about it, and the number of these."""
+    rows = weight.shape[0] if weight.shape else 0
+    if weight.tiled:
+        first, groups, heads = weight.tiled
+        return max(rows - first, -1), groups * heads
+    if weight.across:
+        return weight.shape[-1], prod(weight.across)
+    if weight.grouped:
+        return rows, weight.grouped[0] * (weight.grouped[1] + 2)
+    return rows, weight.folded or 2 * weight.interleaved or 1
 
 
 def from_file(weight: Weight, tensor: Tensor) -> Tensor:
     """A float tensor of a GGUF file as transformers has it, in the same dtype."""
-    order = own_rows(weight)
-    tensor = tensor if order is None else tensor[order]
+    rows, columns = own_rows(weight), file_columns(weight)
+    tensor = tensor if rows is None else tensor[rows]
+    tensor = tensor if columns is None else tensor[:, columns.argsort()]
     tensor = _logarithm(tensor) if weight.decays else tensor
     return tensor - weight.plus if weight.plus else tensor
 
 
 def to_file(weight: Weight, tensor: Tensor) -> Tensor:
     """The inverse of `from_file`; what is added, and a power of e, is rounded to the dtype of the tensor."""
-    order = file_rows(weight)
-    tensor = tensor if order is None else tensor[order]
+    rows, columns = file_rows(weight), file_columns(weight)
+    tensor = tensor if rows is None else tensor[rows]
+    tensor = tensor if columns is None else tensor[:, columns]
     tensor = _power(tensor) if weight.decays else tensor
     return tensor + weight.plus if weight.plus else tensor
 
@@ -289,11 +356,37 @@ def file_rows(weight: Weight) -> Int64[Tensor, "rows"] | None:
     """For each row as llama.cpp stores it the row of transformers; None where the order is the same."""
     if weight.interleaved:
         return interleave(weight.shape[0], weight.interleaved)
+    if weight.tiled:
+        first, *heads = weight.tiled
+        return torch.cat([torch.arange(first), first + _tiles(weight.shape[0] - first, *heads)])
     if weight.grouped is None:
         return None
     groups, queries = weight.grouped
     rows = torch.arange(weight.shape[0]).reshape(groups, queries + 2, -1)
     return torch.cat([rows[:, :queries].reshape(-1), rows[:, queries].reshape(-1), rows[:, queries + 1].reshape(-1)])
+
+
+def file_columns(weight: Weight) -> Int64[Tensor, "cols"] | None:
+    """For each column as llama.cpp stores it the column of transformers; None where the order is the same."""
+    return None if weight.across is None else _tiles(weight.shape[1], *weight.across)
+
+
+def across_index(q: QTensor, columns: Int64[Tensor, "cols"]) -> Int32[Tensor, "cols"]:
+    """The block of each column of transformers, where blocks are of these columns, one after the other."""
+    return (columns.argsort() // block_size(q.shape, q.scheme.block)[1]).int()
+
+
+def turned_back(q: QTensor, columns: Int64[Tensor, "cols"]) -> QTensor:
+    """A tensor of these columns of transformers, with its columns in the order of transformers; codes stay in place."""
+    for start in range(0, 0 if q.codes.is_meta else len(q.codes), _ROWS):
+        rows = q.codes[start : start + _ROWS]
+        rows.copy_(rows[:, columns.argsort()])
+    return replace(q, group_index=across_index(q, columns))
+
+
+def _tiles(count: int, groups: int, heads: int) -> Int64[Tensor, "count"]:
+    """Of heads by group the first of every group, then the second of every group."""
+    return torch.arange(count).reshape(groups, heads, -1).swapaxes(0, 1).reshape(-1)
 
 
 def own_rows(weight: Weight) -> Int64[Tensor, "rows"] | None:

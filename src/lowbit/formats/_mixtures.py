@@ -137,8 +137,10 @@ def order(stored: str) -> tuple[int, str]:
 
 def _model(arch: Arch, config: Mapping[str, Any], stored: set[str], important: bool) -> _Model:
     layers, heads = (_number(config, *arch.keys.get(key, ())) for key in ("block_count", "attention.head_count"))
+    layers = layers or 1 + max(order(name)[0] for name in stored)
     shared = arch.constants.get(_KV) or _number(config, *arch.keys.get(_KV, ()))
-    grouped = heads // max(shared or heads, 1)
+    attends = "blk.0.attn_k.weight" in stored or not any(_KV in keys for keys in arch.layers.values())
+    grouped = heads // max(shared or heads, 1) if attends else 0  # llama.cpp asks the first layer
     large = config.get("model_type") in ("llama", "mistral") and layers == 80 and grouped > 1
     experts = _number(config, *arch.keys.get("expert_count", ()))
     falcon = config.get("model_type") == "falcon"

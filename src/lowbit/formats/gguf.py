@@ -19,7 +19,7 @@ from lowbit.formats._checks import finite, stored
 from lowbit.formats._ggml import BLOCKS, BlockType, hollow, type_of
 from lowbit.formats._ggml import pack as pack_blocks
 from lowbit.formats._ggml import unpack as unpack_blocks
-from lowbit.formats._gguf import file_rows, own_rows, separate
+from lowbit.formats._gguf import across_index, file_columns, file_rows, own_rows, separate, turned_back
 from lowbit.formats._linear import check_matrix, check_planned, declare, planned
 from lowbit.formats._mixtures import choose, float_only, place_of, require_arch
 from lowbit.schemes import Scheme, parse
@@ -72,6 +72,9 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
         FormatError: another tensor than the planned one, or a scale that is not exact in its type.
     """
     check_planned(weight, q)
+    columns = file_columns(weight)
+    if columns is not None:
+        q = _straight(weight, q, columns)
     out, name = into[weight.name], _kind(weight).name
     if isinstance(q.scales, QTensor) and _scale_of(weight) in into:
         into[_scale_of(weight)].copy_(q.scales.scale_values().reshape(1))
@@ -81,6 +84,16 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
         return
     for start in range(0, weight.shape[0], _ROWS):
         pack_blocks(_rows(q, order[start : start + _ROWS]), name, out[start : start + _ROWS])
+
+
+def _straight(weight: Weight, q: QTensor, columns: Tensor) -> QTensor:
+    """A tensor whose blocks are of columns as the file has them, with its columns in that order."""
+    if q.group_index is None or not torch.equal(q.group_index, across_index(q, columns)):
+        raise UnsupportedError(
+            f"{weight.name}: llama.cpp has the heads of its columns in another order, in which its blocks have to be "
+            "made; quantize the float checkpoint"
+        )
+    return replace(q, codes=q.codes[:, columns], group_index=None)
 
 
 def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None) -> QTensor:
@@ -98,7 +111,9 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None) 
     if isinstance(q.scales, QTensor) and weight.scheme == _NVFP4:
         scale = stored(tensors, _scale_of(weight), torch.float32, (1,))
         q = replace(q, scales=replace(q.scales, scales=finite(_scale_of(weight), scale).reshape(1, 1)))
-    whole = own_rows(weight)
+    columns, whole = file_columns(weight), own_rows(weight)
+    if columns is not None:
+        return turned_back(q, columns)
     if whole is None:
         return q
     if not q.codes.is_meta:

@@ -264,7 +264,7 @@ def _pack(checkpoint: Checkpoint, weight: Weight, exact: bool, rooms: Rooms, roo
 def _from_blocks(checkpoint: Checkpoint, weight: Weight, room: Room) -> Packed | None:
     """A weight of a GGUF file at once, where there is such a way."""
     name = type_of(weight.scheme) if weight.scheme and checkpoint.format == "gguf" else None
-    if name is None:
+    if name is None or weight.across:
         return None
     return pack_blocks(BLOCKS[name], checkpoint.tensor(weight.name), own_rows(weight), room=room)
 

@@ -40,6 +40,7 @@ class Layout:
     turned: bool = False
     interleaved: bool = False
     heads: Sequence[str] = ()
+    single: bool = False
 
     def part(self, stack: Tensor, expert: int, part: int, first: int = 0) -> Tensor:
         """View of one matrix `[outputs, inputs]`, or bias, in the tensor that holds all.
@@ -48,7 +49,7 @@ class Layout:
         """
         if self.heads:
             return stack[expert, first:] if part else stack[expert, :first].T
-        one = stack[expert].T if self.turned else stack[expert]
+        one = stack if self.single else stack[expert].T if self.turned else stack[expert]
         rows = one.shape[0] // len(self.parts)
         return one[part :: len(self.parts)] if self.interleaved else one[part * rows : (part + 1) * rows]
 
@@ -56,13 +57,15 @@ class Layout:
         """The tensor that holds all, of the parts of each expert, which are taken one by one: the inverse of `part`."""
         if self.heads:
             return torch.cat([torch.cat([keys.T, values]) for keys, values in experts])
+        if self.single:
+            return torch.cat([part for expert in experts for part in expert])
         wide = [torch.stack(tuple(p), 1).flatten(0, 1) if self.interleaved else torch.cat(tuple(p)) for p in experts]
         return torch.stack([one.T if self.turned else one for one in wide])
 
     def holds(self, shape: Sequence[int], hidden: object) -> bool:
         """Whether a tensor of this shape can be one, of a model with this `hidden_size`, where it is known."""
-        if self.heads:
-            return len(shape) == 2 and 0 not in shape
+        if self.heads or self.single:
+            return len(shape) == 2 and 0 not in shape and not shape[0] % len(self.parts)
         matrices = not self.parts[0].endswith(".bias")
         if len(shape) != 2 + matrices or 0 in shape or shape[0] > _MOST:
             return False
@@ -156,7 +159,8 @@ def stacks(model_type: str, names: Collection[str]) -> dict[str, Stack]:
     for row in _layouts(model_type):
         pattern = re.compile(re.escape(row.parts[0]).replace(r"\{\}", r"0") + "$")
         for prefix in (name[: match.start()] for name in names if (match := pattern.search(name))):
-            count = next(e for e in range(_MOST + 1) if prefix + row.parts[0].format(e) not in names)
+            every = (e for e in range(_MOST + 1) if prefix + row.parts[0].format(e) not in names)
+            count = 1 if row.single else next(every)
             members = row.names(prefix, count)
             if all(name in names for expert in members for name in expert):
                 found.setdefault(prefix + row.stack, Stack(row, members))
@@ -190,7 +194,7 @@ def _pieces(source: Checkpoint, rows: Sequence[Layout], name: str) -> dict[str, 
         return {}
     heads, first = sizes
     stack = stack.view(heads, -1, stack.shape[-1]) if row.heads else stack
-    names = row.names(name.removesuffix(row.stack), stack.shape[0])
+    names = row.names(name.removesuffix(row.stack), 1 if row.single else stack.shape[0])
     found = {new: _slot(slot, row.part(stack, e, p, first)) for e, one in enumerate(names) for p, new in enumerate(one)}
     return {} if found.keys() & source.specs.keys() else found
 

@@ -31,7 +31,7 @@ _RANK = 4
 _ALIGNMENT = 32
 _SMALL = 2**20  # bytes of a tensor that is read as numbers
 
-Value = bool | int | float | str | list[str] | list[int] | list[float]
+Value = bool | int | float | str | list[str] | list[int] | list[float] | list[bool]
 
 FLOATS: Mapping[str, tuple[int, torch.dtype]] = {
     "f32": (0, torch.float32), "f16": (1, torch.float16), "bf16": (30, torch.bfloat16), "f64": (28, torch.float64),
@@ -315,7 +315,7 @@ def _row(where: str, shape: tuple[int, ...], number: int) -> tuple[str, int]:
 def encoded(value: Value) -> bytes:
     """A value as a file has it: its type, then its bytes. Whole numbers are uint32, those of lists int32."""
     if isinstance(value, list):
-        item = {str: _TEXT, float: 6}.get(type(value[0]) if value else str, 5)
+        item = {str: _TEXT, float: 6, bool: 7}.get(type(value[0]) if value else str, 5)
         head = struct.pack("<IIQ", _ARRAY, item, len(value))
         if item == _TEXT:
             return head + b"".join(text(str(each)) for each in value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from math import log, pi
+from math import log, pi, prod
 from typing import Any
 
 from lowbit.errors import UnsupportedError
@@ -25,6 +25,8 @@ def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
         CheckpointError: factors of rope that are damaged.
     """
     told = {key: header.value(f"{arch.arch}.{key}") for key in arch.keys}
+    lists = {key for keys in arch.layers.values() for key in keys if isinstance(told.get(key), list)}
+    told |= {key: max(told[key], default=0) for key in lists}
     facts = {arch.keys[key][0]: _short(value) for key, value in told.items() if value is not None}
     ahead = header.value(f"{arch.arch}.nextn_predict_layers")
     if isinstance(ahead, int) and isinstance(facts.get("num_hidden_layers"), int):
@@ -33,7 +35,7 @@ def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
             "num_nextn_predict_layers": ahead,
         }
     kind = arch.sparse_type if told.get("expert_count") else arch.model_types[0]
-    facts |= {"model_type": kind, "architectures": [arch.classes[kind]], **arch.implied}
+    facts = {"model_type": kind, "architectures": [arch.classes[kind]], **arch.implied, **facts}
     facts["tie_word_embeddings"] = "output.weight" not in header.tensors
     facts |= {key: f"blk.0.{tensor}" in header.tensors for key, tensor in arch.biases.items()}
     embedding = header.tensors.get("token_embd.weight")
@@ -42,15 +44,35 @@ def config_of(header: Gguf, arch: Arch) -> dict[str, Any]:
         facts[f"{name.removesuffix('ding')}_token_id"] = header.value(f"tokenizer.ggml.{name}_token_id")
     try:
         rope = _rope(header, arch, facts) if "rope.freq_base" in arch.keys else {}
-        return facts | _heads(header, arch, facts) | rope | _layers(header, arch, facts)
+        return facts | _heads(header, arch, facts) | rope | _layers(header, arch, facts) | _factors(header, arch, facts)
     except (TypeError, ValueError, ArithmeticError, LookupError):  # it can be inspected
         return facts | {"rope_scaling": {"rope_type": UNTOLD}}
 
 
+def _factors(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The first factor of a product, where the header has the others under keys of their own."""
+    found = {}
+    for key, (first, *others) in arch.products.items():
+        if first not in facts and all(facts.get(name) for name in others):
+            found[first] = int(header.value(f"{arch.arch}.{key}", 0)) // prod(facts[name] for name in others)
+    return found
+
+
 def _layers(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What layers are, where the configuration's default would be another; a header may claim any number of them."""
-    count = min(facts["num_hidden_layers"], len(header.tensors)) if arch.layers else 0
-    return {"layer_types": [arch.layers] * count} if count else {}
+    if not arch.layers:
+        return {}
+    count, rest = min(facts["num_hidden_layers"], len(header.tensors)), next(k for k, v in arch.layers.items() if not v)
+    marks = {kind: _marks(header, arch, keys[0], count) for kind, keys in arch.layers.items() if keys}
+    return {arch.kinds: [next((kind for kind in marks if marks[kind][i]), rest) for i in range(count)]}
+
+
+def _marks(header: Gguf, arch: Arch, key: str, count: int) -> list[Any]:
+    """Of each layer what a key says; what it says of none is so in all but every fourth, as llama.cpp takes it."""
+    value = header.value(f"{arch.arch}.{key}", 4)
+    if isinstance(value, list):
+        return [*value, *[0] * count]
+    return [value] * count if key in arch.keys else [(layer + 1) % value for layer in range(count)]
 
 
 def _short(value: Any) -> Any:
@@ -103,27 +125,39 @@ def _rope(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]:
     name = arch.arch
     theta = _short(float(header.value(f"{name}.rope.freq_base", 10000.0)))
     found: dict[str, Any] = {arch.keys["rope.freq_base"][0]: theta}
-    if name == "gemma3":
-        found["rope_local_base_freq"] = float(header.value("gemma3.rope.freq_base_swa", 10000.0))
+    scaling = _scaling(header, arch, facts, theta)
+    if scaling.get("rope_type") == "longrope":  # Phi 3's own code looks for it at the top
+        found["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    inside = {name: told[:3] if isinstance(told, list) else told for name in arch.in_rope if (told := facts.get(name))}
+    if inside:
+        scaling = {"rope_type": "default", **scaling, **inside}
+    if arch.local and "rope.freq_base_swa" not in arch.keys:
+        plain = {"rope_type": "default", "rope_theta": theta}
+        found["rope_parameters"] = {"full_attention": {**plain, **scaling}, arch.local: plain}
+    return found | ({"rope_scaling": scaling} if scaling else {})
+
+
+def _scaling(header: Gguf, arch: Arch, facts: Mapping[str, Any], theta: float) -> dict[str, Any]:
+    """How positions are stretched; empty where they are not."""
+    name = arch.arch
     if FREQUENCIES in header.tensors:
-        return found | {"rope_scaling": _llama3(header.floats(FREQUENCIES), theta)}
-    if "rope.dimension_sections" in arch.keys:
-        return found | {"rope_scaling": {"rope_type": "default", "mrope_section": facts["mrope_section"][:3]}}
+        return _llama3(header.floats(FREQUENCIES), theta)
     if LONG in header.tensors and SHORT in header.tensors:
-        return found | _longrope(header, name, facts)
+        return _longrope(header, name, facts)
     factor = header.value(f"{name}.rope.scaling.factor") or header.value(f"{name}.rope.scale_linear") or 0.0
     kind = _TYPES.get(header.value(f"{name}.rope.scaling.type", "linear"), UNTOLD)
     if kind is None or (kind == "linear" and factor in (0.0, 1.0)):
-        return found
+        return {}
     scaling = {"rope_type": kind, "factor": float(factor)}
-    return found | {"rope_scaling": scaling | (_yarn(header, name, facts, factor) if kind == "yarn" else {})}
+    return scaling | (_yarn(header, arch, facts, factor) if kind == "yarn" else {})
 
 
-def _yarn(header: Gguf, name: str, facts: Mapping[str, Any], factor: float) -> dict[str, Any]:
+def _yarn(header: Gguf, arch: Arch, facts: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    name = arch.arch
     told = {key: header.value(f"{name}.rope.scaling.{key}") for key in
             ("original_context_length", "attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_ext_factor",
              "yarn_log_multiplier")}  # fmt: skip
-    stretched = told["yarn_log_multiplier"] if name == "deepseek2" else None
+    stretched = told["yarn_log_multiplier"] if arch.stretch else None
     if (told["yarn_log_multiplier"] and not stretched) or told["yarn_ext_factor"] not in (None, 1.0):
         return {"rope_type": UNTOLD}
     found: dict[str, Any] = {
@@ -132,7 +166,7 @@ def _yarn(header: Gguf, name: str, facts: Mapping[str, Any], factor: float) -> d
     if told["attn_factor"] not in (None, 1.0):
         found["attention_factor"] = float(told["attn_factor"]) * (0.1 * log(factor) + 1 if factor > 1 else 1)
     if stretched:
-        found["mscale"] = found["mscale_all_dim"] = _short(_single(10 * float(stretched)))
+        found["mscale"] = found["mscale_all_dim"] = _short(_single(float(stretched) / arch.stretch))
     if name == "gpt-oss":
         found["truncate"] = False
     names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
@@ -140,13 +174,12 @@ def _yarn(header: Gguf, name: str, facts: Mapping[str, Any], factor: float) -> d
 
 
 def _longrope(header: Gguf, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Phi 3: the context it was trained for is at the top, where its own code looks for it."""
+    """Phi 3's."""
     longest = int(facts["max_position_embeddings"])
     trained = int(header.value(f"{name}.rope.scaling.original_context_length", longest))
-    scaling = {"rope_type": "longrope", "long_factor": list(header.floats(LONG)),
+    return {"rope_type": "longrope", "long_factor": list(header.floats(LONG)),
                "short_factor": list(header.floats(SHORT)), "original_max_position_embeddings": trained,
                "attention_factor": float(header.value(f"{name}.rope.scaling.attn_factor", 1.0))}  # fmt: skip
-    return {"rope_scaling": scaling, "original_max_position_embeddings": trained}
 
 
 def llama3_factors(scaling: Mapping[str, Any], theta: float, dims: int) -> list[float]:

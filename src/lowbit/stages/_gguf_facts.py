@@ -13,19 +13,21 @@ from lowbit.formats._gguf import Arch
 from lowbit.stages._model import open_config
 from lowbit.stages.checkpoint import Checkpoint
 
+LOCAL = "rope_local_base_freq"  # base of the rope of layers with a window
 _FACTORS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 # What makes transformers read another file, run code, or move the facts.
 _ELSEWHERE = ("auto_map", "configuration_files", "partial_rotary_factor", "per_layer_config", "text_config")
 
 
 def facts_of(checkpoint: Checkpoint, arch: Arch) -> dict[str, Any]:
-    """The configuration, with the parameters of its rope, where it has but one, among the others.
+    """The configuration, with the parameters of its rope among the others.
 
     Raises:
         CheckpointError: there is none that `transformers` can use.
     """
-    facts = told_facts(checkpoint.config, arch)
-    return facts or _flat(open_config(checkpoint).get_text_config().to_dict())
+    facts = told_facts(checkpoint.config, arch) or _flat(open_config(checkpoint).get_text_config().to_dict(), arch)
+    facts = {**facts, **{name: value for name, value in arch.defaults.items() if facts.get(name) is None}}
+    return facts if arch.kinds not in facts else {"num_hidden_layers": len(facts[arch.kinds] or ()), **facts}
 
 
 def told_facts(config: Mapping[str, Any], arch: Arch) -> dict[str, Any] | None:
@@ -67,7 +69,8 @@ def _real(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < inf  # type: ignore[operator]
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    rope = config.get("rope_parameters")
-    plain = isinstance(rope, Mapping) and not any(isinstance(part, Mapping) for part in rope.values())
-    return {**config, **(rope if plain and isinstance(rope, Mapping) else {})}
+def _flat(config: Mapping[str, Any], arch: Arch) -> dict[str, Any]:
+    """With the parameters of the rope, of several those of layers that see everything; of the other its base."""
+    rope = config.get("rope_parameters") or {}
+    local = rope.get(arch.local) or {}
+    return {**config, **(rope.get("full_attention") or {} if local else rope), LOCAL: local.get("rope_theta")}

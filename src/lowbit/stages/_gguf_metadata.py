@@ -12,7 +12,7 @@ from lowbit.formats._gguf import Arch
 from lowbit.stages._directory import GGUF
 from lowbit.stages._gguf import Value, encoded, read_gguf
 from lowbit.stages._gguf_config import FREQUENCIES, LONG, SHORT, llama3_factors
-from lowbit.stages._gguf_facts import facts_of
+from lowbit.stages._gguf_facts import LOCAL, facts_of
 from lowbit.stages._gguf_model import COMPUTED
 from lowbit.stages._gguf_tokenizer import tokenizer_values
 from lowbit.stages._weightfile import show
@@ -22,7 +22,7 @@ Constants = dict[str, Sequence[float]]
 
 # Keys that are true of one file alone.
 _OF_THE_FILE = ("general.alignment", "split.no", "split.count", "split.tensors.count")
-_FLOATS = ("epsilon", "freq_base", "softcapping", "scale")
+_FLOATS = ("epsilon", "freq_base", "freq_base_swa", "softcapping", "scale")
 
 
 def metadata(
@@ -62,6 +62,11 @@ def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tupl
                 f"{checkpoint.path} says {key} is {show(facts[key])}; llama.cpp computes a model of the architecture "
                 f"{arch.arch} as if it were {wanted[0]!r}"
             )
+    if len({facts[name] for name in arch.equal}) > 1:
+        raise UnsupportedError(
+            f"{checkpoint.path} has different {' and '.join(arch.equal)}; llama.cpp takes them to be the same for a "
+            f"model of the architecture {arch.arch}"
+        )
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     values: dict[str, Value] = {"general.architecture": arch.arch, "general.name": root.resolve().name or arch.arch}
     values["general.quantized_by"] = f"lowbit {__version__}"
@@ -70,13 +75,15 @@ def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tupl
         if value is not None:
             values[f"{arch.arch}.{key}"] = _typed(key, value)
     values |= _derived(arch, facts) | {f"{arch.arch}.{key}": value for key, value in arch.constants.items()}
+    values |= {f"{arch.arch}.{key}": _rows(checkpoint, arch, stored) for key, stored in arch.rows.items()}
+    values |= _lists(arch, facts, values)
     rope, constants = _rope(arch, facts)
     return values | rope | tokenizer_values(checkpoint, int(facts["vocab_size"])) | dict(last), constants
 
 
 def _typed(key: str, value: Any) -> Value:
     """A number or a truth as llama.cpp wants it under a key, or a list of numbers, of which it has four."""
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [int(each) for each in (*value, 0, 0, 0, 0)][:4]
     if isinstance(value, bool):
         return value
@@ -95,15 +102,39 @@ def _derived(arch: Arch, facts: Mapping[str, Any]) -> dict[str, Value]:
     return found
 
 
+def _rows(checkpoint: Checkpoint, arch: Arch, stored: str) -> int:
+    return checkpoint.weights[str(arch.name(stored))].shape[0]
+
+
+def _lists(arch: Arch, facts: Mapping[str, Any], values: Mapping[str, Value]) -> dict[str, Value]:
+    """Keys that have a value for each layer: what all layers of a kind have, or whether they are of it."""
+    found, kinds = dict[str, Value](), facts.get(arch.kinds) or []
+    if arch.layers and not set(kinds) <= arch.layers.keys():
+        raise UnsupportedError(
+            f"layers of the kinds {show(sorted(set(kinds)))} are not written to GGUF for a model of the architecture "
+            f"{arch.arch}, which has {', '.join(arch.layers)}"
+        )
+    for key in dict.fromkeys(key for keys in arch.layers.values() for key in keys):
+        one: Any = values.get(f"{arch.arch}.{key}", True)
+        found[f"{arch.arch}.{key}"] = [one if key in arch.layers[kind] else type(one)() for kind in kinds]
+    return found
+
+
 def _head(facts: Mapping[str, Any]) -> int:
-    return int(facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"])
+    """Width of a head; of DeepSeek's the part that is rotated."""
+    told = facts.get("qk_rope_head_dim") or facts.get("head_dim")
+    return int(told or facts["hidden_size"] // facts["num_attention_heads"])
 
 
 def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], Constants]:
     """How positions are stretched: keys, or for Llama 3 the factor of each frequency as a tensor."""
     kind, name = facts.get("rope_type") or "default", arch.arch
-    if arch.arch == "gemma3":
-        return _two_ropes(facts["rope_parameters"])
+    local = facts["rope_parameters"][arch.local] if facts.get(LOCAL) else {}
+    if local and (
+        local.get("rope_type", "default") != "default"
+        or ("rope.freq_base_swa" not in arch.keys and local["rope_theta"] != facts["rope_theta"])
+    ):
+        raise UnsupportedError(f"llama.cpp has no such rope for layers with a window of {name}: {show(dict(local))}")
     if kind == "default" or "rope.freq_base" not in arch.keys:
         return {}, {}
     if kind == "linear":
@@ -113,7 +144,7 @@ def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], Const
         theta = float(facts["rope_theta"]) * float(facts["alpha"]) ** (dims / (dims - 2))
         return {f"{name}.rope.freq_base": theta}, {}
     if kind == "yarn":
-        return {f"{name}.rope.scaling.{key}": value for key, value in _yarn(facts, name).items()}, {}
+        return {f"{name}.rope.scaling.{key}": value for key, value in _yarn(facts, arch).items()}, {}
     if kind in ("longrope", "su") and arch.arch == "phi3":
         return _longrope(facts)
     if kind == "llama3":
@@ -125,7 +156,7 @@ def _rope(arch: Arch, facts: Mapping[str, Any]) -> tuple[dict[str, Value], Const
     )
 
 
-def _yarn(facts: Mapping[str, Any], name: str) -> dict[str, Value]:
+def _yarn(facts: Mapping[str, Any], arch: Arch) -> dict[str, Value]:
     """llama.cpp multiplies `attn_factor` with the factor of attention that follows from the stretching.
 
     It rounds the ends of the range between turned and stretched; gpt-oss, which it runs so, was trained without.
@@ -133,8 +164,8 @@ def _yarn(facts: Mapping[str, Any], name: str) -> dict[str, Value]:
     betas = (facts.get("beta_fast") or 32, facts.get("beta_slow") or 1)
     if (
         betas != (32, 1)
-        or (facts.get("truncate") is False and name != "gpt-oss")
-        or (facts.get("mscale") and facts.get("mscale_all_dim") and not _latent(facts, name))
+        or (facts.get("truncate") is False and arch.arch != "gpt-oss")
+        or (facts.get("mscale") and facts.get("mscale_all_dim") and not _cancels(facts, arch))
     ):
         raise UnsupportedError(
             "rope of type yarn with a beta_fast that is not 32, a beta_slow that is not 1, mscale_all_dim or without "
@@ -143,16 +174,16 @@ def _yarn(facts: Mapping[str, Any], name: str) -> dict[str, Value]:
     trained = int(facts["original_max_position_embeddings"])
     factor = float(facts.get("factor") or facts["max_position_embeddings"] / trained)
     found: dict[str, Value] = {"type": "yarn", "factor": factor, "original_context_length": trained}
-    if _latent(facts, name):
-        found["yarn_log_multiplier"] = 0.1 * float(facts["mscale_all_dim"])
+    if _cancels(facts, arch):
+        found["yarn_log_multiplier"] = arch.stretch * float(facts["mscale_all_dim"])
     if facts.get("attention_factor"):
         found["attn_factor"] = float(facts["attention_factor"]) / (0.1 * log(factor) + 1 if factor > 1 else 1.0)
     return found
 
 
-def _latent(facts: Mapping[str, Any], name: str) -> bool:
-    """Whether scores are multiplied, and angles are not, as llama.cpp has it for DeepSeek."""
-    return name == "deepseek2" and bool(facts.get("mscale")) and facts["mscale"] == facts.get("mscale_all_dim")
+def _cancels(facts: Mapping[str, Any], arch: Arch) -> bool:
+    """Whether angles are not multiplied, as llama.cpp has it for DeepSeek and Ministral."""
+    return bool(arch.stretch and facts.get("mscale")) and facts["mscale"] == facts.get("mscale_all_dim")
 
 
 def _longrope(facts: Mapping[str, Any]) -> tuple[dict[str, Value], Constants]:
@@ -164,13 +195,3 @@ def _longrope(facts: Mapping[str, Any]) -> tuple[dict[str, Value], Constants]:
     keys["phi3.rope.scaling.attn_factor"] = float(factor)
     named = {LONG: "long_factor", SHORT: "short_factor"}
     return keys, {name: facts[key] for name, key in named.items()}
-
-
-def _two_ropes(rope: Mapping[str, Any]) -> tuple[dict[str, Value], Constants]:
-    """Gemma 3 has one for its global layers and one for those with a window."""
-    wide, local = rope["full_attention"], rope["sliding_attention"]
-    found: dict[str, Value] = {"gemma3.rope.freq_base": float(wide["rope_theta"])}
-    found["gemma3.rope.freq_base_swa"] = float(local["rope_theta"])
-    if wide.get("rope_type", "default") == "linear":
-        found |= {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": float(wide["factor"])}
-    return found, {}

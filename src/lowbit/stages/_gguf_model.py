@@ -16,7 +16,7 @@ from torch import Tensor
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.formats import Spec, Weight
 from lowbit.formats._ggml import BLOCKS
-from lowbit.formats._gguf import Arch, arch_named, from_file, is_other
+from lowbit.formats._gguf import Arch, arch_named, from_file, is_other, parts
 from lowbit.stages._gguf import FLOATS, Gguf, Stored, read_gguf
 from lowbit.stages._gguf_config import FREQUENCIES, LONG, SHORT, config_of
 from lowbit.stages._weightfile import Slot, WeightFile, show
@@ -235,7 +235,9 @@ def _weight(header: Gguf, arch: Arch | None, facts: Mapping[str, Any], name: str
         weight = arch.arranged(weight, facts) if arch else weight
     except UnsupportedError:
         raise CheckpointError(f"{header.path}: the header does not tell one number of heads for all layers") from None
-    heads = weight.grouped[0] * (weight.grouped[1] + 2) if weight.grouped else max(weight.interleaved, 1)
-    if (not shape and is_other(weight)) or (shape and shape[0] % (2 * heads if weight.interleaved else heads)):
-        raise CheckpointError(f"{header.path}: {name}: {heads} heads do not divide the rows of {show(list(shape))}")
+    length, count = parts(weight)
+    if (not shape and is_other(weight)) or length % count:
+        raise CheckpointError(
+            f"{header.path}: {name}: {count} heads or parts of them do not divide {show(list(shape))}"
+        )
     return weight

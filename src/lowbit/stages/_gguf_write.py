@@ -88,7 +88,7 @@ def _shard(
         entries.append(entry(name, (len(numbers),), "f32", at))
         at = padded(at + 4 * len(numbers))
     for name, (kind, group) in groups.items():
-        shape = (len(group), *group[0].shape) if arch.stacks(name) else arch.file_shape(name, group[0].shape)
+        shape = (len(group), *group[0].shape) if arch.stacks(name) else arch.file_shape(name, group[0])
         entries.append(entry(name, shape, kind, at))
         for weight in group:
             places[weight.name] = at, specs[weight.name]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowbit import plugins
 from lowbit.formats import Format
+from lowbit.formats._gguf import file_columns, turned_back
 from lowbit.methods import Method, Stats
 from lowbit.schemes import Scheme
 from lowbit.stages._observe import Seen
@@ -112,8 +113,11 @@ class Job:
         """All candidates for some rows."""
         start = time.perf_counter()
         part, whole = (each[rows].float().contiguous() for each in (self.weight, self.whole))
-        view = part.reshape(view_shape((part.shape[0], part.shape[1]), self.scheme.block))
+        columns = file_columns(self.entry.weight)  # blocks are of these, and methods that calibrate are left out
+        held = part if columns is None else part[:, columns].contiguous()
+        view = held.reshape(view_shape((part.shape[0], part.shape[1]), self.scheme.block))
         made = {name: m.quantize(view, self.stats, self.scheme, options) for name, (m, options) in self.methods.items()}
+        made = made if columns is None else {name: turned_back(q, columns) for name, q in made.items()}
         tallies = {name: self._tally(part, whole, q) for name, q in made.items()}
         return Piece(rows, made, tallies, self._output_power(whole), time.perf_counter() - start)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowbit import plugins
 from lowbit.budget import MARGIN, MemoryWatch, anonymous_bytes, format_size
 from lowbit.errors import ResourceError, UnsupportedError
-from lowbit.formats._gguf import Arch, arch_of
+from lowbit.formats._gguf import Arch, arch_of, file_columns
 from lowbit.stages._blocks import Entrance, LiveBlock
 from lowbit.stages._cost import BESIDE, Cost, rate
 from lowbit.stages._imatrix import imatrix_bytes
@@ -179,7 +179,9 @@ def _stacked(
     for name, state in states.items():
         found = arch.place(name)
         if found is not None:
-            members.setdefault(found.name, {})[found.expert or 0] = state
+            columns = file_columns(arch.arranged(source.weights[name], source.config))
+            told = state if columns is None else {**state, "sum": state["sum"][columns]}
+            members.setdefault(found.name, {})[found.expert or 0] = told
     sizes: dict[str, int] = {}
     for name in source.weights:
         found = arch.place(name)

@@ -311,7 +311,7 @@ class _Maker:
         wanted, reason = given or self.decide(weight)
         if wanted != "keep" and weight.name in tied.values() and not form.choose:
             raise UnsupportedError(f"{weight.name} is {_SHARED}; keep it")
-        inside = weight.name in self.inside
+        inside = weight.name in self.inside and not self._moved(weight)
         method, why = recipe.method, ""
         seen = self._important(weight) if self.importance else inside
         if not seen and recipe.calibrated:
@@ -321,6 +321,13 @@ class _Maker:
         activations = self.rules.activations if inside else None
         swap, config = self.swap(weight), self.checkpoint.config
         return _entry(weight, wanted, reason + why, method, form, config, activations, swap, inside and recipe.smooths)
+
+    def _moved(self, weight: Weight) -> bool:
+        """Whether a file has its columns in another order, in which no calibration has their inputs."""
+        return (
+            self.form.choose is not None
+            and arranged(weight, "keep", self.form, self.checkpoint.config).across is not None
+        )
 
     def _important(self, weight: Weight) -> bool:
         turned = replace(weight, shape=weight.shape[::-1]) if self.swap(weight) else weight
@@ -410,7 +417,7 @@ def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
 
 def _plain(weight: Weight) -> Weight:
     """A weight without what concerns the file that it came from alone."""
-    return replace(weight, interleaved=0, grouped=None, plus=0.0, decays=False)
+    return replace(weight, interleaved=0, grouped=None, tiled=None, across=None, folded=0, plus=0.0, decays=False)
 
 
 def arranged(weight: Weight, wanted: str, form: Format, config: Mapping[str, Any]) -> Weight:

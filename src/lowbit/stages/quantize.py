@@ -20,6 +20,7 @@ from lowbit import native, plugins
 from lowbit.budget import Estimate, MemoryWatch, plan_memory
 from lowbit.errors import WeightError
 from lowbit.formats import Weight
+from lowbit.formats._gguf import file_columns, turned_back
 from lowbit.methods import Method, Stats
 from lowbit.methods._scales import nest
 from lowbit.schemes import Block, Scheme
@@ -203,7 +204,8 @@ def quantize_weight(
     assert scheme is not None and entry.method is not None
     method: Method = plugins.load("methods", entry.method)
     options = step_options(method, entry.method, chosen)
-    view = tensor.reshape(codes.shape)
+    columns = file_columns(weight)  # in the order in which a file has them, which is that of its blocks
+    view = (tensor if columns is None else tensor[:, columns]).reshape(codes.shape)
     hasher, error, pieces = xxhash.xxh3_128(), Error(), []
     with _located(weight.name, tensor):
         stats = {**given, **tensor_stats(view, scheme, elements)}
@@ -217,7 +219,8 @@ def quantize_weight(
                 codes[rows, cols] = piece.codes
             error += measure(part, piece)
             pieces.append((piece.scales, piece.shifts))
-    return hasher.hexdigest(), join(weight, codes, pieces), error
+    made = join(weight, codes, pieces)
+    return hasher.hexdigest(), made if columns is None else turned_back(made, columns), error
 
 
 def pieces_of(shape: Shape, block: Block, elements: int) -> Iterator[tuple[slice, slice]]:
