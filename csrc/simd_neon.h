@@ -147,6 +147,15 @@ F lookup16(F table, I index) {
     auto found = [&](int32x4_t of) { return vreinterpretq_f32_u8(vqtbl4q_u8(entries, vreinterpretq_u8_s32(of))); };
     return {found(at.a), found(at.b), found(at.c), found(at.d)};
 }
+F lookup8(F table, I index) {
+    uint8x16x2_t low{{vreinterpretq_u8_f32(table.a), vreinterpretq_u8_f32(table.b)}};
+    uint8x16x2_t high{{vreinterpretq_u8_f32(table.c), vreinterpretq_u8_f32(table.d)}};
+    I at = add(mul(shift_left<2>(both(index, set(7))), set(0x01010101)), set(0x03020100));
+    auto found = [](uint8x16x2_t from, int32x4_t of) {
+        return vreinterpretq_f32_u8(vqtbl2q_u8(from, vreinterpretq_u8_s32(of)));
+    };
+    return {found(low, at.a), found(low, at.b), found(high, at.c), found(high, at.d)};
+}
 I lookup256(const int32_t* table, I index) {
     int32_t at[16];
     store_words(at, index);
