@@ -13,47 +13,125 @@ struct Columns {
     }
 };
 
-// The table of a type, and the words near to those that it has not. A word that was chosen among these is marked.
+// A run of weights in a lane, in columns, and how its digits are to be read. Errors that differ by no more than `slack` may
+// change places between scales, as sums are rounded. Of `levels`, lookups see three bits: those of two bits come twice.
+struct GridRun {
+    const float *x, *w;
+    float slack;
+    F levels;
+};
+
+// The words near to those that a table has not. A word that was chosen among these is marked; also, where another was too
+// close to it.
 template <int bits>
 struct GridSearch {
-    static constexpr int group = bits == 2 ? 8 : 4, mark = 1 << 16;
+    static constexpr int group = bits == 2 ? 8 : 4, mark = 1 << 16, close = 1 << 17;
     const GgmlNeighbours& near;
     explicit GridSearch(GgmlType type) : near(ggml_neighbours(type)) {}
 
-    // The word with the least error, the first of equals; x and w are columns of the run. What a digit means: `levels`, of
-    // which lookups see three bits, so that those of two bits come twice.
-    int best(GgmlNeighbours::Range range, const float* x, const float* w, float scale, F levels) const {
-        static constexpr float number[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        F errors[group], values = mul(set(scale), levels), least_error = set(__FLT_MAX__), found = set(0.0f);
-        for (int i = 0; i < group; i++) {
-            F difference = sub(values, set(x[16 * i]));
-            errors[i] = mul(mul(set(w[16 * i]), difference), difference);
-        }
+    bool lacks(int word) const { return near.of[size_t(word)].count > 0; }
+
+    // In place of a word, that with the least error under each of two scales, the first of equals.
+    void best(int word, const GridRun& run, const float (&scales)[2], int32_t (&found)[2]) const {
+        static constexpr float number[16] = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+        GgmlNeighbours::Range range = near.of[size_t(word)];
         const uint16_t* words = near.words.data() + range.first;
-        for (int at = 0; at < range.count; at += 16) {
-            I rest = load_u16(words + at);
-            F sum = lookup8(errors[0], rest), place = add(load_f32(number), set(float(at)));
-            for (int i = 1; i < group; i++) rest = shift_right<bits>(rest), sum = add(sum, lookup8(errors[i], rest));
-            M better = both(above(least_error, sum), above(set(float(range.count)), place));
-            least_error = choose(better, sum, least_error), found = choose(better, place, found);
+        F errors[group], values = mul(halves(scales[0], scales[1]), run.levels), place = load_f32(number);
+        for (int i = 0; i < group; i++) {
+            F difference = sub(values, set(run.x[16 * i]));
+            errors[i] = mul(mul(set(run.w[16 * i]), difference), difference);
         }
-        M first = at_least(set(least(least_error)), least_error);
-        return words[int(least(choose(first, found, set(65536.0f))))];
+        F low = set(__FLT_MAX__), next = low, first = set(0.0f);
+        for (int at = 0; at < range.count; at += 8, place = add(place, set(8.0f))) {
+            I rest = load_u16_twice(words + at);
+            F sum = lookup8(errors[0], rest);
+            for (int i = 1; i < group; i++) rest = shift_right<bits>(rest), sum = add(sum, lookup8(errors[i], rest));
+            sum = choose(above(set(float(range.count)), place), sum, set(__FLT_MAX__));
+            first = choose(above(low, sum), place, first);
+            next = min(max(low, sum), next), low = min(sum, low);
+        }
+        F lowest = least8(low);
+        F at = least8(choose(at_least(lowest, low), first, set(65536.0f)));
+        M winner = both(at_least(lowest, low), at_least(at, first));
+        float places[16], gaps[16];
+        store_f32(places, at), store_f32(gaps, sub(least8(choose(winner, next, low)), lowest));
+        for (int k = 0; k < 2; k++)
+            found[k] = words[int(places[8 * k])] | mark | (gaps[8 * k] > run.slack ? 0 : close);
     }
-    // Marked neighbours for the words of lanes that are on and off the table.
-    I fitting(I words, M on, const float* x, const float* w, F scales, F levels) const {
+    // Words under one scale a lane, where lanes are on; in the others they stay. `of` gives a lane's run.
+    template <class Run>
+    I fitting(I words, M on, F scales, Run of) const {
         int32_t at[16], wanted[16], chosen[16], count = 0;
         float scale[16];
         store_words(at, words), store_words(wanted, select(on, set(1), set(0))), store_f32(scale, scales);
         for (int lane = 0; lane < 16; lane++) {
             chosen[count] = lane;
-            count += wanted[lane] && near.of[size_t(at[lane])].count > 0;
+            count += wanted[lane] && lacks(at[lane]);
         }
         for (int k = 0; k < count; k++) {
-            int lane = chosen[k];
-            at[lane] = best(near.of[size_t(at[lane])], x + lane, w + lane, scale[lane], levels) | mark;
+            int32_t lane = chosen[k], found[2];
+            best(at[lane], of(lane), {scale[lane], scale[lane]}, found);
+            at[lane] = found[0] & ~close;
         }
         return load_words(at);
+    }
+};
+
+// Words of a run of weights in sixteen lanes under many scales, each less than the one before.
+template <int bits>
+struct GridSeries {
+    static constexpr int most = 31;
+    using Search = GridSearch<bits>;
+    struct Span {  // scales under which a lane rounds to the same word, of which the first and the last are done
+        uint16_t word;
+        uint8_t lane, from, to;
+    };
+    const Search& search;
+    const float (&scales)[most][16];
+    int count;
+
+    // In place of what lanes round to, what is near to that. `changes` has a bit where a word is not the one before. What is
+    // wanted of a word is looked at after all the searches of a round, so that these need not wait for each other.
+    template <class Run>
+    void fit(int32_t (&words)[most][16], const int32_t* on, const int32_t* changes, Run of) const {
+        Span room[2][16 * most], *now = room[0], *next = room[1];
+        int size = 0, more;
+        for (int lane = 0; lane < 16; lane++) {
+            if (!on[lane]) continue;
+            for (int from = 0, to; from < count; from = to) {
+                uint32_t later = uint32_t(changes[lane]) >> from & ~1u;
+                to = later ? from + __builtin_ctz(later) : count;
+                now[size] = {uint16_t(words[from][lane]), uint8_t(lane), uint8_t(from), uint8_t(to - 1)};
+                size += search.lacks(words[from][lane]);
+            }
+        }
+        for (int i = 0; i < size; i++) search_at(words, now[i], now[i].from, now[i].to, of);
+        for (; size > 0; size = more) {
+            more = 0;
+            for (int i = 0; i < size; i++) {
+                Span span = now[i];
+                if (span.to - span.from < 2 || fill(words, span)) continue;
+                int middle = (span.from + span.to) / 2, after = int(smaller(middle + 1, span.to - 1));
+                search_at(words, span, middle, after, of);
+                next[more++] = {span.word, span.lane, span.from, uint8_t(middle)};
+                next[more++] = {span.word, span.lane, uint8_t(after), span.to};
+            }
+            Span* last = now;
+            now = next, next = last;
+        }
+    }
+    template <class Run>
+    void search_at(int32_t (&words)[most][16], const Span& span, int from, int to, Run of) const {
+        int32_t found[2], lane = span.lane;
+        search.best(span.word, of(lane), {scales[from][lane], scales[to][lane]}, found);
+        words[from][lane] = found[0], words[to][lane] = found[1];
+    }
+    // The difference of two words' errors, over the scale, is linear in it: what is best at both ends is best between.
+    bool fill(int32_t (&words)[most][16], const Span& span) const {
+        int32_t found = words[span.from][span.lane];
+        if (found != words[span.to][span.lane] || found & Search::close) return false;
+        for (int i = span.from + 1; i < span.to; i++) words[i][span.lane] = found;
+        return true;
     }
 };
 
@@ -102,6 +180,7 @@ struct SignedFit {
     F levels = load_f32(odd[bits - 2]), peak, scale, x[32], wx[32];
     I signs[32], words[8];
     Columns sizes, roots;
+    float slack[8][16];
 
     SignedFit(const SignedKind& kind, const GridSearch<bits>& search, const F* w) : kind(kind), search(search), w(w) {}
 
@@ -113,11 +192,13 @@ struct SignedFit {
             x[i] = choose(up, from[i], negative(from[i])), signs[i] = select(up, set(0), set(1));
         }
         for (int k = 0; kind.even && k < kind.size; k += 8) flip_least(k);
-        peak = x[0];
-        for (int i = 1; i < kind.size; i++) peak = max(peak, x[i]);
+        peak = set(-__FLT_MAX__);
         F root[32];
-        for (int i = 0; i < kind.size; i++) root[i] = sqrt(w[i]), wx[i] = mul(w[i], x[i]);
+        for (int i = 0; i < kind.size; i++) peak = max(peak, x[i]), root[i] = sqrt(w[i]), wx[i] = mul(w[i], x[i]);
         sizes.take(x, kind.size), roots.take(root, kind.size);
+    }
+    GridRun of(int k, int lane) const {
+        return {sizes.at[group * k] + lane, roots.at[group * k] + lane, slack[k][lane], levels};
     }
     // Where the number of signs is odd, another for the weight where it costs least.
     void flip_least(int first) {
@@ -145,7 +226,7 @@ struct SignedFit {
     }
     // Run k under a scale; in lanes that are not on it may be any word.
     I fitted(int k, F inverse, F by, M on) const {
-        return search.fitting(rounded(k, inverse), on, sizes.at[group * k], roots.at[group * k], by, levels);
+        return search.fitting(rounded(k, inverse), on, by, [&](int lane) { return of(k, lane); });
     }
     void sums(const I* of, F& dot, F& norm) const {
         dot = norm = set(0.0f);
@@ -157,14 +238,46 @@ struct SignedFit {
             }
         }
     }
+    float codes_at(int step) const { return float(2 * kind.top - 1) + float(step - kind.steps) * kind.step; }
+
+    // Words under all scales of the search. Each rounding of a sum changes it by 2**-24 of it or of what it is a difference
+    // of, each product that is subnormal by less than 1e-31.
+    void choose_all(F most, M on, int32_t (*words)[GridSeries<bits>::most][16]) {
+        float scales[GridSeries<bits>::most][16];
+        int32_t wanted[16], changes[8][16];
+        store_words(wanted, select(on, set(1), set(0)));
+        GridSeries<bits> series{search, scales, 2 * kind.steps + 1};
+        for (int k = 0; k < groups(); k++) store_words(changes[k], set(0));
+        for (int step = 0; step < series.count; step++) {
+            F inverse = div(set(codes_at(step)), most);
+            store_f32(scales[step], div(set(1.0f), inverse));
+            for (int k = 0; k < groups(); k++) {
+                I word = rounded(k, inverse);
+                store_words(words[k][step], word);
+                if (step == 0) continue;
+                M other = greater(differ(word, load_words(words[k][step - 1])), set(0));
+                store_words(changes[k], either(load_words(changes[k]), select(other, set(1 << step), set(0))));
+            }
+        }
+        for (int k = 0; k < groups(); k++) {
+            F sum = set(0.0f), greatest = mul(load_f32(scales[0]), set(float(2 * kind.top - 1)));
+            for (int i = group * k; i < group * (k + 1); i++) {
+                F size = add(greatest, magnitude(x[i]));
+                sum = add(sum, mul(mul(load_f32(roots.at[i]), size), size));
+            }
+            store_f32(slack[k], add(mul(sum, set(80 * 0x1p-24f)), set(1e-30f)));
+            series.fit(words[k], wanted, changes[k], [&](int lane) { return of(k, lane); });
+        }
+    }
     void run(F start, F most, M on) {
         F best = set(0.0f), dot, norm;
         I found[8];
+        int32_t all[8][GridSeries<bits>::most][16];
+        choose_all(most, on, all);
         scale = start;
         for (I& word : words) word = set(kind.again ? search.mark : 0);
-        for (int i = -kind.steps; i <= kind.steps; i++) {
-            F inverse = div(set(float(2 * kind.top - 1) + float(i) * kind.step), most), by = div(set(1.0f), inverse);
-            for (int k = 0; k < groups(); k++) found[k] = fitted(k, inverse, by, on);
+        for (int step = 0; step <= 2 * kind.steps; step++) {
+            for (int k = 0; k < groups(); k++) found[k] = load_words(all[k][step]);
             sums(found, dot, norm);
             M better = both(above(norm, set(0.0f)), above(mul(dot, dot), mul(best, norm)));
             scale = choose(better, div(dot, norm), scale), best = choose(better, mul(scale, dot), best);
@@ -366,7 +479,9 @@ struct ThirdPart {
         for (int i = 0; i < count; i += 8) {
             I word = word_of<2>(digits + i), lower = select(down(i), set(1), set(0));
             auto fitting = [&](int k, M where) {
-                return search.fitting(word, both(on, where), values.at[i], weights.at[i], scale, load_f32(third[k]));
+                return search.fitting(word, both(on, where), scale, [&](int lane) {
+                    return GridRun{values.at[i] + lane, weights.at[i] + lane, 0, load_f32(third[k])};
+                });
             };
             word = select(down(i), fitting(1, down(i)), fitting(0, greater(set(1), lower)));
             word = select(on, word, set(0)), all = either(all, word);

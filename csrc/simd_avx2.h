@@ -159,6 +159,18 @@ float greatest(F value) {
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+F halves(float low, float high) { return {_mm256_set1_ps(low), _mm256_set1_ps(high)}; }
+I load_u16_twice(const void* from) {
+    __m256i half = _mm256_cvtepu16_epi32(_mm_loadu_si128(narrow(from)));
+    return {half, half};
+}
+__m256 least8(__m256 value) {
+    value = _mm256_min_ps(value, _mm256_permute2f128_ps(value, value, 1));
+    value = _mm256_min_ps(value, _mm256_permute_ps(value, 0x4e));
+    return _mm256_min_ps(value, _mm256_permute_ps(value, 0xb1));
+}
+F least8(F value) { return {least8(value.low), least8(value.high)}; }
+
 #include "pack_avx2.h"
 
 struct Sixteen {

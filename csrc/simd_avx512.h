@@ -118,6 +118,18 @@ float sum_of(F value) {
 float least(F value) { return _mm512_reduce_min_ps(value.all); }
 float greatest(F value) { return _mm512_reduce_max_ps(value.all); }
 
+F halves(float low, float high) {
+    return {_mm512_insertf32x8(_mm512_set1_ps(low), _mm256_set1_ps(high), 1)};
+}
+I load_u16_twice(const void* from) {
+    return {_mm512_broadcast_i64x4(_mm256_cvtepu16_epi32(_mm_loadu_si128(narrow(from))))};
+}
+F least8(F value) {
+    __m512 found = _mm512_min_ps(value.all, _mm512_shuffle_f32x4(value.all, value.all, 0xb1));
+    found = _mm512_min_ps(found, _mm512_permute_ps(found, 0x4e));
+    return {_mm512_min_ps(found, _mm512_permute_ps(found, 0xb1))};
+}
+
 #include "pack_avx2.h"
 
 struct Sixteen {

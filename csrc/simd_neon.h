@@ -190,6 +190,13 @@ float sum_of(F value) {
 float least(F value) { return vminnmvq_f32(min_of(min_of(value.a, value.c), min_of(value.b, value.d))); }
 float greatest(F value) { return vmaxnmvq_f32(max_of(max_of(value.a, value.c), max_of(value.b, value.d))); }
 
+F halves(float low, float high) { return {vdupq_n_f32(low), vdupq_n_f32(low), vdupq_n_f32(high), vdupq_n_f32(high)}; }
+I load_u16_twice(const void* from) {
+    uint16x8_t wide = vreinterpretq_u16_s32(load_16(from));
+    return as_words(wide, wide);
+}
+F least8(F value) { return halves(vminnmvq_f32(min_of(value.a, value.b)), vminnmvq_f32(min_of(value.c, value.d))); }
+
 // ---- 32 codes to and from 4 * bits bytes, and 8 x 8 words transposed ----
 
 // Neighbours are joined three times, 8 codes to 4 of 2 * bits, then 2, then 1 stream: what a shift inserts leaves the

@@ -239,6 +239,24 @@ float greatest(F value) {
     return out;
 }
 
+// ---- halves: the first eight lanes and the last eight ----
+
+F halves(float low, float high) {
+    return each<F>([&](int i) { return i < 8 ? low : high; });
+}
+// Eight elements, for both.
+I load_u16_twice(const void* from) {
+    uint16_t wide[8];
+    __builtin_memcpy(wide, from, sizeof wide);
+    return each<I>([&](int i) { return int32_t(wide[i & 7]); });
+}
+// The least lane of each in all its lanes; none is NaN.
+F least8(F value) {
+    float out[2] = {value.at[0], value.at[8]};
+    for (int i = 0; i < 16; i++) out[i / 8] = value.at[i] < out[i / 8] ? value.at[i] : out[i / 8];
+    return halves(out[0], out[1]);
+}
+
 // 32 codes to 4 * bits bytes and back, bits 1 to 7. Pack writes and unpack reads up to 2 * bits + 16 bytes.
 template <int bits>
 void pack32(const uint8_t* codes, uint8_t* bytes) {
