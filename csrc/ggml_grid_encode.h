@@ -14,18 +14,23 @@ struct Columns {
 };
 
 // A run of weights in a lane, in columns, and how its digits are to be read. Errors that differ by no more than `slack` may
-// change places between scales, as sums are rounded. Of `levels`, lookups see three bits: those of two bits come twice.
+// change places between scales, as sums are rounded.
 struct GridRun {
-    const float *x, *w;
+    const float *x, *w, *levels;
     float slack;
-    F levels;
 };
+
+// What a digit of two bits stands for comes again after four lanes, of three bits after eight.
+template <int bits>
+F value_of(F levels, I digit) {
+    return bits == 2 ? lookup4(levels, digit) : lookup8(levels, digit);
+}
 
 // The words near to those that a table has not. A word that was chosen among these is marked; also, where another was too
 // close to it.
 template <int bits>
 struct GridSearch {
-    static constexpr int group = bits == 2 ? 8 : 4, mark = 1 << 16, close = 1 << 17;
+    static constexpr int group = bits == 2 ? 8 : 4, mark = 1 << 16, close = 1 << 17, same = 1 << 18;
     const GgmlNeighbours& near;
     explicit GridSearch(GgmlType type) : near(ggml_neighbours(type)) {}
 
@@ -36,27 +41,27 @@ struct GridSearch {
         static constexpr float number[16] = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
         GgmlNeighbours::Range range = near.of[size_t(word)];
         const uint16_t* words = near.words.data() + range.first;
-        F errors[group], values = mul(halves(scales[0], scales[1]), run.levels), place = load_f32(number);
+        F errors[group], values = mul(halves(scales[0], scales[1]), load_f32(run.levels));
         for (int i = 0; i < group; i++) {
             F difference = sub(values, set(run.x[16 * i]));
             errors[i] = mul(mul(set(run.w[16 * i]), difference), difference);
         }
-        F low = set(__FLT_MAX__), next = low, first = set(0.0f);
-        for (int at = 0; at < range.count; at += 8, place = add(place, set(8.0f))) {
+        F low = set(__FLT_MAX__), next = low, place = sub(load_f32(number), set(float(range.count))), first = place;
+        for (int at = 0; at < range.count; at += 8, place = add(place, set(8.0f))) {  // places count up to the end
             I rest = load_u16_twice(words + at);
-            F sum = lookup8(errors[0], rest);
-            for (int i = 1; i < group; i++) rest = shift_right<bits>(rest), sum = add(sum, lookup8(errors[i], rest));
-            sum = choose(above(set(float(range.count)), place), sum, set(__FLT_MAX__));
+            F sum = value_of<bits>(errors[0], rest);
+            for (int i = 1; i < group; i++) rest = shift_right<bits>(rest), sum = add(sum, value_of<bits>(errors[i], rest));
+            sum = choose(above(set(0.0f), place), sum, set(__FLT_MAX__));
             first = choose(above(low, sum), place, first);
             next = min(max(low, sum), next), low = min(sum, low);
         }
         F lowest = least8(low);
-        F at = least8(choose(at_least(lowest, low), first, set(65536.0f)));
+        F at = least8(choose(at_least(lowest, low), first, set(0.0f)));
         M winner = both(at_least(lowest, low), at_least(at, first));
         float places[16], gaps[16];
         store_f32(places, at), store_f32(gaps, sub(least8(choose(winner, next, low)), lowest));
         for (int k = 0; k < 2; k++)
-            found[k] = words[int(places[8 * k])] | mark | (gaps[8 * k] > run.slack ? 0 : close);
+            found[k] = words[range.count + int(places[8 * k])] | mark | (gaps[8 * k] > run.slack ? 0 : close);
     }
     // Words under one scale a lane, where lanes are on; in the others they stay. `of` gives a lane's run.
     template <class Run>
@@ -80,7 +85,7 @@ struct GridSearch {
 // Words of a run of weights in sixteen lanes under many scales, each less than the one before.
 template <int bits>
 struct GridSeries {
-    static constexpr int most = 31;
+    static constexpr int most = 31, group = GridSearch<bits>::group;
     using Search = GridSearch<bits>;
     struct Span {  // scales under which a lane rounds to the same word, of which the first and the last are done
         uint16_t word;
@@ -90,8 +95,9 @@ struct GridSeries {
     const float (&scales)[most][16];
     int count;
 
-    // In place of what lanes round to, what is near to that. `changes` has a bit where a word is not the one before. What is
-    // wanted of a word is looked at after all the searches of a round, so that these need not wait for each other.
+    // In place of what lanes round to, what is near to that, but where it is the same as under the scale before. `changes`
+    // has a bit where lanes round to another word than before. What comes of a search is looked at after all of a round,
+    // so that none waits for another.
     template <class Run>
     void fit(int32_t (&words)[most][16], const int32_t* on, const int32_t* changes, Run of) const {
         Span room[2][16 * most], *now = room[0], *next = room[1];
@@ -99,8 +105,8 @@ struct GridSeries {
         for (int lane = 0; lane < 16; lane++) {
             if (!on[lane]) continue;
             for (int from = 0, to; from < count; from = to) {
-                uint32_t later = uint32_t(changes[lane]) >> from & ~1u;
-                to = later ? from + __builtin_ctz(later) : count;
+                uint32_t later = (uint32_t(changes[lane]) | 1u << 31) >> from & ~1u;
+                to = int(smaller(from + __builtin_ctz(later), count));
                 now[size] = {uint16_t(words[from][lane]), uint8_t(lane), uint8_t(from), uint8_t(to - 1)};
                 size += search.lacks(words[from][lane]);
             }
@@ -110,8 +116,8 @@ struct GridSeries {
             more = 0;
             for (int i = 0; i < size; i++) {
                 Span span = now[i];
-                if (span.to - span.from < 2 || fill(words, span)) continue;
-                int middle = (span.from + span.to) / 2, after = int(smaller(middle + 1, span.to - 1));
+                if (span.to - span.from < 2 || settled(words, span)) continue;
+                int middle = before_change(words, span, of(span.lane)), after = int(smaller(middle + 1, span.to - 1));
                 search_at(words, span, middle, after, of);
                 next[more++] = {span.word, span.lane, span.from, uint8_t(middle)};
                 next[more++] = {span.word, span.lane, uint8_t(after), span.to};
@@ -127,11 +133,20 @@ struct GridSeries {
         words[from][lane] = found[0], words[to][lane] = found[1];
     }
     // The difference of two words' errors, over the scale, is linear in it: what is best at both ends is best between.
-    bool fill(int32_t (&words)[most][16], const Span& span) const {
+    bool settled(const int32_t (&words)[most][16], const Span& span) const {
         int32_t found = words[span.from][span.lane];
-        if (found != words[span.to][span.lane] || found & Search::close) return false;
-        for (int i = span.from + 1; i < span.to; i++) words[i][span.lane] = found;
-        return true;
+        return found == words[span.to][span.lane] && !(found & Search::close);
+    }
+    // Where to look next between the ends of a span: about where the word at one end becomes worse than that at the other.
+    int before_change(const int32_t (&words)[most][16], const Span& span, const GridRun& run) const {
+        int one = words[span.from][span.lane], other = words[span.to][span.lane], last = span.to - span.from - 2;
+        float dot = 0, norm = 0, start = scales[span.from][span.lane];
+        for (int i = 0; i < 16 * group; i += 16, one >>= bits, other >>= bits) {
+            float a = run.levels[one & ((1 << bits) - 1)], b = run.levels[other & ((1 << bits) - 1)];
+            dot += 2 * run.w[i] * run.x[i] * (a - b), norm += run.w[i] * (a - b) * (a + b);
+        }
+        float part = (start * norm / dot - 1) / (start / scales[span.to][span.lane] - 1) * float(last + 2);
+        return span.from + (part > 1 ? part < float(last) ? int(part) : last > 1 ? last : 1 : 1);
     }
 };
 
@@ -198,7 +213,7 @@ struct SignedFit {
         sizes.take(x, kind.size), roots.take(root, kind.size);
     }
     GridRun of(int k, int lane) const {
-        return {sizes.at[group * k] + lane, roots.at[group * k] + lane, slack[k][lane], levels};
+        return {sizes.at[group * k] + lane, roots.at[group * k] + lane, odd[bits - 2], slack[k][lane]};
     }
     // Where the number of signs is odd, another for the weight where it costs least.
     void flip_least(int first) {
@@ -233,7 +248,7 @@ struct SignedFit {
         for (int k = 0; k < groups(); k++) {
             I rest = of[k];
             for (int i = group * k; i < group * (k + 1); i++, rest = shift_right<bits>(rest)) {
-                F q = lookup8(levels, rest);
+                F q = value_of<bits>(levels, rest);
                 dot = add(dot, mul(wx[i], q)), norm = add(norm, mul(mul(w[i], q), q));
             }
         }
@@ -247,16 +262,17 @@ struct SignedFit {
         int32_t wanted[16], changes[8][16];
         store_words(wanted, select(on, set(1), set(0)));
         GridSeries<bits> series{search, scales, 2 * kind.steps + 1};
-        for (int k = 0; k < groups(); k++) store_words(changes[k], set(0));
+        I last[8];
+        for (int k = 0; k < groups(); k++) store_words(changes[k], set(0)), last[k] = set(search.mark);
         for (int step = 0; step < series.count; step++) {
             F inverse = div(set(codes_at(step)), most);
             store_f32(scales[step], div(set(1.0f), inverse));
             for (int k = 0; k < groups(); k++) {
                 I word = rounded(k, inverse);
-                store_words(words[k][step], word);
-                if (step == 0) continue;
-                M other = greater(differ(word, load_words(words[k][step - 1])), set(0));
+                M other = greater(differ(word, last[k]), set(0));
+                store_words(words[k][step], select(other, word, set(search.same)));
                 store_words(changes[k], either(load_words(changes[k]), select(other, set(1 << step), set(0))));
+                last[k] = word;
             }
         }
         for (int k = 0; k < groups(); k++) {
@@ -277,7 +293,10 @@ struct SignedFit {
         scale = start;
         for (I& word : words) word = set(kind.again ? search.mark : 0);
         for (int step = 0; step <= 2 * kind.steps; step++) {
-            for (int k = 0; k < groups(); k++) found[k] = load_words(all[k][step]);
+            for (int k = 0; k < groups(); k++) {
+                I word = load_words(all[k][step]);
+                found[k] = select(greater(both(word, set(search.same)), set(0)), found[k], word);
+            }
             sums(found, dot, norm);
             M better = both(above(norm, set(0.0f)), above(mul(dot, dot), mul(best, norm)));
             scale = choose(better, div(dot, norm), scale), best = choose(better, mul(scale, dot), best);
@@ -467,7 +486,7 @@ struct ThirdPart {
     // where the shift of weight i is down: of IQ1_S all are the same
     M down(int i) const { return greater(both(shift, set(i < 8 ? 2 : 1)), set(0)); }
     F value(int i) const {
-        return choose(down(i), lookup8(load_f32(third[1]), digits[i]), lookup8(load_f32(third[0]), digits[i]));
+        return choose(down(i), lookup4(load_f32(third[1]), digits[i]), lookup4(load_f32(third[0]), digits[i]));
     }
     I code(int i) const { return either(shift_left<1>(digits[i]), select(down(i), set(1), set(0))); }
 
@@ -480,7 +499,7 @@ struct ThirdPart {
             I word = word_of<2>(digits + i), lower = select(down(i), set(1), set(0));
             auto fitting = [&](int k, M where) {
                 return search.fitting(word, both(on, where), scale, [&](int lane) {
-                    return GridRun{values.at[i] + lane, weights.at[i] + lane, 0, load_f32(third[k])};
+                    return GridRun{values.at[i] + lane, weights.at[i] + lane, third[k], 0};
                 });
             };
             word = select(down(i), fitting(1, down(i)), fitting(0, greater(set(1), lower)));

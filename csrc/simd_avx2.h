@@ -116,6 +116,9 @@ __m256 lookup16(F table, __m256i index) {
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // bit 3 to the sign
 }
 F lookup16(F table, I index) { return {lookup16(table, index.low), lookup16(table, index.high)}; }
+F lookup4(F table, I index) {
+    return {_mm256_permutevar_ps(table.low, index.low), _mm256_permutevar_ps(table.high, index.high)};
+}
 F lookup8(F table, I index) {
     return {_mm256_permutevar8x32_ps(table.low, index.low), _mm256_permutevar8x32_ps(table.high, index.high)};
 }

@@ -79,6 +79,7 @@ bool any(M mask) { return mask != 0; }
 I select(M mask, I yes, I no) { return {_mm512_mask_blend_epi32(mask, no.all, yes.all)}; }
 
 F lookup16(F table, I index) { return {_mm512_permutexvar_ps(index.all, table.all)}; }
+F lookup4(F table, I index) { return {_mm512_permutevar_ps(table.all, index.all)}; }
 F lookup8(F table, I index) {
     __m512i half = _mm512_set_epi32(8, 8, 8, 8, 8, 8, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0);
     return {_mm512_permutexvar_ps(_mm512_ternarylogic_epi32(index.all, _mm512_set1_epi32(7), half, 0xea), table.all)};

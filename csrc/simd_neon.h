@@ -147,6 +147,15 @@ F lookup16(F table, I index) {
     auto found = [&](int32x4_t of) { return vreinterpretq_f32_u8(vqtbl4q_u8(entries, vreinterpretq_u8_s32(of))); };
     return {found(at.a), found(at.b), found(at.c), found(at.d)};
 }
+float32x4_t entries_of(float32x4_t table, int32x4_t index) {
+    uint32x4_t first = vshlq_n_u32(vandq_u32(vreinterpretq_u32_s32(index), vdupq_n_u32(3)), 2);
+    uint32x4_t at = vaddq_u32(vmulq_u32(first, vdupq_n_u32(0x01010101)), vdupq_n_u32(0x03020100));
+    return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(table), vreinterpretq_u8_u32(at)));
+}
+F lookup4(F table, I index) {
+    return {entries_of(table.a, index.a), entries_of(table.b, index.b), entries_of(table.c, index.c),
+            entries_of(table.d, index.d)};
+}
 F lookup8(F table, I index) {
     uint8x16x2_t low{{vreinterpretq_u8_f32(table.a), vreinterpretq_u8_f32(table.b)}};
     uint8x16x2_t high{{vreinterpretq_u8_f32(table.c), vreinterpretq_u8_f32(table.d)}};

@@ -201,7 +201,10 @@ I select(M mask, I yes, I no) {
 F lookup16(F table, I index) {
     return each<F>([&](int i) { return table.at[index.at[i] & 15]; });
 }
-// Lanes below 8 look their entry up among the first eight, the others among the last; the low 3 bits of the index count.
+// Four lanes each look their entry up among four, eight among eight; other bits of the index do not count.
+F lookup4(F table, I index) {
+    return each<F>([&](int i) { return table.at[(i & 12) | (index.at[i] & 3)]; });
+}
 F lookup8(F table, I index) {
     return each<F>([&](int i) { return table.at[(i & 8) | (index.at[i] & 7)]; });
 }
