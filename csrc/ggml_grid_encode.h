@@ -447,20 +447,27 @@ struct ThirdFit {
                 px[h][j + 1] = choose(here, add(px[h][j], mul(of.w[j], of.x[j])), px[h][j]);
                 pw[h][j + 1] = choose(here, add(pw[h][j], of.w[j]), pw[h][j]);
             }
-        for (int a = 0; a <= count; a++)
-            for (int b = a; b <= count; b++) {
-                F dot[2][2], norm[2][2];
-                for (int h = 0; h < 2; h++)
-                    for (int k = 0; k < 2; k++) {
-                        const float* q = third[k];
-                        float first = q[0] * q[0] - q[1] * q[1], second = q[1] * q[1] - q[2] * q[2];
-                        dot[h][k] = sub(mul(px[h][count], set(q[2])), add(px[h][a], px[h][b]));
-                        norm[h][k] = mul(mul(pw[h][count], set(q[2])), set(q[2]));
-                        norm[h][k] = add(add(norm[h][k], mul(pw[h][a], set(first))), mul(pw[h][b], set(second)));
-                    }
-                for (int k = 0; k < 4; k++)
-                    offer(add(dot[0][k / 2], dot[1][k % 2]), add(norm[0][k / 2], norm[1][k % 2]), a, b, k);
+        F whole_dot[2][2], whole_norm[2][2], last[2][2][17], start[2][2];
+        for (int h = 0; h < 2; h++)
+            for (int k = 0; k < 2; k++) {
+                F q = set(third[k][2]);
+                whole_dot[h][k] = mul(px[h][count], q), whole_norm[h][k] = mul(mul(pw[h][count], q), q);
+                float change = third[k][1] * third[k][1] - third[k][2] * third[k][2];
+                for (int b = 0; b <= count; b++) last[h][k][b] = mul(pw[h][b], set(change));
             }
+        for (int a = 0; a <= count; a++) {
+            for (int k = 0; k < 2; k++) {
+                float change = third[k][0] * third[k][0] - third[k][1] * third[k][1];
+                for (int h = 0; h < 2; h++) start[h][k] = add(whole_norm[h][k], mul(pw[h][a], set(change)));
+            }
+            for (int b = a; b <= count; b++) {
+                F less[2] = {add(px[0][a], px[0][b]), add(px[1][a], px[1][b])};
+                auto dot = [&](int h, int k) { return sub(whole_dot[h][k], less[h]); };
+                auto norm = [&](int h, int k) { return add(start[h][k], last[h][k][b]); };
+                for (int k = 0; k < 4; k++)
+                    offer(add(dot(0, k / 2), dot(1, k % 2)), add(norm(0, k / 2), norm(1, k % 2)), a, b, k);
+            }
+        }
     }
     // Digits in the order of the block, of a scale that is not negative.
     void digits(const Ordered& of, int count, I* out) {
