@@ -1,5 +1,5 @@
-// llama.cpp's encoders of the types with tables, to the bit: lane = super-block as in ggml_encode.h, but where a run of codes
-// is not in its table: lanes are then the entries near to it.
+// llama.cpp's encoders of the types with tables, to the bit: lane = super-block as in ggml_encode.h, but where a run of
+// codes is not in its table: lanes are then the entries near to it.
 // Part of kernels.h; the algorithms are those of ggml-quants.c (quantize_row_iq1_*_impl to quantize_row_iq3_*_impl).
 //
 // Where llama.cpp would stop (a scale that is NaN) the block is 0.
@@ -95,22 +95,26 @@ struct GridSeries {
     const float (&scales)[most][16];
     int count;
 
-    // In place of what lanes round to, what is near to that, but where it is the same as under the scale before. `changes`
-    // has a bit where lanes round to another word than before. What comes of a search is looked at after all of a round,
-    // so that none waits for another.
-    template <class Run>
-    void fit(int32_t (&words)[most][16], const int32_t* on, const int32_t* changes, Run of) const {
-        Span room[2][16 * most], *now = room[0], *next = room[1];
-        int size = 0, more;
+    // Words off the table, by the scales that have them. `changes` has a bit where lanes round to another word than before.
+    int spans_of(const int32_t (&words)[most][16], const int32_t* on, const int32_t* changes, Span* spans) const {
+        int size = 0;
         for (int lane = 0; lane < 16; lane++) {
             if (!on[lane]) continue;
             for (int from = 0, to; from < count; from = to) {
                 uint32_t later = (uint32_t(changes[lane]) | 1u << 31) >> from & ~1u;
                 to = int(smaller(from + __builtin_ctz(later), count));
-                now[size] = {uint16_t(words[from][lane]), uint8_t(lane), uint8_t(from), uint8_t(to - 1)};
+                spans[size] = {uint16_t(words[from][lane]), uint8_t(lane), uint8_t(from), uint8_t(to - 1)};
                 size += search.lacks(words[from][lane]);
             }
         }
+        return size;
+    }
+    // In place of what lanes round to, what is near to that, but where it is the same as under the scale before. What comes
+    // of a search is looked at after all of a round, so that none waits for another.
+    template <class Run>
+    void fit(int32_t (&words)[most][16], const int32_t* on, const int32_t* changes, Run of) const {
+        Span room[2][16 * most], *now = room[0], *next = room[1];
+        int size = spans_of(words, on, changes, now), more;
         for (int i = 0; i < size; i++) search_at(words, now[i], now[i].from, now[i].to, of);
         for (; size > 0; size = more) {
             more = 0;
@@ -255,8 +259,18 @@ struct SignedFit {
     }
     float codes_at(int step) const { return float(2 * kind.top - 1) + float(step - kind.steps) * kind.step; }
 
-    // Words under all scales of the search. Each rounding of a sum changes it by 2**-24 of it or of what it is a difference
-    // of, each product that is subnormal by less than 1e-31.
+    // More than rounding can change between two errors. Operations change w * (d * q - x)**2 and their sum by no more than
+    // 14 * 2**-24 of w * (d * q + |x|)**2; an error that is less by three times that, twice, at both ends of some scales, of
+    // which the greatest is at most 1.5 times the least, is less between them. What is subnormal adds less than 1e-31.
+    void set_slack(int k, F scale) {
+        F sum = set(0.0f), greatest = mul(scale, set(float(2 * kind.top - 1)));
+        for (int i = group * k; i < group * (k + 1); i++) {
+            F size = add(greatest, magnitude(x[i]));
+            sum = add(sum, mul(mul(load_f32(roots.at[i]), size), size));
+        }
+        store_f32(slack[k], add(mul(sum, set(80 * 0x1p-24f)), set(1e-30f)));
+    }
+    // Words under all scales of the search.
     void choose_all(F most, M on, int32_t (*words)[GridSeries<bits>::most][16]) {
         float scales[GridSeries<bits>::most][16];
         int32_t wanted[16], changes[8][16];
@@ -276,12 +290,7 @@ struct SignedFit {
             }
         }
         for (int k = 0; k < groups(); k++) {
-            F sum = set(0.0f), greatest = mul(load_f32(scales[0]), set(float(2 * kind.top - 1)));
-            for (int i = group * k; i < group * (k + 1); i++) {
-                F size = add(greatest, magnitude(x[i]));
-                sum = add(sum, mul(mul(load_f32(roots.at[i]), size), size));
-            }
-            store_f32(slack[k], add(mul(sum, set(80 * 0x1p-24f)), set(1e-30f)));
+            set_slack(k, load_f32(scales[0]));
             series.fit(words[k], wanted, changes[k], [&](int lane) { return of(k, lane); });
         }
     }
@@ -291,7 +300,7 @@ struct SignedFit {
         int32_t all[8][GridSeries<bits>::most][16];
         choose_all(most, on, all);
         scale = start;
-        for (I& word : words) word = set(kind.again ? search.mark : 0);
+        for (int k = 0; k < groups(); k++) words[k] = set(kind.again ? search.mark : 0), found[k] = set(0);
         for (int step = 0; step <= 2 * kind.steps; step++) {
             for (int k = 0; k < groups(); k++) {
                 I word = load_words(all[k][step]);
