@@ -116,6 +116,12 @@ __m256 lookup16(F table, __m256i index) {
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // bit 3 to the sign
 }
 F lookup16(F table, I index) { return {lookup16(table, index.low), lookup16(table, index.high)}; }
+F lookup4(F table, I index) {
+    return {_mm256_permutevar_ps(table.low, index.low), _mm256_permutevar_ps(table.high, index.high)};
+}
+F lookup8(F table, I index) {
+    return {_mm256_permutevar8x32_ps(table.low, index.low), _mm256_permutevar8x32_ps(table.high, index.high)};
+}
 F lookup256(const float* table, I index) {
     return {_mm256_i32gather_ps(table, index.low, 4), _mm256_i32gather_ps(table, index.high, 4)};
 }
@@ -155,6 +161,18 @@ float greatest(F value) {
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+
+F halves(float low, float high) { return {_mm256_set1_ps(low), _mm256_set1_ps(high)}; }
+I load_u16_twice(const void* from) {
+    __m256i half = _mm256_cvtepu16_epi32(_mm_loadu_si128(narrow(from)));
+    return {half, half};
+}
+__m256 least8(__m256 value) {
+    value = _mm256_min_ps(value, _mm256_permute2f128_ps(value, value, 1));
+    value = _mm256_min_ps(value, _mm256_permute_ps(value, 0x4e));
+    return _mm256_min_ps(value, _mm256_permute_ps(value, 0xb1));
+}
+F least8(F value) { return {least8(value.low), least8(value.high)}; }
 
 #include "pack_avx2.h"
 

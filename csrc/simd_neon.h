@@ -147,6 +147,24 @@ F lookup16(F table, I index) {
     auto found = [&](int32x4_t of) { return vreinterpretq_f32_u8(vqtbl4q_u8(entries, vreinterpretq_u8_s32(of))); };
     return {found(at.a), found(at.b), found(at.c), found(at.d)};
 }
+float32x4_t entries_of(float32x4_t table, int32x4_t index) {
+    uint32x4_t first = vshlq_n_u32(vandq_u32(vreinterpretq_u32_s32(index), vdupq_n_u32(3)), 2);
+    uint32x4_t at = vaddq_u32(vmulq_u32(first, vdupq_n_u32(0x01010101)), vdupq_n_u32(0x03020100));
+    return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(table), vreinterpretq_u8_u32(at)));
+}
+F lookup4(F table, I index) {
+    return {entries_of(table.a, index.a), entries_of(table.b, index.b), entries_of(table.c, index.c),
+            entries_of(table.d, index.d)};
+}
+F lookup8(F table, I index) {
+    uint8x16x2_t low{{vreinterpretq_u8_f32(table.a), vreinterpretq_u8_f32(table.b)}};
+    uint8x16x2_t high{{vreinterpretq_u8_f32(table.c), vreinterpretq_u8_f32(table.d)}};
+    I at = add(mul(shift_left<2>(both(index, set(7))), set(0x01010101)), set(0x03020100));
+    auto found = [](uint8x16x2_t from, int32x4_t of) {
+        return vreinterpretq_f32_u8(vqtbl2q_u8(from, vreinterpretq_u8_s32(of)));
+    };
+    return {found(low, at.a), found(low, at.b), found(high, at.c), found(high, at.d)};
+}
 I lookup256(const int32_t* table, I index) {
     int32_t at[16];
     store_words(at, index);
@@ -180,6 +198,13 @@ float sum_of(F value) {
 }
 float least(F value) { return vminnmvq_f32(min_of(min_of(value.a, value.c), min_of(value.b, value.d))); }
 float greatest(F value) { return vmaxnmvq_f32(max_of(max_of(value.a, value.c), max_of(value.b, value.d))); }
+
+F halves(float low, float high) { return {vdupq_n_f32(low), vdupq_n_f32(low), vdupq_n_f32(high), vdupq_n_f32(high)}; }
+I load_u16_twice(const void* from) {
+    uint16x8_t wide = vreinterpretq_u16_s32(load_16(from));
+    return as_words(wide, wide);
+}
+F least8(F value) { return halves(vminnmvq_f32(min_of(value.a, value.b)), vminnmvq_f32(min_of(value.c, value.d))); }
 
 // ---- 32 codes to and from 4 * bits bytes, and 8 x 8 words transposed ----
 

@@ -201,6 +201,13 @@ I select(M mask, I yes, I no) {
 F lookup16(F table, I index) {
     return each<F>([&](int i) { return table.at[index.at[i] & 15]; });
 }
+// Four lanes each look their entry up among four, eight among eight; other bits of the index do not count.
+F lookup4(F table, I index) {
+    return each<F>([&](int i) { return table.at[(i & 12) | (index.at[i] & 3)]; });
+}
+F lookup8(F table, I index) {
+    return each<F>([&](int i) { return table.at[(i & 8) | (index.at[i] & 7)]; });
+}
 F lookup256(const float* table, I index) {
     return each<F>([&](int i) { return table[index.at[i]]; });
 }
@@ -233,6 +240,24 @@ float greatest(F value) {
     float out = value.at[0];
     for (float lane : value.at) out = lane > out ? lane : out;
     return out;
+}
+
+// ---- halves: the first eight lanes and the last eight ----
+
+F halves(float low, float high) {
+    return each<F>([&](int i) { return i < 8 ? low : high; });
+}
+// Eight elements, for both.
+I load_u16_twice(const void* from) {
+    uint16_t wide[8];
+    __builtin_memcpy(wide, from, sizeof wide);
+    return each<I>([&](int i) { return int32_t(wide[i & 7]); });
+}
+// The least lane of each in all its lanes; none is NaN.
+F least8(F value) {
+    float out[2] = {value.at[0], value.at[8]};
+    for (int i = 0; i < 16; i++) out[i / 8] = value.at[i] < out[i / 8] ? value.at[i] : out[i / 8];
+    return halves(out[0], out[1]);
 }
 
 // 32 codes to 4 * bits bytes and back, bits 1 to 7. Pack writes and unpack reads up to 2 * bits + 16 bytes.

@@ -295,6 +295,18 @@ def test_encoders_give_the_bytes_of_llama_cpp(name: str) -> None:
             assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.size} blocks differ"
 
 
+@pytest.mark.parametrize("name", [name for name in TABLES if not name.startswith("iq1")])  # these sort equal weights
+def test_entries_that_only_rounding_tells_apart_are_those_of_llama_cpp(name: str) -> None:
+    dice = np.random.default_rng(7)
+    weight = dice.choice(np.array([0.0137, -0.0321, 0.0489, -0.0713], np.float32), (96, 512))
+    importance = dice.choice(np.array([0.3, 0.7, 1.9], np.float32), 512)
+    for given in (None, importance):
+        if given is None and name in WEIGHTED:
+            continue
+        found = stored(ours(name, weight, given), name).numpy()
+        assert np.array_equal(found, llama.quantize(BLOCKS[name].id, weight, given, found.shape[1]))
+
+
 DIGEST = """
 import hashlib, torch
 from lowbit import native
