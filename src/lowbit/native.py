@@ -579,8 +579,8 @@ class Panels:
         rows: of the weight.
         bits: 2, 3, 4, 5, 6 or 8 of a code, 4 with a `table`; of an element where it is dense; 16 where it is wide.
         step: columns that share a scale, a multiple of 16; `WIDE_RUN` where it is wide.
-        codes: `[panels, words, 64]` bytes, `bits` words for 32 columns. Dense: `[panels, cols, 16]`; wide: int16 of this
-            shape, two columns side by side in each lane.
+        codes: `[panels, words, 64]` bytes, `bits` words for 32 columns. Dense: `[panels, cols, 16]`; wide: int16 of
+            this shape, two columns side by side in each lane.
         scale: `[panels, cols / step, 16]`, float16 or float32; None where it is dense. Nested: one for each
             run, `[panels, cols / over, 16]`. Wide: float32, and the last may be of fewer columns.
         zero: the same of zero points, or of minima with `minus`.
@@ -971,8 +971,8 @@ def interleave_wide(
 ) -> tuple[Int16[Tensor, "panels full 16"], Float[Tensor, "panels runs 16"]] | None:
     """Floats as integers of 16 bits and the scale of each run of `WIDE_RUN` columns; None where one is not finite.
 
-    A run of integers has a norm (the root of the sum of squares) of 46300, or its largest is 12287, whichever is less; that
-    of inputs has 46300 or 20479. So the sum of products fits int32, and its error is a share of both norms.
+    A run of integers has a norm (the root of the sum of squares) of 46300, or its largest is 12287, whichever is less;
+    that of inputs has 46300 or 20479. So the sum of products fits int32, and its error is a share of both norms.
     """
     panels = interleave_floats(values, full, threads)
     words = panels.view(torch.int16) if panels.element_size() == 2 else _room(tuple(panels.shape), torch.int16)

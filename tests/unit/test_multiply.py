@@ -126,7 +126,21 @@ def test_nested_scales_stay_nested(scheme: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["int3-g64", "int5-g16", "int6-row", "int8-g48", "iq4_nl", "iq4_xs", "q4_k", "q3_k", "tq2_0", "nf4-g64", "float16", "wide"]
+    "scheme",
+    [
+        "int3-g64",
+        "int5-g16",
+        "int6-row",
+        "int8-g48",
+        "iq4_nl",
+        "iq4_xs",
+        "q4_k",
+        "q3_k",
+        "tq2_0",
+        "nf4-g64",
+        "float16",
+        "wide",
+    ],
 )
 def test_many_tokens_give_the_bits_of_each_alone(scheme: str) -> None:
     shape, x = (20, 768), inputs(70, 768)
