@@ -175,7 +175,9 @@ struct Product {
 };
 
 // Whether many tokens are multiplied as 16 bits though one is as 8: the sums are the same.
-static inline bool crosses(const Product& of) { return of.way == Way::table && of.fine && !of.zero && !of.joined; }
+static inline bool crosses(const Product& of) {
+    return of.way == Way::table && of.fine && !of.zero && !of.joined && of.offset == 0;
+}
 
 // `count` inputs in blocks of `sub`, a multiple of 16, that are rounded together; `step` of these are summed.
 struct Rounded {

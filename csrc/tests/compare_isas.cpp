@@ -333,7 +333,7 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
     });
     auto integers = [](Buffer& from) { return reinterpret_cast<const int8_t*>(from.at()); };
     Product of{way, rows, cols, bits, step, over ? over : step, codes.at(),
-               {scale.at(), narrow ? Dtype::f16 : Dtype::f32}, zeros ? zero.at() : nullptr, minus, 3,
+               {scale.at(), narrow ? Dtype::f16 : Dtype::f32}, zeros ? zero.at() : nullptr, minus, way == Way::table ? 0.0f : 3.0f,
                over ? integers(fine) : nullptr, over && zeros && !joined ? integers(fine_zero) : nullptr,
                joined, level.data(), table.data(), 0.5f, tokens, input.data(), sub,
                rounded.data(), input_scale.data(), step_sum.data(), words.data(), crossed.data(), nullptr};
