@@ -26,6 +26,90 @@ void round_inputs(const Rounded& of, const float* input, int8_t* rounded, float*
     }
 }
 
+// ---- inputs and weights as 16 bits ----
+
+int32_t crossed_sum(int64_t count, const int16_t* words) {
+    uint32_t sum = 0;
+    for (int64_t i = 0; i < count; i += 4)
+        sum += uint32_t(words[i] * words[i + 2]) + uint32_t(words[i + 1] * words[i + 3]);
+    return int32_t(sum);
+}
+
+void widen(int64_t count, int64_t run, const int8_t* rounded, int16_t* words, int32_t* crossed) {
+    for (int64_t i = 0; i < count; i += 4) {
+        words[i] = rounded[i], words[i + 1] = rounded[i + 2];
+        words[i + 2] = rounded[i + 1], words[i + 3] = rounded[i + 3];
+    }
+    for (int64_t i = 0; i < count; i += run) *crossed++ = crossed_sum(run, words + i);
+}
+
+// How integers of a run are made.
+struct Wide {
+    F up, scale;  // of a value to its integer, and back
+};
+
+// From the greatest magnitudes and the sums of the squares of the values over these, lane by lane; magnitudes that are so
+// small that their inverse is not finite count as 0.
+Wide wide_of(F largest, F squares, float most) {
+    M there = above(largest, set(1e-30f));
+    F limit = min(set(most), div(set(wide_norm), sqrt(max(squares, set(1.0f)))));
+    F unit = floats(select(there, bits(largest), bits(set(1.0f))));
+    return {floats(select(there, bits(div(limit, unit)), set(0))), div(unit, limit)};
+}
+F inverse(F largest) { return div(set(1.0f), max(largest, set(1e-30f))); }
+I bare_bits(F value) { return both(bits(value), set(0x7fffffff)); }
+
+void round_wide(int64_t cols, const float* input, int16_t* words, float* scale, int32_t* crossed) {
+    for (int64_t col = 0; col < cols; col += wide_run, input += wide_run, words += wide_run) {
+        int64_t count = smaller(wide_run, cols - col);
+        I most = set(0);
+        for (int64_t i = 0; i < count; i += 16) most = max(most, bare_bits(load_f32(input + i)));
+        F largest = set(greatest(floats(most))), over = inverse(largest), squares = set(0.0f);
+        for (int64_t i = 0; i < count; i += 16) {
+            F part = mul(load_f32(input + i), over);
+            squares = add(squares, mul(part, part));
+        }
+        Wide as = wide_of(largest, set(sum_of(squares)), most_input);
+        for (int64_t i = 0; i < count; i += 16)
+            store_u16(words + i, both(to_int(rint(mul(load_f32(input + i), as.up))), set(0xffff)));
+        *scale++ = least(as.scale), *crossed++ = crossed_sum(count, words);
+    }
+}
+
+// One run of a panel.
+template <class T>
+bool widen_run(const uint8_t* from, int64_t count, uint8_t* words, float* scale) {
+    auto value = [&](int64_t col) { return T::load(from + col * 16 * T::size); };
+    I most = set(0);
+    for (int64_t i = 0; i < count; i++) most = max(most, bare_bits(value(i)));
+    if (any(greater(most, set(0x7f7fffff)))) return false;
+    F over = inverse(floats(most)), squares = set(0.0f);
+    for (int64_t i = 0; i < count; i++) {
+        F part = mul(value(i), over);
+        squares = add(squares, mul(part, part));
+    }
+    Wide as = wide_of(floats(most), squares, most_weight);
+    auto integer = [&](int64_t col) { return to_int(rint(mul(value(col), as.up))); };
+    for (int64_t i = 0; i < count; i += 2)
+        store_words(words + 32 * i, either(both(integer(i), set(0xffff)), shift_left<16>(integer(i + 1))));
+    store_f32(scale, as.scale);
+    return true;
+}
+
+bool widen_panels(Weight of, int64_t panels, int64_t cols, void* words, float* scale) {
+    bool finite = true;
+    with_dtype(of.dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int64_t panel = 0; panel < panels; panel++)
+            for (int64_t col = 0; finite && col < cols; col += wide_run, scale += 16) {
+                int64_t at = (panel * cols + col) * 16;
+                finite = widen_run<T>(static_cast<const uint8_t*>(of.data) + at * T::size, smaller(wide_run, cols - col),
+                                      static_cast<uint8_t*>(words) + 2 * at, scale);
+            }
+    });
+    return finite;
+}
+
 // ---- attention ----
 
 template <class T>

@@ -331,6 +331,12 @@ NB_MODULE(_native, module) {
                               full, threads, out.data());
         },
         Unlocked());
+    module.def(
+        "widen_panels",
+        [](const AnyIn& panels, int64_t count, int64_t cols, int threads, const AnyOut& words, const FloatsOut& scale) {
+            return widen_panels(weight_of(panels), count, cols, threads, words.data(), scale.data());
+        },
+        Unlocked());
     module.def("ggml_panel_bits", [](int type) { return ggml_panel_bits(GgmlType(type)); });
     module.def(
         "ggml_panels",

@@ -512,6 +512,7 @@ extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
                            dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words,
                            softmax,    softmax_slopes, encode_any, fit_any, put_any,         LOWBIT_PRODUCT,
-                           round_inputs, attend,    keep,            gate};
+                           round_inputs, widen,     round_wide,      widen_panels,    attend,    keep,
+                           gate};
 
 }  // namespace lowbit

@@ -126,8 +126,15 @@ struct GgmlFound {
 };
 
 // How a product is computed: inputs as they are, times what codes stand for; inputs rounded to int8, times codes (`codes`)
-// or times bytes of a table (`table`); or, of weights that are floats, as they are (`dense`).
-enum class Way { floats, codes, table, dense };
+// or times bytes of a table (`table`); or, of weights that are floats, as they are (`dense`), or both rounded to 16 bits
+// (`wide`).
+enum class Way { floats, codes, table, dense, wide };
+
+// Way wide: columns of a run that has a scale. Its integers have a norm of at most `wide_norm` before they are rounded
+// (which adds 8 at most), so that the sum of their products fits int32 (Cauchy and Schwarz); and the two limits add up to
+// what 16 bits hold.
+constexpr int64_t wide_run = 256;
+constexpr float wide_norm = 46300, most_weight = 12287, most_input = 20479;
 
 // Of a code in panels, the bits that stand together below; the others stand after them.
 constexpr int lower_bits(int bits) { return bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits; }
@@ -140,11 +147,12 @@ constexpr int lower_bits(int bits) { return bits == 3 ? 2 : bits == 5 || bits ==
 struct Product {
     Way way;
     int64_t rows, cols;
-    int bits;             // 2, 3, 4, 5, 6 or 8; way table: 4; dense: of an element
-    int64_t step;         // columns that share a scale, a multiple of 16; nested: 16 or 32
+    int bits;             // 2, 3, 4, 5, 6 or 8; way table: 4; dense: of an element; wide: 16
+    int64_t step;         // columns that share a scale, a multiple of 16; nested: 16 or 32; wide: `wide_run`
     int64_t over;         // columns of a run, a multiple of 2 * step; where nothing is nested: step
-    const uint8_t* codes; // [panels, chunks, words, 16, 4]; product.h says which bits are where
-    Weight scale;         // [panels, cols / over, 16], float16 or float32; dense: null, and the dtype of the weight
+    const uint8_t* codes; // [panels, chunks, words, 16, 4]; product.h says which bits are where; wide: [panels, cols / 2, 16, 2]
+    Weight scale;         // [panels, cols / over, 16], float16 or float32; dense: null, and the dtype of the weight; wide:
+                          // float32, and the last run may be shorter
     const void* zero;     // as the scales: (code - zero) * scale; or null
     bool minus;           // it is code * scale - zero
     float offset;         // way codes: beside `zero`, what a code is above its value, an integer
@@ -161,8 +169,15 @@ struct Product {
     const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` (decoder.h) fills these three
     const float* input_scale;
     const int16_t* step_sum;  // nested: of steps; else of what is rounded together
+    const int16_t* words;     // [tokens, cols], way wide: what `round_wide` gives; where `crosses` and tokens are many: `widen`
+    const int32_t* crossed;   // [tokens, runs] from the same
     float* out;  // [tokens, rows]
 };
+
+// Whether many tokens are multiplied as 16 bits though one is as 8: the sums are the same.
+static inline bool crosses(const Product& of) {
+    return of.way == Way::table && of.fine && !of.zero && !of.joined && of.offset == 0;
+}
 
 // `count` inputs in blocks of `sub`, a multiple of 16, that are rounded together; `step` of these are summed.
 struct Rounded {
@@ -250,6 +265,18 @@ struct Kernels {
 
     // Inputs as int8, the scale of each block, and the sums of the integers of each step.
     void (*round_inputs)(const Rounded&, const float* input, int8_t* rounded, float* scale, int16_t* step_sum);
+
+    // These as 16 bits, columns 0, 2, 1, 3 of each four, and of each `run` of columns the sum of the products of the first
+    // with the third of four and of the second with the fourth, modulo 2**32: what is of the inputs alone in `product`.
+    void (*widen)(int64_t count, int64_t run, const int8_t* rounded, int16_t* words, int32_t* crossed);
+
+    // The inputs of a token as 16 bits in runs of `wide_run`: integers in the order that they have, the scale of a run, and
+    // the same sum of it.
+    void (*round_wide)(int64_t cols, const float* input, int16_t* words, float* scale, int32_t* crossed);
+
+    // Panels of floats [panels, cols, 16] as those of way wide, words and scales; in place too, where they have 16 bits.
+    // Whether all are finite.
+    bool (*widen_panels)(Weight, int64_t panels, int64_t cols, void* words, float* scale);
     void (*attend)(const Attention&);
     void (*keep)(int64_t position, int64_t dim, const float* from, const Kept& to);  // the values of one position
 
@@ -300,6 +327,9 @@ void interleave(const uint8_t* codes, int64_t rows, int64_t cols, const int64_t*
 
 // [rows, cols] of elements of 2 or 4 bytes as [panels, full, 16]: scales, and weights that are floats.
 void interleave_floats(const void* values, int64_t rows, int64_t cols, int size, int64_t full, int threads, void* out);
+
+// Panels that `interleave_floats` made as those of way wide; see `Kernels::widen_panels`.
+bool widen_panels(Weight panels, int64_t count, int64_t cols, int threads, void* words, float* scale);
 
 // Rows of blocks as panels: what `interleave` and `interleave_floats` make of what `ggml_unpack` gives. `ggml_panel_bits`
 // are those of a code in them, 0 for types that are not brought there at once.

@@ -13,17 +13,22 @@ namespace {
 // nobody waits long for the last.
 constexpr int64_t bytes_of_piece = 1 << 17, least_bytes = 1 << 14;
 
+// As what products read inputs: floats, bytes, bytes and the same as words, or words of 16 bits.
+enum class As { floats, bytes, both, words };
+
 // The inputs as some weights take them.
 struct Inputs {
     const int64_t* order;
     int64_t cols, sub, step;  // sub and step are 0 where they are not rounded
+    As as;
     const float* values;
     std::vector<float> filled, scale;
-    std::vector<int16_t> step_sum;
+    std::vector<int16_t> step_sum, words;
     std::vector<int8_t> rounded;
+    std::vector<int32_t> crossed;
 
-    bool serves(const Inputs& as) const {
-        return order == as.order && cols == as.cols && sub == as.sub && step == as.step;
+    bool serves(const Inputs& of) const {
+        return order == of.order && cols == of.cols && sub == of.sub && step == of.step && as == of.as;
     }
 };
 
@@ -37,23 +42,40 @@ void fill(Inputs& of, const float* from, int64_t inputs, int64_t tokens) {
     of.values = of.filled.data();
 }
 
+// Of a token, where they are.
+void round_token(Inputs& of, int64_t token) {
+    int64_t at = token * of.cols, blocks = (of.cols + of.sub - 1) / of.sub;
+    float* scale = of.scale.data() + token * blocks;
+    int16_t* words = of.words.data() + at;
+    int32_t* crossed = of.crossed.data() + token * blocks;
+    if (of.as == As::words) return kernels().round_wide(of.cols, of.values + at, words, scale, crossed);
+    int8_t* rounded = of.rounded.data() + at;
+    kernels().round_inputs({of.cols, of.sub, of.step}, of.values + at, rounded, scale,
+                           of.step_sum.data() + token * (of.cols / of.step));
+    if (of.as == As::both) kernels().widen(of.cols, of.sub, rounded, words, crossed);
+}
+
 void round(Inputs& of, int64_t tokens, int threads) {
-    int64_t count = tokens * of.cols, blocks = of.cols / of.sub;
-    int64_t steps = of.cols / of.step;
-    of.rounded.resize(size_t(count)), of.scale.resize(size_t(count / of.sub));
-    of.step_sum.resize(size_t(tokens * steps));
+    auto count = size_t(tokens * of.cols), blocks = size_t(tokens * ((of.cols + of.sub - 1) / of.sub));
+    of.scale.resize(blocks);
+    if (of.as != As::words) of.rounded.resize(count), of.step_sum.resize(size_t(tokens * (of.cols / of.step)));
+    if (of.as != As::bytes) of.words.resize(count), of.crossed.resize(blocks);
     share(tokens, 16, threads, [&](int64_t first, int64_t last) {
-        int64_t at = first * of.cols, block = first * blocks;
-        kernels().round_inputs({(last - first) * of.cols, of.sub, of.step}, of.values + at, of.rounded.data() + at,
-                               of.scale.data() + block, of.step_sum.data() + first * steps);
+        for (int64_t token = first; token < last; token++) round_token(of, token);
     });
 }
 
+As taken(const Product& of, int64_t tokens) {
+    if (of.way == Way::wide) return As::words;
+    if (of.way != Way::codes && of.way != Way::table) return As::floats;
+    return tokens > 1 && crosses(of) ? As::both : As::bytes;
+}
+
 const Inputs& prepare(std::deque<Inputs>& all, const Matrix& matrix, const float* from, int64_t tokens, int threads) {
-    bool rounds = matrix.of.way == Way::codes || matrix.of.way == Way::table;
     Inputs wanted{};
-    wanted.order = matrix.order, wanted.cols = matrix.of.cols;
-    wanted.sub = rounds ? matrix.of.sub : 0, wanted.step = rounds && matrix.of.fine ? matrix.of.step : wanted.sub;
+    wanted.order = matrix.order, wanted.cols = matrix.of.cols, wanted.as = taken(matrix.of, tokens);
+    wanted.sub = wanted.as == As::floats ? 0 : matrix.of.sub;
+    wanted.step = wanted.sub && matrix.of.fine ? matrix.of.step : wanted.sub;
     for (const Inputs& each : all)
         if (each.serves(wanted)) return each;
     Inputs& made = all.emplace_back(std::move(wanted));
@@ -100,7 +122,7 @@ void multiply(const float* inputs, int64_t tokens, const std::vector<Task>& task
         Product& of = products.emplace_back(task.matrix->of);
         of.tokens = tokens, of.input = from.values, of.out = task.out;
         of.rounded = from.rounded.data(), of.input_scale = from.scale.data();
-        of.step_sum = from.step_sum.data();
+        of.step_sum = from.step_sum.data(), of.words = from.words.data(), of.crossed = from.crossed.data();
     }
     std::vector<Piece> pieces = pieces_of(products, threads);
     share(int64_t(pieces.size()), 1, threads, [&](int64_t first, int64_t last) {

@@ -57,7 +57,9 @@ LOWBIT_INLINE F scales_at(const Product& of, const void* scale, int64_t group) {
 }
 
 void store_rows(const Product& of, int64_t panel, int64_t token, F value) {
-    store_some<F32>(of.out + token * of.rows + panel * 16, value, int(smaller(16, of.rows - panel * 16)));
+    float* to = of.out + token * of.rows + panel * 16;
+    int64_t there = of.rows - panel * 16;
+    there < 16 ? store_some<F32>(to, value, int(there)) : store_f32(to, value);
 }
 
 constexpr int64_t ahead = 2048;  // bytes before they are needed, at which codes are asked for
@@ -477,6 +479,167 @@ void many_tokens(const Product& of, int64_t panel, const Source& source) {
     }
 }
 
+// ---- 16 bits: runs of columns whose sums are integers all along ----
+
+// Sums of products of 16 bits from `quad` to before `last`: words of a weight [columns / 2, 16, 2] times inputs. For many
+// tokens (w + y) * (v + x) stands for w * x + v * y, which is half as many products; it has w * v and x * y too, which are
+// known beforehand, of the weight and of the inputs alone (Winograd, "A new algorithm for inner product", 1968). All of it
+// is modulo 2**32, which the sum itself fits.
+constexpr bool crossing = !whole_dots;
+
+template <int t, int tokens>
+LOWBIT_INLINE void add_pair(I first, I second, const int16_t* const (&input)[tokens], int64_t col, I (&sum)[tokens]) {
+    I x = set(four_bytes(input[t] + col)), y = set(four_bytes(input[t] + col + 2));
+    if constexpr (crossing) sum[t] = add(sum[t], dot_pairs(add_pairs(first, y), add_pairs(second, x)));
+    else sum[t] = add(add(sum[t], dot_pairs(first, x)), dot_pairs(second, y));
+    keep(sum[t]);
+    if constexpr (t + 1 < tokens) add_pair<t + 1>(first, second, input, col, sum);
+}
+
+template <int quad, int last, int tokens>
+LOWBIT_INLINE void add_crossed(const uint8_t* weight, const int16_t* const (&input)[tokens], int64_t col, I (&sum)[tokens]) {
+    I first = load_words(weight + 128 * quad), second = load_words(weight + 128 * quad + 64);
+    add_pair<0>(first, second, input, col + 4 * quad, sum);
+    if constexpr (quad + 1 < last) add_crossed<quad + 1, last>(weight, input, col, sum);
+}
+
+// What `add_pair` adds that is of the weight alone.
+template <int quad, int last>
+LOWBIT_INLINE I crossed_quads(const uint8_t* weight) {
+    I part = dot_pairs(load_words(weight + 128 * quad), load_words(weight + 128 * quad + 64));
+    if constexpr (quad + 1 < last) return add(part, crossed_quads<quad + 1, last>(weight));
+    else return part;
+}
+
+// `count` columns of a panel from `first` on, as 16 bits, with what there is once for all tokens.
+struct Run {
+    const uint8_t* words;
+    int64_t first, count, index, all;
+    F scale;
+
+    // What sums begin with, so that this is out of them.
+    I crossed() const {
+        I sum = set(0);
+        for (int64_t i = 0; crossing && i < count; i += 32) sum = sub(sum, crossed_quads<0, 8>(words + 32 * i));
+        return sum;
+    }
+};
+
+// What is of the weight and of the inputs alone, out of the sums before they begin.
+template <int t, int tokens>
+LOWBIT_INLINE void begin(I crossed, const int32_t* const (&of_inputs)[tokens], I (&sum)[tokens]) {
+    sum[t] = crossing ? sub(crossed, set(*of_inputs[t])) : set(0);
+    if constexpr (t + 1 < tokens) begin<t + 1>(crossed, of_inputs, sum);
+}
+template <int t, int tokens>
+LOWBIT_INLINE void end(const I (&sum)[tokens], F scale, const float* const (&of_inputs)[tokens], F (&total)[tokens]) {
+    total[t] = fma(mul(to_float(sum[t]), scale), set(*of_inputs[t]), total[t]);
+    if constexpr (t + 1 < tokens) end<t + 1>(sum, scale, of_inputs, total);
+}
+
+// For a tile of tokens from `token` on, of which `there` are there: others repeat the last.
+void add_run(const Product& of, const Run& run, I crossed, int64_t token, int64_t there, F (&total)[tile]) {
+    const int16_t* input[tile];
+    const int32_t* alone[tile];
+    const float* scale[tile];
+    for (int t = 0; t < tile; t++) {
+        int64_t at = token + smaller(t, there - 1), place = at * run.all + run.index;
+        input[t] = of.words + at * of.cols + run.first, alone[t] = of.crossed + place, scale[t] = of.input_scale + place;
+    }
+    I sum[tile];
+    begin<0>(crossed, alone, sum);
+    for (int64_t col = 0; col < run.count; col += 32) add_crossed<0, 8>(run.words + 32 * col, input, col, sum);
+    end<0>(sum, run.scale, scale, total);
+}
+
+// Words as they are stored.
+struct Words {
+    static constexpr int64_t near = 0;
+    const Product& of;
+    const uint8_t* columns(int64_t panel, int64_t first, int64_t, uint8_t*) const {
+        return of.codes + (panel * of.cols + first) * 32;
+    }
+    // Asks for a part of the run behind this one with each tile, so that no run begins with waiting.
+    void ask(const Run& run, int64_t token) const {
+        constexpr int64_t part = 32 * wide_run * tile / tokens_at_once;
+        for (int64_t i = 0; i < part; i += 64) __builtin_prefetch(run.words + 32 * wide_run + token / tile * part + i);
+    }
+};
+
+// Codes that stand for signed bytes, each times the integer of its step: words of columns 0 and 2 of four, then 1 and 3.
+template <class Source>
+struct Stepped {
+    static constexpr int64_t near = 512;  // columns of a run at most
+    const Product& of;
+    const Source& source;
+
+    const uint8_t* columns(int64_t panel, int64_t first, int64_t count, uint8_t* to) const {
+        const uint8_t* chunk = codes_of_panel(of, panel) + first / 32 * 64 * Source::bits;
+        for (int64_t at = 0; at < count; at += 32, chunk += 64 * Source::bits) {
+            int64_t step = (panel * of.cols + first + at) / of.step, odd = step & 1;
+            I pairs = load_pairs(of.fine + (step - odd) * 16);
+            put<0, 4>(chunk, twice(pairs, int(odd)), to + 32 * at);
+            put<4, 8>(chunk, twice(pairs, int(of.step == 16 ? 1 : odd)), to + 32 * at);
+        }
+        return to;
+    }
+    void ask(const Run&, int64_t) const {}
+
+  private:
+    template <int quad, int last>
+    LOWBIT_INLINE void put(const uint8_t* chunk, I factor, uint8_t* to) const {
+        I above = differ(source.template at<quad>(chunk), set(int32_t(0x80808080))), mask = set(0x00ff00ff);  // by 128
+        I less = set(int32_t(0xff80ff80));
+        store_words(to + 128 * quad, mul_pairs(add_pairs(both(above, mask), less), factor));
+        store_words(to + 128 * quad + 64, mul_pairs(add_pairs(both(shift_right<8>(above), mask), less), factor));
+        if constexpr (quad + 1 < last) put<quad + 1, last>(chunk, factor, to);
+    }
+};
+
+template <class Weight>
+void many_words(const Product& of, int64_t panel, const Weight& weight) {
+    alignas(64) uint8_t near[Weight::near ? 32 * Weight::near : 1];
+    const int64_t runs = (of.cols + of.over - 1) / of.over;
+    for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
+        int64_t there = smaller(tokens_at_once, of.tokens - token);
+        alignas(64) F total[tokens_at_once / tile][tile] = {};
+        for (int64_t i = 0; i < runs; i++) {
+            int64_t first = i * of.over, count = smaller(of.over, of.cols - first);
+            const uint8_t* words = weight.columns(panel, first, count, near);
+            Run run{words, first, count, i, runs, scales_at(of, of.scale.data, panel * runs + i)};
+            I crossed = run.crossed();
+            for (int64_t t = 0; t < there; t += tile) {
+                weight.ask(run, t);
+                add_run(of, run, crossed, token + t, smaller(tile, there - t), total[t / tile]);
+            }
+        }
+        for (int64_t t = 0; t < there; t++) store_rows(of, panel, token + t, mul(total[t / tile][t % tile], set(of.unit)));
+    }
+}
+
+// Nothing is asked for ahead: so little is done for a line that the processor's own looking ahead suffices, and lines that
+// are asked for too take the places of those that are waited for.
+void one_wide(const Product& of, int64_t panel) {
+    const int64_t runs = (of.cols + of.over - 1) / of.over;
+    const uint8_t* words = of.codes + panel * of.cols * 32;
+    F total = set(0.0f);
+    for (int64_t i = 0; i < runs; i++) {
+        I even = set(0), odd = even;
+        for (int64_t col = i * of.over; col < smaller((i + 1) * of.over, of.cols); col += 4, words += 128) {
+            even = add(even, dot_pairs(load_words(words), set(four_bytes(of.words + col))));
+            odd = add(odd, dot_pairs(load_words(words + 64), set(four_bytes(of.words + col + 2))));
+        }
+        F scale = scales_at(of, of.scale.data, panel * runs + i);
+        total = fma(mul(to_float(add(even, odd)), scale), set(of.input_scale[i]), total);
+    }
+    store_rows(of, panel, 0, mul(total, set(of.unit)));
+}
+
+void wide_panels(const Product& of, int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; panel++)
+        of.tokens == 1 ? one_wide(of, panel) : many_words(of, panel, Words{of});
+}
+
 struct Level16 {
     static constexpr bool narrow = true;  // only the lower four bits of a code count
     F table;
@@ -643,7 +806,14 @@ void integer_panels(const Product& of, int64_t first, int64_t last, const Source
         if (Chunks<1>::fits(of)) return one_token<Chunks>(of, source, first, last);
         return one_token<Plain>(of, source, first, last);
     }
-    for (int64_t panel = first; panel < last; panel++) many_tokens(of, panel, source);
+    for (int64_t panel = first; panel < last; panel++) {
+        if constexpr (crossing && Source::is_signed && Source::bits < 8)
+            if (crosses(of)) {
+                many_words(of, panel, Stepped<Source>{of, source});
+                continue;
+            }
+        many_tokens(of, panel, source);
+    }
 }
 
 void code_panels(const Product& of, int64_t first, int64_t last) {
@@ -659,6 +829,7 @@ void code_panels(const Product& of, int64_t first, int64_t last) {
 void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last);
 void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last) {
     if (of.way == Way::dense) with_dtype(of.scale.dtype, [&](auto type) { float_panels(of, first, last, Stored<decltype(type)>{of}); });
+    else if (of.way == Way::wide) wide_panels(of, first, last);
     else if (of.way != Way::floats) code_panels(of, first, last);
     else if (of.bits <= 4) float_panels(of, first, last, Leveled<Level16>{of, {load_f32(of.level)}});
     else float_panels(of, first, last, Leveled<Level256>{of, {of.level}});

@@ -128,6 +128,18 @@ void interleave_floats(const void* values, int64_t rows, int64_t cols, int size,
     size == 2 ? run(uint16_t{}) : run(uint32_t{});
 }
 
+bool widen_panels(Weight panels, int64_t count, int64_t cols, int threads, void* words, float* scale) {
+    std::atomic<bool> finite = true;
+    const int64_t size = panels.dtype == Dtype::f32 ? 4 : 2, runs = (cols + wide_run - 1) / wide_run;
+    share(count, panels_of_piece, threads, [&](int64_t first, int64_t last) {
+        int64_t at = first * cols * lanes;
+        Weight some{static_cast<const uint8_t*>(panels.data) + at * size, panels.dtype};
+        if (!kernels().widen_panels(some, last - first, cols, static_cast<uint8_t*>(words) + 2 * at, scale + first * runs * lanes))
+            finite = false;
+    });
+    return finite;
+}
+
 int ggml_panel_bits(GgmlType type) {
     switch (type) {
     case GgmlType::q2_k: return 2;

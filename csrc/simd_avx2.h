@@ -211,6 +211,7 @@ I dot_signed(I a, I b) {
 }
 void keep(I& a) { asm volatile("" : "+x"(a.low), "+x"(a.high)); }
 I add_pairs(I a, I b) { return {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)}; }
+I mul_pairs(I a, I b) { return {_mm256_mullo_epi16(a.low, b.low), _mm256_mullo_epi16(a.high, b.high)}; }
 I dot_pairs(I a, I b) { return {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)}; }
 I add_dot(I sum, I codes, I inputs) {  // codes to 128 only
     return add(sum, dot_pairs(dot_bytes(codes, inputs), set(0x00010001)));

@@ -162,6 +162,7 @@ I dot_signed(I a, I b) {
 }
 void keep(I& a) { asm volatile("" : "+v"(a.all)); }
 I add_pairs(I a, I b) { return {_mm512_add_epi16(a.all, b.all)}; }
+I mul_pairs(I a, I b) { return {_mm512_mullo_epi16(a.all, b.all)}; }
 I dot_pairs(I a, I b) { return {_mm512_madd_epi16(a.all, b.all)}; }
 #if defined(__AVX512VNNI__)
 I add_dot(I sum, I codes, I inputs) { return {_mm512_dpbusd_epi32(sum.all, codes.all, inputs.all)}; }

@@ -284,6 +284,10 @@ int32x4_t add_halves(int32x4_t a, int32x4_t b) {
     return vreinterpretq_s32_s16(vaddq_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
 }
 I add_pairs(I a, I b) { return each<I, add_halves>(a, b); }
+int32x4_t mul_halves(int32x4_t a, int32x4_t b) {
+    return vreinterpretq_s32_s16(vmulq_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
+}
+I mul_pairs(I a, I b) { return each<I, mul_halves>(a, b); }
 int32x4_t dot_halves(int32x4_t a, int32x4_t b) {
     int16x8_t x = vreinterpretq_s16_s32(a), y = vreinterpretq_s16_s32(b);
     return vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));

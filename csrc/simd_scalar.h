@@ -338,6 +338,11 @@ I add_pairs(I a, I b) {
         return pair_of(half_of(a.at[i], 0) + half_of(b.at[i], 0), half_of(a.at[i], 1) + half_of(b.at[i], 1));
     });
 }
+I mul_pairs(I a, I b) {
+    return each<I>([&](int i) {
+        return pair_of(half_of(a.at[i], 0) * half_of(b.at[i], 0), half_of(a.at[i], 1) * half_of(b.at[i], 1));
+    });
+}
 // The sum of the products of both halves of each lane.
 I dot_pairs(I a, I b) {
     return each<I>([&](int i) {

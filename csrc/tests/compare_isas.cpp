@@ -323,12 +323,20 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
         auto bytes = reinterpret_cast<int8_t*>(out);
         k.round_inputs(blocks, input.data(), bytes, scales.data(), of_steps.data());
     });
+    std::vector<int16_t> words(input.size());
+    std::vector<int32_t> crossed(input_scale.size());
+    kernels.widen(tokens * cols, sub, rounded.data(), words.data(), crossed.data());
+    compare("widen", kernels, {tokens, cols, 1, sub}, 2 * tokens * cols, [&](const Kernels& k, uint8_t* out) {
+        std::vector<int32_t> sums(crossed.size());
+        k.widen(tokens * cols, sub, rounded.data(), reinterpret_cast<int16_t*>(out), sums.data());
+        if (sums != crossed) failures++, std::printf("%s: widen: other sums\n", k.isa);
+    });
     auto integers = [](Buffer& from) { return reinterpret_cast<const int8_t*>(from.at()); };
     Product of{way, rows, cols, bits, step, over ? over : step, codes.at(),
-               {scale.at(), narrow ? Dtype::f16 : Dtype::f32}, zeros ? zero.at() : nullptr, minus, 3,
+               {scale.at(), narrow ? Dtype::f16 : Dtype::f32}, zeros ? zero.at() : nullptr, minus, way == Way::table ? 0.0f : 3.0f,
                over ? integers(fine) : nullptr, over && zeros && !joined ? integers(fine_zero) : nullptr,
                joined, level.data(), table.data(), 0.5f, tokens, input.data(), sub,
-               rounded.data(), input_scale.data(), step_sum.data(), nullptr};
+               rounded.data(), input_scale.data(), step_sum.data(), words.data(), crossed.data(), nullptr};
     compare("product", kernels, {rows, cols, int64_t(way), bits}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> found(size_t(tokens * rows));
         Product mine = of;
@@ -349,6 +357,42 @@ static void compare_dense(const Kernels& kernels, Dtype dtype, int64_t rows, int
         of.tokens = tokens, of.input = input.data(), of.out = found.data();
         k.product(of, 0, panels);
         if (!found.empty()) std::memcpy(out, found.data(), 4 * found.size());
+    });
+}
+
+// Weights and inputs as integers of 16 bits, and their product.
+static void compare_wide(const Kernels& kernels, Dtype dtype, int64_t rows, int64_t cols, int64_t tokens) {
+    int64_t panels = (rows + 15) / 16, runs = (cols + wide_run - 1) / wide_run, size = panels * 16 * cols;
+    Buffer weight = random_weight(size, dtype, false);
+    if (size) std::memset(weight.at(), 0, 64);
+    auto input = random_scales(tokens * cols);
+    for (size_t i = 0; i < input.size(); i += 3) input[i] *= -100;
+    std::vector<int16_t> words(static_cast<size_t>(size)), rounded(input.size());
+    std::vector<float> scale(size_t(panels * runs * 16)), input_scale(size_t(tokens * runs));
+    std::vector<int32_t> crossed(input_scale.size());
+    auto copy = [](const auto& from, uint8_t* out) {
+        if (!from.empty()) std::memcpy(out, from.data(), from.size() * sizeof from[0]);
+        return out + from.size() * sizeof from[0];
+    };
+    compare("widen_panels", kernels, {rows, cols, 1, 1}, 2 * size + 64 * panels * runs, [&](const Kernels& k, uint8_t* out) {
+        if (!k.widen_panels({weight.at(), dtype}, panels, cols, words.data(), scale.data())) failures++;
+        copy(scale, copy(words, out));
+    });
+    compare("round_wide", kernels, {tokens, cols, 1, 1}, 2 * tokens * cols + 8 * tokens * runs, [&](const Kernels& k, uint8_t* out) {
+        for (int64_t t = 0; t < tokens; t++)
+            k.round_wide(cols, input.data() + t * cols, rounded.data() + t * cols, input_scale.data() + t * runs,
+                         crossed.data() + t * runs);
+        copy(crossed, copy(input_scale, copy(rounded, out)));
+    });
+    compare("wide", kernels, {rows, cols, tokens, 1}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
+        std::vector<float> found(size_t(tokens * rows));
+        Product of{};
+        of.way = Way::wide, of.rows = rows, of.cols = cols, of.bits = 16, of.step = of.over = wide_run;
+        of.codes = reinterpret_cast<const uint8_t*>(words.data()), of.scale = {scale.data(), Dtype::f32}, of.unit = 1;
+        of.tokens = tokens, of.words = rounded.data(), of.input_scale = input_scale.data(), of.crossed = crossed.data();
+        of.out = found.data();
+        k.product(of, 0, panels);
+        copy(found, out);
     });
 }
 
@@ -446,6 +490,10 @@ static void compare_products(const Kernels& kernels) {
                         if (way != Way::table || bits == 4)
                             for (bool minus : {false, true}) compare_product(kernels, way, bits, rows, cols, step, minus);
         }
+    for (int64_t rows : {0, 1, 16, 33})
+        for (int64_t cols : {32, 96, 544})
+            for (Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16})
+                for (int64_t tokens : {1, 3, 70}) compare_wide(kernels, dtype, rows, cols, tokens);
     for (int64_t rows : {5, 16, 33})
         for (int bits = 2; bits <= 6; bits++)
             for (int64_t step : {16, 32})

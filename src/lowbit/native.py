@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int8, Int32, Int64, UInt8
+from jaxtyping import Float, Int8, Int16, Int32, Int64, UInt8
 from torch import Tensor
 
 from lowbit import _native
@@ -559,7 +559,8 @@ def causal_softmax_slopes(
     _native.causal_softmax_slopes(shares, period, first, scale, slopes)
 
 
-WAYS = ("floats", "codes", "table", "dense")
+WAYS = ("floats", "codes", "table", "dense", "wide")
+WIDE_RUN = 256  # columns that share a scale in the way `wide`
 CODE_BITS = (2, 3, 4, 5, 6, 8)  # of codes in panels
 PANEL_PARTS = ("codes", "scale", "zero", "fine", "fine_zero")  # of `Panels`: these have an entry per panel
 
@@ -573,13 +574,15 @@ class Panels:
 
     Attributes:
         way: how it is computed: `floats` (what codes stand for, times the inputs), `codes` or `table` (codes, or the
-            entries of `table` at them, times inputs rounded to int8), `dense` (a weight of floats).
+            entries of `table` at them, times inputs rounded to int8), `dense` (a weight of floats), `wide` (integers of
+            16 bits, times inputs rounded to such).
         rows: of the weight.
-        bits: 2, 3, 4, 5, 6 or 8 of a code, 4 with a `table`; of an element where it is dense.
-        step: columns that share a scale, a multiple of 16.
-        codes: `[panels, words, 64]` bytes, `bits` words for 32 columns. Dense: `[panels, cols, 16]`.
+        bits: 2, 3, 4, 5, 6 or 8 of a code, 4 with a `table`; of an element where it is dense; 16 where it is wide.
+        step: columns that share a scale, a multiple of 16; `WIDE_RUN` where it is wide.
+        codes: `[panels, words, 64]` bytes, `bits` words for 32 columns. Dense: `[panels, cols, 16]`; wide: int16 of
+            this shape, two columns side by side in each lane.
         scale: `[panels, cols / step, 16]`, float16 or float32; None where it is dense. Nested: one for each
-            run, `[panels, cols / over, 16]`.
+            run, `[panels, cols / over, 16]`. Wide: float32, and the last may be of fewer columns.
         zero: the same of zero points, or of minima with `minus`.
         minus: whether it is `code * scale - zero`, not `(code - zero) * scale`.
         offset: what a code is above what it stands for, beside `zero`.
@@ -591,7 +594,7 @@ class Panels:
         table: the same as bytes, 16 entries (way `table`), `unit` times as large as they should be.
     """
 
-    way: Literal["floats", "codes", "table", "dense"]
+    way: Literal["floats", "codes", "table", "dense", "wide"]
     rows: int
     bits: int
     step: int
@@ -611,7 +614,7 @@ class Panels:
     @property
     def cols(self) -> int:
         """Columns with those that fill up, a multiple of 32."""
-        return self.codes.shape[1] if self.way == "dense" else self.codes.shape[1] * 32 // self.bits
+        return self.codes.shape[1] if self.way in ("dense", "wide") else self.codes.shape[1] * 32 // self.bits
 
     @property
     def nbytes(self) -> int:
@@ -621,7 +624,7 @@ class Panels:
     @property
     def sub(self) -> int:
         """Inputs that are rounded together, where they are: as llama.cpp does it, also for ternary blocks of 256."""
-        if self.over or (self.bits == 2 and self.step == 256):
+        if self.over or self.way == "wide" or (self.bits == 2 and self.step == 256):
             return self.over or self.step
         return 16 if self.step % 32 else 32
 
@@ -665,7 +668,8 @@ class Matrix:
         """`inputs @ weight.T + bias` in float32.
 
         With the ways `codes` and `table`, inputs are rounded to int8 in blocks of 32, of 16 where scales are such, of a
-        run where scales are nested, or of the 256 that share a scale of 2-bit codes.
+        run where scales are nested, or of the 256 that share a scale of 2-bit codes; with `wide`, to 16 bits in runs of
+        256 (`interleave_wide`).
         Sums are in an order of the weight's own: any number of threads and every instruction set gives the same bits.
         """
         _check("inputs", inputs, (inputs.shape[0], self.inputs), torch.float32)
@@ -962,6 +966,21 @@ def interleave_floats(
     return out
 
 
+def interleave_wide(
+    values: Float[Tensor, "rows cols"], full: int, threads: int = 1
+) -> tuple[Int16[Tensor, "panels full 16"], Float[Tensor, "panels runs 16"]] | None:
+    """Floats as integers of 16 bits and the scale of each run of `WIDE_RUN` columns; None where one is not finite.
+
+    A run of integers has a norm (the root of the sum of squares) of 46300, or its largest is 12287, whichever is less;
+    that of inputs has 46300 or 20479. So the sum of products fits int32, and its error is a share of both norms.
+    """
+    panels = interleave_floats(values, full, threads)
+    words = panels.view(torch.int16) if panels.element_size() == 2 else _room(tuple(panels.shape), torch.int16)
+    scale = torch.empty(len(panels), -(-full // WIDE_RUN), 16)
+    finite = _native.widen_panels(panels, len(panels), full, max(threads, 1), words.view(torch.uint8), scale)
+    return (words, scale) if finite else None
+
+
 def _check_order(order: Tensor, count: int) -> None:
     _check("order", order, (count,), torch.int64)
     if count and not 0 <= int(order.min()) <= int(order.max()) < count:
@@ -1004,6 +1023,9 @@ def _check_panels(of: Panels) -> None:
     if of.way == "dense":
         _check("codes", of.codes, (down, of.cols, 16), *WEIGHT_DTYPES)
         return
+    if of.way == "wide":
+        _check_wide(of, down)
+        return
     fits = of.bits in CODE_BITS and (of.way != "table" or of.bits == 4)
     if not fits or of.step < 16 or of.step % 16 or of.cols % 32 or of.cols % of.step:
         raise ValueError(f"{of.cols} columns of {of.bits} bits in steps of {of.step} make no panels")
@@ -1024,6 +1046,13 @@ def _check_panels(of: Panels) -> None:
         _check("level", of.level, (256,), torch.float32)
     if of.table is not None:
         _check("table", of.table, (16,), torch.uint8)
+
+
+def _check_wide(of: Panels, down: int) -> None:
+    if of.cols % 32 or (of.bits, of.step, of.over) != (16, WIDE_RUN, 0) or of.scale is None:
+        raise ValueError(f"{of.cols} columns of {of.bits} bits in steps of {of.step} are no wide panels")
+    _check("codes", of.codes, (down, of.cols, 16), torch.int16)
+    _check("scale", of.scale, (down, ceil(of.cols / WIDE_RUN), 16), torch.float32)
 
 
 def _check_nested(of: Panels, down: int) -> None:

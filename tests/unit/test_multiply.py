@@ -16,7 +16,16 @@ from lowbit.errors import UnsupportedError
 from lowbit.formats._ggml import BLOCKS, unpack
 from lowbit.native import Panels
 from lowbit.runtime.linear import Linear
-from lowbit.runtime.panels import Packed, dense_bytes, pack, pack_blocks, pack_dense, pack_noise, packed_bytes
+from lowbit.runtime.panels import (
+    Packed,
+    pack,
+    pack_blocks,
+    pack_dense,
+    pack_noise,
+    pack_wide,
+    packed_bytes,
+    wide_bytes,
+)
 from lowbit.schemes import parse
 from lowbit.tensors import QTensor
 from tests.reference.checkpoints import scattered
@@ -117,12 +126,26 @@ def test_nested_scales_stay_nested(scheme: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["int3-g64", "int5-g16", "int6-row", "int8-g48", "iq4_nl", "q4_k", "q3_k", "tq2_0", "nf4-g64", "float16"]
+    "scheme",
+    [
+        "int3-g64",
+        "int5-g16",
+        "int6-row",
+        "int8-g48",
+        "iq4_nl",
+        "iq4_xs",
+        "q4_k",
+        "q3_k",
+        "tq2_0",
+        "nf4-g64",
+        "float16",
+        "wide",
+    ],
 )
 def test_many_tokens_give_the_bits_of_each_alone(scheme: str) -> None:
     shape, x = (20, 768), inputs(70, 768)
-    dense = scheme == "float16"
-    packed = pack_dense(torch.randn(shape).half()) if dense else pack(random_qtensor(parse(scheme), shape, seed=6))
+    floats = {"float16": pack_dense, "wide": pack_wide}.get(scheme)
+    packed = floats(torch.randn(shape).half()) if floats else pack(random_qtensor(parse(scheme), shape, seed=6))
     assert torch.equal(multiply(packed, x, 2), torch.cat([multiply(packed, each[None]) for each in x]))
 
 
@@ -230,6 +253,70 @@ def test_dense_weights(dtype: torch.dtype) -> None:
         close(multiply(pack_dense(weight), x), x.double() @ weight.double().T)
 
 
+def in_16_bits(values: Tensor, largest: int) -> Tensor:
+    """Rows as integers of a norm of 46300 in each 256 columns, or whose greatest is `largest`, times their scale."""
+    out = values.double().clone()
+    for row in out:
+        for start in range(0, len(row), 256):
+            part = row[start : start + 256]
+            top = part.abs().max()
+            if top > 1e-30:
+                unit = (part.norm() / 46300).maximum(top / largest)
+                part.copy_((part / unit).round() * unit)
+            else:
+                part.zero_()
+    return out
+
+
+def wide_values(dtype: torch.dtype, rows: int, cols: int) -> Tensor:
+    """Ordinary weights; a row of zeros, one with a large weight, and one of the smallest and of large ones."""
+    weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    weight[-1], weight[0, cols // 3] = 0, 100
+    weight[rows // 2] *= 1e-4 if dtype == torch.float16 else 1e30
+    return weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_wide_products_are_those_of_both_sides_in_16_bits(dtype: torch.dtype) -> None:
+    for rows, cols in [*SHAPES, (17, 800)]:
+        weight, x = wide_values(dtype, rows, cols), inputs(5, cols)
+        x[0], x[1, cols - 1] = 0, 1000
+        got, want = multiply(pack_wide(weight), x), in_16_bits(x, 20479) @ in_16_bits(weight, 12287).T
+        norms = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1)
+        off = (got - want).abs() / norms.clamp_min(1e-30)
+        assert off.max() < 5e-5 and off.median() < 2e-7  # at a tie of float32 an integer may be another
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_sums_of_wide_products_never_leave_32_bits(tokens: int) -> None:
+    """The greatest that norms allow: all the same, and one column with all of it."""
+    same, one = torch.ones(16, 512), torch.zeros(16, 512)
+    one[:, [3, 300]] = 1
+    for weight in (same, -same, one):
+        got = multiply(pack_wide(weight), weight[:1].expand(tokens, 512).contiguous())
+        close(got, torch.full_like(got, float(weight.abs().sum() / 16), dtype=torch.float64), 1e-3)
+
+
+def test_wide_products_err_no_more_than_inputs_in_float16() -> None:
+    """Relative to the norms of both sides, which is what an error in sums is a share of; float16 is llama.cpp's way."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(256, 2048, generator=generator).half()
+    for heavy, allowed in ((0, 0.8), (8, 0.9), (100, 1.5)):
+        x = torch.randn(64, 2048, generator=generator)
+        x[:, ::256] += heavy
+        exact = x.double() @ weight.double().T
+        ours = (multiply(pack_wide(weight), x) - exact).norm()
+        assert 0 < ours < allowed * (x.half().double() @ weight.double().T - exact).norm()
+
+
+def test_weights_that_are_not_finite_stay_floats() -> None:
+    for value in (torch.inf, torch.nan):
+        weight = torch.randn(20, 600)
+        weight[19, 599] = value
+        packed = pack_wide(weight)
+        assert packed.panels.way == "dense" and multiply(packed, torch.ones(2, 600))[:, :19].isfinite().all()
+
+
 @pytest.mark.parametrize("scheme", ["int4-g64-asym", "nf4-g64", "mxfp4", "int8-row"])
 def test_any_number_of_threads_gives_the_same_bits(scheme: str) -> None:
     q, x = random_qtensor(parse(scheme), (3000, 256)), inputs(3, 256)
@@ -243,10 +330,10 @@ def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
     code = """
 import hashlib, torch
 from lowbit import native
-from lowbit.runtime.panels import pack, pack_dense
+from lowbit.runtime.panels import pack, pack_dense, pack_wide
 from lowbit.schemes import parse
 from tests.reference.qtensors import random_qtensor
-from tests.unit.test_multiply import CODES, TABLE, NEAR, FLOATS, NESTED, SHAPES, inputs, multiply
+from tests.unit.test_multiply import CODES, TABLE, NEAR, FLOATS, NESTED, SHAPES, inputs, multiply, wide_values
 digest = hashlib.sha256()
 for scheme in [*CODES, *TABLE, *NEAR, *FLOATS]:
     for shape in SHAPES[1:]:
@@ -258,6 +345,10 @@ for scheme in NESTED:
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     weight = torch.randn(33, 130, generator=torch.Generator().manual_seed(0)).to(dtype)
     digest.update(multiply(pack_dense(weight), inputs(5, 130)).numpy().tobytes())
+    wide = pack_wide(wide_values(dtype, 33, 544))
+    digest.update(wide.panels.codes.numpy().tobytes() + wide.panels.scale.numpy().tobytes())
+    for tokens in (1, 17):
+        digest.update(multiply(wide, inputs(tokens, 544)).numpy().tobytes())
 print(native.isa(), digest.hexdigest())
 """
     found = {}
@@ -332,6 +423,7 @@ def test_bytes_are_known_without_a_weight(scheme: str) -> None:
         noise = pack_noise(q.scheme, shape)
         assert packed_bytes(q.scheme, shape) == noise.panels.nbytes >= pack(q).panels.nbytes
         assert multiply(noise, inputs(2, shape[1])).isfinite().all()
-    assert dense_bytes((17, 33), 2) == pack_dense(torch.zeros(17, 33, dtype=torch.bfloat16)).panels.nbytes
+    for dtype in (torch.bfloat16, torch.float32):
+        assert wide_bytes((17, 289)) == pack_wide(torch.zeros(17, 289, dtype=dtype)).panels.nbytes
     with pytest.raises(UnsupportedError, match="no multiple of 16"):
         packed_bytes(parse("int4-g24"), (16, 48))

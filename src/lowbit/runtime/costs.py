@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from lowbit.errors import UnsupportedError
 from lowbit.formats import Weight
 from lowbit.runtime.bench import seconds
-from lowbit.runtime.panels import Packed, dense_bytes, pack_dense, pack_noise, packed_bytes
+from lowbit.runtime.panels import Packed, pack_noise, pack_wide, packed_bytes, wide_bytes
 from lowbit.stages._policy import is_expert
 from lowbit.stages.running import Use
 
@@ -28,7 +28,7 @@ def held_bytes(use: Use) -> int:
     if (use.looked and not use.share) or not _multiplied(weight):
         return table or 4 * count
     if weight.scheme is None:
-        return table + dense_bytes(weight.shape, weight.dtype.itemsize)
+        return table + wide_bytes(weight.shape)
     try:
         return table + packed_bytes(weight.scheme, weight.shape)
     except UnsupportedError:
@@ -95,7 +95,7 @@ def _packed(weight: Weight, shape: tuple[int, int]) -> Packed | None:
     if not _multiplied(weight):
         return None
     if weight.scheme is None:
-        return pack_dense(torch.randn(shape).to(weight.dtype))
+        return pack_wide(torch.randn(shape).to(weight.dtype))
     try:
         return pack_noise(weight.scheme, shape)
     except UnsupportedError:

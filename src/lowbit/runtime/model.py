@@ -20,7 +20,7 @@ from lowbit.formats._ggml import BLOCKS, BlockType, type_of, unpack
 from lowbit.formats._gguf import own_rows
 from lowbit.native import WEIGHT_DTYPES, Room
 from lowbit.runtime.linear import Linear
-from lowbit.runtime.panels import Packed, pack, pack_blocks, pack_dense
+from lowbit.runtime.panels import Packed, pack, pack_blocks, pack_dense, pack_wide
 from lowbit.runtime.stored import Stored, read_stored, stored_path, write_stored
 from lowbit.runtime.table import Table
 from lowbit.stages._model import Blueprint, open_blueprint, open_tokenizer
@@ -98,7 +98,7 @@ def open_model(
     Args:
         path: directory, file or hub name of a checkpoint, float or quantized.
         exact: whether the kernels take inputs as they are; else they round them to int8 in blocks of 32, where the grid
-            of the weight is one of integers.
+            of the weight is one of integers, and them and weights of floats to 16 bits.
         reference: whether every weight is dequantized and multiplied by `torch` instead: slow and obviously right.
         threads: of the kernels; None for those of `torch`.
         trust_remote_code: run Python code that the checkpoint brings.
@@ -258,7 +258,8 @@ def _pack(checkpoint: Checkpoint, weight: Weight, exact: bool, rooms: Rooms, roo
     value = checkpoint.load(weight.name, codes)
     if isinstance(value, QTensor):
         return pack(value, exact)
-    return pack_dense(value.T if _turned(checkpoint, weight) else value)
+    turned = value.T if _turned(checkpoint, weight) else value
+    return pack_dense(turned) if exact else pack_wide(turned)
 
 
 def _from_blocks(checkpoint: Checkpoint, weight: Weight, room: Room) -> Packed | None:

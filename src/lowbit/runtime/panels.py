@@ -14,11 +14,22 @@ from torch.nn.functional import pad
 
 from lowbit.errors import UnsupportedError
 from lowbit.formats._ggml import BlockType
-from lowbit.native import CODE_BITS, PANEL_PARTS, Matrix, Panels, Room, ggml_panels, interleave, interleave_floats
+from lowbit.native import (
+    CODE_BITS,
+    PANEL_PARTS,
+    WIDE_RUN,
+    Matrix,
+    Panels,
+    Room,
+    ggml_panels,
+    interleave,
+    interleave_floats,
+    interleave_wide,
+)
 from lowbit.schemes import Grid, Scheme
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
-LAYOUT = 3  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
+LAYOUT = 4  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
 _LANES = 16
 _NUMBERS = 120  # codes that are numbers in every grid: patterns of small floats of 8 bits above it may be none
 _UNITS = (1.0, 2.0, 4.0, 8.0)
@@ -54,6 +65,16 @@ def pack_dense(weight: Float[Tensor, "rows cols"], threads: int = 1) -> Packed:
     rows, cols = weight.shape
     codes = interleave_floats(weight.contiguous(), -(-cols // 32) * 32, threads)
     return Packed(Panels("dense", rows, 8 * weight.element_size(), 16, codes), cols)
+
+
+def pack_wide(weight: Float[Tensor, "rows cols"], threads: int = 1) -> Packed:
+    """A weight of floats as integers of 16 bits; as it is, where one is not finite."""
+    rows, cols = weight.shape
+    found = interleave_wide(weight.contiguous(), -(-cols // 32) * 32, threads)
+    if found is None:
+        return pack_dense(weight, threads)
+    words, scale = found
+    return Packed(Panels("wide", rows, 16, WIDE_RUN, words, scale), cols)
 
 
 def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
@@ -262,9 +283,10 @@ def _panel_bytes(scheme: Scheme, cols: int) -> int:
     return pack_noise(scheme, (_LANES, cols)).panels.nbytes
 
 
-def dense_bytes(shape: Shape, itemsize: int) -> int:
-    """Bytes of what `pack_dense` makes of such a weight."""
-    return -(-shape[0] // _LANES) * _LANES * -(-shape[1] // 32) * 32 * itemsize
+def wide_bytes(shape: Shape) -> int:
+    """Bytes of what `pack_wide` makes of such a weight."""
+    full = -(-shape[1] // 32) * 32
+    return -(-shape[0] // _LANES) * _LANES * (2 * full + 4 * -(-full // WIDE_RUN))
 
 
 def pack_noise(scheme: Scheme, shape: Shape) -> Packed:
