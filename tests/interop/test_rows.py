@@ -215,7 +215,7 @@ def check_back(model: Path, out: Path, folder: Path) -> None:
     assert not [finding for finding in found.findings if finding.level == "error"]
     with pytest.raises(UnsupportedError, match="--format onnx alone holds; convert it to float"):
         run_conversion(str(out), folder / "gptq", Goal("gptq"))
-    with pytest.raises(UnsupportedError, match="would not stay as it is in bfloat16.*--lossy rounds them"):
+    with pytest.raises(UnsupportedError, match=r"would not stay as it is in bfloat16.*--lossy rounds them"):
         run_conversion(str(out), folder / "short", Goal("float", "bf16"))
     assert not (folder / "short").exists()
     assert run_conversion(str(out), folder / "float", Goal("float")).lossless
