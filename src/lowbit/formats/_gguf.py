@@ -247,6 +247,7 @@ def _row(table: Mapping[str, Any], row: Mapping[str, Any]) -> Arch:
         "names": joined("names"),
         "whole": joined("whole"),
         "keys": joined("keys"),
+        "tiled": table["tiled"][row["tiled"]] if "tiled" in row else {},
         "when": row.get("when", {}) | dict.fromkeys(row.get("lacks", ())),
         "requires": _required(row),
         "told": {kind: (*told["base"], *told[kind]) for kind in kinds if kind in told},
@@ -378,9 +379,10 @@ def across_index(q: QTensor, columns: Int64[Tensor, "cols"]) -> Int32[Tensor, "c
 
 def turned_back(q: QTensor, columns: Int64[Tensor, "cols"]) -> QTensor:
     """A tensor of these columns of transformers, with its columns in the order of transformers; codes stay in place."""
+    back = columns.argsort()
     for start in range(0, 0 if q.codes.is_meta else len(q.codes), _ROWS):
         rows = q.codes[start : start + _ROWS]
-        rows.copy_(rows[:, columns.argsort()])
+        rows.copy_(rows[:, back])
     return replace(q, group_index=across_index(q, columns))
 
 
