@@ -34,9 +34,8 @@ TEXT = Path(__file__).parents[2] / "src/lowbit/data/evaluation.txt"
 
 def request(out: Path, method: str, scheme: str = "int2-g64-asym", **options: Any) -> pipeline.Request:
     calibration = Calibration((str(TEXT),), samples=17, length=64)
-    rules = Rules(
-        scheme, method, options={f"tune.{key}": value for key, value in options.items()}, calibration=calibration
-    )
+    named = {f"tune.{key}": value for key, value in options.items()}
+    rules = Rules(scheme, method, options=named, calibration=calibration, blocks=(0, 2))
     return pipeline.Request(str(MODEL), out, rules)
 
 
