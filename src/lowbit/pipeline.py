@@ -380,10 +380,8 @@ def run_imatrix(
 
 
 def without_tokenizer(model: str, out: Path) -> str | None:
-    """Why a result that was made of a GGUF file alone has no tokenizer; None where it has one, or needs none."""
-    if not model.endswith(GGUF) or any(out.glob(f"*{GGUF}")):
-        return None
-    reason = untold(open_checkpoint(model))
+    """Why a result that was made of a GGUF file has no tokenizer; None where it has one, or needs none."""
+    reason = None if any(out.glob(f"*{GGUF}")) else untold(open_checkpoint(model))
     return reason and f"no tokenizer was written: {reason}"
 
 

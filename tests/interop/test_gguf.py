@@ -33,6 +33,7 @@ from lowbit.stages.evaluate import evaluate
 from lowbit.stages.plan import Calibration, Rules, make_plan
 from lowbit.stages.quantize import estimate_memory
 from lowbit.stages.samples import read_samples
+from tests.reference.models import save_tiny
 
 llama_cpp: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -100,6 +101,27 @@ def test_a_file_alone_tells_configuration_and_tokenizer(base: Path, wiki_8m: Pat
     original = json.loads((wiki_8m / "config.json").read_text())
     for key in ("architectures", "hidden_size", "rms_norm_eps", "bos_token_id", "tie_word_embeddings", "vocab_size"):
         assert config[key] == original[key]
+
+
+def test_a_file_with_its_configuration_beside_it_tells_the_tokenizer(base: Path, tmp_path: Path) -> None:
+    alone(base, tmp_path / "part")
+    shutil.copy(base.parent / "config.json", tmp_path / "part")
+    ids = open_tokenizer(open_checkpoint(base))(TEXT)["input_ids"]
+    run_conversion(str(tmp_path / "part"), tmp_path / "float", Goal("float"))
+    assert open_tokenizer(open_checkpoint(tmp_path / "float"))(TEXT)["input_ids"] == ids
+    written = json.loads((tmp_path / "float/config.json").read_text())
+    assert written == json.loads((base.parent / "config.json").read_text())
+    run_conversion(str(tmp_path / "float"), tmp_path / "again", Goal("gguf"))
+    assert tokens_and_logits(tmp_path / "again/model.gguf", TEXT)[0] == ids
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma"])
+def test_the_empty_tokenizer_of_a_class_is_none(architecture: str, tmp_path: Path) -> None:
+    """transformers makes one of a folder that has no file of any."""
+    save_tiny(architecture, tmp_path / "model")
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        quantized(tmp_path / "model", tmp_path / "out", "q8_0")
+    assert not list((tmp_path / "out").glob("*.gguf"))
 
 
 def test_a_file_alone_is_quantized_into_other_formats(tmp_path: Path) -> None:

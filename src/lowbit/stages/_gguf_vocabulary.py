@@ -22,15 +22,13 @@ _SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "p
 
 
 def told_by(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """What a GGUF file that has nothing beside it tells: files to write beside another container, JSON by name.
+    """What a GGUF file tells and no file beside it: files to write beside another container, JSON by name.
 
     The tokenizer is missing where no other program is known to cut texts as llama.cpp does with it (`untold`).
     """
-    if not alone(checkpoint):
-        return {}
-    found: dict[str, dict[str, Any]] = {"config.json": dict(checkpoint.config)}
-    header = read_gguf(checkpoint.shards[0])
-    return found if untold(checkpoint) else found | tokenizer_documents(header)
+    found: dict[str, dict[str, Any]] = {"config.json": dict(checkpoint.config)} if alone(checkpoint) else {}
+    told = _speaks(checkpoint) and not untold(checkpoint)
+    return found | tokenizer_documents(read_gguf(checkpoint.shards[0])) if told else found
 
 
 def alone(checkpoint: Checkpoint) -> bool:
@@ -39,10 +37,15 @@ def alone(checkpoint: Checkpoint) -> bool:
     return checkpoint.shards[0].suffix == GGUF and not (root / "config.json").exists()
 
 
+def _speaks(checkpoint: Checkpoint) -> bool:
+    """Whether the tokenizer is in a GGUF file alone."""
+    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    return checkpoint.shards[0].suffix == GGUF and not any((root / name).exists() for name in _FILES)
+
+
 def untold(checkpoint: Checkpoint) -> str | None:
     """Why a GGUF file's tokenizer is not written in the files of transformers; None where it is, or lies beside it."""
-    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    if not alone(checkpoint) or any((root / name).exists() for name in _FILES):
+    if not _speaks(checkpoint):
         return None
     try:
         tokenizer_documents(read_gguf(checkpoint.shards[0]))

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 else:  # the run-time check of annotations needs names, and importing these costs a second
     PreTrainedConfig = PreTrainedModel = PreTrainedTokenizerBase = object
 
+# Tokens that classes of transformers have of themselves, where no file gives any.
+_EMPTY = 8
 # What `transformers` raises over a configuration, code or tokenizer that it cannot use.
 _REFUSALS = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError)
 # Codes and scales of a quantized weight while it is unpacked, in bytes per element, beside the result.
@@ -489,6 +491,8 @@ def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = _tokenizer_class(checkpoint).from_pretrained(
             root, trust_remote_code=checkpoint.trusted, local_files_only=True
         )
+    if len(tokenizer) <= _EMPTY:
+        raise CheckpointError(f"{root} has no tokenizer: no file of it lies there; put it beside the weights")
     return tokenizer
 
 

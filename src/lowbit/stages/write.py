@@ -35,7 +35,7 @@ from lowbit import __version__, native
 from lowbit.budget import format_size
 from lowbit.errors import JournalError, ResourceError
 from lowbit.formats import Spec, Weight
-from lowbit.stages._gguf_vocabulary import told_by
+from lowbit.stages._gguf_vocabulary import alone, told_by
 from lowbit.stages._gguf_write import gguf_shards
 from lowbit.stages._onnx_write import onnx_shard
 from lowbit.stages._shard import Shard, safetensors_shard
@@ -351,9 +351,10 @@ class Output:
 
     def _documents(self, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
         """JSON files by name: what declares the format, and what a GGUF file alone tells that becomes none."""
-        told = told_by(checkpoint)
-        if told and self.plan.rules.container == "gguf":
+        stays = self.plan.rules.container == "gguf"
+        if stays and alone(checkpoint):
             return {}
+        told = {} if stays else told_by(checkpoint)
         return told | self.plan.rules.config([entry.weight for entry in self.plan.entries], checkpoint.config)
 
     def _seal_empty(self, shard: Shard) -> None:
