@@ -16,7 +16,6 @@ from lowbit.stages.checkpoint import Checkpoint, arch_rows, is_ahead
 T = TypeVar("T")
 _INSIDE = re.compile(r"(language_model\.model|model\.language_model)\.|language_model\.(?=lm_head\.)")
 _READS = re.compile(r"model\.(layers|embed_tokens|norm)\.|lm_head\.")
-_AHEAD = "mtp."  # layers that foresee tokens, which stand beside the others in Qwen and Nemotron-H
 _TOP = (
     "dtype",
     "tie_word_embeddings",
@@ -63,7 +62,7 @@ def text_part(source: Checkpoint, form: str | None) -> Checkpoint:
 def _parameters(source: Checkpoint) -> Checkpoint:
     """Without masks and frequencies that old checkpoints store, which no program reads, and layers after the last."""
     written = source.shards[0].suffix == GGUF  # its header tells of all layers
-    later = (name for name in source.weights if name.startswith(_AHEAD) or is_ahead(source.config, name))
+    later = (name for name in source.weights if is_ahead(source.config, name))
     ahead = frozenset() if written else frozenset(later)
     names = [
         name

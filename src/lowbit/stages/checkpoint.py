@@ -287,7 +287,12 @@ def arch_row(table: str, config: Mapping[str, Any], weight: Weight) -> dict[str,
 
 
 def is_ahead(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a weight is in a layer after the model's last, of those that `num_nextn_predict_layers` tells of."""
+    """Whether a weight is of layers that foresee tokens: beside the others, in Qwen and Nemotron-H, or after the last.
+
+    Those after it are as many as `num_nextn_predict_layers` tells.
+    """
+    if name.startswith("mtp."):
+        return True
     layer = _LAYER.match(name)
     last, more = (config.get(key) for key in ("num_hidden_layers", "num_nextn_predict_layers"))
     return layer is not None and type(last) is type(more) is int and 0 <= int(layer[1]) - last < more
