@@ -395,7 +395,7 @@ def test_other_schemes_are_refused_in_words() -> None:
 def test_sizes_are_checked(name: str) -> None:
     q: Any = native.GgmlBlocks(torch.empty(2, 256, dtype=torch.uint8), torch.empty(2, 1))
     with pytest.raises(ValueError, match="weight is"):
-        native.ggml_encode(BLOCKS[name].id, torch.empty(2, 256).half(), None, out=q)
+        native.ggml_encode(BLOCKS[name].id, torch.empty(2, 256).double(), None, out=q)
     with pytest.raises(ValueError, match="codes has shape"):
         native.ggml_encode(BLOCKS[name].id, torch.empty(3, 256), None, out=q)
     with pytest.raises(ValueError, match=r"(scale_codes|min) is missing"):

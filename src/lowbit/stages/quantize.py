@@ -25,6 +25,7 @@ from lowbit.methods import Method, Stats
 from lowbit.methods._scales import nest
 from lowbit.schemes import Block, Scheme
 from lowbit.stages._imatrix import Importance
+from lowbit.stages._pages import kept_pages
 from lowbit.stages._recipe import step_options
 from lowbit.stages._store import Value, store
 from lowbit.stages.checkpoint import Checkpoint
@@ -99,7 +100,7 @@ def quantize(
     total = sum(entry.source_bytes for entry in plan.entries if not entry.tied)
     done = total - sum(entry.source_bytes for entry in todo)
     progress("quantize", done, total)
-    with one_torch_thread(), ThreadPoolExecutor(way.threads, "quantize") as pool:
+    with one_torch_thread(), kept_pages(), ThreadPoolExecutor(way.threads, "quantize") as pool:
         worker = _Worker(checkpoint, plan, output, way, importance_of(plan, checkpoint))
         for entry, _ in as_done(pool, worker.run, todo, 2 * way.threads):
             watch.check()
