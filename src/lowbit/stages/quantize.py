@@ -102,7 +102,7 @@ def quantize(
     progress("quantize", done, total)
     with one_torch_thread(), kept_pages(), ThreadPoolExecutor(way.threads, "quantize") as pool:
         worker = _Worker(checkpoint, plan, output, way, importance_of(plan, checkpoint))
-        for entry, _ in as_done(pool, worker.run, todo, 2 * way.threads):
+        for entry, _ in as_done(pool, worker.run, output.by_size(todo), 2 * way.threads):
             watch.check()
             done += entry.source_bytes
             progress("quantize", done, total)

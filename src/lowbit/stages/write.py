@@ -149,6 +149,15 @@ class Output:
         self._left = {shard.file: set(shard.offsets) for shard in shards}
         self.shards = shards
 
+    def by_size(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Largest first within each file, so that no thread is left with a large one while the others have none."""
+        places = {shard.file: place for place, shard in enumerate(self.shards)}
+
+        def key(entry: Entry) -> tuple[int, int]:
+            return places[self._shard_of[next(iter(self.plan.layout(entry)))].file], -entry.source_bytes
+
+        return sorted(entries, key=key)
+
     def into(self, entry: Entry, mapped: bool) -> dict[str, Tensor]:
         """Room for the stored tensors of one weight: this thread's buffer, for `write`, or views of the mapped shard.
 
