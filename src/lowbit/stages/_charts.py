@@ -320,7 +320,7 @@ def histogram_chart(histogram: Histogram) -> Spec | None:
     colour = _ordinal("what", [FLOAT, LEVEL], ["var(--text)", "var(--accent)"])
     tips = _tips(level="level:N", weights="count:N", share="share:N")
     stored = {"x": x, "x2": {"field": "high"}, "y": y, "y2": {"datum": 0}, "color": colour, "tooltip": tips}
-    look = {"opacity": 0.55, "stroke": "var(--card)", "strokeWidth": 0.5, "clip": True}
+    look: Spec = {"opacity": 0.55, "stroke": "var(--card)", "strokeWidth": 0.5, "clip": True}
     levels = _mark("rect", stored, data="levels", **look)
     meant = {"x": _of("at:Q"), "y": y, "color": colour}
     line = _mark("line", meant, data="curve", strokeWidth=1.3, interpolate="step", clip=True)
@@ -400,13 +400,13 @@ def frontier_chart(values: Sequence[Mapping[str, Any]]) -> Spec | None:
     shown = {"color": colour, "opacity": _FADED}
     tips = _tips(point="name:N", method="method:N", divergence="shown:N", size="size:N")
     ends = {**x, "y": _of("low:Q", scale=log), "y2": {"field": "high"}}
-    best, knee, strong = "datum.frontier", "datum.knee", {"size": 260, "strokeWidth": 2, "color": "var(--accent)"}
+    best, knee = "datum.frontier", "datum.knee"
     drawn = [
         _mark("line", {**base, "order": _of("MiB:Q")}, best, strokeWidth=1.5, color="var(--muted)"),
         _mark("rule", {**ends, **shown}, strokeWidth=1.5),
         _mark("point", {**base, **shown, "tooltip": tips}, filled=True, size=36),
         _mark("text", {**base, "text": _of("scheme:N")}, best, align="left", dx=7, dy=-7, fontSize=11),
-        _mark("point", base, knee, **strong),
+        _mark("point", base, knee, size=260, strokeWidth=2, color="var(--accent)"),
     ]
     return _finish(_picked("method", drawn), {"values": rows}, "Divergence against size", 380)
 

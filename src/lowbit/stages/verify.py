@@ -129,15 +129,15 @@ def _check_onnx(path: Path) -> None:
 
 
 @cache
-def _typed(dtype: type, order: str) -> np.dtype[Any]:
-    return np.dtype(dtype).newbyteorder(order)  # type: ignore[call-overload, no-any-return]
+def _typed(dtype: type, order: Any) -> np.dtype[Any]:
+    return np.dtype(dtype).newbyteorder(order)
 
 
 @final
 class _Reader(GGUFReader):
-    """The package's reader, which looks for each part of each token: views made in one step cost a third of its slices."""
+    """The package's reader, which looks up each part of each token: views made in one step cost a third of its own."""
 
-    def _get(self, offset: int, dtype: type, count: int = 1, override_order: str | None = None) -> np.ndarray[Any, Any]:  # type: ignore[override]
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> np.ndarray[Any, Any]:
         return np.frombuffer(self.data, _typed(dtype, override_order or self.byte_order), int(count), int(offset))
 
 

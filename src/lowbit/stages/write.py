@@ -42,7 +42,7 @@ from lowbit.stages._shard import Shard, safetensors_shard
 from lowbit.stages._weightfile import WeightFile
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan
-from lowbit.tensors import view_shape
+from lowbit.tensors import Shape, view_shape
 
 WORK = ".lowbit"
 SHARD_BYTES = 5 * 10**9
@@ -284,6 +284,10 @@ class Output:
         yield scratch_file.slice(0, prod(shape)).view(shape)
         scratch_file.close()
         path.unlink()
+
+    def room(self, name: str, shape: Shape) -> Tensor:
+        """Bytes of that shape in this thread's buffer of a name, which has been `codes`' too."""
+        return self._buffer(name, prod(shape)).view(shape)
 
     def _buffer(self, name: str, count: int) -> Tensor:
         held: dict[str, Tensor] = self._local.__dict__
