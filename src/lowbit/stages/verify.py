@@ -18,6 +18,7 @@ from typing import Any, final
 
 import numpy as np
 from gguf import GGUFReader
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from lowbit.budget import Estimate
@@ -129,7 +130,7 @@ def _check_onnx(path: Path) -> None:
 
 
 @cache
-def _typed(dtype: type, order: Any) -> np.dtype[Any]:
+def _typed(dtype: Any, order: Any) -> Any:
     return np.dtype(dtype).newbyteorder(order)
 
 
@@ -137,7 +138,7 @@ def _typed(dtype: type, order: Any) -> np.dtype[Any]:
 class _Reader(GGUFReader):
     """The package's reader, which looks up each part of each token: views made in one step cost a third of its own."""
 
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> np.ndarray[Any, Any]:
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> NDArray[Any]:
         return np.frombuffer(self.data, _typed(dtype, override_order or self.byte_order), int(count), int(offset))
 
 
