@@ -4,10 +4,11 @@
 
 The checkpoint has the shapes of 1.1 billion parameters, in bfloat16; fewer `--layers` keep embedding and output.
 llama.cpp reads a float16 GGUF file of the same tensors, without an importance matrix, and only its call is timed. Of
-ours the `process` is timed, from the start of the interpreter to the verified file and the report, and its stages
+ours the `process` is timed, from the start of the interpreter to the verified file and the report, its stages
 `quantize` and `verify` (`stages`), and what comes before and after them (`around`: imports, plan, report). Its modules
-are compiled, as those of an installation are: the run that warms up leaves their bytecode. `ggml` finds the codes that llama.cpp finds, `ggml_fit`, the default, others of less
-error. All take turns after one run each that warms up; medians and their ratios are printed. Needs the extra `test`.
+are compiled, as those of an installation are: the run that warms up leaves their bytecode. `ggml` finds the codes that
+llama.cpp finds, `ggml_fit`, the default, others of less error. All take turns after one run each that warms up; medians
+and their ratios are printed. Needs the extra `test`.
 """
 
 from __future__ import annotations
