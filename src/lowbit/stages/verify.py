@@ -138,7 +138,7 @@ def _typed(dtype: Any, order: Any) -> Any:
 class _Reader(GGUFReader):
     """The package's reader, which looks up each part of each token: views made in one step cost a third of its own."""
 
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> NDArray[Any]:
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: str | None = None) -> NDArray[Any]:
         return np.frombuffer(self.data, _typed(dtype, override_order or self.byte_order), int(count), int(offset))
 
 
