@@ -2,6 +2,7 @@
 
     python benchmarks/convert.py [--layers 12] [--from gptq] [--to compressed-tensors] [--scheme int4-g128] [--runs 3]
                                  [--lossy] [--threads 1,2] [--folder DIR]
+                                 [--hidden 4096 --mlp 11008 --kv-heads 32]      the shapes of 7 billion
 
 For each number of threads, of whole conversions (every weight tried before anything is written, then packed, written,
 synced, read back, compared): megabytes of input a second, milliseconds of processor time for each megabyte, and of the
@@ -28,6 +29,7 @@ import lowbit
 def make(root: Path, args: argparse.Namespace) -> Path:
     """A Llama-shaped checkpoint in the format to convert from."""
     sizes = ["--layers", str(args.layers), "--vocab", "512", "--distinct", "2", "--hidden", str(args.hidden)]
+    sizes += ["--mlp", str(args.mlp), "--kv-heads", str(args.kv_heads)]
     script = Path(__file__).with_name("synthetic.py")
     subprocess.run([sys.executable, str(script), str(root / "float"), *sizes], check=True)
     lowbit.quantize(root / "float", root / "in", scheme=args.scheme, format=args.source, threads=2)
@@ -88,6 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--mlp", type=int, default=5632)
+    parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--from", dest="source", default="gptq")
     parser.add_argument("--to", dest="target", default="compressed-tensors")
     parser.add_argument("--scheme", default="int4-g128")

@@ -246,14 +246,13 @@ NB_MODULE(_native, module) {
         Unlocked());
     module.def(
         "ggml_encode",
-        [](int type, const Floats& weight, const MaybeFloats& importance, bool fitted, const Codes& codes,
+        [](int type, const AnyIn& weight, const MaybeFloats& importance, bool fitted, const Codes& codes,
            const FloatsOut& scale, const std::optional<FloatsOut>& min, const MaybeCodes& scale_codes,
            const MaybeCodes& min_codes) {
             GgmlEncoded out{codes.data(), scale.data(), data_or_null(min), data_or_null(scale_codes),
                             data_or_null(min_codes)};
-            auto encode = fitted ? kernels().ggml_fit : kernels().ggml_encode;
-            encode(GgmlType(type), int64_t(weight.shape(0)), int64_t(weight.shape(1)), weight.data(),
-                   data_or_null(importance), out);
+            return ggml_encode_rows(kernels(), GgmlType(type), int64_t(weight.shape(0)), int64_t(weight.shape(1)),
+                                    weight_of(weight), data_or_null(importance), fitted, out);
         },
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
         nb::arg().none(), Unlocked());

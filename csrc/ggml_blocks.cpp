@@ -243,4 +243,22 @@ void ggml_unpack(GgmlType type, int64_t blocks, const uint8_t* stored, const Ggm
     move_all<false>(type, blocks, parts, stored);
 }
 
+bool ggml_encode_rows(const Kernels& kernels, GgmlType type, int64_t rows, int64_t cols, Weight weight,
+                      const float* importance, bool fitted, const GgmlEncoded& out) {
+    constexpr int64_t some = 1 << 15;  // weights: with their codes they fill a quarter of a core's cache
+    auto encode = fitted ? kernels.ggml_fit : kernels.ggml_encode;
+    GgmlShape shape = ggml_shape(type);
+    int64_t step = cols && cols < some ? some / cols : 1, across = cols / shape.weights, size = weight.dtype == Dtype::f32 ? 4 : 2;
+    std::vector<float> floats(size_t(step * cols));
+    for (int64_t row = 0; row < rows; row += step) {
+        int64_t count = row + step < rows ? step : rows - row, at = row * across, sub = at * shape.subs;
+        Weight part{static_cast<const uint8_t*>(weight.data) + row * cols * size, weight.dtype};
+        if (!kernels.to_floats(part, count * cols, floats.data())) return false;
+        encode(type, count, cols, floats.data(), importance,
+               {out.codes + row * cols, out.scale + at, out.min ? out.min + at : nullptr,
+                out.scale_codes ? out.scale_codes + sub : nullptr, out.min_codes ? out.min_codes + sub : nullptr});
+    }
+    return true;
+}
+
 }  // namespace lowbit

@@ -340,6 +340,23 @@ ErrorSums error(const Grid& grid, Weight weight, const Quantized& quantized) {
     return sums;
 }
 
+bool to_floats(Weight weight, int64_t count, float* out) {
+    auto from = static_cast<const uint8_t*>(weight.data);
+    F off = set(0.0f);  // x - x: NaN where x is not finite
+    with_dtype(weight.dtype, [&](auto type) {
+        using T = decltype(type);
+        auto take = [&](int64_t at, auto n) {
+            F x = first_lanes(load_some<T>(from + at * T::size, n), n);
+            store_some<F32>(reinterpret_cast<uint8_t*>(out + at), x, n);
+            off = add(off, sub(x, x));
+        };
+        int64_t at = 0;
+        for (; at + 16 <= count; at += 16) take(at, Full{});
+        if (at < count) take(at, int(count - at));
+    });
+    return all(at_least(set(0.0f), off));
+}
+
 // ---- sweep ----
 
 // encode(x, zero) gives code and value, both as far as the scale is left out.
@@ -510,7 +527,7 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last);  // compiled apart: product.h
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
-                           dequantize, error,       sweep,           pack_bits,       unpack_bits,     transpose_words,
+                           dequantize, error,       to_floats,       sweep,           pack_bits,       unpack_bits,     transpose_words,
                            softmax,    softmax_slopes, encode_any, fit_any, put_any,         LOWBIT_PRODUCT,
                            round_inputs, widen,     round_wide,      widen_panels,    attend,    keep,
                            gate};

@@ -230,6 +230,9 @@ struct Kernels {
     // Sums over w - dequantized (float32), squared and added in float64 in 16 fixed lanes per row.
     ErrorSums (*error)(const Grid&, Weight, const Quantized&);
 
+    // `count` weights as float32. Whether all are finite.
+    bool (*to_floats)(Weight, int64_t count, float* out);
+
     // Columns one by one: the code nearest to the target, its error, and what the change of that error adds to the
     // targets of the columns that follow (GPTQ's inner loop).
     void (*sweep)(const Sweep&, const Coder&);
@@ -339,6 +342,11 @@ GgmlFound ggml_panels(GgmlType, const GgmlRows&, int threads, const GgmlPanels&)
 // Returns the first weight of a run that the type has no word for (IQ types hold runs of codes from a table), or -1.
 int64_t ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);
 void ggml_unpack(GgmlType, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>&);
+
+// `Kernels::ggml_encode` or, `fitted`, `Kernels::ggml_fit` of rows in any float type, some at a time in the processor's
+// cache. False where a weight is not finite; then codes are not those of all rows.
+bool ggml_encode_rows(const Kernels&, GgmlType, int64_t rows, int64_t cols, Weight, const float* importance, bool fitted,
+                      const GgmlEncoded&);
 
 // Whether an open file holds these bytes from its byte `at` on; one that cannot be read does not.
 bool file_holds(int file, const uint8_t* bytes, int64_t count, int64_t at);

@@ -126,6 +126,14 @@ static std::vector<float> level_table(int ramp, int others) {
 static void compare_dequantize(const Kernels& kernels, const Grid& grid, Dtype dtype) {
     int64_t count = grid.rows * grid.cols;
     Buffer data = random_weight(count, dtype, false), codes = random_codes(count, 255);
+    for (bool wild : {false, true}) {
+        Buffer any = random_weight(count, dtype, wild);
+        compare("to_floats", kernels, grid, 4 * count + 1, [&](const Kernels& k, uint8_t* out) {
+            std::vector<float> floats(size_t(count), 0.0f);
+            out[4 * count] = k.to_floats({any.at(), dtype}, count, floats.data());
+            if (count) std::memcpy(out, floats.data(), size_t(4 * count));
+        });
+    }
     auto scale = random_scales(blocks(grid)), zero = random_scales(blocks(grid));
     for (auto& level : {level_table(16, 0), level_table(256, 0), level_table(0, 16), level_table(0, 200)})
         for (const float* z : {static_cast<const float*>(nullptr), static_cast<const float*>(zero.data())}) {

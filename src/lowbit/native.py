@@ -482,18 +482,19 @@ def ggml_encode(
     *,
     out: GgmlBlocks,
     fitted: bool = False,
-) -> None:
+) -> bool:
     """llama.cpp's encoder of a type, under its number in GGUF: what `ggml_quantize_chunk` finds, to the bit.
 
     With `fitted`, codes and scales of less error: sum of importance (or 1) * (weight - value)**2, block by block.
-    `weight` is finite, in rows of whole blocks. Scales that float16 does not have become the greatest that it has.
+    `weight` is in rows of whole blocks. Scales that float16 does not have become the greatest that it has. False where
+    a weight is not finite: what is in `out` is then of no use.
     """
     rows, cols = _two(weight.shape)
     weights, _, subs, has_min, _ = _ggml_shape(type)
     if cols % weights:
         raise ValueError(f"blocks of {weights} weights do not divide rows of {cols}")
     across = cols // weights
-    _check("weight", weight, (rows, cols), torch.float32)
+    _check("weight", weight, (rows, cols), *WEIGHT_DTYPES)
     _check("codes", out.codes, (rows, cols), torch.uint8)
     _check("scale", out.scale, (rows, across), torch.float32)
     _check_present("min", out.min, has_min, (rows, across), torch.float32)
@@ -502,7 +503,7 @@ def ggml_encode(
     if importance is not None:
         _check("importance", importance, (cols,), torch.float32)
     each = (out.codes, out.scale, out.min, out.scale_codes, out.min_codes)
-    _native.ggml_encode(type, weight, importance, fitted, *each)
+    return _native.ggml_encode(type, weight.detach(), importance, fitted, *each)
 
 
 def _ggml_shape(type: int) -> tuple[int, int, int, bool, int]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowbit import native
-from lowbit.errors import FormatError
+from lowbit.errors import FormatError, WeightError
 from lowbit.formats import Weight
 from lowbit.formats._ggml import BLOCKS, pack, type_of, unpack
 from lowbit.methods import NoOptions, ggml, ggml_fit, imatrix, imatrix_fit, rtn
@@ -395,7 +395,7 @@ def test_other_schemes_are_refused_in_words() -> None:
 def test_sizes_are_checked(name: str) -> None:
     q: Any = native.GgmlBlocks(torch.empty(2, 256, dtype=torch.uint8), torch.empty(2, 1))
     with pytest.raises(ValueError, match="weight is"):
-        native.ggml_encode(BLOCKS[name].id, torch.empty(2, 256).half(), None, out=q)
+        native.ggml_encode(BLOCKS[name].id, torch.empty(2, 256).double(), None, out=q)
     with pytest.raises(ValueError, match="codes has shape"):
         native.ggml_encode(BLOCKS[name].id, torch.empty(3, 256), None, out=q)
     with pytest.raises(ValueError, match=r"(scale_codes|min) is missing"):
@@ -477,3 +477,30 @@ def test_fitted_scales_are_near_the_best_of_all_codes_that_they_can_have(name: s
     mine = block_errors(name, stored(found, name), weight, importance.astype(np.float32)).sum()
     least = exhaustive(found, torch.from_numpy(weight).double(), torch.from_numpy(importance))
     assert least * (1 - 1e-6) <= mine <= 1.2 * least
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cols", [256, 300, 40_960])
+@pytest.mark.parametrize("scheme", ["q4_k", "q6_k"])
+def test_weights_of_any_float_type_are_what_they_are_as_float32(dtype: torch.dtype, cols: int, scheme: str) -> None:
+    """Rows are taken some at a time: there are more than that, and rows longer than it, and rows that are filled up."""
+    rows = 2 if cols > 1000 else 301
+    weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+    def quantize(part: Tensor) -> QTensor:
+        return ggml.METHOD.quantize(part, {}, parse(scheme), NoOptions())
+
+    one, other = quantize(weight), quantize(weight.float())
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one.parts(), other.parts(), strict=True))
+    assert torch.equal(one.codes, torch.cat([quantize(row[None]).codes for row in weight]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_not_finite_is_named_wherever_it_is(value: float, dtype: torch.dtype) -> None:
+    weight = torch.ones(300, 256, dtype=dtype)
+    for row, col in ((0, 0), (299, 255), (128, 17)):
+        bad = weight.clone()
+        bad[row, col] = value
+        with pytest.raises(WeightError, match=f"at row {row}, column {col} "):
+            ggml.METHOD.quantize(bad, {}, parse("q4_k"), NoOptions())

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks import synthetic
 from lowbit.budget import MemoryWatch
 from lowbit.errors import VerifyError
 from lowbit.formats import Weight
@@ -188,3 +189,82 @@ def test_a_tensor_too_many_is_not_overlooked(tmp_path: Path) -> None:
         save_file(tensors, tmp_path / "out/model.safetensors")
         with pytest.raises(VerifyError, match="stray is there and was not meant"):
             check()
+
+
+ROWS = "model.layers.0.mlp.down_proj.weight"
+
+
+@contextmanager
+def in_rows(
+    tmp_path: Path, out: str, scheme: str, method: str, *, piece: int, scratch: bool = False
+) -> Iterator[tuple[Output, Callable[[], None]]]:
+    """A run into GGUF whose weights are stored in pieces, or whole where codes lie in scratch files."""
+    if not (tmp_path / "llama").exists():
+        small = [
+            "--layers",
+            "1",
+            "--hidden",
+            "256",
+            "--mlp",
+            "512",
+            "--heads",
+            "4",
+            "--kv-heads",
+            "2",
+            "--vocab",
+            "512",
+        ]
+        synthetic.write(synthetic.parser().parse_args([str(tmp_path / "llama"), *small]))
+    with open_checkpoint(tmp_path / "llama") as source:
+        plan = make_plan(source, Rules(scheme, format="gguf", method=method))
+        way = replace(estimate_memory(plan, None, 2), piece=piece, scratch=scratch)
+        with open_output(tmp_path / out, source, plan) as output:
+            yield output, lambda: quantize(source, plan, output, way, MemoryWatch(None))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method"), [("q4_k", "ggml_fit"), ("q6_k", "ggml"), ("q8_0", "rtn"), ("q4_1", "mse")]
+)
+def test_rows_stored_apart_are_the_bytes_and_the_journal_of_whole_weights(
+    tmp_path: Path, scheme: str, method: str
+) -> None:
+    """Also where a piece does not end with the weight, and where a method brings codes of its own."""
+    found = []
+    for out, piece, scratch in (("whole", 1 << 21, True), ("rows", 3 * 512, False), ("one", 1 << 21, False)):
+        with in_rows(tmp_path, out, scheme, method, piece=piece, scratch=scratch) as (output, make):
+            make()
+            told = {
+                name: (each.source, each.meant, each.stored, each.verified) for name, each in output.records.items()
+            }
+            errors = {name: each.facts.get("largest_error") for name, each in output.records.items()}
+            found.append(((tmp_path / out / "model.gguf").read_bytes(), told, errors))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("what", ["file", "reader"])
+def test_rows_that_are_not_what_was_meant_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """A byte of a later piece changes as it is written, or as it is packed."""
+
+    def write_badly(output: Output, name: str, data: memoryview, at: int = 0) -> None:
+        bad = bytearray(data)
+        if name == ROWS and at > 0:
+            bad[20] ^= 1
+        write(output, name, memoryview(bad), at)
+
+    write = Output.write
+    with in_rows(tmp_path, "out", "q4_k", "ggml", piece=64 * 512) as (output, make):
+        rules = output.plan.rules
+
+        def pack(weight: Weight, value: QTensor, into: Mapping[str, torch.Tensor]) -> None:
+            rules.pack(weight, value, into)
+            if weight.name == ROWS:
+                into[ROWS][-1, 20] ^= 1
+
+        if what == "file":
+            monkeypatch.setattr(Output, "write", write_badly)
+        else:
+            vars(output.plan)["rules"] = replace(rules, pack=pack)
+        first = 64 * 512 + 4 if what == "file" else 63 * 512 + 4
+        with pytest.raises(VerifyError, match=f"{ROWS} differs from what was meant in element {first} of its codes"):
+            make()
+        assert ROWS not in output.records

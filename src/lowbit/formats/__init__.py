@@ -101,6 +101,11 @@ def never_hollow(scheme: Scheme) -> bool:
     return False
 
 
+def never_by_rows(weight: Weight) -> bool:
+    """What a format says that packs a weight whole."""
+    return False
+
+
 @dataclass(frozen=True)
 class CodeRows:
     """How a format stores codes alone, of some rows of a weight `[rows, cols]`: a multiple of 32, the last apart.
@@ -158,6 +163,8 @@ class Format:
             and no bytes. They then leave alone where codes are stored, and do and check all else. Only true where no
             code can be wrong.
         rows: codes of some rows, of the schemes that are `hollow`; None where they are not had so.
+        by_rows: `(weight) -> bool`: whether its layout is one tensor, of which some rows are what `pack` makes of a
+            weight of those rows alone.
     """
 
     about: str
@@ -178,3 +185,4 @@ class Format:
     arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None
     hollow: Callable[[Scheme], bool] = never_hollow
     rows: CodeRows | None = None
+    by_rows: Callable[[Weight], bool] = never_by_rows

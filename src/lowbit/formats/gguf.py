@@ -65,6 +65,12 @@ def _kind(weight: Weight) -> BlockType:
     return BLOCKS[name]
 
 
+def by_rows(weight: Weight) -> bool:
+    """Where rows and columns are in the order of the file, and no number beside them is of all rows."""
+    in_order = file_rows(weight) is None and file_columns(weight) is None
+    return len(weight.shape) == 2 and in_order and weight.scheme != _NVFP4
+
+
 def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
     """Fill the rows of blocks, some at a time where their order changes.
 
@@ -195,4 +201,5 @@ FORMAT = Format(
     learned_encoder="imatrix_fit",
     arrange=arrange,
     hollow=hollow,
+    by_rows=by_rows,
 )

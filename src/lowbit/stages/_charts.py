@@ -1,4 +1,6 @@
-"""Charts of the report as Vega-Lite specifications, made with Altair.
+"""Charts of the report as Vega-Lite specifications: plain dictionaries, as its schema names their fields.
+
+Altair would make them too, but importing it takes longer than quantizing a small model; the tests have it read them.
 
 Colours are CSS custom properties (`var(--c0)`), which the page defines for light and for dark: the charts are drawn as
 SVG, so they follow the page without being drawn again. Every chart has its own data and reaches for nothing outside.
@@ -15,14 +17,13 @@ from itertools import pairwise
 from math import ceil, floor, log10, prod
 from typing import Any, final
 
-import altair as alt
-from altair.utils.schemapi import debug_mode
-
 from lowbit.budget import format_size
 from lowbit.stages._records import Histogram, Row, RunRecord
 from lowbit.stages._words import shorten
 
 Spec = dict[str, Any]
+_SCHEMA = "https://vega.github.io/schema/vega-lite/v6.4.1.json"
+_TYPES = {"Q": "quantitative", "N": "nominal", "O": "ordinal"}
 ROLES = 8  # more lines than this in one chart cannot be told apart
 _USED = ("q", "k", "v", "o", "gate", "up", "down")
 DRAWN = 1200  # marks in one chart; no real model has more layers times roles, and hostile names stay bounded
@@ -126,11 +127,36 @@ def _ordered(roles: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(roles), key=lambda role: _USED.index(role) if role in _USED else len(_USED))
 
 
-def _legend(labels: Sequence[str]) -> alt.Legend:
+def _of(field: str, **more: Any) -> Spec:
+    """A channel: a field with the letter of its type behind, as `layer:Q`, and what else is said of it."""
+    name, letter = field.rsplit(":", 1)
+    return {"field": name, "type": _TYPES[letter], **more}
+
+
+def _mark(kind: str, encoding: Spec, only: str | None = None, data: str | None = None, **look: Any) -> Spec:
+    """One layer; `only`: the rows for which this holds, `data`: its own dataset."""
+    spec: Spec = {"mark": {"type": kind, **look}, "encoding": encoding}
+    if only:
+        spec["transform"] = [{"filter": only}]
+    if data:
+        spec["data"] = {"name": data}
+    return spec
+
+
+def _picked(field: str, layers: Sequence[Spec]) -> Spec:
+    """Layers of which the legend picks one value of a field; the others then fade where they have `_FADED`."""
+    pick = {"name": "pick", "select": {"type": "point", "fields": [field]}, "bind": "legend", "views": ["first"]}
+    return {"layer": [{**layers[0], "name": "first"}, *layers[1:]], "params": [pick]}
+
+
+_FADED: Spec = {"condition": {"param": "pick", "value": 1}, "value": 0.12}
+
+
+def _legend(labels: Sequence[str]) -> Spec:
     """A legend above the chart whose columns fit a telephone."""
     widest = max((len(label) for label in labels), default=1)
     columns = max(1, min(len(labels), 250 // (7 * min(widest, 16) + 26)))
-    return alt.Legend(orient="top", title=None, columns=columns, labelLimit=130)
+    return {"orient": "top", "title": None, "columns": columns, "labelLimit": 130}
 
 
 def error_chart(rows: Sequence[Row], where: Mapping[str, Place]) -> Spec | None:
@@ -140,33 +166,30 @@ def error_chart(rows: Sequence[Row], where: Mapping[str, Place]) -> Spec | None:
     if not values:
         return None
     labels = _ordered(value["role"] for value in values)
-    pick = alt.selection_point(fields=["role"], bind="legend")
-    base = alt.Chart(alt.InlineData(values=values)).encode(
-        x=alt.X(
-            "layer:Q",
-            axis=alt.Axis(title="layer", format="d", tickMinStep=1, grid=False),
-            scale=alt.Scale(zero=False, nice=False),
-        ),
-        y=_error_axis([value["error"] for value in values]),
-        color=_ordinal("role", labels, [f"var(--c{index})" for index in range(len(labels))]),
-        opacity=alt.condition(pick, alt.value(1), alt.value(0.12)),
-        tooltip=_tips(tensor="name:N", scheme="schemes:N", error="shown:N", method="method:N"),
-    )
-    point = base.mark_point(filled=True, size=40 if len(values) <= 200 else 14)
-    shape = alt.Shape("role:N", scale=alt.Scale(domain=labels), legend=_legend(labels))
-    chart = alt.layer(base.mark_line(strokeWidth=1.5), point.encode(shape=shape)).add_params(pick)
-    return _finish(chart, "Relative squared error of each quantized tensor, by layer", 280)
+    axis = {"title": "layer", "format": "d", "tickMinStep": 1, "grid": False}
+    base = {
+        "x": _of("layer:Q", axis=axis, scale={"zero": False, "nice": False}),
+        "y": _error_axis([value["error"] for value in values]),
+        "color": _ordinal("role", labels, [f"var(--c{index})" for index in range(len(labels))]),
+        "opacity": _FADED,
+        "tooltip": _tips(tensor="name:N", scheme="schemes:N", error="shown:N", method="method:N"),
+    }
+    shape = _of("role:N", scale={"domain": labels}, legend=_legend(labels))
+    line = _mark("line", base, strokeWidth=1.5)
+    point = _mark("point", {**base, "shape": shape}, filled=True, size=40 if len(values) <= 200 else 14)
+    about = "Relative squared error of each quantized tensor, by layer"
+    return _finish(_picked("role", [line, point]), {"values": values}, about, 280)
 
 
-def _error_axis(errors: Sequence[float]) -> alt.Y:
+def _error_axis(errors: Sequence[float]) -> Spec:
     """Linear, or logarithmic where errors differ by more than a factor of 25; a log axis leaves zeros out."""
     title, positive = "relative squared error", [error for error in errors if error > 0]
     if not positive or max(positive) <= 25 * min(positive):
-        axis = alt.Axis(title=title, format=".3~p", tickCount=5)
-        return alt.Y("error:Q", scale=alt.Scale(zero=False, nice=True), axis=axis)
+        axis: Spec = {"title": title, "format": ".3~p", "tickCount": 5}
+        return _of("error:Q", scale={"zero": False, "nice": True}, axis=axis)
     powers = [10.0**power for power in range(floor(log10(min(positive))), ceil(log10(max(positive))) + 1)]
-    axis = alt.Axis(title=f"{title} (log scale)", format=".3~p", values=powers)
-    return alt.Y("error:Q", scale=alt.Scale(type="log", domain=[powers[0], powers[-1]]), axis=axis)
+    axis = {"title": f"{title} (log scale)", "format": ".3~p", "values": powers}
+    return _of("error:Q", scale={"type": "log", "domain": [powers[0], powers[-1]]}, axis=axis)
 
 
 def _error_point(group: _Group) -> dict[str, Any]:
@@ -199,21 +222,21 @@ def bytes_chart(rows: Sequence[Row], where: Mapping[str, Place]) -> Spec | None:
 
 def _bars(values: list[dict[str, Any]], words: list[dict[str, str]], unit: str) -> Spec:
     """A wide pale bar of the bytes before under a narrow strong one of the bytes after, both in words above."""
-    y = alt.Y("role:N", sort=[each["role"] for each in words], axis=_plain_axis())
-    x = alt.X("size:Q", scale=alt.Scale(nice=False), axis=alt.Axis(title=unit, tickCount=5))
-    base = alt.Chart(alt.InlineData(values=values)).encode(
-        y=y,
-        x=x,
-        color=_ordinal("what", [BEFORE, AFTER], ["var(--before)", "var(--accent)"]),
-        tooltip=_tips(tensors="role:N", what="what:N", bytes="shown:N", scheme="scheme:N"),
-    )
+    y = _of("role:N", sort=[each["role"] for each in words], axis=_plain_axis())
+    base = {
+        "y": y,
+        "x": _of("size:Q", scale={"nice": False}, axis={"title": unit, "tickCount": 5}),
+        "color": _ordinal("what", [BEFORE, AFTER], ["var(--before)", "var(--accent)"]),
+        "tooltip": _tips(tensors="role:N", what="what:N", bytes="shown:N", scheme="scheme:N"),
+    }
     bars = [
-        base.transform_filter(alt.datum.what == what).mark_bar(height=height, yOffset=8, cornerRadiusEnd=2)
+        _mark("bar", base, f"datum.what === '{what}'", height=height, yOffset=8, cornerRadiusEnd=2)
         for what, height in ((BEFORE, 14), (AFTER, 7))
     ]
-    text = alt.Chart(alt.InlineData(values=words)).mark_text(align="left", baseline="middle", dy=-9, fontSize=11)
-    labels = text.encode(y=y, x=alt.value(1), text="words:N")
-    return _finish(alt.layer(*bars, labels), "Bytes before and after, by kind of tensor", 38 * len(words))
+    said = {"y": y, "x": {"value": 1}, "text": _of("words:N")}
+    labels = _mark("text", said, data="words", align="left", baseline="middle", dy=-9, fontSize=11)
+    about = "Bytes before and after, by kind of tensor"
+    return _finish({"layer": [*bars, labels]}, {"values": values, "words": words}, about, 38 * len(words))
 
 
 def _unit(largest: int) -> tuple[int, str]:
@@ -238,23 +261,19 @@ def bits_chart(rows: Sequence[Row], where: Mapping[str, Place]) -> Spec | None:
     layers = sorted({group.layer for group in groups if group.layer is not None})
     classes = [name for name, _ in _BIT_CLASSES]
     present = [name for name in classes if any(value["class"] == name for value in values)]
-    base = alt.Chart(alt.InlineData(values=values)).encode(
-        x=alt.X(
-            "layer:O",
-            axis=alt.Axis(title="layer", labelAngle=0, ticks=False, domain=False, values=layers[:: _step(len(layers))]),
-        ),
-        y=alt.Y("role:N", sort=_ordered(group.role for group in groups), axis=_plain_axis()),
-        tooltip=_tips(tensor="name:N", scheme="schemes:N", bits="shown:N", bytes="size:N"),
-    )
+    written = {"title": "layer", "labelAngle": 0, "ticks": False, "domain": False}
+    base = {
+        "x": _of("layer:O", axis={**written, "values": layers[:: _step(len(layers))]}),
+        "y": _of("role:N", sort=_ordered(group.role for group in groups), axis=_plain_axis()),
+        "tooltip": _tips(tensor="name:N", scheme="schemes:N", bits="shown:N", bytes="size:N"),
+    }
     colour = _ordinal("class", present, [f"var(--bits{classes.index(name)})" for name in present])
-    drawn = [base.mark_rect(stroke="var(--card)", strokeWidth=1.5 if len(layers) < 50 else 0.3).encode(color=colour)]
+    edge = 1.5 if len(layers) < 50 else 0.3
+    drawn = [_mark("rect", {**base, "color": colour}, stroke="var(--card)", strokeWidth=edge)]
     if len(layers) <= 10:
-        drawn.append(base.mark_text(fontSize=11).encode(text="label:N"))
-    return _finish(
-        alt.layer(*drawn),
-        "Stored bits per weight, by layer and kind of tensor",
-        26 * len({group.role for group in groups}),
-    )
+        drawn.append(_mark("text", {**base, "text": _of("label:N")}, fontSize=11))
+    about, high = "Stored bits per weight, by layer and kind of tensor", 26 * len({group.role for group in groups})
+    return _finish({"layer": drawn}, {"values": values}, about, high)
 
 
 _BIT_CLASSES = (
@@ -276,13 +295,12 @@ def _step(count: int) -> int:
     return next((step for step in (1, 2, 5, 10, 20, 50, 100) if count <= 12 * step), count)
 
 
-def _plain_axis() -> alt.Axis:
-    return alt.Axis(title=None, labelLimit=110, ticks=False, domain=False)
+def _plain_axis() -> Spec:
+    return {"title": None, "labelLimit": 110, "ticks": False, "domain": False}
 
 
-def _ordinal(field: str, labels: Sequence[str], colours: Sequence[str]) -> alt.Color:
-    scale = alt.Scale(domain=list(labels), range=list(colours))
-    return alt.Color(f"{field}:N", scale=scale, legend=_legend(labels))
+def _ordinal(field: str, labels: Sequence[str], colours: Sequence[str]) -> Spec:
+    return _of(f"{field}:N", scale={"domain": list(labels), "range": list(colours)}, legend=_legend(labels))
 
 
 def histogram_chart(histogram: Histogram) -> Spec | None:
@@ -296,20 +314,18 @@ def histogram_chart(histogram: Histogram) -> Spec | None:
         for (low, high), count in zip(pairwise(histogram.edges), histogram.counts, strict=True)
     ]
     ends = [histogram.edges[0], histogram.edges[-1]]
-    scale = alt.Scale(domain=ends, nice=False)
-    x = alt.X("low:Q", axis=alt.Axis(title=histogram.unit, grid=False, tickCount=8), scale=scale)
-    y = alt.Y("density:Q", axis=alt.Axis(title="density", labels=False, ticks=False, tickCount=4), stack=None)
+    axis = {"title": histogram.unit, "grid": False, "tickCount": 8}
+    x = _of("low:Q", axis=axis, scale={"domain": ends, "nice": False})
+    y = _of("density:Q", axis={"title": "density", "labels": False, "ticks": False, "tickCount": 4}, stack=None)
     colour = _ordinal("what", [FLOAT, LEVEL], ["var(--text)", "var(--accent)"])
-    levels = alt.Chart(alt.InlineData(values=bars)).mark_rect(
-        opacity=0.55, stroke="var(--card)", strokeWidth=0.5, clip=True
-    )
-    line = alt.Chart(alt.InlineData(values=curve)).mark_line(strokeWidth=1.3, interpolate="step", clip=True)
     tips = _tips(level="level:N", weights="count:N", share="share:N")
-    drawn = alt.layer(
-        levels.encode(x=x, x2="high:Q", y=y, y2=alt.datum(0), color=colour, tooltip=tips),
-        line.encode(x=alt.X("at:Q"), y=y, color=colour),
-    )
-    return _finish(drawn, f"Weights of {shorten(histogram.name, 80)} against the levels of their grid", 170)
+    stored = {"x": x, "x2": {"field": "high"}, "y": y, "y2": {"datum": 0}, "color": colour, "tooltip": tips}
+    look: Spec = {"opacity": 0.55, "stroke": "var(--card)", "strokeWidth": 0.5, "clip": True}
+    levels = _mark("rect", stored, data="levels", **look)
+    meant = {"x": _of("at:Q"), "y": y, "color": colour}
+    line = _mark("line", meant, data="curve", strokeWidth=1.3, interpolate="step", clip=True)
+    about = f"Weights of {shorten(histogram.name, 80)} against the levels of their grid"
+    return _finish({"layer": [levels, line]}, {"levels": bars, "curve": curve}, about, 170)
 
 
 def _level_bars(histogram: Histogram) -> list[dict[str, Any]]:
@@ -330,8 +346,8 @@ def _level_bars(histogram: Histogram) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _tips(**fields: str) -> list[alt.Tooltip]:
-    return [alt.Tooltip(field, title=title) for title, field in fields.items()]
+def _tips(**fields: str) -> list[Spec]:
+    return [_of(field, title=title) for title, field in fields.items()]
 
 
 @cache
@@ -340,7 +356,7 @@ def _config() -> Mapping[str, Any]:
     return {
         "font": _FONT,
         "background": "transparent",
-        "view": {"stroke": None},
+        "view": {"continuousWidth": 300, "continuousHeight": 300, "stroke": None},
         "axis": text
         | {
             "titleFontWeight": "normal",
@@ -354,16 +370,13 @@ def _config() -> Mapping[str, Any]:
     }
 
 
-def _finish(chart: alt.LayerChart | alt.FacetChart, description: str, height: int) -> Spec:
-    """Size, accessible description and colours. Tests, and no run, validate it against the Vega-Lite schema."""
-    sized = chart.properties(
-        width="container",
-        height=height,
-        description=description,
-        autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
-    )
-    spec: Spec = sized.configure(**_config()).to_dict(validate=False)
-    return spec
+def _finish(layers: Spec, data: Mapping[str, Sequence[Any]], description: str, height: int) -> Spec:
+    """Size, accessible description, colours and data, of which `values` is that of all layers without their own."""
+    common = {"data": {"name": "values"}} if "values" in data else {}
+    return {
+        "$schema": _SCHEMA, "config": _config(), "width": "container", "height": height, "description": description,
+        "autosize": {"type": "fit-x", "contains": "padding"}, "datasets": dict(data), **common, **layers,
+    }  # fmt: skip
 
 
 def frontier_chart(values: Sequence[Mapping[str, Any]]) -> Spec | None:
@@ -377,34 +390,34 @@ def frontier_chart(values: Sequence[Mapping[str, Any]]) -> Spec | None:
     rows = [{**row, "MiB": row["bytes"] / 2**20, "shown": f"{row['divergence']:.4g} ({row['low']:.4g} to "
              f"{row['high']:.4g})", "size": format_size(row["bytes"])} for row in values]  # fmt: skip
     labels = list(dict.fromkeys(row["method"] for row in rows))[:ROLES]
-    log = alt.Scale(type="log", nice=False, padding=30)
-    x = alt.X("MiB:Q", scale=log, axis=alt.Axis(title="weights, MiB (log scale)", format="~s", grid=False))
+    log = {"type": "log", "nice": False, "padding": 30}
+    x = {"x": _of("MiB:Q", scale=log, axis={"title": "weights, MiB (log scale)", "format": "~s", "grid": False})}
     lows, highs = [row["low"] for row in rows if row["low"] > 0], [row["high"] for row in rows]
     powers = [10.0**at for at in range(floor(log10(min(lows, default=1e-9))), ceil(log10(max(*highs, 1e-9))) + 1)]
-    axis = alt.Axis(title="KL divergence, nats per token (log scale)", format=".2~g", values=powers)
-    y = alt.Y("divergence:Q", scale=log, axis=axis)
-    pick = alt.selection_point(fields=["method"], bind="legend")
-    base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
-    faded = alt.condition(pick, alt.value(1), alt.value(0.12))
-    tips = _tips(point="name:N", method="method:N", divergence="shown:N", size="size:N")
+    axis = {"title": "KL divergence, nats per token (log scale)", "format": ".2~g", "values": powers}
+    base = {**x, "y": _of("divergence:Q", scale=log, axis=axis)}
     colour = _ordinal("method", labels, [f"var(--c{index})" for index in range(len(labels))])
-    best = base.transform_filter("datum.frontier")
-    line = best.mark_line(strokeWidth=1.5, color="var(--muted)").encode(y=y, order="MiB:Q")
-    bars = base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q", scale=log), y2="high:Q", color=colour, opacity=faded)
-    marks = base.mark_point(filled=True, size=36).encode(y=y, color=colour, opacity=faded, tooltip=tips)
-    text = best.mark_text(align="left", dx=7, dy=-7, fontSize=11).encode(y=y, text="scheme:N")
-    ring = base.transform_filter("datum.knee").mark_point(size=260, strokeWidth=2, color="var(--accent)").encode(y=y)
-    return _finish(alt.layer(line, bars, marks, text, ring).add_params(pick), "Divergence against size", 380)
+    shown = {"color": colour, "opacity": _FADED}
+    tips = _tips(point="name:N", method="method:N", divergence="shown:N", size="size:N")
+    ends = {**x, "y": _of("low:Q", scale=log), "y2": {"field": "high"}}
+    best, knee = "datum.frontier", "datum.knee"
+    drawn = [
+        _mark("line", {**base, "order": _of("MiB:Q")}, best, strokeWidth=1.5, color="var(--muted)"),
+        _mark("rule", {**ends, **shown}, strokeWidth=1.5),
+        _mark("point", {**base, **shown, "tooltip": tips}, filled=True, size=36),
+        _mark("text", {**base, "text": _of("scheme:N")}, best, align="left", dx=7, dy=-7, fontSize=11),
+        _mark("point", base, knee, size=260, strokeWidth=2, color="var(--accent)"),
+    ]
+    return _finish(_picked("method", drawn), {"values": rows}, "Divergence against size", 380)
 
 
 def draw(run: RunRecord) -> dict[str, Spec]:
     """Every chart that this run has data for, by the name of its place in the page."""
     where = places(row.name for row in run.rows)
-    with debug_mode(False):  # altair would validate every part of a chart as it is made: half of the time
-        charts = {
-            "error": error_chart(run.rows, where),
-            "bytes": bytes_chart(run.rows, where),
-            "bits": bits_chart(run.rows, where),
-            **{f"grid-{at}": histogram_chart(each) for at, each in enumerate(run.histograms)},
-        }
+    charts = {
+        "error": error_chart(run.rows, where),
+        "bytes": bytes_chart(run.rows, where),
+        "bits": bits_chart(run.rows, where),
+        **{f"grid-{at}": histogram_chart(each) for at, each in enumerate(run.histograms)},
+    }
     return {name: spec for name, spec in charts.items() if spec}

@@ -7,7 +7,7 @@ was packed, byte for byte, and that the format's reader unpacks into memory that
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, final
@@ -85,10 +85,43 @@ class Streamed:
         return replace(self.q, codes=codes)
 
 
+@final
+@dataclass(frozen=True)
+class Rows:
+    """A quantized weight whose rows are made some at a time, and stored and compared while they are in the cache.
+
+    Attributes:
+        pieces: some rows each, in order, once.
+        seen: after the last, the digest of what was read and facts for the report.
+        again: makes it whole, to name what differs.
+    """
+
+    pieces: Iterator[QTensor]
+    seen: Callable[[], tuple[str, dict[str, Any]]]
+    again: Callable[[], Value]
+
+
+@final
+class _Sums:
+    """Digests of the parts of a weight that comes in rows: those of the whole."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, xxhash.xxh3_128] = {}
+
+    def add(self, parts: Iterable[tuple[str, Tensor]]) -> None:
+        """The next rows."""
+        for name, part in parts:
+            self._of.setdefault(name, xxhash.xxh3_128()).update(as_bytes(part.contiguous()))
+
+    def digests(self) -> dict[str, str]:
+        """In hexadecimal, by part."""
+        return {name: each.hexdigest() for name, each in self._of.items()}
+
+
 def store(
     output: Output,
     entry: Entry,
-    value: Value | Streamed,
+    value: Value | Streamed | Rows,
     source: Tensor | str,
     facts: Mapping[str, Any],
     *,
@@ -99,7 +132,7 @@ def store(
 
     Args:
         value: what was meant: contiguous, in the type that is stored, where the weight is not quantized; streamed only
-            in schemes of which the format packs rows.
+            in schemes of which the format packs rows; in rows where the format stores them apart.
         source: what was read, or its digest.
         facts: for the report; to its `seconds` those of packing and writing are added.
         scratch: packed and read back in mapped files, for little memory, and not in this thread's buffers.
@@ -118,6 +151,10 @@ def store(
         stored = {name: written["weight"]}
     elif isinstance(value, Streamed):
         meant, stored, reading = _stream(output, entry, value, scratch)
+    elif isinstance(value, Rows):
+        meant, stored, reading = _by_rows(output, entry, value)
+        source, more = value.seen()
+        facts = {**more, **facts}
     else:
         meant = {part: digest(tensor.contiguous()) for part, tensor in value.parts()}
         stored, reading = _pack(output, entry, value, meant, scratch)
@@ -160,6 +197,38 @@ def _pack(
             _refuse(output, entry, meant, find, lambda: value)
         compare(output.path, weight.name, meant, lambda: rules.unpack(weight, parts, codes), lambda: value)
     return stored, _let_go(output, parts, start)
+
+
+def _by_rows(output: Output, entry: Entry, value: Rows) -> tuple[dict[str, str], dict[str, str], float]:
+    """As `_pack`, for rows at a time; returns what was meant, too."""
+    weight, rules, name = entry.weight, output.plan.rules, entry.weight.name
+    meant, found, stored, same, at, reading = _Sums(), _Sums(), _Sums(), True, 0, 0.0
+    for q in value.pieces:
+        rows = replace(weight, shape=tuple(q.shape))
+        parts = output.into(replace(entry, weight=rows), mapped=False)
+        rules.pack(rows, q, parts)
+        output.write(name, as_bytes(parts[name]), at)
+        begin = time.perf_counter()
+        back = _unpacked(output, rows, parts) if same and output.holds(parts, at) else None
+        same = back is not None
+        found.add(back.parts() if back else ())
+        reading += time.perf_counter() - begin
+        meant.add(q.parts())
+        stored.add(parts.items())
+        output.let_go(name, parts[name].nbytes, at)
+        at += parts[name].nbytes
+    if not same or found.digests() != meant.digests():
+        find = lambda: rules.unpack(weight, output.read(entry), None)
+        _refuse(output, entry, meant.digests(), find, value.again)
+    return meant.digests(), stored.digests(), reading
+
+
+def _unpacked(output: Output, weight: Weight, parts: Mapping[str, Tensor]) -> QTensor | None:
+    """What the format's reader makes of tensors, in memory of this thread; None where it refuses them."""
+    try:
+        return output.plan.rules.unpack(weight, parts, output.room("check", weight.shape))
+    except LowbitError:
+        return None
 
 
 def _stream(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
@@ -25,8 +25,9 @@ from lowbit.methods import Method, Stats
 from lowbit.methods._scales import nest
 from lowbit.schemes import Block, Scheme
 from lowbit.stages._imatrix import Importance
+from lowbit.stages._pages import kept_pages
 from lowbit.stages._recipe import step_options
-from lowbit.stages._store import Value, store
+from lowbit.stages._store import Rows, Value, store
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, importance_of
 from lowbit.stages.write import Output, as_bytes
@@ -59,6 +60,30 @@ class Error:
     def relative(self) -> float:
         """Squared error over the sum of squares; 0 where both are."""
         return self.squared / self.power if self.power else float(self.squared > 0)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As the journal has it."""
+        return {"relative_error": self.relative, "largest_error": self.largest}
+
+
+@final
+class Seen:
+    """What was read of a weight so far, and the error of what became of it."""
+
+    def __init__(self) -> None:
+        self.error = Error()
+        self._hasher = xxhash.xxh3_128()
+
+    def add(self, part: Tensor, piece: QTensor) -> None:
+        """A contiguous part of a weight, and what it became."""
+        self._hasher.update(as_bytes(part))
+        self.error += measure(part, piece)
+
+    @property
+    def digest(self) -> str:
+        """Of all parts, one after the other."""
+        return self._hasher.hexdigest()
 
 
 def estimate_memory(plan: Plan, limit: int | None, threads: int) -> Estimate:
@@ -99,9 +124,9 @@ def quantize(
     total = sum(entry.source_bytes for entry in plan.entries if not entry.tied)
     done = total - sum(entry.source_bytes for entry in todo)
     progress("quantize", done, total)
-    with one_torch_thread(), ThreadPoolExecutor(way.threads, "quantize") as pool:
+    with one_torch_thread(), kept_pages(), ThreadPoolExecutor(way.threads, "quantize") as pool:
         worker = _Worker(checkpoint, plan, output, way, importance_of(plan, checkpoint))
-        for entry, _ in as_done(pool, worker.run, todo, 2 * way.threads):
+        for entry, _ in as_done(pool, worker.run, output.by_size(todo), 2 * way.threads):
             watch.check()
             done += entry.source_bytes
             progress("quantize", done, total)
@@ -151,17 +176,31 @@ class _Worker:
         start = time.perf_counter()
         tensor, facts = self.checkpoint.tensor(entry.weight.name), dict[str, Any]()
         source: Tensor | str = tensor
-        value: Value
-        with self.output.codes(entry.weight, self.way.scratch) as codes:
-            if codes is None:
+        value: Value | Rows
+        by_rows = not self.way.scratch and entry.weight.scheme and self.plan.rules.by_rows(entry.weight)
+        with nullcontext() if by_rows else self.output.codes(entry.weight, self.way.scratch) as codes:
+            if by_rows:
+                value = self._rows(entry, tensor)
+            elif codes is None:
                 value = _kept(entry.weight, tensor).contiguous()
             else:
                 stats = _given(self.importance, entry)
                 source, value, error = quantize_weight(self.plan.options, entry, tensor, codes, self.way.piece, stats)
-                facts = {"relative_error": error.relative, "largest_error": error.largest}
+                facts = error.facts
             facts |= {"method": entry.method, "seconds": time.perf_counter() - start}
             scratch, workers = self.way.scratch, self.way.threads
             store(self.output, entry, value, source, facts, scratch=scratch, workers=workers)
+
+    def _rows(self, entry: Entry, tensor: Tensor) -> Rows:
+        """A weight that is stored some rows after the other, as they are made."""
+        seen, stats, shape = Seen(), _given(self.importance, entry), entry.weight.shape
+
+        def room(rows: slice, cols: slice) -> Tensor:
+            return self.output.room("codes", (rows.stop - rows.start, shape[1]))
+
+        made = _pieces(self.plan.options, entry, tensor, tensor, room, self.way.piece, stats, seen)
+        again = lambda: make(self.checkpoint, self.plan, entry, self.way.piece)
+        return Rows((piece for *_, piece in made), lambda: (seen.digest, seen.error.facts), again)
 
 
 def make(checkpoint: Checkpoint, plan: Plan, entry: Entry, piece: int) -> QTensor | Tensor:
@@ -200,27 +239,49 @@ def quantize_weight(
         elements: of a piece.
         given: statistics of the weight's inputs.
     """
+    weight, seen, pieces = entry.weight, Seen(), []
+    columns = file_columns(weight)  # in the order in which a file has them, which is that of its blocks
+    view = (tensor if columns is None else tensor[:, columns]).reshape(codes.shape)
+    room = lambda rows, cols: codes[rows, cols]
+    for rows, cols, piece in _pieces(chosen, entry, tensor, view, room, elements, given, seen):
+        if piece.codes.data_ptr() != codes[rows, cols].data_ptr():
+            codes[rows, cols] = piece.codes
+        pieces.append((piece.scales, piece.shifts))
+    made = join(weight, codes, pieces)
+    return seen.digest, made if columns is None else turned_back(made, columns), seen.error
+
+
+def _pieces(
+    chosen: Mapping[str, Any],
+    entry: Entry,
+    tensor: Tensor,
+    view: Tensor,
+    room: Callable[[slice, slice], Tensor],
+    elements: int,
+    given: Stats,
+    seen: Seen,
+) -> Iterator[tuple[slice, slice, QTensor]]:
+    """What the entry's method makes of each piece of a weight, rows and columns before it.
+
+    Args:
+        tensor, view: the weight as the checkpoint has it, and in two axes, its columns in the order of blocks.
+        room: for the codes of a piece, which methods without `into` leave as it is.
+        seen: gets what was read.
+    """
     weight, scheme = entry.weight, entry.weight.scheme
     assert scheme is not None and entry.method is not None
     method: Method = plugins.load("methods", entry.method)
     options = step_options(method, entry.method, chosen)
-    columns = file_columns(weight)  # in the order in which a file has them, which is that of its blocks
-    view = (tensor if columns is None else tensor[:, columns]).reshape(codes.shape)
-    hasher, error, pieces = xxhash.xxh3_128(), Error(), []
     with _located(weight.name, tensor):
         stats = {**given, **tensor_stats(view, scheme, elements)}
         for rows, cols in pieces_of(weight.shape, scheme.block, elements):
             part = view[rows, cols].contiguous()
-            hasher.update(as_bytes(part))
             if method.into:
-                piece = method.into(part, stats, scheme, options, codes[rows, cols])
+                piece = method.into(part, stats, scheme, options, room(rows, cols))
             else:
                 piece = method.quantize(part, stats, scheme, options)
-                codes[rows, cols] = piece.codes
-            error += measure(part, piece)
-            pieces.append((piece.scales, piece.shifts))
-    made = join(weight, codes, pieces)
-    return hasher.hexdigest(), made if columns is None else turned_back(made, columns), error
+            seen.add(part, piece)
+            yield rows, cols, piece
 
 
 def pieces_of(shape: Shape, block: Block, elements: int) -> Iterator[tuple[slice, slice]]:

@@ -25,8 +25,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lowbit.budget import format_size
-from lowbit.collector import paused
 from lowbit.stages import _words as words
+from lowbit.stages._charts import draw
 from lowbit.stages._quality import Interval, Quality, read_quality
 from lowbit.stages._records import (
     Count,
@@ -112,10 +112,7 @@ def _plain(value: Any) -> Any:
 
 
 def _page(run: RunRecord, facts: Mapping[str, Any]) -> str:
-    with paused():
-        from lowbit.stages._charts import draw
-
-        charts = draw(run)
+    charts = draw(run)
     grids = [each for each in _grids(run) if each[0] in charts]
     more = {"charts": charts, "grids": grids, "bands": BANDS, "position": position, "percent": words.percent}
     return render_page("page.html.j2", "page.js", {**facts, **more})

@@ -42,7 +42,7 @@ from lowbit.stages._shard import Shard, safetensors_shard
 from lowbit.stages._weightfile import WeightFile
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan
-from lowbit.tensors import view_shape
+from lowbit.tensors import Shape, view_shape
 
 WORK = ".lowbit"
 SHARD_BYTES = 5 * 10**9
@@ -148,6 +148,15 @@ class Output:
         self._headers: dict[str, WeightFile] = {}
         self._left = {shard.file: set(shard.offsets) for shard in shards}
         self.shards = shards
+
+    def by_size(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Largest first within each file, so that no thread is left with a large one while the others have none."""
+        places = {shard.file: place for place, shard in enumerate(self.shards)}
+
+        def key(entry: Entry) -> tuple[int, int]:
+            return places[self._shard_of[next(iter(self.plan.layout(entry)))].file], -entry.source_bytes
+
+        return sorted(entries, key=key)
 
     def into(self, entry: Entry, mapped: bool) -> dict[str, Tensor]:
         """Room for the stored tensors of one weight: this thread's buffer, for `write`, or views of the mapped shard.
@@ -275,6 +284,10 @@ class Output:
         yield scratch_file.slice(0, prod(shape)).view(shape)
         scratch_file.close()
         path.unlink()
+
+    def room(self, name: str, shape: Shape) -> Tensor:
+        """Bytes of that shape in this thread's buffer of a name, which has been `codes`' too."""
+        return self._buffer(name, prod(shape)).view(shape)
 
     def _buffer(self, name: str, count: int) -> Tensor:
         held: dict[str, Tensor] = self._local.__dict__
