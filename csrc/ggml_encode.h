@@ -154,7 +154,7 @@ I codes_of(const Fit& fit, F x, int top) {
 struct Peak {
     F size, value;
 };
-Peak peak_of(int count, const F* x) {
+Peak first_peak_of(int count, const F* x) {
     Peak peak{set(0.0f), set(0.0f)};
     for (int i = 0; i < count; i++) {
         F size = magnitude(x[i]);
@@ -162,6 +162,14 @@ Peak peak_of(int count, const F* x) {
         peak.size = choose(more, size, peak.size), peak.value = choose(more, x[i], peak.value);
     }
     return peak;
+}
+// Which is first matters where signs differ, which is rare. NaN does not count.
+Peak peak_of(int count, const F* x) {
+    F low = set(0.0f), high = low;
+    for (int i = 0; i < count; i++) low = min(x[i], low), high = max(x[i], high);
+    if (any(is_zero(add(low, high)))) return first_peak_of(count, x);
+    F value = choose(above(negative(low), high), low, high);
+    return {magnitude(value), value};
 }
 
 // Codes from -half to half - 1, value = scale * code (make_qx_quants with weights).
@@ -229,72 +237,77 @@ struct Descent {
     }
 };
 
-// The same for Q3_K (make_q3_quants): weights x**2, codes from -4 to 3, here as floats. Few steps change a code, so that
-// most are spared the division.
+// The same for Q3_K (make_q3_quants): weights x**2, codes from -4 to 3, here as floats. Few codes of few blocks change.
 struct Walk {
     static constexpr int count = 16, half = 4;
     const F* x;
-    F dot, norm, levels[count], dots[count], norms[count];  // of each weight, what it adds to `dot` and `norm`
+    F dot, norm, levels[count], dots[count];  // of each weight, what it adds to `dot`
+    bool changed;
 
-    void put(int i, F l) {
-        F w = mul(x[i], x[i]);
-        levels[i] = l, dots[i] = mul(mul(w, x[i]), l), norms[i] = mul(mul(w, l), l);
+    F square(int i) const { return mul(x[i], x[i]); }
+    F put(int i, F l) {
+        levels[i] = l, dots[i] = mul(mul(square(i), x[i]), l);
+        return mul(mul(square(i), l), l);
     }
-    void start(F inverse) {
-        dot = norm = set(0.0f);
+    // `idle`: blocks that count as 0.
+    void start(const F* values, const Peak& peak, M idle) {
+        x = values, dot = norm = set(0.0f);
+        F inverse = div(set(-float(half)), choose(idle, set(1.0f), peak.value));
         for (int i = 0; i < count; i++) {
-            put(i, to_float(nearest_within(mul(inverse, x[i]), -half, half - 1)));
-            dot = add(dot, dots[i]), norm = add(norm, norms[i]);
+            norm = add(norm, put(i, level_within<true>(mul(inverse, x[i]), -half, half - 1)));
+            dot = add(dot, dots[i]);
         }
     }
-    // Whether no lane's code can become another: as nothing may, or far from ties, and from numbers with few digits.
-    bool settled(int i) const {
-        F rest = sub(dot, dots[i]), wanted = mul(x[i], sub(norm, norms[i]));
-        wanted = min(max(wanted, mul(rest, set(-float(half)))), mul(rest, set(float(half - 1))));
-        F off = magnitude(sub(wanted, mul(rest, levels[i])));
-        M near = both(at_least(mul(rest, set(0.4999f)), off), at_least(rest, set(1e-30f)));
-        return all(either(near, at_least(set(0.0f), rest)));
+    // Where no code can become another. The code wanted, x * (norm - norm_i) / (dot - dot_i), is farther from l than from
+    // a tie where |x * norm - l * dot| < (dot - dot_i) / 2, since x * norm_i = l * dot_i; the difference, and a number with
+    // enough digits, is more than rounding makes. Where products are infinite, no quotient is better than another.
+    M settled(int i) const {
+        F most = fma(dot, set(0.4999f), set(-1e-29f));
+        F wanted = min(max(mul(x[i], norm), mul(dot, set(-float(half)))), mul(dot, set(float(half - 1))));
+        F off = magnitude(fma(negative(levels[i]), dot, wanted));
+        return at_least(fma(magnitude(dots[i]), set(-0.5f), most), off);
     }
-    bool change(int i) {
-        F w = mul(x[i], x[i]), rest_dot = sub(dot, dots[i]), rest_norm = sub(norm, norms[i]), l = levels[i];
+    M settled() const {
+        M all = settled(0);
+        for (int i = 1; i < count; i++) all = both(all, settled(i));
+        return all;
+    }
+    void change(int i) {
+        F w = square(i), l = levels[i];
+        F rest_dot = sub(dot, dots[i]), rest_norm = sub(norm, mul(mul(w, l), l));
         F k = to_float(nearest_within(div(mul(x[i], rest_norm), rest_dot), -half, half - 1));
         F new_dot = add(rest_dot, mul(mul(w, x[i]), k)), new_norm = add(rest_norm, mul(mul(w, k), k));
         M better = above(mul(mul(new_dot, new_dot), norm), mul(mul(dot, dot), new_norm));
         M change = both(both(positive(rest_dot, new_norm), either(above(k, l), above(l, k))), better);
         put(i, choose(change, k, l));
         dot = choose(change, new_dot, dot), norm = choose(change, new_norm, norm);
-        return any(change);
+        changed |= any(change);
     }
     F scale() const { return where_positive(norm, div(dot, norm)); }
 
-    // Two blocks at once, since each step waits for the one before. Hardly any code is settled in the first round.
-    static void run(Walk& one, Walk& other) {
-        bool changed = false;
-        for (int i = 0; i < count; i++) changed |= one.change(i), changed |= other.change(i);
-        for (int round = 1; round < 5 && changed; round++) {
-            changed = false;
-            for (int i = 0; i < count; i++) {
-                if (!one.settled(i)) changed |= one.change(i);
-                if (!other.settled(i)) changed |= other.change(i);
-            }
+    // Several at once, since each step waits for the one before. Most codes are settled after the first round.
+    static void run(Walk* walks, int number) {
+        bool on[at_once], more = true;
+        for (int k = 0; k < number; k++) on[k] = true;
+        for (int round = 0; round < 5 && more; round++) {
+            for (int k = 0; k < number; k++) walks[k].changed = false;
+            for (int i = 0; i < count; i++)
+                for (int k = 0; k < number; k++)
+                    if (on[k] && (round == 0 || !all(walks[k].settled(i)))) walks[k].change(i);
+            more = false;
+            for (int k = 0; k < number; k++) more |= on[k] = walks[k].changed;
         }
     }
+    static constexpr int at_once = 4;
 };
 
-// A block of 16 with codes from -4 to 3 for weights x**2, before its walk.
-Walk start_q3(const F* x, const Peak& peak, M idle) {
-    Walk walk;
-    walk.x = x;
-    walk.start(div(set(-float(Walk::half)), choose(idle, set(1.0f), peak.value)));
-    return walk;
-}
-
-// Its codes, from 0, after the walk.
+// Codes from 0 of a block of 16.
 void codes_q3(const F* x, I* codes) {
     Peak peak = peak_of(Walk::count, x);
     M idle = above(set(group_max_eps), peak.size);
-    Walk walk = start_q3(x, peak, idle), same = walk;
-    Walk::run(walk, same);
+    Walk walk;
+    walk.start(x, peak, idle);
+    Walk::run(&walk, 1);
     for (int i = 0; i < Walk::count; i++)
         codes[i] = select(idle, set(0), add(to_int(walk.levels[i]), set(Walk::half)));
 }
@@ -515,28 +528,33 @@ void finish_signed_blocks(Tile& t, int half, const I* scale_codes, int scale_hal
     }
 }
 
-// Walks of blocks (number of the block times 16, plus that of the super-block), two times sixteen of them at once.
+// Walks of blocks (number of the block times 16, plus that of the super-block), sixteen in the lanes of one.
 void walk_q3(const Tile& t, int count, const uint8_t* chosen, float* scales) {
-    for (int first = 0; first < count; first += 32) {
-        float room[2][16 * 16], found[2][16];
-        F x[2][16];
-        auto number = [&](int k) { return chosen[smaller(first + k, count - 1)]; };
-        for (int k = 0; k < 32; k++)
-            __builtin_memcpy(room[k / 16] + k % 16 * 16, t.rows + number(k) % 16 * 256 + number(k) / 16 * 16, 64);
-        auto start = [&](int half) {
-            as_columns(room[half], 16, x[half]);
-            Peak peak = peak_of(Walk::count, x[half]);
-            return start_q3(x[half], peak, above(set(group_max_eps), peak.size));
-        };
-        Walk one = start(0), other = start(1);
-        Walk::run(one, other);
-        store_f32(found[0], one.scale()), store_f32(found[1], other.scale());
-        for (int k = 0; k < 32; k++) scales[number(k)] = found[k / 16][k % 16];
+    Walk walks[Walk::at_once];
+    F x[Walk::at_once][16];
+    for (int first = 0; first < count; first += 16 * Walk::at_once) {
+        int number = int(smaller((count - first + 15) / 16, Walk::at_once));
+        auto of = [&](int k) { return chosen[smaller(first + k, count - 1)]; };
+        for (int k = 0; k < number; k++) {
+            float room[16 * 16];
+            for (int lane = 0; lane < 16; lane++)
+                __builtin_memcpy(room + lane * 16, t.rows + of(16 * k + lane) % 16 * 256 + of(16 * k + lane) / 16 * 16, 64);
+            as_columns(room, 16, x[k]);
+            Peak peak = peak_of(Walk::count, x[k]);
+            walks[k].start(x[k], peak, above(set(group_max_eps), peak.size));
+        }
+        Walk::run(walks, number);
+        for (int k = 0; k < number; k++) {
+            float found[16];
+            store_f32(found, walks[k].scale());
+            for (int lane = 0; lane < 16; lane++) scales[of(16 * k + lane)] = found[lane];
+        }
     }
 }
 
 // Scales of blocks for weights x**2 (make_q3_quants). Where the value of greatest magnitude is above 0 codes have the other
-// sign than weights: no sum is above 0, and no code is changed. The others, which are half, come together for their walk.
+// sign than weights: no sum is above 0, and no code is changed. Of the others most are settled as they are; what is left, a
+// sixth of all, comes together for its walk.
 void fit_q3(const Tile& t, F* scales) {
     float found[256];
     uint8_t chosen[256];
@@ -544,9 +562,11 @@ void fit_q3(const Tile& t, F* scales) {
     for (int j = 0; j < 16; j++) {
         Peak peak = peak_of(Walk::count, t.x + 16 * j);
         M idle = above(set(group_max_eps), peak.size);
-        store_f32(found + 16 * j, choose(idle, set(0.0f), start_q3(t.x + 16 * j, peak, idle).scale()));
+        Walk walk;
+        walk.start(t.x + 16 * j, peak, idle);
+        store_f32(found + 16 * j, choose(idle, set(0.0f), walk.scale()));
         float extreme[16];
-        store_f32(extreme, choose(idle, set(0.0f), peak.value));
+        store_f32(extreme, choose(either(idle, walk.settled()), set(0.0f), peak.value));
         for (int lane = 0; lane < 16; lane++) chosen[count] = uint8_t(16 * j + lane), count += extreme[lane] < 0;
     }
     walk_q3(t, count, chosen, found);
