@@ -16,15 +16,17 @@ F as_half(F x) {
 }
 
 // To the nearest integer, ties to even, by adding 1.5 * 2**23; beyond 2**22 whatever these bits then mean.
-I nearest(F x) { return sub(both(bits(add(x, set(12582912.0f))), set(0x007fffff)), set(0x00400000)); }
+constexpr float shift = 12582912.0f;
+constexpr int shift_bits = 0x4b400000;
+I nearest(F x) { return sub(both(bits(add(x, set(shift))), set(0x007fffff)), set(0x00400000)); }
 I nearest_within(F x, int low, int high) { return min(max(nearest(x), set(low)), set(high)); }
 
-// The same as a float, in two operations less where every x is known to be within 2**22.
+// The same as a float, in less operations where every x is known to be within 2**22: the sum's bits count as it does.
 template <bool tame>
 F level_within(F x, int low, int high) {
     if constexpr (!tame) return to_float(nearest_within(x, low, high));
-    constexpr float shift = 12582912.0f;
-    return sub(min(max(add(x, set(shift)), set(shift + float(low))), set(shift + float(high))), set(shift));
+    I code = min(max(bits(add(x, set(shift))), set(shift_bits + low)), set(shift_bits + high));
+    return sub(floats(code), set(shift));
 }
 bool is_tame(F x) { return all(at_least(set(4e6f), magnitude(x))); }
 template <bool is>
@@ -50,17 +52,13 @@ struct Fit {
     M idle;
 };
 
-struct Sums {
-    F of_l, of_l2, of_xl;
-};
-
 // Codes from 0 to `top`, value = scale * code - least (make_qkx2_quants, make_qkx3_quants).
 template <bool absolute>
 struct MinFit {
     int count, top;
     const F *x, *w;
     F lowest, low, high, sum_w, sum_x, least_error;
-    F inverse, base, scale, least, determinant;  // of the attempt
+    F inverse, base, of_l, of_l2, of_xl, scale, least, determinant;  // of the attempt, sums over the block
     F levels[32];
     Fit best;
 
@@ -69,24 +67,26 @@ struct MinFit {
     F penalty(F difference) const { return absolute ? magnitude(difference) : mul(difference, difference); }
 
     template <bool tame>
-    Sums sums() {
-        Sums s{set(0.0f), set(0.0f), set(0.0f)};
+    void round() {
         F by = inverse, from = base;
-        for (int i = 0; i < count; i++) {
-            F l = levels[i] = level_within<tame>(mul(by, sub(x[i], from)), 0, top);
-            F wl = mul(w[i], l);
-            s.of_l = add(s.of_l, wl), s.of_l2 = add(s.of_l2, mul(wl, l)), s.of_xl = add(s.of_xl, mul(wl, x[i]));
-        }
-        return s;
+#pragma GCC unroll 4
+        for (int i = 0; i < count; i++) levels[i] = level_within<tame>(mul(by, sub(x[i], from)), 0, top);
     }
-    Sums measure() {
-        Sums s;
+    // Apart from the rounding: operations that wait for it would keep the processor from those that do not.
+    void measure() {
         bool tame = is_tame(mul(inverse, sub(lowest, base))) && is_tame(mul(inverse, sub(high, base)));
-        with_tame(tame, [&](auto is) { s = sums<is.value>(); });
-        return s;
+        with_tame(tame, [&](auto is) { round<is.value>(); });
+        F sum_l = set(0.0f), sum_l2 = sum_l, sum_xl = sum_l;
+#pragma GCC unroll 4
+        for (int i = 0; i < count; i++) {
+            F l = levels[i], wl = mul(w[i], l);
+            sum_l = add(sum_l, wl), sum_l2 = add(sum_l2, mul(wl, l)), sum_xl = add(sum_xl, mul(wl, x[i]));
+        }
+        of_l = sum_l, of_l2 = sum_l2, of_xl = sum_xl;
     }
     F error(F by, F from) const {
         F sum = set(0.0f);
+#pragma GCC unroll 4
         for (int i = 0; i < count; i++)
             sum = add(sum, mul(w[i], penalty(sub(add(mul(by, levels[i]), from), x[i]))));
         return sum;
@@ -110,19 +110,19 @@ struct MinFit {
     void attempt(float codes) {
         F spread = choose(best.idle, set(1.0f), sub(high, best.least));
         inverse = div(set(codes), spread), base = best.least;
-        Sums s = measure();
-        determinant = sub(mul(sum_w, s.of_l2), mul(s.of_l, s.of_l));
-        scale = div(sub(mul(sum_w, s.of_xl), mul(sum_x, s.of_l)), determinant);
-        least = div(sub(mul(s.of_l2, sum_x), mul(s.of_l, s.of_xl)), determinant);
+        measure();
+        determinant = sub(mul(sum_w, of_l2), mul(of_l, of_l));
+        scale = div(sub(mul(sum_w, of_xl), mul(sum_x, of_l)), determinant);
+        least = div(sub(mul(of_l2, sum_x), mul(of_l, of_xl)), determinant);
         M positive = above(least, set(0.0f));
-        least = choose(positive, set(0.0f), least), scale = choose(positive, div(s.of_xl, s.of_l2), scale);
+        least = choose(positive, set(0.0f), least), scale = choose(positive, div(of_xl, of_l2), scale);
     }
     void judge() {
         F found = error(scale, least);
         M better = both(above(determinant, set(0.0f)), above(least_error, found));
         least_error = choose(better, found, least_error);
-        best = {choose(better, scale, best.scale), choose(better, least, best.least),
-                choose(better, inverse, best.inverse), choose(better, base, best.base), best.idle};
+        best.scale = choose(better, scale, best.scale), best.least = choose(better, least, best.least);
+        best.inverse = choose(better, inverse, best.inverse), best.base = choose(better, base, best.base);
     }
     Fit end() {
         best.scale = choose(best.idle, set(0.0f), best.scale);
@@ -360,9 +360,8 @@ struct Iq4 {
     }
     // The nearest level's number, 15 for NaN. A curve gives it or the one below, a threshold decides.
     I operator()(F x) const {
-        constexpr float shift = 12582912.0f;  // as in nearest: numbers are in the lowest bits
         F slope = fma(min(magnitude(x), set(128.0f)), set(-0.00024f), set(0.0905f));
-        F from = max(min(fma(x, slope, set(7 + shift)), set(14 + shift)), set(shift));
+        F from = max(min(fma(x, slope, set(7 + shift)), set(14 + shift)), set(shift));  // the number is in the lowest bits
         I low = both(bits(from), set(15));
         return select(above(lookup16(thresholds, low), x), low, add(low, set(1)));
     }
@@ -504,10 +503,10 @@ void encode_min_blocks(Tile& t, const MinKind& kind) {
         t.scale_code(j, scale_code), t.min_code(j, min_code);
         F d = mul(t.scale, to_float(scale_code)), m = mul(t.least, to_float(min_code));
         M kept = is_zero(d);
-        for (int i = j * kind.size; i < (j + 1) * kind.size; i++) {
-            I code = nearest_within(div(add(t.x[i], m), d), 0, kind.top);
-            t.code(i, select(kept, codes_of(fits[j], t.x[i], kind.top), code));
-        }
+        for (int i = j * kind.size; i < (j + 1) * kind.size; i++)
+            t.code(i, nearest_within(div(add(t.x[i], m), d), 0, kind.top));
+        for (int i = j * kind.size; any(kept) && i < (j + 1) * kind.size; i++)
+            t.code(i, select(kept, codes_of(fits[j], t.x[i], kind.top), t.codes[i]));
     }
 }
 
@@ -811,6 +810,8 @@ void encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight
         };
         auto weight_of = [&](int64_t block) { return weight + block * shape.weights; };
         tile.rows = lanes == 16 ? weight_of(first) : room;
+        int64_t next = smaller(blocks - first, 32) - 16;  // blocks of the next tile are on their way while this one is done
+        for (int64_t i = 0; i < next * shape.weights; i += 16) __builtin_prefetch(weight_of(first + 16) + i, 0, 2);
         if (lanes == 16)
             as_columns(tile.rows, shape.weights, tile.x);
         else

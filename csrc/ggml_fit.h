@@ -13,7 +13,6 @@ constexpr float e2m1_level[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1
 struct Whole {
     int low, high, base;  // base: level of code 0
     F level(F x, F inverse) const {
-        constexpr float shift = 12582912.0f;  // as in level_within
         return sub(min(max(fma(x, inverse, set(shift)), set(shift + float(low))), set(shift + float(high))), set(shift));
     }
     F value(I code) const { return to_float(add(code, set(base))); }
