@@ -824,8 +824,8 @@ void encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight
         }
         tile.row_sigma = load_f32(sigmas);
         encode(tile);
-        as_blocks(tile.codes, shape.weights, codes);
-        __builtin_memcpy(out.codes + first * shape.weights, codes, lanes * shape.weights);
+        as_blocks(tile.codes, shape.weights, lanes == 16 ? out.codes + first * shape.weights : codes);
+        if (lanes < 16) __builtin_memcpy(out.codes + first * shape.weights, codes, lanes * shape.weights);
         store_f32(scale, tile.scale), store_f32(least, tile.least);
         __builtin_memcpy(out.scale + first, scale, 4 * lanes);
         if (out.min) __builtin_memcpy(out.min + first, least, 4 * lanes);

@@ -12,11 +12,12 @@ constexpr float e2m1_level[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1
 // Levels from `low` to `high`; codes count from 0. `level(x, inverse)` is the one nearest to x * inverse.
 struct Whole {
     int low, high, base;  // base: level of code 0
-    F level(F x, F inverse) const {
-        return sub(min(max(fma(x, inverse, set(shift)), set(shift + float(low))), set(shift + float(high))), set(shift));
+    F shifted(F x, F inverse) const {
+        return min(max(fma(x, inverse, set(shift)), set(shift + float(low))), set(shift + float(high)));
     }
+    F level(F x, F inverse) const { return sub(shifted(x, inverse), set(shift)); }
     F value(I code) const { return to_float(add(code, set(base))); }
-    I code(F x, F inverse) const { return sub(to_int(level(x, inverse)), set(base)); }
+    I code(F x, F inverse) const { return sub(bits(shifted(x, inverse)), set(shift_bits + base)); }
 };
 
 struct Uneven {
@@ -278,13 +279,14 @@ struct TileFit {
         c[j] = best_c, k[j] = best_k;
     }
 
-    // Least squares of the scales above, with all else as it is; then codes anew. Kept where it is better.
+    // Least squares of the scales above, with all else as it is, where that leaves less error.
     void refit() {
-        F zero = set(0.0f), aa = zero, ab = zero, bb = zero, ra = zero, rb = zero, before = zero, after = zero;
+        F zero = set(0.0f), aa = zero, ab = zero, bb = zero, ra = zero, rb = zero;
+        error = zero;
         for (int j = 0; j < kind.subs; j++) {
             F s = mul(scale, c[j]), m = mul(least, k[j]);
             Pass p = look(j, s, m);
-            before = add(before, p.error);
+            error = add(error, p.error);
             aa = add(aa, mul(mul(c[j], c[j]), p.of_l2)), ra = add(ra, mul(c[j], p.of_rl));
             if constexpr (with_min) {
                 ab = sub(ab, mul(mul(c[j], k[j]), p.of_l)), rb = sub(rb, mul(k[j], p.of_r));
@@ -302,11 +304,15 @@ struct TileFit {
         F up = choose(both_of_them, div(sub(mul(ra, bb), mul(rb, ab)), determinant), alone);
         F down = choose(both_of_them, div(sub(mul(rb, aa), mul(ra, ab)), determinant), zero);
         F new_scale = as_half(add(scale, up)), new_least = as_half(add(least, down));
-        for (int j = 0; j < kind.subs; j++)
-            after = add(after, error_under(j, mul(new_scale, c[j]), mul(new_least, k[j])));
-        M better = above(before, after);
+        F change = sub(new_scale, scale), after = sub(error, mul(change, sub(mul(set(2.0f), ra), mul(change, aa))));
+        if (with_min || !kind.scale_top) {  // else rounding anew leaves next to nothing less
+            after = zero;
+            for (int j = 0; j < kind.subs; j++)
+                after = add(after, error_under(j, mul(new_scale, c[j]), mul(new_least, k[j])));
+        }
+        M better = above(error, after);
         scale = choose(better, new_scale, scale), least = choose(better, new_least, least);
-        error = choose(better, after, before);
+        error = choose(better, after, error);
     }
 
     void run() {
@@ -323,6 +329,7 @@ struct TileFit {
 template <bool with_min, bool weighted, class G>
 void take(Tile& t, const TileFit<with_min, weighted, G>& fit, M better) {
     const FitKind& kind = fit.kind;
+    bool whole = all(better);
     for (int j = 0; j < kind.subs; j++) {
         F s = mul(fit.scale, fit.c[j]), m = mul(fit.least, fit.k[j]), inverse = inverse_or_zero(s);
         if (kind.scale_top) {
@@ -331,8 +338,8 @@ void take(Tile& t, const TileFit<with_min, weighted, G>& fit, M better) {
             if constexpr (with_min) t.min_code(j, select(better, to_int(fit.k[j]), load_u8(t.min_codes + 16 * j)));
         }
         for (int i = j * kind.size; i < (j + 1) * kind.size; i++) {
-            F from = with_min ? add(t.x[i], m) : t.x[i];
-            t.codes[i] = select(better, fit.grid.code(from, inverse), t.codes[i]);
+            I code = fit.grid.code(with_min ? add(t.x[i], m) : t.x[i], inverse);
+            t.codes[i] = whole ? code : select(better, code, t.codes[i]);
         }
     }
     t.scale = choose(better, fit.scale, t.scale), t.least = choose(better, fit.least, t.least);
