@@ -33,6 +33,22 @@ struct Mover {
                 part[i] = uint8_t(part[i] | (byte[i] >> at & mask) << from);
         }
     }
+    // As `bits` for `number` runs of 32 parts, one after the other: all from one bit, to `width` bits each of the same bytes.
+    static void planes(int number, Part* __restrict part, int from, int width, Byte* __restrict byte) {
+        uint64_t masks = uint64_t((1 << width) - 1) * 0x0101010101010101;
+        for (int i = 0; i < 32; i += 8) {
+            uint64_t here, there;
+            std::memcpy(&there, byte + i, 8);
+            for (int n = 0; n < number; n++) {
+                std::memcpy(&here, part + 32 * n + i, 8);
+                if constexpr (packing)
+                    there |= (here >> from & masks) << n * width;
+                else
+                    here |= (there >> n * width & masks) << from, std::memcpy(part + 32 * n + i, &here, 8);
+            }
+            if constexpr (packing) std::memcpy(byte + i, &there, 8);
+        }
+    }
     // offset binary here, two's complement there
     static void signed_bytes(int count, Part* part, Byte* byte) {
         for (int i = 0; i < count; i++) {
@@ -76,12 +92,12 @@ void nibbles(int count, Part* codes, Byte* bytes) {  // in runs: the first half 
 
 template <class M, class Part, class Byte>
 void pairs(Part* codes, Byte* bytes) {  // the two low bits of 256 codes
-    for (int i = 0; i < 8; i++) M::bits(32, codes + 32 * i, 0, 2, bytes + i / 4 * 32, i % 4 * 2);
+    M::planes(4, codes, 0, 2, bytes), M::planes(4, codes + 128, 0, 2, bytes + 32);
 }
 
 template <class M, class Part, class Byte>
 void single_bits(Part* codes, int from, Byte* bytes) {  // one bit of 256 codes
-    for (int i = 0; i < 8; i++) M::bits(32, codes + 32 * i, from, 1, bytes, i);
+    M::planes(8, codes, from, 1, bytes);
 }
 
 template <class M, class Part, class Byte>

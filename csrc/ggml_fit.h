@@ -429,8 +429,8 @@ void fit_tile(GgmlType type, Tile& t) {
         return line(15, {32, 8, 0, 63, {either_of(12, 10), 13.0f, 17.0f, 0, 0, places}, {16, 63.5f, 50.0f}, rounds});
     case GgmlType::q5_k: return line(31, {32, 8, 0, 63, {12, 28.0f, 33.0f}, {16, 63.5f, 50.0f}, rounds});
     case GgmlType::q3_k:
-        return whole(-4, 3, {16, 16, -32, 31, {either_of(8, 4), -5.0f, -2.6f, 4.0f, 2.2f}, six_bits, either_of(2, 1),
-                             t.weighted});
+        if (t.weighted) return whole(-4, 3, {16, 16, -32, 31, {8, -5.0f, -2.6f, 4.0f, 2.2f}, six_bits, 2});
+        return whole(-4, 3, {16, 16, -32, 31, {3, -4.5f, -3.2f, 3.6f, 2.6f}, {4, -32, -26, 31, 26}, 1, false});
     case GgmlType::q6_k:
         return whole(-32, 31, {16, 16, -128, 127, {8, -32.6f, -27.0f, 31.6f, 26.0f}, {12, -128, -110, 127, 110}, 2});
     case GgmlType::iq4_nl: return uneven({32, 1, 0, 0, {20, -135, -85, 120, 80}, {}, 2});
