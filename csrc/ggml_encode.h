@@ -60,6 +60,7 @@ struct MinFit {
     F lowest, low, high, sum_w, sum_x, least_error;
     F inverse, base, of_l, of_l2, of_xl, scale, least, determinant;  // of the attempt, sums over the block
     F levels[32];
+    bool small;
     Fit best;
 
     MinFit(int count, int top, const F* x, const F* w) : count(count), top(top), x(x), w(w) {}
@@ -74,8 +75,7 @@ struct MinFit {
     }
     // Apart from the rounding: operations that wait for it would keep the processor from those that do not.
     void measure() {
-        bool tame = is_tame(mul(inverse, sub(lowest, base))) && is_tame(mul(inverse, sub(high, base)));
-        with_tame(tame, [&](auto is) { round<is.value>(); });
+        with_tame(small, [&](auto is) { round<is.value>(); });
         F sum_l = set(0.0f), sum_l2 = sum_l, sum_xl = sum_l;
 #pragma GCC unroll 4
         for (int i = 0; i < count; i++) {
@@ -100,17 +100,18 @@ struct MinFit {
         }
         lowest = low;
         low = min(low, set(0.0f));
-        M idle = at_least(low, high);
-        F spread = choose(idle, set(1.0f), sub(high, low));
-        inverse = div(set(float(top)), spread), base = low;
+        best.idle = at_least(low, high), best.least = low;
+        aim(float(top));
         measure();
-        best = {div(set(1.0f), inverse), low, inverse, low, idle};
+        best.scale = div(set(1.0f), inverse), best.inverse = inverse, best.base = low;
         least_error = error(best.scale, low);
     }
-    void attempt(float codes) {
+    void aim(float codes) {
         F spread = choose(best.idle, set(1.0f), sub(high, best.least));
         inverse = div(set(codes), spread), base = best.least;
-        measure();
+        small = is_tame(mul(inverse, sub(lowest, base))) && is_tame(mul(inverse, sub(high, base)));
+    }
+    void solve() {
         determinant = sub(mul(sum_w, of_l2), mul(of_l, of_l));
         scale = div(sub(mul(sum_w, of_xl), mul(sum_x, of_l)), determinant);
         least = div(sub(mul(of_l2, sum_x), mul(of_l, of_xl)), determinant);
@@ -130,17 +131,15 @@ struct MinFit {
         return best;
     }
 
-    Fit operator()(float first, float step, int steps) {
-        begin();
-        for (int i = 0; i <= steps; i++) attempt(first + step * float(i) + float(top)), judge();
-        return end();
-    }
-    // Two blocks at once: one is measured while the processor divides for the other.
-    static void both_of(MinFit& one, MinFit& other, float first, float step, int steps) {
-        one.begin(), other.begin();
+    // Several blocks at once: what waits for a division in one is done for all, and not while a loop waits behind it.
+    template <int number>
+    static void search(MinFit (&fits)[number], float first, float step, int steps) {
+        for (MinFit& fit : fits) fit.begin();
         for (int i = 0; i <= steps; i++) {
-            float codes = first + step * float(i) + float(one.top);
-            one.attempt(codes), other.attempt(codes), one.judge(), other.judge();
+            for (MinFit& fit : fits) fit.aim(first + step * float(i) + float(fit.top));
+            for (MinFit& fit : fits) fit.measure();
+            for (MinFit& fit : fits) fit.solve();
+            for (MinFit& fit : fits) fit.judge();
         }
     }
 };
@@ -443,9 +442,9 @@ struct MinKind {
 template <bool absolute>
 void fit_two(const Tile& t, const MinKind& kind, int first, float start, float step, int steps, Fit* fits) {
     auto block = [&](int j) { return MinFit<absolute>(kind.size, kind.top, t.x + j * kind.size, t.w + j * kind.size); };
-    MinFit<absolute> one = block(first), other = block(first + 1);
-    MinFit<absolute>::both_of(one, other, start, step, steps);
-    fits[first] = one.end(), fits[first + 1] = other.end();
+    MinFit<absolute> pair[]{block(first), block(first + 1)};
+    MinFit<absolute>::search(pair, start, step, steps);
+    fits[first] = pair[0].end(), fits[first + 1] = pair[1].end();
 }
 
 template <bool absolute>
@@ -680,7 +679,9 @@ void encode_symmetric(Tile& t, int half) {
 void encode_ranged(Tile& t, int top) {
     if (t.weighted) {
         t.weigh(0, 32, t.row_sigma);
-        Fit fit = MinFit<false>(32, top, t.x, t.w)(-0.9f, 0.05f, 36);
+        MinFit<false> search[]{{32, top, t.x, t.w}};
+        MinFit<false>::search(search, -0.9f, 0.05f, 36);
+        Fit fit = search[0].end();
         t.scale = as_half(fit.scale), t.least = as_half(fit.least);
         for (int i = 0; i < 32; i++) t.code(i, codes_of(fit, t.x[i], top));
         return;
