@@ -252,8 +252,8 @@ NB_MODULE(_native, module) {
             GgmlEncoded out{codes.data(), scale.data(), data_or_null(min), data_or_null(scale_codes),
                             data_or_null(min_codes)};
             auto encode = fitted ? kernels().ggml_fit : kernels().ggml_encode;
-            encode(GgmlType(type), int64_t(weight.shape(0)), int64_t(weight.shape(1)), weight.data(),
-                   data_or_null(importance), out);
+            return encode(GgmlType(type), int64_t(weight.shape(0)), int64_t(weight.shape(1)), weight.data(),
+                          data_or_null(importance), out);
         },
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
         nb::arg().none(), Unlocked());

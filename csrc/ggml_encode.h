@@ -789,9 +789,15 @@ void store_columns(const uint8_t* from, int count, int lane, uint8_t* to) {
     for (int i = 0; i < count; i++) to[i] = from[16 * i + lane];
 }
 
-// `encode` makes a tile of codes and scales; `weighted`: it reads the importance.
+bool all_finite(const F* x, int count) {
+    I most = set(0);
+    for (int i = 0; i < count; i++) most = max(bits(magnitude(x[i])), most);
+    return !any(greater(most, set(0x7f7fffff)));
+}
+
+// `encode` makes a tile of codes and scales; `weighted`: it reads the importance. Whether all weights are finite.
 template <class Encode>
-void encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance, bool weighted,
+bool encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance, bool weighted,
                   const GgmlEncoded& out, Encode encode) {
     GgmlShape shape = ggml_shape(type);
     int64_t blocks = rows * (cols / shape.weights), across = cols / shape.weights, sigma_row = -1;
@@ -817,6 +823,7 @@ void encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight
             as_columns(tile.rows, shape.weights, tile.x);
         else
             gather(weight_of, tile.x);
+        if (!all_finite(tile.x, shape.weights)) return false;
         if (tile.weighted) gather([&](int64_t block) { return importance + block % across * shape.weights; }, tile.importance);
         for (int lane = 0; by_row && lane < lanes; lane++) {
             int64_t row = (first + lane) / across;
@@ -836,10 +843,11 @@ void encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight
             if (out.min_codes) store_columns(tile.min_codes, shape.subs, lane, out.min_codes + at);
         }
     }
+    return true;
 }
 
-void ggml_encode(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
+bool ggml_encode(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
                  const GgmlEncoded& out) {
-    encode_tiles(type, rows, cols, weight, importance, importance && looks_at_importance(type), out,
-                 [&](Tile& tile) { encode_tile(type, tile); });
+    return encode_tiles(type, rows, cols, weight, importance, importance && looks_at_importance(type), out,
+                        [&](Tile& tile) { encode_tile(type, tile); });
 }

@@ -440,7 +440,7 @@ void fit_tile(GgmlType type, Tile& t) {
     }
 }
 
-void ggml_fit(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
+bool ggml_fit(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
               const GgmlEncoded& out) {
-    encode_tiles(type, rows, cols, weight, importance, importance, out, [&](Tile& tile) { fit_tile(type, tile); });
+    return encode_tiles(type, rows, cols, weight, importance, importance, out, [&](Tile& tile) { fit_tile(type, tile); });
 }

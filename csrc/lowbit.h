@@ -249,12 +249,13 @@ struct Kernels {
     // In place, from the derivative by what softmax gave (`shares`, of the same type) that by the scores.
     void (*softmax_slopes)(const Causal&, Weight shares, Output slopes);
 
-    // llama.cpp's encoder of a type for rows of whole blocks; `importance` of each column, or null. Finite weights.
-    void (*ggml_encode)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
+    // llama.cpp's encoder of a type for rows of whole blocks; `importance` of each column, or null. False, with what is
+    // found unspecified, where a weight is NaN or Inf.
+    bool (*ggml_encode)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
                         const GgmlEncoded&);
 
     // The same types with less error sum importance * (weight - value)**2 (importance 1 where it is null) in each block.
-    void (*ggml_fit)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
+    bool (*ggml_fit)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
                      const GgmlEncoded&);
 
     // Panels from `first` to before `last` of a type that `ggml_panel_bits` knows.

@@ -482,11 +482,12 @@ def ggml_encode(
     *,
     out: GgmlBlocks,
     fitted: bool = False,
-) -> None:
+) -> bool:
     """llama.cpp's encoder of a type, under its number in GGUF: what `ggml_quantize_chunk` finds, to the bit.
 
     With `fitted`, codes and scales of less error: sum of importance (or 1) * (weight - value)**2, block by block.
-    `weight` is finite, in rows of whole blocks. Scales that float16 does not have become the greatest that it has.
+    `weight` is in rows of whole blocks. False, with `out` unspecified, where a weight is NaN or Inf. Scales that
+    float16 does not have become the greatest that it has.
     """
     rows, cols = _two(weight.shape)
     weights, _, subs, has_min, _ = _ggml_shape(type)
@@ -502,7 +503,7 @@ def ggml_encode(
     if importance is not None:
         _check("importance", importance, (cols,), torch.float32)
     each = (out.codes, out.scale, out.min, out.scale_codes, out.min_codes)
-    _native.ggml_encode(type, weight, importance, fitted, *each)
+    return _native.ggml_encode(type, weight, importance, fitted, *each)
 
 
 def _ggml_shape(type: int) -> tuple[int, int, int, bool, int]:
