@@ -16,6 +16,11 @@ struct Whole {
         return min(max(fma(x, inverse, set(shift)), set(shift + float(low))), set(shift + float(high)));
     }
     F level(F x, F inverse) const { return sub(shifted(x, inverse), set(shift)); }
+    // The same where what is greatest comes to lie at a level that `covers` knows: none can fall below the lowest.
+    bool covers(float greatest) const { return __builtin_fabsf(greatest) <= 0.49f - float(low); }
+    F covered(F x, F inverse) const {
+        return sub(min(fma(x, inverse, set(shift)), set(shift + float(high))), set(shift));
+    }
     F value(I code) const { return to_float(add(code, set(base))); }
     I code(F x, F inverse) const { return sub(bits(shifted(x, inverse)), set(shift_bits + base)); }
 };
@@ -23,6 +28,8 @@ struct Whole {
 struct Uneven {
     Iq4 grid;
     F level(F x, F inverse) const { return grid.value(grid(mul(x, inverse))); }
+    static bool covers(float) { return false; }
+    F covered(F x, F inverse) const { return level(x, inverse); }
     F value(I code) const { return grid.value(code); }
     I code(F x, F inverse) const { return grid(mul(x, inverse)); }
 };
@@ -111,11 +118,17 @@ Line fit_scale(const G& grid, const Trials& trials, const Part<weighted>& part, 
     F best_dot = zero, best_norm = set(1.0f);
     auto attempt = [&](float level) {
         F inverse = mul(unit, set(level)), dot = zero, norm = zero;
+        auto sum = [&](auto level_of) {
 #pragma GCC unroll 4
-        for (int i = 0; i < part.count; i++) {
-            F l = grid.level(part.x[i], inverse), wl = part.of(i, l);
-            dot = fma(part.x[i], wl, dot), norm = fma(wl, l, norm);
-        }
+            for (int i = 0; i < part.count; i++) {
+                F l = level_of(part.x[i]), wl = part.of(i, l);
+                dot = fma(part.x[i], wl, dot), norm = fma(wl, l, norm);
+            }
+        };
+        if (grid.covers(level))
+            sum([&](F x) { return grid.covered(x, inverse); });
+        else
+            sum([&](F x) { return grid.level(x, inverse); });
         M better = above(mul(mul(dot, dot), best_norm), mul(mul(best_dot, best_dot), norm));
         best_dot = choose(better, dot, best_dot), best_norm = choose(better, norm, best_norm);
     };
@@ -430,7 +443,7 @@ void fit_tile(GgmlType type, Tile& t) {
     case GgmlType::q5_k: return line(31, {32, 8, 0, 63, {12, 28.0f, 33.0f}, {16, 63.5f, 50.0f}, rounds});
     case GgmlType::q3_k:
         if (t.weighted) return whole(-4, 3, {16, 16, -32, 31, {8, -5.0f, -2.6f, 4.0f, 2.2f}, six_bits, 2});
-        return whole(-4, 3, {16, 16, -32, 31, {3, -4.5f, -3.2f, 3.6f, 2.6f}, {4, -32, -26, 31, 26}, 1, false});
+        return whole(-4, 3, {16, 16, -32, 31, {3, -4.49f, -3.2f, 3.6f, 2.6f}, {4, -32, -26, 31, 26}, 1, false});
     case GgmlType::q6_k:
         return whole(-32, 31, {16, 16, -128, 127, {8, -32.6f, -27.0f, 31.6f, 26.0f}, {12, -128, -110, 127, 110}, 2});
     case GgmlType::iq4_nl: return uneven({32, 1, 0, 0, {20, -135, -85, 120, 80}, {}, 2});
