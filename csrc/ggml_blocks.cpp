@@ -33,6 +33,22 @@ struct Mover {
                 part[i] = uint8_t(part[i] | (byte[i] >> at & mask) << from);
         }
     }
+    // As `bits` for `number` runs of 32 parts, one after the other: all from one bit, to `width` bits each of the same bytes.
+    static void planes(int number, Part* __restrict part, int from, int width, Byte* __restrict byte) {
+        uint64_t masks = uint64_t((1 << width) - 1) * 0x0101010101010101;
+        for (int i = 0; i < 32; i += 8) {
+            uint64_t here, there;
+            std::memcpy(&there, byte + i, 8);
+            for (int n = 0; n < number; n++) {
+                std::memcpy(&here, part + 32 * n + i, 8);
+                if constexpr (packing)
+                    there |= (here >> from & masks) << n * width;
+                else
+                    here |= (there >> n * width & masks) << from, std::memcpy(part + 32 * n + i, &here, 8);
+            }
+            if constexpr (packing) std::memcpy(byte + i, &there, 8);
+        }
+    }
     // offset binary here, two's complement there
     static void signed_bytes(int count, Part* part, Byte* byte) {
         for (int i = 0; i < count; i++) {
@@ -76,12 +92,12 @@ void nibbles(int count, Part* codes, Byte* bytes) {  // in runs: the first half 
 
 template <class M, class Part, class Byte>
 void pairs(Part* codes, Byte* bytes) {  // the two low bits of 256 codes
-    for (int i = 0; i < 8; i++) M::bits(32, codes + 32 * i, 0, 2, bytes + i / 4 * 32, i % 4 * 2);
+    M::planes(4, codes, 0, 2, bytes), M::planes(4, codes + 128, 0, 2, bytes + 32);
 }
 
 template <class M, class Part, class Byte>
 void single_bits(Part* codes, int from, Byte* bytes) {  // one bit of 256 codes
-    for (int i = 0; i < 8; i++) M::bits(32, codes + 32 * i, from, 1, bytes, i);
+    M::planes(8, codes, from, 1, bytes);
 }
 
 template <class M, class Part, class Byte>
@@ -247,18 +263,19 @@ bool ggml_encode_rows(const Kernels& kernels, GgmlType type, int64_t rows, int64
                       const float* importance, bool fitted, const GgmlEncoded& out) {
     constexpr int64_t some = 1 << 15;  // weights: with their codes they fill a quarter of a core's cache
     auto encode = fitted ? kernels.ggml_fit : kernels.ggml_encode;
+    if (weight.dtype == Dtype::f32) return encode(type, rows, cols, static_cast<const float*>(weight.data), importance, out);
     GgmlShape shape = ggml_shape(type);
-    int64_t step = cols && cols < some ? some / cols : 1, across = cols / shape.weights, size = weight.dtype == Dtype::f32 ? 4 : 2;
+    int64_t step = cols && cols < some ? some / cols : 1, across = cols / shape.weights;
     std::vector<float> floats(size_t(step * cols));
-    for (int64_t row = 0; row < rows; row += step) {
+    bool finite = true;
+    for (int64_t row = 0; finite && row < rows; row += step) {
         int64_t count = row + step < rows ? step : rows - row, at = row * across, sub = at * shape.subs;
-        Weight part{static_cast<const uint8_t*>(weight.data) + row * cols * size, weight.dtype};
-        if (!kernels.to_floats(part, count * cols, floats.data())) return false;
-        encode(type, count, cols, floats.data(), importance,
-               {out.codes + row * cols, out.scale + at, out.min ? out.min + at : nullptr,
-                out.scale_codes ? out.scale_codes + sub : nullptr, out.min_codes ? out.min_codes + sub : nullptr});
+        kernels.to_floats({static_cast<const uint16_t*>(weight.data) + row * cols, weight.dtype}, count * cols, floats.data());
+        finite = encode(type, count, cols, floats.data(), importance,
+                        {out.codes + row * cols, out.scale + at, out.min ? out.min + at : nullptr,
+                         out.scale_codes ? out.scale_codes + sub : nullptr, out.min_codes ? out.min_codes + sub : nullptr});
     }
-    return true;
+    return finite;
 }
 
 }  // namespace lowbit

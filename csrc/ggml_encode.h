@@ -16,15 +16,17 @@ F as_half(F x) {
 }
 
 // To the nearest integer, ties to even, by adding 1.5 * 2**23; beyond 2**22 whatever these bits then mean.
-I nearest(F x) { return sub(both(bits(add(x, set(12582912.0f))), set(0x007fffff)), set(0x00400000)); }
+constexpr float shift = 12582912.0f;
+constexpr int shift_bits = 0x4b400000;
+I nearest(F x) { return sub(both(bits(add(x, set(shift))), set(0x007fffff)), set(0x00400000)); }
 I nearest_within(F x, int low, int high) { return min(max(nearest(x), set(low)), set(high)); }
 
-// The same as a float, in two operations less where every x is known to be within 2**22.
+// The same as a float, in less operations where every x is known to be within 2**22: the sum's bits count as it does.
 template <bool tame>
 F level_within(F x, int low, int high) {
     if constexpr (!tame) return to_float(nearest_within(x, low, high));
-    constexpr float shift = 12582912.0f;
-    return sub(min(max(add(x, set(shift)), set(shift + float(low))), set(shift + float(high))), set(shift));
+    I code = min(max(bits(add(x, set(shift))), set(shift_bits + low)), set(shift_bits + high));
+    return sub(floats(code), set(shift));
 }
 bool is_tame(F x) { return all(at_least(set(4e6f), magnitude(x))); }
 template <bool is>
@@ -50,18 +52,15 @@ struct Fit {
     M idle;
 };
 
-struct Sums {
-    F of_l, of_l2, of_xl;
-};
-
 // Codes from 0 to `top`, value = scale * code - least (make_qkx2_quants, make_qkx3_quants).
 template <bool absolute>
 struct MinFit {
     int count, top;
     const F *x, *w;
     F lowest, low, high, sum_w, sum_x, least_error;
-    F inverse, base, scale, least, determinant;  // of the attempt
+    F inverse, base, of_l, of_l2, of_xl, scale, least, determinant;  // of the attempt, sums over the block
     F levels[32];
+    bool small;
     Fit best;
 
     MinFit(int count, int top, const F* x, const F* w) : count(count), top(top), x(x), w(w) {}
@@ -69,24 +68,25 @@ struct MinFit {
     F penalty(F difference) const { return absolute ? magnitude(difference) : mul(difference, difference); }
 
     template <bool tame>
-    Sums sums() {
-        Sums s{set(0.0f), set(0.0f), set(0.0f)};
+    void round() {
         F by = inverse, from = base;
-        for (int i = 0; i < count; i++) {
-            F l = levels[i] = level_within<tame>(mul(by, sub(x[i], from)), 0, top);
-            F wl = mul(w[i], l);
-            s.of_l = add(s.of_l, wl), s.of_l2 = add(s.of_l2, mul(wl, l)), s.of_xl = add(s.of_xl, mul(wl, x[i]));
-        }
-        return s;
+#pragma GCC unroll 4
+        for (int i = 0; i < count; i++) levels[i] = level_within<tame>(mul(by, sub(x[i], from)), 0, top);
     }
-    Sums measure() {
-        Sums s;
-        bool tame = is_tame(mul(inverse, sub(lowest, base))) && is_tame(mul(inverse, sub(high, base)));
-        with_tame(tame, [&](auto is) { s = sums<is.value>(); });
-        return s;
+    // Apart from the rounding: operations that wait for it would keep the processor from those that do not.
+    void measure() {
+        with_tame(small, [&](auto is) { round<is.value>(); });
+        F sum_l = set(0.0f), sum_l2 = sum_l, sum_xl = sum_l;
+#pragma GCC unroll 4
+        for (int i = 0; i < count; i++) {
+            F l = levels[i], wl = mul(w[i], l);
+            sum_l = add(sum_l, wl), sum_l2 = add(sum_l2, mul(wl, l)), sum_xl = add(sum_xl, mul(wl, x[i]));
+        }
+        of_l = sum_l, of_l2 = sum_l2, of_xl = sum_xl;
     }
     F error(F by, F from) const {
         F sum = set(0.0f);
+#pragma GCC unroll 4
         for (int i = 0; i < count; i++)
             sum = add(sum, mul(w[i], penalty(sub(add(mul(by, levels[i]), from), x[i]))));
         return sum;
@@ -100,29 +100,30 @@ struct MinFit {
         }
         lowest = low;
         low = min(low, set(0.0f));
-        M idle = at_least(low, high);
-        F spread = choose(idle, set(1.0f), sub(high, low));
-        inverse = div(set(float(top)), spread), base = low;
+        best.idle = at_least(low, high), best.least = low;
+        aim(float(top));
         measure();
-        best = {div(set(1.0f), inverse), low, inverse, low, idle};
+        best.scale = div(set(1.0f), inverse), best.inverse = inverse, best.base = low;
         least_error = error(best.scale, low);
     }
-    void attempt(float codes) {
+    void aim(float codes) {
         F spread = choose(best.idle, set(1.0f), sub(high, best.least));
         inverse = div(set(codes), spread), base = best.least;
-        Sums s = measure();
-        determinant = sub(mul(sum_w, s.of_l2), mul(s.of_l, s.of_l));
-        scale = div(sub(mul(sum_w, s.of_xl), mul(sum_x, s.of_l)), determinant);
-        least = div(sub(mul(s.of_l2, sum_x), mul(s.of_l, s.of_xl)), determinant);
+        small = is_tame(mul(inverse, sub(lowest, base))) && is_tame(mul(inverse, sub(high, base)));
+    }
+    void solve() {
+        determinant = sub(mul(sum_w, of_l2), mul(of_l, of_l));
+        scale = div(sub(mul(sum_w, of_xl), mul(sum_x, of_l)), determinant);
+        least = div(sub(mul(of_l2, sum_x), mul(of_l, of_xl)), determinant);
         M positive = above(least, set(0.0f));
-        least = choose(positive, set(0.0f), least), scale = choose(positive, div(s.of_xl, s.of_l2), scale);
+        least = choose(positive, set(0.0f), least), scale = choose(positive, div(of_xl, of_l2), scale);
     }
     void judge() {
         F found = error(scale, least);
         M better = both(above(determinant, set(0.0f)), above(least_error, found));
         least_error = choose(better, found, least_error);
-        best = {choose(better, scale, best.scale), choose(better, least, best.least),
-                choose(better, inverse, best.inverse), choose(better, base, best.base), best.idle};
+        best.scale = choose(better, scale, best.scale), best.least = choose(better, least, best.least);
+        best.inverse = choose(better, inverse, best.inverse), best.base = choose(better, base, best.base);
     }
     Fit end() {
         best.scale = choose(best.idle, set(0.0f), best.scale);
@@ -130,17 +131,15 @@ struct MinFit {
         return best;
     }
 
-    Fit operator()(float first, float step, int steps) {
-        begin();
-        for (int i = 0; i <= steps; i++) attempt(first + step * float(i) + float(top)), judge();
-        return end();
-    }
-    // Two blocks at once: one is measured while the processor divides for the other.
-    static void both_of(MinFit& one, MinFit& other, float first, float step, int steps) {
-        one.begin(), other.begin();
+    // Several blocks at once: what waits for a division in one is done for all, and not while a loop waits behind it.
+    template <int number>
+    static void search(MinFit (&fits)[number], float first, float step, int steps) {
+        for (MinFit& fit : fits) fit.begin();
         for (int i = 0; i <= steps; i++) {
-            float codes = first + step * float(i) + float(one.top);
-            one.attempt(codes), other.attempt(codes), one.judge(), other.judge();
+            for (MinFit& fit : fits) fit.aim(first + step * float(i) + float(fit.top));
+            for (MinFit& fit : fits) fit.measure();
+            for (MinFit& fit : fits) fit.solve();
+            for (MinFit& fit : fits) fit.judge();
         }
     }
 };
@@ -154,7 +153,7 @@ I codes_of(const Fit& fit, F x, int top) {
 struct Peak {
     F size, value;
 };
-Peak peak_of(int count, const F* x) {
+Peak first_peak_of(int count, const F* x) {
     Peak peak{set(0.0f), set(0.0f)};
     for (int i = 0; i < count; i++) {
         F size = magnitude(x[i]);
@@ -162,6 +161,14 @@ Peak peak_of(int count, const F* x) {
         peak.size = choose(more, size, peak.size), peak.value = choose(more, x[i], peak.value);
     }
     return peak;
+}
+// Which is first matters where signs differ, which is rare. NaN does not count.
+Peak peak_of(int count, const F* x) {
+    F low = set(0.0f), high = low;
+    for (int i = 0; i < count; i++) low = min(x[i], low), high = max(x[i], high);
+    if (any(is_zero(add(low, high)))) return first_peak_of(count, x);
+    F value = choose(above(negative(low), high), low, high);
+    return {magnitude(value), value};
 }
 
 // Codes from -half to half - 1, value = scale * code (make_qx_quants with weights).
@@ -229,72 +236,77 @@ struct Descent {
     }
 };
 
-// The same for Q3_K (make_q3_quants): weights x**2, codes from -4 to 3, here as floats. Few steps change a code, so that
-// most are spared the division.
+// The same for Q3_K (make_q3_quants): weights x**2, codes from -4 to 3, here as floats. Few codes of few blocks change.
 struct Walk {
     static constexpr int count = 16, half = 4;
     const F* x;
-    F dot, norm, levels[count], dots[count], norms[count];  // of each weight, what it adds to `dot` and `norm`
+    F dot, norm, levels[count], dots[count];  // of each weight, what it adds to `dot`
+    bool changed;
 
-    void put(int i, F l) {
-        F w = mul(x[i], x[i]);
-        levels[i] = l, dots[i] = mul(mul(w, x[i]), l), norms[i] = mul(mul(w, l), l);
+    F square(int i) const { return mul(x[i], x[i]); }
+    F put(int i, F l) {
+        levels[i] = l, dots[i] = mul(mul(square(i), x[i]), l);
+        return mul(mul(square(i), l), l);
     }
-    void start(F inverse) {
-        dot = norm = set(0.0f);
+    // `idle`: blocks that count as 0.
+    void start(const F* values, const Peak& peak, M idle) {
+        x = values, dot = norm = set(0.0f);
+        F inverse = div(set(-float(half)), choose(idle, set(1.0f), peak.value));
         for (int i = 0; i < count; i++) {
-            put(i, to_float(nearest_within(mul(inverse, x[i]), -half, half - 1)));
-            dot = add(dot, dots[i]), norm = add(norm, norms[i]);
+            norm = add(norm, put(i, level_within<true>(mul(inverse, x[i]), -half, half - 1)));
+            dot = add(dot, dots[i]);
         }
     }
-    // Whether no lane's code can become another: as nothing may, or far from ties, and from numbers with few digits.
-    bool settled(int i) const {
-        F rest = sub(dot, dots[i]), wanted = mul(x[i], sub(norm, norms[i]));
-        wanted = min(max(wanted, mul(rest, set(-float(half)))), mul(rest, set(float(half - 1))));
-        F off = magnitude(sub(wanted, mul(rest, levels[i])));
-        M near = both(at_least(mul(rest, set(0.4999f)), off), at_least(rest, set(1e-30f)));
-        return all(either(near, at_least(set(0.0f), rest)));
+    // Where no code can become another. The code wanted, x * (norm - norm_i) / (dot - dot_i), is farther from l than from
+    // a tie where |x * norm - l * dot| < (dot - dot_i) / 2, since x * norm_i = l * dot_i; the difference, and a number with
+    // enough digits, is more than rounding makes. Where products are infinite, no quotient is better than another.
+    M settled(int i) const {
+        F most = fma(dot, set(0.4999f), set(-1e-29f));
+        F wanted = min(max(mul(x[i], norm), mul(dot, set(-float(half)))), mul(dot, set(float(half - 1))));
+        F off = magnitude(fma(negative(levels[i]), dot, wanted));
+        return at_least(fma(magnitude(dots[i]), set(-0.5f), most), off);
     }
-    bool change(int i) {
-        F w = mul(x[i], x[i]), rest_dot = sub(dot, dots[i]), rest_norm = sub(norm, norms[i]), l = levels[i];
+    M settled() const {
+        M all = settled(0);
+        for (int i = 1; i < count; i++) all = both(all, settled(i));
+        return all;
+    }
+    void change(int i) {
+        F w = square(i), l = levels[i];
+        F rest_dot = sub(dot, dots[i]), rest_norm = sub(norm, mul(mul(w, l), l));
         F k = to_float(nearest_within(div(mul(x[i], rest_norm), rest_dot), -half, half - 1));
         F new_dot = add(rest_dot, mul(mul(w, x[i]), k)), new_norm = add(rest_norm, mul(mul(w, k), k));
         M better = above(mul(mul(new_dot, new_dot), norm), mul(mul(dot, dot), new_norm));
         M change = both(both(positive(rest_dot, new_norm), either(above(k, l), above(l, k))), better);
         put(i, choose(change, k, l));
         dot = choose(change, new_dot, dot), norm = choose(change, new_norm, norm);
-        return any(change);
+        changed |= any(change);
     }
     F scale() const { return where_positive(norm, div(dot, norm)); }
 
-    // Two blocks at once, since each step waits for the one before. Hardly any code is settled in the first round.
-    static void run(Walk& one, Walk& other) {
-        bool changed = false;
-        for (int i = 0; i < count; i++) changed |= one.change(i), changed |= other.change(i);
-        for (int round = 1; round < 5 && changed; round++) {
-            changed = false;
-            for (int i = 0; i < count; i++) {
-                if (!one.settled(i)) changed |= one.change(i);
-                if (!other.settled(i)) changed |= other.change(i);
-            }
+    // Several at once, since each step waits for the one before. Most codes are settled after the first round.
+    static void run(Walk* walks, int number) {
+        bool on[at_once], more = true;
+        for (int k = 0; k < number; k++) on[k] = true;
+        for (int round = 0; round < 5 && more; round++) {
+            for (int k = 0; k < number; k++) walks[k].changed = false;
+            for (int i = 0; i < count; i++)
+                for (int k = 0; k < number; k++)
+                    if (on[k] && (round == 0 || !all(walks[k].settled(i)))) walks[k].change(i);
+            more = false;
+            for (int k = 0; k < number; k++) more |= on[k] = walks[k].changed;
         }
     }
+    static constexpr int at_once = 4;
 };
 
-// A block of 16 with codes from -4 to 3 for weights x**2, before its walk.
-Walk start_q3(const F* x, const Peak& peak, M idle) {
-    Walk walk;
-    walk.x = x;
-    walk.start(div(set(-float(Walk::half)), choose(idle, set(1.0f), peak.value)));
-    return walk;
-}
-
-// Its codes, from 0, after the walk.
+// Codes from 0 of a block of 16.
 void codes_q3(const F* x, I* codes) {
     Peak peak = peak_of(Walk::count, x);
     M idle = above(set(group_max_eps), peak.size);
-    Walk walk = start_q3(x, peak, idle), same = walk;
-    Walk::run(walk, same);
+    Walk walk;
+    walk.start(x, peak, idle);
+    Walk::run(&walk, 1);
     for (int i = 0; i < Walk::count; i++)
         codes[i] = select(idle, set(0), add(to_int(walk.levels[i]), set(Walk::half)));
 }
@@ -347,9 +359,8 @@ struct Iq4 {
     }
     // The nearest level's number, 15 for NaN. A curve gives it or the one below, a threshold decides.
     I operator()(F x) const {
-        constexpr float shift = 12582912.0f;  // as in nearest: numbers are in the lowest bits
         F slope = fma(min(magnitude(x), set(128.0f)), set(-0.00024f), set(0.0905f));
-        F from = max(min(fma(x, slope, set(7 + shift)), set(14 + shift)), set(shift));
+        F from = max(min(fma(x, slope, set(7 + shift)), set(14 + shift)), set(shift));  // the number is in the lowest bits
         I low = both(bits(from), set(15));
         return select(above(lookup16(thresholds, low), x), low, add(low, set(1)));
     }
@@ -431,9 +442,9 @@ struct MinKind {
 template <bool absolute>
 void fit_two(const Tile& t, const MinKind& kind, int first, float start, float step, int steps, Fit* fits) {
     auto block = [&](int j) { return MinFit<absolute>(kind.size, kind.top, t.x + j * kind.size, t.w + j * kind.size); };
-    MinFit<absolute> one = block(first), other = block(first + 1);
-    MinFit<absolute>::both_of(one, other, start, step, steps);
-    fits[first] = one.end(), fits[first + 1] = other.end();
+    MinFit<absolute> pair[]{block(first), block(first + 1)};
+    MinFit<absolute>::search(pair, start, step, steps);
+    fits[first] = pair[0].end(), fits[first + 1] = pair[1].end();
 }
 
 template <bool absolute>
@@ -491,10 +502,10 @@ void encode_min_blocks(Tile& t, const MinKind& kind) {
         t.scale_code(j, scale_code), t.min_code(j, min_code);
         F d = mul(t.scale, to_float(scale_code)), m = mul(t.least, to_float(min_code));
         M kept = is_zero(d);
-        for (int i = j * kind.size; i < (j + 1) * kind.size; i++) {
-            I code = nearest_within(div(add(t.x[i], m), d), 0, kind.top);
-            t.code(i, select(kept, codes_of(fits[j], t.x[i], kind.top), code));
-        }
+        for (int i = j * kind.size; i < (j + 1) * kind.size; i++)
+            t.code(i, nearest_within(div(add(t.x[i], m), d), 0, kind.top));
+        for (int i = j * kind.size; any(kept) && i < (j + 1) * kind.size; i++)
+            t.code(i, select(kept, codes_of(fits[j], t.x[i], kind.top), t.codes[i]));
     }
 }
 
@@ -515,28 +526,33 @@ void finish_signed_blocks(Tile& t, int half, const I* scale_codes, int scale_hal
     }
 }
 
-// Walks of blocks (number of the block times 16, plus that of the super-block), two times sixteen of them at once.
+// Walks of blocks (number of the block times 16, plus that of the super-block), sixteen in the lanes of one.
 void walk_q3(const Tile& t, int count, const uint8_t* chosen, float* scales) {
-    for (int first = 0; first < count; first += 32) {
-        float room[2][16 * 16], found[2][16];
-        F x[2][16];
-        auto number = [&](int k) { return chosen[smaller(first + k, count - 1)]; };
-        for (int k = 0; k < 32; k++)
-            __builtin_memcpy(room[k / 16] + k % 16 * 16, t.rows + number(k) % 16 * 256 + number(k) / 16 * 16, 64);
-        auto start = [&](int half) {
-            as_columns(room[half], 16, x[half]);
-            Peak peak = peak_of(Walk::count, x[half]);
-            return start_q3(x[half], peak, above(set(group_max_eps), peak.size));
-        };
-        Walk one = start(0), other = start(1);
-        Walk::run(one, other);
-        store_f32(found[0], one.scale()), store_f32(found[1], other.scale());
-        for (int k = 0; k < 32; k++) scales[number(k)] = found[k / 16][k % 16];
+    Walk walks[Walk::at_once];
+    F x[Walk::at_once][16];
+    for (int first = 0; first < count; first += 16 * Walk::at_once) {
+        int number = int(smaller((count - first + 15) / 16, Walk::at_once));
+        auto of = [&](int k) { return chosen[smaller(first + k, count - 1)]; };
+        for (int k = 0; k < number; k++) {
+            float room[16 * 16];
+            for (int lane = 0; lane < 16; lane++)
+                __builtin_memcpy(room + lane * 16, t.rows + of(16 * k + lane) % 16 * 256 + of(16 * k + lane) / 16 * 16, 64);
+            as_columns(room, 16, x[k]);
+            Peak peak = peak_of(Walk::count, x[k]);
+            walks[k].start(x[k], peak, above(set(group_max_eps), peak.size));
+        }
+        Walk::run(walks, number);
+        for (int k = 0; k < number; k++) {
+            float found[16];
+            store_f32(found, walks[k].scale());
+            for (int lane = 0; lane < 16; lane++) scales[of(16 * k + lane)] = found[lane];
+        }
     }
 }
 
 // Scales of blocks for weights x**2 (make_q3_quants). Where the value of greatest magnitude is above 0 codes have the other
-// sign than weights: no sum is above 0, and no code is changed. The others, which are half, come together for their walk.
+// sign than weights: no sum is above 0, and no code is changed. Of the others most are settled as they are; what is left, a
+// sixth of all, comes together for its walk.
 void fit_q3(const Tile& t, F* scales) {
     float found[256];
     uint8_t chosen[256];
@@ -544,9 +560,11 @@ void fit_q3(const Tile& t, F* scales) {
     for (int j = 0; j < 16; j++) {
         Peak peak = peak_of(Walk::count, t.x + 16 * j);
         M idle = above(set(group_max_eps), peak.size);
-        store_f32(found + 16 * j, choose(idle, set(0.0f), start_q3(t.x + 16 * j, peak, idle).scale()));
+        Walk walk;
+        walk.start(t.x + 16 * j, peak, idle);
+        store_f32(found + 16 * j, choose(idle, set(0.0f), walk.scale()));
         float extreme[16];
-        store_f32(extreme, choose(idle, set(0.0f), peak.value));
+        store_f32(extreme, choose(either(idle, walk.settled()), set(0.0f), peak.value));
         for (int lane = 0; lane < 16; lane++) chosen[count] = uint8_t(16 * j + lane), count += extreme[lane] < 0;
     }
     walk_q3(t, count, chosen, found);
@@ -661,7 +679,9 @@ void encode_symmetric(Tile& t, int half) {
 void encode_ranged(Tile& t, int top) {
     if (t.weighted) {
         t.weigh(0, 32, t.row_sigma);
-        Fit fit = MinFit<false>(32, top, t.x, t.w)(-0.9f, 0.05f, 36);
+        MinFit<false> search[]{{32, top, t.x, t.w}};
+        MinFit<false>::search(search, -0.9f, 0.05f, 36);
+        Fit fit = search[0].end();
         t.scale = as_half(fit.scale), t.least = as_half(fit.least);
         for (int i = 0; i < 32; i++) t.code(i, codes_of(fit, t.x[i], top));
         return;
@@ -769,9 +789,15 @@ void store_columns(const uint8_t* from, int count, int lane, uint8_t* to) {
     for (int i = 0; i < count; i++) to[i] = from[16 * i + lane];
 }
 
-// `encode` makes a tile of codes and scales; `weighted`: it reads the importance.
+bool all_finite(const F* x, int count) {
+    I most = set(0);
+    for (int i = 0; i < count; i++) most = max(bits(magnitude(x[i])), most);
+    return !any(greater(most, set(0x7f7fffff)));
+}
+
+// `encode` makes a tile of codes and scales; `weighted`: it reads the importance. Whether all weights are finite.
 template <class Encode>
-void encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance, bool weighted,
+bool encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance, bool weighted,
                   const GgmlEncoded& out, Encode encode) {
     GgmlShape shape = ggml_shape(type);
     int64_t blocks = rows * (cols / shape.weights), across = cols / shape.weights, sigma_row = -1;
@@ -791,10 +817,13 @@ void encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight
         };
         auto weight_of = [&](int64_t block) { return weight + block * shape.weights; };
         tile.rows = lanes == 16 ? weight_of(first) : room;
+        int64_t next = smaller(blocks - first, 32) - 16;  // blocks of the next tile are on their way while this one is done
+        for (int64_t i = 0; i < next * shape.weights; i += 16) __builtin_prefetch(weight_of(first + 16) + i, 0, 2);
         if (lanes == 16)
             as_columns(tile.rows, shape.weights, tile.x);
         else
             gather(weight_of, tile.x);
+        if (!all_finite(tile.x, shape.weights)) return false;
         if (tile.weighted) gather([&](int64_t block) { return importance + block % across * shape.weights; }, tile.importance);
         for (int lane = 0; by_row && lane < lanes; lane++) {
             int64_t row = (first + lane) / across;
@@ -803,8 +832,8 @@ void encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight
         }
         tile.row_sigma = load_f32(sigmas);
         encode(tile);
-        as_blocks(tile.codes, shape.weights, codes);
-        __builtin_memcpy(out.codes + first * shape.weights, codes, lanes * shape.weights);
+        as_blocks(tile.codes, shape.weights, lanes == 16 ? out.codes + first * shape.weights : codes);
+        if (lanes < 16) __builtin_memcpy(out.codes + first * shape.weights, codes, lanes * shape.weights);
         store_f32(scale, tile.scale), store_f32(least, tile.least);
         __builtin_memcpy(out.scale + first, scale, 4 * lanes);
         if (out.min) __builtin_memcpy(out.min + first, least, 4 * lanes);
@@ -814,10 +843,11 @@ void encode_tiles(GgmlType type, int64_t rows, int64_t cols, const float* weight
             if (out.min_codes) store_columns(tile.min_codes, shape.subs, lane, out.min_codes + at);
         }
     }
+    return true;
 }
 
-void ggml_encode(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
+bool ggml_encode(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
                  const GgmlEncoded& out) {
-    encode_tiles(type, rows, cols, weight, importance, importance && looks_at_importance(type), out,
-                 [&](Tile& tile) { encode_tile(type, tile); });
+    return encode_tiles(type, rows, cols, weight, importance, importance && looks_at_importance(type), out,
+                        [&](Tile& tile) { encode_tile(type, tile); });
 }

@@ -12,17 +12,24 @@ constexpr float e2m1_level[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1
 // Levels from `low` to `high`; codes count from 0. `level(x, inverse)` is the one nearest to x * inverse.
 struct Whole {
     int low, high, base;  // base: level of code 0
-    F level(F x, F inverse) const {
-        constexpr float shift = 12582912.0f;  // as in level_within
-        return sub(min(max(fma(x, inverse, set(shift)), set(shift + float(low))), set(shift + float(high))), set(shift));
+    F shifted(F x, F inverse) const {
+        return min(max(fma(x, inverse, set(shift)), set(shift + float(low))), set(shift + float(high)));
+    }
+    F level(F x, F inverse) const { return sub(shifted(x, inverse), set(shift)); }
+    // The same where what is greatest comes to lie at a level that `covers` knows: none can fall below the lowest.
+    bool covers(float greatest) const { return __builtin_fabsf(greatest) <= 0.49f - float(low); }
+    F covered(F x, F inverse) const {
+        return sub(min(fma(x, inverse, set(shift)), set(shift + float(high))), set(shift));
     }
     F value(I code) const { return to_float(add(code, set(base))); }
-    I code(F x, F inverse) const { return sub(to_int(level(x, inverse)), set(base)); }
+    I code(F x, F inverse) const { return sub(bits(shifted(x, inverse)), set(shift_bits + base)); }
 };
 
 struct Uneven {
     Iq4 grid;
     F level(F x, F inverse) const { return grid.value(grid(mul(x, inverse))); }
+    static bool covers(float) { return false; }
+    F covered(F x, F inverse) const { return level(x, inverse); }
     F value(I code) const { return grid.value(code); }
     I code(F x, F inverse) const { return grid(mul(x, inverse)); }
 };
@@ -111,11 +118,17 @@ Line fit_scale(const G& grid, const Trials& trials, const Part<weighted>& part, 
     F best_dot = zero, best_norm = set(1.0f);
     auto attempt = [&](float level) {
         F inverse = mul(unit, set(level)), dot = zero, norm = zero;
+        auto sum = [&](auto level_of) {
 #pragma GCC unroll 4
-        for (int i = 0; i < part.count; i++) {
-            F l = grid.level(part.x[i], inverse), wl = part.of(i, l);
-            dot = fma(part.x[i], wl, dot), norm = fma(wl, l, norm);
-        }
+            for (int i = 0; i < part.count; i++) {
+                F l = level_of(part.x[i]), wl = part.of(i, l);
+                dot = fma(part.x[i], wl, dot), norm = fma(wl, l, norm);
+            }
+        };
+        if (grid.covers(level))
+            sum([&](F x) { return grid.covered(x, inverse); });
+        else
+            sum([&](F x) { return grid.level(x, inverse); });
         M better = above(mul(mul(dot, dot), best_norm), mul(mul(best_dot, best_dot), norm));
         best_dot = choose(better, dot, best_dot), best_norm = choose(better, norm, best_norm);
     };
@@ -279,13 +292,14 @@ struct TileFit {
         c[j] = best_c, k[j] = best_k;
     }
 
-    // Least squares of the scales above, with all else as it is; then codes anew. Kept where it is better.
+    // Least squares of the scales above, with all else as it is, where that leaves less error.
     void refit() {
-        F zero = set(0.0f), aa = zero, ab = zero, bb = zero, ra = zero, rb = zero, before = zero, after = zero;
+        F zero = set(0.0f), aa = zero, ab = zero, bb = zero, ra = zero, rb = zero;
+        error = zero;
         for (int j = 0; j < kind.subs; j++) {
             F s = mul(scale, c[j]), m = mul(least, k[j]);
             Pass p = look(j, s, m);
-            before = add(before, p.error);
+            error = add(error, p.error);
             aa = add(aa, mul(mul(c[j], c[j]), p.of_l2)), ra = add(ra, mul(c[j], p.of_rl));
             if constexpr (with_min) {
                 ab = sub(ab, mul(mul(c[j], k[j]), p.of_l)), rb = sub(rb, mul(k[j], p.of_r));
@@ -303,11 +317,15 @@ struct TileFit {
         F up = choose(both_of_them, div(sub(mul(ra, bb), mul(rb, ab)), determinant), alone);
         F down = choose(both_of_them, div(sub(mul(rb, aa), mul(ra, ab)), determinant), zero);
         F new_scale = as_half(add(scale, up)), new_least = as_half(add(least, down));
-        for (int j = 0; j < kind.subs; j++)
-            after = add(after, error_under(j, mul(new_scale, c[j]), mul(new_least, k[j])));
-        M better = above(before, after);
+        F change = sub(new_scale, scale), after = sub(error, mul(change, sub(mul(set(2.0f), ra), mul(change, aa))));
+        if (with_min || !kind.scale_top) {  // else rounding anew leaves next to nothing less
+            after = zero;
+            for (int j = 0; j < kind.subs; j++)
+                after = add(after, error_under(j, mul(new_scale, c[j]), mul(new_least, k[j])));
+        }
+        M better = above(error, after);
         scale = choose(better, new_scale, scale), least = choose(better, new_least, least);
-        error = choose(better, after, before);
+        error = choose(better, after, error);
     }
 
     void run() {
@@ -324,6 +342,7 @@ struct TileFit {
 template <bool with_min, bool weighted, class G>
 void take(Tile& t, const TileFit<with_min, weighted, G>& fit, M better) {
     const FitKind& kind = fit.kind;
+    bool whole = all(better);
     for (int j = 0; j < kind.subs; j++) {
         F s = mul(fit.scale, fit.c[j]), m = mul(fit.least, fit.k[j]), inverse = inverse_or_zero(s);
         if (kind.scale_top) {
@@ -332,8 +351,8 @@ void take(Tile& t, const TileFit<with_min, weighted, G>& fit, M better) {
             if constexpr (with_min) t.min_code(j, select(better, to_int(fit.k[j]), load_u8(t.min_codes + 16 * j)));
         }
         for (int i = j * kind.size; i < (j + 1) * kind.size; i++) {
-            F from = with_min ? add(t.x[i], m) : t.x[i];
-            t.codes[i] = select(better, fit.grid.code(from, inverse), t.codes[i]);
+            I code = fit.grid.code(with_min ? add(t.x[i], m) : t.x[i], inverse);
+            t.codes[i] = whole ? code : select(better, code, t.codes[i]);
         }
     }
     t.scale = choose(better, fit.scale, t.scale), t.least = choose(better, fit.least, t.least);
@@ -423,8 +442,8 @@ void fit_tile(GgmlType type, Tile& t) {
         return line(15, {32, 8, 0, 63, {either_of(12, 10), 13.0f, 17.0f, 0, 0, places}, {16, 63.5f, 50.0f}, rounds});
     case GgmlType::q5_k: return line(31, {32, 8, 0, 63, {12, 28.0f, 33.0f}, {16, 63.5f, 50.0f}, rounds});
     case GgmlType::q3_k:
-        return whole(-4, 3, {16, 16, -32, 31, {either_of(8, 4), -5.0f, -2.6f, 4.0f, 2.2f}, six_bits, either_of(2, 1),
-                             t.weighted});
+        if (t.weighted) return whole(-4, 3, {16, 16, -32, 31, {8, -5.0f, -2.6f, 4.0f, 2.2f}, six_bits, 2});
+        return whole(-4, 3, {16, 16, -32, 31, {3, -4.49f, -3.2f, 3.6f, 2.6f}, {4, -32, -26, 31, 26}, 1, false});
     case GgmlType::q6_k:
         return whole(-32, 31, {16, 16, -128, 127, {8, -32.6f, -27.0f, 31.6f, 26.0f}, {12, -128, -110, 127, 110}, 2});
     case GgmlType::iq4_nl: return uneven({32, 1, 0, 0, {20, -135, -85, 120, 80}, {}, 2});
@@ -434,7 +453,7 @@ void fit_tile(GgmlType type, Tile& t) {
     }
 }
 
-void ggml_fit(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
+bool ggml_fit(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
               const GgmlEncoded& out) {
-    encode_tiles(type, rows, cols, weight, importance, importance, out, [&](Tile& tile) { fit_tile(type, tile); });
+    return encode_tiles(type, rows, cols, weight, importance, importance, out, [&](Tile& tile) { fit_tile(type, tile); });
 }

@@ -583,14 +583,14 @@ void encode_grid(GgmlType type, Tile& t) {
     }
 }
 
-void encode_any(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
+bool encode_any(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
                 const GgmlEncoded& out) {
     if (!has_grid(type)) return ggml_encode(type, rows, cols, weight, importance, out);
-    encode_tiles(type, rows, cols, weight, importance, importance, out, [&](Tile& tile) { encode_grid(type, tile); });
+    return encode_tiles(type, rows, cols, weight, importance, importance, out, [&](Tile& tile) { encode_grid(type, tile); });
 }
 
 // These search all runs of codes already: there is nothing more to fit.
-void fit_any(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
+bool fit_any(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
              const GgmlEncoded& out) {
-    (has_grid(type) ? encode_any : ggml_fit)(type, rows, cols, weight, importance, out);
+    return (has_grid(type) ? encode_any : ggml_fit)(type, rows, cols, weight, importance, out);
 }

@@ -340,21 +340,17 @@ ErrorSums error(const Grid& grid, Weight weight, const Quantized& quantized) {
     return sums;
 }
 
-bool to_floats(Weight weight, int64_t count, float* out) {
+void to_floats(Weight weight, int64_t count, float* out) {
     auto from = static_cast<const uint8_t*>(weight.data);
-    F off = set(0.0f);  // x - x: NaN where x is not finite
     with_dtype(weight.dtype, [&](auto type) {
         using T = decltype(type);
         auto take = [&](int64_t at, auto n) {
-            F x = first_lanes(load_some<T>(from + at * T::size, n), n);
-            store_some<F32>(reinterpret_cast<uint8_t*>(out + at), x, n);
-            off = add(off, sub(x, x));
+            store_some<F32>(reinterpret_cast<uint8_t*>(out + at), load_some<T>(from + at * T::size, n), n);
         };
         int64_t at = 0;
         for (; at + 16 <= count; at += 16) take(at, Full{});
         if (at < count) take(at, int(count - at));
     });
-    return all(at_least(set(0.0f), off));
 }
 
 // ---- sweep ----

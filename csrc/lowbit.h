@@ -230,8 +230,8 @@ struct Kernels {
     // Sums over w - dequantized (float32), squared and added in float64 in 16 fixed lanes per row.
     ErrorSums (*error)(const Grid&, Weight, const Quantized&);
 
-    // `count` weights as float32. Whether all are finite.
-    bool (*to_floats)(Weight, int64_t count, float* out);
+    // `count` weights as float32.
+    void (*to_floats)(Weight, int64_t count, float* out);
 
     // Columns one by one: the code nearest to the target, its error, and what the change of that error adds to the
     // targets of the columns that follow (GPTQ's inner loop).
@@ -252,12 +252,13 @@ struct Kernels {
     // In place, from the derivative by what softmax gave (`shares`, of the same type) that by the scores.
     void (*softmax_slopes)(const Causal&, Weight shares, Output slopes);
 
-    // llama.cpp's encoder of a type for rows of whole blocks; `importance` of each column, or null. Finite weights.
-    void (*ggml_encode)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
+    // llama.cpp's encoder of a type for rows of whole blocks; `importance` of each column, or null. False, with what is
+    // found unspecified, where a weight is NaN or Inf.
+    bool (*ggml_encode)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
                         const GgmlEncoded&);
 
     // The same types with less error sum importance * (weight - value)**2 (importance 1 where it is null) in each block.
-    void (*ggml_fit)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
+    bool (*ggml_fit)(GgmlType, int64_t rows, int64_t cols, const float* weight, const float* importance,
                      const GgmlEncoded&);
 
     // Panels from `first` to before `last` of a type that `ggml_panel_bits` knows.
@@ -343,8 +344,8 @@ GgmlFound ggml_panels(GgmlType, const GgmlRows&, int threads, const GgmlPanels&)
 int64_t ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);
 void ggml_unpack(GgmlType, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>&);
 
-// `Kernels::ggml_encode` or, `fitted`, `Kernels::ggml_fit` of rows in any float type, some at a time in the processor's
-// cache. False where a weight is not finite; then codes are not those of all rows.
+// `Kernels::ggml_encode` or, `fitted`, `Kernels::ggml_fit` of rows in any float type, made float32 some at a time in the
+// processor's cache.
 bool ggml_encode_rows(const Kernels&, GgmlType, int64_t rows, int64_t cols, Weight, const float* importance, bool fitted,
                       const GgmlEncoded&);
 

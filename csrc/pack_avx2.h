@@ -48,18 +48,19 @@ void unpack32(const uint8_t* bytes, uint8_t* codes) {
 }
 
 void transpose8(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
-    __m256i line[8], pair[8], four[8];
-    for (int i = 0; i < 8; i++) line[i] = _mm256_loadu_si256(wide(from + i * from_stride));
-    for (int i = 0; i < 8; i += 2) {
-        pair[i] = _mm256_unpacklo_epi32(line[i], line[i + 1]);
-        pair[i + 1] = _mm256_unpackhi_epi32(line[i], line[i + 1]);
-    }
-    for (int i = 0; i < 8; i++) {  // four[4 * h + c]: rows 4h to 4h + 3 of columns c and c + 4
-        __m256i first = pair[i / 4 * 4 + i % 4 / 2], second = pair[i / 4 * 4 + i % 4 / 2 + 2];
-        four[i] = i % 2 ? _mm256_unpackhi_epi64(first, second) : _mm256_unpacklo_epi64(first, second);
-    }
-    for (int i = 0; i < 4; i++) {
-        store_wide(to + i * to_stride, _mm256_permute2x128_si256(four[i], four[i + 4], 0x20));
-        store_wide(to + (i + 4) * to_stride, _mm256_permute2x128_si256(four[i], four[i + 4], 0x31));
+    for (int half = 0; half < 2; half++, from += 16, to += 4 * to_stride) {  // four columns: rows i and i + 4 as one
+        __m256i line[4], pair[4];
+        for (int i = 0; i < 4; i++) {
+            __m256i low = _mm256_castsi128_si256(_mm_loadu_si128(narrow(from + i * from_stride)));
+            line[i] = _mm256_inserti128_si256(low, _mm_loadu_si128(narrow(from + (i + 4) * from_stride)), 1);
+        }
+        for (int i = 0; i < 4; i += 2) {
+            pair[i] = _mm256_unpacklo_epi32(line[i], line[i + 1]);
+            pair[i + 1] = _mm256_unpackhi_epi32(line[i], line[i + 1]);
+        }
+        for (int i = 0; i < 2; i++) {
+            store_wide(to + 2 * i * to_stride, _mm256_unpacklo_epi64(pair[i], pair[i + 2]));
+            store_wide(to + (2 * i + 1) * to_stride, _mm256_unpackhi_epi64(pair[i], pair[i + 2]));
+        }
     }
 }

@@ -128,9 +128,9 @@ static void compare_dequantize(const Kernels& kernels, const Grid& grid, Dtype d
     Buffer data = random_weight(count, dtype, false), codes = random_codes(count, 255);
     for (bool wild : {false, true}) {
         Buffer any = random_weight(count, dtype, wild);
-        compare("to_floats", kernels, grid, 4 * count + 1, [&](const Kernels& k, uint8_t* out) {
+        compare("to_floats", kernels, grid, 4 * count, [&](const Kernels& k, uint8_t* out) {
             std::vector<float> floats(size_t(count), 0.0f);
-            out[4 * count] = k.to_floats({any.at(), dtype}, count, floats.data());
+            k.to_floats({any.at(), dtype}, count, floats.data());
             if (count) std::memcpy(out, floats.data(), size_t(4 * count));
         });
     }

@@ -58,7 +58,7 @@ def encode(
     wanted = None if importance is None else pad(importance.float(), (0, tail))
     found = _room(rows, cols + tail, whole, scheme, None if tail else out)
     if weight.numel() and not native.ggml_encode(_IDS[scheme], filled, wanted, out=found, fitted=fitted):
-        finite_range(weight, {}, _ROW)
+        finite_range(weight, {}, _ROW)  # raises, with the place
     scales = _part(found.scale, found.scale_codes, (rows, cols), scheme)
     minima = None if found.min is None else _part(found.min, found.min_codes, (rows, cols), scheme)
     codes = found.codes[:, :cols].contiguous()
