@@ -491,7 +491,7 @@ def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = _tokenizer_class(checkpoint).from_pretrained(
             root, trust_remote_code=checkpoint.trusted, local_files_only=True
         )
-    if len(tokenizer) <= _EMPTY:
+    if len(tokenizer) <= _EMPTY and not (root / "tokenizer.json").exists():
         raise CheckpointError(f"{root} has no tokenizer: no file of it lies there; put it beside the weights")
     return tokenizer
 
