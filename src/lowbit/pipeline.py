@@ -381,7 +381,8 @@ def run_imatrix(
 
 def without_tokenizer(model: str, out: Path) -> str | None:
     """Why a result that was made of a GGUF file has no tokenizer; None where it has one, or needs none."""
-    reason = None if any(out.glob(f"*{GGUF}")) else untold(open_checkpoint(model))
+    made = model.endswith(GGUF) or any(Path(model).glob(f"*{GGUF}"))  # only such a file is opened again
+    reason = untold(open_checkpoint(model)) if made and not any(out.glob(f"*{GGUF}")) else None
     return reason and f"no tokenizer was written: {reason}"
 
 

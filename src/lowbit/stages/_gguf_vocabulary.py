@@ -27,31 +27,30 @@ def told_by(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     The tokenizer is missing where no other program is known to cut texts as llama.cpp does with it (`untold`).
     """
     found: dict[str, dict[str, Any]] = {"config.json": dict(checkpoint.config)} if alone(checkpoint) else {}
-    told = _speaks(checkpoint) and not untold(checkpoint)
-    return found | tokenizer_documents(read_gguf(checkpoint.shards[0])) if told else found
+    told = _told(checkpoint)
+    return found if isinstance(told, str) else found | told
 
 
-def alone(checkpoint: Checkpoint) -> bool:
-    """Whether it is a GGUF file with no configuration beside it."""
+def alone(checkpoint: Checkpoint, *names: str) -> bool:
+    """Whether it is a GGUF file with none of these files beside it: by default, with no configuration."""
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    return checkpoint.shards[0].suffix == GGUF and not (root / "config.json").exists()
-
-
-def _speaks(checkpoint: Checkpoint) -> bool:
-    """Whether the tokenizer is in a GGUF file alone."""
-    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    return checkpoint.shards[0].suffix == GGUF and not any((root / name).exists() for name in _FILES)
+    return checkpoint.shards[0].suffix == GGUF and not any((root / name).exists() for name in names or ["config.json"])
 
 
 def untold(checkpoint: Checkpoint) -> str | None:
     """Why a GGUF file's tokenizer is not written in the files of transformers; None where it is, or lies beside it."""
-    if not _speaks(checkpoint):
-        return None
+    told = _told(checkpoint)
+    return told if isinstance(told, str) else None
+
+
+def _told(checkpoint: Checkpoint) -> dict[str, dict[str, Any]] | str:
+    """Files of the tokenizer that is in a GGUF file and not beside it, or why there are none; empty for others."""
+    if not alone(checkpoint, *_FILES):
+        return {}
     try:
-        tokenizer_documents(read_gguf(checkpoint.shards[0]))
+        return tokenizer_documents(read_gguf(checkpoint.shards[0]))
     except UnsupportedError as error:
         return str(error)
-    return None
 
 
 def tokenizer_documents(header: Gguf) -> dict[str, dict[str, Any]]:

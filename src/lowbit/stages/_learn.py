@@ -42,7 +42,7 @@ def learn(steps: Sequence[Step], work: Calibration, state: State, passes: Passes
     }
     for name, qtensor in (nearest if worse else learned).items():
         error = measure(block.weights[name], qtensor)
-        facts = shared | {"relative_error": error.relative, "largest_error": error.largest}
+        facts = shared | error.facts
         state.put(name, qtensor.dequantize())
         state.settle(state.entries[name], qtensor, facts)
 

@@ -228,7 +228,7 @@ def convert(conversion: Conversion, output: Output, watch: MemoryWatch, progress
         pieces = conversion.source.stored(name)
         source, error = pieces_digest(list(pieces.values())), change.error
         value = changer.value(change.before, change.entry, pieces)
-        facts = {"relative_error": error.relative, "largest_error": error.largest, "method": change.entry.method}
+        facts = {**error.facts, "method": change.entry.method}
         facts |= {"seconds": time.perf_counter() - start}
         store(output, change.entry, value, source, facts, scratch=way.scratch, workers=way.threads)
 

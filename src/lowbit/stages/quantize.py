@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
@@ -174,22 +174,23 @@ class _Worker:
     def run(self, entry: Entry) -> None:
         """Read, quantize, store."""
         start = time.perf_counter()
-        tensor, facts = self.checkpoint.tensor(entry.weight.name), dict[str, Any]()
-        source: Tensor | str = tensor
-        value: Value | Rows
-        by_rows = not self.way.scratch and entry.weight.scheme and self.plan.rules.by_rows(entry.weight)
-        with nullcontext() if by_rows else self.output.codes(entry.weight, self.way.scratch) as codes:
-            if by_rows:
-                value = self._rows(entry, tensor)
-            elif codes is None:
-                value = _kept(entry.weight, tensor).contiguous()
-            else:
-                stats = _given(self.importance, entry)
-                source, value, error = quantize_weight(self.plan.options, entry, tensor, codes, self.way.piece, stats)
-                facts = error.facts
-            facts |= {"method": entry.method, "seconds": time.perf_counter() - start}
-            scratch, workers = self.way.scratch, self.way.threads
-            store(self.output, entry, value, source, facts, scratch=scratch, workers=workers)
+        tensor = self.checkpoint.tensor(entry.weight.name)
+        if not self.way.scratch and entry.weight.scheme and self.plan.rules.by_rows(entry.weight):
+            self._store(entry, self._rows(entry, tensor), tensor, {}, start)
+            return
+        with self.output.codes(entry.weight, self.way.scratch) as codes:
+            if codes is None:
+                self._store(entry, _kept(entry.weight, tensor).contiguous(), tensor, {}, start)
+                return
+            stats = _given(self.importance, entry)
+            source, value, error = quantize_weight(self.plan.options, entry, tensor, codes, self.way.piece, stats)
+            self._store(entry, value, source, error.facts, start)
+
+    def _store(
+        self, entry: Entry, value: Value | Rows, source: Tensor | str, facts: Mapping[str, Any], start: float
+    ) -> None:
+        facts = {**facts, "method": entry.method, "seconds": time.perf_counter() - start}
+        store(self.output, entry, value, source, facts, scratch=self.way.scratch, workers=self.way.threads)
 
     def _rows(self, entry: Entry, tensor: Tensor) -> Rows:
         """A weight that is stored some rows after the other, as they are made."""

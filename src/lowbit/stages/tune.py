@@ -161,7 +161,7 @@ def _replace(
         value = replace(value, codes=value.codes.clone(), scales=values)
         if not record.facts["folded"]:
             error = measure(prepared.source.tensor(name), value)
-            facts |= {"relative_error": error.relative, "largest_error": error.largest}
+            facts |= error.facts
     else:
         value = values
     store(output, entry, value, record.source, facts, scratch=False)

@@ -274,7 +274,7 @@ class Output:
             return
         shape = view_shape(weight.shape, weight.scheme.block)
         if not scratch:
-            yield self._buffer(name, prod(shape)).view(shape)
+            yield self.room(name, shape)
             return
         path = self.path / WORK / "scratch" / f"{weight.name}.{name}"
         path.parent.mkdir(exist_ok=True)
