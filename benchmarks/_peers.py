@@ -38,9 +38,9 @@ def timed(clock: Clock, name: str) -> Iterator[None]:
 
 
 def load(job: Job) -> tuple[Any, Any]:
-    """Model in the type in which it is stored, and its tokenizer."""
+    """Model in the type in which it is to compute, and its tokenizer."""
     transformers: Any = import_module("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"])
     return model.eval(), transformers.AutoTokenizer.from_pretrained(job["model"])
 
 
@@ -110,7 +110,7 @@ def gptqmodel(job: Job, clock: Clock) -> Weights:
     lib: Any = import_module("gptqmodel")
     config = lib.QuantizeConfig(bits=job["bits"], group_size=job["group"], sym=job["sym"], method=job["method"])
     with timed(clock, "load"):
-        model = lib.GPTQModel.load(job["model"], config, device="cpu")
+        model = lib.GPTQModel.load(job["model"], config, device="cpu", dtype=getattr(torch, job["dtype"], "auto"))
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in windows(job)]
     with timed(clock, "quantize"):
         model.quantize(rows, batch_size=job["batch"])

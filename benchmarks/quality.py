@@ -1,15 +1,16 @@
 """Calibrated quantization beside other packages: same model, same windows of tokens, same bits, same evaluator.
 
     python benchmarks/quality.py --work DIR --model DIR --calibration FILE --text FILE --python llmcompressor=PATH ...
-        [--seeds 0 1 2] [--only REGEX] [--threads 2] [--again] [--summary] [--json]
+        [--seeds 0 1 2] [--only REGEX] [--threads 2] [--dtype auto] [--again] [--summary] [--json]
 
 Every run is a process of its own, one at a time; its seconds, its perplexity and its mean loss per window are kept in
 DIR/results.jsonl, so that the benchmark goes on where it was and repeats nothing. Those of the README's table are in
 benchmarks/results/quality. `--again` repeats runs that were timed beside other work, `--summary` runs nothing. `--only`
 selects runs by name, as `gptq:int4-g128`, `^lowbit:`. Options of our methods follow after `@`, as in `--ours autoround
-gptq+tune@tune.target=text`. `--device cuda` runs ours, llm-compressor and auto-round there. Packages need
-not share an interpreter: `--python NAME=PATH` names each one's; those of this interpreter are found without it, others
-are left out.
+gptq+tune@tune.target=text`. `--device cuda` runs ours, llm-compressor and auto-round there. `--dtype float32` has peers
+load the model so, for processors without units for bfloat16: torch takes a hundred times as long there (ours looks for
+them). Packages need not share an interpreter: `--python NAME=PATH` names each one's; those of this interpreter are
+found without it, others are left out.
 
 Seconds are those of calibrating and quantizing alone, the whole process is given apart. Perplexity is that of
 `lowbit evaluate`: peers' weights are written as they compute with them, in float32. Intervals are of the mean over
@@ -193,7 +194,7 @@ def command(bench: Bench, run: Run, out: Path) -> list[str]:
         "tool": run.tool, "method": run.method, "model": str(options.model), "windows": str(bench.windows(run.seed)),
         "out": str(out), "bits": bits, "group": group, "sym": symmetric and run.method not in ZEROS, "batch": 8,
         "iterations": options.iterations, "threads": options.threads, "seed": run.seed,
-        "device": options.device,
+        "device": options.device, "dtype": options.dtype,
     }  # fmt: skip
     # -P: a folder beside the script is no place for its imports.
     return [bench.interpreters[run.tool], "-P", str(Path(__file__).with_name("_peers.py")), json.dumps(job)]
@@ -212,7 +213,7 @@ def execute(bench: Bench, run: Run) -> Record:
     wall = time.perf_counter() - start
     others = (others_time() - others) / (wall * (os.cpu_count() or 1))
     record = {"run": str(run), **asdict(run), "wall": wall, "threads": int(threads), "device": bench.options.device}
-    record |= {"others": others, "quiet": others < QUIET}
+    record |= {"dtype": bench.options.dtype, "others": others, "quiet": others < QUIET}
     (bench.work / "logs").mkdir(exist_ok=True)
     (bench.work / "logs" / f"{out.name}.txt").write_text(done.stdout + done.stderr)
     if done.returncode:
@@ -349,6 +350,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32"))
     for name in ("again", "summary", "json"):
         parser.add_argument(f"--{name}", action="store_true")
     return parser.parse_args()

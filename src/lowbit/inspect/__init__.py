@@ -25,6 +25,7 @@ from lowbit.stages._history import methods
 from lowbit.stages._row_views import apart_in_rows
 from lowbit.stages._rows import Runs, blocks_of
 from lowbit.stages.checkpoint import Checkpoint, arch_row, open_checkpoint
+from lowbit.stages.quantize import one_torch_thread
 from lowbit.tensors import QTensor, scheme_bytes
 
 __all__ = ["Finding", "Inspection", "TensorFacts", "inspect"]
@@ -165,7 +166,8 @@ def _examine(checkpoint: Checkpoint, weight: Weight, method: str | None) -> tupl
             codes, found = check_quantized(weight.name, loaded, weight.dtype)
         else:
             found = check_plain(weight.name, loaded)
-            grid = None if found else recognise(loaded)
+            with one_torch_thread():  # many small operations: on a busy machine threads would wait for one another
+                grid = None if found else recognise(loaded)
     except (CheckpointError, FormatError) as error:
         found = [Finding("error", weight.name, str(error))]
     scheme, dtype = str(weight.scheme) if weight.scheme else None, str(weight.dtype).removeprefix("torch.")

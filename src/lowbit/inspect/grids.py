@@ -33,6 +33,7 @@ _BLUNT = 0.25  # of a gap: steps of float types are not taken for those of a gri
 _ENOUGH = 16.0  # bits of evidence in a block
 _REPEATED = 3.0
 _MISSES = 0.05  # of the blocks may not fit; at least half must be proved to
+_SOME = 8  # one block in so many is looked at first, which is enough to tell ordinary weights
 _TABLES = ("nf4", "fp4", "iq4_nl", "mxfp4", "fp8-e5m2", "fp8-e4m3")
 
 
@@ -76,9 +77,14 @@ class _Fit:
         return self.passes & (self.evidence >= _ENOUGH)
 
     @property
+    def misses(self) -> int:
+        """Blocks that do not pass."""
+        return int((~self.passes).sum())
+
+    @property
     def missed(self) -> float:
         """Share of the blocks that do not pass; 1 where there are no blocks."""
-        return float((~self.passes).float().mean()) if len(self.passes) else 1.0
+        return self.misses / len(self.passes) if len(self.passes) else 1.0
 
 
 def recognise(weight: Tensor) -> OnGrid | None:
@@ -86,17 +92,20 @@ def recognise(weight: Tensor) -> OnGrid | None:
     if weight.ndim < 2 or not weight.dtype.is_floating_point or weight.numel() < LEAST:
         return None
     matrix = weight.reshape(-1, weight.shape[-1])
-    samples = list(_samples(matrix))
+    samples = [(name, values, _rounding(values)) for name, values in _samples(matrix)]
     found = [each for kind in ("int", *_TABLES, "offset") for each in _described(samples, kind)]
     least = min((each.bits for each in found), default=0)
     return next((each for each in found if each.bits == least), None)
 
 
-def _described(samples: Sequence[tuple[str, Tensor]], kind: str) -> list[OnGrid]:
+def _described(samples: Sequence[tuple[str, Tensor, Tensor]], kind: str) -> list[OnGrid]:
     """What a kind of grid is in blocks that fit it, the largest first; larger ones miss where smaller do."""
     found = []
-    for name, values in samples:
-        fit = _fit(values, kind)
+    for name, values, rounding in samples:
+        some = _fit(values[::_SOME], rounding[::_SOME], kind)
+        if some.misses > _MISSES * len(values):
+            break
+        fit = _fit(values, rounding, kind)
         if fit.missed > _MISSES:
             break
         if 2 * int(fit.proved.sum()) >= len(values):
@@ -130,11 +139,11 @@ def _telling(blocks: Blocks) -> Tensor:
     return blocks[blocks.isfinite().all(1) & (blocks != blocks[:, :1]).any(1)]
 
 
-def _fit(values: Blocks, kind: str) -> _Fit:
+def _fit(values: Blocks, rounding: Blocks, kind: str) -> _Fit:
     if not len(values):
         nothing = torch.zeros(0)
         return _Fit(nothing.bool(), nothing, nothing, nothing, nothing, nothing)
-    return _fit_table(values, kind) if kind in _TABLES else _fit_integers(values, kind == "offset")
+    return _fit_table(values, rounding, kind) if kind in _TABLES else _fit_integers(values, rounding, kind == "offset")
 
 
 def _rounding(values: Blocks) -> Blocks:
@@ -160,7 +169,7 @@ def _worth(values: Blocks) -> Blocks:
     return torch.zeros_like(most).scatter(1, order, most)
 
 
-def _fit_integers(values: Blocks, offset: bool) -> _Fit:
+def _fit_integers(values: Blocks, rounding: Blocks, offset: bool) -> _Fit:
     """Multiples of a step, from the least value where there is an offset; the largest step that fits is taken."""
     start = values.min(1, keepdim=True).values if offset else torch.zeros(len(values), 1)
     x = values - start
@@ -171,7 +180,7 @@ def _fit_integers(values: Blocks, offset: bool) -> _Fit:
     shift, scale = _regress(x, k, offset)
     k = ((x - shift) / scale).round()
     residual = ((x - shift) / scale - k).abs()
-    rounding = _rounding(values) * _SPARE
+    rounding = rounding * _SPARE
     if offset:  # it is found from rounded values, and moves even those that are near 0
         rounding = rounding + rounding.max(1, keepdim=True).values
     tolerance = rounding[:, None, :] / scale + _SLACK
@@ -192,7 +201,7 @@ def _regress(x: Tensor, k: Tensor, offset: bool) -> tuple[Tensor, Tensor]:
     return mean_x - scale * mean_k, scale
 
 
-def _fit_table(values: Blocks, kind: str) -> _Fit:
+def _fit_table(values: Blocks, rounding: Blocks, kind: str) -> _Fit:
     """Levels of a table times a scale: the largest value is each of them in turn."""
     levels = torch.tensor(sorted({level for level in FAMILIES[kind].grid.levels if abs(level) < float("inf")}))
     at = values.abs().argmax(1, keepdim=True)
@@ -209,7 +218,7 @@ def _fit_table(values: Blocks, kind: str) -> _Fit:
     far = torch.tensor([float("inf")])
     gaps = torch.minimum(torch.cat([far, levels.diff()]), torch.cat([levels.diff(), far]))[index]
     residual = (x / scale - levels[index]).abs() / gaps
-    tolerance = _rounding(values)[:, None, :] * _SPARE / scale / gaps + _SLACK
+    tolerance = rounding[:, None, :] * _SPARE / scale / gaps + _SLACK
     residual = torch.where(signed, residual, torch.inf)
     return _judge(values, levels[index], residual, tolerance, scale[..., 0])
 
