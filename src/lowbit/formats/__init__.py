@@ -6,7 +6,7 @@ A format is a frozen record of pure functions, `FORMAT = Format(...)`. It knows 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -79,6 +79,10 @@ class Weight:
         """Its shape in the model."""
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.swapped else self.shape
 
+    def some(self, rows: int) -> Weight:
+        """A weight of some of its rows, whole heads where the file has these in an order of their own."""
+        return replace(self, shape=(rows, *self.shape[1:]), interleaved=self.interleaved * rows // self.shape[0])
+
 
 def no_activations(scheme: Scheme, weight: Weight) -> Scheme:
     """What a format says that stores weights alone.
@@ -92,7 +96,7 @@ def no_activations(scheme: Scheme, weight: Weight) -> Scheme:
 
 
 def no_lines(weight: Weight, tensors: Mapping[str, Tensor], start: int, stop: int) -> Tensor | None:
-    """What a format says that does not store words as rows have them."""
+    """What a format says that does not store words as they are asked for."""
     return None
 
 
@@ -101,29 +105,42 @@ def never_hollow(scheme: Scheme) -> bool:
     return False
 
 
-def never_by_rows(weight: Weight) -> bool:
+def never_by_rows(weight: Weight) -> int:
     """What a format says that packs a weight whole."""
-    return False
+    return 0
 
 
 @dataclass(frozen=True)
-class CodeRows:
-    """How a format stores codes alone, of some rows of a weight `[rows, cols]`: a multiple of 32, the last apart.
-
-    Codes come and go as `words`, which `native.pack_bits` makes of them: for most layouts these have only to be moved.
-    What is beyond the last code of a row may be anything in what is unpacked, and is 0 in what is packed.
+class CodeWords:
+    """How a format stores codes alone, as lines of words: in part, from one line on.
 
     Attributes:
-        pack: `(weight, words, start, into)` fills what `pack` of the format leaves out: codes of rows from `start` on.
-        unpack: `(weight, tensors, start, words)`: the inverse, of contiguous tensors that `unpack` of the format took.
-        lines: `(weight, tensors, start, stop)`: words of these rows as they lie in the tensors, to read them there or
-            to make them there, after which `pack` has nothing to do; None where they do not. Asked only where codes end
-            with the last word of a row.
+        unpack: `(weight, tensors, start, words)` fills lines from contiguous tensors that `unpack` of the format took.
+        pack: `(weight, words, start, into)`: the inverse, for what `pack` of the format leaves out; None where codes
+            are stored with all else.
+        lines: `(weight, tensors, start, stop)`: these lines as they lie in the tensors, to read them there or to make
+            them there, after which `pack` has nothing to do; None where they do not.
     """
 
-    pack: Callable[[Weight, Tensor, int, Mapping[str, Tensor]], None]
     unpack: Callable[[Weight, Mapping[str, Tensor], int, Tensor], None]
+    pack: Callable[[Weight, Tensor, int, Mapping[str, Tensor]], None] | None = None
     lines: Callable[[Weight, Mapping[str, Tensor], int, int], Tensor | None] = no_lines
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The same of a weight `[rows, cols]`: for most layouts words have only to be moved.
+
+    Attributes:
+        rows: a line is what `native.pack_bits` makes of a row. They are asked for in multiples of 32, the last apart;
+            what is beyond the last code of a row may be anything in what is unpacked, and is 0 in what is packed.
+            `lines` is asked only where codes end with the last word of a row.
+        turned: the words of rows turned: a line is one of each row. None where the layout is by rows. Asked only where
+            codes end with the last word.
+    """
+
+    rows: CodeWords
+    turned: CodeWords | None = None
 
 
 @dataclass(frozen=True)
@@ -162,9 +179,9 @@ class Format:
         hollow: `(scheme) -> bool`: whether `unpack` and `pack` take codes on torch's device `meta`, which are a shape
             and no bytes. They then leave alone where codes are stored, and do and check all else. Only true where no
             code can be wrong.
-        rows: codes of some rows, of the schemes that are `hollow`; None where they are not had so.
-        by_rows: `(weight) -> bool`: whether its layout is one tensor, of which some rows are what `pack` makes of a
-            weight of those rows alone.
+        codes: those of the schemes that are `hollow`, in parts; None where they are not had so.
+        by_rows: `(weight) -> int`: where its layout is one tensor, of which some rows are what `pack` makes of a weight
+            of those rows alone (`Weight.some`): of what number these must be a multiple; else 0.
     """
 
     about: str
@@ -184,5 +201,5 @@ class Format:
     learned_encoder: str = ""
     arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None
     hollow: Callable[[Scheme], bool] = never_hollow
-    rows: CodeRows | None = None
-    by_rows: Callable[[Weight], bool] = never_by_rows
+    codes: Codes | None = None
+    by_rows: Callable[[Weight], int] = never_by_rows

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit import native
 from lowbit.errors import FormatError, UnsupportedError
-from lowbit.formats import Format, Spec, Weight
+from lowbit.formats import Codes, CodeWords, Format, Spec, Weight
 from lowbit.formats._checks import finite, stored
-from lowbit.formats._ggml import BLOCKS, BlockType, hollow, type_of
+from lowbit.formats._ggml import BLOCKS, BlockType, codes_of, hollow, type_of
 from lowbit.formats._ggml import pack as pack_blocks
 from lowbit.formats._ggml import unpack as unpack_blocks
 from lowbit.formats._gguf import across_index, file_columns, file_rows, own_rows, separate, turned_back
@@ -65,10 +66,13 @@ def _kind(weight: Weight) -> BlockType:
     return BLOCKS[name]
 
 
-def by_rows(weight: Weight) -> bool:
-    """Where rows and columns are in the order of the file, and no number beside them is of all rows."""
-    in_order = file_rows(weight) is None and file_columns(weight) is None
-    return len(weight.shape) == 2 and in_order and weight.scheme != _NVFP4
+def by_rows(weight: Weight) -> int:
+    """Where no number beside them is of all rows: any of these, or those of heads, within which their order changes."""
+    if len(weight.shape) != 2 or weight.scheme == _NVFP4 or file_columns(weight) is not None:
+        return 0
+    if weight.interleaved:
+        return weight.shape[0] // weight.interleaved
+    return 1 if file_rows(weight) is None else 0
 
 
 def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
@@ -139,6 +143,15 @@ def _reorder(codes: Tensor, weight: Weight, order: Tensor) -> None:
         columns.copy_(columns[order])
 
 
+def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Tensor) -> None:
+    kind, cols, order, stop = _kind(weight), weight.shape[-1], own_rows(weight), start + len(words)
+    blocks = tensors[weight.name].reshape(-1, kind.row_bytes(cols))
+    codes = codes_of(kind.name, blocks[start:stop] if order is None else blocks[order[start:stop]], cols)
+    columns = file_columns(weight)
+    codes = codes if columns is None else codes[:, columns.argsort()]
+    native.pack_bits(codes, kind.scheme.grid.bits, out=words)
+
+
 def _rows(q: QTensor, index: Tensor) -> QTensor:
     """Some rows of a tensor whose blocks are within a row."""
     scales = q.scales if not q.scheme.block.rows else _part(q.scales, index)  # of NVFP4's scales there is one
@@ -201,5 +214,6 @@ FORMAT = Format(
     learned_encoder="imatrix_fit",
     arrange=arrange,
     hollow=hollow,
+    codes=Codes(CodeWords(_unpack_rows)),
     by_rows=by_rows,
 )
