@@ -179,11 +179,23 @@ void exchange(uint32_t* one, uint32_t* other) {
     }
 }
 
-// Nibble i of words j becomes nibble j of words i (Hacker's Delight, 7-3); its own inverse. Words j are in line
-// `awq_rows[j]`, so that what are words of rows then are in their order.
+// The halves of words from one place to another: copies of few bytes would become `rep movs`, which are slow to begin.
+void exchange_halves(const void* __restrict a, const void* __restrict b, void* __restrict one, void* __restrict other,
+                     int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t low, high;
+        std::memcpy(&low, static_cast<const uint8_t*>(a) + 4 * i, 4);
+        std::memcpy(&high, static_cast<const uint8_t*>(b) + 4 * i, 4);
+        uint32_t first = (low & 0xffff) | high << 16, second = low >> 16 | (high & 0xffff0000);
+        std::memcpy(static_cast<uint8_t*>(one) + 4 * i, &first, 4);
+        std::memcpy(static_cast<uint8_t*>(other) + 4 * i, &second, 4);
+    }
+}
+
+// Nibble i of words j becomes nibble j of words i (Hacker's Delight, 7-3), but for the halves; its own inverse. Words j are
+// in line `awq_rows[j]`, so that what are words of rows then are in their order.
 void turn_nibbles(Eights& tile) {
     auto at = [&](int j) { return tile[awq_rows[j]]; };
-    for (int j = 0; j < 4; j++) exchange<16, 0x0000ffff>(at(j), at(j + 4));
     for (int j : {0, 1, 4, 5}) exchange<8, 0x00ff00ff>(at(j), at(j + 2));
     for (int j : {0, 2, 4, 6}) exchange<4, 0x0f0f0f0f>(at(j), at(j + 1));
 }
@@ -196,11 +208,12 @@ void lines_to_awq(const Kernels& kernels, const void* lines, int64_t count, int6
     Eights tile = {};
     for (int64_t line = 0; line < count; line++)
         for (int64_t first = 0; first < eights; first += eights_wide) {
+            auto at = [&](int64_t j) { return to + 4 * ((8 * line + j) * stride + first); };
             int64_t some = std::min(eights_wide, eights - first);
             kernels.transpose_words(from + 32 * (line * eights + first), 8, some, 8, tile, eights_wide);
             turn_nibbles(tile);
-            for (int64_t j = 0; j < 8; j++)
-                std::memcpy(to + 4 * ((8 * line + j) * stride + first), tile[awq_rows[j]], size_t(4 * some));
+            for (int j = 0; j < 4; j++)
+                exchange_halves(tile[awq_rows[j]], tile[awq_rows[j + 4]], at(j), at(j + 4), some);
         }
 }
 
@@ -210,9 +223,10 @@ void awq_to_lines(const Kernels& kernels, const void* words, int64_t stride, int
     Eights tile = {};
     for (int64_t line = 0; line < count; line++)
         for (int64_t first = 0; first < eights; first += eights_wide) {
+            auto at = [&](int64_t j) { return from + 4 * ((8 * line + j) * stride + first); };
             int64_t some = std::min(eights_wide, eights - first);
-            for (int64_t j = 0; j < 8; j++)
-                std::memcpy(tile[awq_rows[j]], from + 4 * ((8 * line + j) * stride + first), size_t(4 * some));
+            for (int j = 0; j < 4; j++)
+                exchange_halves(at(j), at(j + 4), tile[awq_rows[j]], tile[awq_rows[j + 4]], some);
             turn_nibbles(tile);
             kernels.transpose_words(tile, eights_wide, 8, some, to + 32 * (line * eights + first), 8);
         }

@@ -137,7 +137,8 @@ def unpack(
 def _scales(kind: BlockType, rows: int, cols: int, stored: Tensor, codes: Tensor) -> native.GgmlParts:
     """What is in the blocks but `codes`, which are a shape alone."""
     if kind.name in _PLAIN:
-        return native.GgmlParts(codes, stored.reshape(-1, kind.bytes)[:, :2].reshape(-1))
+        halves = stored.contiguous().view(torch.int16).view(-1, kind.bytes // 2)
+        return native.GgmlParts(codes, halves[:, 0].contiguous().view(torch.uint8))
     found = [_beside(kind, stored[some], cols) for some in (slice(0, 0), *row_chunks(rows, cols))]
     each = (None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
     return native.GgmlParts(codes, *each)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from torch import Tensor
 from lowbit import native
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Codes, CodeWords, Format, Spec, Weight
-from lowbit.formats._checks import finite, stored
+from lowbit.formats._checks import finite, row_chunks, stored
 from lowbit.formats._ggml import BLOCKS, BlockType, codes_of, hollow, type_of
 from lowbit.formats._ggml import pack as pack_blocks
 from lowbit.formats._ggml import unpack as unpack_blocks
@@ -144,12 +144,12 @@ def _reorder(codes: Tensor, weight: Weight, order: Tensor) -> None:
 
 
 def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Tensor) -> None:
-    kind, cols, order, stop = _kind(weight), weight.shape[-1], own_rows(weight), start + len(words)
-    blocks = tensors[weight.name].reshape(-1, kind.row_bytes(cols))
-    codes = codes_of(kind.name, blocks[start:stop] if order is None else blocks[order[start:stop]], cols)
-    columns = file_columns(weight)
-    codes = codes if columns is None else codes[:, columns.argsort()]
-    native.pack_bits(codes, kind.scheme.grid.bits, out=words)
+    kind, cols, order, columns = _kind(weight), weight.shape[-1], own_rows(weight), file_columns(weight)
+    blocks, bits = tensors[weight.name].reshape(-1, kind.row_bytes(cols)), kind.scheme.grid.bits
+    for some in row_chunks(len(words), cols):
+        rows = slice(start + some.start, start + some.stop)
+        codes = codes_of(kind.name, blocks[rows] if order is None else blocks[order[rows]], cols)
+        native.pack_bits(codes if columns is None else codes[:, columns.argsort()], bits, out=words[some])
 
 
 def _rows(q: QTensor, index: Tensor) -> QTensor:

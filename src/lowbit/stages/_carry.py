@@ -218,11 +218,13 @@ def _zeros(q: QTensor, scheme: Scheme, index: Tensor | None, rounding: bool) -> 
         return None
     blocks, half = scale_shape(q.shape, scheme.block), _half(q.scheme.grid)
     own = q.zeros if q.minima is None else _in_codes(q, rounding)
+    if own is None and scheme.zero == "none":
+        return None
     values = torch.full(blocks, half) if own is None else _spread(own.float(), index, blocks)
     if scheme.zero == "float":
         return _stored(values, FLOATS.get(scheme.scale, torch.float32), "zero point", rounding)
     if scheme.zero == "none":
-        if own is not None and bool((values != half).any()):
+        if bool((values != half).any()):
             raise UnsupportedError(f"its zero points are not all {half:g}, as those of a symmetric scheme are")
         return None
     whole = values.round().clamp(0, 2**scheme.grid.bits - 1)
