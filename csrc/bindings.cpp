@@ -252,6 +252,12 @@ NB_MODULE(_native, module) {
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
         Unlocked());
     module.def(
+        "ggml_words",
+        [](int type, const Bytes& stored, int64_t blocks, int bits, const AnyOut& words) {
+            ggml_words(kernels(), GgmlType(type), blocks, stored.data(), bits, words.data());
+        },
+        Unlocked());
+    module.def(
         "ggml_encode",
         [](int type, const AnyIn& weight, const MaybeFloats& importance, bool fitted, const Codes& codes,
            const FloatsOut& scale, const std::optional<FloatsOut>& min, const MaybeCodes& scale_codes,

@@ -345,6 +345,9 @@ GgmlFound ggml_panels(GgmlType, const GgmlRows&, int threads, const GgmlPanels&)
 int64_t ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);
 void ggml_unpack(GgmlType, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>&);
 
+// Their codes as `pack_bits` makes words of them.
+void ggml_words(const Kernels&, GgmlType, int64_t blocks, const uint8_t* stored, int bits, void* words);
+
 // `Kernels::ggml_encode` or, `fitted`, `Kernels::ggml_fit` of rows in any float type, made float32 some at a time in the
 // processor's cache.
 bool ggml_encode_rows(const Kernels&, GgmlType, int64_t rows, int64_t cols, Weight, const float* importance, bool fitted,

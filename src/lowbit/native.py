@@ -417,6 +417,19 @@ def ggml_unpack(type: int, blocks: int, stored: UInt8[Tensor, "..."], *, out: Gg
     _native.ggml_unpack(type, stored, blocks, *each)
 
 
+def ggml_words(
+    type: int, stored: UInt8[Tensor, "rows row_bytes"], bits: int, *, out: Int32[Tensor, "rows words"]
+) -> None:
+    """`pack_bits` of the codes that `ggml_unpack` finds in rows of blocks; `bits` are those of the type."""
+    weights, size, *_ = _ggml_shape(type)
+    rows, row_bytes = _two(stored.shape)
+    _check("stored", stored, (rows, row_bytes), torch.uint8)
+    if row_bytes % size:
+        raise ValueError(f"rows of {row_bytes} bytes are no blocks of {size}")
+    _check("out", out, (rows, _words(row_bytes // size * weights, bits)), torch.int32)
+    _native.ggml_words(type, stored, rows * row_bytes // size, bits, out)
+
+
 @final
 class Table:
     """Rows that tokens look up, in float32: floats, or blocks of a type of ggml.

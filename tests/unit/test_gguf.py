@@ -380,6 +380,41 @@ def test_importance_matrices_that_are_refused(case: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("heads", [0, 2])
+@pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_codes_come_apart(scheme: str, heads: int) -> None:
+    """Scales and minima without codes, and some rows of codes as words without these, in the order of the model."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = Weight(name, (64, 256), torch.float32, parse(scheme), interleaved=heads)
+    q = random_qtensor(parse(scheme), weight.shape)
+    parts = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in FORMAT.layout(weight).items()}
+    FORMAT.pack(weight, q, parts)
+    hollow = FORMAT.unpack(weight, parts, torch.empty(weight.shape, dtype=torch.uint8, device="meta"))
+    beside, wanted = ({name: part for name, part in each.parts() if name != "codes"} for each in (hollow, q))
+    assert beside.keys() == wanted.keys() and all(torch.equal(beside[name], part) for name, part in wanted.items())
+    bits = q.scheme.grid.bits
+    words = torch.empty(32, 256 * bits // 32, dtype=torch.int32)
+    assert FORMAT.hollow(q.scheme) and FORMAT.codes is not None
+    FORMAT.codes.rows.unpack(weight, parts, 32, words)
+    stream = np.unpackbits(words.numpy().view(np.uint8), axis=1, bitorder="little").reshape(32, 256, bits)
+    assert (np.packbits(stream, axis=2, bitorder="little")[:, :, 0] == q.codes[32:].numpy()).all()
+
+
+@pytest.mark.parametrize("step", [32, 64])
+def test_some_heads_are_what_the_whole_has(step: int) -> None:
+    """Rows that are packed apart are those of the weight, where their order changes within heads."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = Weight(name, (128, 96), torch.float32, parse("q4_1"), interleaved=4)
+    q = random_qtensor(parse("q4_1"), weight.shape)
+    whole = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in FORMAT.layout(weight).items()}
+    FORMAT.pack(weight, q, whole)
+    assert FORMAT.by_rows(weight) == 32
+    for at in range(0, 128, step):
+        part = {name: whole[name][at : at + step].clone().zero_()}
+        FORMAT.pack(weight.some(step), q.some(at, at + step, q.codes[at : at + step]), part)
+        assert torch.equal(part[name], whole[name][at : at + step])
+
+
+@pytest.mark.parametrize("heads", [0, 2])
 @pytest.mark.parametrize("scheme", ["q4_0", "q5_0", "q8_0"])
 def test_scales_come_without_codes(scheme: str, heads: int) -> None:
     """What a conversion looks at first: it is what is found with them, and what is damaged is named."""

@@ -301,7 +301,7 @@ def test_what_a_file_holds(count: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (8, 8), (16, 136), (520, 72), (200, 304)])
 def test_eights_from_words(shape: tuple[int, int]) -> None:
-    """Words go over with no code on its own; some columns of a matrix are filled, and found, and nothing beside them."""
+    """Words go over with no code on its own; some columns of a matrix are filled, and found, and nothing beside."""
     codes = torch.randint(0, 16, shape).byte()
     rows, wanted = native.pack_bits(codes, 4), torch.from_numpy(oracle.pack_awq(codes.numpy()))
     matrix = torch.full((shape[1], shape[0] // 8 + 3), -1, dtype=torch.int32)

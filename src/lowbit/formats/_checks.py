@@ -83,7 +83,7 @@ def fill(out: Tensor, values: Tensor) -> None:
         out.copy_(values)
 
 
-def row_chunks(rows: int, cols: int) -> Iterator[slice]:
+def row_chunks(rows: int, cols: int, elements: int = CHUNK) -> Iterator[slice]:
     """Runs of rows of about a quarter million elements, so that temporaries stay small and in cache."""
-    step = max(CHUNK // max(cols, 1), 1)
+    step = max(elements // max(cols, 1), 1)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

@@ -12,7 +12,7 @@ from math import prod
 from typing import final
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from lowbit import native
@@ -54,6 +54,7 @@ class BlockType:
 
 # Its blocks have four scales in E4M3, unsigned; what multiplies these is a tensor beside (`formats/gguf.py`).
 _SCALED = "nvfp4"
+_MANY = 2**20  # weights whose codes are made to get at what is beside them: still in the cache, and few calls
 _PLAIN = ("q4_0", "q5_0", "q8_0")  # integers under a float16 alone, which is first in each block
 
 
@@ -139,7 +140,7 @@ def _scales(kind: BlockType, rows: int, cols: int, stored: Tensor, codes: Tensor
     if kind.name in _PLAIN:
         halves = stored.contiguous().view(torch.int16).view(-1, kind.bytes // 2)
         return native.GgmlParts(codes, halves[:, 0].contiguous().view(torch.uint8))
-    found = [_beside(kind, stored[some], cols) for some in (slice(0, 0), *row_chunks(rows, cols))]
+    found = [_beside(kind, stored[some], cols) for some in (slice(0, 0), *row_chunks(rows, cols, _MANY))]
     each = (None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
     return native.GgmlParts(codes, *each)  # type: ignore[arg-type]
 
@@ -157,9 +158,18 @@ def _parts(kind: BlockType, stored: Tensor, codes: Tensor) -> native.GgmlParts:
     return parts
 
 
-def codes_of(name: str, stored: UInt8[Tensor, "rows row_bytes"], cols: int) -> UInt8[Tensor, "rows cols"]:
-    """The codes of rows of blocks that `unpack` took."""
-    return _parts(BLOCKS[name], stored, torch.empty(len(stored), cols, dtype=torch.uint8)).codes
+def words_of(
+    name: str, stored: UInt8[Tensor, "rows row_bytes"], out: Int32[Tensor, "rows words"], order: Tensor | None = None
+) -> None:
+    """The codes of rows of blocks that `unpack` took, as words, the columns in an order where one is given."""
+    kind = BLOCKS[name]
+    bits = kind.scheme.grid.bits
+    if order is None:
+        native.ggml_words(kind.id, stored.contiguous(), bits, out=out)
+        return
+    for some in row_chunks(len(stored), len(order)):
+        codes = torch.empty(some.stop - some.start, len(order), dtype=torch.uint8)
+        native.pack_bits(_parts(kind, stored[some], codes).codes[:, order], bits, out=out[some])
 
 
 def _check_bytes(kind: BlockType, rows: int, cols: int, stored: Tensor) -> None:

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import native
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Codes, CodeWords, Format, Spec, Weight
-from lowbit.formats._checks import finite, row_chunks, stored
-from lowbit.formats._ggml import BLOCKS, BlockType, codes_of, hollow, type_of
+from lowbit.formats._checks import finite, stored
+from lowbit.formats._ggml import BLOCKS, BlockType, hollow, type_of, words_of
 from lowbit.formats._ggml import pack as pack_blocks
 from lowbit.formats._ggml import unpack as unpack_blocks
 from lowbit.formats._gguf import across_index, file_columns, file_rows, own_rows, separate, turned_back
@@ -144,12 +143,11 @@ def _reorder(codes: Tensor, weight: Weight, order: Tensor) -> None:
 
 
 def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Tensor) -> None:
-    kind, cols, order, columns = _kind(weight), weight.shape[-1], own_rows(weight), file_columns(weight)
-    blocks, bits = tensors[weight.name].reshape(-1, kind.row_bytes(cols)), kind.scheme.grid.bits
-    for some in row_chunks(len(words), cols):
-        rows = slice(start + some.start, start + some.stop)
-        codes = codes_of(kind.name, blocks[rows] if order is None else blocks[order[rows]], cols)
-        native.pack_bits(codes if columns is None else codes[:, columns.argsort()], bits, out=words[some])
+    order, columns, stop = own_rows(weight), file_columns(weight), start + len(words)
+    part = tensors[weight.name]
+    blocks = part.reshape(-1, part.shape[-1])
+    blocks = blocks[start:stop] if order is None else blocks[order[start:stop]]
+    words_of(_kind(weight).name, blocks, words, None if columns is None else columns.argsort())
 
 
 def _rows(q: QTensor, index: Tensor) -> QTensor:
