@@ -61,7 +61,7 @@ def copy(source: Path, out: Path) -> float:
 
 
 def convert(source: Path, out: Path, target: str, lossy: bool, threads: int) -> dict[str, float]:
-    """Seconds of one conversion: by the clock, of the processor, and of the clock while weights were tried; its bytes."""
+    """One conversion: seconds by the clock, of the processor, and of the clock while weights were tried; its size."""
     start = time.process_time()
     done = lowbit.convert(source, out, format=target, threads=threads, lossy=lossy)
     processor = time.process_time() - start
@@ -129,11 +129,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lowbit-convert-", dir=args.folder) as folder:
-        inputs = args.inputs or Path(folder)
+        root, inputs = Path(folder), args.inputs or Path(folder)
         if args.pairs:
-            return table(Path(folder), inputs, args)
-        result = measure(Path(folder), make(inputs, args, args.source, args.scheme), args.target, args)
-    print(json.dumps(result) if args.json else "\n".join(f"{key:>24}: {value:.4g}" for key, value in result.items()))
+            table(root, inputs, args)
+        else:
+            found = measure(root, make(inputs, args, args.source, args.scheme), args.target, args)
+            lines = "\n".join(f"{key:>24}: {value:.4g}" for key, value in found.items())
+            print(json.dumps(found) if args.json else lines)
 
 
 if __name__ == "__main__":

@@ -257,9 +257,10 @@ class QTensor:
 
     def some(self, start: int, stop: int, codes: UInt8[Tensor, "rows cols"]) -> QTensor:
         """Rows of a matrix whose blocks lie within a row, with codes that are given."""
-        parts = {name: getattr(self, name) for name in ("scales", "zeros", "minima")}
-        cut = {name: None if part is None else _cut(part, start, stop) for name, part in parts.items()}
-        return replace(self, shape=(stop - start, self.shape[1]), codes=codes, **cut)
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        minima = None if self.minima is None else _cut(self.minima, start, stop)
+        scales, shape = _cut(self.scales, start, stop), (stop - start, self.shape[1])
+        return replace(self, shape=shape, codes=codes, scales=scales, zeros=zeros, minima=minima)
 
     @property
     def nbytes(self) -> int:

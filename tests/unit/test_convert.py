@@ -375,7 +375,7 @@ def test_codes_of_gemv_go_over_where_their_shape_is_that_of_gemm(cols: int) -> N
     """A square weight's qweight has one shape in both versions."""
     weight = Weight("m.weight", (128, cols), F16, parse("int4-g128-asym-f16"))
     codes = torch.randint(0, 16, weight.shape, dtype=torch.uint8)
-    words = sum(codes.view(128, -1, 8)[..., i].int() << 4 * i for i in range(8))
+    words = (codes.view(128, -1, 8).long() << torch.arange(0, 32, 4)).sum(-1).int()
     zeros, scales = torch.zeros(128, 1, dtype=torch.int32), torch.ones(128, 8, dtype=F16)
     tensors = {"m.qweight": words, "m.qzeros": zeros, "m.scales": scales}
     rows, lines = torch.empty(32, cols // 8, dtype=torch.int32), torch.empty(cols // 8, 128, dtype=torch.int32)

@@ -348,7 +348,8 @@ def _is_turned(rules: Format, value: Streamed) -> bool:
 
 
 def _codes_of(rules: Format, turned: bool) -> CodeWords:
-    found = rules.codes and (rules.codes.turned if turned else rules.codes.rows)
+    assert rules.codes is not None
+    found = rules.codes.turned if turned else rules.codes.rows
     assert found is not None
     return found
 
