@@ -399,21 +399,6 @@ def test_codes_come_apart(scheme: str, heads: int) -> None:
     assert (np.packbits(stream, axis=2, bitorder="little")[:, :, 0] == q.codes[32:].numpy()).all()
 
 
-@pytest.mark.parametrize("step", [32, 64])
-def test_some_heads_are_what_the_whole_has(step: int) -> None:
-    """Rows that are packed apart are those of the weight, where their order changes within heads."""
-    name = "model.layers.0.self_attn.q_proj.weight"
-    weight = Weight(name, (128, 96), torch.float32, parse("q4_1"), interleaved=4)
-    q = random_qtensor(parse("q4_1"), weight.shape)
-    whole = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in FORMAT.layout(weight).items()}
-    FORMAT.pack(weight, q, whole)
-    assert FORMAT.by_rows(weight) == 32
-    for at in range(0, 128, step):
-        part = {name: whole[name][at : at + step].clone().zero_()}
-        FORMAT.pack(weight.some(step), q.some(at, at + step, q.codes[at : at + step]), part)
-        assert torch.equal(part[name], whole[name][at : at + step])
-
-
 @pytest.mark.parametrize("heads", [0, 2])
 @pytest.mark.parametrize("scheme", ["q4_0", "q5_0", "q8_0"])
 def test_scales_come_without_codes(scheme: str, heads: int) -> None:

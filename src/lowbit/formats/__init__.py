@@ -6,7 +6,7 @@ A format is a frozen record of pure functions, `FORMAT = Format(...)`. It knows 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -79,10 +79,6 @@ class Weight:
         """Its shape in the model."""
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.swapped else self.shape
 
-    def some(self, rows: int) -> Weight:
-        """A weight of some of its rows, whole heads where the file has these in an order of their own."""
-        return replace(self, shape=(rows, *self.shape[1:]), interleaved=self.interleaved * rows // self.shape[0])
-
 
 def no_activations(scheme: Scheme, weight: Weight) -> Scheme:
     """What a format says that stores weights alone.
@@ -105,9 +101,9 @@ def never_hollow(scheme: Scheme) -> bool:
     return False
 
 
-def never_by_rows(weight: Weight) -> int:
+def never_by_rows(weight: Weight) -> bool:
     """What a format says that packs a weight whole."""
-    return 0
+    return False
 
 
 @dataclass(frozen=True)
@@ -180,8 +176,8 @@ class Format:
             and no bytes. They then leave alone where codes are stored, and do and check all else. Only true where no
             code can be wrong.
         codes: those of the schemes that are `hollow`, in parts; None where they are not had so.
-        by_rows: `(weight) -> int`: where its layout is one tensor, of which some rows are what `pack` makes of a weight
-            of those rows alone (`Weight.some`): of what number these must be a multiple; else 0.
+        by_rows: `(weight) -> bool`: whether its layout is one tensor, of which some rows are what `pack` makes of a
+            weight of those rows alone.
     """
 
     about: str
@@ -202,4 +198,4 @@ class Format:
     arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None
     hollow: Callable[[Scheme], bool] = never_hollow
     codes: Codes | None = None
-    by_rows: Callable[[Weight], int] = never_by_rows
+    by_rows: Callable[[Weight], bool] = never_by_rows

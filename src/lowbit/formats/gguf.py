@@ -65,13 +65,10 @@ def _kind(weight: Weight) -> BlockType:
     return BLOCKS[name]
 
 
-def by_rows(weight: Weight) -> int:
-    """Where no number beside them is of all rows: any of these, or those of heads, within which their order changes."""
-    if len(weight.shape) != 2 or weight.scheme == _NVFP4 or file_columns(weight) is not None:
-        return 0
-    if weight.interleaved:
-        return weight.shape[0] // weight.interleaved
-    return 1 if file_rows(weight) is None else 0
+def by_rows(weight: Weight) -> bool:
+    """Where rows and columns are in the order of the file, and no number beside them is of all rows."""
+    in_order = file_rows(weight) is None and file_columns(weight) is None
+    return len(weight.shape) == 2 and in_order and weight.scheme != _NVFP4
 
 
 def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
 from lowbit.stages._carry import carried, gap, spelled, variants
 from lowbit.stages._rooms import Rooms
-from lowbit.stages._store import Floats, Rows, Streamed, Value, streamed
+from lowbit.stages._store import Floats, Streamed, Value, streamed
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, arranged
 from lowbit.stages.quantize import Error, quantize_weight
@@ -462,7 +462,7 @@ class Changer:
 
     def value(
         self, weight: Weight, entry: Entry, pieces: Mapping[str, Tensor] | None = None
-    ) -> Value | Streamed | Rows | Floats:
+    ) -> Value | Streamed | Floats:
         """What a change stores; in parts where codes alone go from one layout into another, or as floats."""
         target = entry.weight
         pieces = pieces or self.source.stored(weight.name)
@@ -475,19 +475,13 @@ class Changer:
         if entry.method not in (CARRY, ROUND):
             return self.quantized(self.load(weight, pieces=pieces), entry)[0]
         form: Format = plugins.load("formats", str(self.source.format))
-        streams = form.codes is not None and self._hollow(weight, target) and self._packs(target)
+        into = self.goal.form.codes
+        streams = bool(form.codes and into and into.rows.pack) and self._hollow(weight, target)
         q = carried(self.load(weight, streams, pieces), target.scheme, rounding=entry.method == ROUND)
         if not streams:
             return q
         assert form.codes is not None
-        value = streamed(q, form.codes, weight, _contiguous(pieces))
-        multiple = self.goal.form.by_rows(target)
-        return Rows(value.pieces(multiple), value.whole) if multiple else value
-
-    def _packs(self, target: Weight) -> bool:
-        """Whether the target's format packs some of a weight's codes at a time."""
-        codes = self.goal.form.codes
-        return bool(self.goal.form.by_rows(target) or (codes is not None and codes.rows.pack))
+        return streamed(q, form.codes, weight, _contiguous(pieces))
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import lcm
 from pathlib import Path
 from typing import Any, NoReturn, final
 
@@ -121,11 +120,10 @@ class Streamed:
             self.turned.fill(start, lines)
             yield start, lines
 
-    def pieces(self, multiple: int = 1) -> Iterator[QTensor]:
-        """Some rows each, in order, a multiple of that number; in memory that the next ones take."""
+    def pieces(self) -> Iterator[QTensor]:
+        """Some rows each, in order, in memory that the next ones take."""
         (rows, wide), cols, bits = self.size, self.q.codes.shape[1], self.q.scheme.grid.bits
-        least = lcm(multiple, _LINES)
-        step = max(_PANEL // max(cols, 1) // least, 1) * least
+        step = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES
         room, codes = (torch.empty(min(step, rows), n, dtype=t) for n, t in ((wide, torch.int32), (cols, torch.uint8)))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
@@ -162,13 +160,13 @@ class Rows:
 
     Attributes:
         pieces: some rows each, in order, once.
+        seen: after the last, the digest of what was read and facts for the report.
         again: makes it whole, to name what differs.
-        seen: after the last, the digest of what was read and facts for the report; None where they are known before.
     """
 
     pieces: Iterator[QTensor]
+    seen: Callable[[], tuple[str, dict[str, Any]]]
     again: Callable[[], Value]
-    seen: Callable[[], tuple[str, dict[str, Any]]] | None = None
 
 
 @final
@@ -235,7 +233,7 @@ def store(
         meant, stored, reading = _stream(output, entry, value, scratch)
     elif isinstance(value, Rows):
         meant, stored, reading = _by_rows(output, entry, value)
-        source, more = value.seen() if value.seen else (source, {})
+        source, more = value.seen()
         facts = {**more, **facts}
     else:
         meant = {part: digest(tensor.contiguous()) for part, tensor in value.parts()}
@@ -291,7 +289,7 @@ def _by_rows(output: Output, entry: Entry, value: Rows) -> tuple[dict[str, str],
     weight, rules, name = entry.weight, output.plan.rules, entry.weight.name
     meant, found, stored, same, at, reading = _Sums(), _Sums(), _Sums(), True, 0, 0.0
     for q in value.pieces:
-        rows = weight.some(q.shape[0])
+        rows = replace(weight, shape=tuple(q.shape))
         parts = output.into(replace(entry, weight=rows), mapped=False)
         rules.pack(rows, q, parts)
         output.write(name, as_bytes(parts[name]), at)
@@ -439,9 +437,9 @@ def compare(
         raise VerifyError(f"{path}: {name} differs from what was meant in {where}")
 
 
-def whole(value: Value | Streamed | Rows | Floats) -> Value:
+def whole(value: Value | Streamed | Floats) -> Value:
     """A weight in memory, with its codes."""
-    if isinstance(value, Rows | Floats):
+    if isinstance(value, Floats):
         return value.again()
     return value.whole() if isinstance(value, Streamed) else value
 

@@ -175,7 +175,7 @@ class _Worker:
         """Read, quantize, store."""
         start = time.perf_counter()
         tensor = self.checkpoint.tensor(entry.weight.name)
-        if not self.way.scratch and entry.weight.scheme and self.plan.rules.by_rows(entry.weight) == 1:
+        if not self.way.scratch and entry.weight.scheme and self.plan.rules.by_rows(entry.weight):
             self._store(entry, self._rows(entry, tensor), tensor, {}, start)
             return
         with self.output.codes(entry.weight, self.way.scratch) as codes:
@@ -201,7 +201,7 @@ class _Worker:
 
         made = _pieces(self.plan.options, entry, tensor, tensor, room, self.way.piece, stats, seen)
         again = lambda: make(self.checkpoint, self.plan, entry, self.way.piece)
-        return Rows((piece for *_, piece in made), again, lambda: (seen.digest, seen.error.facts))
+        return Rows((piece for *_, piece in made), lambda: (seen.digest, seen.error.facts), again)
 
 
 def make(checkpoint: Checkpoint, plan: Plan, entry: Entry, piece: int) -> QTensor | Tensor:
