@@ -385,6 +385,16 @@ def test_codes_of_gemv_go_over_where_their_shape_is_that_of_gemm(cols: int) -> N
     assert torch.equal(rows, words[64:96]) and torch.equal(lines, words.T)
 
 
+@pytest.mark.parametrize("scheme", ["int8-tensor", "int8-row", "int4-g32-asym", "int4-16x32"])
+def test_floats_in_runs_make_the_whole(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several panels, and blocks that lie in more than one."""
+    meant = write_checkpoint(tmp_path / "in", "compressed_tensors", {NAME: scheme}, shape=(288, 128))
+    monkeypatch.setattr(_store, "_PANEL", 2**14)
+    monkeypatch.setattr(_changes, "_FLOATS", 2**12)
+    lowbit.convert(tmp_path / "in", tmp_path / "out", format="float", scheme="f32")
+    assert torch.equal(dequantized(tmp_path / "out"), slow_dequantize(meant[NAME]).view(288, 128))
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_what_a_disk_did_to_floats_is_named(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are made some rows at a time, and once more to say which differs."""

@@ -104,17 +104,12 @@ def carried(q: QTensor, scheme: Scheme, rounding: bool = False) -> QTensor:
 def _blocks_within(q: QTensor, scheme: Scheme) -> Inside:
     """The block of `q` that each block of the scheme lies in."""
     old, new = q.scheme.block, scheme.block
-    (high, wide), (down, across) = block_size(q.shape, old), block_size(q.shape, new)
-    if (old.flat == new.flat and (high, wide) == (down, across)) or row_block(old, q.shape[-1]) == row_block(
-        new, q.shape[-1]
-    ):
+    (high, wide), (down, across), cols = block_size(q.shape, old), block_size(q.shape, new), q.shape[-1]
+    same_size = old.flat == new.flat and (high, wide) == (down, across)
+    if same_size or row_block(old, cols) == row_block(new, cols):
         return None
-    if (
-        q.group_index is None
-        and not (old.flat or new.flat)
-        and high == down
-        and not (q.shape[-1] % wide or wide % across)
-    ):
+    aligned = not (old.flat or new.flat) and high == down and cols % wide == wide % across == 0
+    if aligned and q.group_index is None:
         return wide // across
     index = _index_of(q.shape, old, new)
     if index is None:

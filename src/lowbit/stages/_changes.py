@@ -409,10 +409,10 @@ class Changer:
         assert weight.scheme is not None and self.source.format is not None
         form: Format = plugins.load("formats", self.source.format)
         found = tensors or self.source.stored(weight.name)
-        if form.codes is None or not form.hollow(weight.scheme):
-            return iter([self.load(weight, pieces=found)])
-        q = self.load(weight, True, found)
-        if q.group_index is not None or len(q.shape) != 2:
+        block = weight.scheme.block
+        apart = block.rows == 1 and not block.flat and len(weight.shape) == 2
+        q = self.load(weight, True, found) if apart and form.codes and form.hollow(weight.scheme) else None
+        if q is None or form.codes is None or q.group_index is not None:
             return iter([self.load(weight, pieces=found)])
         return streamed(q, form.codes, weight, _contiguous(found)).pieces()
 
@@ -491,10 +491,11 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _exact_minima(old: Scheme, new: Scheme) -> bool:
     """Whether minima that come in for integer zero points change no value.
 
-    Products of a code of 8 bits and a float of 11 bits, and differences of such products of one float, are exact in
-    float32; so are the minima, which are then stored exactly or refused.
+    Products of a code of 8 bits and a float16, and differences of such products of one float, are exact in float32, and
+    none is infinite; so are the minima, which are then stored exactly or refused.
     """
-    return old.zero in ("none", "int") and new.zero == "min" and old.scale in ("f16", "bf16") and not new.nested
+    plain = old.scale == "f16" and not old.nested and not new.nested
+    return plain and old.zero in ("none", "int") and new.zero == "min"
 
 
 def _name(dtype: torch.dtype) -> str:
