@@ -122,11 +122,13 @@ def pack_cases(codes: Tensor, bits: int) -> Iterator[Case]:
 
 
 def word_cases(codes: Tensor) -> Iterator[Case]:
-    """Rows of words from one layout of 4 bits into another, without codes."""
+    """Words from one layout of 4 bits into another, without codes."""
     rows = native.pack_bits(codes, 4)
-    turned, eights, back = native.transpose_words(rows), native.rows_to_awq(rows), torch.empty_like(rows)
+    turned, back = native.transpose_words(rows), torch.empty_like(rows)
+    eights, lines = native.lines_to_awq(turned), torch.empty_like(turned)
     yield Case("transpose_words", "out", rows.nbytes, lambda: native.transpose_words(rows, out=turned))
-    yield Case("rows_to_awq", "out", rows.nbytes, lambda: native.rows_to_awq(rows, out=eights))
+    yield Case("lines_to_awq", "out", rows.nbytes, lambda: native.lines_to_awq(turned, out=eights))
+    yield Case("awq_to_lines", "out", rows.nbytes, lambda: native.awq_to_lines(eights, out=lines))
     yield Case("awq_to_rows", "out", rows.nbytes, lambda: native.awq_to_rows(eights, out=back))
 
 

@@ -195,10 +195,17 @@ NB_MODULE(_native, module) {
         },
         Unlocked());
     module.def(
-        "rows_to_awq",
-        [](const AnyIn& rows, const LinesOut& words) {
-            rows_to_awq(kernels(), rows.data(), int64_t(rows.shape(0)), int64_t(rows.shape(1)), words.data(),
-                        words.stride(0));
+        "lines_to_awq",
+        [](const AnyIn& lines, const LinesOut& words) {
+            lines_to_awq(kernels(), lines.data(), int64_t(lines.shape(0)), int64_t(words.shape(1)), words.data(),
+                         words.stride(0));
+        },
+        Unlocked());
+    module.def(
+        "awq_to_lines",
+        [](const LinesIn& words, const AnyOut& lines) {
+            awq_to_lines(kernels(), words.data(), words.stride(0), int64_t(lines.shape(0)), int64_t(words.shape(1)),
+                         lines.data());
         },
         Unlocked());
     module.def(
@@ -243,6 +250,12 @@ NB_MODULE(_native, module) {
             ggml_unpack(GgmlType(type), blocks, stored.data(), parts);
         },
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
+        Unlocked());
+    module.def(
+        "ggml_words",
+        [](int type, const Bytes& stored, int64_t blocks, int bits, const AnyOut& words) {
+            ggml_words(kernels(), GgmlType(type), blocks, stored.data(), bits, words.data());
+        },
         Unlocked());
     module.def(
         "ggml_encode",

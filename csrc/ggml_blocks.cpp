@@ -1,5 +1,6 @@
 // ggml's blocks: where each bit of codes and scales lies. Every layout is written once and run in both directions.
 // The layouts are those of ggml-common.h and of the functions dequantize_row_* of ggml-quants.c (llama.cpp).
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -257,6 +258,20 @@ void ggml_unpack(GgmlType type, int64_t blocks, const uint8_t* stored, const Ggm
     if (parts.scale_codes) std::memset(parts.scale_codes, 0, size_t(blocks * shape.subs));
     if (parts.min_codes) std::memset(parts.min_codes, 0, size_t(blocks * shape.subs));
     move_all<false>(type, blocks, parts, stored);
+}
+
+void ggml_words(const Kernels& kernels, GgmlType type, int64_t blocks, const uint8_t* stored, int bits, void* words) {
+    constexpr int64_t some = 64;  // blocks, whose codes are packed in the first level of the cache
+    GgmlShape shape = ggml_shape(type);
+    std::vector<uint8_t> codes(size_t(some * shape.weights)), sides[4];
+    for (auto& side : sides) side.resize(size_t(some * std::max({shape.subs, shape.scale_bytes, 2})));
+    for (int64_t at = 0; at < blocks; at += some) {
+        int64_t count = std::min(some, blocks - at);
+        ggml_unpack(type, count, stored + at * shape.bytes,
+                    {codes.data(), sides[0].data(), sides[1].data(), sides[2].data(), sides[3].data()});
+        kernels.pack_bits(codes.data(), 1, count * shape.weights, bits,
+                          static_cast<uint8_t*>(words) + at * shape.weights * bits / 8);
+    }
 }
 
 bool ggml_encode_rows(const Kernels& kernels, GgmlType type, int64_t rows, int64_t cols, Weight weight,

@@ -162,73 +162,87 @@ void unpack_awq(const Kernels& kernels, const void* words, int64_t stride, int64
     });
 }
 
-// ---- the same from rows of words ----
+// ---- the same from words ----
 
 namespace {
 
-// Words by place in the word of eight rows, word of the row, and line: as large as a tile of transposed words.
-constexpr int64_t eights_wide = 16, eights_high = 64;
-using Eights = uint32_t[8][eights_wide][eights_high];
+// Words of eight columns, or of eight rows, by place in the word of eight rows that has them.
+constexpr int64_t eights_wide = 64, eights_high = 16;
+using Eights = uint32_t[8][eights_wide];
 
 // The low bits under `mask` of one line's words against those `shift` above them of the other's.
 template <int shift, uint32_t mask>
 void exchange(uint32_t* one, uint32_t* other) {
-    for (int64_t i = 0; i < eights_high; i++) {
+    for (int64_t i = 0; i < eights_wide; i++) {
         uint32_t differ = (one[i] >> shift ^ other[i]) & mask;
         other[i] ^= differ, one[i] ^= differ << shift;
     }
 }
 
-// Nibble i of line j's words becomes nibble j of line i's (Hacker's Delight, 7-3); its own inverse.
-void turn_nibbles(Eights& tile, int64_t word) {
-    auto at = [&](int line) { return tile[line][word]; };
-    for (int j = 0; j < 4; j++) exchange<16, 0x0000ffff>(at(j), at(j + 4));
+// The halves of words from one place to another: copies of few bytes would become `rep movs`, which are slow to begin.
+void exchange_halves(const void* __restrict a, const void* __restrict b, void* __restrict one, void* __restrict other,
+                     int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t low, high;
+        std::memcpy(&low, static_cast<const uint8_t*>(a) + 4 * i, 4);
+        std::memcpy(&high, static_cast<const uint8_t*>(b) + 4 * i, 4);
+        uint32_t first = (low & 0xffff) | high << 16, second = low >> 16 | (high & 0xffff0000);
+        std::memcpy(static_cast<uint8_t*>(one) + 4 * i, &first, 4);
+        std::memcpy(static_cast<uint8_t*>(other) + 4 * i, &second, 4);
+    }
+}
+
+// Nibble i of words j becomes nibble j of words i (Hacker's Delight, 7-3), but for the halves; its own inverse. Words j are
+// in line `awq_rows[j]`, so that what are words of rows then are in their order.
+void turn_nibbles(Eights& tile) {
+    auto at = [&](int j) { return tile[awq_rows[j]]; };
     for (int j : {0, 1, 4, 5}) exchange<8, 0x00ff00ff>(at(j), at(j + 2));
     for (int j : {0, 2, 4, 6}) exchange<4, 0x0f0f0f0f>(at(j), at(j + 1));
 }
 
-// body(first of up to 64 lines, lines, first word of a row, words) for each tile.
-template <class Body>
-void each_eights(int64_t lines, int64_t words, Body body) {
-    for (int64_t line = 0; line < lines; line += eights_high)
-        for (int64_t word = 0; word < words; word += eights_wide)
-            body(line, std::min(eights_high, lines - line), word, std::min(eights_wide, words - word));
-}
-
 }  // namespace
 
-void rows_to_awq(const Kernels& kernels, const void* rows, int64_t count, int64_t row_words, void* words,
-                 int64_t stride) {
-    auto from = static_cast<const uint8_t*>(rows);
+void lines_to_awq(const Kernels& kernels, const void* lines, int64_t count, int64_t eights, void* words, int64_t stride) {
+    auto from = static_cast<const uint8_t*>(lines);
     auto to = static_cast<uint8_t*>(words);
     Eights tile = {};
-    each_eights(count / 8, row_words, [&](int64_t line, int64_t high, int64_t word, int64_t wide) {
-        for (int k = 0; k < 8; k++)
-            kernels.transpose_words(from + 4 * ((8 * line + awq_rows[k]) * row_words + word), 8 * row_words, high, wide,
-                                    tile[k], eights_high);
-        for (int64_t w = 0; w < wide; w++) {
-            turn_nibbles(tile, w);
-            for (int64_t c = 0; c < 8; c++)
-                std::memcpy(to + 4 * ((8 * (word + w) + c) * stride + line), tile[c][w], size_t(4 * high));
+    for (int64_t line = 0; line < count; line++)
+        for (int64_t first = 0; first < eights; first += eights_wide) {
+            auto at = [&](int64_t j) { return to + 4 * ((8 * line + j) * stride + first); };
+            int64_t some = std::min(eights_wide, eights - first);
+            kernels.transpose_words(from + 32 * (line * eights + first), 8, some, 8, tile, eights_wide);
+            turn_nibbles(tile);
+            for (int j = 0; j < 4; j++)
+                exchange_halves(tile[awq_rows[j]], tile[awq_rows[j + 4]], at(j), at(j + 4), some);
         }
-    });
+}
+
+void awq_to_lines(const Kernels& kernels, const void* words, int64_t stride, int64_t count, int64_t eights, void* lines) {
+    auto from = static_cast<const uint8_t*>(words);
+    auto to = static_cast<uint8_t*>(lines);
+    Eights tile = {};
+    for (int64_t line = 0; line < count; line++)
+        for (int64_t first = 0; first < eights; first += eights_wide) {
+            auto at = [&](int64_t j) { return from + 4 * ((8 * line + j) * stride + first); };
+            int64_t some = std::min(eights_wide, eights - first);
+            for (int j = 0; j < 4; j++)
+                exchange_halves(at(j), at(j + 4), tile[awq_rows[j]], tile[awq_rows[j + 4]], some);
+            turn_nibbles(tile);
+            kernels.transpose_words(tile, eights_wide, 8, some, to + 32 * (line * eights + first), 8);
+        }
 }
 
 void awq_to_rows(const Kernels& kernels, const void* words, int64_t stride, int64_t count, int64_t row_words,
                  void* rows) {
     auto from = static_cast<const uint8_t*>(words);
     auto to = static_cast<uint8_t*>(rows);
-    Eights tile = {};
-    each_eights(count / 8, row_words, [&](int64_t line, int64_t high, int64_t word, int64_t wide) {
-        for (int64_t w = 0; w < wide; w++) {
-            for (int64_t c = 0; c < 8; c++)
-                std::memcpy(tile[c][w], from + 4 * ((8 * (word + w) + c) * stride + line), size_t(4 * high));
-            turn_nibbles(tile, w);
+    uint32_t lines[eights_high * 8 * eights_wide];
+    for (int64_t first = 0; first < count / 8; first += eights_wide)
+        for (int64_t word = 0; word < row_words; word += eights_high) {
+            int64_t some = std::min(eights_wide, count / 8 - first), high = std::min(eights_high, row_words - word);
+            awq_to_lines(kernels, from + 4 * (8 * word * stride + first), stride, high, some, lines);
+            kernels.transpose_words(lines, 8 * some, high, 8 * some, to + 4 * (8 * first * row_words + word), row_words);
         }
-        for (int k = 0; k < 8; k++)
-            kernels.transpose_words(tile[k], eights_high, wide, high,
-                                    to + 4 * ((8 * line + awq_rows[k]) * row_words + word), 8 * row_words);
-    });
 }
 
 // ---- nibbles ----

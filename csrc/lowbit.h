@@ -319,9 +319,10 @@ void unpack_nibbles_high_first(const Kernels&, const uint8_t* bytes, int64_t cou
 void pack_awq(const Kernels&, const uint8_t* codes, int64_t rows, int64_t cols, void* words, int64_t stride);
 void unpack_awq(const Kernels&, const void* words, int64_t stride, int64_t rows, int64_t cols, uint8_t* codes);
 
-// The same between these and rows [count, row_words] of words as `pack_bits` makes them of 4 bits; columns are a multiple
-// of 8.
-void rows_to_awq(const Kernels&, const void* rows, int64_t count, int64_t row_words, void* words, int64_t stride);
+// The same between these and lines [count, 8 * eights] of words as `pack_bits_transposed` makes them of 4 bits, and to
+// rows [count, row_words] of words as `pack_bits` does; columns are a multiple of 8.
+void lines_to_awq(const Kernels&, const void* lines, int64_t count, int64_t eights, void* words, int64_t stride);
+void awq_to_lines(const Kernels&, const void* words, int64_t stride, int64_t count, int64_t eights, void* lines);
 void awq_to_rows(const Kernels&, const void* words, int64_t stride, int64_t count, int64_t row_words, void* rows);
 
 // Codes [rows, cols] of 2 to 6 or 8 bits as panels (`Product::codes`) of `full` columns, of which column c is `order[c]`
@@ -343,6 +344,9 @@ GgmlFound ggml_panels(GgmlType, const GgmlRows&, int threads, const GgmlPanels&)
 // Returns the first weight of a run that the type has no word for (IQ types hold runs of codes from a table), or -1.
 int64_t ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);
 void ggml_unpack(GgmlType, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>&);
+
+// Their codes as `pack_bits` makes words of them.
+void ggml_words(const Kernels&, GgmlType, int64_t blocks, const uint8_t* stored, int bits, void* words);
 
 // `Kernels::ggml_encode` or, `fitted`, `Kernels::ggml_fit` of rows in any float type, made float32 some at a time in the
 // processor's cache.

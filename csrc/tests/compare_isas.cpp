@@ -219,8 +219,10 @@ static void compare_pack(const Kernels& kernels, int64_t rows, int64_t cols, int
             [&](const Kernels& k, uint8_t* out) { transpose_lines(k, longer.at(), cols, rows, cols, out, rows); });
     int64_t wide = (cols + 7) / 8, both_ways = 4 * 8 * lines * wide;
     Buffer dense = random_codes(both_ways, 255);
-    compare("rows_to_awq", kernels, grid, both_ways,
-            [&](const Kernels& k, uint8_t* out) { rows_to_awq(k, dense.at(), 8 * lines, wide, out, lines); });
+    compare("lines_to_awq", kernels, grid, both_ways,
+            [&](const Kernels& k, uint8_t* out) { lines_to_awq(k, dense.at(), wide, lines, out, lines); });
+    compare("awq_to_lines", kernels, grid, both_ways,
+            [&](const Kernels& k, uint8_t* out) { awq_to_lines(k, dense.at(), lines, wide, lines, out); });
     compare("awq_to_rows", kernels, grid, both_ways,
             [&](const Kernels& k, uint8_t* out) { awq_to_rows(k, dense.at(), lines, 8 * lines, wide, out); });
     Buffer nibbles = random_codes((count + 1) / 2, 255);

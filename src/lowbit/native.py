@@ -329,20 +329,30 @@ def unpack_awq(
     return codes
 
 
-def rows_to_awq(
-    rows: Int32[Tensor, "rows row_words"], *, out: Int32[Tensor, "cols words"] | None = None
+def lines_to_awq(
+    lines: Int32[Tensor, "lines rows"], *, out: Int32[Tensor, "cols words"] | None = None
 ) -> Int32[Tensor, "cols words"]:
-    """`pack_awq` of the codes of which `pack_bits` made `rows`, 4 bits each; columns are a multiple of 8, too."""
-    _check("rows", rows, _two(rows.shape), torch.int32)
-    words = _lines_out(out, (8 * rows.shape[1], _eighth(rows.shape[0])))
-    _native.rows_to_awq(rows, words)
+    """`pack_awq` of the codes of which `pack_bits_transposed` made `lines`, 4 bits each; `cols` is a multiple of 8."""
+    _check("lines", lines, _two(lines.shape), torch.int32)
+    words = _lines_out(out, (8 * lines.shape[0], _eighth(lines.shape[1])))
+    _native.lines_to_awq(lines, words)
     return words
+
+
+def awq_to_lines(
+    words: Int32[Tensor, "cols words"], *, out: Int32[Tensor, "lines rows"] | None = None
+) -> Int32[Tensor, "lines rows"]:
+    """What `lines_to_awq` was given; `words` may be some columns of a matrix."""
+    _check_lines("words", words, _two(words.shape))
+    lines = _out(out, (_eighth(words.shape[0]), 8 * words.shape[1]), torch.int32)
+    _native.awq_to_lines(words, lines)
+    return lines
 
 
 def awq_to_rows(
     words: Int32[Tensor, "cols words"], *, out: Int32[Tensor, "rows row_words"] | None = None
 ) -> Int32[Tensor, "rows row_words"]:
-    """What `rows_to_awq` was given; `words` may be some columns of a matrix."""
+    """`pack_bits` of those codes; `words` may be some columns of a matrix."""
     _check_lines("words", words, _two(words.shape))
     rows = _out(out, (8 * words.shape[1], _eighth(words.shape[0])), torch.int32)
     _native.awq_to_rows(words, rows)
@@ -405,6 +415,19 @@ def ggml_unpack(type: int, blocks: int, stored: UInt8[Tensor, "..."], *, out: Gg
     _ggml_parts(type, blocks, out, stored)
     each = (out.codes, out.scale, out.min, out.scale_codes, out.min_codes)
     _native.ggml_unpack(type, stored, blocks, *each)
+
+
+def ggml_words(
+    type: int, stored: UInt8[Tensor, "rows row_bytes"], bits: int, *, out: Int32[Tensor, "rows words"]
+) -> None:
+    """`pack_bits` of the codes that `ggml_unpack` finds in rows of blocks; `bits` are those of the type."""
+    weights, size, *_ = _ggml_shape(type)
+    rows, row_bytes = _two(stored.shape)
+    _check("stored", stored, (rows, row_bytes), torch.uint8)
+    if row_bytes % size:
+        raise ValueError(f"rows of {row_bytes} bytes are no blocks of {size}")
+    _check("out", out, (rows, _words(row_bytes // size * weights, bits)), torch.int32)
+    _native.ggml_words(type, stored, rows * row_bytes // size, bits, out)
 
 
 @final

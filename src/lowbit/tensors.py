@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil, prod
 from typing import final
@@ -255,6 +255,13 @@ class QTensor:
         native.dequantize(part.codes, part.scales, part.zeros, table, 1, part.wide, minus=minus, out=out)
         return out
 
+    def some(self, start: int, stop: int, codes: UInt8[Tensor, "rows cols"]) -> QTensor:
+        """Rows of a matrix whose blocks lie within a row, with codes that are given."""
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        minima = None if self.minima is None else _cut(self.minima, start, stop)
+        scales, shape = _cut(self.scales, start, stop), (stop - start, self.shape[1])
+        return replace(self, shape=shape, codes=codes, scales=scales, zeros=zeros, minima=minima)
+
     @property
     def nbytes(self) -> int:
         """Exact bytes of codes, scales and zero points, each packed to its own bits; containers may pad beyond it."""
@@ -290,6 +297,11 @@ class QTensor:
 def _expect(what: str, found: Shape, wanted: Shape) -> None:
     if tuple(found) != wanted:
         raise FormatError(f"{what} have shape {list(found)} where the scheme and the weight need {list(wanted)}")
+
+
+def _cut(values: Tensor | QTensor, start: int, stop: int) -> Tensor | QTensor:
+    """Rows of scales or zero points as they are."""
+    return values.some(start, stop, values.codes[start:stop]) if isinstance(values, QTensor) else values[start:stop]
 
 
 def _rows_of(values: Tensor | QTensor, start: int, stop: int) -> Float[Tensor, "rows blocks"]:

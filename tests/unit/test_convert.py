@@ -14,8 +14,9 @@ from torch import Tensor
 
 import lowbit
 from lowbit.errors import FormatError, JournalError, ResourceError, UnsupportedError, VerifyError
+from lowbit.formats import Weight, awq
 from lowbit.schemes import Scheme, parse
-from lowbit.stages import _store
+from lowbit.stages import _changes, _store
 from lowbit.stages._adapter import read_adapter, write_adapter
 from lowbit.stages._carry import carried, variants
 from lowbit.stages.checkpoint import open_checkpoint
@@ -340,7 +341,8 @@ def test_memory_that_is_short_is_made_up_for_by_files_without_a_name(tmp_path: P
 @pytest.mark.parametrize(("name", "into", "scheme", "cols"), [
     ("gptq_v2", "compressed_tensors", "int4-g128-asym", 128), ("awq", "gptq_v2", "int4-g128-asym", 128),
     ("compressed_tensors", "awq", "int4-g128-asym", 128), ("compressed_tensors", "gptq", "int3-g128", 128),
-    ("compressed_tensors", "awq", "int4-row", 122),
+    ("compressed_tensors", "awq", "int4-row", 122), ("awq", "compressed_tensors", "int4-g128-asym", 128),
+    ("gptq_v2", "awq", "int4-g128-asym", 128), ("gptq", "mlx", "int4-g128", 128),
 ])  # fmt: skip
 def test_panels_of_rows_make_the_whole(
     name: str, into: str, scheme: str, cols: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -366,6 +368,50 @@ def test_what_is_beyond_the_codes_of_a_row_does_not_count(tmp_path: Path) -> Non
     save_file(tensors, path)
     lowbit.convert(tmp_path / "in", tmp_path / "out", format="awq")
     assert torch.equal(dequantized(tmp_path / "out"), slow_dequantize(meant[NAME]).view(32, 122))
+
+
+@pytest.mark.parametrize("cols", [128, 256])
+def test_codes_of_gemv_go_over_where_their_shape_is_that_of_gemm(cols: int) -> None:
+    """A square weight's qweight has one shape in both versions."""
+    weight = Weight("m.weight", (128, cols), F16, parse("int4-g128-asym-f16"))
+    codes = torch.randint(0, 16, weight.shape, dtype=torch.uint8)
+    words = (codes.view(128, -1, 8).long() << torch.arange(0, 32, 4)).sum(-1).int()
+    zeros, scales = torch.zeros(128, 1, dtype=torch.int32), torch.ones(128, 8, dtype=F16)
+    tensors = {"m.qweight": words, "m.qzeros": zeros, "m.scales": scales}
+    rows, lines = torch.empty(32, cols // 8, dtype=torch.int32), torch.empty(cols // 8, 128, dtype=torch.int32)
+    assert awq.FORMAT.codes is not None and awq.FORMAT.codes.turned is not None
+    awq.FORMAT.codes.rows.unpack(weight, tensors, 64, rows)
+    awq.FORMAT.codes.turned.unpack(weight, tensors, 0, lines)
+    assert torch.equal(rows, words[64:96]) and torch.equal(lines, words.T)
+
+
+@pytest.mark.parametrize("scheme", ["int8-tensor", "int8-row", "int4-g32-asym", "int4-16x32"])
+def test_floats_in_runs_make_the_whole(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several panels, and blocks that lie in more than one."""
+    meant = write_checkpoint(tmp_path / "in", "compressed_tensors", {NAME: scheme}, shape=(288, 128))
+    monkeypatch.setattr(_store, "_PANEL", 2**14)
+    monkeypatch.setattr(_changes, "_FLOATS", 2**12)
+    lowbit.convert(tmp_path / "in", tmp_path / "out", format="float", scheme="f32")
+    assert torch.equal(dequantized(tmp_path / "out"), slow_dequantize(meant[NAME]).view(288, 128))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_what_a_disk_did_to_floats_is_named(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made some rows at a time, and once more to say which differs."""
+    write_checkpoint(tmp_path / "in", "gptq", {NAME: "int4-g128"}, shape=(288, 128))
+    monkeypatch.setattr(_store, "_PANEL", 2**14)
+    monkeypatch.setattr(_changes, "_FLOATS", 2**12)
+    lowbit.convert(tmp_path / "in", tmp_path / "whole", format="float", scheme=dtype, lossy=True)
+    element, write, size = 200 * 128 + 5, Output.write, 4 if dtype == "f32" else 2
+
+    def damaged(output: Output, name: str, data: memoryview, at: int = 0) -> None:
+        write(output, name, data, at)
+        if name == NAME and at <= size * element < at + len(data):
+            write(output, name, memoryview(bytes([data[size * element - at] ^ 1])), size * element)
+
+    monkeypatch.setattr(Output, "write", damaged)
+    with pytest.raises(VerifyError, match=rf"differs from what was meant in element {element} of its weight: "):
+        lowbit.convert(tmp_path / "in", tmp_path / "out", format="float", scheme=dtype, lossy=True)
 
 
 def digests(journal: bytes) -> list[tuple[Any, Any]]:

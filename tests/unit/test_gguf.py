@@ -380,6 +380,26 @@ def test_importance_matrices_that_are_refused(case: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("heads", [0, 2])
+@pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_codes_come_apart(scheme: str, heads: int) -> None:
+    """Scales and minima without codes, and some rows of codes as words without these, in the order of the model."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = Weight(name, (64, 256), torch.float32, parse(scheme), interleaved=heads)
+    q = random_qtensor(parse(scheme), weight.shape)
+    parts = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in FORMAT.layout(weight).items()}
+    FORMAT.pack(weight, q, parts)
+    hollow = FORMAT.unpack(weight, parts, torch.empty(weight.shape, dtype=torch.uint8, device="meta"))
+    beside, wanted = ({name: part for name, part in each.parts() if name != "codes"} for each in (hollow, q))
+    assert beside.keys() == wanted.keys() and all(torch.equal(beside[name], part) for name, part in wanted.items())
+    bits = q.scheme.grid.bits
+    words = torch.empty(32, 256 * bits // 32, dtype=torch.int32)
+    assert FORMAT.hollow(q.scheme) and FORMAT.codes is not None
+    FORMAT.codes.rows.unpack(weight, parts, 32, words)
+    stream = np.unpackbits(words.numpy().view(np.uint8), axis=1, bitorder="little").reshape(32, 256, bits)
+    assert (np.packbits(stream, axis=2, bitorder="little")[:, :, 0] == q.codes[32:].numpy()).all()
+
+
+@pytest.mark.parametrize("heads", [0, 2])
 @pytest.mark.parametrize("scheme", ["q4_0", "q5_0", "q8_0"])
 def test_scales_come_without_codes(scheme: str, heads: int) -> None:
     """What a conversion looks at first: it is what is found with them, and what is damaged is named."""

@@ -300,14 +300,15 @@ def test_what_a_file_holds(count: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (8, 8), (16, 136), (520, 72), (200, 304)])
-def test_eights_from_rows_of_words(shape: tuple[int, int]) -> None:
-    """Rows go over with no code on its own; some columns of a matrix are filled, and found, and nothing beside them."""
+def test_eights_from_words(shape: tuple[int, int]) -> None:
+    """Words go over with no code on its own; some columns of a matrix are filled, and found, and nothing beside."""
     codes = torch.randint(0, 16, shape).byte()
     rows, wanted = native.pack_bits(codes, 4), torch.from_numpy(oracle.pack_awq(codes.numpy()))
     matrix = torch.full((shape[1], shape[0] // 8 + 3), -1, dtype=torch.int32)
     part = matrix[:, 2 : 2 + shape[0] // 8]
-    assert torch.equal(native.rows_to_awq(rows, out=part), wanted)
+    assert torch.equal(native.lines_to_awq(rows.T.contiguous(), out=part), wanted)
     assert torch.equal(native.awq_to_rows(part), rows)
+    assert torch.equal(native.awq_to_lines(part), rows.T)
     assert bool((matrix[:, :2] == -1).all() and (matrix[:, -1:] == -1).all())
 
 

@@ -92,7 +92,7 @@ def no_activations(scheme: Scheme, weight: Weight) -> Scheme:
 
 
 def no_lines(weight: Weight, tensors: Mapping[str, Tensor], start: int, stop: int) -> Tensor | None:
-    """What a format says that does not store words as rows have them."""
+    """What a format says that does not store words as they are asked for."""
     return None
 
 
@@ -107,23 +107,36 @@ def never_by_rows(weight: Weight) -> bool:
 
 
 @dataclass(frozen=True)
-class CodeRows:
-    """How a format stores codes alone, of some rows of a weight `[rows, cols]`: a multiple of 32, the last apart.
-
-    Codes come and go as `words`, which `native.pack_bits` makes of them: for most layouts these have only to be moved.
-    What is beyond the last code of a row may be anything in what is unpacked, and is 0 in what is packed.
+class CodeWords:
+    """How a format stores codes alone, as lines of words: in part, from one line on.
 
     Attributes:
-        pack: `(weight, words, start, into)` fills what `pack` of the format leaves out: codes of rows from `start` on.
-        unpack: `(weight, tensors, start, words)`: the inverse, of contiguous tensors that `unpack` of the format took.
-        lines: `(weight, tensors, start, stop)`: words of these rows as they lie in the tensors, to read them there or
-            to make them there, after which `pack` has nothing to do; None where they do not. Asked only where codes end
-            with the last word of a row.
+        unpack: `(weight, tensors, start, words)` fills lines from contiguous tensors that `unpack` of the format took.
+        pack: `(weight, words, start, into)`: the inverse, for what `pack` of the format leaves out; None where codes
+            are stored with all else.
+        lines: `(weight, tensors, start, stop)`: these lines as they lie in the tensors, to read them there or to make
+            them there, after which `pack` has nothing to do; None where they do not.
     """
 
-    pack: Callable[[Weight, Tensor, int, Mapping[str, Tensor]], None]
     unpack: Callable[[Weight, Mapping[str, Tensor], int, Tensor], None]
+    pack: Callable[[Weight, Tensor, int, Mapping[str, Tensor]], None] | None = None
     lines: Callable[[Weight, Mapping[str, Tensor], int, int], Tensor | None] = no_lines
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The same of a weight `[rows, cols]`: for most layouts words have only to be moved.
+
+    Attributes:
+        rows: a line is what `native.pack_bits` makes of a row. They are asked for in multiples of 32, the last apart;
+            what is beyond the last code of a row may be anything in what is unpacked, and is 0 in what is packed.
+            `lines` is asked only where codes end with the last word of a row.
+        turned: the words of rows turned: a line is one of each row. None where the layout is by rows. Asked only where
+            codes end with the last word.
+    """
+
+    rows: CodeWords
+    turned: CodeWords | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +175,7 @@ class Format:
         hollow: `(scheme) -> bool`: whether `unpack` and `pack` take codes on torch's device `meta`, which are a shape
             and no bytes. They then leave alone where codes are stored, and do and check all else. Only true where no
             code can be wrong.
-        rows: codes of some rows, of the schemes that are `hollow`; None where they are not had so.
+        codes: those of the schemes that are `hollow`, in parts; None where they are not had so.
         by_rows: `(weight) -> bool`: whether its layout is one tensor, of which some rows are what `pack` makes of a
             weight of those rows alone.
     """
@@ -184,5 +197,5 @@ class Format:
     learned_encoder: str = ""
     arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None
     hollow: Callable[[Scheme], bool] = never_hollow
-    rows: CodeRows | None = None
+    codes: Codes | None = None
     by_rows: Callable[[Weight], bool] = never_by_rows

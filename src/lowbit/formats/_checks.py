@@ -77,7 +77,13 @@ def exact(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     return converted
 
 
-def row_chunks(rows: int, cols: int) -> Iterator[slice]:
+def fill(out: Tensor, values: Tensor) -> None:
+    """Copy, unless the values were made there."""
+    if out.data_ptr() != values.data_ptr():
+        out.copy_(values)
+
+
+def row_chunks(rows: int, cols: int, elements: int = CHUNK) -> Iterator[slice]:
     """Runs of rows of about a quarter million elements, so that temporaries stay small and in cache."""
-    step = max(CHUNK // max(cols, 1), 1)
+    step = max(elements // max(cols, 1), 1)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowbit import native
 from lowbit.errors import FormatError
 from lowbit.formats import Spec
-from lowbit.formats._checks import below, exact, finite, row_chunks, stored
+from lowbit.formats._checks import below, exact, fill, finite, row_chunks, stored
 from lowbit.schemes import FLOATS, ScaleType, Scheme
 from lowbit.tensors import QTensor, Shape, block_size, scale_shape
 
@@ -135,8 +135,8 @@ def pack_rows(
     if "weight" in into:
         codes = native.unpack_bits(words, scheme.grid.bits, cols)
         torch.sub(codes, _half(scheme), out=into["weight"].view(torch.uint8)[rows])
-    elif words.data_ptr() != into["weight_packed"][rows].data_ptr():
-        into["weight_packed"][rows].copy_(words)
+    else:
+        fill(into["weight_packed"][rows], words)
 
 
 def unpack_rows(

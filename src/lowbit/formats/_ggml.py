@@ -12,12 +12,12 @@ from math import prod
 from typing import final
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import FormatError
-from lowbit.formats._checks import below, exact, finite
+from lowbit.formats._checks import below, exact, finite, row_chunks
 from lowbit.schemes import GGML_TYPES, Scheme, parse
 from lowbit.tensors import QTensor, Shape, scale_shape, scheme_bytes, view_shape
 
@@ -54,6 +54,8 @@ class BlockType:
 
 # Its blocks have four scales in E4M3, unsigned; what multiplies these is a tensor beside (`formats/gguf.py`).
 _SCALED = "nvfp4"
+_MANY = 2**20  # weights whose codes are made to get at what is beside them: still in the cache, and few calls
+_PLAIN = ("q4_0", "q5_0", "q8_0")  # integers under a float16 alone, which is first in each block
 
 
 def _block_type(name: str) -> BlockType:
@@ -75,8 +77,10 @@ def type_of(scheme: Scheme) -> str | None:
 
 
 def hollow(scheme: Scheme) -> bool:
-    """Whether a type is integers under a float16 alone, which is first in each block: no code of it can be wrong."""
-    return type_of(scheme) in ("q4_0", "q5_0", "q8_0")
+    """Whether a type is integers that fill their bits: no code of it can be wrong."""
+    grid = scheme.grid
+    fills = grid.kind == "int" and grid.stored_bits == grid.bits and len(grid.levels) == 2**grid.bits
+    return fills and not grid.table and type_of(scheme) is not None
 
 
 def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
@@ -120,21 +124,52 @@ def unpack(
     rows, cols = view_shape(shape, kind.scheme.block)
     _check_bytes(kind, rows, cols, stored)
     codes = torch.empty(rows, cols, dtype=torch.uint8) if codes is None else codes
-    if codes.is_meta:
-        scale = stored.reshape(-1, kind.bytes)[:, :2].reshape(-1)
-        return QTensor(
-            kind.scheme, shape, codes, _meant(kind, "scales", scale, None, scale_shape(shape, kind.scheme.block))
-        )
-    parts = _empty_parts(kind, rows, cols, codes)
-    native.ggml_unpack(kind.id, rows * cols // kind.weights, stored.contiguous(), out=parts)
+    parts = _scales(kind, rows, cols, stored, codes) if codes.is_meta else _parts(kind, stored, codes)
     parts = _negated(name, parts)
     grid = kind.scheme.grid
-    if len(grid.levels) < 2**grid.stored_bits:  # others fill their bits, or come from tables
+    if len(grid.levels) < 2**grid.stored_bits and not codes.is_meta:  # others fill their bits, or come from tables
         below(f"codes of {name}", codes, len(grid.levels))
     blocks = scale_shape(shape, kind.scheme.block)
     scales = _meant(kind, "scales", parts.scale, parts.scale_codes, blocks)
     minima = None if parts.min is None else _meant(kind, "minima", parts.min, parts.min_codes, blocks)
     return QTensor(kind.scheme, shape, codes, scales, minima=minima)
+
+
+def _scales(kind: BlockType, rows: int, cols: int, stored: Tensor, codes: Tensor) -> native.GgmlParts:
+    """What is in the blocks but `codes`, which are a shape alone."""
+    if kind.name in _PLAIN:
+        halves = stored.contiguous().view(torch.int16).view(-1, kind.bytes // 2)
+        return native.GgmlParts(codes, halves[:, 0].contiguous().view(torch.uint8))
+    found = [_beside(kind, stored[some], cols) for some in (slice(0, 0), *row_chunks(rows, cols, _MANY))]
+    each = (None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
+    return native.GgmlParts(codes, *each)  # type: ignore[arg-type]
+
+
+def _beside(kind: BlockType, stored: Tensor, cols: int) -> tuple[Tensor | None, ...]:
+    parts = _parts(kind, stored, torch.empty(len(stored), cols, dtype=torch.uint8))
+    return parts.scale, parts.min, parts.scale_codes, parts.min_codes
+
+
+def _parts(kind: BlockType, stored: Tensor, codes: Tensor) -> native.GgmlParts:
+    """What is in rows of blocks, whose codes go to `codes`."""
+    rows, cols = codes.shape
+    parts = _empty_parts(kind, rows, cols, codes)
+    native.ggml_unpack(kind.id, rows * cols // kind.weights, stored.contiguous(), out=parts)
+    return parts
+
+
+def words_of(
+    name: str, stored: UInt8[Tensor, "rows row_bytes"], out: Int32[Tensor, "rows words"], order: Tensor | None = None
+) -> None:
+    """The codes of rows of blocks that `unpack` took, as words, the columns in an order where one is given."""
+    kind = BLOCKS[name]
+    bits = kind.scheme.grid.bits
+    if order is None:
+        native.ggml_words(kind.id, stored.contiguous(), bits, out=out)
+        return
+    for some in row_chunks(len(stored), len(order)):
+        codes = torch.empty(some.stop - some.start, len(order), dtype=torch.uint8)
+        native.pack_bits(_parts(kind, stored[some], codes).codes[:, order], bits, out=out[some])
 
 
 def _check_bytes(kind: BlockType, rows: int, cols: int, stored: Tensor) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import FormatError, UnsupportedError
-from lowbit.formats import CodeRows, Spec, Weight
-from lowbit.formats._checks import exact, finite, stored
+from lowbit.formats import Codes, CodeWords, Spec, Weight
+from lowbit.formats._checks import exact, fill, finite, stored
 from lowbit.formats._linear import (
     SCALE_TYPES,
     check_matrix,
@@ -169,7 +169,21 @@ def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, word
     native.transpose_words(tensors[f"{weight.module}.qweight"][:, start : start + len(words)], out=words)
 
 
-ROWS = CodeRows(_pack_rows, _unpack_rows)
+def _pack_turned(weight: Weight, words: Int32[Tensor, "lines rows"], start: int, into: Mapping[str, Tensor]) -> None:
+    fill(into[f"{weight.module}.qweight"][start : start + len(words)], words)
+
+
+def _unpack_turned(
+    weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Int32[Tensor, "lines rows"]
+) -> None:
+    words.copy_(tensors[f"{weight.module}.qweight"][start : start + len(words)])
+
+
+def _turned(weight: Weight, tensors: Mapping[str, Tensor], start: int, stop: int) -> Tensor:
+    return tensors[f"{weight.module}.qweight"][start:stop]
+
+
+CODES = Codes(CodeWords(_unpack_rows, _pack_rows), CodeWords(_unpack_turned, _pack_turned, _turned))
 
 
 def zero_points(weight: Weight, raw: UInt8[Tensor, "groups rows"], offset: int) -> UInt8[Tensor, "rows groups"] | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import FormatError, UnsupportedError
-from lowbit.formats import CodeRows, Format, Spec, Weight
+from lowbit.formats import Codes, CodeWords, Format, Spec, Weight
 from lowbit.formats._checks import exact, finite, stored
 from lowbit.formats._gptq import Read, hollow, override, zero_points
 from lowbit.formats._linear import (
@@ -117,11 +117,11 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
 
 def _pack_rows(weight: Weight, words: Tensor, start: int, into: Mapping[str, Tensor]) -> None:
     lines = slice(start // _WORD, (start + len(words)) // _WORD)
-    out = into[f"{weight.module}.qweight"][:, lines]
-    if weight.shape[1] % _WORD:
-        native.pack_awq(native.unpack_bits(words, _BITS, weight.shape[1]), out=out)
-    else:
-        native.rows_to_awq(words, out=out)
+    native.pack_awq(native.unpack_bits(words, _BITS, weight.shape[1]), out=into[f"{weight.module}.qweight"][:, lines])
+
+
+def _pack_turned(weight: Weight, words: Tensor, start: int, into: Mapping[str, Tensor]) -> None:
+    native.lines_to_awq(words, out=into[f"{weight.module}.qweight"][_WORD * start : _WORD * (start + len(words))])
 
 
 def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None = None) -> QTensor:
@@ -131,10 +131,8 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
         FormatError: stored tensors that break the layout.
     """
     codes = torch.empty(weight.shape, dtype=torch.uint8) if codes is None else codes
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    columns = _layout_gemv(weight)
-    if all(shapes.get(name) == spec.shape for name, spec in columns.items()) and columns != layout(weight):
-        return _unpack_gemv(weight, _parts(tensors, columns), codes)
+    if _is_gemv(weight, tensors):
+        return _unpack_gemv(weight, _parts(tensors, _layout_gemv(weight)), codes)
     qweight, qzeros, scales = _parts(tensors, layout(weight))
     zeros = native.unpack_awq(qzeros.contiguous()).T
     scales = finite(f"{weight.module}.scales", scales.T.float()).contiguous()
@@ -145,7 +143,7 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
 
 def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Tensor) -> None:
     qweight, stop = tensors[f"{weight.module}.qweight"], start + len(words)
-    if tuple(qweight.shape) != layout(weight)[f"{weight.module}.qweight"].shape:  # gemv
+    if _is_gemv(weight, tensors):
         words.copy_(qweight[start:stop])
         return
     lines = qweight[:, start // _WORD : stop // _WORD]
@@ -153,6 +151,21 @@ def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, word
         native.pack_bits(native.unpack_awq(lines), _BITS, out=words)
     else:
         native.awq_to_rows(lines, out=words)
+
+
+def _unpack_turned(weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Tensor) -> None:
+    qweight, stop = tensors[f"{weight.module}.qweight"], start + len(words)
+    if _is_gemv(weight, tensors):
+        native.transpose_words(qweight[:, start:stop], out=words)
+    else:
+        native.awq_to_lines(qweight[_WORD * start : _WORD * stop], out=words)
+
+
+def _is_gemv(weight: Weight, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors are of version `gemv`: of a square weight codes alone do not tell."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    columns = _layout_gemv(weight)
+    return all(shapes.get(name) == spec.shape for name, spec in columns.items()) and columns != layout(weight)
 
 
 def _parts(tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> list[Tensor]:
@@ -241,5 +254,5 @@ FORMAT = Format(
     recognise=recognise,
     owns=owns,
     hollow=hollow,
-    rows=CodeRows(_pack_rows, _unpack_rows),
+    codes=Codes(CodeWords(_unpack_rows, _pack_rows), CodeWords(_unpack_turned, _pack_turned)),
 )

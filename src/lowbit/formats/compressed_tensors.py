@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, UnsupportedError
-from lowbit.formats import CodeRows, Format, Spec, Weight
+from lowbit.formats import Codes, CodeWords, Format, Spec, Weight
 from lowbit.formats import _ct_tensors as tensors_of
 from lowbit.formats._checks import exact
 from lowbit.formats._ct_config import (
@@ -329,5 +329,5 @@ FORMAT = Format(
     owns=owns,
     fit_activations=fit_activations,
     hollow=tensors_of.hollow,
-    rows=CodeRows(_pack_rows, _unpack_rows, _lines),
+    codes=Codes(CodeWords(_unpack_rows, _pack_rows, _lines)),
 )

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, UnsupportedError
-from lowbit.formats import Format, Spec, Weight
+from lowbit.formats import Codes, CodeWords, Format, Spec, Weight
 from lowbit.formats._checks import finite, stored
-from lowbit.formats._ggml import BLOCKS, BlockType, hollow, type_of
+from lowbit.formats._ggml import BLOCKS, BlockType, hollow, type_of, words_of
 from lowbit.formats._ggml import pack as pack_blocks
 from lowbit.formats._ggml import unpack as unpack_blocks
 from lowbit.formats._gguf import across_index, file_columns, file_rows, own_rows, separate, turned_back
@@ -139,6 +139,14 @@ def _reorder(codes: Tensor, weight: Weight, order: Tensor) -> None:
         columns.copy_(columns[order])
 
 
+def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Tensor) -> None:
+    order, columns, stop = own_rows(weight), file_columns(weight), start + len(words)
+    part = tensors[weight.name]
+    blocks = part.reshape(-1, part.shape[-1])
+    blocks = blocks[start:stop] if order is None else blocks[order[start:stop]]
+    words_of(_kind(weight).name, blocks, words, None if columns is None else columns.argsort())
+
+
 def _rows(q: QTensor, index: Tensor) -> QTensor:
     """Some rows of a tensor whose blocks are within a row."""
     scales = q.scales if not q.scheme.block.rows else _part(q.scales, index)  # of NVFP4's scales there is one
@@ -201,5 +209,6 @@ FORMAT = Format(
     learned_encoder="imatrix_fit",
     arrange=arrange,
     hollow=hollow,
+    codes=Codes(CodeWords(_unpack_rows)),
     by_rows=by_rows,
 )

@@ -31,5 +31,5 @@ FORMAT = Format(
     owns=_gptq.owns,
     swaps=True,
     hollow=_gptq.hollow,
-    rows=_gptq.ROWS,
+    codes=_gptq.CODES,
 )

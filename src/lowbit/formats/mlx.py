@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import FormatError, UnsupportedError
-from lowbit.formats import Format, Spec, Weight
-from lowbit.formats._checks import exact, finite, stored
+from lowbit.formats import Codes, CodeWords, Format, Spec, Weight
+from lowbit.formats._checks import exact, fill, finite, stored
 from lowbit.formats._linear import (
     SCALE_TYPES,
     check_matrix,
@@ -83,7 +83,8 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
     for name, values in (("scales", q.scales), ("biases", -q.minima)):
         target = into[f"{weight.module}.{name}"]
         target.copy_(exact(f"{weight.module}.{name}", values, target.dtype))
-    native.pack_bits(q.codes, q.scheme.grid.bits, out=into[f"{weight.module}.weight"].view(torch.int32))
+    if not q.codes.is_meta:
+        native.pack_bits(q.codes, q.scheme.grid.bits, out=into[f"{weight.module}.weight"].view(torch.int32))
 
 
 def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None = None) -> QTensor:
@@ -95,8 +96,26 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     scheme = planned(weight)
     words, scales, biases = (stored(tensors, name, s.dtype, s.shape) for name, s in layout(weight).items())
     scales, biases = finite(f"{weight.module}.scales", scales), finite(f"{weight.module}.biases", biases)
-    codes = native.unpack_bits(words.contiguous().view(torch.int32), scheme.grid.bits, weight.shape[1], out=codes)
+    if codes is None or not codes.is_meta:
+        codes = native.unpack_bits(words.contiguous().view(torch.int32), scheme.grid.bits, weight.shape[1], out=codes)
     return QTensor(scheme, weight.shape, codes, scales.float(), minima=-biases.float())
+
+
+def hollow(scheme: Scheme) -> bool:
+    """Whether the layout can be checked without the codes: every pattern of bits is one."""
+    return True
+
+
+def _lines(weight: Weight, tensors: Mapping[str, Tensor], start: int, stop: int) -> Tensor:
+    return tensors[f"{weight.module}.weight"][start:stop].view(torch.int32)
+
+
+def _pack_rows(weight: Weight, words: Tensor, start: int, into: Mapping[str, Tensor]) -> None:
+    fill(_lines(weight, into, start, start + len(words)), words)
+
+
+def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, words: Tensor) -> None:
+    words.copy_(_lines(weight, tensors, start, start + len(words)))
 
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -164,4 +183,6 @@ FORMAT = Format(
     config=config,
     recognise=recognise,
     owns=owns,
+    hollow=hollow,
+    codes=Codes(CodeWords(_unpack_rows, _pack_rows, _lines)),
 )

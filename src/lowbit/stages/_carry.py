@@ -32,6 +32,8 @@ _ZEROS: dict[Zero, tuple[Zero, ...]] = {
 }
 _GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 _NOWHERE = 255
+# For each block of a scheme, in order, the one that it lies in; how many lie in each, side by side; None: the same.
+Inside = Int64[Tensor, "blocks"] | int | None
 _FEW = 1024
 
 
@@ -99,12 +101,16 @@ def carried(q: QTensor, scheme: Scheme, rounding: bool = False) -> QTensor:
     return QTensor(scheme, q.shape, codes, scales, zeros, q.offset, q.group_index, minima, factors=factors)
 
 
-def _blocks_within(q: QTensor, scheme: Scheme) -> Int64[Tensor, "blocks"] | None:
-    """For each block of the scheme, in order, the block of `q` that it lies in; None where they are the same."""
+def _blocks_within(q: QTensor, scheme: Scheme) -> Inside:
+    """The block of `q` that each block of the scheme lies in."""
     old, new = q.scheme.block, scheme.block
-    same_size = old.flat == new.flat and block_size(q.shape, old) == block_size(q.shape, new)
-    if same_size or row_block(old, q.shape[-1]) == row_block(new, q.shape[-1]):
+    (high, wide), (down, across), cols = block_size(q.shape, old), block_size(q.shape, new), q.shape[-1]
+    same_size = old.flat == new.flat and (high, wide) == (down, across)
+    if same_size or row_block(old, cols) == row_block(new, cols):
         return None
+    aligned = not (old.flat or new.flat) and high == down and cols % wide == wide % across == 0
+    if aligned and q.group_index is None:
+        return wide // across
     index = _index_of(q.shape, old, new)
     if index is None:
         raise UnsupportedError(f"its blocks ({old}) are not whole blocks of {new}")
@@ -164,7 +170,7 @@ def _block_of(shape: Shape, block: Block, row: Tensor, col: Tensor) -> Tensor:
 
 
 def _block_values(
-    given: Tensor | QTensor, q: QTensor, scheme: Scheme, index: Tensor | None, what: str, rounding: bool
+    given: Tensor | QTensor, q: QTensor, scheme: Scheme, index: Inside, what: str, rounding: bool
 ) -> Tensor | QTensor:
     """The scales of `q`, or its minima, as the scheme has them."""
     blocks = scale_shape(q.shape, scheme.block)
@@ -179,7 +185,9 @@ def _block_values(
     return values if dtype is None else _stored(values, dtype, what, rounding)
 
 
-def _spread(values: Tensor, index: Tensor | None, blocks: Shape) -> Tensor:
+def _spread(values: Tensor, index: Inside, blocks: Shape) -> Tensor:
+    if isinstance(index, int):
+        return values.unsqueeze(-1).expand(*values.shape, index).reshape(blocks)
     found = values.reshape(-1) if index is None else values.reshape(-1)[index]
     return found.reshape(blocks)
 
@@ -203,7 +211,7 @@ def _stored(values: Float[Tensor, "..."], dtype: torch.dtype, what: str, roundin
     return found
 
 
-def _minima(q: QTensor, scheme: Scheme, index: Tensor | None, rounding: bool) -> Tensor | QTensor | None:
+def _minima(q: QTensor, scheme: Scheme, index: Inside, rounding: bool) -> Tensor | QTensor | None:
     """What is subtracted; of a tensor with zero points their product with the scales."""
     if scheme.zero != "min":
         return None
@@ -213,16 +221,18 @@ def _minima(q: QTensor, scheme: Scheme, index: Tensor | None, rounding: bool) ->
     return _block_values(given, q, scheme, index, "minimum", rounding)
 
 
-def _zeros(q: QTensor, scheme: Scheme, index: Tensor | None, rounding: bool) -> Tensor | None:
+def _zeros(q: QTensor, scheme: Scheme, index: Inside, rounding: bool) -> Tensor | None:
     if scheme.zero == "min":
         return None
     blocks, half = scale_shape(q.shape, scheme.block), _half(q.scheme.grid)
     own = q.zeros if q.minima is None else _in_codes(q, rounding)
+    if own is None and scheme.zero == "none":
+        return None
     values = torch.full(blocks, half) if own is None else _spread(own.float(), index, blocks)
     if scheme.zero == "float":
         return _stored(values, FLOATS.get(scheme.scale, torch.float32), "zero point", rounding)
     if scheme.zero == "none":
-        if own is not None and bool((values != half).any()):
+        if bool((values != half).any()):
             raise UnsupportedError(f"its zero points are not all {half:g}, as those of a symmetric scheme are")
         return None
     whole = values.round().clamp(0, 2**scheme.grid.bits - 1)

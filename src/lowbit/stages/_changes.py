@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate, chain
 from math import prod
 from typing import final
@@ -25,7 +26,7 @@ from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
 from lowbit.stages._carry import carried, gap, spelled, variants
 from lowbit.stages._rooms import Rooms
-from lowbit.stages._store import Streamed, streamed
+from lowbit.stages._store import Floats, Streamed, Value, streamed
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, arranged
 from lowbit.stages.quantize import Error, quantize_weight
@@ -36,6 +37,7 @@ METHODS = ("mse", "rtn", "ggml_fit")  # what quantizes again, the first that sup
 _GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 _SMALL = 1e-4  # relative squared error of rounded scales below which no other way is tried
 _SAMPLE = 1 << 18
+_FLOATS = 1 << 19  # of a run that is written, and read back while it is in the cache
 _ALIGN = 64
 
 
@@ -235,7 +237,7 @@ class Changer:
         form: Format = plugins.load("formats", self.source.format)
         return (
             old.grid == new.grid
-            and "min" not in (old.zero, new.zero)
+            and (old.zero == new.zero or new.zero != "min" != old.zero or _exact_minima(old, new))
             and form.hollow(old)
             and self.goal.form.hollow(new)
         )
@@ -279,7 +281,8 @@ class Changer:
         after = (target.scheme.grid, target.scheme.zero, row_block(target.scheme.block, q.shape[-1]))
         made = carried(q if before[0] == after[0] else self._copy(q), target.scheme, rounding)
         # Equal levels with equal scales and zero points are equal values; minima are products, which are rounded.
-        if "min" in (before[1], after[1]) and before[1] != after[1] and not rounding and difference(q, made).largest:
+        minima = "min" in (before[1], after[1]) and before[1] != after[1] and not _exact_minima(q.scheme, made.scheme)
+        if minima and not rounding and difference(q, made).largest:
             raise UnsupportedError(f"its values are others in {target.scheme}")
         parts = self._room(self.goal.form.layout(target))
         self.goal.form.pack(target, made, parts)
@@ -401,16 +404,40 @@ class Changer:
         for at in range(0, len(out), step):
             q.rows(at, min(at + step, len(out)), out[at : at + step])
 
-    def _rounding(self, q: QTensor, dtype: torch.dtype, whole: bool = True) -> Error:
-        """What rounding the values of `q` to a float type changes; not of all of it, unless `whole`, where it does."""
-        rows, cols = view_shape(q.shape, Block(1, 0))
-        step, error = max(_SAMPLE // max(cols, 1), 1), Error()
-        for at in range(0, rows if dtype != torch.float32 else 0, step):
-            out = torch.empty(min(step, rows - at), cols, dtype=dtype)
-            error += gap(q, at, q.rows(at, at + len(out), out))
-            if error.largest and not whole:
-                break
+    def pieces(self, weight: Weight, tensors: Mapping[str, Tensor] | None = None) -> Iterator[QTensor]:
+        """Rows of a weight with their codes, in order: some at a time where no code can be wrong."""
+        assert weight.scheme is not None and self.source.format is not None
+        form: Format = plugins.load("formats", self.source.format)
+        found = tensors or self.source.stored(weight.name)
+        block = weight.scheme.block
+        apart = block.rows == 1 and not block.flat and len(weight.shape) == 2
+        q = self.load(weight, True, found) if apart and form.codes and form.hollow(weight.scheme) else None
+        if q is None or form.codes is None or q.group_index is not None:
+            return iter([self.load(weight, pieces=found)])
+        return streamed(q, form.codes, weight, _contiguous(found)).pieces()
+
+    def _rounding(self, weight: Weight, dtype: torch.dtype, whole: bool = True) -> Error:
+        """What rounding the values to a float type changes; not of all of them, unless `whole`, where it does."""
+        error = Error()
+        for q in self.pieces(weight) if dtype != torch.float32 else ():
+            rows, cols = view_shape(q.shape, Block(1, 0))
+            step = max(_SAMPLE // max(cols, 1), 1)
+            for at in range(0, rows, step):
+                out = torch.empty(min(step, rows - at), cols, dtype=dtype)
+                error += gap(q, at, q.rows(at, at + len(out), out))
+                if error.largest and not whole:
+                    return error
         return error
+
+    def floats(
+        self, weight: Weight, dtype: torch.dtype, tensors: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Tensor]:
+        """Rows of the weight in a float type, in order."""
+        for q in self.pieces(weight, tensors):
+            rows, cols = view_shape(q.shape, Block(1, 0))
+            step = max(_FLOATS // max(cols, 1), 1)
+            for at in range(0, rows, step):
+                yield q.rows(at, min(at + step, rows), torch.empty(min(step, rows - at), cols, dtype=dtype))
 
     def made_float(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """The weight as the model holds it, in a float type."""
@@ -425,8 +452,7 @@ class Changer:
         if self.goal.scheme and named is None:
             raise UnsupportedError(f"--scheme {self.goal.scheme}: {_float.NAME} holds f16, bf16 or f32")
         choices = [named] if named else self.dtypes(weight)
-        q = self.load(weight)
-        made = ((dtype, self._rounding(q, dtype, dtype == choices[0])) for dtype in choices)
+        made = ((dtype, self._rounding(weight, dtype, dtype == choices[0])) for dtype in choices)
         first = next(made)
         dtype, error = next((each for each in chain([first], made) if not each[1].largest), first)
         target = Weight(weight.name, weight.held, dtype)
@@ -436,24 +462,40 @@ class Changer:
 
     def value(
         self, weight: Weight, entry: Entry, pieces: Mapping[str, Tensor] | None = None
-    ) -> QTensor | Tensor | Streamed:
-        """What a change stores; streamed where codes alone go from one layout into another."""
+    ) -> Value | Streamed | Floats:
+        """What a change stores; in parts where codes alone go from one layout into another, or as floats."""
         target = entry.weight
         pieces = pieces or self.source.stored(weight.name)
         if weight.scheme is None:
             kept = pieces[weight.name].to(target.dtype)
             return (kept.T if weight.swapped != target.swapped else kept).contiguous()
         if target.scheme is None:
-            return self.made_float(weight, target.dtype)
+            again = partial(self.made_float, weight, target.dtype)
+            return again() if weight.swapped else Floats(self.floats(weight, target.dtype, pieces), again)
         if entry.method not in (CARRY, ROUND):
             return self.quantized(self.load(weight, pieces=pieces), entry)[0]
         form: Format = plugins.load("formats", str(self.source.format))
-        streams = self._hollow(weight, target) and bool(form.rows and self.goal.form.rows)
+        into = self.goal.form.codes
+        streams = bool(form.codes and into and into.rows.pack) and self._hollow(weight, target)
         q = carried(self.load(weight, streams, pieces), target.scheme, rounding=entry.method == ROUND)
         if not streams:
             return q
-        assert form.rows is not None
-        return streamed(q, form.rows, weight, {name: piece.contiguous() for name, piece in pieces.items()})
+        assert form.codes is not None
+        return streamed(q, form.codes, weight, _contiguous(pieces))
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _exact_minima(old: Scheme, new: Scheme) -> bool:
+    """Whether minima that come in for integer zero points change no value.
+
+    Products of a code of 8 bits and a float16, and differences of such products of one float, are exact in float32, and
+    none is infinite; so are the minima, which are then stored exactly or refused.
+    """
+    plain = old.scale == "f16" and not old.nested and not new.nested
+    return plain and old.zero in ("none", "int") and new.zero == "min"
 
 
 def _name(dtype: torch.dtype) -> str:

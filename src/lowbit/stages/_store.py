@@ -7,8 +7,9 @@ was packed, byte for byte, and that the format's reader unpacks into memory that
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, final
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import LowbitError, VerifyError
-from lowbit.formats import CodeRows, Format, Weight
+from lowbit.formats import Codes, CodeWords, Format, Weight
 from lowbit.formats._gguf import to_file
 from lowbit.stages.plan import Entry
 from lowbit.stages.write import Output, Record, as_bytes, digest
@@ -27,55 +28,110 @@ from lowbit.tensors import QTensor, view_shape
 
 Value = QTensor | Tensor
 _RUN = 4 * 2**20  # bytes: little enough to be in the processor's cache from writing to reading
-_PANEL = 2**21  # codes: few panels, which a core still finds in its share of the cache
+_PANEL = 2**20  # codes: few panels, which a core still finds in its share of the cache
 _LINES = 128  # rows of a panel are a multiple of it: transposed words come in runs of several lines of the cache
-_WORDS = "words"  # part that stands for `codes` where these were never there: what `native.pack_bits` makes of them
+# Parts that stand for `codes` where these were never there: what `native.pack_bits` makes of them, and that turned.
+_WORDS, _TURNED = "words", "turned words"
+
+Place = Callable[[int, int], Tensor | None]  # `(start, stop)`: where lines of words lie, or are to be made; or nowhere
+Panels = Iterator[tuple[int, Int32[Tensor, "lines words"]]]  # the first line of each panel and its words, in order
+
+
+def _nowhere(start: int, stop: int) -> Tensor | None:
+    return None
+
+
+@final
+@dataclass(frozen=True)
+class Words:
+    """Lines of words: `(start, words)` makes some, `(start, stop)` finds them where they lie in what was read."""
+
+    fill: Callable[[int, Tensor], None]
+    lines: Place
+
+    @staticmethod
+    def of(codes: CodeWords, weight: Weight, tensors: Mapping[str, Tensor]) -> Words:
+        """Those that a format has in contiguous tensors of a weight."""
+        return Words(partial(codes.unpack, weight, tensors), partial(codes.lines, weight, tensors))
 
 
 @final
 @dataclass(frozen=True)
 class Streamed:
-    """A quantized weight whose codes are made some rows at a time, packed, and never are in memory together.
+    """A quantized weight whose codes are made in parts, packed, and never are in memory together.
 
     Attributes:
         q: it, with codes on the device `meta`.
-        fill: `(start, words)` makes its rows from `start` on (`CodeRows.unpack`).
-        lines: `(start, stop)`: these rows where they lie as words in what was read, else None (`CodeRows.lines`).
+        rows: words of its rows (`Codes.rows`).
+        turned: the same turned, where it can be read so (`Codes.turned`).
     """
 
     q: QTensor
-    fill: Callable[[int, Tensor], None]
-    lines: Callable[[int, int], Tensor | None]
+    rows: Words
+    turned: Words | None
 
     @property
     def over(self) -> int:
         """Bits of codes in the last word of a row, 0 where they end with it."""
         return self.q.codes.shape[1] * self.q.scheme.grid.bits % 32
 
-    def panels(
-        self, place: Callable[[int, int], Tensor | None] = lambda start, stop: None
-    ) -> Iterator[tuple[int, Int32[Tensor, "rows words"]]]:
-        """First row and words of each panel, in order; what is beyond the codes of a row is 0.
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and words of each."""
+        rows, cols = self.q.codes.shape
+        return rows, -(-cols * self.q.scheme.grid.bits // 32)
 
-        `place`: `(start, stop)` is where to make these rows, None for anywhere.
+    def panels(self, place: Place = _nowhere, turned: bool = False) -> Panels:
+        """Words of all rows, or these turned; what is beyond the codes of a row is 0.
+
+        `place`: where lines are to be made.
         """
-        (rows, cols), bits = self.q.codes.shape, self.q.scheme.grid.bits
-        over = self.over
-        here, there = (None, None) if over else (self.lines(0, rows), place(0, rows))
-        if here is None and there is not None:
-            self.fill(0, there)
-            here = there
-        if here is not None:  # no room is needed for it: all at once, in few calls
-            yield 0, here
+        return self._turned(place) if turned else self._rows(place)
+
+    def _rows(self, place: Place) -> Panels:
+        (rows, wide), over = self.size, self.over
+        cols = self.q.codes.shape[1]
+        if not over and (yield from _at_once(self.rows, place, rows)):
             return
         step = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES
-        room = torch.empty(min(step, rows), -(-cols * bits // 32), dtype=torch.int32)
+        room = torch.empty(min(step, rows), wide, dtype=torch.int32)
         for start in range(0, rows, step):
             words = room[: min(step, rows - start)]
-            self.fill(start, words)
+            self.rows.fill(start, words)
             if over:
                 words[:, -1] &= 2**over - 1
             yield start, words
+
+    def _turned(self, place: Place) -> Panels:
+        rows, wide = self.size
+        if self.turned is None:
+            there = place(0, wide)
+            there = torch.empty(wide, rows, dtype=torch.int32) if there is None else there
+            for start, words in self._rows(_nowhere):
+                native.transpose_words(words, out=there[:, start : start + len(words)])
+            yield 0, there
+            return
+        if (yield from _at_once(self.turned, place, wide)):
+            return
+        step = max(_PANEL * self.q.scheme.grid.bits // 32 // max(rows, 1), 1)
+        room = torch.empty(min(step, wide), rows, dtype=torch.int32)
+        for start in range(0, wide, step):
+            lines = room[: min(step, wide - start)]
+            self.turned.fill(start, lines)
+            yield start, lines
+
+    def pieces(self) -> Iterator[QTensor]:
+        """Some rows each, in order, in memory that the next ones take."""
+        (rows, wide), cols, bits = self.size, self.q.codes.shape[1], self.q.scheme.grid.bits
+        step = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES
+        room, codes = (torch.empty(min(step, rows), n, dtype=t) for n, t in ((wide, torch.int32), (cols, torch.uint8)))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            words = None if self.over else self.rows.lines(start, stop)
+            if words is None:
+                words = room[: stop - start]
+                self.rows.fill(start, words)
+            yield self.q.some(start, stop, native.unpack_bits(words, bits, cols, out=codes[: stop - start]))
 
     def whole(self) -> QTensor:
         """It with its codes."""
@@ -83,6 +139,18 @@ class Streamed:
         for start, words in self.panels():
             native.unpack_bits(words, bits, codes.shape[1], out=codes[start : start + len(words)])
         return replace(self.q, codes=codes)
+
+
+def _at_once(words: Words, place: Place, count: int) -> Generator[tuple[int, Tensor], None, bool]:
+    """All lines, in few calls, where no room is needed for them; returns whether that is so."""
+    here = words.lines(0, count)
+    if here is None:
+        here = place(0, count)
+        if here is None:
+            return False
+        words.fill(0, here)
+    yield 0, here
+    return True
 
 
 @final
@@ -99,6 +167,15 @@ class Rows:
     pieces: Iterator[QTensor]
     seen: Callable[[], tuple[str, dict[str, Any]]]
     again: Callable[[], Value]
+
+
+@final
+@dataclass(frozen=True)
+class Floats:
+    """A weight that is not quantized, in the type that is stored: some rows each, in order, and it whole."""
+
+    pieces: Iterator[Tensor]
+    again: Callable[[], Tensor]
 
 
 @final
@@ -121,7 +198,7 @@ class _Sums:
 def store(
     output: Output,
     entry: Entry,
-    value: Value | Streamed | Rows,
+    value: Value | Streamed | Rows | Floats,
     source: Tensor | str,
     facts: Mapping[str, Any],
     *,
@@ -144,9 +221,12 @@ def store(
         VerifyError: what was stored is not what was meant, naming tensor and element.
     """
     start, name = time.perf_counter(), entry.weight.name
-    if isinstance(value, Tensor):
+    if isinstance(value, Floats):
+        meant, reading = _copy(output, entry, value)
+        stored = {name: meant["weight"]}
+    elif isinstance(value, Tensor):
         packed = to_file(entry.weight, value).contiguous()
-        written, reading = _copy(output, entry, packed)
+        written, reading = _copy(output, entry, Floats(_runs(packed), lambda: packed))
         meant = written if packed is value else {"weight": digest(value)}
         stored = {name: written["weight"]}
     elif isinstance(value, Streamed):
@@ -163,21 +243,26 @@ def store(
     output.commit(Record(name, read, meant, stored, facts, True), reading / workers)
 
 
-def _copy(output: Output, entry: Entry, value: Tensor) -> tuple[dict[str, str], float]:
+def _runs(value: Tensor) -> Iterator[Tensor]:
+    flat = value.reshape(-1).view(torch.uint8)
+    return (flat[at : at + _RUN] for at in range(0, len(flat), _RUN))
+
+
+def _copy(output: Output, entry: Entry, value: Floats) -> tuple[dict[str, str], float]:
     """Write what is not quantized, some bytes at a time, each read back at once; returns its digest, and seconds."""
-    name, flat = entry.weight.name, value.reshape(-1).view(torch.uint8)
-    meant, same, reading = xxhash.xxh3_128(), True, 0.0
-    for at in range(0, len(flat), _RUN):
-        run = flat[at : at + _RUN]
-        meant.update(as_bytes(run))
-        output.write(name, as_bytes(run), at)
+    name, meant, same, at, reading = entry.weight.name, xxhash.xxh3_128(), True, 0, 0.0
+    for run in value.pieces:
+        data = as_bytes(run)
+        meant.update(data)
+        output.write(name, data, at)
         start = time.perf_counter()
         same = same and output.holds({name: run}, at)
         reading += time.perf_counter() - start
-        output.let_go(name, len(run), at)
+        output.let_go(name, run.nbytes, at)
+        at += run.nbytes
     digests = {"weight": meant.hexdigest()}
     if not same:
-        _refuse(output, entry, digests, lambda: output.read(entry)[name], lambda: value)
+        _refuse(output, entry, digests, lambda: output.read(entry)[name], value.again)
     return digests, reading
 
 
@@ -234,23 +319,41 @@ def _unpacked(output: Output, weight: Weight, parts: Mapping[str, Tensor]) -> QT
 def _stream(
     output: Output, entry: Entry, value: Streamed, scratch: bool
 ) -> tuple[dict[str, str], dict[str, str], float]:
-    """As `_pack`, but codes are packed, and unpacked again, in panels of rows; returns what was meant, too."""
+    """As `_pack`, but codes are packed, and unpacked again, in panels; returns what was meant, too."""
     weight, rules, parts = entry.weight, output.plan.rules, output.into(entry, mapped=scratch)
-    assert rules.rows is not None
-    pack, lines = rules.rows.pack, rules.rows.lines
     rules.pack(weight, value.q, parts)
-    place = lambda start, stop: lines(weight, parts, start, stop)
-    meant = _digests(value, place, lambda start, words: pack(weight, words, start, parts))
+    turned = _is_turned(rules, value)
+    form = _codes_of(rules, turned)
+    assert form.pack is not None
+    place = partial(form.lines, weight, parts)
+    pack = form.pack
+    meant = _digests(value, turned, place, lambda start, words: pack(weight, words, start, parts))
     for name, part in () if scratch else parts.items():
         output.write(name, as_bytes(part))
-    held = None if value.over else lines(weight, parts, 0, len(value.q.codes))  # these were hashed already
+    held = None if value.over else place(0, value.size[turned])  # these were hashed already
     at = held.data_ptr() if held is not None else None
-    stored = {name: meant[_WORDS] if part.data_ptr() == at else digest(part) for name, part in parts.items()}
+    stored = {name: meant[_word(turned)] if part.data_ptr() == at else digest(part) for name, part in parts.items()}
     start = time.perf_counter()
     if not output.holds(parts) or _digests_of(weight, rules, parts) != meant:
         find = lambda: rules.unpack(weight, output.read(entry), None)
         _refuse(output, entry, meant, find, value.whole)
     return meant, stored, _let_go(output, parts, start)
+
+
+def _is_turned(rules: Format, value: Streamed) -> bool:
+    """Whether a format has words turned, as others then make them too."""
+    return rules.codes is not None and rules.codes.turned is not None and not value.over
+
+
+def _codes_of(rules: Format, turned: bool) -> CodeWords:
+    assert rules.codes is not None
+    found = rules.codes.turned if turned else rules.codes.rows
+    assert found is not None
+    return found
+
+
+def _word(turned: bool) -> str:
+    return _TURNED if turned else _WORDS
 
 
 def _let_go(output: Output, parts: Mapping[str, Tensor], start: float) -> float:
@@ -270,34 +373,44 @@ def _refuse(
 
 
 def _digests_of(weight: Weight, rules: Format, tensors: Mapping[str, Tensor]) -> dict[str, str] | None:
-    """Digests of the parts of a weight whose codes are read in panels of rows; None where it cannot be read."""
-    assert weight.scheme is not None and rules.rows is not None
+    """Digests of the parts of a weight whose codes are read in panels; None where it cannot be read."""
+    assert weight.scheme is not None and rules.codes is not None
     codes = torch.empty(view_shape(weight.shape, weight.scheme.block), dtype=torch.uint8, device="meta")
     try:
         q = rules.unpack(weight, tensors, codes)
     except LowbitError:
         return None
-    return _digests(streamed(q, rules.rows, weight, tensors))
+    value = streamed(q, rules.codes, weight, tensors)
+    return _digests(value, _is_turned(rules, value))
 
 
-def streamed(q: QTensor, rows: CodeRows, weight: Weight, tensors: Mapping[str, Tensor]) -> Streamed:
+def streamed(q: QTensor, codes: Codes, weight: Weight, tensors: Mapping[str, Tensor]) -> Streamed:
     """`q`, which has no codes, with those that a format has in contiguous tensors of a weight."""
-    fill = lambda start, words: rows.unpack(weight, tensors, start, words)
-    return Streamed(q, fill, lambda start, stop: rows.lines(weight, tensors, start, stop))
+    rows = Words.of(codes.rows, weight, tensors)
+    if codes.turned is not None:
+        return Streamed(q, rows, Words.of(codes.turned, weight, tensors))
+    value = Streamed(q, rows, None)
+    here = None if value.over else rows.lines(0, value.size[0])
+    return value if here is None else replace(value, turned=Words(partial(_turn, here), _nowhere))
+
+
+def _turn(rows: Int32[Tensor, "rows words"], start: int, out: Int32[Tensor, "lines rows"]) -> None:
+    native.transpose_words(rows[:, start : start + len(out)], out=out)
 
 
 def _digests(
     value: Streamed,
-    place: Callable[[int, int], Tensor | None] = lambda start, stop: None,
+    turned: bool,
+    place: Place = _nowhere,
     use: Callable[[int, Tensor], None] = lambda start, words: None,
 ) -> dict[str, str]:
-    """Digest of each part; words are made at `place`, and `use` gets the first row of each panel, and its words."""
+    """Digest of each part; words are made at `place`, and `use` gets the first line of each panel, and its words."""
     hasher = xxhash.xxh3_128()
-    for start, words in value.panels(place):
+    for start, words in value.panels(place, turned):
         hasher.update(as_bytes(words))
         use(start, words)
     others = {name: digest(part.contiguous()) for name, part in value.q.parts() if name != "codes"}
-    return {_WORDS: hasher.hexdigest(), **others}
+    return {_word(turned): hasher.hexdigest(), **others}
 
 
 def compare(
@@ -316,25 +429,31 @@ def compare(
         found = find()
     except LowbitError as error:
         raise VerifyError(f"{path}: {name} cannot be read back: {error}") from error
-    digests = {part: digest(tensor.contiguous()) for part, tensor in parts_of(found, _WORDS in meant).items()}
+    digests = {part: digest(tensor.contiguous()) for part, tensor in parts_of(found, meant).items()}
     wrong = [part for part in {**meant, **digests} if digests.get(part) != meant.get(part)]
     if wrong:
-        part, value = "codes" if wrong[0] == _WORDS else wrong[0], again()
+        part, value = "codes" if wrong[0] in (_WORDS, _TURNED) else wrong[0], again()
         where = f"its {part}" if value is None else _where(part, parts_of(found), parts_of(value))
         raise VerifyError(f"{path}: {name} differs from what was meant in {where}")
 
 
-def whole(value: Value | Streamed) -> Value:
-    """A weight with its codes."""
+def whole(value: Value | Streamed | Floats) -> Value:
+    """A weight in memory, with its codes."""
+    if isinstance(value, Floats):
+        return value.again()
     return value.whole() if isinstance(value, Streamed) else value
 
 
-def parts_of(value: Value, packed: bool = False) -> dict[str, Tensor]:
+def parts_of(value: Value, meant: Iterable[str] = ()) -> dict[str, Tensor]:
     """The tensors of a weight by name, as the journal has their digests; its codes as words where these were meant."""
     if not isinstance(value, QTensor):
         return {"weight": value}
-    parts = dict(value.parts())
-    return {_WORDS: native.pack_bits(parts.pop("codes"), value.scheme.grid.bits), **parts} if packed else parts
+    parts, names = dict(value.parts()), set(meant)
+    if _WORDS in names:
+        return {_WORDS: native.pack_bits(parts.pop("codes"), value.scheme.grid.bits), **parts}
+    if _TURNED in names:
+        return {_TURNED: native.pack_bits_transposed(parts.pop("codes"), value.scheme.grid.bits), **parts}
+    return parts
 
 
 def _where(part: str, found: dict[str, Tensor], meant: dict[str, Tensor]) -> str:

@@ -123,7 +123,7 @@ def _streams(source: Checkpoint, goal: Goal, weight: Weight) -> bool:
     """Whether no code of a weight is looked at until it goes over."""
     assert weight.scheme is not None and source.format is not None
     forms: list[Format] = [plugins.load("formats", source.format), goal.form]
-    return all(form.rows and form.hollow(weight.scheme) for form in forms)
+    return weight.scheme.nested is None and all(form.codes and form.hollow(weight.scheme) for form in forms)
 
 
 def _kept(source: Checkpoint, weight: Weight, goal: Goal) -> Weight:
