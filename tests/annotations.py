@@ -35,14 +35,25 @@ def _has_shape(hint: object) -> bool:
     return (isclass(hint) and issubclass(hint, AbstractArray)) or any(map(_has_shape, parts))
 
 
-def _function(function: FunctionType) -> Callable[..., Any]:
-    hints = {name: _hint(text, function.__globals__) for name, text in function.__annotations__.items()}
-    shapes = any(map(_has_shape, hints.values()))
-    if isgeneratorfunction(function):  # what it yields is another function's business
+def _started(generator: Callable[..., Any]) -> Callable[..., Any]:
+    """It as a plain function, whose arguments are checked when it is called, and not when the first value is asked."""
+
+    @wraps(generator)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return generator(*args, **kwargs)
+
+    return plain
+
+
+def _function(function: Callable[..., Any]) -> Callable[..., Any]:
+    names = cast(FunctionType, function).__globals__
+    hints = {name: _hint(text, names) for name, text in function.__annotations__.items()}
+    if isgeneratorfunction(function):
+        function = _started(function)
         hints.pop("return", None)
     function.__annotations__ = hints
     made: Callable[..., Any] = beartype(function)
-    if not shapes:
+    if not any(map(_has_shape, hints.values())):
         return made
 
     @wraps(function)
