@@ -16,10 +16,12 @@ from inspect import isclass, isgeneratorfunction
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, cast, final, get_args
 
-from beartype import beartype
-from jaxtyping import AbstractArray, jaxtyped
+from beartype import BeartypeConf, beartype
+from jaxtyping import AbstractArray, TypeCheckError, jaxtyped
 
 _NAME = "__checked__"
+# What it raises is a `TypeError`, as Python raises where types are wrong.
+_CHECK = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
 
 
 def _hint(text: object, names: dict[str, Any]) -> Any:
@@ -52,7 +54,7 @@ def _function(function: Callable[..., Any]) -> Callable[..., Any]:
         function = _started(function)
         hints.pop("return", None)
     function.__annotations__ = hints
-    made: Callable[..., Any] = beartype(function)
+    made: Callable[..., Any] = _CHECK(function)
     if not any(map(_has_shape, hints.values())):
         return made
 
