@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 	$(BIN)/lowbit demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n logical --dist loadfile
+	$(BIN)/python -m pytest -n logical --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.annotations import check
+
+check("lowbit")
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, final
 
 import pytest
 import torch
@@ -16,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowbit import plugins
-from lowbit.cli import main
 from lowbit.formats import Format, Weight
 from lowbit.schemes import parse
+from tests.e2e.command import CommandLine
 from tests.reference.qtensors import random_qtensor
 
 NAMES = [f"model.layers.{i}.mlp.{part}.weight" for i in range(2) for part in ("up_proj", "down_proj")]
@@ -46,32 +45,6 @@ KINDS = [
     ("fbgemm_fp8", "fp8-e4m3-row", 8, 32, 0, 0),
     ("bitnet", "levels[-1,0,1]-tensor", 2, 0, 0, 0),
 ]
-
-
-@final
-class CommandLine:
-    """`lowbit` in this process: exit code, standard output and standard error of one call."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["lowbit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0), *self._capsys.readouterr()
-
-    def report(self, path: Path, code: int = 0) -> dict[str, Any]:
-        """The JSON document of `lowbit inspect`."""
-        ended, out, err = self("inspect", path, "--json")
-        assert ended == code, err
-        document: dict[str, Any] = json.loads(out)
-        return document
-
-
-@pytest.fixture
-def lowbit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
 
 
 def checkpoint(folder: Path, name: str, scheme: str) -> dict[str, Tensor]:

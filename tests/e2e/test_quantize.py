@@ -15,15 +15,9 @@ from safetensors.torch import load_file
 
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.tensors import QTensor
+from tests.e2e.command import CommandLine
 
 MODEL = Path(__file__).parents[2] / "src/lowbit/data/wiki-8m"
-
-
-def lowbit(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own, as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", "lowbit", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
 
 
 def relative_error(out: Path) -> float:
@@ -62,11 +56,13 @@ LINES = [
 
 
 @pytest.mark.parametrize(("form", "scheme", "method", "bound"), LINES, ids=["-".join(line[:3]) for line in LINES])
-def test_every_format_holds_what_was_meant(tmp_path: Path, form: str, scheme: str, method: str, bound: float) -> None:
+def test_every_format_holds_what_was_meant(
+    lowbit: CommandLine, tmp_path: Path, form: str, scheme: str, method: str, bound: float
+) -> None:
     out = tmp_path / "out"
-    done = lowbit("quantize", MODEL, out, "--format", form, "--scheme", scheme, "--method", method, "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    code, told, err = lowbit("quantize", MODEL, out, "--format", form, "--scheme", scheme, "--method", method, "--json")
+    assert code == 0, err
+    report = json.loads(told)
     assert report["verified"]["tensors"] == 75 and report["verified"]["mismatches"] == 0
     with open_checkpoint(out) as checkpoint:
         kinds = [isinstance(checkpoint.load(name), QTensor) for name in checkpoint.weights]
@@ -77,6 +73,12 @@ def test_every_format_holds_what_was_meant(tmp_path: Path, form: str, scheme: st
 
 
 def test_an_edited_plan_is_carried_out(tmp_path: Path) -> None:
+    """In processes of their own, as a user does it."""
+
+    def lowbit(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lowbit", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
     saved = lowbit("plan", MODEL, "--scheme", "int4-g128", "--out", tmp_path / "plan.json")
     assert saved.returncode == 0 and "times smaller" in saved.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -104,10 +106,12 @@ def test_an_edited_plan_is_carried_out(tmp_path: Path) -> None:
         (("quantize",), 2, "Missing argument"),
     ],
 )
-def test_a_mistake_ends_in_one_sentence(tmp_path: Path, arguments: tuple[object, ...], code: int, words: str) -> None:
-    done = lowbit(*[tmp_path / "out" if argument == "OUT" else argument for argument in arguments])
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr and "Traceback" not in done.stderr
+def test_a_mistake_ends_in_one_sentence(
+    lowbit: CommandLine, tmp_path: Path, arguments: tuple[str | Path, ...], code: int, words: str
+) -> None:
+    ended, _, err = lowbit(*[tmp_path / "out" if argument == "OUT" else argument for argument in arguments])
+    assert ended == code, err
+    assert words in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
 
@@ -145,9 +149,9 @@ def test_kills_at_random_moments_leave_identical_results(tmp_path: Path) -> None
     assert result["kills"] >= 6 and not result["differing"]
 
 
-def test_a_text_that_cannot_be_evaluated_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_a_text_that_cannot_be_evaluated_is_refused_before_the_work(lowbit: CommandLine, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("Too short.")
-    done = lowbit("quantize", MODEL, tmp_path / "out", "--evaluate", text)
-    assert done.returncode == 2 and "fewer than one window of 512" in done.stderr
+    code, _, err = lowbit("quantize", MODEL, tmp_path / "out", "--evaluate", text)
+    assert code == 2 and "fewer than one window of 512" in err
     assert not (tmp_path / "out").exists()

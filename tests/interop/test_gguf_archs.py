@@ -32,6 +32,7 @@ from tests.interop.test_gguf import (
     agree,
     alone,
     byte_level,
+    foretold,
     llama_quantize,
     ours,
     quantized,
@@ -263,6 +264,8 @@ def test_logits_and_what_is_read_back(kind: str, tmp_path: Path) -> None:
 
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "ffn_hidden_size": 256, "num_hidden_layers": 16, "n_layer": 16}
+TYPES = {"q2_k": 10, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17,
+         "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30, "iq3_s": 26, "iq3_m": 27}  # fmt: skip
 FLAT = (
     "gpt_neox",
     "falcon 7b",
@@ -295,16 +298,17 @@ def test_types_are_llama_quantizes(kind: str, tmp_path: Path) -> None:
     kinds = {name: case.settings[name] for name in ("layer_types", "layers_block_type") if name in case.settings}
     more |= {name: value * (16 // len(value)) for name, value in kinds.items()}
     more |= {"head_dim": 64} if kind == "mamba2" else {}
+    experts = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+    more |= {name: 2 for name in experts if case.settings.get(name) == 4}  # of 8 there are rules, of 4 none
     source = saved(case, tmp_path / "model", **more)
     f16 = quantized(source, tmp_path / "f16", "f16")
     checkpoint = apart(open_checkpoint(source), "gguf")
     weights = [weight for name, weight in checkpoint.weights.items() if name not in checkpoint.tied]
     arch = require_arch(checkpoint.config)
-    for scheme, file_type in {"q2_k": 10, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_m": 17}.items():
-        theirs = tensors(llama_quantize(f16, tmp_path / f"{scheme}.gguf", file_type))
+    for scheme, file_type in TYPES.items():
         found = choose(scheme, weights, checkpoint.config)
         ours = {place_of(arch, checkpoint.weights[name]): kind.upper() for name, (kind, _) in found.items()}
-        assert ours == {name: kind for name, (kind, _) in theirs.items()}
+        assert ours == foretold(f16, file_type), scheme
     _, logits = tokens_and_logits(quantized(source, tmp_path / "q4_k_m", "q4_k_m"), "It loads.")
     assert np.isfinite(logits).all()
 

@@ -61,8 +61,7 @@ def _recipe(checkpoint: Checkpoint) -> str:
 
 def _report(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """From the report that lowbit leaves: what it was made from, when, and what was learned from."""
-    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    paths = [extra for extra in checkpoint.extras if extra == root / "report.json"]
+    paths = [extra for extra in checkpoint.extras if extra == checkpoint.root / "report.json"]
     report = read_json(paths[0]) if paths else {}
     if "lowbit_report" not in report:
         return

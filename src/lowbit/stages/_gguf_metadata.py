@@ -67,8 +67,8 @@ def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tupl
             f"{checkpoint.path} has different {' and '.join(arch.equal)}; llama.cpp takes them to be the same for a "
             f"model of the architecture {arch.arch}"
         )
-    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    values: dict[str, Value] = {"general.architecture": arch.arch, "general.name": root.resolve().name or arch.arch}
+    name = checkpoint.root.resolve().name or arch.arch
+    values: dict[str, Value] = {"general.architecture": arch.arch, "general.name": name}
     values["general.quantized_by"] = f"lowbit {__version__}"
     for key, names in arch.keys.items():
         value = next((facts[name] for name in names if facts.get(name) is not None), None)

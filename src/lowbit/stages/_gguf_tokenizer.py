@@ -27,8 +27,7 @@ def tokenizer_values(checkpoint: Checkpoint, size: int) -> dict[str, Value]:
         CheckpointError: there is no tokenizer, or it has more tokens than the model.
         UnsupportedError: it is neither byte-level BPE that `arch/pre.toml` knows nor BPE with bytes as a fallback.
     """
-    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    tokenizer = plain_tokenizer(root, checkpoint.config.get("model_type")) or _of_transformers(checkpoint)
+    tokenizer = plain_tokenizer(checkpoint.root, checkpoint.config.get("model_type")) or _of_transformers(checkpoint)
     document = tokenizer.document
     model = document["model"]
     if model.get("type") != "BPE":

@@ -33,8 +33,8 @@ def told_by(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 def alone(checkpoint: Checkpoint, *names: str) -> bool:
     """Whether it is a GGUF file with none of these files beside it: by default, with no configuration."""
-    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    return checkpoint.shards[0].suffix == GGUF and not any((root / name).exists() for name in names or ["config.json"])
+    beside = (checkpoint.root / name for name in names or ["config.json"])
+    return checkpoint.shards[0].suffix == GGUF and not any(file.exists() for file in beside)
 
 
 def untold(checkpoint: Checkpoint) -> str | None:

@@ -53,6 +53,5 @@ def converted_from(checkpoint: Checkpoint) -> str | None:
 
 
 def _beside(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
-    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    files: list[Path] = [extra for extra in checkpoint.extras if extra == root / name]
+    files: list[Path] = [extra for extra in checkpoint.extras if extra == checkpoint.root / name]
     return read_json(files[0]) if files else {}

@@ -14,7 +14,6 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -428,7 +427,7 @@ def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype, vectors: bool = F
         UsageError: the model needs the code that it brings, and is not trusted.
         CheckpointError: no usable `config.json`, or no causal language model of `transformers`.
     """
-    root, config = _root(checkpoint), open_config(checkpoint)
+    root, config = checkpoint.root, open_config(checkpoint)
     with (
         silent_transformers(),
         _own_code(checkpoint),
@@ -461,7 +460,7 @@ def open_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    root, told = _root(checkpoint), (alone(checkpoint) or checkpoint.left is not None) and checkpoint.config
+    root, told = checkpoint.root, (alone(checkpoint) or checkpoint.left is not None) and checkpoint.config
     if not told and not (root / "config.json").exists():
         raise CheckpointError(
             f"{root} has no config.json, which names the model's architecture; put the original's there"
@@ -483,7 +482,7 @@ def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         UsageError: it needs the code that it brings, and is not trusted.
         CheckpointError: there is none, or it cannot be used.
     """
-    root, shard = _root(checkpoint), checkpoint.shards[0]
+    root, shard = checkpoint.root, checkpoint.shards[0]
     inside = shard.suffix == GGUF and not (root / "tokenizer_config.json").exists()
     with silent_transformers(), _own_code(checkpoint), refusals(f"{root} has no usable tokenizer"):
         if inside:
@@ -500,7 +499,7 @@ def _tokenizer_class(checkpoint: Checkpoint) -> Any:
     """What opens a tokenizer; not `AutoTokenizer` where its choice is sure, as it imports all configurations for it."""
     import transformers
 
-    beside = _root(checkpoint) / "tokenizer_config.json"
+    beside = checkpoint.root / "tokenizer_config.json"
     told = read_json(beside) if beside.exists() else {}
     plain = told.get("tokenizer_class") in CLASSES and "auto_map" not in told
     if plain and checkpoint.config.get("model_type") in TYPES:
@@ -519,10 +518,6 @@ def _told_tokenizer(documents: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         tokenizer_object=made, **settings
     )
     return tokenizer
-
-
-def _root(checkpoint: Checkpoint) -> Path:
-    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
 
 
 @contextmanager

@@ -82,6 +82,11 @@ class Checkpoint:
     left: frozenset[str] | None = None
     ahead: frozenset[str] = frozenset()
 
+    @property
+    def root(self) -> Path:
+        """The directory in which it lies."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     def __enter__(self) -> Checkpoint:
         return self
 

@@ -243,7 +243,7 @@ def convert(conversion: Conversion, output: Output, watch: MemoryWatch, progress
 def finish(conversion: Conversion, output: Output) -> None:
     """Write what is not a weight: configuration, files that are carried along, low-rank terms beside the weights."""
     source = conversion.source
-    root = source.path if source.path.is_dir() else source.path.parent
+    root = source.root
     outdated = {*_OUTDATED, *_documents(source), f"{ADAPTER}/{CONFIG}"} - {"config.json"}
     extras = tuple(extra for extra in source.extras if str(extra.relative_to(root)) not in outdated)
     adapter = root / ADAPTER

@@ -352,9 +352,8 @@ class Output:
         if len([shard for shard in self.shards if shard.offsets]) > 1 and self.plan.rules.container != "gguf":
             write_atomic(self.path / "model.safetensors.index.json", self._index())
         documents = self._documents(checkpoint)
-        root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
         for extra in checkpoint.extras:
-            place = extra.relative_to(root)
+            place = extra.relative_to(checkpoint.root)
             if str(place) not in documents:
                 copy_atomic(extra, self.path / place)
         write_atomic(self.path / "lowbit-plan.json", self.plan.to_json().encode())
