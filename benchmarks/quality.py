@@ -268,12 +268,13 @@ def summarise(bench: Bench) -> Record:
         rows: dict[str, Record] = {}
         for name in sorted({f"{r['tool']}:{r['method']}" for r in good if r["cell"] == cell}):
             mine = [r for r in good if r["cell"] == cell and f"{r['tool']}:{r['method']}" == name]
-            quiet = [r for r in mine if r["quiet"]]
+            timed = [r for r in mine if conditions(r)[::2] == ("cpu", "auto")] or mine
+            quiet = [r for r in timed if r["quiet"]]
             rows[name] = {
                 "perplexity": median(r["perplexity"] for r in mine), "seeds": [r["seed"] for r in mine],
                 "kl": median(r["kl"] for r in mine),
-                "quantize": median(r["quantize"] for r in quiet or mine), "quiet": bool(quiet),
-                "wall": median(r["wall"] for r in quiet or mine),
+                "quantize": median(r["quantize"] for r in quiet or timed), "quiet": bool(quiet),
+                "wall": median(r["wall"] for r in quiet or timed),
             }  # fmt: skip
         found["cells"][cell] = {"rows": rows, "comparisons": list(compare(bench, cell, rows))}
     found["errors"] = {r["run"]: r["error"] for r in bench.done.values() if "error" in r}
@@ -296,13 +297,18 @@ def compare(bench: Bench, cell: str, rows: dict[str, Record]) -> Iterator[Record
 
 
 def times(bench: Bench, runs: Sequence[Sequence[str]]) -> Record:
-    """Median ratio of seconds over the seeds that both ran on one kind of device; of quiet ones, if there are any."""
+    """Median ratio of seconds over the seeds that both ran in the same way; of quiet ones, if there are any."""
     pairs = [(bench.done[one], bench.done[other]) for one, other in zip(*runs, strict=True)]
-    pairs = [pair for pair in pairs if len({(r.get("device", "cpu"), r["threads"]) for r in pair}) == 1]
+    pairs = [pair for pair in pairs if len({conditions(record) for record in pair}) == 1]
     quiet = [pair for pair in pairs if all(r["quiet"] for r in pair)]
     chosen = quiet or pairs
     ratios = {key: median(a[key] / b[key] for a, b in chosen) if chosen else nan for key in ("quantize", "wall")}
     return {"time": ratios, "quiet": bool(quiet), "device": chosen[0][0].get("device", "cpu") if chosen else None}
+
+
+def conditions(record: Record) -> tuple[str, int, str]:
+    """What times depend on: kind of device, threads, and the type in which peers loaded the model."""
+    return record.get("device", "cpu"), record["threads"], record.get("dtype", "auto")
 
 
 def show(found: Record) -> None:
@@ -317,7 +323,7 @@ def show(found: Record) -> None:
         for row in part["comparisons"]:
             place = f" on {row['device']}" + ("" if row["quiet"] else " (noisy)")
             ratios = f"time x{row['time']['quantize']:.2f}, process x{row['time']['wall']:.2f}{place}"
-            ratios = ratios if row["device"] else "not on the same device"
+            ratios = ratios if row["device"] else "not timed in the same way"
             print(f"  {row['ours']} - {row['peer']}: {verdict(row['change'])}, {len(row['seeds'])} seeds; {ratios}")
     for run, error in found["errors"].items():
         print(f"failed: {run}: {error}")
