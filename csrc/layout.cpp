@@ -200,36 +200,39 @@ void turn_nibbles(Eights& tile) {
     for (int j : {0, 2, 4, 6}) exchange<4, 0x0f0f0f0f>(at(j), at(j + 1));
 }
 
+// body(tile, bytes to its first word of eight rows, bytes to its first word of eight columns, words of each line) for all.
+template <class Body>
+void each_eights(int64_t count, int64_t eights, int64_t stride, Body body) {
+    Eights tile = {};
+    for (int64_t line = 0; line < count; line++)
+        for (int64_t first = 0; first < eights; first += eights_wide)
+            body(tile, 4 * (8 * line * stride + first), 32 * (line * eights + first), std::min(eights_wide, eights - first));
+}
+
 }  // namespace
 
 void lines_to_awq(const Kernels& kernels, const void* lines, int64_t count, int64_t eights, void* words, int64_t stride) {
     auto from = static_cast<const uint8_t*>(lines);
     auto to = static_cast<uint8_t*>(words);
-    Eights tile = {};
-    for (int64_t line = 0; line < count; line++)
-        for (int64_t first = 0; first < eights; first += eights_wide) {
-            auto at = [&](int64_t j) { return to + 4 * ((8 * line + j) * stride + first); };
-            int64_t some = std::min(eights_wide, eights - first);
-            kernels.transpose_words(from + 32 * (line * eights + first), 8, some, 8, tile, eights_wide);
-            turn_nibbles(tile);
-            for (int j = 0; j < 4; j++)
-                exchange_halves(tile[awq_rows[j]], tile[awq_rows[j + 4]], at(j), at(j + 4), some);
-        }
+    each_eights(count, eights, stride, [&](Eights& tile, int64_t word, int64_t column, int64_t some) {
+        kernels.transpose_words(from + column, 8, some, 8, tile, eights_wide);
+        turn_nibbles(tile);
+        for (int j = 0; j < 4; j++)
+            exchange_halves(tile[awq_rows[j]], tile[awq_rows[j + 4]], to + word + 4 * j * stride,
+                            to + word + 4 * (j + 4) * stride, some);
+    });
 }
 
 void awq_to_lines(const Kernels& kernels, const void* words, int64_t stride, int64_t count, int64_t eights, void* lines) {
     auto from = static_cast<const uint8_t*>(words);
     auto to = static_cast<uint8_t*>(lines);
-    Eights tile = {};
-    for (int64_t line = 0; line < count; line++)
-        for (int64_t first = 0; first < eights; first += eights_wide) {
-            auto at = [&](int64_t j) { return from + 4 * ((8 * line + j) * stride + first); };
-            int64_t some = std::min(eights_wide, eights - first);
-            for (int j = 0; j < 4; j++)
-                exchange_halves(at(j), at(j + 4), tile[awq_rows[j]], tile[awq_rows[j + 4]], some);
-            turn_nibbles(tile);
-            kernels.transpose_words(tile, eights_wide, 8, some, to + 32 * (line * eights + first), 8);
-        }
+    each_eights(count, eights, stride, [&](Eights& tile, int64_t word, int64_t column, int64_t some) {
+        for (int j = 0; j < 4; j++)
+            exchange_halves(from + word + 4 * j * stride, from + word + 4 * (j + 4) * stride, tile[awq_rows[j]],
+                            tile[awq_rows[j + 4]], some);
+        turn_nibbles(tile);
+        kernels.transpose_words(tile, eights_wide, 8, some, to + column, 8);
+    });
 }
 
 void awq_to_rows(const Kernels& kernels, const void* words, int64_t stride, int64_t count, int64_t row_words,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from lowbit import cli
+from tests.e2e.command import CommandLine
 from tests.hostile.cases import CASES, Case
 
 COMMANDS = {
@@ -22,12 +21,8 @@ def test_the_command_refuses_it(
     case: Case, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    command = ["lowbit", name, str(case.build(tmp_path)), str(out), *COMMANDS[name]]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    text = capsys.readouterr().err
-    assert stopped.value.code in (1, 2)
+    code, _, text = CommandLine(monkeypatch, capsys)(name, case.build(tmp_path), out, *COMMANDS[name])
+    assert code in (1, 2)
     lines = [line for line in text.splitlines() if not line.startswith("check: ")]  # how far it came
     assert len(lines) == 1 and lines[0].startswith("lowbit: "), text
     assert not out.exists()

@@ -84,6 +84,6 @@ def fill(out: Tensor, values: Tensor) -> None:
 
 
 def row_chunks(rows: int, cols: int, elements: int = CHUNK) -> Iterator[slice]:
-    """Runs of rows of about a quarter million elements, so that temporaries stay small and in cache."""
+    """Runs of rows of about so many elements, by default few enough for temporaries to stay in cache."""
     step = max(elements // max(cols, 1), 1)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

@@ -21,6 +21,7 @@ from torch import Tensor
 from lowbit import plugins
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Format, Spec, Weight, _float
+from lowbit.formats._checks import row_chunks
 from lowbit.formats._linear import SCALE_TYPES, declared_dtype, row_block
 from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
@@ -177,9 +178,9 @@ def _on_grid(scheme: Scheme, grid: str, cols: int) -> list[Scheme]:
 def difference(one: QTensor, other: QTensor, elements: int = _SAMPLE) -> Error:
     """Of what two tensors of one shape stand for."""
     rows, cols = view_shape(one.shape, Block(1, 0))
-    step, error = max(elements // max(cols, 1), 1), Error()
-    for at in range(0, rows, step):
-        error += gap(one, at, other.rows(at, min(at + step, rows)))
+    error = Error()
+    for some in row_chunks(rows, cols, elements):
+        error += gap(one, some.start, other.rows(some.start, some.stop))
     return error
 
 
@@ -400,9 +401,8 @@ class Changer:
 
     def _fill(self, q: QTensor, out: Tensor) -> None:
         """Rows of `q` into `out`, in its type."""
-        step = max(_SAMPLE // max(out.shape[1], 1), 1)
-        for at in range(0, len(out), step):
-            q.rows(at, min(at + step, len(out)), out[at : at + step])
+        for some in row_chunks(len(out), out.shape[1], _SAMPLE):
+            q.rows(some.start, some.stop, out[some])
 
     def pieces(self, weight: Weight, tensors: Mapping[str, Tensor] | None = None) -> Iterator[QTensor]:
         """Rows of a weight with their codes, in order: some at a time where no code can be wrong."""
@@ -411,20 +411,22 @@ class Changer:
         found = tensors or self.source.stored(weight.name)
         block = weight.scheme.block
         apart = block.rows == 1 and not block.flat and len(weight.shape) == 2
-        q = self.load(weight, True, found) if apart and form.codes and form.hollow(weight.scheme) else None
-        if q is None or form.codes is None or q.group_index is not None:
+        codes = form.codes if apart and form.hollow(weight.scheme) else None
+        q = self.load(weight, codes is not None, found)
+        if codes is None:
+            return iter([q])
+        if q.group_index is not None:
             return iter([self.load(weight, pieces=found)])
-        return streamed(q, form.codes, weight, _contiguous(found)).pieces()
+        return streamed(q, codes, weight, _contiguous(found)).pieces()
 
     def _rounding(self, weight: Weight, dtype: torch.dtype, whole: bool = True) -> Error:
         """What rounding the values to a float type changes; not of all of them, unless `whole`, where it does."""
         error = Error()
         for q in self.pieces(weight) if dtype != torch.float32 else ():
             rows, cols = view_shape(q.shape, Block(1, 0))
-            step = max(_SAMPLE // max(cols, 1), 1)
-            for at in range(0, rows, step):
-                out = torch.empty(min(step, rows - at), cols, dtype=dtype)
-                error += gap(q, at, q.rows(at, at + len(out), out))
+            for some in row_chunks(rows, cols, _SAMPLE):
+                out = torch.empty(some.stop - some.start, cols, dtype=dtype)
+                error += gap(q, some.start, q.rows(some.start, some.stop, out))
                 if error.largest and not whole:
                     return error
         return error
@@ -435,9 +437,9 @@ class Changer:
         """Rows of the weight in a float type, in order."""
         for q in self.pieces(weight, tensors):
             rows, cols = view_shape(q.shape, Block(1, 0))
-            step = max(_FLOATS // max(cols, 1), 1)
-            for at in range(0, rows, step):
-                yield q.rows(at, min(at + step, rows), torch.empty(min(step, rows - at), cols, dtype=dtype))
+            for some in row_chunks(rows, cols, _FLOATS):
+                out = torch.empty(some.stop - some.start, cols, dtype=dtype)
+                yield q.rows(some.start, some.stop, out)
 
     def made_float(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """The weight as the model holds it, in a float type."""

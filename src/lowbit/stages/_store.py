@@ -81,6 +81,11 @@ class Streamed:
         rows, cols = self.q.codes.shape
         return rows, -(-cols * self.q.scheme.grid.bits // 32)
 
+    @property
+    def step(self) -> int:
+        """Rows of a panel."""
+        return max(_PANEL // max(self.q.codes.shape[1], 1) // _LINES, 1) * _LINES
+
     def panels(self, place: Place = _nowhere, turned: bool = False) -> Panels:
         """Words of all rows, or these turned; what is beyond the codes of a row is 0.
 
@@ -89,11 +94,9 @@ class Streamed:
         return self._turned(place) if turned else self._rows(place)
 
     def _rows(self, place: Place) -> Panels:
-        (rows, wide), over = self.size, self.over
-        cols = self.q.codes.shape[1]
+        (rows, wide), over, step = self.size, self.over, self.step
         if not over and (yield from _at_once(self.rows, place, rows)):
             return
-        step = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES
         room = torch.empty(min(step, rows), wide, dtype=torch.int32)
         for start in range(0, rows, step):
             words = room[: min(step, rows - start)]
@@ -122,8 +125,7 @@ class Streamed:
 
     def pieces(self) -> Iterator[QTensor]:
         """Some rows each, in order, in memory that the next ones take."""
-        (rows, wide), cols, bits = self.size, self.q.codes.shape[1], self.q.scheme.grid.bits
-        step = max(_PANEL // max(cols, 1) // _LINES, 1) * _LINES
+        (rows, wide), cols, bits, step = self.size, self.q.codes.shape[1], self.q.scheme.grid.bits, self.step
         room, codes = (torch.empty(min(step, rows), n, dtype=t) for n, t in ((wide, torch.int32), (cols, torch.uint8)))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
