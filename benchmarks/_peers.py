@@ -148,7 +148,8 @@ def auto_round(job: Job, clock: Clock) -> Weights:
     with timed(clock, "load"):
         model, tokenizer = load(job)
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in windows(job)]
-    more = {"algorithm": "awq"} if job["method"] == "awq" else {"iters": job["iterations"]}
+    more: Job = {"algorithm": "awq"} if job["method"] == "awq" else {"iters": job["iterations"]}
+    more["amp"] = job["dtype"] != "float32"  # else it computes in bfloat16 on a processor, whatever the model's type
     with timed(clock, "quantize"):
         rounder = lib.AutoRound(
             model, tokenizer, bits=job["bits"], group_size=job["group"], sym=job["sym"], dataset=rows,
