@@ -153,6 +153,13 @@ def test_bfloat16_scales_go_into_float16_where_they_are_exact(tmp_path: Path) ->
     assert back.lossless and "int4-g64-bf16" in str(back.groups)
 
 
+def test_float16_scales_stay_in_a_bfloat16_model(tmp_path: Path) -> None:
+    """Eight-bit weights of eetq have no float type of their own: that of their scales is tried."""
+    write_checkpoint(tmp_path / "in", "eetq", {NAME: "int8-row"}, BF16)
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="compressed-tensors")
+    assert done.lossless and "scales stay f16, which readers may cast" in str(done.groups)
+
+
 def test_bfloat16_scales_that_float16_does_not_have_are_refused_and_rounded_when_asked(tmp_path: Path) -> None:
     write_checkpoint(
         tmp_path / "in", "compressed-tensors", {NAME: "int4-g64"}, BF16, scales_of([1.0, 2.0**-18 + 2.0**-25])

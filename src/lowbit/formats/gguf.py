@@ -22,7 +22,7 @@ from lowbit.formats._ggml import unpack as unpack_blocks
 from lowbit.formats._gguf import across_index, file_columns, file_rows, own_rows, separate, turned_back
 from lowbit.formats._linear import check_matrix, check_planned, declare, planned
 from lowbit.formats._mixtures import choose, float_only, place_of, require_arch
-from lowbit.schemes import Scheme, parse
+from lowbit.schemes import FLOATS, Scheme, parse
 from lowbit.tensors import QTensor
 
 _NVFP4 = parse("nvfp4")
@@ -31,12 +31,14 @@ _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def fit(scheme: Scheme, weight: Weight) -> Scheme:
-    """The scheme itself, if it is one of ggml's types and its blocks divide the rows.
+    """The scheme, with scales in float16 where it names another float type, if it is one of ggml's types.
 
     Raises:
-        UnsupportedError: with the types, or those that divide the rows.
+        UnsupportedError: it is none, with the types; its blocks do not divide the rows, with those that do.
     """
     check_matrix(weight, "gguf", scheme)
+    if type_of(scheme) is None and scheme.scale in FLOATS:
+        scheme = replace(scheme, scale="f16")
     name, cols = type_of(scheme), weight.shape[1]
     if name is None:
         raise UnsupportedError(f"gguf stores ggml's types alone ({', '.join(BLOCKS)}), {scheme} is none of them")

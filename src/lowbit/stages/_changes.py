@@ -204,8 +204,10 @@ class Changer:
     piece: int
 
     def dtypes(self, weight: Weight) -> list[torch.dtype]:
-        """Float types to store a weight in, the model's first."""
-        return list(dict.fromkeys([self.dtype or weight.dtype, weight.dtype]))
+        """Float types to store a weight in, the model's first, at last one of 16 bits that its scales have."""
+        own = FLOATS.get(weight.scheme.scale) if weight.scheme else None
+        narrow = [own] if own and own.itemsize == 2 else []
+        return list(dict.fromkeys([self.dtype or weight.dtype, weight.dtype, *narrow]))
 
     def targets(self, weight: Weight, reasons: list[str]) -> Iterator[Weight]:
         """What the weight may become with the codes that it has; `reasons` gets why it cannot be as it is."""
