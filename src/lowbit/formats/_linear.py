@@ -86,12 +86,18 @@ def skipped_modules(weights: Sequence[Weight]) -> list[str]:
     return sorted({*kept_modules(weights), "lm_head"} - quantized)
 
 
+_DECLARING = ("quantization_config", "quantization")
+
+
 def declare(source: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The source's config.json with this `quantization_config` in place of any it had, in its part for the text too."""
-    document = {key: value for key, value in source.items() if key != "quantization_config"}
+    """The source's config.json with this `quantization_config` in place of any it had, in its part for the text too.
+
+    MLX's goes by another name as well.
+    """
+    document = {key: value for key, value in source.items() if key not in _DECLARING}
     text = document.get("text_config")
     if isinstance(text, Mapping):
-        document["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+        document["text_config"] = {key: value for key, value in text.items() if key not in _DECLARING}
     return {**document, "quantization_config": dict(quantization)} if quantization else document
 
 

@@ -120,7 +120,7 @@ def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, word
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """config.json as mlx-lm writes it; what is quantized is known by its scales, what differs is named."""
-    plain = {key: value for key, value in declare(source, None).items() if key != "quantization"}
+    plain = declare(source, None)
     chosen = {weight.module: _parameters(planned(weight)) for weight in weights if weight.scheme}
     if not chosen:
         return {"config.json": plain}
