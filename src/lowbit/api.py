@@ -38,6 +38,7 @@ def quantize(
     seed: int = 0,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    requantize: bool = False,
 ) -> RunRecord:
     """Quantize a checkpoint into a directory, verify what was written, evaluate it if a text is given, and report.
 
@@ -61,20 +62,19 @@ def quantize(
         seed: of every choice at random.
         device: where blocks of a model run while they are calibrated, as `cuda`.
         trust_remote_code: run Python code that the checkpoint brings.
+        requantize: take a checkpoint that is quantized already as what its codes stand for.
 
     Raises:
         LowbitError: see `lowbit.errors`.
     """
     sources = (calibration,) if isinstance(calibration, str) else tuple(calibration or ())
     learned = Calibration(sources, samples, sequence_length, seed, device=device) if sources else None
-    rules = Rules(
-        scheme, method, format, skip, tuple((sets or {}).items()), options or {}, learned, activations=activations
-    )
-    rules = replace(rules, imatrix=Path(imatrix) if imatrix else None)
+    rules = Rules(scheme, method, format, skip, tuple((sets or {}).items()), options or {}, learned)
+    rules = replace(rules, activations=activations, imatrix=Path(imatrix) if imatrix else None)
     text, saved = evaluate and Path(evaluate), plan and Path(plan)
     limit = parse_size(ram) if isinstance(ram, str) else ram
     request = Request(str(model), Path(out), rules, saved or None, limit, threads, text or None, context)
-    return run(replace(request, trust_remote_code=trust_remote_code))
+    return run(replace(request, trust_remote_code=trust_remote_code, requantize=requantize))
 
 
 def convert(

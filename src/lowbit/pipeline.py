@@ -19,6 +19,7 @@ from lowbit.stages import convert, imatrix, quantize, tune
 from lowbit.stages._adapter import Terms
 from lowbit.stages._changes import Goal, model_dtype
 from lowbit.stages._cost import Cost
+from lowbit.stages._dequantized import dequantized, told_dequantized
 from lowbit.stages._directory import GGUF
 from lowbit.stages._experts import apart, finds, told_apart
 from lowbit.stages._gguf_vocabulary import untold
@@ -79,6 +80,7 @@ class Request:
         shard_bytes: largest output file; None for 5 GB, or one file of GGUF.
         command: the command line, for the report.
         trust_remote_code: run Python code that the checkpoint brings.
+        requantize: of a quantized checkpoint take the values that its codes stand for.
     """
 
     model: str
@@ -94,6 +96,7 @@ class Request:
     command: str = ""
     trust_remote_code: bool = False
     budget: Budget | None = None
+    requantize: bool = False
 
 
 def run(
@@ -145,7 +148,7 @@ def _line(
         source = as_planned(source, plan)
         if text and not spoken:  # one that cannot be used is refused now, not after hours of calibration
             cut(text, encode([source], text, request.tokens, request.ram), request.context, None)
-        way = quantize.estimate_memory(plan, request.ram, request.threads)
+        way = quantize.estimate_memory(plan, request.ram, request.threads, source.made_bytes)
         blocks = prepare(source, plan, samples.ids, request.ram, request.threads) if samples else None
         costs: list[Estimate | Cost | tune.Cost] = [way]
         if blocks:
@@ -392,8 +395,10 @@ def _open(request: Request, tell: Tell) -> Checkpoint:
     form = read_format(request.plan) if request.plan else request.rules.format
     whole = read_names(request.plan).__contains__ if request.plan else finds(request.rules.skip)
     spread = apart(opened, form, whole)
+    if request.requantize:
+        spread = apart(dequantized(spread), form, whole)
     source = text_part(spread, form)
-    for said in (source.left_out, told_apart(opened, spread, form)):
+    for said in (source.left_out, told_apart(opened, spread, form), told_dequantized(source)):
         if said:
             tell(said)
     recipe, options = read_recipe(request.plan) if request.plan else request.rules.recipe()

@@ -18,6 +18,7 @@ from lowbit.errors import CheckpointError, QualityError, UnsupportedError, Usage
 from lowbit.pipeline import Request, counted, read_once, run
 from lowbit.runtime.bench import bench
 from lowbit.stages import quantize
+from lowbit.stages._dequantized import dequantized
 from lowbit.stages._experts import apart, finds
 from lowbit.stages._frontier import Interval, Point, read_point
 from lowbit.stages._text_part import text_part
@@ -107,11 +108,11 @@ def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tup
         open_checkpoint(base.model, base.trust_remote_code) as checkpoint,
     ):
         held = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in checkpoint.shards]
-        rules = counted(base, _apart(checkpoint, base.rules), watch, progress, read_once(checkpoint))
+        rules = counted(base, _apart(base, checkpoint, base.rules), watch, progress, read_once(checkpoint))
         request = replace(request, base=replace(base, rules=rules))
         for name, rules in _combinations(request):
             try:
-                plan = make_plan(_view(checkpoint, rules), rules)
+                plan = make_plan(in_rows(_apart(base, checkpoint, rules), rules), rules)
             except UnsupportedError as error:
                 skipped.append(Skipped(name, " ".join(str(error).split())))
                 continue
@@ -120,14 +121,12 @@ def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tup
     return wanted, skipped
 
 
-def _view(checkpoint: Checkpoint, rules: Rules) -> Checkpoint:
-    """As the line takes it."""
-    return in_rows(_apart(checkpoint, rules), rules)
-
-
-def _apart(checkpoint: Checkpoint, rules: Rules) -> Checkpoint:
-    """The same, without rows apart."""
-    return text_part(apart(checkpoint, rules.format, finds(rules.skip)), rules.format)
+def _apart(base: Request, checkpoint: Checkpoint, rules: Rules) -> Checkpoint:
+    """As the line takes it, but for rows that have schemes of their own."""
+    spread = apart(checkpoint, rules.format, whole := finds(rules.skip))
+    if base.requantize:
+        spread = apart(dequantized(spread), rules.format, whole)
+    return text_part(spread, rules.format)
 
 
 def _said(plan: Plan) -> list[tuple[str, int, int]]:

@@ -88,6 +88,16 @@ def alone(file: Path, folder: Path) -> Path:
     return Path(shutil.copy(file, folder / "other.gguf"))
 
 
+def test_a_file_brings_what_lies_beside_it_for_texts_and_nothing_else(base: Path, tmp_path: Path) -> None:
+    """A file of a folder that holds a model's: what the folder's own conversion carries, but for letters and photos."""
+    folder = Path(shutil.copytree(base.parent, tmp_path / "folder"))
+    (folder / "letter.txt").write_text("not of the model")
+    run_conversion(str(folder / base.name), tmp_path / "out", Goal("float", lossy=True))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    assert not (tmp_path / "out" / "letter.txt").exists()
+
+
 def test_a_file_alone_tells_configuration_and_tokenizer(base: Path, wiki_8m: Path, tmp_path: Path) -> None:
     """It is evaluated, and becomes a checkpoint of transformers that computes the same."""
     file = alone(base, tmp_path / "alone")
@@ -312,15 +322,19 @@ def test_what_llama_cpp_would_compute_in_another_way_is_refused(tmp_path: Path) 
         quantized(source, tmp_path / "out", "f32")
 
 
-def test_gptq_goes_into_gguf_and_back_without_loss(wiki_8m: Path, tmp_path: Path) -> None:
-    """Rows of queries and keys change their order on the way; scales of 64 weights are repeated."""
+@pytest.mark.parametrize("form", ["gptq", "compressed_tensors"])
+def test_integers_go_into_gguf_and_back_without_loss(form: str, wiki_8m: Path, tmp_path: Path) -> None:
+    """Rows of queries and keys change their order on the way; scales of 64 weights are repeated.
+
+    Those of compressed-tensors are bfloat16 as the model is, and become float16.
+    """
     start, there, back = (tmp_path / name for name in ("start", "there", "back"))
-    run(Request(str(wiki_8m), start, Rules(scheme="int4-g64", format="gptq")))
+    run(Request(str(wiki_8m), start, Rules(scheme="int4-g64", format=form)))
     assert run_conversion(str(start), there, Goal("gguf")).lossless
     agree(there / "model.gguf", start, 3e-2)
-    assert run_conversion(str(there), back, Goal("gptq")).largest == 0
+    assert run_conversion(str(there), back, Goal(form)).largest == 0
     before, after = open_checkpoint(start), open_checkpoint(back)
-    assert after.format == "gptq"
+    assert after.format == form
     assert all(torch.equal(before.dequantized(name), after.dequantized(name)) for name in before.weights)
 
 

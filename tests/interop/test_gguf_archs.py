@@ -598,9 +598,9 @@ def test_what_llama_cpp_computes_in_another_way_is_refused(what: str, tmp_path: 
         quantized(saved(CASES[kind], tmp_path / "model", **settings), tmp_path / "out", "q8_0")
 
 
-def test_gpt_oss_in_mxfp4_goes_into_gguf_without_loss(tmp_path: Path) -> None:
-    """As it is published: the experts of a layer in one tensor, in blocks."""
-    source, chance = saved(CASES["gpt-oss"], tmp_path / "model"), torch.Generator().manual_seed(0)
+def in_mxfp4(folder: Path) -> Path:
+    """A gpt-oss as it is published: the experts of a layer in one tensor, in blocks."""
+    source, chance = saved(CASES["gpt-oss"], folder), torch.Generator().manual_seed(0)
     stored = load_file(source / "model.safetensors")
     for name in [name for name in stored if name.endswith("_proj") and "experts" in name]:
         experts, inputs, outputs = stored.pop(name).shape
@@ -610,6 +610,11 @@ def test_gpt_oss_in_mxfp4_goes_into_gguf_without_loss(tmp_path: Path) -> None:
     save_file(stored, source / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
     (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
+def test_gpt_oss_in_mxfp4_goes_into_gguf_without_loss(tmp_path: Path) -> None:
+    source = in_mxfp4(tmp_path / "model")
     assert run_conversion(str(source), tmp_path / "out", Goal("gguf")).lossless
     file = tmp_path / "out" / "model.gguf"
     assert {kind for name, (kind, _) in tensors(file).items() if name.endswith("exps.weight")} == {"MXFP4"}
@@ -622,3 +627,17 @@ def test_gpt_oss_in_mxfp4_goes_into_gguf_without_loss(tmp_path: Path) -> None:
             found = written.dequantized(f"model.layers.1.mlp.experts.{expert}.{name}_proj.weight", torch.float32)
             assert torch.equal(found, both[expert, :, part::2].T.float())
     agree(file, source, 0.1, 0.5)
+
+
+@pytest.mark.parametrize(("form", "scheme"), [("gguf", "q8_0"), ("compressed-tensors", "int8-g32")])
+def test_gpt_oss_in_mxfp4_is_quantized_again_expert_by_expert(form: str, scheme: str, tmp_path: Path) -> None:
+    source = in_mxfp4(tmp_path / "model")
+    run(Request(str(source), tmp_path / "out", Rules(scheme, format=form), requantize=True))
+    written, whole = open_checkpoint(tmp_path / "out"), open_checkpoint(source)
+    for layer, expert in ((0, 3), (1, 0)):
+        both = whole.dequantized(f"model.layers.{layer}.mlp.experts.gate_up_proj", torch.float32)[expert]
+        for part, name in enumerate(("gate", "up")):
+            weight = f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"
+            found, wanted = written.dequantized(weight, torch.float32), both[:, part::2].T
+            assert str(written.weights[weight].scheme).startswith("int8-g32")
+            assert (found - wanted).square().sum() < 1e-4 * wanted.square().sum()

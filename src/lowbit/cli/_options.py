@@ -279,6 +279,11 @@ _RUN = (
     ),
     click.option("--tokens", type=click.IntRange(1), help="Evaluate on at most this many tokens."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings."),
+    click.option(
+        "--requantize", is_flag=True,
+        help="Take a MODEL that is quantized already, where no float checkpoint is published, as what its codes stand "
+        "for.",
+    ),
 )  # fmt: skip
 
 

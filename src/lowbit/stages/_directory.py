@@ -18,6 +18,10 @@ _OTHER_SUFFIXES = (GGUF, ".ggml", ".h5", ".msgpack", ONNX, ".onnx_data", ".tflit
 _PART = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\..*)")
 _PLAIN = re.compile(r"[\w .,+=@()-]+")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *_OTHER_SUFFIXES)
+_TEXT_FILES = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,18 @@ def find_extras(root: Path) -> tuple[Path, ...]:
         paths = [Path(folder, name) for name in names if not name.startswith(".") and not is_weight(name)]
         found += [path for path in paths if is_inside(path, root) and path.is_file()]
     return tuple(sorted(found))
+
+
+def find_beside(file: Path) -> tuple[Path, ...]:
+    """What lies beside a lone weight file and tells how its model reads and writes text, sorted.
+
+    Nothing else is taken: a folder of downloads may hold anything.
+
+    Raises:
+        CheckpointError: a broken link, or one to elsewhere.
+    """
+    paths = (file.parent / name for name in _TEXT_FILES)
+    return tuple(path for path in paths if is_inside(path, file.parent) and path.is_file())
 
 
 def is_weight(name: str) -> bool:

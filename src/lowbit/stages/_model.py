@@ -276,7 +276,8 @@ class Blueprint:
     @property
     def _reading_bytes(self) -> int:
         quantized = [weight.shape for weight in self.checkpoint.weights.values() if weight.scheme]
-        return _UNPACKING * max((torch.Size(shape).numel() for shape in quantized), default=0)
+        unpacked = _UNPACKING * max((torch.Size(shape).numel() for shape in quantized), default=0)
+        return unpacked + self.checkpoint.made_bytes
 
     def token_bytes(self, context: int) -> int:
         """Bytes of activations per token, without the logits: an upper estimate from the widths of a block."""

@@ -56,7 +56,7 @@ def _apart(source: Checkpoint, name: str, blocks: Sequence[Runs]) -> dict[str, t
     for number, runs in enumerate(blocks):
         shape = (sum(b - a for a, b in runs), *weight.shape[1:])
         block = replace(weight, name=block_name(name, number), shape=shape, rows=runs)
-        found[block.name] = (block, _alone(file, name, block.name))
+        found[block.name] = (block, alone(file, name, block.name))
     if order is not None:
         at = Weight(places_name(name), tuple(order.shape), order.dtype)
         slot = Slot(Spec(at.dtype, at.shape), 0, 0)
@@ -64,7 +64,7 @@ def _apart(source: Checkpoint, name: str, blocks: Sequence[Runs]) -> dict[str, t
     return found
 
 
-def _alone(file: WeightFile, name: str, new: str) -> WeightFile:
+def alone(file: WeightFile, name: str, new: str) -> WeightFile:
     """The file with one of its tensors, under another name."""
     values = {new: file.values[name]} if name in file.values else {}
     return WeightFile(file.path, file.size, {new: file.slots[name]}, values=values)
@@ -98,20 +98,20 @@ def joined_rows(source: Checkpoint, form: str, dtype: torch.dtype | None = None,
         name: [p for n in found if n in source.weights for p in source.pieces(n)] for name, found in names.items()
     }
     # Read is the first piece of the first block, which the edit then replaces.
-    files = {name: _alone(source.files[found[0]], found[0], name) for name, found in pieces.items()}
+    files = {name: alone(source.files[found[0]], found[0], name) for name, found in pieces.items()}
     edits = {name: partial(_dequantized, source, blocks[name], weight.dtype) for name, weight in whole.items()}
     specs = {name: Spec(weight.dtype, weight.shape) for name, weight in whole.items()}
     gone = {piece for found in pieces.values() for piece in found}
     return replace(
         source,
-        specs=spread(source.specs, _at_first(pieces, specs)),
-        weights=spread(source.weights, _at_first(names, whole)),
-        files=spread(source.files, _at_first(pieces, files)),
+        specs=spread(source.specs, at_first(pieces, specs)),
+        weights=spread(source.weights, at_first(names, whole)),
+        files=spread(source.files, at_first(pieces, files)),
         edits={name: edit for name, edit in source.edits.items() if name not in gone} | edits,
     )
 
 
-def _at_first(names: Mapping[str, Sequence[str]], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def at_first(names: Mapping[str, Sequence[str]], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Of several names the value of the whole at the first, and nothing at the others."""
     return {
         name: {whole: values[whole]} if at == 0 else {}

@@ -55,6 +55,7 @@ def text_part(source: Checkpoint, form: str | None) -> Checkpoint:
         weights={name: replace(weight, name=name) for name, weight in _renamed(source.weights).items()},
         files={name: whole[file] for name, file in _renamed(source.files).items()},
         edits=_renamed(source.edits),
+        was=_renamed(source.was),
         left=frozenset(name for name in source.weights if _name(name) is None),
     )
 

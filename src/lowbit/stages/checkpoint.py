@@ -20,7 +20,16 @@ from lowbit import plugins
 from lowbit.errors import CheckpointError, FormatError, LowbitError, UnsupportedError, UsageError
 from lowbit.formats import Format, Spec, Weight
 from lowbit.formats.onnx import is_declared as is_onnx
-from lowbit.stages._directory import GGUF, ONNX, TORCH_SUFFIXES, WEIGHT_SUFFIXES, Index, find_extras, find_shards
+from lowbit.stages._directory import (
+    GGUF,
+    ONNX,
+    TORCH_SUFFIXES,
+    WEIGHT_SUFFIXES,
+    Index,
+    find_beside,
+    find_extras,
+    find_shards,
+)
 from lowbit.stages._gguf_model import open_gguf
 from lowbit.stages._onnx_model import open_onnx
 from lowbit.stages._safetensors import read_safetensors
@@ -32,6 +41,8 @@ from lowbit.tensors import QTensor
 _STUMBLES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 LEFT = "llama.cpp takes them from a file of its own (mmproj)"
+# Of each element that is dequantized: its code, its float32, and once more, where it is transposed or cut into pieces.
+_MAKING = 9
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 AHEAD = (
     "layers after the model's last, which foresee tokens further on, are not in its class, and llama.cpp does without"
@@ -66,6 +77,7 @@ class Checkpoint:
         trusted: whether Python code that it brings may be run.
         left: where it is a part of what lies at `path`, with a configuration of its own, the weights of the rest.
         ahead: weights that it lacks of layers after the model's last.
+        was: weights that are read as floats and are stored otherwise (`_dequantized.py`), with their scheme and format.
     """
 
     path: Path
@@ -81,6 +93,7 @@ class Checkpoint:
     trusted: bool = False
     left: frozenset[str] | None = None
     ahead: frozenset[str] = frozenset()
+    was: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def root(self) -> Path:
@@ -159,6 +172,11 @@ class Checkpoint:
         return found.transpose(-2, -1).contiguous() if self.weights[name].swapped else found
 
     @property
+    def made_bytes(self) -> int:
+        """Bytes of memory that its largest weight takes while it is read, of those that are stored otherwise."""
+        return _MAKING * max((prod(self.weights[name].shape) for name in self.was if name in self.weights), default=0)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors; those that share storage count once."""
         shared = {alias for file in set(self.files.values()) for alias in file.tied}
@@ -229,8 +247,9 @@ def open_checkpoint(source: str | Path, trust_remote_code: bool = False) -> Chec
         (shards, index), extras = _find_shards(path, config), find_extras(path)
     else:
         shards, index, extras, config = [path], None, (), {}
-        if path.suffix == GGUF and (path.parent / "config.json").exists():
-            config = read_json(path.parent / "config.json")
+        if path.suffix == GGUF:
+            extras, beside = find_beside(path), path.parent / "config.json"
+            config = read_json(beside) if beside.exists() else {}
     if shards[0].suffix == GGUF:
         return _open_gguf(path, shards[0], extras, config)
     if shards[0].suffix == ONNX:

@@ -243,9 +243,8 @@ def convert(conversion: Conversion, output: Output, watch: MemoryWatch, progress
 def finish(conversion: Conversion, output: Output) -> None:
     """Write what is not a weight: configuration, files that are carried along, low-rank terms beside the weights."""
     source = conversion.source
-    root = source.root
-    outdated = {*_OUTDATED, *_documents(source), f"{ADAPTER}/{CONFIG}"} - {"config.json"}
-    extras = tuple(extra for extra in source.extras if str(extra.relative_to(root)) not in outdated)
+    root, gone = source.root, {*outdated(source), f"{ADAPTER}/{CONFIG}"}
+    extras = tuple(extra for extra in source.extras if str(extra.relative_to(root)) not in gone)
     adapter = root / ADAPTER
     if source.path.is_dir() and (adapter / CONFIG).exists():
         copy_atomic(adapter / WEIGHTS, output.path / ADAPTER / WEIGHTS)
@@ -255,15 +254,14 @@ def finish(conversion: Conversion, output: Output) -> None:
     output.finish(replace(source, extras=extras))
 
 
-def _documents(source: Checkpoint) -> set[str]:
-    """Files in which the format of the source declares itself: they are not true of the result."""
-    if source.format is None:
-        return set()
-    form: Format = plugins.load("formats", source.format)
-    found: set[str] = set()
-    with suppress(UnsupportedError):  # some are read in mixtures that are not written
-        found = set(form.config(list(source.weights.values()), source.config))
-    return found
+def outdated(source: Checkpoint) -> set[str]:
+    """Files that are not true of what is made of a checkpoint: its reports, and in which its format declares itself."""
+    found = set(_OUTDATED)
+    if source.format:
+        form: Format = plugins.load("formats", source.format)
+        with suppress(UnsupportedError):  # some are read in mixtures that are not written
+            found |= set(form.config(list(source.weights.values()), source.config))
+    return found - {"config.json"}
 
 
 def remake(conversion: Conversion) -> Callable[[Entry], QTensor | Tensor]:

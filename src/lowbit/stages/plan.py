@@ -339,7 +339,7 @@ def _maker(checkpoint: Checkpoint, rules: Rules) -> _Maker:
     if checkpoint.format:
         raise UsageError(
             f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing it again would add error to "
-            "error: start from the float checkpoint"
+            "error: start from the float checkpoint, or, where there is none, say --requantize"
         )
     form: Format = plugins.load("formats", rules.format)
     check_told(checkpoint, form)

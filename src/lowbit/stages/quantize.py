@@ -86,8 +86,10 @@ class Seen:
         return self._hasher.hexdigest()
 
 
-def estimate_memory(plan: Plan, limit: int | None, threads: int) -> Estimate:
+def estimate_memory(plan: Plan, limit: int | None, threads: int, read: int = 0) -> Estimate:
     """What `quantize` will hold, and how it must work to stay under the limit.
+
+    `read`: bytes that a weight takes in memory where it is no view of a file.
 
     Raises:
         ResourceError: the limit is too small, with the least that works.
@@ -101,7 +103,7 @@ def estimate_memory(plan: Plan, limit: int | None, threads: int) -> Estimate:
         threads=threads,
         element_bytes=max((method.workspace for method in methods), default=0.0),
         buffers=max((_buffers(plan, entry) for entry in plan.entries if entry.weight.scheme), default=0),
-        fixed=16 * max(scales, default=0) + max(apart, default=0),
+        fixed=16 * max(scales, default=0) + max(apart, default=0) + read,
         shared=plan.imatrix.memory if plan.imatrix else 0,
     )
 

@@ -89,7 +89,7 @@ def make_record(
         verified=Verification(verified.tensors, 0, verified.seconds),
         evaluation=evaluation,
         histograms=tuple(histograms(source, output, rows, way.scratch)),
-        counts=(*_counts(plan), *_fallbacks(output), *_left(source), *_apart(source, plan)),
+        counts=(*_counts(plan), *_fallbacks(output), *_left(source), *_apart(source, plan), *_again(source)),
         resumed=output.resumed,
         calibration=calibration and {**calibration, "folded": _folded(output)},
         adapter=_terms(plan, adapter) if adapter else None,
@@ -177,6 +177,11 @@ def _apart(source: Checkpoint, plan: Plan) -> tuple[Count, ...]:
     """Tensors that the model's class wants and that `transformers` will not find, for their experts are apart."""
     count = len(unread(source, plan.format))
     return (Count("apart", UNREAD, count),) if count else ()
+
+
+def _again(source: Checkpoint) -> tuple[Count, ...]:
+    """Weights that were quantized already, by how."""
+    return tuple(Count("quantized again", kind, number) for kind, number in Counter(source.was.values()).items())
 
 
 def _folded(output: Output) -> int:

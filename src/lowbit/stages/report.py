@@ -158,6 +158,9 @@ def _environment(page: bool) -> Environment:
     return environment
 
 
+_TOLD = ("padded", "fallback", "left out", "apart", "quantized again")
+
+
 def _facts(run: RunRecord) -> dict[str, Any]:
     """What both templates show, worked out from the record."""
     quality = read_quality(run.evaluation)
@@ -174,7 +177,7 @@ def _facts(run: RunRecord) -> dict[str, Any]:
         "scored": any(row.outcome.against_rtn is not None for _, row in made if row.outcome),
         "terms": _terms(run.adapter) if run.adapter else "",
         "kept": _kept(run.rows),
-        "other": [count for count in run.counts if count.kind in ("padded", "fallback", "left out", "apart")],
+        "other": [count for count in run.counts if count.kind in _TOLD],
         "measures": _measures(quality) if quality else [],
         "protocol": _protocol(run.evaluation["conditions"]) if run.evaluation else [],
         "machine": _machine(run.machine),

@@ -1,0 +1,73 @@
+"""A quantized checkpoint as one of floats, to quantize in another way; nothing is read to look.
+
+Some models are published in 8 or 4 bits only (DeepSeek's and Qwen's FP8, gpt-oss's MXFP4): there is no float
+checkpoint to start from. A weight is read as the float32 that its codes stand for, and declared in the model's type.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import Spec, Weight
+from lowbit.formats._linear import declare
+from lowbit.stages._adapter import ADAPTER, CONFIG, WEIGHTS, read_adapter
+from lowbit.stages._changes import model_dtype
+from lowbit.stages._experts import spread
+from lowbit.stages._row_views import alone, at_first, joined_rows
+from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.convert import outdated
+
+
+def dequantized(source: Checkpoint) -> Checkpoint:
+    """A view in which every quantized weight is one of floats, with its low-rank term where there is an adapter.
+
+    Where its inputs are quantized too, they no longer are. A float checkpoint is returned as it is.
+    """
+    if source.format is None:
+        return source
+    dtype, adapter = model_dtype(source), source.root / ADAPTER
+    adapted = source.path.is_dir() and (adapter / CONFIG).exists()
+    plain = {name: replace(weight, activations=None) for name, weight in source.weights.items()}
+    stored = joined_rows(
+        replace(source, weights=plain, terms=read_adapter(adapter) if adapted else {}), "float", dtype, lossy=True
+    )
+    made = {
+        name: Weight(name, weight.held, dtype or weight.dtype)
+        for name, weight in stored.weights.items()
+        if weight.scheme
+    }
+    pieces = {name: stored.pieces(name) for name in made}
+    read = {piece for found in pieces.values() for piece in found}
+    # Read is the first piece, which the edit then replaces.
+    files = {name: alone(stored.files[found[0]], found[0], name) for name, found in pieces.items()}
+    specs = {name: Spec(weight.dtype, weight.shape) for name, weight in made.items()}
+    gone = {*outdated(source), f"{ADAPTER}/{CONFIG}", f"{ADAPTER}/{WEIGHTS}"}
+    return replace(
+        stored,
+        config=declare(source.config, None),
+        specs=spread(stored.specs, at_first(pieces, specs)),
+        extras=tuple(extra for extra in source.extras if str(extra.relative_to(source.root)) not in gone),
+        format=None,
+        was={name: f"{stored.weights[name].scheme} of {source.format}" for name in made},
+        weights={**stored.weights, **made},
+        files=spread(stored.files, at_first(pieces, files)),
+        edits={name: edit for name, edit in stored.edits.items() if name not in read}
+        | {name: partial(_read, stored, name) for name in made},
+        terms={},
+    )
+
+
+def told_dequantized(source: Checkpoint) -> str | None:
+    """What to say of such a view; None of another checkpoint."""
+    kinds = Counter(source.was.values())
+    said = ", ".join(f"{number} weights in {kind}" for kind, number in kinds.items())
+    return f"taken for the original is what the codes of {said} stand for" if kinds else None
+
+
+def _read(stored: Checkpoint, name: str, _: Tensor) -> Tensor:
+    return stored.dequantized(name, torch.float32)
