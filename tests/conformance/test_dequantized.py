@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lowbit import plugins
 from lowbit.errors import UsageError
 from lowbit.formats import Format
-from lowbit.pipeline import Request, run
+from lowbit.pipeline import Request, find_plan, run
 from lowbit.stages._dequantized import dequantized
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules
@@ -79,6 +79,10 @@ def test_it_is_done_only_where_it_was_asked_for_and_on_floats_changes_nothing(tm
     rules = Rules("int5-row", "rtn")
     with pytest.raises(UsageError, match=r"is already quantized \(gptq\).*--requantize"):
         run(Request(str(tmp_path / "in"), tmp_path / "refused", rules))
+    plan = find_plan(Request(str(tmp_path / "in"), tmp_path / "plan.json", rules, requantize=True))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    with pytest.raises(UsageError, match="--requantize"):
+        run(Request(str(tmp_path / "in"), tmp_path / "refused", plan=tmp_path / "plan.json"))
     assert not (tmp_path / "refused").exists()
     save_file({NAMES[0]: torch.ones(4, 8)}, tmp_path / "in" / "model.safetensors")
     (tmp_path / "in" / "config.json").write_text("{}")

@@ -336,11 +336,7 @@ class _Maker:
 
 def _maker(checkpoint: Checkpoint, rules: Rules) -> _Maker:
     """Check the rules; raises as `make_plan` does."""
-    if checkpoint.format:
-        raise UsageError(
-            f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing it again would add error to "
-            "error: start from the float checkpoint, or, where there is none, say --requantize"
-        )
+    _check_floats(checkpoint)
     form: Format = plugins.load("formats", rules.format)
     check_told(checkpoint, form)
     _check_patterns(checkpoint, rules)
@@ -354,6 +350,14 @@ def _maker(checkpoint: Checkpoint, rules: Rules) -> _Maker:
     chosen = {**_chosen(checkpoint, rules, form, tied, recipe.weighs), **_by_policy(checkpoint, rules, form, tied)}
     inside = _inside(checkpoint, calibrated)
     return _Maker(checkpoint, rules, form, recipe, options, importance, calibrated, tied, chosen, inside)
+
+
+def _check_floats(checkpoint: Checkpoint) -> None:
+    if checkpoint.format:
+        raise UsageError(
+            f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing it again would add error to "
+            "error: start from the float checkpoint, or, where there is none, say --requantize"
+        )
 
 
 def _inside(checkpoint: Checkpoint, calibrated: bool) -> AbstractSet[str]:
@@ -604,9 +608,11 @@ def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:
     """A saved, perhaps edited, plan for this checkpoint.
 
     Raises:
-        UsageError: not a plan, or one for other tensors; the text names the first tensor that differs.
+        UsageError: not a plan, or one for other tensors; the text names the first tensor that differs. A checkpoint
+            that is quantized already.
         UnsupportedError: an edited scheme that the format or method cannot hold.
     """
+    _check_floats(checkpoint)
     try:
         data = json.loads(path.read_text())
         rows, name, options = data["tensors"], data["format"], data["options"]
