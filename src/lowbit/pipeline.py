@@ -21,7 +21,7 @@ from lowbit.stages._changes import Goal, model_dtype
 from lowbit.stages._cost import Cost
 from lowbit.stages._dequantized import dequantized, told_dequantized
 from lowbit.stages._directory import GGUF
-from lowbit.stages._experts import apart, finds, told_apart
+from lowbit.stages._experts import apart, check_whole, finds, told_apart
 from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._policy import read_policy
@@ -325,6 +325,7 @@ def run_conversion(
     refuse_foreign(out)
     with MemoryWatch(ram).running() as watch, open_checkpoint(model) as source:
         source = text_part(apart(source, goal.format), goal.format)
+        check_whole(source, goal.format)
         source = joined_rows(source, goal.format, goal.dtype or model_dtype(source), goal.lossy)
         folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
         for text in source.notes:

@@ -629,6 +629,17 @@ def test_gpt_oss_in_mxfp4_goes_into_gguf_without_loss(tmp_path: Path) -> None:
     agree(file, source, 0.1, 0.5)
 
 
+def test_latent_keys_and_values_of_a_quantized_model_are_taken_apart(tmp_path: Path) -> None:
+    """DeepSeek's, which are published in 8 bits only: llama.cpp has a part of each head, some of them transposed."""
+    source, start = saved(CASES["deepseek_v3"], tmp_path / "model"), tmp_path / "start"
+    run(Request(str(source), start, Rules("int8-row", "rtn")))
+    with pytest.raises(UnsupportedError, match=r"kv_b_proj\.weight is quantized as one.*--requantize"):
+        run_conversion(str(start), tmp_path / "refused", Goal("gguf", lossy=True))
+    assert not (tmp_path / "refused").exists()
+    run(Request(str(start), tmp_path / "out", Rules("f32", "ggml", "gguf"), requantize=True))
+    agree(tmp_path / "out" / "model.gguf", start, 2e-3)
+
+
 @pytest.mark.parametrize(("form", "scheme"), [("gguf", "q8_0"), ("compressed-tensors", "int8-g32")])
 def test_gpt_oss_in_mxfp4_is_quantized_again_expert_by_expert(form: str, scheme: str, tmp_path: Path) -> None:
     source = in_mxfp4(tmp_path / "model")

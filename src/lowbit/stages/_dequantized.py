@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from lowbit.stages._experts import spread
 from lowbit.stages._row_views import alone, at_first, joined_rows
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.convert import outdated
+
+# Bytes of each element that is read: its code, its float32, and once more, where it is transposed or cut into pieces.
+_MAKING = 9
 
 
 def dequantized(source: Checkpoint) -> Checkpoint:
@@ -53,6 +57,7 @@ def dequantized(source: Checkpoint) -> Checkpoint:
         specs=spread(stored.specs, at_first(pieces, specs)),
         extras=tuple(extra for extra in source.extras if str(extra.relative_to(source.root)) not in gone),
         format=None,
+        made_bytes=_MAKING * max(prod(weight.shape) for weight in made.values()),
         was={name: f"{stored.weights[name].scheme} of {source.format}" for name in made},
         weights={**stored.weights, **made},
         files=spread(stored.files, at_first(pieces, files)),

@@ -10,17 +10,19 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache, partial
 from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
 
+from lowbit.errors import UnsupportedError
 from lowbit.formats import Spec, Weight
-from lowbit.stages._weightfile import Slot
+from lowbit.stages._weightfile import Slot, WeightFile
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 
 T = TypeVar("T")
+Cut = Callable[[Tensor], dict[str, Tensor]]  # a stack to its matrices, by name
 UNREAD = "experts have names of llm-compressor and vLLM, which transformers' class of this model does not read"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MOST = 4096  # experts of a layer; a header may claim more names than there is memory for
@@ -113,7 +115,11 @@ def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = n
         return source
     rows = [row for row in _layouts(str(source.config.get("model_type"))) if form.replace("-", "_") in row.formats]
     wanted = [name for name in source.specs if _row(rows, name) and not whole(name)]
-    found = {name: pieces for name in wanted if (pieces := _pieces(source, rows, name))}
+    cuts = {name: cut for name in wanted if (cut := _cut(source, rows, name))}
+    found = {
+        name: {new: _slot(source.files[name].slots[name], view) for new, view in cut(_hollow(source, name)).items()}
+        for name, cut in cuts.items()
+    }
     made = {name: {n: Weight(n, s.spec.shape, s.spec.dtype) for n, s in p.items()} for name, p in found.items()}
     for weight in source.weights.values():
         row = _row(rows, weight.name) if weight.scheme and not whole(weight.name) else None
@@ -124,15 +130,27 @@ def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = n
         return source
     held = {file: replace(file, slots=spread(file.slots, found)) for file in set(source.files.values())}
     specs = spread(source.specs, {name: {new: slot.spec for new, slot in p.items()} for name, p in found.items()})
-    return replace(
-        source,
-        specs=specs,
-        weights=spread(source.weights, made),
-        files=spread(
-            {name: held[file] for name, file in source.files.items()},
-            {name: dict.fromkeys(pieces, held[source.files[name]]) for name, pieces in found.items()},
-        ),
+    files = spread(
+        {name: held[file] for name, file in source.files.items()},
+        {name: dict.fromkeys(pieces, held[source.files[name]]) for name, pieces in found.items()},
     )
+    read = lru_cache(maxsize=1)(lambda name: cuts[name](source.tensor(name)))  # its parts are read one after the other
+    edits = {
+        new: edit
+        for name, whole in source.edits.items()
+        for new, edit in ({n: _part(read, name, n) for n in found[name]} if name in found else {name: whole}).items()
+    }
+    alone = {
+        new: WeightFile(file.path, file.size, {new: file.slots[name]})
+        for name in found.keys() & source.was.keys()
+        for file in [source.files[name]]
+        for new in found[name]
+    }
+    return replace(source, specs=specs, weights=spread(source.weights, made), files=files | alone, edits=edits)
+
+
+def _part(read: Callable[[str], Mapping[str, Tensor]], name: str, part: str) -> Callable[[Tensor], Tensor]:
+    return lambda stored: read(name)[part].contiguous()
 
 
 def told_apart(before: Checkpoint, after: Checkpoint, form: str | None) -> str | None:
@@ -145,6 +163,21 @@ def told_apart(before: Checkpoint, after: Checkpoint, form: str | None) -> str |
     if not unread(after, form):
         return text
     return f"{text}: {UNREAD}; what --skip finds, as {names[0]}, stays whole in 16 bits"
+
+
+def check_whole(source: Checkpoint, form: str) -> None:
+    """Refuse codes that a GGUF file would have in parts, of which some are transposed.
+
+    Raises:
+        UnsupportedError: with the first, and what takes it apart.
+    """
+    rows = [row for row in _layouts(str(source.config.get("model_type"))) if form in row.formats]
+    for weight in source.weights.values() if form == "gguf" else ():
+        if weight.scheme and _row(rows, weight.name):
+            raise UnsupportedError(
+                f"{weight.name} is quantized as one, and llama.cpp has parts of it; take it apart from what its codes "
+                "stand for, with lowbit quantize --requantize --format gguf"
+            )
 
 
 def unread(source: Checkpoint, form: str) -> list[str]:
@@ -177,26 +210,34 @@ def _layouts(model_type: str) -> list[Layout]:
     return [row for row in (Layout(**row) for row in arch_rows("experts")) if model_type in row.model_types]
 
 
-def _pieces(source: Checkpoint, rows: Sequence[Layout], name: str) -> dict[str, Slot]:
-    """The places of a stack's matrices by name; none where it is no stack that can be taken apart."""
+def _cut(source: Checkpoint, rows: Sequence[Layout], name: str) -> Cut | None:
+    """What takes a stack apart; None where it is none that can be."""
     file, spec = source.files[name], source.specs[name]
     text = source.config.get("text_config")
     facts = {**source.config, **text} if isinstance(text, Mapping) else source.config
     held = (row for row in rows if name.endswith(row.stack) and row.holds(spec.shape, facts.get("hidden_size")))
     row = next(held, None)
-    tied = name in file.tied or name in file.tied.values()
-    if row is None or tied or spec.dtype not in _FLOATS or name in source.edits or name in file.values:
-        return {}
-    slot = file.slots[name]
-    stride = slot.stride or torch.empty(spec.shape, device="meta").stride()
-    stack, sizes = torch.empty_strided(spec.shape, stride, dtype=spec.dtype, device="meta"), _sizes(row, facts, spec)
-    if sizes is None:
-        return {}
-    heads, first = sizes
+    fixed = name in file.values or (name in source.edits and name not in source.was)
+    if row is None or fixed or spec.dtype not in _FLOATS or name in file.tied or name in file.tied.values():
+        return None
+    sizes = _sizes(row, facts, spec)
+    cut = partial(_views, row, name, *sizes) if sizes else None
+    return None if cut is None or cut(_hollow(source, name)).keys() & source.specs.keys() else cut
+
+
+def _views(row: Layout, name: str, heads: int, first: int, stack: Tensor) -> dict[str, Tensor]:
+    """The matrices of a stack by name."""
     stack = stack.view(heads, -1, stack.shape[-1]) if row.heads else stack
     names = row.names(name.removesuffix(row.stack), 1 if row.single else stack.shape[0])
-    found = {new: _slot(slot, row.part(stack, e, p, first)) for e, one in enumerate(names) for p, new in enumerate(one)}
-    return {} if found.keys() & source.specs.keys() else found
+    return {new: row.part(stack, e, p, first) for e, one in enumerate(names) for p, new in enumerate(one)}
+
+
+def _hollow(source: Checkpoint, name: str) -> Tensor:
+    """A tensor without storage that lies as a stack does in its file; one that is made is dense."""
+    spec, slot = source.specs[name], source.files[name].slots[name]
+    stride = None if name in source.was else slot.stride
+    dense = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+    return torch.empty_strided(spec.shape, stride, dtype=spec.dtype, device="meta") if stride else dense
 
 
 def _sizes(row: Layout, facts: Mapping[str, Any], spec: Spec) -> tuple[int, int] | None:

@@ -41,8 +41,6 @@ from lowbit.tensors import QTensor
 _STUMBLES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 LEFT = "llama.cpp takes them from a file of its own (mmproj)"
-# Of each element that is dequantized: its code, its float32, and once more, where it is transposed or cut into pieces.
-_MAKING = 9
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 AHEAD = (
     "layers after the model's last, which foresee tokens further on, are not in its class, and llama.cpp does without"
@@ -78,6 +76,7 @@ class Checkpoint:
         left: where it is a part of what lies at `path`, with a configuration of its own, the weights of the rest.
         ahead: weights that it lacks of layers after the model's last.
         was: weights that are read as floats and are stored otherwise (`_dequantized.py`), with their scheme and format.
+        made_bytes: bytes of memory that the largest of these takes while it is read.
     """
 
     path: Path
@@ -94,6 +93,7 @@ class Checkpoint:
     left: frozenset[str] | None = None
     ahead: frozenset[str] = frozenset()
     was: Mapping[str, str] = field(default_factory=dict)
+    made_bytes: int = 0
 
     @property
     def root(self) -> Path:
@@ -170,11 +170,6 @@ class Checkpoint:
         else:
             found = loaded.dequantize(dtype) if isinstance(loaded, QTensor) else loaded.to(dtype)
         return found.transpose(-2, -1).contiguous() if self.weights[name].swapped else found
-
-    @property
-    def made_bytes(self) -> int:
-        """Bytes of memory that its largest weight takes while it is read, of those that are stored otherwise."""
-        return _MAKING * max((prod(self.weights[name].shape) for name in self.was if name in self.weights), default=0)
 
     @property
     def nbytes(self) -> int:
