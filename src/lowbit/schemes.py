@@ -366,7 +366,28 @@ def _base(name: str) -> tuple[Scheme, list[str]]:
     for family in sorted(FAMILIES, key=len, reverse=True):
         if name == family or name.startswith(family + "-"):
             return FAMILIES[family], [part for part in name[len(family) :].split("-") if part]
-    raise UsageError(f"no scheme is called {name!r}; grids are: {', '.join(FAMILIES)} (see `lowbit quantize --help`)")
+    raise UsageError(f"no scheme is called {name!r}; {_meant(name)}")
+
+
+# What llm-compressor, vLLM and others call so. Rows are its channels; a row of inputs is a token.
+_ELSEWHERE = {
+    "w4a16": "--scheme int4-g128", "w8a16": "--scheme int8-row", "w3a16": "--scheme int3-g128",
+    "w8a8": "--scheme int8-row --activations int8-row", "w4a8": "--scheme int4-g128 --activations int8-row",
+    "fp8": "--scheme fp8-e4m3-row, with --activations fp8-e4m3-row for its inputs",
+    "fp8-dynamic": "--scheme fp8-e4m3-row --activations fp8-e4m3-row", "fp8-block": "--scheme fp8-e4m3-128x128",
+    "w8a8-fp8": "--scheme fp8-e4m3-row --activations fp8-e4m3-row", "w4a4": "--scheme nvfp4 --activations nvfp4",
+}  # fmt: skip
+_MIXTURE = re.compile(r"i?q[1-8](_k)?_(s|m|l|xs|xxs)")
+
+
+def _meant(name: str) -> str:
+    """What to write in place of a name that is no scheme's."""
+    known = _ELSEWHERE.get(name.lower().replace("_", "-"))
+    if known:
+        return f"write {known}"
+    if _MIXTURE.fullmatch(name.lower()):
+        return "llama.cpp's mixtures are for --format gguf"
+    return f"grids are: {', '.join(FAMILIES)} (see `lowbit quantize --help`)"
 
 
 def _block(text: str) -> Block | None:

@@ -45,7 +45,7 @@ def test_what_changes_is_refused_in_one_sentence_and_made_with_lossy(lowbit: Com
 
 
 def test_a_float_checkpoint_is_copied_with_a_hint(lowbit: CommandLine, tmp_path: Path) -> None:
-    code, out, err = lowbit("convert", MODEL, tmp_path / "out", "--format", "gptq")
+    code, out, err = lowbit("convert", MODEL, tmp_path / "out", "--format", "GPTQ")
     assert code == 0 and "`lowbit quantize`" in out, err
 
 

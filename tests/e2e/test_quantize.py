@@ -97,6 +97,10 @@ def test_an_edited_plan_is_carried_out(tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (("quantize", MODEL, "OUT", "--scheme", "int99"), 2, "no scheme is called"),
+        (("quantize", MODEL, "OUT", "--scheme", "W4A16"), 2, "write --scheme int4-g128"),
+        (("quantize", MODEL, "OUT", "--scheme", "q4_k_m"), 2, "for --format gguf"),
+        (("quantize", MODEL, "OUT", "--format", "vLLM"), 2, "formats are compressed-tensors"),
+        (("convert", MODEL, "OUT", "--format", "ollama"), 2, "formats are gguf"),
         (("quantize", "/no/such/model", "OUT"), 2, "/no/such/model"),
         (("quantize", MODEL, "OUT", "--ram", "much"), 2, "not a size"),
         (("quantize", MODEL, "OUT", "--ram", "1MiB"), 1, "at least"),

@@ -86,6 +86,14 @@ def test_a_wrong_name_is_explained(name: str, said: str) -> None:
         parse(name)
 
 
+@pytest.mark.parametrize("name", ["W4A16", "w8a8", "w4a8", "fp8", "FP8_DYNAMIC", "fp8_block", "w4a4", "w3a16", "w8a16"])
+def test_what_others_call_a_scheme_is_answered_with_schemes(name: str) -> None:
+    with pytest.raises(UsageError, match="write --scheme") as caught:
+        parse(name)
+    words = re.findall(r"--(?:scheme|activations) ([a-z0-9-]+)", str(caught.value))
+    assert words and all(parse(word) for word in words)
+
+
 # ---- tables ----
 
 

@@ -103,6 +103,28 @@ def _blocks(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
     return int(first), int(last)
 
 
+# What people name in place of a format: who loads it, or what it lies in.
+_SERVED = "compressed-tensors, gptq, awq, fp8 or modelopt"
+_NO_FORMATS = {
+    "vllm": _SERVED, "sglang": _SERVED,
+    "tensorrt-llm": "modelopt", "llama.cpp": "gguf", "ollama": "gguf", "lm-studio": "gguf", "mlx-lm": "mlx",
+    "transformers": "compressed-tensors, bitsandbytes, gptq, awq or hqq", "onnxruntime": "onnx",
+    "safetensors": "compressed-tensors, gptq, awq and others; to convert into floats, float",
+}  # fmt: skip
+
+
+def format_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """The name of a format in small letters.
+
+    Raises:
+        click.BadParameter: it is another thing's, with the formats of that.
+    """
+    name = value.lower()
+    if name in _NO_FORMATS:
+        raise click.BadParameter(f"{name} is no format of its own; its formats are {_NO_FORMATS[name]}")
+    return name
+
+
 def _listed(folder: str) -> str:
     names = plugins.written() if folder == "formats" else plugins.names(folder)
     return ", ".join(name.replace("_", "-") for name in names if name not in plugins.CONVERTED)
@@ -123,13 +145,13 @@ _RULES = (
         help="Scheme of the inputs: int8-row or fp8-e4m3-row (a scale per token), int8-tensor (a stored one), nvfp4.",
     ),
     click.option(
-        "--method", default=None, metavar="M",
+        "--method", default=None, metavar="M", callback=lambda ctx, param, value: value and value.lower(),
         help=f"One of {_listed('methods')}; or steps joined by +, as awq+gptq+eora, of: rotate, "
         f"{_listed('transforms')} (before a method), {_listed('corrections')} (after it), tune (last). "
         "[default: rtn; for gguf ggml-fit, with --calibration imatrix-fit]",
     ),
     click.option(
-        "--format", "form", default="compressed-tensors", show_default=True, metavar="F",
+        "--format", "form", default="compressed-tensors", show_default=True, metavar="F", callback=format_name,
         help=f"One of {_listed('formats')}.",
     ),
     click.option(

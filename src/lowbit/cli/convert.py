@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lowbit import plugins
-from lowbit.cli._options import Size, cores, note, progress_bars
+from lowbit.cli._options import Size, cores, format_name, note, progress_bars
 from lowbit.collector import paused
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Examples:
 @click.argument("model", metavar="IN")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "form", required=True, metavar="F",
+    "--format", "form", required=True, metavar="F", callback=format_name,
     help=f"One of {', '.join(name.replace('_', '-') for name in plugins.written())}; or float, dequantized.",
 )  # fmt: skip
 @click.option("--scheme", metavar="S", help="Of every quantized weight, as int4-g128; with float: f16, bf16 or f32.")
