@@ -640,15 +640,42 @@ void wide_panels(const Product& of, int64_t first, int64_t last) {
         of.tokens == 1 ? one_wide(of, panel) : many_words(of, panel, Words{of});
 }
 
+// What the code stands for that begins at bit `low` of a word.
 struct Level16 {
-    static constexpr bool narrow = true;  // only the lower four bits of a code count
+    static constexpr bool narrow = true, shifted = true;  // only the lower four bits of a code count; there may be zeros
     F table;
-    F operator()(I code) const { return lookup16(table, code); }
+    template <int low>
+    F at(I word) const {
+        return lookup16(table, shift_right<low>(word));
+    }
 };
 struct Level256 {
-    static constexpr bool narrow = false;
+    static constexpr bool narrow = false, shifted = true;
     const float* table;
-    F operator()(I code) const { return lookup256(table, code); }
+    template <int low>
+    F at(I word) const {
+        return lookup256(table, both(shift_right<low>(word), set(255)));
+    }
+};
+// Small floats of 8 bits from their bits, where the table says the same: looking up takes several times as long.
+template <int mantissa>
+struct SmallFloat {
+    static constexpr bool narrow = false, shifted = false;
+    template <int low>
+    F at(I word) const {
+        if constexpr (low < 24) word = shift_left<24 - low>(word);
+        I there = both(shift_right_signed<mantissa + 1>(word), set(int32_t(mantissa == 3 ? 0x87f00000 : 0x8fe00000)));
+        return mul(floats(there), set(mantissa == 3 ? 0x1p120f : 0x1p112f));  // exponents begin elsewhere
+    }
+    static bool is(const float* level) {
+        alignas(64) int32_t codes[16];
+        for (int first = 0; first < 256; first += 16) {
+            for (int i = 0; i < 16; i++) codes[i] = first + i;
+            F own = SmallFloat{}.template at<0>(load_words(codes)), wanted = load_f32(level + first);
+            if (!all(both(at_least(own, wanted), at_least(wanted, own)))) return false;
+        }
+        return true;
+    }
 };
 
 template <class Body>
@@ -682,15 +709,15 @@ struct Leveled {
     void fill(int64_t panel, int64_t col, float* to) const {
         uint8_t chunk[512];
         const uint8_t* codes = codes_of_panel(of, panel) + col / 32 * 64 * of.bits;
-        const bool nibbles = Level::narrow && of.bits == 4;
+        const bool nibbles = Level::narrow && of.bits == 4, bytes = of.bits == 8;
         const Put put{level, of.zero && !of.minus, of.zero && of.minus};  // not read again after each value
-        if (!nibbles) with_codes(of.bits, [&](auto source) { unpack(source, codes, 1, chunk); });
+        if (!nibbles && !bytes) with_codes(of.bits, [&](auto source) { unpack(source, codes, 1, chunk); });
         for (int64_t at = 0; at < 32; at += 16) {
             int64_t group = (panel * of.cols + col + at) / of.step;
             F scale = scales_at(of, of.scale.data, group), zero = scales_at(of, of.zero, group);
             for (int64_t i = at; i < at + 16; i += nibbles ? 8 : 4) {
                 if (nibbles) put.template words<4>(load_words(codes + 8 * i), scale, zero, to + 16 * i);
-                else put.template words<8>(load_words(chunk + 16 * i), scale, zero, to + 16 * i);
+                else put.template words<8>(load_words((bytes ? codes : chunk) + 16 * i), scale, zero, to + 16 * i);
             }
         }
     }
@@ -702,11 +729,10 @@ struct Leveled {
         // What stands in a word, where a lookup leaves out what is above its field (`narrow`).
         template <int bits, int byte = 0, int field = 0>
         LOWBIT_INLINE void words(I from, F scale, F zero, float* to) const {
-            I code = shift_right<8 * byte + bits * field>(from);
-            F value = level(Level::narrow ? code : both(code, set(255)));
-            if (before) value = sub(value, zero);
+            F value = level.template at<8 * byte + bits * field>(from);
+            if (Level::shifted && before) value = sub(value, zero);
             value = mul(value, scale);
-            store_f32(to + 16 * (4 * field + byte), after ? sub(value, zero) : value);
+            store_f32(to + 16 * (4 * field + byte), Level::shifted && after ? sub(value, zero) : value);
             if constexpr (byte < 3) words<bits, byte + 1, field>(from, scale, zero, to);
             else if constexpr (bits == 4 && field == 0) words<bits, 0, 1>(from, scale, zero, to);
         }
@@ -832,6 +858,9 @@ void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last) {
     else if (of.way == Way::wide) wide_panels(of, first, last);
     else if (of.way != Way::floats) code_panels(of, first, last);
     else if (of.bits <= 4) float_panels(of, first, last, Leveled<Level16>{of, {load_f32(of.level)}});
+    else if (of.zero) float_panels(of, first, last, Leveled<Level256>{of, {of.level}});
+    else if (SmallFloat<3>::is(of.level)) float_panels(of, first, last, Leveled<SmallFloat<3>>{of, {}});
+    else if (SmallFloat<2>::is(of.level)) float_panels(of, first, last, Leveled<SmallFloat<2>>{of, {}});
     else float_panels(of, first, last, Leveled<Level256>{of, {of.level}});
 }
 

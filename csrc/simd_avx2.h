@@ -90,6 +90,10 @@ template <int n>
 I shift_right(I a) {
     return {_mm256_srli_epi32(a.low, n), _mm256_srli_epi32(a.high, n)};
 }
+template <int n>
+I shift_right_signed(I a) {
+    return {_mm256_srai_epi32(a.low, n), _mm256_srai_epi32(a.high, n)};
+}
 M greater(I a, I b) { return {_mm256_cmpgt_epi32(a.low, b.low), _mm256_cmpgt_epi32(a.high, b.high)}; }
 M at_least(F a, F b) {
     return {_mm256_castps_si256(_mm256_cmp_ps(a.low, b.low, _CMP_GE_OQ)),

@@ -69,6 +69,10 @@ template <int n>
 I shift_right(I a) {
     return {_mm512_srli_epi32(a.all, n)};
 }
+template <int n>
+I shift_right_signed(I a) {
+    return {_mm512_srai_epi32(a.all, n)};
+}
 M greater(I a, I b) { return _mm512_cmpgt_epi32_mask(a.all, b.all); }
 M at_least(F a, F b) { return _mm512_cmp_ps_mask(a.all, b.all, _CMP_GE_OQ); }
 M above(F a, F b) { return _mm512_cmp_ps_mask(a.all, b.all, _CMP_GT_OQ); }

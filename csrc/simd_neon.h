@@ -129,6 +129,10 @@ I shift_right(I a) {
     if constexpr (n == 0) return a;  // no instruction shifts right by 0
     else return {shift_right<n>(a.a), shift_right<n>(a.b), shift_right<n>(a.c), shift_right<n>(a.d)};
 }
+template <int n>
+I shift_right_signed(I a) {
+    return {vshrq_n_s32(a.a, n), vshrq_n_s32(a.b, n), vshrq_n_s32(a.c, n), vshrq_n_s32(a.d, n)};
+}
 M greater(I a, I b) { return each<M, vcgtq_s32>(a, b); }
 M at_least(F a, F b) { return each<M, vcgeq_f32>(a, b); }
 M above(F a, F b) { return each<M, vcgtq_f32>(a, b); }

@@ -167,6 +167,10 @@ template <int n>
 I shift_right(I a) {
     return each<I>([&](int i) { return int32_t(uint32_t(a.at[i]) >> n); });
 }
+template <int n>
+I shift_right_signed(I a) {
+    return each<I>([&](int i) { return a.at[i] >> n; });
+}
 M greater(I a, I b) {
     return each<M>([&](int i) { return a.at[i] > b.at[i]; });
 }

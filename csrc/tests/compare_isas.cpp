@@ -307,6 +307,13 @@ static void compare_ggml_panels(const Kernels& kernels, GgmlType type, int64_t r
     expect_same("codes of ggml_panels", kernels, grid, got.at(), wanted.at(), size_t(sizes[0]));
 }
 
+static float small_float(int code, int mantissa) {
+    int exponent = (code & 127) >> mantissa, least = mantissa == 3 ? -6 : -14;
+    float part = float(code & ((1 << mantissa) - 1)) / float(1 << mantissa);
+    float value = std::ldexp(exponent ? 1 + part : part, least + (exponent ? exponent - 1 : 0));
+    return code & 128 ? -value : value;
+}
+
 // A weight of panels, and inputs, for one way.
 static void compare_product(const Kernels& kernels, Way way, int bits, int64_t rows, int64_t cols, int64_t step, bool minus,
                             int64_t over = 0) {
@@ -319,6 +326,7 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
     Buffer scale = random_weight(scales, narrow ? Dtype::f16 : Dtype::f32, false), fine_zero = random_codes(steps, 255);
     auto zero = random_weight(scales, narrow ? Dtype::f16 : Dtype::f32, false);
     auto level = random_scales(256), input = random_scales(tokens * cols);
+    for (int i = 0; i < 256 && bits == 8 && !zeros; i++) level[size_t(i)] = small_float(i, minus ? 2 : 3);
     for (size_t i = 0; i < input.size(); i += 3) input[i] *= -1;
     std::vector<int8_t> table(16), rounded(input.size());
     for (int i = 0; i < 16; i++) table[size_t(i)] = int8_t(17 * i - 128);

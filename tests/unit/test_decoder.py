@@ -83,6 +83,23 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scheme", ["int8-row", "fp8-e4m3-row"])
+def test_weights_are_multiplied_as_they_are_where_inputs_are_declared_in_few_bits(
+    scheme: str, wiki_8m: Path, tmp_path: Path
+) -> None:
+    """The kernels round inputs more finely, or not at all; `reference` rounds them as declared."""
+    for name, inputs in (("plain", None), ("declared", scheme)):
+        lowbit.quantize(wiki_8m, tmp_path / name, scheme=scheme, method="rtn", activations=inputs)
+    one, other = (open_runner(tmp_path / name) for name in ("plain", "declared"))
+    assert one.kernels == other.kernels and not other.others
+    assert one.engine and other.engine
+    assert torch.equal(one.engine.start(64).read(IDS[0]), other.engine.start(64).read(IDS[0]))
+    ends = [lowbit.load(tmp_path / name, reference=True)(IDS).logits for name in ("plain", "declared")]
+    assert not torch.equal(*ends)
+    line = ["generate", str(tmp_path / "declared"), "--prompt", "The", "--max-tokens", "2"]
+    assert f"inputs are rounded as the kernels do, not to {scheme}" in CliRunner().invoke(group, line).output
+
+
 def is_opened_whole(path: Path, kept: Path, blocks: str) -> None:
     """A start alone, one that writes a cache, and one that finds it, give the bits of a model that has all weights."""
     ids = IDS[0]

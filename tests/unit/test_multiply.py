@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -90,6 +90,23 @@ def test_exact_products_are_those_of_what_is_stored(scheme: str) -> None:
         packed = pack(q, exact=True)
         assert packed.panels.way == "floats"
         close(multiply(packed, x), wanted(q, x))
+
+
+@pytest.mark.parametrize("scheme", ["fp8-e4m3-row", "fp8-e5m2-g32", "fp8-e4m3-16x32"])
+def test_small_floats_need_no_table_but_where_a_code_is_no_number(scheme: str) -> None:
+    """Every code that is a number, and then one that is none: its row alone is not finite."""
+    q, x = random_qtensor(parse(scheme), (48, 256), seed=1), inputs(5, 256)
+    levels = torch.tensor(parse(scheme).grid.levels)
+    numbers = levels.isfinite().nonzero().flatten().to(torch.uint8)
+    q = replace(q, codes=numbers[torch.arange(48 * 256) % len(numbers)].view(q.codes.shape))
+    packed = pack(q)
+    assert packed.panels.level is not None and packed.panels.level.isfinite().all()
+    for tokens in (1, 5):
+        close(multiply(packed, x[:tokens]), wanted(q, x[:tokens]))
+    codes = q.codes.clone()
+    codes.view(48, 256)[7, 3] = 127
+    found = multiply(pack(replace(q, codes=codes)), x)
+    assert found[:, 7].isnan().all() and found[:, torch.arange(48) != 7].isfinite().all()
 
 
 @pytest.mark.parametrize("scheme", [*CODES, *TABLE])
@@ -392,7 +409,6 @@ def test_bfloat16_inputs_give_bfloat16_outputs() -> None:
 
 def test_panels_that_lie_are_refused() -> None:
     good = pack(random_qtensor(parse("int4-g32"), (16, 64))).panels
-    from dataclasses import replace
 
     x = torch.ones(1, 64)
     for wrong in (

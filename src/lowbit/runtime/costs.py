@@ -36,8 +36,8 @@ def held_bytes(use: Use) -> int:
 
 
 def _multiplied(weight: Weight) -> bool:
-    """Whether it is a matrix that the kernels take: no stack of experts, no inputs in few bits."""
-    return len(weight.shape) == 2 and not weight.activations and not is_expert(weight.name)
+    """Whether it is a matrix that the kernels take: no stack of experts."""
+    return len(weight.shape) == 2 and not is_expert(weight.name)
 
 
 def product_timer(threads: int, tokens: int) -> Callable[[Use], float]:

@@ -225,8 +225,6 @@ def _left_out(checkpoint: Checkpoint, whole: AbstractSet[str], reference: bool) 
     for name, weight in checkpoint.weights.items():
         if reference and (weight.scheme or name in whole):
             yield name, "reference"
-        elif weight.activations:
-            yield name, f"its inputs are quantized too ({weight.activations})"
         elif name not in whole and weight.scheme:
             yield name, "no linear layer has it alone"
 

@@ -29,10 +29,11 @@ from lowbit.native import (
 from lowbit.schemes import Grid, Scheme
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
-LAYOUT = 4  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
+LAYOUT = 5  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
 _LANES = 16
 _NUMBERS = 120  # codes that are numbers in every grid: patterns of small floats of 8 bits above it may be none
 _UNITS = (1.0, 2.0, 4.0, 8.0)
+_MANTISSA = {"fp8-e4m3": 3, "fp8-e5m2": 2}  # bits of the fraction
 _LEAST = 0.005  # of the levels' root mean square, what rounding inputs to int8 in blocks of 32 makes of these
 
 
@@ -89,7 +90,7 @@ def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
     step = _step(q.scheme, q.shape)
     full = -(-cols // lcm(step, 32)) * lcm(step, 32)
     codes, grid = q.codes.reshape(-1, cols), q.scheme.grid
-    meaning = _meaning(grid, q.scheme.zero != "none", exact)
+    meaning = _with_all_levels(_meaning(grid, q.scheme.zero != "none", exact), grid, codes)
     least = 4 if meaning.way == "table" else 2  # small tables other than those of 16 entries are too rare for a loop
     bits = next(bits for bits in CODE_BITS if bits >= least and len(grid.levels) <= 2**bits)
     bare = _bare(q.scheme, meaning, codes.shape[0], bits, step, interleave(codes, order, bits, full, threads))
@@ -229,6 +230,22 @@ def _meaning(grid: Grid, shifted: bool, exact: bool) -> _Meaning:
         return _Meaning("floats", level=level_table(grid))
     table = pad((levels * unit).round().to(torch.int8), (0, 16 - len(levels)))
     return _Meaning("table", table=table.view(torch.uint8), unit=1 / unit)
+
+
+def _with_all_levels(meaning: _Meaning, grid: Grid, codes: UInt8[Tensor, "rows cols"]) -> _Meaning:
+    """Patterns of small floats that are no numbers as the numbers that they would be, where no code is one.
+
+    Kernels then need no table: what a pattern stands for follows from its bits.
+    """
+    mantissa = _MANTISSA.get(grid.name)
+    if mantissa is None or meaning.level is None or not codes.numel():
+        return meaning
+    patterns, missing = torch.arange(256, dtype=torch.int32), ~meaning.level.isfinite()
+    if int((codes & 127).max()) >= int(patterns[missing].min()):
+        return meaning
+    spelled = ((patterns & 127) << 23 - mantissa).view(torch.float32) * 2.0 ** (127 - 2 ** (6 - mantissa) + 1)
+    numbers = torch.where(patterns < 128, spelled, -spelled)
+    return replace(meaning, level=torch.where(missing, numbers, meaning.level))
 
 
 def _unit(levels: Float[Tensor, " levels"]) -> float | None:
