@@ -51,7 +51,11 @@ struct RowParameter {
         if (!of_block) return set(constant);
         if (block_cols == 1) return load_some<F32>(of_block + col, count);
         float full[16];
-        for (int i = 0; i < 16; i++) full[i] = of_block[(col + (i < count ? i : 0)) / block_cols];
+        int64_t block = col / block_cols, last = (col + count - 1) / block_cols, left = block_cols - col % block_cols;
+        for (int64_t i = 0, end; i < 16; i = end, block++, left = block_cols) {
+            end = i + smaller(left, 16 - i);
+            for (int64_t k = i; k < end; k++) full[k] = of_block[smaller(block, last)];
+        }
         return load_f32(full);
     }
 };

@@ -219,9 +219,8 @@ class QTensor:
         flat = self.scheme.block.flat
         each = cols // wide if flat and cols % wide == 0 else 0
         if (each or not flat) and high == 1 and self.group_index is None:
-            scales, shifts = ((_in_rows(part, each) if each else part) for part in (self.scales, self.shifts))
-            zeros = None if shifts is None else _rows_of(shifts, start, stop)
-            return Part(codes, _rows_of(scales, start, stop), zeros, wide)
+            zeros = None if self.shifts is None else _rows_of(_in_rows(self.shifts, each), start, stop)
+            return Part(codes, _rows_of(_in_rows(self.scales, each), start, stop), zeros, wide)
         down, across = (torch.arange(start, stop) // high)[:, None], torch.arange(self.scales.shape[1])
         if flat:
             across, down, wide = torch.arange(start * cols, stop * cols).view(-1, cols) // wide, torch.tensor(0), 1
@@ -307,12 +306,12 @@ def _cut(values: Tensor | QTensor, start: int, stop: int) -> Tensor | QTensor:
     return values.some(start, stop, values.codes[start:stop]) if isinstance(values, QTensor) else values[start:stop]
 
 
-def _in_rows(values: Tensor | QTensor | None, each: int) -> Tensor | QTensor | None:
-    """Scales or zero points of flat blocks, `each` of them to a row."""
-    if isinstance(values, QTensor) and values.scheme.block.flat:
+def _in_rows(values: Tensor | QTensor, each: int) -> Tensor | QTensor:
+    """Scales or zero points of flat blocks, `each` of them to a row; as they are where that is 0."""
+    if isinstance(values, QTensor) and each and values.scheme.block.flat:
         return replace(values, shape=(prod(values.shape) // each, each))
-    values = values.dequantize() if isinstance(values, QTensor) else values
-    return None if values is None else values.view(-1, each)
+    plain = values.dequantize() if isinstance(values, QTensor) and each else values
+    return plain.view(-1, each) if isinstance(plain, Tensor) and each else plain
 
 
 def _rows_of(values: Tensor | QTensor, start: int, stop: int) -> Float[Tensor, "rows blocks"]:

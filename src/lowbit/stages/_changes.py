@@ -27,7 +27,7 @@ from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
 from lowbit.stages._carry import carried, gap, spelled, variants
 from lowbit.stages._rooms import Rooms
-from lowbit.stages._store import Floats, Streamed, Value, streamed
+from lowbit.stages._store import Floats, Rows, Streamed, Value, streamed
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, arranged
 from lowbit.stages.quantize import Error, quantize_weight
@@ -460,7 +460,7 @@ class Changer:
 
     def value(
         self, weight: Weight, entry: Entry, pieces: Mapping[str, Tensor] | None = None
-    ) -> Value | Streamed | Floats:
+    ) -> Value | Streamed | Rows | Floats:
         """What a change stores; in parts where codes alone go from one layout into another, or as floats."""
         target = entry.weight
         pieces = pieces or self.source.stored(weight.name)
@@ -474,12 +474,15 @@ class Changer:
             return self.quantized(self.load(weight, pieces=pieces), entry)[0]
         form: Format = plugins.load("formats", str(self.source.format))
         into = self.goal.form.codes
-        streams = bool(form.codes and into and into.rows.pack) and self._hollow(weight, target)
-        q = carried(self.load(weight, streams, pieces), target.scheme, rounding=entry.method == ROUND)
-        if not streams:
+        hollow = bool(form.codes) and self._hollow(weight, target)
+        streams = hollow and bool(into and into.rows.pack)
+        hollow = streams or (hollow and self.goal.form.by_rows(target))
+        q = carried(self.load(weight, hollow, pieces), target.scheme, rounding=entry.method == ROUND)
+        if not hollow:
             return q
         assert form.codes is not None
-        return streamed(q, form.codes, weight, _contiguous(pieces))
+        found = streamed(q, form.codes, weight, _contiguous(pieces))
+        return found if streams else Rows(found.pieces(), None, found.whole)
 
 
 def _floats(q: QTensor, dtype: torch.dtype, elements: int) -> Iterator[Tensor]:
