@@ -271,7 +271,7 @@ int64_t ggml_pack(GgmlType type, int64_t blocks, const GgmlParts<const uint8_t>&
 }
 
 void ggml_unpack(GgmlType type, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>& parts) {
-    if (has_grid(type) && !parts.codes) throw std::invalid_argument("without its codes this type has nothing");
+    if (has_grid(type) && blocks > 0 && !parts.codes) throw std::invalid_argument("without its codes this type has nothing");
     if (has_grid(type)) return ggml_grid_unpack(type, blocks, stored, parts);
     GgmlShape shape = ggml_shape(type);
     if (parts.codes) std::memset(parts.codes, 0, size_t(blocks * shape.weights));
