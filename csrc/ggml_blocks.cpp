@@ -278,7 +278,9 @@ void ggml_unpack(GgmlType type, int64_t blocks, const uint8_t* stored, const Ggm
     if (parts.scale_codes) std::memset(parts.scale_codes, 0, size_t(blocks * shape.subs));
     if (parts.min_codes) std::memset(parts.min_codes, 0, size_t(blocks * shape.subs));
     if (parts.codes) return move_all<Mover<false>>(type, blocks, parts, stored);
-    move_all<Beside>(type, blocks, parts, stored);
+    bool first = type == GgmlType::q4_0 || type == GgmlType::q5_0 || type == GgmlType::q8_0;  // the scale, and no other
+    for (int64_t i = 0; first && i < blocks; i++) std::memcpy(parts.scale + 2 * i, stored + i * shape.bytes, 2);
+    if (!first) move_all<Beside>(type, blocks, parts, stored);
 }
 
 void ggml_words(const Kernels& kernels, GgmlType type, int64_t blocks, const uint8_t* stored, int bits, void* words) {
