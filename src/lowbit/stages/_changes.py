@@ -27,7 +27,7 @@ from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
 from lowbit.stages._carry import carried, gap, spelled, variants
 from lowbit.stages._rooms import Rooms
-from lowbit.stages._store import Floats, Rows, Streamed, Value, streamed
+from lowbit.stages._store import Floats, Streamed, Value, streamed
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, arranged
 from lowbit.stages.quantize import Error, quantize_weight
@@ -424,7 +424,7 @@ class Changer:
         error = Error()
         for q in self.pieces(weight) if dtype != torch.float32 else ():
             start = 0
-            for values in _floats(q, dtype, _FLOATS):
+            for values in _floats(q, dtype):
                 error += gap(q, start, values)
                 start += len(values)
                 if error.largest and not whole:
@@ -435,7 +435,7 @@ class Changer:
         self, weight: Weight, dtype: torch.dtype, tensors: Mapping[str, Tensor] | None = None
     ) -> Iterator[Tensor]:
         """Rows of the weight in a float type, in order, in memory that the next ones take."""
-        return chain.from_iterable(_floats(q, dtype, _FLOATS) for q in self.pieces(weight, tensors))
+        return chain.from_iterable(_floats(q, dtype) for q in self.pieces(weight, tensors))
 
     def made_float(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """The weight as the model holds it, in a float type."""
@@ -460,7 +460,7 @@ class Changer:
 
     def value(
         self, weight: Weight, entry: Entry, pieces: Mapping[str, Tensor] | None = None
-    ) -> Value | Streamed | Rows | Floats:
+    ) -> Value | Streamed | Floats:
         """What a change stores; in parts where codes alone go from one layout into another, or as floats."""
         target = entry.weight
         pieces = pieces or self.source.stored(weight.name)
@@ -474,21 +474,18 @@ class Changer:
             return self.quantized(self.load(weight, pieces=pieces), entry)[0]
         form: Format = plugins.load("formats", str(self.source.format))
         into = self.goal.form.codes
-        hollow = bool(form.codes) and self._hollow(weight, target)
-        streams = hollow and bool(into and into.rows.pack)
-        hollow = streams or (hollow and self.goal.form.by_rows(target))
-        q = carried(self.load(weight, hollow, pieces), target.scheme, rounding=entry.method == ROUND)
-        if not hollow:
+        streams = bool(form.codes and into and into.rows.pack) and self._hollow(weight, target)
+        q = carried(self.load(weight, streams, pieces), target.scheme, rounding=entry.method == ROUND)
+        if not streams:
             return q
         assert form.codes is not None
-        found = streamed(q, form.codes, weight, _contiguous(pieces))
-        return found if streams else Rows(found.pieces(), None, found.whole)
+        return streamed(q, form.codes, weight, _contiguous(pieces))
 
 
-def _floats(q: QTensor, dtype: torch.dtype, elements: int) -> Iterator[Tensor]:
-    """Rows of a tensor in a float type, about so many elements at a time, in memory that the next ones take."""
+def _floats(q: QTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Rows of a tensor in a float type, a run at a time, in memory that the next ones take."""
     rows, cols = view_shape(q.shape, Block(1, 0))
-    chunks = list(row_chunks(rows, cols, elements))
+    chunks = list(row_chunks(rows, cols, _FLOATS))
     room = torch.empty(chunks[0].stop if chunks else 0, cols, dtype=dtype)
     return (q.rows(some.start, some.stop, room[: some.stop - some.start]) for some in chunks)
 

@@ -163,12 +163,12 @@ class Rows:
 
     Attributes:
         pieces: some rows each, in order, once.
-        seen: after the last, the digest of what was read and facts for the report; None where these are known before.
+        seen: after the last, the digest of what was read and facts for the report.
         again: makes it whole, to name what differs.
     """
 
     pieces: Iterator[QTensor]
-    seen: Callable[[], tuple[str, dict[str, Any]]] | None
+    seen: Callable[[], tuple[str, dict[str, Any]]]
     again: Callable[[], Value]
 
 
@@ -236,9 +236,8 @@ def store(
         meant, stored, reading = _stream(output, entry, value, scratch)
     elif isinstance(value, Rows):
         meant, stored, reading = _by_rows(output, entry, value)
-        if value.seen:
-            source, more = value.seen()
-            facts = {**more, **facts}
+        source, more = value.seen()
+        facts = {**more, **facts}
     else:
         meant = {part: digest(tensor.contiguous()) for part, tensor in value.parts()}
         stored, reading = _pack(output, entry, value, meant, scratch)
@@ -441,9 +440,9 @@ def compare(
         raise VerifyError(f"{path}: {name} differs from what was meant in {where}")
 
 
-def whole(value: Value | Streamed | Rows | Floats) -> Value:
+def whole(value: Value | Streamed | Floats) -> Value:
     """A weight in memory, with its codes."""
-    if isinstance(value, Floats | Rows):
+    if isinstance(value, Floats):
         return value.again()
     return value.whole() if isinstance(value, Streamed) else value
 
