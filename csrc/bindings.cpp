@@ -243,13 +243,13 @@ NB_MODULE(_native, module) {
         Unlocked());
     module.def(
         "ggml_unpack",
-        [](int type, const Bytes& stored, int64_t blocks, const Codes& codes, const Codes& scale, const MaybeCodes& min,
+        [](int type, const Bytes& stored, int64_t blocks, const MaybeCodes& codes, const Codes& scale, const MaybeCodes& min,
            const MaybeCodes& scale_codes, const MaybeCodes& min_codes) {
-            GgmlParts<uint8_t> parts{codes.data(), scale.data(), data_or_null(min), data_or_null(scale_codes),
+            GgmlParts<uint8_t> parts{data_or_null(codes), scale.data(), data_or_null(min), data_or_null(scale_codes),
                                      data_or_null(min_codes)};
             ggml_unpack(GgmlType(type), blocks, stored.data(), parts);
         },
-        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
         Unlocked());
     module.def(
         "ggml_words",

@@ -2,6 +2,7 @@
 // The layouts are those of ggml-common.h and of the functions dequantize_row_* of ggml-quants.c (llama.cpp).
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <type_traits>
 
 #include "ggml_grids.h"
@@ -15,6 +16,7 @@ template <bool packing>
 struct Mover {
     using Part = std::conditional_t<packing, const uint8_t, uint8_t>;
     using Byte = std::conditional_t<packing, uint8_t, const uint8_t>;
+    using Codes = Mover;  // what moves codes
 
     // `width` bits of `count` neighbours: from bit `from` of each part, from bit `at` of each byte
     static void bits(int count, Part* __restrict part, int from, int width, Byte* __restrict byte, int at) {
@@ -80,6 +82,21 @@ struct Mover {
     }
 };
 
+// As the mover that unpacks, but codes stay where they are.
+struct Nothing {
+    template <class... All>
+    static void bits(All...) {}
+    template <class... All>
+    static void planes(All...) {}
+    template <class... All>
+    static void signed_bytes(All...) {}
+    template <class... All>
+    static void ternary(All...) {}
+};
+struct Beside : Mover<false> {
+    using Codes = Nothing;
+};
+
 // The parts of one block; what a type does not have is null.
 template <class Part>
 struct Block {
@@ -139,70 +156,72 @@ void move_iq4_scales(Part* scales, Byte* high, Byte* low) {
 // One block; the numbers are offsets in it.
 template <class M, class Part, class Byte>
 void move_plain(GgmlType type, const Block<Part>& b, Byte* at) {
+    using C = typename M::Codes;
     switch (type) {
     case GgmlType::q4_0:
-    case GgmlType::iq4_nl: M::raw(2, b.scale, at), nibbles<M>(32, b.codes, at + 2); break;
-    case GgmlType::q4_1: M::raw(2, b.scale, at), M::raw(2, b.min, at + 2), nibbles<M>(32, b.codes, at + 4); break;
+    case GgmlType::iq4_nl: M::raw(2, b.scale, at), nibbles<C>(32, b.codes, at + 2); break;
+    case GgmlType::q4_1: M::raw(2, b.scale, at), M::raw(2, b.min, at + 2), nibbles<C>(32, b.codes, at + 4); break;
     case GgmlType::q5_0:
-        M::raw(2, b.scale, at), high_bits_of_32<M>(b.codes, at + 2), nibbles<M>(32, b.codes, at + 6);
+        M::raw(2, b.scale, at), high_bits_of_32<C>(b.codes, at + 2), nibbles<C>(32, b.codes, at + 6);
         break;
     case GgmlType::q5_1:
-        M::raw(2, b.scale, at), M::raw(2, b.min, at + 2), high_bits_of_32<M>(b.codes, at + 4);
-        nibbles<M>(32, b.codes, at + 8);
+        M::raw(2, b.scale, at), M::raw(2, b.min, at + 2), high_bits_of_32<C>(b.codes, at + 4);
+        nibbles<C>(32, b.codes, at + 8);
         break;
-    case GgmlType::q8_0: M::raw(2, b.scale, at), M::signed_bytes(32, b.codes, at + 2); break;
-    case GgmlType::mxfp4: M::raw(1, b.scale, at), nibbles<M>(32, b.codes, at + 1); break;
+    case GgmlType::q8_0: M::raw(2, b.scale, at), C::signed_bytes(32, b.codes, at + 2); break;
+    case GgmlType::mxfp4: M::raw(1, b.scale, at), nibbles<C>(32, b.codes, at + 1); break;
     case GgmlType::nvfp4:
         M::raw(4, b.scale, at);
-        for (int i = 0; i < 4; i++) nibbles<M>(16, b.codes + 16 * i, at + 4 + 8 * i);
+        for (int i = 0; i < 4; i++) nibbles<C>(16, b.codes + 16 * i, at + 4 + 8 * i);
         break;
     case GgmlType::tq1_0:
-        M::ternary(32, 5, b.codes, at), M::ternary(16, 5, b.codes + 160, at + 32);
-        M::ternary(4, 4, b.codes + 240, at + 48), M::raw(2, b.scale, at + 52);
+        C::ternary(32, 5, b.codes, at), C::ternary(16, 5, b.codes + 160, at + 32);
+        C::ternary(4, 4, b.codes + 240, at + 48), M::raw(2, b.scale, at + 52);
         break;
-    case GgmlType::tq2_0: pairs<M>(b.codes, at), M::raw(2, b.scale, at + 64); break;
+    case GgmlType::tq2_0: pairs<C>(b.codes, at), M::raw(2, b.scale, at + 64); break;
     default: break;
     }
 }
 
 template <class M, class Part, class Byte>
 void move_super(GgmlType type, const Block<Part>& b, Byte* at) {
+    using C = typename M::Codes;
     switch (type) {
     case GgmlType::q2_k:
         M::bits(16, b.scale_codes, 0, 4, at, 0), M::bits(16, b.min_codes, 0, 4, at, 4);
-        pairs<M>(b.codes, at + 16), M::raw(2, b.scale, at + 80), M::raw(2, b.min, at + 82);
+        pairs<C>(b.codes, at + 16), M::raw(2, b.scale, at + 80), M::raw(2, b.min, at + 82);
         break;
     case GgmlType::q3_k:
-        single_bits<M>(b.codes, 2, at), pairs<M>(b.codes, at + 32), move_q3_scales<M>(b.scale_codes, at + 96);
+        single_bits<C>(b.codes, 2, at), pairs<C>(b.codes, at + 32), move_q3_scales<M>(b.scale_codes, at + 96);
         M::raw(2, b.scale, at + 108);
         break;
     case GgmlType::q4_k:
     case GgmlType::q5_k: {
         M::raw(2, b.scale, at), M::raw(2, b.min, at + 2), scales_and_mins<M>(b.scale_codes, b.min_codes, at + 4);
         int codes = 16;
-        if (type == GgmlType::q5_k) single_bits<M>(b.codes, 4, at + 16), codes = 48;
-        for (int i = 0; i < 4; i++) nibbles<M>(64, b.codes + 64 * i, at + codes + 32 * i);
+        if (type == GgmlType::q5_k) single_bits<C>(b.codes, 4, at + 16), codes = 48;
+        for (int i = 0; i < 4; i++) nibbles<C>(64, b.codes + 64 * i, at + codes + 32 * i);
         break;
     }
     case GgmlType::q6_k:
-        move_q6_codes<M>(b.codes, at, at + 128), M::signed_bytes(16, b.scale_codes, at + 192);
+        move_q6_codes<C>(b.codes, at, at + 128), M::signed_bytes(16, b.scale_codes, at + 192);
         M::raw(2, b.scale, at + 208);
         break;
     case GgmlType::iq4_xs:
         M::raw(2, b.scale, at), move_iq4_scales<M>(b.scale_codes, at + 2, at + 4);
-        for (int i = 0; i < 8; i++) nibbles<M>(32, b.codes + 32 * i, at + 8 + 16 * i);
+        for (int i = 0; i < 8; i++) nibbles<C>(32, b.codes + 32 * i, at + 8 + 16 * i);
         break;
     default: break;
     }
 }
 
-template <bool packing, class Parts, class Byte>
+template <class M, class Parts, class Byte>
 void move_all(GgmlType type, int64_t blocks, const Parts& parts, Byte* stored) {
-    using M = Mover<packing>;
     GgmlShape shape = ggml_shape(type);
+    typename M::Part none[256] = {};
     for (int64_t i = 0; i < blocks; i++) {
         Block<typename M::Part> block{
-            parts.codes + i * shape.weights,
+            parts.codes ? parts.codes + i * shape.weights : none,
             parts.scale + i * shape.scale_bytes,
             parts.min ? parts.min + 2 * i : nullptr,
             parts.scale_codes ? parts.scale_codes + i * shape.subs : nullptr,
@@ -247,17 +266,21 @@ GgmlShape ggml_shape(GgmlType type) {
 int64_t ggml_pack(GgmlType type, int64_t blocks, const GgmlParts<const uint8_t>& parts, uint8_t* stored) {
     std::memset(stored, 0, size_t(blocks * ggml_shape(type).bytes));
     if (has_grid(type)) return ggml_grid_pack(type, blocks, parts, stored);
-    move_all<true>(type, blocks, parts, stored);
+    move_all<Mover<true>>(type, blocks, parts, stored);
     return -1;
 }
 
 void ggml_unpack(GgmlType type, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>& parts) {
+    if (has_grid(type) && blocks > 0 && !parts.codes) throw std::invalid_argument("without its codes this type has nothing");
     if (has_grid(type)) return ggml_grid_unpack(type, blocks, stored, parts);
     GgmlShape shape = ggml_shape(type);
-    std::memset(parts.codes, 0, size_t(blocks * shape.weights));
+    if (parts.codes) std::memset(parts.codes, 0, size_t(blocks * shape.weights));
     if (parts.scale_codes) std::memset(parts.scale_codes, 0, size_t(blocks * shape.subs));
     if (parts.min_codes) std::memset(parts.min_codes, 0, size_t(blocks * shape.subs));
-    move_all<false>(type, blocks, parts, stored);
+    if (parts.codes) return move_all<Mover<false>>(type, blocks, parts, stored);
+    bool first = type == GgmlType::q4_0 || type == GgmlType::q5_0 || type == GgmlType::q8_0;  // the scale, and no other
+    for (int64_t i = 0; first && i < blocks; i++) std::memcpy(parts.scale + 2 * i, stored + i * shape.bytes, 2);
+    if (!first) move_all<Beside>(type, blocks, parts, stored);
 }
 
 void ggml_words(const Kernels& kernels, GgmlType type, int64_t blocks, const uint8_t* stored, int bits, void* words) {

@@ -51,7 +51,16 @@ struct RowParameter {
         if (!of_block) return set(constant);
         if (block_cols == 1) return load_some<F32>(of_block + col, count);
         float full[16];
-        for (int i = 0; i < 16; i++) full[i] = of_block[(col + (i < count ? i : 0)) / block_cols];
+        if (block_cols == 8) {  // as of scales that are quantized: without a division
+            float low = of_block[col / 8], high = of_block[(col + count - 1) / 8];
+            for (int i = 0; i < 8; i++) full[i] = low, full[i + 8] = high;
+            return load_f32(full);
+        }
+        int64_t block = col / block_cols, last = (col + count - 1) / block_cols, left = block_cols - col % block_cols;
+        for (int64_t i = 0, end; i < 16; i = end, block++, left = block_cols) {
+            end = i + smaller(left, 16 - i);
+            for (int64_t k = i; k < end; k++) full[k] = of_block[smaller(block, last)];
+        }
         return load_f32(full);
     }
 };
@@ -70,7 +79,8 @@ void each_run(const Grid& grid, RowParameter scale, RowParameter zero, Body body
     }
     for (int64_t col = 0; !aligned && col < grid.cols; col += 16) {
         int count = int(smaller(16, grid.cols - col));
-        body(col, count, scale.each_of(col, count, grid.block_cols), zero.each_of(col, count, grid.block_cols));
+        F s = scale.each_of(col, count, grid.block_cols), z = zero.each_of(col, count, grid.block_cols);
+        count == 16 ? body(col, Full{}, s, z) : body(col, count, s, z);
     }
 }
 

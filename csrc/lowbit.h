@@ -343,6 +343,7 @@ GgmlFound ggml_panels(GgmlType, const GgmlRows&, int threads, const GgmlPanels&)
 
 // Returns the first weight of a run that the type has no word for (IQ types hold runs of codes from a table), or -1.
 int64_t ggml_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);
+// Codes may be null: then what is beside them is unpacked alone, which types with tables of runs do not have.
 void ggml_unpack(GgmlType, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>&);
 
 // Their codes as `pack_bits` makes words of them.

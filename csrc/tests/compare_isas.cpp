@@ -549,7 +549,7 @@ int main(int count, char** arguments) {
         if (i > 0 && kernels.error == all[i - 1]->error) continue;  // only products are others than in the table before
         for (int64_t rows : {0, 1, 2, 5})
             for (int64_t cols : {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 127, 129, 300}) {
-                for (int64_t block_cols : {1, 3, 16, 24, 32, 64, 1000})
+                for (int64_t block_cols : {1, 3, 8, 16, 24, 32, 64, 1000})
                     for (int64_t block_rows : {1, 2, 7})
                         for (Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
                             Grid grid{rows, cols, block_rows, block_cols};

@@ -89,7 +89,7 @@ def ggml_unpack(
     type: int,
     stored: Tensor,
     blocks: int,
-    codes: Tensor,
+    codes: Tensor | None,
     scale: Tensor,
     min: Tensor | None,
     scale_codes: Tensor | None,

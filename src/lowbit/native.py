@@ -411,9 +411,13 @@ def ggml_pack(type: int, blocks: int, parts: GgmlParts, *, out: UInt8[Tensor, ".
 
 
 def ggml_unpack(type: int, blocks: int, stored: UInt8[Tensor, "..."], *, out: GgmlParts) -> None:
-    """What `ggml_pack` was given."""
-    _ggml_parts(type, blocks, out, stored)
-    each = (out.codes, out.scale, out.min, out.scale_codes, out.min_codes)
+    """What `ggml_pack` was given; without codes, where `out` has these on the device `meta`.
+
+    Raises:
+        ValueError: without codes, of a type with a table of runs of these.
+    """
+    _ggml_parts(type, blocks, out, stored, hollow=out.codes.is_meta)
+    each = (None if out.codes.is_meta else out.codes, out.scale, out.min, out.scale_codes, out.min_codes)
     _native.ggml_unpack(type, stored, blocks, *each)
 
 
@@ -536,10 +540,10 @@ def _ggml_shape(type: int) -> tuple[int, int, int, bool, int]:
     return shape
 
 
-def _ggml_parts(type: int, blocks: int, parts: GgmlParts, stored: Tensor) -> None:
+def _ggml_parts(type: int, blocks: int, parts: GgmlParts, stored: Tensor, hollow: bool = False) -> None:
     weights, size, subs, has_min, scale_bytes = _ggml_shape(type)
     counts = {
-        "codes": (parts.codes, weights),
+        **({} if hollow else {"codes": (parts.codes, weights)}),
         "scale": (parts.scale, scale_bytes),
         "min": (parts.min, 2 * has_min),
         "scale_codes": (parts.scale_codes, subs),

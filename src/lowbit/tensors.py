@@ -216,11 +216,13 @@ class QTensor:
         cols = view_shape(self.shape, Block(1, 0))[1]
         codes = self.codes if self.vectors else self.codes.view(-1, cols)[start:stop]
         high, wide = block_size(self.shape, self.scheme.block)
-        if not self.scheme.block.flat and high == 1 and self.group_index is None:
-            zeros = None if self.shifts is None else _rows_of(self.shifts, start, stop)
-            return Part(codes, _rows_of(self.scales, start, stop), zeros, wide)
+        flat = self.scheme.block.flat
+        each = cols // wide if flat and cols % wide == 0 else 0
+        if (each or not flat) and high == 1 and self.group_index is None:
+            zeros = None if self.shifts is None else _rows_of(_in_rows(self.shifts, each), start, stop)
+            return Part(codes, _rows_of(_in_rows(self.scales, each), start, stop), zeros, wide)
         down, across = (torch.arange(start, stop) // high)[:, None], torch.arange(self.scales.shape[1])
-        if self.scheme.block.flat:
+        if flat:
             across, down, wide = torch.arange(start * cols, stop * cols).view(-1, cols) // wide, torch.tensor(0), 1
         elif self.group_index is not None:
             across, wide = self.group_index.long(), 1
@@ -302,6 +304,14 @@ def _expect(what: str, found: Shape, wanted: Shape) -> None:
 def _cut(values: Tensor | QTensor, start: int, stop: int) -> Tensor | QTensor:
     """Rows of scales or zero points as they are."""
     return values.some(start, stop, values.codes[start:stop]) if isinstance(values, QTensor) else values[start:stop]
+
+
+def _in_rows(values: Tensor | QTensor, each: int) -> Tensor | QTensor:
+    """Scales or zero points of flat blocks, `each` of them to a row; as they are where that is 0."""
+    if isinstance(values, QTensor) and each and values.scheme.block.flat:
+        return replace(values, shape=(prod(values.shape) // each, each))
+    plain = values.dequantize() if isinstance(values, QTensor) and each else values
+    return plain.view(-1, each) if isinstance(plain, Tensor) and each else plain
 
 
 def _rows_of(values: Tensor | QTensor, start: int, stop: int) -> Float[Tensor, "rows blocks"]:

@@ -137,6 +137,19 @@ def test_what_is_packed_is_unpacked(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_is_beside_codes_is_unpacked_without_them(name: str) -> None:
+    q = random(name, (5, 512), 1)
+    hollow = torch.empty(5, 512, dtype=torch.uint8, device="meta")
+    if name in TABLES:
+        with pytest.raises(ValueError, match="without its codes"):
+            unpack(name, stored(q, name), (5, 512), hollow)
+        return
+    ours, theirs = dict(q.parts()), dict(unpack(name, stored(q, name), (5, 512), hollow).parts())
+    assert theirs.pop("codes") is hollow and ours.pop("codes") is q.codes
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[part], theirs[part]) for part in ours)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_rows_are_no_bytes(name: str) -> None:
     for shape in ((0, 256), (3, 0)):
         q = unpack(name, torch.empty(shape[0], BLOCKS[name].row_bytes(shape[1]), dtype=torch.uint8), shape)

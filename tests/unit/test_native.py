@@ -28,7 +28,16 @@ NF4 += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1.0]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 # Rows, columns, rows and columns of a block: whole and cut blocks, one column, no rows, blocks beyond the weight.
-SHAPES = [(3, 256, 1, 128), (3, 150, 1, 32), (4, 77, 3, 24), (2, 40, 9, 99), (3, 50, 2, 1), (1, 1, 1, 1), (0, 8, 1, 4)]
+SHAPES = [
+    (3, 256, 1, 128),
+    (3, 150, 1, 32),
+    (4, 77, 3, 24),
+    (2, 40, 9, 99),
+    (3, 50, 2, 1),
+    (3, 44, 1, 8),
+    (1, 1, 1, 1),
+    (0, 8, 1, 4),
+]
 shapes = pytest.mark.parametrize("shape", SHAPES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 every_width = pytest.mark.parametrize("bits", range(1, 9))

@@ -262,6 +262,15 @@ def test_dequantize_is_its_slow_definition(name: str, shape: tuple[int, ...]) ->
         assert torch.equal(q.dequantize(dtype), exact.to(dtype))
 
 
+@pytest.mark.parametrize("cols", [48, 41])
+@pytest.mark.parametrize("name", ["nf4-flat16", "nf4-flat16-dq", "int4-flat8-asym", "int4-flat48", "int4-g16"])
+def test_rows_are_those_of_the_slow_definition(name: str, cols: int) -> None:
+    q = random_qtensor(parse(name), (7, cols), seed=len(name))
+    exact = slow_dequantize(q)
+    for start, stop in ((0, 7), (2, 5), (6, 7), (3, 3)):
+        assert torch.equal(q.rows(start, stop), exact[start:stop])
+
+
 def test_dequantize_by_hand() -> None:
     codes = torch.tensor([[0, 8, 15, 9]], dtype=torch.uint8)
     q = QTensor(parse("int4-g2"), (1, 4), codes, torch.tensor([[0.5, 2.0]]))

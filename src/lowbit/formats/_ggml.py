@@ -54,8 +54,6 @@ class BlockType:
 
 # Its blocks have four scales in E4M3, unsigned; what multiplies these is a tensor beside (`formats/gguf.py`).
 _SCALED = "nvfp4"
-_MANY = 2**20  # weights whose codes are made to get at what is beside them: still in the cache, and few calls
-_PLAIN = ("q4_0", "q5_0", "q8_0")  # integers under a float16 alone, which is first in each block
 
 
 def _block_type(name: str) -> BlockType:
@@ -124,8 +122,7 @@ def unpack(
     rows, cols = view_shape(shape, kind.scheme.block)
     _check_bytes(kind, rows, cols, stored)
     codes = torch.empty(rows, cols, dtype=torch.uint8) if codes is None else codes
-    parts = _scales(kind, rows, cols, stored, codes) if codes.is_meta else _parts(kind, stored, codes)
-    parts = _negated(name, parts)
+    parts = _negated(name, _parts(kind, stored, codes))
     grid = kind.scheme.grid
     if len(grid.levels) < 2**grid.stored_bits and not codes.is_meta:  # others fill their bits, or come from tables
         below(f"codes of {name}", codes, len(grid.levels))
@@ -135,23 +132,8 @@ def unpack(
     return QTensor(kind.scheme, shape, codes, scales, minima=minima)
 
 
-def _scales(kind: BlockType, rows: int, cols: int, stored: Tensor, codes: Tensor) -> native.GgmlParts:
-    """What is in the blocks but `codes`, which are a shape alone."""
-    if kind.name in _PLAIN:
-        halves = stored.contiguous().view(torch.int16).view(-1, kind.bytes // 2)
-        return native.GgmlParts(codes, halves[:, 0].contiguous().view(torch.uint8))
-    found = [_beside(kind, stored[some], cols) for some in (slice(0, 0), *row_chunks(rows, cols, _MANY))]
-    each = (None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
-    return native.GgmlParts(codes, *each)  # type: ignore[arg-type]
-
-
-def _beside(kind: BlockType, stored: Tensor, cols: int) -> tuple[Tensor | None, ...]:
-    parts = _parts(kind, stored, torch.empty(len(stored), cols, dtype=torch.uint8))
-    return parts.scale, parts.min, parts.scale_codes, parts.min_codes
-
-
 def _parts(kind: BlockType, stored: Tensor, codes: Tensor) -> native.GgmlParts:
-    """What is in rows of blocks, whose codes go to `codes`."""
+    """What is in rows of blocks, whose codes go to `codes`, unless that is a shape alone."""
     rows, cols = codes.shape
     parts = _empty_parts(kind, rows, cols, codes)
     native.ggml_unpack(kind.id, rows * cols // kind.weights, stored.contiguous(), out=parts)

@@ -134,7 +134,7 @@ def _reorder(codes: Tensor, weight: Weight, order: Tensor) -> None:
     """Put rows in the order of transformers, in place: within each head, or some columns at a time."""
     if weight.interleaved:
         for head in codes.chunk(weight.interleaved):
-            head.copy_(head[separate(len(head), 1)])
+            head.copy_(head.index_select(0, separate(len(head), 1)))
         return
     for start in range(0, codes.shape[1], _COLUMNS):
         columns = codes[:, start : start + _COLUMNS]
@@ -145,7 +145,7 @@ def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, word
     order, columns, stop = own_rows(weight), file_columns(weight), start + len(words)
     part = tensors[weight.name]
     blocks = part.reshape(-1, part.shape[-1])
-    blocks = blocks[start:stop] if order is None else blocks[order[start:stop]]
+    blocks = blocks[start:stop] if order is None else blocks.index_select(0, order[start:stop])
     words_of(_kind(weight).name, blocks, words, None if columns is None else columns.argsort())
 
 
@@ -153,11 +153,12 @@ def _rows(q: QTensor, index: Tensor) -> QTensor:
     """Some rows of a tensor whose blocks are within a row."""
     scales = q.scales if not q.scheme.block.rows else _part(q.scales, index)  # of NVFP4's scales there is one
     minima = None if q.minima is None else _part(q.minima, index)
-    return replace(q, shape=(len(index), *q.shape[1:]), codes=q.codes[index], scales=scales, minima=minima)
+    codes = q.codes.index_select(0, index)
+    return replace(q, shape=(len(index), *q.shape[1:]), codes=codes, scales=scales, minima=minima)
 
 
 def _part(values: Tensor | QTensor, index: Tensor) -> Tensor | QTensor:
-    return _rows(values, index) if isinstance(values, QTensor) else values[index]
+    return _rows(values, index) if isinstance(values, QTensor) else values.index_select(0, index)
 
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -38,7 +38,7 @@ METHODS = ("mse", "rtn", "ggml_fit")  # what quantizes again, the first that sup
 _GROUPS = (1024, 512, 256, 128, 64, 32, 16)
 _SMALL = 1e-4  # relative squared error of rounded scales below which no other way is tried
 _SAMPLE = 1 << 18
-_FLOATS = 1 << 19  # of a run that is written, and read back while it is in the cache
+_FLOATS = 1 << 20  # of a run that is tried, or written and read back while it is in the cache
 _ALIGN = 64
 
 
@@ -425,10 +425,10 @@ class Changer:
         """What rounding the values to a float type changes; not of all of them, unless `whole`, where it does."""
         error = Error()
         for q in self.pieces(weight) if dtype != torch.float32 else ():
-            rows, cols = view_shape(q.shape, Block(1, 0))
-            for some in row_chunks(rows, cols, _SAMPLE):
-                out = torch.empty(some.stop - some.start, cols, dtype=dtype)
-                error += gap(q, some.start, q.rows(some.start, some.stop, out))
+            start = 0
+            for values in _floats(q, dtype):
+                error += gap(q, start, values)
+                start += len(values)
                 if error.largest and not whole:
                     return error
         return error
@@ -436,12 +436,8 @@ class Changer:
     def floats(
         self, weight: Weight, dtype: torch.dtype, tensors: Mapping[str, Tensor] | None = None
     ) -> Iterator[Tensor]:
-        """Rows of the weight in a float type, in order."""
-        for q in self.pieces(weight, tensors):
-            rows, cols = view_shape(q.shape, Block(1, 0))
-            for some in row_chunks(rows, cols, _FLOATS):
-                out = torch.empty(some.stop - some.start, cols, dtype=dtype)
-                yield q.rows(some.start, some.stop, out)
+        """Rows of the weight in a float type, in order, in memory that the next ones take."""
+        return chain.from_iterable(_floats(q, dtype) for q in self.pieces(weight, tensors))
 
     def made_float(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """The weight as the model holds it, in a float type."""
@@ -486,6 +482,14 @@ class Changer:
             return q
         assert form.codes is not None
         return streamed(q, form.codes, weight, _contiguous(pieces))
+
+
+def _floats(q: QTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Rows of a tensor in a float type, a run at a time, in memory that the next ones take."""
+    rows, cols = view_shape(q.shape, Block(1, 0))
+    chunks = list(row_chunks(rows, cols, _FLOATS))
+    room = torch.empty(chunks[0].stop if chunks else 0, cols, dtype=dtype)
+    return (q.rows(some.start, some.stop, room[: some.stop - some.start]) for some in chunks)
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -28,7 +28,8 @@ from lowbit.tensors import QTensor, view_shape
 
 Value = QTensor | Tensor
 _RUN = 4 * 2**20  # bytes: little enough to be in the processor's cache from writing to reading
-_PANEL = 2**20  # codes: few panels, which a core still finds in its share of the cache
+_PANEL = 2**22  # codes: few panels, which are still in the cache when they are hashed
+_LINE = 16  # words of a line of the cache, which columns of rows are read by
 _LINES = 128  # rows of a panel are a multiple of it: transposed words come in runs of several lines of the cache
 # Parts that stand for `codes` where these were never there: what `native.pack_bits` makes of them, and that turned.
 _WORDS, _TURNED = "words", "turned words"
@@ -116,7 +117,7 @@ class Streamed:
             return
         if (yield from _at_once(self.turned, place, wide)):
             return
-        step = max(_PANEL * self.q.scheme.grid.bits // 32 // max(rows, 1), 1)
+        step = max(_PANEL * self.q.scheme.grid.bits // 32 // max(rows, 1) // _LINE, 1) * _LINE
         room = torch.empty(min(step, wide), rows, dtype=torch.int32)
         for start in range(0, wide, step):
             lines = room[: min(step, wide - start)]

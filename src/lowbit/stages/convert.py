@@ -99,9 +99,7 @@ def plan_conversion(
     left, reasons, changes = [source.weights[name] for name in source.weights if name not in kept], {}, dict(kept)
     way = _estimate(source, goal, left, ram, threads, again=goal.format == _float.NAME)
     if goal.format != _float.NAME:
-        # Where only scales are looked at nearly all is done under the interpreter's lock, for which two threads fight.
-        light = replace(way, threads=1) if all(_streams(source, goal, weight) for weight in left) else way
-        found = _each(source, goal, folder, light, left, lambda changer, weight: changer.lossless(weight), progress)
+        found = _each(source, goal, folder, way, left, lambda changer, weight: changer.lossless(weight), progress)
         changes |= {name: change for name, change in found.items() if isinstance(change, Change)}
         reasons = {name: reason for name, reason in found.items() if isinstance(reason, str)}
         left = [source.weights[name] for name in reasons]
@@ -117,13 +115,6 @@ def plan_conversion(
     found_all = tuple(changes[name] for name in source.weights)
     goal.form.config([each.entry.weight for each in found_all], source.config)  # it may refuse them together
     return Conversion(source, goal, found_all, way, folder)
-
-
-def _streams(source: Checkpoint, goal: Goal, weight: Weight) -> bool:
-    """Whether no code of a weight is looked at until it goes over."""
-    assert weight.scheme is not None and source.format is not None
-    forms: list[Format] = [plugins.load("formats", source.format), goal.form]
-    return weight.scheme.nested is None and all(form.codes and form.hollow(weight.scheme) for form in forms)
 
 
 def _kept(source: Checkpoint, weight: Weight, goal: Goal) -> Weight:
