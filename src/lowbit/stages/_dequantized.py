@@ -40,11 +40,8 @@ def dequantized(source: Checkpoint) -> Checkpoint:
     stored = joined_rows(
         replace(source, weights=plain, terms=read_adapter(adapter) if adapted else {}), "float", dtype, lossy=True
     )
-    made = {
-        name: Weight(name, weight.held, dtype or weight.dtype)
-        for name, weight in stored.weights.items()
-        if weight.scheme
-    }
+    quantized = {name: weight for name, weight in stored.weights.items() if weight.scheme}
+    made = {name: Weight(name, weight.held, dtype or weight.dtype) for name, weight in quantized.items()}
     pieces = {name: stored.pieces(name) for name in made}
     read = {piece for found in pieces.values() for piece in found}
     # Read is the first piece, which the edit then replaces.
@@ -57,8 +54,8 @@ def dequantized(source: Checkpoint) -> Checkpoint:
         specs=spread(stored.specs, at_first(pieces, specs)),
         extras=tuple(extra for extra in source.extras if str(extra.relative_to(source.root)) not in gone),
         format=None,
-        made_bytes=_MAKING * max(prod(weight.shape) for weight in made.values()),
-        was={name: f"{stored.weights[name].scheme} of {source.format}" for name in made},
+        made_bytes=_MAKING * max((prod(weight.shape) for weight in made.values()), default=0),
+        was={name: f"{weight.scheme} of {source.format}" for name, weight in quantized.items()},
         weights={**stored.weights, **made},
         files=spread(stored.files, at_first(pieces, files)),
         edits={name: edit for name, edit in stored.edits.items() if name not in read}

@@ -134,19 +134,23 @@ def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = n
         {name: held[file] for name, file in source.files.items()},
         {name: dict.fromkeys(pieces, held[source.files[name]]) for name, pieces in found.items()},
     )
-    read = lru_cache(maxsize=1)(lambda name: cuts[name](source.tensor(name)))  # its parts are read one after the other
-    edits = {
-        new: edit
-        for name, whole in source.edits.items()
-        for new, edit in ({n: _part(read, name, n) for n in found[name]} if name in found else {name: whole}).items()
-    }
-    alone = {
-        new: WeightFile(file.path, file.size, {new: file.slots[name]})
-        for name in found.keys() & source.was.keys()
-        for file in [source.files[name]]
-        for new in found[name]
-    }
+    edits, alone = _made_apart(source, {name: cut for name, cut in cuts.items() if name in source.was}, found)
     return replace(source, specs=specs, weights=spread(source.weights, made), files=files | alone, edits=edits)
+
+
+def _made_apart(
+    source: Checkpoint, cuts: Mapping[str, Cut], found: Mapping[str, Mapping[str, Slot]]
+) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, WeightFile]]:
+    """How the parts of stacks that are made, and lie in no file, are read: edits of all, and files of these."""
+    read = lru_cache(maxsize=1)(lambda name: cuts[name](source.tensor(name)))  # its parts are read one after the other
+    edits, files = dict(source.edits), {}
+    for name in cuts:
+        del edits[name]
+        file = source.files[name]
+        for part in found[name]:
+            edits[part] = _part(read, name, part)
+            files[part] = WeightFile(file.path, file.size, {part: file.slots[name]})
+    return edits, files
 
 
 def _part(read: Callable[[str], Mapping[str, Tensor]], name: str, part: str) -> Callable[[Tensor], Tensor]:
