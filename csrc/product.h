@@ -817,6 +817,27 @@ void many_floats(const Product& of, int64_t panel, const Weight& weight) {
     }
 }
 
+// Of small floats in the order of `one_float`, without a place in between.
+template <int mantissa>
+void one_float(const Product& of, int64_t panel, const Leveled<SmallFloat<mantissa>>& weight) {
+    F even = set(0.0f), odd = even;
+    const SmallFloat<mantissa>& level = weight.level;
+    const uint8_t* codes = codes_of_panel(of, panel);
+    int64_t group = panel * of.cols / of.step;
+    for (int64_t first = 0; first < of.cols; first += of.step, group++) {
+        F scale = scales_at(of, of.scale.data, group);
+        for (int64_t col = first; col < first + of.step; col += 4, codes += 64) {
+            I word = load_words(codes);
+            ask_for<1>(codes);
+            even = fma(mul(level.template at<0>(word), scale), set(of.input[col]), even);
+            odd = fma(mul(level.template at<8>(word), scale), set(of.input[col + 1]), odd);
+            even = fma(mul(level.template at<16>(word), scale), set(of.input[col + 2]), even);
+            odd = fma(mul(level.template at<24>(word), scale), set(of.input[col + 3]), odd);
+        }
+    }
+    store_rows(of, panel, 0, add(even, odd));
+}
+
 template <class Weight>
 void float_panels(const Product& of, int64_t first, int64_t last, const Weight& weight) {
     for (int64_t panel = first; panel < last; panel++)
