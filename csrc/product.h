@@ -879,9 +879,8 @@ void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last) {
     else if (of.way == Way::wide) wide_panels(of, first, last);
     else if (of.way != Way::floats) code_panels(of, first, last);
     else if (of.bits <= 4) float_panels(of, first, last, Leveled<Level16>{of, {load_f32(of.level)}});
-    else if (of.zero) float_panels(of, first, last, Leveled<Level256>{of, {of.level}});
-    else if (SmallFloat<3>::is(of.level)) float_panels(of, first, last, Leveled<SmallFloat<3>>{of, {}});
-    else if (SmallFloat<2>::is(of.level)) float_panels(of, first, last, Leveled<SmallFloat<2>>{of, {}});
+    else if (!of.zero && SmallFloat<3>::is(of.level)) float_panels(of, first, last, Leveled<SmallFloat<3>>{of, {}});
+    else if (!of.zero && SmallFloat<2>::is(of.level)) float_panels(of, first, last, Leveled<SmallFloat<2>>{of, {}});
     else float_panels(of, first, last, Leveled<Level256>{of, {of.level}});
 }
 

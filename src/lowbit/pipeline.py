@@ -19,7 +19,7 @@ from lowbit.stages import convert, imatrix, quantize, tune
 from lowbit.stages._adapter import Terms
 from lowbit.stages._changes import Goal, model_dtype
 from lowbit.stages._cost import Cost
-from lowbit.stages._dequantized import dequantized, told_dequantized
+from lowbit.stages._dequantized import taken_apart, told_dequantized
 from lowbit.stages._directory import GGUF
 from lowbit.stages._experts import apart, check_whole, finds, told_apart
 from lowbit.stages._gguf_vocabulary import untold
@@ -395,9 +395,7 @@ def _open(request: Request, tell: Tell) -> Checkpoint:
     opened = open_checkpoint(request.model, request.trust_remote_code)
     form = read_format(request.plan) if request.plan else request.rules.format
     whole = read_names(request.plan).__contains__ if request.plan else finds(request.rules.skip)
-    spread = apart(opened, form, whole)
-    if request.requantize:
-        spread = apart(dequantized(spread), form, whole)
+    spread = taken_apart(opened, form, whole, request.requantize)
     source = text_part(spread, form)
     for said in (source.left_out, told_apart(opened, spread, form), told_dequantized(source)):
         if said:

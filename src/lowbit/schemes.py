@@ -382,10 +382,10 @@ _MIXTURE = re.compile(r"i?q[1-8](_k)?_(s|m|l|xs|xxs)")
 
 def _meant(name: str) -> str:
     """What to write in place of a name that is no scheme's."""
-    known = _ELSEWHERE.get(name.lower().replace("_", "-"))
+    known = _ELSEWHERE.get(name.replace("_", "-"))
     if known:
         return f"write {known}"
-    if _MIXTURE.fullmatch(name.lower()):
+    if _MIXTURE.fullmatch(name):
         return "llama.cpp's mixtures are for --format gguf"
     return f"grids are: {', '.join(FAMILIES)} (see `lowbit quantize --help`)"
 

@@ -18,8 +18,8 @@ from lowbit.errors import CheckpointError, QualityError, UnsupportedError, Usage
 from lowbit.pipeline import Request, counted, read_once, run
 from lowbit.runtime.bench import bench
 from lowbit.stages import quantize
-from lowbit.stages._dequantized import dequantized
-from lowbit.stages._experts import apart, finds
+from lowbit.stages._dequantized import taken_apart
+from lowbit.stages._experts import finds
 from lowbit.stages._frontier import Interval, Point, read_point
 from lowbit.stages._text_part import text_part
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
@@ -123,10 +123,7 @@ def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tup
 
 def _apart(base: Request, checkpoint: Checkpoint, rules: Rules) -> Checkpoint:
     """As the line takes it, but for rows that have schemes of their own."""
-    spread = apart(checkpoint, rules.format, whole := finds(rules.skip))
-    if base.requantize:
-        spread = apart(dequantized(spread), rules.format, whole)
-    return text_part(spread, rules.format)
+    return text_part(taken_apart(checkpoint, rules.format, finds(rules.skip), base.requantize), rules.format)
 
 
 def _said(plan: Plan) -> list[tuple[str, int, int]]:

@@ -308,10 +308,13 @@ def _cut(values: Tensor | QTensor, start: int, stop: int) -> Tensor | QTensor:
 
 def _in_rows(values: Tensor | QTensor, each: int) -> Tensor | QTensor:
     """Scales or zero points of flat blocks, `each` of them to a row; as they are where that is 0."""
-    if isinstance(values, QTensor) and each and values.scheme.block.flat:
+    if not each:
+        return values
+    if not isinstance(values, QTensor):
+        return values.view(-1, each)
+    if values.scheme.block.flat:
         return replace(values, shape=(prod(values.shape) // each, each))
-    plain = values.dequantize() if isinstance(values, QTensor) and each else values
-    return plain.view(-1, each) if isinstance(plain, Tensor) and each else plain
+    return values.dequantize().view(-1, each)
 
 
 def _rows_of(values: Tensor | QTensor, start: int, stop: int) -> Float[Tensor, "rows blocks"]:

@@ -7,6 +7,7 @@ checkpoint to start from. A weight is read as the float32 that its codes stand f
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from lowbit.formats import Spec, Weight
 from lowbit.formats._linear import declare
-from lowbit.stages._adapter import ADAPTER, CONFIG, WEIGHTS, read_adapter
+from lowbit.stages._adapter import ADAPTER, CONFIG, read_adapter
 from lowbit.stages._changes import model_dtype
-from lowbit.stages._experts import spread
-from lowbit.stages._row_views import alone, at_first, joined_rows
+from lowbit.stages._experts import apart, spread
+from lowbit.stages._row_views import at_first, joined_rows
 from lowbit.stages.checkpoint import Checkpoint
-from lowbit.stages.convert import outdated
+from lowbit.stages.convert import lasting
 
 # Bytes of each element that is read: its code, its float32, and once more, where it is transposed or cut into pieces.
 _MAKING = 9
@@ -45,14 +46,13 @@ def dequantized(source: Checkpoint) -> Checkpoint:
     pieces = {name: stored.pieces(name) for name in made}
     read = {piece for found in pieces.values() for piece in found}
     # Read is the first piece, which the edit then replaces.
-    files = {name: alone(stored.files[found[0]], found[0], name) for name, found in pieces.items()}
+    files = {name: stored.files[found[0]].alone(found[0], name) for name, found in pieces.items()}
     specs = {name: Spec(weight.dtype, weight.shape) for name, weight in made.items()}
-    gone = {*outdated(source), f"{ADAPTER}/{CONFIG}", f"{ADAPTER}/{WEIGHTS}"}
     return replace(
         stored,
         config=declare(source.config, None),
         specs=spread(stored.specs, at_first(pieces, specs)),
-        extras=tuple(extra for extra in source.extras if str(extra.relative_to(source.root)) not in gone),
+        extras=lasting(source),
         format=None,
         made_bytes=_MAKING * max((prod(weight.shape) for weight in made.values()), default=0),
         was={name: f"{weight.scheme} of {source.format}" for name, weight in quantized.items()},
@@ -62,6 +62,15 @@ def dequantized(source: Checkpoint) -> Checkpoint:
         | {name: partial(_read, stored, name) for name in made},
         terms={},
     )
+
+
+def taken_apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool], requantize: bool) -> Checkpoint:
+    """The checkpoint with tensors that hold several matrices apart, and what is quantized as floats, if `requantize`.
+
+    Stacks of codes come apart as these (gpt-oss's), others as what they stand for (DeepSeek's keys and values).
+    """
+    stored = apart(source, form, whole)
+    return apart(dequantized(stored), form, whole) if requantize else stored
 
 
 def told_dequantized(source: Checkpoint) -> str | None:

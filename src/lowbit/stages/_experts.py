@@ -146,10 +146,8 @@ def _made_apart(
     edits, files = dict(source.edits), {}
     for name in cuts:
         del edits[name]
-        file = source.files[name]
         for part in found[name]:
-            edits[part] = _part(read, name, part)
-            files[part] = WeightFile(file.path, file.size, {part: file.slots[name]})
+            edits[part], files[part] = _part(read, name, part), source.files[name].alone(name, part)
     return edits, files
 
 

@@ -56,18 +56,12 @@ def _apart(source: Checkpoint, name: str, blocks: Sequence[Runs]) -> dict[str, t
     for number, runs in enumerate(blocks):
         shape = (sum(b - a for a, b in runs), *weight.shape[1:])
         block = replace(weight, name=block_name(name, number), shape=shape, rows=runs)
-        found[block.name] = (block, alone(file, name, block.name))
+        found[block.name] = (block, file.alone(name, block.name))
     if order is not None:
         at = Weight(places_name(name), tuple(order.shape), order.dtype)
         slot = Slot(Spec(at.dtype, at.shape), 0, 0)
         found[at.name] = (at, WeightFile(file.path, file.size, {at.name: slot}, values={at.name: order}))
     return found
-
-
-def alone(file: WeightFile, name: str, new: str) -> WeightFile:
-    """The file with one of its tensors, under another name."""
-    values = {new: file.values[name]} if name in file.values else {}
-    return WeightFile(file.path, file.size, {new: file.slots[name]}, values=values)
 
 
 def _rows(runs: Runs, edit: Callable[[Tensor], Tensor] | None, tensor: Tensor) -> Tensor:
@@ -98,7 +92,7 @@ def joined_rows(source: Checkpoint, form: str, dtype: torch.dtype | None = None,
         name: [p for n in found if n in source.weights for p in source.pieces(n)] for name, found in names.items()
     }
     # Read is the first piece of the first block, which the edit then replaces.
-    files = {name: alone(source.files[found[0]], found[0], name) for name, found in pieces.items()}
+    files = {name: source.files[found[0]].alone(found[0], name) for name, found in pieces.items()}
     edits = {name: partial(_dequantized, source, blocks[name], weight.dtype) for name, weight in whole.items()}
     specs = {name: Spec(weight.dtype, weight.shape) for name, weight in whole.items()}
     gone = {piece for found in pieces.values() for piece in found}

@@ -99,6 +99,11 @@ class WeightFile:
     skipped: Sequence[str] = ()
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def alone(self, name: str, new: str) -> WeightFile:
+        """The file with one of its tensors, under another name."""
+        values = {new: self.values[name]} if name in self.values else {}
+        return WeightFile(self.path, self.size, {new: self.slots[name]}, values=values)
+
     def tensor(self, name: str) -> Tensor:
         """A view of one stored tensor: pages come from the file when they are read and count as no anonymous memory.
 

@@ -234,25 +234,27 @@ def convert(conversion: Conversion, output: Output, watch: MemoryWatch, progress
 def finish(conversion: Conversion, output: Output) -> None:
     """Write what is not a weight: configuration, files that are carried along, low-rank terms beside the weights."""
     source = conversion.source
-    root, gone = source.root, {*outdated(source), f"{ADAPTER}/{CONFIG}"}
-    extras = tuple(extra for extra in source.extras if str(extra.relative_to(root)) not in gone)
-    adapter = root / ADAPTER
+    adapter = source.root / ADAPTER
     if source.path.is_dir() and (adapter / CONFIG).exists():
         copy_atomic(adapter / WEIGHTS, output.path / ADAPTER / WEIGHTS)
         config = {**read_json(adapter / CONFIG), "base_model_name_or_path": str(output.path)}
         write_atomic(output.path / ADAPTER / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
     write_atomic(output.path / CONVERSION, conversion_note(source))
-    output.finish(replace(source, extras=extras))
+    output.finish(replace(source, extras=lasting(source)))
 
 
-def outdated(source: Checkpoint) -> set[str]:
-    """Files that are not true of what is made of a checkpoint: its reports, and in which its format declares itself."""
-    found = set(_OUTDATED)
+def lasting(source: Checkpoint) -> tuple[Path, ...]:
+    """Files beside the weights that are true of what is made of a checkpoint too.
+
+    Its reports are not, nor those in which its format declares itself, nor what says that an adapter is for it.
+    """
+    found = {*_OUTDATED, f"{ADAPTER}/{CONFIG}"}
     if source.format:
         form: Format = plugins.load("formats", source.format)
         with suppress(UnsupportedError):  # some are read in mixtures that are not written
             found |= set(form.config(list(source.weights.values()), source.config))
-    return found - {"config.json"}
+    gone = found - {"config.json"}
+    return tuple(extra for extra in source.extras if str(extra.relative_to(source.root)) not in gone)
 
 
 def remake(conversion: Conversion) -> Callable[[Entry], QTensor | Tensor]:
