@@ -14,7 +14,8 @@ that is left where another process computes on each of the first N cores, as a s
 With `--cpu`, prompts and tokens are timed by the processor time of this process: for one thread of both, on a machine
 that others use (with more, who waits for others by looking counts as computing).
 With `--opening`, how long it takes to open a file over reading it once (from memory), and the seconds from a second
-start with `--cache` to the first token of an answer, modules being imported.
+start with `--cache` to the first token of an answer, modules being imported; then the seconds of a whole process of
+each, in turn: from the start of Python to the end of a text of one token.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ import lowbit
 from lowbit.runtime.bench import read_rate, seconds
 from lowbit.runtime.runner import open_runner
 
+LLAMA = """
+import sys, llama_cpp
+llama_cpp.Llama(sys.argv[1], n_ctx=64, n_threads=int(sys.argv[2]), verbose=False)("hello", max_tokens=1)
+"""
 COMPUTE = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
 
 
@@ -136,6 +141,19 @@ def opening(file: Path, threads: int, runs: int) -> dict[str, float]:
     return {"opening_over_reading": fresh / read, "opening_seconds": fresh, "second_start_seconds": second}
 
 
+def processes(file: Path, threads: int, runs: int) -> dict[str, float]:
+    """Medians of the times from the start of a process to the end of a text of one token."""
+    words = ["-m", "lowbit", "generate", str(file.parent), "--prompt", "hello", "--max-tokens", "1"]
+    commands = {"process": [*words, "--threads", str(threads)], "llama.cpp": ["-c", LLAMA, str(file), str(threads)]}
+
+    def work(name: str) -> None:
+        subprocess.run([sys.executable, *commands[name]], check=True, capture_output=True)
+
+    times = [{name: seconds(partial(work, name)) for name in commands} for _ in range(runs + 1)][1:]
+    ours, theirs = (statistics.median(each[name] for each in times) for name in commands)
+    return {"process_seconds": ours, "process_seconds_of_llama.cpp": theirs}
+
+
 def spent(work: Callable[[], object]) -> float:
     """Seconds of processor time of one call."""
     begin = time.process_time()
@@ -194,7 +212,8 @@ def main() -> None:
         file = made(args.big, args.work, scheme)
         for threads in args.threads:
             found = measure(file, threads, args)
-            found |= opening(file, threads, args.runs) if args.opening else {}
+            if args.opening:
+                found |= opening(file, threads, args.runs) | processes(file, threads, args.runs)
             results[f"{scheme}:{threads}"] = found
             shown = "  ".join(f"{name} {value:.3g}" for name, value in found.items())
             print(f"{scheme:8} {threads} threads  {shown}", flush=True)

@@ -57,6 +57,16 @@ def test_a_llama_goes_into_gguf_without_transformers(wiki_8m: Path, tmp_path: Pa
     assert int(frozen) > 10_000
 
 
+def test_a_llama_goes_on_without_its_class(wiki_8m: Path) -> None:
+    """Importing it takes longer than all else; the tokenizer is that of transformers."""
+    command = ["generate", str(wiki_8m), "--prompt", "The", "--max-tokens", "2"]
+    loaded = (
+        "import sys; print('\\n' + str('transformers' in sys.modules), 'transformers.modeling_utils' in sys.modules)"
+    )
+    text = python(f"{MAIN}\n{loaded}", *command)
+    assert text.splitlines()[-1] == "True False"
+
+
 def test_help_names_every_command() -> None:
     text = python(MAIN, "--help")
     files = (Path(__file__).resolve().parents[2] / "src" / "lowbit" / "cli").glob("[!_]*.py")

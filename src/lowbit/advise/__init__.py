@@ -12,19 +12,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from math import exp, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from lowbit.advise.hardware import Hardware
 from lowbit.budget import format_size
 from lowbit.errors import LowbitError, UnsupportedError, UsageError
 from lowbit.stages._experts import apart
-from lowbit.stages._model import open_config
+from lowbit.stages._told import Config, open_facts
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 from lowbit.stages.plan import Calibration, Entry, Rules, make_plan, tied_names
 from lowbit.stages.running import Cache, Kept, Running, activation_bytes, cache_of, read_bytes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 # Least bits per quantized weight that the rules of thumb hold to be safe, by millions of parameters (docs/advise.md).
 _SAFE = ((1_000, 6.0), (3_000, 5.0))
@@ -155,7 +152,7 @@ def advise(
         UnsupportedError: a model whose cache is not worked out here.
         LowbitError: see `lowbit.errors`.
     """
-    config, runtimes = open_config(checkpoint), _runtimes(question)
+    config, runtimes = open_facts(checkpoint), _runtimes(question)
     sizes = cache(partial(_sizes, checkpoint))
     found = [option for runtime in runtimes for option in _options(checkpoint, config, question, runtime, sizes)]
     parameters = _count(_as_it_is(checkpoint))
@@ -210,7 +207,7 @@ def _sizes(checkpoint: Checkpoint, form: str, scheme: str | None, activations: s
 
 def _options(
     checkpoint: Checkpoint,
-    config: PreTrainedConfig,
+    config: Config,
     question: Question,
     runtime: Mapping[str, Any],
     sizes: Callable[[str, str | None, str | None], _Sizes | str],
@@ -322,7 +319,7 @@ def _unjudged(form: str) -> Mapping[str, Any]:
 def _sized(
     option: Option,
     sizes: _Sizes,
-    config: PreTrainedConfig,
+    config: Config,
     question: Question,
     runtime: Mapping[str, Any],
     load: Mapping[str, Any],

@@ -8,11 +8,10 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.errors import UnsupportedError
 from lowbit.native import MATRICES, NORMS, Cache, Decoder, DecoderEnds, DecoderLayer, DecoderShape, Matrix
-from lowbit.runtime.linear import Linear
 from lowbit.runtime.model import Loaded
 from lowbit.runtime.panels import Packed, pack_dense
 from lowbit.runtime.table import Table
@@ -258,7 +257,7 @@ def _table(block: Any, config: Any, tables: Mapping[str, Tensor], number: int) -
     return list(tables).index("" if "" in tables else _kinds(config)[number])
 
 
-def _matrices(block: Any, facts: Facts, config: Any) -> Iterator[tuple[str, nn.Module, int, int]]:
+def _matrices(block: Any, facts: Facts, config: Any) -> Iterator[tuple[str, Any, int, int]]:
     """Each matrix of a block: the layer that has it, its first row in it, and its rows."""
     attention, feed = block.self_attn, block.mlp
     heads = {
@@ -290,13 +289,13 @@ def _norms(block: Any, facts: Facts) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, _weight(module, facts)) for name, module in modules.items() if module is not None)
 
 
-def _weight(norm: nn.Module, facts: Facts) -> Float[Tensor, " width"]:
-    return _detached(norm.get_parameter("weight")).float() + facts.plus
+def _weight(norm: Any, facts: Facts) -> Float[Tensor, " width"]:
+    return _detached(norm.weight).float() + facts.plus
 
 
-def _packed(module: nn.Module) -> Packed:
+def _packed(module: Any) -> Packed:
     """That of a layer on the kernels; one that is not is packed as it is."""
-    return module.packed if isinstance(module, Linear) else pack_dense(_detached(module.get_parameter("weight")))
+    return getattr(module, "packed", None) or pack_dense(_detached(module.weight))
 
 
 def _bias(module: Any) -> Tensor | None:

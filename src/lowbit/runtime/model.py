@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 else:  # the run-time check of annotations needs names, and importing these costs a second
     PreTrainedModel = PreTrainedTokenizerBase = object
 
-_EMBEDDING = "model.embed_tokens.weight"  # of all models that the native decoder knows
+EMBEDDING = "model.embed_tokens.weight"  # of all models that the native decoder knows
+ALONE = "no linear layer has it alone"  # why a weight is not on the kernels
 _CHECKED = 1024  # rows at a time, so that codes stay near
 
 
@@ -107,7 +108,7 @@ def open_model(
     Raises:
         LowbitError: see `lowbit.errors`.
     """
-    return open_weights(path, exact, reference, threads, trust_remote_code, cache).loaded()
+    return open_weights(open_checkpoint(path, trust_remote_code), exact, reference, threads, cache).loaded()
 
 
 @final
@@ -142,7 +143,9 @@ class Opened:
     def bare(self) -> Loaded | None:
         """The model without its embedding, which is left as it is stored; None where it is not all that is missing."""
         matrices = [name for name in self.rest if len(self.checkpoint.weights[name].shape) != 1]
-        table = _table(self.blueprint, matrices[0], self.threads) if len(matrices) == 1 else None
+        readers = [path for path, sources in self.blueprint.sources("").items() if {*sources} & {*matrices}]
+        one = len(matrices) == 1 and readers == [EMBEDDING]
+        table = table_of(self.checkpoint, matrices[0], self.threads) if one else None
         if table is None:
             return None
         model = self.blueprint.taken()
@@ -151,22 +154,20 @@ class Opened:
 
 
 def open_weights(
-    path: str | Path,
+    checkpoint: Checkpoint,
     exact: bool = False,
     reference: bool = False,
     threads: int | None = None,
-    trust_remote_code: bool = False,
     cache: Path | None = None,
 ) -> Opened:
     """As `open_model`, up to the model itself; raises like it."""
-    checkpoint = open_checkpoint(path, trust_remote_code)
     blueprint = open_blueprint(checkpoint, torch.float32, vectors=True)
     places = _matrices(blueprint)
     others, workers = dict(_left_out(checkpoint, places.keys(), reference)), threads or torch.get_num_threads()
     file = stored_path(cache, checkpoint, f"weights, exact {exact}") if cache and not reference else None
     stored = read_stored(file) if file and file.exists() else None
     if stored is None:
-        stored = _pack_all(checkpoint, [name for name in places if name not in others], exact, workers)
+        stored = pack_all(checkpoint, [name for name in places if name not in others], exact, workers)
         if file:
             write_stored(file, stored)
     packed, others = dict(stored.matrices), others | stored.facts["others"]
@@ -176,12 +177,10 @@ def open_weights(
     return Opened(checkpoint, blueprint, places, packed, others, frozenset(rest), workers)
 
 
-def _table(blueprint: Blueprint, name: str, threads: int) -> Table | None:
-    """A weight that an embedding has alone, as rows that are looked up; None where it is none that is read so."""
-    checkpoint, weight = blueprint.checkpoint, blueprint.checkpoint.weights[name]
-    readers = [path for path, sources in blueprint.sources("").items() if name in sources]
-    plain = not (weight.swapped or weight.rows or name in checkpoint.terms or name in checkpoint.edits)
-    if readers != [_EMBEDDING] or not plain:
+def table_of(checkpoint: Checkpoint, name: str, threads: int) -> Table | None:
+    """An embedding as rows that are looked up; None where it is none that is read so."""
+    weight = checkpoint.weights[name]
+    if weight.swapped or weight.rows or name in checkpoint.terms or name in checkpoint.edits:
         return None
     kind = type_of(weight.scheme) if weight.scheme and checkpoint.format == "gguf" else ""
     stored = checkpoint.tensor(name) if kind or not weight.scheme else None
@@ -226,10 +225,10 @@ def _left_out(checkpoint: Checkpoint, whole: AbstractSet[str], reference: bool) 
         if reference and (weight.scheme or name in whole):
             yield name, "reference"
         elif name not in whole and weight.scheme:
-            yield name, "no linear layer has it alone"
+            yield name, ALONE
 
 
-def _pack_all(checkpoint: Checkpoint, names: list[str], exact: bool, threads: int) -> Stored:
+def pack_all(checkpoint: Checkpoint, names: list[str], exact: bool, threads: int) -> Stored:
     """Weights as products read them, and why others are not; the largest first, so that no thread is left with it."""
 
     rooms = Rooms(Path(), scratch=False)  # fresh memory for each weight's codes would take longer than unpacking them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from lowbit.native import DecoderShape
 from lowbit.runtime.decoder import Engine, Native, Session, native_of
 from lowbit.runtime.model import Loaded, open_weights
 from lowbit.runtime.stored import Stored, damaged, read_stored, stored_path, write_stored
+from lowbit.runtime.told import told_model
 from lowbit.stages._model import open_tokenizer
 from lowbit.stages._weightfile import read_json
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
@@ -62,8 +64,7 @@ class Runner:
         checkpoint: where the model comes from.
         decoder: what computes its blocks: `native`, or why it is the class of transformers.
         engine: the native decoder, if it is that.
-        model: the model of transformers: whole where it computes; beside the native decoder it may be without its
-            embedding, and from a cache there is none.
+        model: of transformers, where it computes; None beside the native decoder.
         limit: most tokens of a text, with its prompt.
         ends: tokens that end one.
         keep: how the native decoder keeps keys and values, one of `native.KEEPS`.
@@ -117,21 +118,29 @@ def open_runner(
         UsageError: `context` is more than the model takes.
         LowbitError: see `lowbit.errors`.
     """
-    file = None
-    if cache:
-        checkpoint = open_checkpoint(path, trust_remote_code)
-        file = stored_path(cache, checkpoint, f"native, exact {exact}")
-        if file.exists():
-            return _stored_runner(checkpoint, file, threads, context, keep)
-    opened = open_weights(path, exact, threads=threads, trust_remote_code=trust_remote_code)
-    loaded = opened.bare()
-    runner = runner_of(loaded, threads, context, keep) if loaded else None
-    if loaded is None or runner is None or runner.engine is None:
-        loaded = opened.loaded()
+    checkpoint = open_checkpoint(path, trust_remote_code)
+    file = stored_path(cache, checkpoint, f"native, exact {exact}") if cache else None
+    if file and file.exists():
+        return _stored_runner(checkpoint, file, threads, context, keep)
+    for loaded in _ways(checkpoint, exact, threads):
         runner = runner_of(loaded, threads, context, keep)
+        if runner.engine:
+            break
     if file and runner.engine:
         write_stored(file, _stored(runner.engine.native, loaded))
     return runner
+
+
+def _ways(checkpoint: Checkpoint, exact: bool, threads: int | None) -> Iterator[Loaded]:
+    """What a runner may be made of: the native decoder's part first, where that is all, the whole model last."""
+    told = told_model(checkpoint, exact, threads or torch.get_num_threads())
+    if told:
+        yield told
+    opened = open_weights(checkpoint, exact, threads=threads)
+    bare = opened.bare()
+    if bare:
+        yield bare
+    yield opened.loaded()
 
 
 def runner_of(loaded: Loaded, threads: int | None = None, context: int | None = None, keep: str = "float16") -> Runner:
@@ -141,9 +150,10 @@ def runner_of(loaded: Loaded, threads: int | None = None, context: int | None = 
         engine = Engine(native_of(loaded), threads)
     except UnsupportedError as error:
         decoder = str(error)
+    limit, ends = _limit(_positions(loaded), context), _ends(loaded)
     return Runner(
-        loaded.checkpoint, decoder, engine, loaded.model, _limit(_positions(loaded), context), _ends(loaded), keep,
-        len(loaded.kernels), loaded.others,
+        loaded.checkpoint, decoder, engine, None if engine else loaded.model, limit, ends, keep, len(loaded.kernels),
+        loaded.others,
     )  # fmt: skip
 
 

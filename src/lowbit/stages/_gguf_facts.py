@@ -6,15 +6,14 @@ Importing its configurations takes seconds, which is longer than a small model i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import inf
 from typing import Any
 
 from lowbit.formats._gguf import Arch
 from lowbit.stages._model import open_config
+from lowbit.stages._told import is_real, is_size, told_rope
 from lowbit.stages.checkpoint import Checkpoint
 
 LOCAL = "rope_local_base_freq"  # base of the rope of layers with a window
-_FACTORS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 # What makes transformers read another file, run code, or move the facts.
 _ELSEWHERE = ("auto_map", "configuration_files", "partial_rotary_factor", "per_layer_config", "text_config")
 
@@ -35,38 +34,13 @@ def told_facts(config: Mapping[str, Any], arch: Arch) -> dict[str, Any] | None:
     names = arch.told.get(str(config.get("model_type")))
     if names is None or any(key in config for key in _ELSEWHERE):
         return None
-    rope, sizes = _rope(config), [config.get(name) for name in names]
+    rope, sizes = told_rope(config), [config.get(name) for name in names]
     sizes += [] if config.get("head_dim") is None else [config["head_dim"]]
-    if rope is None or not all(map(_size, sizes)) or not _real(config.get("rms_norm_eps")):
+    if rope is None or not all(map(is_size, sizes)) or not is_real(config.get("rms_norm_eps")):
         return None
     if not all(arch.wants(key, config.get(key)) for key in arch.requires):
         return None  # wrong, or a default
     return None if config["hidden_size"] % config["num_attention_heads"] else {**config, **rope}
-
-
-def _size(value: object) -> bool:
-    """Whether this can be a size; transformers refuses others in its own words."""
-    return type(value) is int and value > 0
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The parameters of a rope that is told in full, as it is or with the factors of Llama 3; else None.
-
-    They are together in `rope_parameters`, or `rope_theta` is apart and the rest, if any, in `rope_scaling`.
-    """
-    rope, scaling = config.get("rope_parameters"), config.get("rope_scaling")
-    if rope is None:
-        rope = {"rope_type": "default", **(scaling or {}), "rope_theta": config.get("rope_theta")}
-    elif scaling is not None or "rope_theta" in config:
-        return None
-    kind = rope.get("rope_type") if isinstance(rope, dict) else None
-    wanted = {"rope_theta"} | (_FACTORS if kind == "llama3" else set())
-    known = kind in ("default", "llama3") and set(rope) == wanted | {"rope_type"}
-    return rope if known and all(_real(rope[name]) for name in wanted) else None
-
-
-def _real(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < inf  # type: ignore[operator]
 
 
 def _flat(config: Mapping[str, Any], arch: Arch) -> dict[str, Any]:

@@ -8,15 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from lowbit.budget import format_size, format_sum
 from lowbit.errors import UnsupportedError
 from lowbit.stages._policy import is_expert, role_of
+from lowbit.stages._told import Config
 from lowbit.stages.plan import Entry, Plan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 _TOWERS = re.compile(r"(^|\.)(vision|visual|audio|image)")
 _WINDOWED = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
@@ -44,7 +42,7 @@ class Cache:
         return round(self.total * bits / 8) + self.state
 
 
-def cache_of(config: PreTrainedConfig, context: int, batch: int, latent: bool) -> Cache:
+def cache_of(config: Config, context: int, batch: int, latent: bool) -> Cache:
     """The cache of `batch` sequences of `context` tokens each.
 
     Two numbers (key and value) per head of keys, per element of a head, per layer and token; of multi-head latent
@@ -72,20 +70,20 @@ def cache_of(config: PreTrainedConfig, context: int, batch: int, latent: bool) -
     return Cache(values, total, state, windowed)
 
 
-def _told(text: PreTrainedConfig, name: str) -> Any:
+def _told(text: Config, name: str) -> Any:
     value = getattr(text, name, None)
     if value is None:
         raise UnsupportedError(f"a configuration of {text.model_type} has no {name}: its cache is not worked out here")
     return value
 
 
-def _kind(text: PreTrainedConfig) -> str:
+def _kind(text: Config) -> str:
     """What all layers are, where the configuration does not tell them apart."""
     uses = getattr(text, "use_sliding_window", True)
     return "sliding_attention" if getattr(text, "sliding_window", None) and uses else "full_attention"
 
 
-def _width(text: PreTrainedConfig, latent: bool) -> int:
+def _width(text: Config, latent: bool) -> int:
     """Numbers that one layer stores of one token."""
     heads = int(_told(text, "num_attention_heads"))
     rank = getattr(text, "kv_lora_rank", None)
@@ -99,14 +97,14 @@ def _width(text: PreTrainedConfig, latent: bool) -> int:
     return 2 * int(kept) * int(size)
 
 
-def _linear_state(text: PreTrainedConfig) -> int:
+def _linear_state(text: Config) -> int:
     """Bytes of the state of a gated delta layer (Qwen3-Next): a matrix per head, and the convolution's last inputs."""
     names = ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads", "conv_kernel_dim")
     key, value, keys, heads, kernel = (int(_told(text, f"linear_{name}")) for name in names)
     return 4 * (heads * key * value + (2 * keys * key + heads * value) * kernel)
 
 
-def activation_bytes(config: PreTrainedConfig, context: int, batch: int, chunk: int, value: int) -> int:
+def activation_bytes(config: Config, context: int, batch: int, chunk: int, value: int) -> int:
     """Bytes that are alive at once at most in one block, and of the logits: an estimate from shapes.
 
     Of every token in a pass of `chunk` tokens at most: the hidden state before and after its norm, and the larger of
@@ -128,14 +126,14 @@ def activation_bytes(config: PreTrainedConfig, context: int, batch: int, chunk: 
     return tokens * value * (2 * hidden + max(attention, 3 * inner)) + 4 * batch * int(_told(text, "vocab_size"))
 
 
-def _experts(text: PreTrainedConfig) -> tuple[int, int]:
+def _experts(text: Config) -> tuple[int, int]:
     """Experts of a layer, and how many of them a token uses; zeros where there are none."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     count = next((int(found) for name in names if (found := getattr(text, name, None))), 0)
     return count, int(getattr(text, "num_experts_per_tok", None) or getattr(text, "num_experts_per_token", 0) or 0)
 
 
-def read_shares(entries: Sequence[Entry], config: PreTrainedConfig, tokens: int = 1) -> list[float]:
+def read_shares(entries: Sequence[Entry], config: Config, tokens: int = 1) -> list[float]:
     """The share of each weight that one step of decoding reads at least.
 
     Left out are the embedding's rows (but for a head that is tied to it), towers for images and sound, and, of a
@@ -155,7 +153,7 @@ def read_shares(entries: Sequence[Entry], config: PreTrainedConfig, tokens: int 
     return [share(entry.weight.name) for entry in entries]
 
 
-def read_bytes(entries: Sequence[Entry], sizes: Sequence[int], config: PreTrainedConfig) -> int:
+def read_bytes(entries: Sequence[Entry], sizes: Sequence[int], config: Config) -> int:
     """Bytes of weights that one step of decoding reads at least; with more tokens it reads more (`read_shares`).
 
     Args:
@@ -246,13 +244,13 @@ class Running:
             return use.share * self.product(use)
         return use.share * self.held(replace(use, looked=False)) / self.bandwidth
 
-    def beside(self, config: PreTrainedConfig) -> tuple[int, int]:
+    def beside(self, config: Config) -> tuple[int, int]:
         """Bytes of the cache, and of what a pass works with."""
         cache = cache_of(config, self.context, self.batch, self.latent).nbytes(self.bits)
         return cache, activation_bytes(config, self.context, self.batch, self.chunk, self.value)
 
 
-def uses_of(plan: Plan, config: PreTrainedConfig, tokens: int) -> dict[str, Use]:
+def uses_of(plan: Plan, config: Config, tokens: int) -> dict[str, Use]:
     """Every weight of a plan as it runs; what is tied to another is that one."""
     shares = read_shares(plan.entries, config, tokens)
     return {
@@ -307,7 +305,7 @@ class Forecast:
 
 
 def forecast(
-    plan: Plan, config: PreTrainedConfig, running: Running, memory: int | None = None, latency: float | None = None
+    plan: Plan, config: Config, running: Running, memory: int | None = None, latency: float | None = None
 ) -> Forecast:
     """What a plan takes as it runs, beside what was asked for."""
     cache, working = running.beside(config)

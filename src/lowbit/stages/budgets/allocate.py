@@ -10,14 +10,14 @@ from math import prod
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from lowbit import plugins
 from lowbit.budget import format_size, format_sum
 from lowbit.errors import UsageError
 from lowbit.formats import Format
 from lowbit.formats._gguf import arch_of
-from lowbit.stages._model import open_config
+from lowbit.stages._told import Config, open_facts
 from lowbit.stages.budgets.check import Case
 from lowbit.stages.budgets.sensitivity import Losses, Offers
 from lowbit.stages.budgets.solve import Limit, closest, solve
@@ -26,9 +26,6 @@ from lowbit.stages.plan import Entry, Plan, Rules, make_plan
 from lowbit.stages.running import Forecast, Running, Use, forecast, uses_of
 from lowbit.stages.write import make_shards
 from lowbit.tensors import scheme_bytes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 _ROUNDS = 5
 _SHOWN = 10
@@ -318,8 +315,8 @@ class Problem:
         return sum(prod(self._entry(name).weight.shape) for group in self.groups for name in group)
 
     @cached_property
-    def _config(self) -> PreTrainedConfig:
-        return open_config(self.source)
+    def _config(self) -> Config:
+        return open_facts(self.source)
 
     def within_loss(self, loss: float) -> Allocation:
         """The smallest plan whose predicted divergence is at most this."""
