@@ -54,3 +54,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
     return getattr(import_module(f"lowbit.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """What a notebook offers after `lowbit.`: names that were not used yet, too."""
+    return sorted({*globals(), *__all__})

@@ -173,6 +173,7 @@ def test_public_names_are_few_sorted_and_there() -> None:
 
     assert lowbit.__all__ == sorted(lowbit.__all__)
     assert len(lowbit.__all__) <= 15
+    assert set(lowbit.__all__) <= set(dir(lowbit))
     for name in lowbit.__all__:
         assert getattr(lowbit, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):

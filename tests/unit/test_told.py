@@ -105,6 +105,7 @@ def test_a_configuration_says_what_transformers_makes_of_it(name: str, tmp_path:
 LEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "a default": ("llama", {"num_key_value_heads": None}),
     "an unknown key": ("llama", {"attention_multiplier": 2.0}),
+    "turns of other pairs": ("llama", {"rope_interleaved": True}),
     "code of its own": ("llama", {"auto_map": {}}),
     "another type": ("gemma", {}),
     "windows of some layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 8}),
@@ -123,6 +124,12 @@ def test_transformers_is_asked_of_all_else(change: str, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert kind == "gemma" or told_config(config)
     assert told_config(config | settings) is None
+
+
+def test_what_is_off_changes_nothing(tmp_path: Path) -> None:
+    saved(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert told_config(config | {"rope_interleaved": False, "is_llama_config": True, "use_mrope": False})
 
 
 def test_without_the_end_of_texts_transformers_is_asked(tmp_path: Path) -> None:

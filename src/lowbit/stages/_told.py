@@ -18,11 +18,12 @@ _SIZES = {
 }  # fmt: skip
 _NEEDED = _SIZES | {"model_type", "rms_norm_eps", "hidden_act", "eos_token_id"}
 _ROPE = {"rope_parameters", "rope_scaling", "rope_theta"}
-# What changes nothing of what a model computes.
+# What changes nothing of what a model computes, and what does not where it is false.
 _HARMLESS = {
-    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "initializer_range", "pad_token_id",
-    "quantization_config", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "initializer_range",
+    "is_llama_config", "pad_token_id", "quantization_config", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
+_OFF = ("rope_interleaved", "use_mrope")
 
 
 @final
@@ -85,6 +86,7 @@ def _in_full(config: Mapping[str, Any], kind: Kind) -> bool:
     """Whether all is there that is needed, and nothing else that may matter."""
     needed = _NEEDED | set(kind.needs)
     known = needed | _ROPE | _HARMLESS | {*kind.may, kind.unless, "tie_word_embeddings"}
+    known |= {key for key in _OFF if config.get(key) is False}
     sizes = all(is_size(config.get(name)) for name in _SIZES) and is_real(config.get("rms_norm_eps"))
     return sizes and needed <= set(config) <= known
 
