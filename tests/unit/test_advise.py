@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import lowbit
 from lowbit.advise import Loss, Question, advise, read_measured
 from lowbit.advise.hardware import Hardware, find, probe, profiles
 from lowbit.cli.advise import command
@@ -355,3 +356,30 @@ def test_the_command_prints_a_table_and_json(wiki_8m: Path) -> None:
     assert data["options"][0]["command"].startswith("--format ")
     assert len(json.loads(CliRunner().invoke(command, ["--precisions", "--json"]).output)) == 12
     assert "NVFP4" in CliRunner().invoke(command, ["--precisions"]).output
+
+
+# How; whether vLLM loads it on an A100 and on a Blackwell, and whether schemes are offered beside it.
+QUANTIZED: dict[str, tuple[dict[str, Any], bool, bool, bool]] = {
+    "fp8": ({"scheme": "fp8-e4m3-128x128", "format": "fp8"}, True, True, True),
+    "w8a8": ({"scheme": "int8-row", "activations": "int8-row"}, True, False, True),
+    "w4a16": ({"scheme": "int4-g128"}, True, True, False),
+    "gptq": ({"scheme": "int4-g128", "format": "gptq"}, True, True, False),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_checkpoint_is_judged_as_what_it_is(name: str, wiki_8m: Path, tmp_path: Path) -> None:
+    how, ampere, blackwell, again = QUANTIZED[name]
+    result = lowbit.quantize(wiki_8m, tmp_path / "q", **how).result
+    checkpoint = open_checkpoint(tmp_path / "q")
+    on_a_processor = advise(checkpoint, Question(find("x86-ddr5"), 512, runtime="lowbit")).options
+    assert [each.bits for each in on_a_processor if each.scheme is None] == pytest.approx(
+        [result.bits_quantized], rel=0.05
+    )
+    for hardware, loads in (("a100", ampere), ("b200", blackwell)):
+        advice = advise(checkpoint, Question(find(hardware), 512))
+        as_is = {each.runtime for each in advice.options if each.scheme is None}
+        assert ("vllm" in as_is) == loads and "llama.cpp" not in as_is
+        offered = {each.command for each in advice.options if each.scheme}
+        assert bool(offered) == again and all("--requantize" in each for each in offered)
+        assert any("lowbit convert" in note for note in advice.notes)

@@ -7,6 +7,7 @@ forecast; loss of quality is what was measured on this model, or not said at all
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -17,7 +18,9 @@ from typing import Any, final
 from lowbit.advise.hardware import Hardware
 from lowbit.budget import format_size
 from lowbit.errors import LowbitError, UnsupportedError, UsageError
-from lowbit.stages._experts import apart
+from lowbit.schemes import parse
+from lowbit.stages._dequantized import taken_apart
+from lowbit.stages._experts import nowhere
 from lowbit.stages._told import Config, open_facts
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 from lowbit.stages.plan import Calibration, Entry, Rules, make_plan, tied_names
@@ -28,6 +31,9 @@ _SAFE = ((1_000, 6.0), (3_000, 5.0))
 _SAFE_LARGE = 4.0
 # Sequences at once from which a GPU's multiplications, not its memory, are the limit.
 _MANY = 16
+# Bits per weight from which a quantized checkpoint is taken for one to quantize again: FP8 and INT8 with their scales.
+_MANY_BITS = 8.0
+_CONVERT = "the checkpoint is in {}: `lowbit convert` takes its codes into other formats, most without loss"
 _TEXT = Calibration(("text",))
 _ANY = Hardware("any", "", "", 0.0, 0, 0.0, "")
 _USUAL = {"gguf": "llama.cpp", "mlx": "mlx", "onnx": "onnxruntime"}
@@ -81,6 +87,7 @@ class Option:
         reasons: why it is where it is in the list.
         refused: why it cannot be taken; empty where it can.
         loss: as measured on this model.
+        requantize: whether it starts from the codes of a quantized checkpoint.
     """
 
     runtime: str
@@ -100,6 +107,7 @@ class Option:
     reasons: tuple[str, ...] = ()
     refused: str = ""
     loss: Loss | None = None
+    requantize: bool = False
 
     @property
     def total(self) -> int:
@@ -111,7 +119,7 @@ class Option:
         """Options of `lowbit quantize` that make it."""
         if self.scheme is None:
             return ""
-        words = f"--format {self.format} --scheme {self.scheme}"
+        words = f"{'--requantize ' if self.requantize else ''}--format {self.format} --scheme {self.scheme}"
         words += f" --activations {self.activations}" if self.activations else ""
         return words + (f" --method {self.text} --calibration TEXT" if self.text else "")
 
@@ -162,6 +170,7 @@ def advise(
     memory = question.memory or question.hardware.memory
     training = _training(question, taken, parameters, measured or {})
     notes = tuple(_notes(question, cache_of(config, question.context, question.batch, latent=True)))
+    notes += (_CONVERT.format(checkpoint.format),) if checkpoint.format else ()
     return Advice(question, str(checkpoint.path), parameters, memory, tuple(taken), refused, training, notes)
 
 
@@ -195,11 +204,13 @@ def _sizes(checkpoint: Checkpoint, form: str, scheme: str | None, activations: s
     if scheme is None:
         entries = _as_it_is(checkpoint)
         stored = tuple(_held(checkpoint, entry) for entry in entries)
-        return _Sizes(entries, stored, 8 * sum(stored) / max(_count(entries), 1))
+        judged = [pair for pair in zip(entries, stored, strict=True) if pair[0].weight.scheme or not checkpoint.format]
+        count = _count([entry for entry, _ in judged])
+        return _Sizes(entries, stored, 8 * sum(size for _, size in judged) / max(count, 1))
     # The method does not change a byte, and the text is not read.
     rules = Rules(scheme, None if form == "gguf" else "rtn", form, activations=activations, calibration=_TEXT)
     try:
-        plan = make_plan(apart(checkpoint, form), rules)
+        plan = make_plan(taken_apart(checkpoint, form, nowhere, checkpoint.format is not None), rules)
     except UnsupportedError as error:
         return " ".join(str(error).split())
     return _Sizes(plan.entries, tuple(map(plan.stored_bytes, plan.entries)), plan.bits_per_weight()[0])
@@ -213,16 +224,17 @@ def _options(
     sizes: Callable[[str, str | None, str | None], _Sizes | str],
 ) -> Iterator[Option]:
     """Every candidate for one runtime, with its bytes, or why it cannot be taken; the checkpoint as it is first."""
-    absent = None if checkpoint.format else _absent(runtime["name"], question.hardware)
+    absent = _absent(runtime["name"], question.hardware)
     if absent:
         yield absent
         return
-    as_is: dict[str, Any] = {"kind": "float", "format": "as it is", "scheme": None}
-    for row in [as_is] if checkpoint.format else [as_is, *_rows(str(runtime["name"]))]:
+    again = _again(checkpoint, sizes("", None, None))
+    for row in [_as_is(checkpoint), *(_rows(str(runtime["name"])) if again else ())]:
         option = Option(
-            runtime["name"], row["kind"], row["format"], row["scheme"], row.get("activations"), row.get("text")
-        )
-        load = _load(option, question.hardware) if not checkpoint.format else _unjudged(checkpoint.format)
+            runtime["name"], row["kind"], row["format"], row["scheme"], row.get("activations"), row.get("text"),
+            requantize=bool(checkpoint.format and row["scheme"]),
+        )  # fmt: skip
+        load = _load(option, question.hardware) if option.kind else _unjudged(str(checkpoint.format))
         found = load if isinstance(load, str) else sizes(option.format, option.scheme, option.activations)
         if isinstance(load, str) or isinstance(found, str):
             yield replace(option, refused=str(found))
@@ -230,9 +242,36 @@ def _options(
             yield _sized(option, found, config, question, runtime, load)
 
 
+def _again(checkpoint: Checkpoint, as_is: _Sizes | str) -> bool:
+    """Whether to offer schemes: of what is quantized only where it has bits to lose."""
+    return checkpoint.format is None or (isinstance(as_is, _Sizes) and as_is.bits >= _MANY_BITS)
+
+
+def _as_is(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint itself as a candidate: of the kind that has its format and the grid of most of its weights."""
+    row: dict[str, Any] = {"kind": "float", "format": "as it is", "scheme": None}
+    if checkpoint.format is None:
+        return row
+    form, sizes = checkpoint.format.replace("_", "-"), Counter[tuple[str, bool]]()
+    for weight in checkpoint.weights.values():
+        if weight.scheme:
+            sizes[weight.scheme.grid.name, weight.activations is not None] += prod(weight.shape)
+    most = max(sizes, key=sizes.__getitem__, default=None)
+    kinds = (each["kind"] for each in arch_rows("candidates") if _is_kind(each, form, most))
+    return row | {"kind": next(kinds, "")}
+
+
+def _is_kind(row: Mapping[str, Any], form: str, most: tuple[str, bool] | None) -> bool:
+    """Whether a checkpoint of a format, most of its weights on a grid and with inputs in few bits or not, is such."""
+    if form in row.get("reads", ()) or form == row["format"] == "gguf":
+        return True
+    return form == row["format"] and most == (parse(row["scheme"]).grid.name, "activations" in row)
+
+
 def _rows(runtime: str) -> list[dict[str, Any]]:
-    """Candidates of kinds that the runtime knows on any hardware."""
-    kinds = {kind for row in _loads() if row["runtime"] == runtime for kind in row["kinds"]}
+    """Candidates of kinds that are made for the runtime on any hardware."""
+    rows = [row for row in _loads() if row["runtime"] == runtime and row.get("made", True)]
+    kinds = {kind for row in rows for kind in row["kinds"]}
     return [row for row in arch_rows("candidates") if row["kind"] in kinds]
 
 
