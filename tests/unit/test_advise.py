@@ -358,18 +358,18 @@ def test_the_command_prints_a_table_and_json(wiki_8m: Path) -> None:
     assert "NVFP4" in CliRunner().invoke(command, ["--precisions"]).output
 
 
-# How; whether vLLM loads it on an A100 and on a Blackwell, and whether schemes are offered beside it.
-QUANTIZED: dict[str, tuple[dict[str, Any], bool, bool, bool]] = {
-    "fp8": ({"scheme": "fp8-e4m3-128x128", "format": "fp8"}, True, True, True),
-    "w8a8": ({"scheme": "int8-row", "activations": "int8-row"}, True, False, True),
-    "w4a16": ({"scheme": "int4-g128"}, True, True, False),
-    "gptq": ({"scheme": "int4-g128", "format": "gptq"}, True, True, False),
+# How, its kind; whether vLLM loads it on an A100 and on a Blackwell, and whether schemes are offered beside it.
+QUANTIZED: dict[str, tuple[dict[str, Any], str, bool, bool, bool]] = {
+    "fp8": ({"scheme": "fp8-e4m3-128x128", "format": "fp8"}, "w8a8-fp8", True, True, True),
+    "w8a8": ({"scheme": "int8-row", "activations": "int8-row"}, "w8a8-int8", True, False, True),
+    "w4a16": ({"scheme": "int4-g128"}, "w4a16", True, True, False),
+    "gptq": ({"scheme": "int4-g128", "format": "gptq"}, "gptq", True, True, False),
 }
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_quantized_checkpoint_is_judged_as_what_it_is(name: str, wiki_8m: Path, tmp_path: Path) -> None:
-    how, ampere, blackwell, again = QUANTIZED[name]
+    how, kind, ampere, blackwell, again = QUANTIZED[name]
     result = lowbit.quantize(wiki_8m, tmp_path / "q", **how).result
     checkpoint = open_checkpoint(tmp_path / "q")
     on_a_processor = advise(checkpoint, Question(find("x86-ddr5"), 512, runtime="lowbit")).options
@@ -379,6 +379,7 @@ def test_a_quantized_checkpoint_is_judged_as_what_it_is(name: str, wiki_8m: Path
     for hardware, loads in (("a100", ampere), ("b200", blackwell)):
         advice = advise(checkpoint, Question(find(hardware), 512))
         as_is = {each.runtime for each in advice.options if each.scheme is None}
+        assert {each.kind for each in advice.options if each.scheme is None} <= {kind}
         assert ("vllm" in as_is) == loads and "llama.cpp" not in as_is
         offered = {each.command for each in advice.options if each.scheme}
         assert bool(offered) == again and all("--requantize" in each for each in offered)
