@@ -101,6 +101,7 @@ def test_an_edited_plan_is_carried_out(tmp_path: Path) -> None:
         (("quantize", MODEL, "OUT", "--scheme", "q4_k_m"), 2, "for --format gguf"),
         (("quantize", MODEL, "OUT", "--format", "vLLM"), 2, "formats are compressed-tensors"),
         (("convert", MODEL, "OUT", "--format", "ollama"), 2, "formats are gguf"),
+        (("convert", MODEL, "OUT", "--format", "Q4_K_M"), 2, "--format gguf --scheme q4_k_m"),
         (("quantize", "/no/such/model", "OUT"), 2, "/no/such/model"),
         (("quantize", MODEL, "OUT", "--ram", "much"), 2, "not a size"),
         (("quantize", MODEL, "OUT", "--ram", "1MiB"), 1, "at least"),

@@ -24,6 +24,7 @@ from lowbit.schemes import parse
 from lowbit.stages import _charts, _words, record
 from lowbit.stages._records import TermsRecord
 from lowbit.stages._verdict import BANDS, judge, position
+from lowbit.stages._words import cell
 from lowbit.stages.report import Count, Histogram, Memory, Outcome, RunRecord, Verification, write_report
 from lowbit.tensors import QTensor, block_size
 from tests.conftest import ROOT
@@ -272,6 +273,15 @@ def test_hostile_names_stay_in_their_cells_of_markdown(tmp_path: Path) -> None:
     ]
     for name in names:
         assert " ".join(name.replace("`", "\N{MODIFIER LETTER GRAVE ACCENT}").split()) in cells, name
+
+
+@pytest.mark.parametrize("text", ["x86_64", "_a_ b", "__c__", "d_ _e", "f_g_h", "(_i_)", "_j_k_"])
+def test_underscores_are_no_emphasis_and_escaped_at_the_ends_of_words_alone(text: str) -> None:
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark")
+    (inline,) = [token for token in parser.parse(cell(text)) if token.type == "inline"]
+    assert {child.type for child in inline.children} <= {"text", "text_special"}
+    assert "".join(child.content for child in inline.children) == text
+    assert "\\" not in cell("x86_64")
 
 
 def test_half_a_surrogate_in_a_name_can_be_written(tmp_path: Path) -> None:

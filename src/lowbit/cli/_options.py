@@ -122,6 +122,8 @@ def format_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     name = value.lower()
     if name in _NO_FORMATS:
         raise click.BadParameter(f"{name} is no format of its own; its formats are {_NO_FORMATS[name]}")
+    if re.fullmatch(r"(i?q|tq)[1-8]_\w+", name):
+        raise click.BadParameter(f"{name} is a scheme of gguf: --format gguf --scheme {name}")
     return name
 
 

@@ -103,7 +103,9 @@ def choose(
         UnsupportedError: another name, or a model that `arch/gguf.toml` does not have.
     """
     if name not in MIXTURES and name not in BLOCKS:
-        raise UnsupportedError(f"gguf has no scheme {name!r}; there are: {', '.join([*MIXTURES, *BLOCKS])}")
+        raise UnsupportedError(
+            f"gguf has no scheme {name!r}; there are: {', '.join(dict.fromkeys([*MIXTURES, *BLOCKS]))}"
+        )
     arch = require_arch(config)
     stored = {weight.name: place_of(arch, weight) for weight in weights}
     model = _model(arch, config, set(stored.values()), important)

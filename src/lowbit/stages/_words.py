@@ -84,7 +84,8 @@ def breakable(text: str) -> Markup:
 def cell(text: object) -> str:
     """Text that stays in its cell of a Markdown table and starts no markup."""
     flat = " ".join(str(text).split())
-    return re.sub(r"([\\|`*_\[\]<>])", r"\\\1", flat)
+    # Between letters or digits an underscore is none of emphasis, and escaped it would be in the way of who copies it.
+    return re.sub(r"([\\|`*\[\]<>]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", flat)
 
 
 def code(text: str) -> str:
