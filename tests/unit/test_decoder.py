@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import select
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -369,16 +374,57 @@ def test_commands(quantized: Path, arguments: list[str], said: str) -> None:
     assert said in result.output + str(result.exception or "")
 
 
-def test_a_conversation(quantized: Path, tmp_path: Path) -> None:
-    """Every turn sees those before it."""
-    shutil.copytree(quantized, tmp_path / "chat")
+@pytest.fixture
+def chatty(quantized: Path, tmp_path: Path) -> Path:
+    """A model with a chat template."""
+    path = Path(shutil.copytree(quantized, tmp_path / "chat"))
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
-    arguments = ["chat", str(tmp_path / "chat"), "--max-tokens", "4", "--temperature", "0", "--system", "Be brief."]
+    (path / "chat_template.jinja").write_text(template)
+    return path
+
+
+def test_a_conversation(chatty: Path) -> None:
+    """Every turn sees those before it."""
+    arguments = ["chat", str(chatty), "--max-tokens", "4", "--temperature", "0", "--system", "Be brief."]
     result = CliRunner().invoke(group, arguments, input="The city\nThe river\n\n")
     assert result.exit_code == 0, result.exception
-    loaded = runner_of(open_model(tmp_path / "chat"))
+    loaded = runner_of(open_model(chatty))
     told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The city"}]
     first = answer(loaded, told, Sampling(tokens=4)).text
     told += [{"role": "assistant", "content": first}, {"role": "user", "content": "The river"}]
     assert result.output == f"{first}\n{answer(loaded, told, Sampling(tokens=4)).text}\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no pseudo-terminal")
+def test_in_a_terminal_an_answer_can_be_ended_and_the_conversation_goes_on(chatty: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    # The keys of a terminal go to those whose terminal it is: of a session's first process the one that it opens.
+    start = "import os, runpy; os.open(os.ttyname(0), os.O_RDWR); runpy.run_module('lowbit', run_name='__main__')"
+    command = [sys.executable, "-c", start, "chat", str(chatty), "--max-tokens", "900"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    try:
+        assert "Ctrl-C ends an answer" in _until(ours, "> ")
+        os.write(ours, b"The city\n")
+        _until(ours, "The city\r\n")
+        select.select([ours], [], [])  # the answer begins
+        os.write(ours, b"\x03")
+        assert "^C" in _until(ours, "\r\n> ")
+        os.write(ours, b"The river\n")
+        assert len(_until(ours, "\r\n> ")) > 100
+        os.write(ours, b"\n")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        os.close(ours)
+        os.close(theirs)
+
+
+def _until(terminal: int, end: str) -> str:
+    """What comes up to some text."""
+    found, limit = "", time.monotonic() + 120
+    while not found.endswith(end):
+        assert select.select([terminal], [], [], max(limit - time.monotonic(), 0))[0], found
+        found += os.read(terminal, 1).decode(errors="replace")
+    return found

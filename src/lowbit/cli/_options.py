@@ -419,6 +419,40 @@ def kept_options(function: F) -> F:
     return function
 
 
+def sampling_options(tokens: int, temperature: float, top_p: float) -> Callable[[F], F]:
+    """Options that are the fields of `runtime.generate.Sampling`, with these defaults."""
+    probability = click.FloatRange(0, 1, min_open=True)
+    options = [
+        click.option(
+            "--max-tokens", "tokens", type=click.IntRange(1), default=tokens, show_default=True,
+            help="Most tokens to generate.",
+        ),
+        click.option(
+            "--temperature", type=click.FloatRange(0), default=temperature, show_default=True,
+            help="0: the likeliest token.",
+        ),
+        click.option("--top-k", type=click.IntRange(0), default=0, help="Only among so many.  [default: all]"),
+        click.option(
+            "--top-p", type=probability, default=top_p, show_default=True, help="Only among this probability."
+        ),
+        click.option(
+            "--min-p", type=click.FloatRange(0, 1), default=0.0, help="Only those this share of the likeliest."
+        ),
+        click.option(
+            "--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, help="Above 1: less of it."
+        ),
+        click.option("--stop", multiple=True, help="End after this string; may be given again."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of the choices."),
+    ]  # fmt: skip
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
 def make_rules(options: dict[str, Any]) -> Rules:
     """Take the options of `rules_options` out of a command's options, and make the `Rules` that they stand for."""
     from lowbit.stages.plan import Calibration, Rules

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lowbit.cli._options import context_options
+from lowbit.cli._options import context_options, sampling_options
 
 _EXAMPLES = """\b
 Examples:
@@ -19,10 +22,7 @@ Examples:
 @click.command(epilog=_EXAMPLES)
 @click.argument("model")
 @click.option("--system", help="What the model is told before the conversation.")
-@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Most tokens of an answer.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True, help="0: the likeliest token.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choices.")
+@sampling_options(tokens=512, temperature=0.7, top_p=0.95)
 @context_options
 @click.option("--threads", type=click.IntRange(1), help="Threads.  [default: torch's own]")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
@@ -34,7 +34,6 @@ def command(
     kv: str,
     cache: Path | None,
     trust_remote_code: bool,
-    max_tokens: int,
     **sampling: Any,
 ) -> None:
     """Talk with MODEL (a directory, file or hub name); an empty line or the end of input ends it."""
@@ -49,11 +48,42 @@ def command(
         model, threads=threads, trust_remote_code=trust_remote_code, context=context, keep=kv, cache=cache
     )
     messages = [{"role": "system", "content": system}] if system else []
-    chosen = Sampling(tokens=max_tokens, **sampling)
-    for line in sys.stdin:
-        if not line.strip():
-            break
-        messages.append({"role": "user", "content": line.strip()})
-        said = answer(runner, messages, chosen, lambda part: click.echo(part, nl=False))
+    chosen, parts = Sampling(**sampling), list[str]()
+
+    def show(part: str) -> None:
+        parts.append(part)
+        click.echo(part, nl=False)
+
+    for line in _lines():
+        messages.append({"role": "user", "content": line})
+        parts.clear()
+        with _interruptible():
+            answer(runner, messages, chosen, show)
         click.echo()
-        messages.append({"role": "assistant", "content": said.text})
+        messages.append({"role": "assistant", "content": "".join(parts)})
+
+
+def _lines() -> Iterator[str]:
+    """What is said, up to an empty line or the end: asked for in a terminal, where it can be edited."""
+    typed = sys.stdin.isatty()
+    if typed:
+        with suppress(ImportError):
+            import_module("readline")  # `input` edits lines with it
+        click.echo("An empty line ends it; Ctrl-C ends an answer.", err=True)
+
+    def read() -> str:
+        return (input("> ") if typed else sys.stdin.readline()).strip()
+
+    with suppress(EOFError):
+        while line := read():
+            yield line
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """In a terminal Ctrl-C ends the answer, not the conversation."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowbit.cli._options import context_options
+from lowbit.cli._options import context_options, sampling_options
 
 if TYPE_CHECKING:
     from lowbit.runtime.generate import Generated
@@ -30,14 +30,7 @@ Examples:
 @click.option("--prompt", "prompts", multiple=True, help="Text to continue, - for the standard input; may be repeated.")
 @click.option("--prompts", "file", type=click.Path(exists=True, dir_okay=False), help="More of them, one on each line.")
 @click.option("--chat", is_flag=True, help="The prompt is a message; answer it through the model's chat template.")
-@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Most tokens to generate.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token.")
-@click.option("--top-k", type=click.IntRange(0), default=0, help="Only among so many.  [default: all]")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Only among this probability.")
-@click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, help="Only those this share of the likeliest.")
-@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, help="Above 1: less of it.")
-@click.option("--stop", multiple=True, help="End after this string; may be given again.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choices.")
+@sampling_options(tokens=256, temperature=0.0, top_p=1.0)
 @context_options
 @click.option("--exact", is_flag=True, help="Do not round activations to int8; slower.")
 @click.option("--threads", type=click.IntRange(1), help="Threads.  [default: torch's own]")
@@ -55,7 +48,6 @@ def command(
     cache: Path | None,
     trust_remote_code: bool,
     as_json: bool,
-    max_tokens: int,
     **sampling: Any,
 ) -> None:
     """Continue a prompt with MODEL (a directory, file or hub name), its weights multiplied as they are stored.
@@ -82,7 +74,7 @@ def command(
         keep=kv,
         cache=cache,
     )
-    chosen = Sampling(tokens=max_tokens, **sampling)
+    chosen = Sampling(**sampling)
     show = (lambda part: None) if as_json else lambda part: click.echo(part, nl=False)
     if len(texts) > 1:
         results = generate_all(runner, texts, chosen)
