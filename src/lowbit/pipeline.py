@@ -148,7 +148,7 @@ def _line(
         source = as_planned(source, plan)
         if text and not spoken:  # one that cannot be used is refused now, not after hours of calibration
             cut(text, encode([source], text, request.tokens, request.ram), request.context, None)
-        way = quantize.estimate_memory(plan, request.ram, request.threads, source.made_bytes)
+        way = quantize.estimate_memory(plan, request.ram, request.threads, source.view.made_bytes)
         blocks = prepare(source, plan, samples.ids, request.ram, request.threads) if samples else None
         costs: list[Estimate | Cost | tune.Cost] = [way]
         if blocks:

@@ -39,7 +39,7 @@ def test_a_view_has_what_codes_stand_for_in_the_type_of_the_model(name: str, tmp
     with open_checkpoint(tmp_path / "in") as source:
         view = dequantized(source)
         assert view.format is None and list(view.weights) == list(source.weights)
-        assert view.was.keys() == wanted.keys() and "quantization_config" not in view.config
+        assert view.view.was.keys() == wanted.keys() and "quantization_config" not in view.config
         for weight in view.weights.values():
             assert weight.scheme is None and weight.dtype == torch.float32
             assert torch.equal(view.tensor(weight.name), wanted.get(weight.name, source.dequantized(weight.name)))

@@ -54,8 +54,11 @@ def dequantized(source: Checkpoint) -> Checkpoint:
         specs=spread(stored.specs, at_first(pieces, specs)),
         extras=lasting(source),
         format=None,
-        made_bytes=_MAKING * max((prod(weight.shape) for weight in made.values()), default=0),
-        was={name: f"{weight.scheme} of {source.format}" for name, weight in quantized.items()},
+        view=replace(
+            stored.view,
+            made_bytes=_MAKING * max((prod(weight.shape) for weight in made.values()), default=0),
+            was={name: f"{weight.scheme} of {source.format}" for name, weight in quantized.items()},
+        ),
         weights={**stored.weights, **made},
         files=spread(stored.files, at_first(pieces, files)),
         edits={name: edit for name, edit in stored.edits.items() if name not in read}
@@ -75,7 +78,7 @@ def taken_apart(source: Checkpoint, form: str | None, whole: Callable[[str], boo
 
 def told_dequantized(source: Checkpoint) -> str | None:
     """What to say of such a view; None of another checkpoint."""
-    kinds = Counter(source.was.values())
+    kinds = Counter(source.view.was.values())
     said = ", ".join(f"{number} weights in {kind}" for kind, number in kinds.items())
     return f"taken for the original is what the codes of {said} stand for" if kinds else None
 

@@ -134,7 +134,7 @@ def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = n
         {name: held[file] for name, file in source.files.items()},
         {name: dict.fromkeys(pieces, held[source.files[name]]) for name, pieces in found.items()},
     )
-    edits, alone = _made_apart(source, {name: cut for name, cut in cuts.items() if name in source.was}, found)
+    edits, alone = _made_apart(source, {name: cut for name, cut in cuts.items() if name in source.view.was}, found)
     return replace(source, specs=specs, weights=spread(source.weights, made), files=files | alone, edits=edits)
 
 
@@ -219,7 +219,7 @@ def _cut(source: Checkpoint, rows: Sequence[Layout], name: str) -> Cut | None:
     facts = {**source.config, **text} if isinstance(text, Mapping) else source.config
     held = (row for row in rows if name.endswith(row.stack) and row.holds(spec.shape, facts.get("hidden_size")))
     row = next(held, None)
-    fixed = name in file.values or (name in source.edits and name not in source.was)
+    fixed = name in file.values or (name in source.edits and name not in source.view.was)
     if row is None or fixed or spec.dtype not in _FLOATS or name in file.tied or name in file.tied.values():
         return None
     sizes = _sizes(row, facts, spec)
@@ -237,7 +237,7 @@ def _views(row: Layout, name: str, heads: int, first: int, stack: Tensor) -> dic
 def _hollow(source: Checkpoint, name: str) -> Tensor:
     """A tensor without storage that lies as a stack does in its file; one that is made is dense."""
     spec, slot = source.specs[name], source.files[name].slots[name]
-    stride = None if name in source.was else slot.stride
+    stride = None if name in source.view.was else slot.stride
     dense = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
     return torch.empty_strided(spec.shape, stride, dtype=spec.dtype, device="meta") if stride else dense
 

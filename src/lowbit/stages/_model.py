@@ -277,7 +277,7 @@ class Blueprint:
     def _reading_bytes(self) -> int:
         quantized = [weight.shape for weight in self.checkpoint.weights.values() if weight.scheme]
         unpacked = _UNPACKING * max((torch.Size(shape).numel() for shape in quantized), default=0)
-        return unpacked + self.checkpoint.made_bytes
+        return unpacked + self.checkpoint.view.made_bytes
 
     def token_bytes(self, context: int) -> int:
         """Bytes of activations per token, without the logits: an upper estimate from the widths of a block."""
@@ -461,7 +461,7 @@ def open_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    root, told = checkpoint.root, (alone(checkpoint) or checkpoint.left is not None) and checkpoint.config
+    root, told = checkpoint.root, (alone(checkpoint) or checkpoint.view.left is not None) and checkpoint.config
     if not told and not (root / "config.json").exists():
         raise CheckpointError(
             f"{root} has no config.json, which names the model's architecture; put the original's there"

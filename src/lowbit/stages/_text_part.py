@@ -55,8 +55,11 @@ def text_part(source: Checkpoint, form: str | None) -> Checkpoint:
         weights={name: replace(weight, name=name) for name, weight in _renamed(source.weights).items()},
         files={name: whole[file] for name, file in _renamed(source.files).items()},
         edits=_renamed(source.edits),
-        was=_renamed(source.was),
-        left=frozenset(name for name in source.weights if _name(name) is None),
+        view=replace(
+            source.view,
+            was=_renamed(source.view.was),
+            left=frozenset(name for name in source.weights if _name(name) is None),
+        ),
     )
 
 
@@ -78,7 +81,7 @@ def _parameters(source: Checkpoint) -> Checkpoint:
         specs={name: spec for name, spec in source.specs.items() if name in kept},
         weights={name: source.weights[name] for name in names},
         files={name: file for name, file in source.files.items() if name in kept},
-        ahead=ahead,
+        view=replace(source.view, ahead=ahead),
     )
 
 

@@ -55,6 +55,24 @@ _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte)\.")
 
 
 @final
+@dataclass(frozen=True)
+class View:
+    """What of a checkpoint is not as it lies there.
+
+    Attributes:
+        left: where it is a part of what lies there, with a configuration of its own, the weights of the rest.
+        ahead: weights that it lacks of layers after the model's last.
+        was: weights that are read as floats and are stored otherwise (`_dequantized.py`), with their scheme and format.
+        made_bytes: bytes of memory that the largest of these takes while it is read.
+    """
+
+    left: frozenset[str] | None = None
+    ahead: frozenset[str] = frozenset()
+    was: Mapping[str, str] = field(default_factory=dict)
+    made_bytes: int = 0
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """An opened checkpoint; a context manager for symmetry, nothing is held open between reads.
@@ -73,10 +91,7 @@ class Checkpoint:
             digits than `specs` says, which is the dtype in which it is to be stored.
         terms: weight to a low-rank pair `(down, up)`, whose product stands beside it (an adapter).
         trusted: whether Python code that it brings may be run.
-        left: where it is a part of what lies at `path`, with a configuration of its own, the weights of the rest.
-        ahead: weights that it lacks of layers after the model's last.
-        was: weights that are read as floats and are stored otherwise (`_dequantized.py`), with their scheme and format.
-        made_bytes: bytes of memory that the largest of these takes while it is read.
+        view: how it differs from what lies at `path`.
     """
 
     path: Path
@@ -90,10 +105,7 @@ class Checkpoint:
     edits: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     terms: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     trusted: bool = False
-    left: frozenset[str] | None = None
-    ahead: frozenset[str] = frozenset()
-    was: Mapping[str, str] = field(default_factory=dict)
-    made_bytes: int = 0
+    view: View = View()
 
     @property
     def root(self) -> Path:
@@ -193,8 +205,8 @@ class Checkpoint:
     @property
     def left_out(self) -> str | None:
         """What is said of the weights in `left` and `ahead`; None where there are none."""
-        said = [f"{len(self.left)} weights of what sees or hears are left out: {LEFT}"] if self.left else []
-        said += [f"{len(self.ahead)} weights are left out: {AHEAD}"] if self.ahead else []
+        said = [f"{len(self.view.left)} weights of what sees or hears are left out: {LEFT}"] if self.view.left else []
+        said += [f"{len(self.view.ahead)} weights are left out: {AHEAD}"] if self.view.ahead else []
         return "; ".join(said) or None
 
     @cached_property

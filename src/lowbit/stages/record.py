@@ -169,7 +169,8 @@ def _fallbacks(output: Output) -> tuple[Count, ...]:
 
 
 def _left(source: Checkpoint) -> tuple[Count, ...]:
-    counts = (Count("left out", why, len(names or ())) for why, names in ((LEFT, source.left), (AHEAD, source.ahead)))
+    view = source.view
+    counts = (Count("left out", why, len(names or ())) for why, names in ((LEFT, view.left), (AHEAD, view.ahead)))
     return tuple(count for count in counts if count.tensors)
 
 
@@ -181,7 +182,7 @@ def _apart(source: Checkpoint, plan: Plan) -> tuple[Count, ...]:
 
 def _again(source: Checkpoint) -> tuple[Count, ...]:
     """Weights that were quantized already, by how."""
-    return tuple(Count("quantized again", kind, number) for kind, number in Counter(source.was.values()).items())
+    return tuple(Count("quantized again", kind, number) for kind, number in Counter(source.view.was.values()).items())
 
 
 def _folded(output: Output) -> int:
