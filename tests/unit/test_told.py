@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from lowbit.runtime.decoder import Native, native_of
 from lowbit.runtime.model import open_model, open_weights
 from lowbit.runtime.runner import open_runner
 from lowbit.runtime.told import told_model
-from lowbit.stages._model import open_config
+from lowbit.runtime.words import open_words
+from lowbit.stages._model import open_config, open_tokenizer
 from lowbit.stages._told import told_config
 from lowbit.stages.checkpoint import open_checkpoint
 from tests.unit.test_decoder import LLAMA_3, saved
@@ -156,3 +158,39 @@ def test_a_model_whose_heads_the_decoder_does_not_know_runs_in_its_class(tmp_pat
     assert runner.engine is None and runner.model is not None and "8 wide" in runner.decoder
     assert told_model(open_checkpoint(tmp_path), exact=False, threads=1) is not None
     assert open_model(tmp_path).model is not None
+
+
+TEXTS = [
+    "",
+    "The city",
+    " two  spaces , and . stops",
+    "<s>of</s> special <unk> words",
+    "\u00e9\u4e16\u754c \U0001f600\n\ttab",
+]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_words_are_those_of_transformers(alone: bool, wiki_8m: Path, tmp_path: Path) -> None:
+    path = wiki_8m
+    if alone:
+        lowbit.quantize(wiki_8m, tmp_path / "out", scheme="q8_0", format="gguf")
+        path = (tmp_path / "out" / "model.gguf").rename(tmp_path / "model.gguf")
+    checkpoint = open_checkpoint(path)
+    words, asked = open_words(checkpoint), open_tokenizer(checkpoint)
+    assert words.encode.__qualname__ == "_plain.<locals>.encode"
+    for text in TEXTS:
+        ids = asked(text).input_ids
+        assert list(words.encode(text)) == ids
+        assert words.decode(ids) == asked.decode(ids, skip_special_tokens=True)
+    assert words.end == asked.eos_token_id == 1
+
+
+@pytest.mark.parametrize("change", [{"clean_up_tokenization_spaces": True}, {"add_bos_token": False}])
+def test_words_that_transformers_changes_are_its(change: dict[str, Any], wiki_8m: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(wiki_8m, tmp_path / "model"))
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | change))
+    words, asked = open_words(open_checkpoint(path)), open_tokenizer(open_checkpoint(path))
+    assert words.encode.__qualname__ != "_plain.<locals>.encode"
+    for text in TEXTS:
+        assert list(words.encode(text)) == asked(text).input_ids

@@ -127,8 +127,7 @@ def answer(
 
 
 def _ids(runner: Runner, prompt: str) -> Int64[Tensor, " tokens"]:
-    found: Tensor = runner.tokenizer(prompt, return_tensors="pt").input_ids
-    return found.view(-1)
+    return torch.tensor(runner.words.encode(prompt), dtype=torch.int64)
 
 
 def _run(runner: Runner, ids: Tensor, sampling: Sampling, show: Callable[[str], None]) -> Generated:
@@ -142,6 +141,8 @@ def _run(runner: Runner, ids: Tensor, sampling: Sampling, show: Callable[[str], 
 
 def chooser(sampling: Sampling) -> Callable[[Tensor, Tensor], int]:
     """A function of the tokens so far and the logits of the next, which chooses as `generate` of transformers does."""
+    if sampling.greedy:
+        return lambda seen, logits: int(logits.argmax())
     from transformers import (
         LogitsProcessorList,
         MinPLogitsWarper,
@@ -199,13 +200,13 @@ class _Text:
         """One more token; whether the text goes on after it."""
         self.seen.append(token)
         self._left -= 1
-        self._written = str(self._runner.tokenizer.decode(self.seen[self._prompt :], skip_special_tokens=True))
+        self._written = str(self._runner.words.decode(self.seen[self._prompt :]))
         if not self._written.endswith("\ufffd"):  # bytes of a character that is not whole yet
             self._show(self._written[len(self._shown) :])
             self._shown = self._written
         self._end = perf_counter()
         self._first = self._first or self._end
-        ended = token in self._runner.ends or token == self._runner.tokenizer.eos_token_id
+        ended = token in self._runner.ends or token == self._runner.words.end
         return self._left > 0 and not ended and not any(stop in self._written for stop in self._stops)
 
     def result(self) -> Generated:

@@ -17,6 +17,7 @@ from lowbit.runtime.decoder import Engine, Native, Session, native_of
 from lowbit.runtime.model import Loaded, open_weights
 from lowbit.runtime.stored import Stored, damaged, read_stored, stored_path, write_stored
 from lowbit.runtime.told import told_model
+from lowbit.runtime.words import Words, open_words
 from lowbit.stages._model import open_tokenizer
 from lowbit.stages._weightfile import read_json
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
@@ -90,6 +91,11 @@ class Runner:
             CheckpointError: there is none, or it cannot be used.
         """
         return open_tokenizer(self.checkpoint)
+
+    @cached_property
+    def words(self) -> Words:
+        """Texts to tokens and back; raises as `tokenizer`."""
+        return open_words(self.checkpoint)
 
     @cached_property
     def reader(self) -> Session | Plain:

@@ -17,6 +17,8 @@ from lowbit.stages._weightfile import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+else:  # the run-time check of annotations needs a name
+    Tokenizer = object
 
 # Classes that take a `tokenizer.json` as it is, and types of models for which `AutoTokenizer` chooses the one told.
 CLASSES, TYPES = ("PreTrainedTokenizerFast", "TokenizersBackend"), ("llama", "qwen3")
@@ -49,6 +51,18 @@ class PlainTokenizer:
 
 def plain_tokenizer(root: Path, model_type: object) -> PlainTokenizer | None:
     """The tokenizer of a directory, or None where `transformers` has a say in it."""
+    found = parsed_tokenizer(root, model_type)
+    if found is None:
+        return None
+    tokenizer, ids, config = found
+    beside, template = root / "chat_template.jinja", config.get("chat_template")
+    template = beside.read_text(encoding="utf-8") if beside.exists() else template
+    document, example = json.loads(tokenizer.to_str()), tokenizer.encode("a").ids
+    return PlainTokenizer(document, ids, example, template if isinstance(template, str) else None)
+
+
+def parsed_tokenizer(root: Path, model_type: object) -> tuple[Tokenizer, dict[str, int], Mapping[str, Any]] | None:
+    """The same itself, the ids of its special tokens, and what else its configuration says."""
     if model_type not in TYPES or any((root / name).exists() for name in _BESIDE):
         return None
     try:
@@ -61,12 +75,7 @@ def plain_tokenizer(root: Path, model_type: object) -> PlainTokenizer | None:
     if not _is_plain(config, special, stored):
         return None
     numbers = {name: tokenizer.token_to_id(token) for name, token in special.items()}
-    ids = {name: number for name, number in numbers.items() if number is not None}
-    beside, template = root / "chat_template.jinja", config.get("chat_template")
-    template = beside.read_text(encoding="utf-8") if beside.exists() else template
-    document = json.loads(tokenizer.to_str())
-    example = tokenizer.encode("a").ids
-    return PlainTokenizer(document, ids, example, template if isinstance(template, str) else None)
+    return tokenizer, {name: number for name, number in numbers.items() if number is not None}, config
 
 
 def _parsed(path: Path) -> Tokenizer:

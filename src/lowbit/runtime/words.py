@@ -1,0 +1,75 @@
+"""Texts to tokens and back; without transformers, which takes a second to import, where it would change nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, final
+
+from lowbit.stages._directory import GGUF
+from lowbit.stages._gguf import read_gguf
+from lowbit.stages._gguf_vocabulary import tokenizer_documents
+from lowbit.stages._model import open_tokenizer
+from lowbit.stages._plain_tokenizer import parsed_tokenizer
+from lowbit.stages.checkpoint import Checkpoint
+
+
+@final
+@dataclass(frozen=True)
+class Words:
+    """What makes a text the tokens of a prompt, what joins tokens without special ones, and the end of a text."""
+
+    encode: Callable[[str], Sequence[int]]
+    decode: Callable[[Sequence[int]], str]
+    end: int | None
+
+
+def open_words(checkpoint: Checkpoint) -> Words:
+    """Those of a checkpoint.
+
+    Raises:
+        LowbitError: as `open_tokenizer`.
+    """
+    found = _of_file(checkpoint) or _of_directory(checkpoint)
+    return _plain(*found) if found else _of_transformers(open_tokenizer(checkpoint))
+
+
+def _plain(tokenizer: Any, end: int | None) -> Words:
+    def encode(text: str) -> Sequence[int]:
+        ids: list[int] = tokenizer.encode(text).ids
+        return ids
+
+    return Words(encode, tokenizer.decode, end)
+
+
+def _of_transformers(tokenizer: Any) -> Words:
+    def encode(text: str) -> Sequence[int]:
+        ids: list[int] = tokenizer(text).input_ids
+        return ids
+
+    return Words(encode, partial(tokenizer.decode, skip_special_tokens=True), tokenizer.eos_token_id)
+
+
+def _of_directory(checkpoint: Checkpoint) -> tuple[Any, int | None] | None:
+    found = parsed_tokenizer(checkpoint.root, checkpoint.config.get("model_type"))
+    if found is None or found[2].get("clean_up_tokenization_spaces"):
+        return None
+    return found[0], found[1].get("eos")
+
+
+def _of_file(checkpoint: Checkpoint) -> tuple[Any, int | None] | None:
+    """The tokenizer in a GGUF file, if it has its special tokens as such."""
+    shard = checkpoint.shards[0]
+    if shard.suffix != GGUF or (checkpoint.root / "tokenizer_config.json").exists():
+        return None
+    documents = tokenizer_documents(read_gguf(shard))
+    document, config = documents["tokenizer.json"], documents["tokenizer_config.json"]
+    ids = {token["content"]: int(token["id"]) for token in document["added_tokens"] if token["special"]}
+    special = {name: token for name, token in config.items() if name.endswith("_token")}
+    if not set(special.values()) <= ids.keys():
+        return None
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(json.dumps(document)), ids.get(str(special.get("eos_token")))
