@@ -90,6 +90,7 @@ def test_the_decoder_reads_what_it_reads_of_the_class_of_a_gguf_file(
     if alone:
         path = next(path.glob("*.gguf")).rename(tmp_path / "model.gguf")
     assert_told_as_asked(path)
+    assert open_runner(path, threads=1).others == {}  # its embedding is looked up as it is stored
 
 
 @pytest.mark.parametrize("name", KINDS)

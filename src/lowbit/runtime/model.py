@@ -150,7 +150,8 @@ class Opened:
             return None
         model = self.blueprint.taken()
         _put(model, self.places, self.packed, self.threads)
-        return Loaded(self.checkpoint, model, self.packed, self.others, table)
+        others = {name: why for name, why in self.others.items() if name != matrices[0]}
+        return Loaded(self.checkpoint, model, self.packed, others, table)
 
 
 def open_weights(

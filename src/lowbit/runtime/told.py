@@ -38,9 +38,10 @@ def told_model(checkpoint: Checkpoint, exact: bool, threads: int) -> Loaded | No
     matrices = [name for name, weight in checkpoint.weights.items() if len(weight.shape) > 1 and name != EMBEDDING]
     stored = pack_all(checkpoint, list(dict.fromkeys([*matrices, head])), exact, threads)
     others: dict[str, str] = dict(stored.facts["others"])
-    if head != EMBEDDING and checkpoint.weights[EMBEDDING].scheme:
+    table = table_of(checkpoint, EMBEDDING, threads)
+    if table is None and head != EMBEDDING and checkpoint.weights[EMBEDDING].scheme:
         others[EMBEDDING] = ALONE
-    table = table_of(checkpoint, EMBEDDING, threads) or Table(_floats(checkpoint, EMBEDDING))
+    table = table or Table(_floats(checkpoint, EMBEDDING))
     model: Any = _model(config, partial(_part, checkpoint, stored.matrices), head)
     return Loaded(checkpoint, model, dict(stored.matrices), others, table)
 
