@@ -101,7 +101,8 @@ def test_a_configuration_says_what_transformers_makes_of_it(name: str, tmp_path:
     told, whole = told_config(checkpoint.config), open_config(checkpoint)
     assert told is not None
     unlike = {key for key, value in vars(told).items() if getattr(whole, key, None) != value}
-    assert unlike <= {"dtype", "transformers_version"}
+    assert unlike <= {"dtype", "transformers_version", "rope_theta"}
+    assert told.rope_theta == whole.rope_parameters["rope_theta"]
     assert {"head_dim", "sliding_window", "rope_parameters", "num_key_value_heads"} <= vars(told).keys()
 
 

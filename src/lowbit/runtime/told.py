@@ -118,5 +118,5 @@ def _turns(config: Told) -> SimpleNamespace:
     else:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        turns, factor = ROPE_INIT_FUNCTIONS[kind](config)
+        turns, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return SimpleNamespace(inv_freq=turns, attention_scaling=factor, rope_type=kind)

@@ -79,7 +79,8 @@ def told_config(config: Mapping[str, Any]) -> Told | None:
     if hidden % heads or not (size is None or is_size(size)) or not _one_kind(config, kind):
         return None
     seen = {} if "sliding_window" in kind.needs else {"sliding_window": None}
-    return Told(**{**config, **seen, "rope_parameters": rope, "head_dim": size or hidden // heads})
+    turns = {"rope_parameters": rope, "rope_scaling": rope, "rope_theta": rope["rope_theta"]}  # as 5 and as 4 call them
+    return Told(**{**config, **seen, **turns, "head_dim": size or hidden // heads})
 
 
 def _in_full(config: Mapping[str, Any], kind: Kind) -> bool:
