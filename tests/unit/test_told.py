@@ -14,7 +14,7 @@ import transformers
 import lowbit
 from lowbit.runtime.decoder import Native, native_of
 from lowbit.runtime.model import open_model, open_weights
-from lowbit.runtime.runner import open_runner
+from lowbit.runtime.runner import open_runner, runner_of
 from lowbit.runtime.told import told_model
 from lowbit.runtime.words import open_words
 from lowbit.stages._model import open_config, open_tokenizer
@@ -63,6 +63,8 @@ def assert_told_as_asked(path: Path) -> None:
     assert told is not None
     assert_same(native_of(told), native_of(asked))
     assert told.others == asked.others and told.kernels.keys() == asked.kernels.keys()
+    one, other = runner_of(told, 1), runner_of(asked, 1)
+    assert (one.ends, one.limit, one.decoder) == (other.ends, other.limit, other.decoder)
 
 
 # A format other than GGUF keeps an embedding that is the output layer too.
