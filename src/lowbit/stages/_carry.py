@@ -183,7 +183,8 @@ def _block_values(
     dtype = FLOATS.get(scheme.scale)
     if isinstance(given, QTensor):
         if dtype is not None and not rounding:  # before all are dequantized
-            _stored(given.rows(0, -(-_FEW // given.shape[-1])), dtype, what, rounding)
+            rows, cols = view_shape(given.shape, Block(1, 0))
+            _stored(given.rows(0, min(rows, -(-_FEW // max(cols, 1)))), dtype, what, rounding)
         given = given.dequantize()
     values = _spread(given, index, blocks)
     return values if dtype is None else _stored(values, dtype, what, rounding)
