@@ -21,6 +21,9 @@ struct Whole {
     F covered(F x, F inverse) const {
         return sub(min(fma(x, inverse, set(shift)), set(shift + float(high))), set(shift));
     }
+    // The same where none can fall above the highest either.
+    bool inside(float greatest) const { return greatest <= float(high) + 0.49f; }
+    F unclamped(F x, F inverse) const { return sub(fma(x, inverse, set(shift)), set(shift)); }
     F value(I code) const { return to_float(add(code, set(base))); }
     I code(F x, F inverse) const { return sub(bits(shifted(x, inverse)), set(shift_bits + base)); }
 };
@@ -28,19 +31,23 @@ struct Whole {
 struct Uneven {
     Iq4 grid;
     F level(F x, F inverse) const { return grid.value(grid(mul(x, inverse))); }
+    static bool inside(float) { return false; }
     static bool covers(float) { return false; }
+    F unclamped(F x, F inverse) const { return level(x, inverse); }
     F covered(F x, F inverse) const { return level(x, inverse); }
     F value(I code) const { return grid.value(code); }
     I code(F x, F inverse) const { return grid(mul(x, inverse)); }
 };
 
 // Where the value of greatest magnitude may come to lie while a scale is searched: levels from `near` to `far`, and on
-// the other side of 0 likewise. With minima: how many levels the range may span, and at how many places between two
-// levels its lowest value may lie (2 or 3).
+// the other side of 0 likewise. With minima: how many levels the range may span, and where its lowest value may lie: at
+// `places` between two levels, half a level apart from `lowest` on; where that is one, its spans take turns of two. The
+// best is then rounded `anew`.
 struct Trials {
     int steps;
     float near, far, other_near = 0.0f, other_far = 0.0f;
-    int places = 3;
+    int places = 3, anew = 3;
+    float lowest = -0.5f;
 };
 
 // ---- one block ----
@@ -125,7 +132,9 @@ Line fit_scale(const G& grid, const Trials& trials, const Part<weighted>& part, 
                 dot = fma(part.x[i], wl, dot), norm = fma(wl, l, norm);
             }
         };
-        if (grid.covers(level))
+        if (grid.inside(__builtin_fabsf(level)))
+            sum([&](F x) { return grid.unclamped(x, inverse); });
+        else if (grid.covers(level))
             sum([&](F x) { return grid.covered(x, inverse); });
         else
             sum([&](F x) { return grid.level(x, inverse); });
@@ -141,64 +150,87 @@ Line fit_scale(const G& grid, const Trials& trials, const Part<weighted>& part, 
     return {choose(found, div(best_dot, best_norm), otherwise), zero, zero, choose(found, best_norm, zero)};
 }
 
-// Scale and minimum; the minimum is at least 0 unless `free`.
+// Sums over a block under some codes, and what their least squares explain of its squares, as a fraction.
+struct Explained {
+    F of_l, of_l2, of_xl, above_it, below;
+};
+
+// Scale and minimum; the minimum is at least 0 unless `free`. Values count from their mean, so that the little that one
+// attempt explains more than another is not lost in the digits of sums.
 template <bool weighted>
 struct LineFit {
     Whole grid;
-    Part<weighted> part;
     bool free;
-    F of_w, of_x;
+    Part<weighted> part;
+    F x[32], of_w, each, mean, of_mean;  // each: 1 / of_w
+    Explained best;
 
-    // also what is explained: 2 x v - v**2
-    Line solve(F of_l, F of_l2, F of_xl, F& gain, const Line& otherwise) const {
-        F determinant = sub(mul(of_w, of_l2), mul(of_l, of_l)), inverse = div(set(1.0f), determinant);
-        M sound = above(determinant, mul(set(1e-6f), mul(of_w, of_l2)));
-        F s = mul(sub(mul(of_w, of_xl), mul(of_x, of_l)), inverse);
-        F m = mul(sub(mul(of_l, of_xl), mul(of_l2, of_x)), inverse);
-        if (!free) {
-            M negative_min = above(set(0.0f), m);
-            s = choose(negative_min, ratio_or(of_xl, of_l2, otherwise.scale), s);
-            m = choose(negative_min, set(0.0f), m);
-        }
-        s = choose(sound, s, otherwise.scale), m = choose(sound, m, otherwise.least);
-        F cross = sub(mul(s, of_xl), mul(m, of_x));
-        F square = add(sub(mul(mul(s, s), of_l2), mul(mul(mul(set(2.0f), s), m), of_l)), mul(mul(m, m), of_w));
-        gain = sub(mul(set(2.0f), cross), square);
-        return {s, m, of_l, of_l2};
+    LineFit(const Whole& grid, bool free, const Part<weighted>& values)
+        : grid(grid), free(free), part{values.count, x, values.w}, of_w(values.total()), each(inverse_or_zero(of_w)) {
+        F zero = set(0.0f), sum = zero;
+        for (int i = 0; i < part.count; i++) sum = add(sum, part.of(i, values.x[i]));
+        mean = mul(sum, each), of_mean = mul(sum, mean);
+        for (int i = 0; i < part.count; i++) x[i] = sub(values.x[i], mean);
+        best = {zero, zero, zero, zero, set(1.0f)};
     }
 
-    Line operator()(const Trials& trials, int rounds, const Range& range) {
-        F low = range.low, high = range.high;
-        of_w = part.total(), of_x = set(0.0f);
-        for (int i = 0; i < part.count; i++) of_x = add(of_x, part.of(i, part.x[i]));
-        if (!free) low = min(low, set(0.0f)), high = max(high, set(0.0f));
-        F unit = inverse_or_zero(sub(high, low)), most = set(-__FLT_MAX__);
-        Line best{mul(sub(high, low), set(1.0f / float(grid.high))), negative(low), set(0.0f), set(0.0f)};
-        auto attempt = [&](F inverse, F least, const Line& otherwise) {
-            F of_l = set(0.0f), of_l2 = of_l, of_xl = of_l, gain;
+    // Where codes do not differ, or the least squares would have a minimum below 0, there is none.
+    M without(F of_l, F of_l2, F of_xl, F below) const {
+        M alike = at_least(mul(set(1e-6f), of_l2), below);
+        return free ? alike : either(alike, above(mul(mean, below), mul(mul(of_l, each), of_xl)));
+    }
+    template <class Level>
+    void attempt(F least, Level level_of) {
+        F zero = set(0.0f), of_l = zero, of_l2 = zero, of_xl = zero, from = add(least, mean);
 #pragma GCC unroll 4
-            for (int i = 0; i < part.count; i++) {
-                F l = grid.level(add(part.x[i], least), inverse), wl = part.of(i, l);
-                of_l = add(of_l, wl), of_l2 = fma(wl, l, of_l2), of_xl = fma(part.x[i], wl, of_xl);
-            }
-            Line line = solve(of_l, of_l2, of_xl, gain, otherwise);
-            M better = above(gain, most);
-            best = {choose(better, line.scale, best.scale), choose(better, line.least, best.least),
-                    choose(better, line.slope, best.slope), choose(better, line.curve, best.curve)};
-            most = choose(better, gain, most);
-        };
+        for (int i = 0; i < part.count; i++) {
+            F l = level_of(add(x[i], from)), wl = part.of(i, l);
+            of_l = add(of_l, wl), of_l2 = fma(wl, l, of_l2), of_xl = fma(x[i], wl, of_xl);
+        }
+        F below = sub(of_l2, mul(of_l, mul(of_l, each))), whole = fma(mean, of_l, of_xl);
+        M alone = without(of_l, of_l2, of_xl, below);
+        F above_it = choose(alone, sub(mul(whole, whole), mul(of_mean, of_l2)), mul(of_xl, of_xl));
+        below = choose(alone, of_l2, below);
+        M better = above(mul(above_it, best.below), mul(best.above_it, below));
+        best = {choose(better, of_l, best.of_l), choose(better, of_l2, best.of_l2), choose(better, of_xl, best.of_xl),
+                choose(better, above_it, best.above_it), choose(better, below, best.below)};
+    }
+    // The range spans so many levels, and its lowest value comes to lie at `place`: no more is clamped than has to be.
+    void attempt_at(F least, F inverse, float place, float span) {
+        if (place < -0.49f) return attempt(least, [&](F x) { return grid.level(x, inverse); });
+        if (grid.inside(span + place)) return attempt(least, [&](F x) { return grid.unclamped(x, inverse); });
+        attempt(least, [&](F x) { return grid.covered(x, inverse); });
+    }
+    // Scale and minimum of the best codes, what `otherwise` has where none explain anything.
+    Line line(const Line& otherwise) const {
+        M some = above(best.above_it, set(0.0f));
+        F below = sub(best.of_l2, mul(best.of_l, mul(best.of_l, each)));
+        M alone = without(best.of_l, best.of_l2, best.of_xl, below);
+        F scale = div(choose(alone, fma(mean, best.of_l, best.of_xl), best.of_xl), best.below);
+        F least = choose(alone, set(0.0f), sub(mul(scale, mul(best.of_l, each)), mean));
+        F slope = mul(best.of_l, each);
+        F curve = max(sub(best.of_l2, mul(best.of_l, slope)), mul(best.of_l2, set(1e-3f)));
+        return {choose(some, scale, otherwise.scale), choose(some, least, otherwise.least), slope, curve};
+    }
+
+    Line operator()(const Trials& trials, const Range& range) {
+        F low = range.low, high = range.high;
+        if (!free) low = min(low, set(0.0f)), high = max(high, set(0.0f));
+        F wide = sub(high, low), unit = inverse_or_zero(wide);
         for (int i = 0; i < trials.steps; i++) {
             float span = trials.near + float(i) / float(trials.steps - 1) * (trials.far - trials.near);
-            F inverse = mul(unit, set(span));
-            F step = mul(sub(high, low), set(1.0f / span));
-            F first = mul(step, set(trials.places == 2 ? -0.25f : -0.5f)), apart = mul(step, set(0.5f));
-            for (int k = 0; k < trials.places; k++) attempt(inverse, sub(fma(set(float(k)), apart, first), low), best);
+            for (int k = 0; k < trials.places; k++) {
+                float place = trials.lowest + 0.5f * float(trials.places == 1 ? i % 2 : k);
+                attempt_at(sub(mul(wide, set(place / span)), low), mul(unit, set(span)), place, span);
+            }
         }
-        for (int i = 0; i < rounds; i++) attempt(inverse_or_zero(best.scale), best.least, best);
-        F of_l = best.slope, of_l2 = best.curve;
-        best.slope = ratio_or(of_l, of_w, set(0.0f));
-        best.curve = max(sub(of_l2, mul(of_l, best.slope)), mul(of_l2, set(1e-3f)));
-        return best;
+        Line found = line({mul(wide, set(1.0f / float(grid.high))), negative(low), set(0.0f), set(0.0f)});
+        for (int i = 0; i < trials.anew; i++) {
+            F inverse = inverse_or_zero(found.scale);
+            attempt(found.least, [&](F x) { return grid.level(x, inverse); });
+            found = line(found);
+        }
+        return found;
     }
 };
 
@@ -240,8 +272,8 @@ struct TileFit {
             for (int i = 0; i < kind.size; i++) square = fma(part(j).x[i], part(j).x[i], square);
             usual = both(usual, both(above(range.high, set(0.0f)), above(set(0.0f), range.low)));
             if constexpr (with_min) {
-                LineFit<weighted> fit{grid, part(j), kind.scale_top == 0, {}, {}};
-                line[j] = fit(kind.trials, 2, range);
+                LineFit<weighted> fit(grid, kind.scale_top == 0, part(j));
+                line[j] = fit(kind.trials, range);
                 weights[j] = fit.of_w;
             } else {
                 line[j] = fit_scale(grid, kind.trials, part(j), range.extreme());
@@ -426,7 +458,10 @@ void fit_tile(GgmlType type, Tile& t) {
     auto uneven = [&](const FitKind& kind) { fit_grid<false>(type, t, Uneven{}, kind); };
     auto either_of = [&](int weighted, int plain) { return t.weighted ? weighted : plain; };
     Trials six_bits{either_of(12, 6), -32.5f, -24.0f, 31.5f, 24.0f};
-    int rounds = either_of(3, 1), places = either_of(3, 2);
+    int rounds = either_of(3, 1);
+    auto alternating = [](int steps, float near, float far, float lowest) {
+        return Trials{steps, near, far, 0.0f, 0.0f, 1, 1, lowest};
+    };
     switch (type) {
     case GgmlType::q4_0: return whole(-8, 7, {32, 1, 0, 0, {20, -8.6f, -5.4f, 7.6f, 5.0f}, {}, 2});
     case GgmlType::q5_0: return whole(-16, 15, {32, 1, 0, 0, {20, -16.6f, -12.0f, 15.6f, 12.0f}, {}, 2});
@@ -434,18 +469,24 @@ void fit_tile(GgmlType type, Tile& t) {
         return fit_grid<false>(type, t, Whole{-127, 127, -128}, {32, 1, 0, 0, {12, 127.4f, 124.0f}, {}, 1});
     case GgmlType::tq1_0:
     case GgmlType::tq2_0: return whole(-1, 1, {256, 1, 0, 0, {20, 0.8f, 4.0f}, {}, 2});
-    case GgmlType::q4_1: return line(15, {32, 1, 0, 0, {16, 13.0f, 17.0f}, {}, 2});
-    case GgmlType::q5_1: return line(31, {32, 1, 0, 0, {16, 28.0f, 33.0f}, {}, 2});
+    case GgmlType::q4_1: return line(15, {32, 1, 0, 0, {16, 13.0f, 16.8f}, {}, 2});
+    case GgmlType::q5_1: return line(31, {32, 1, 0, 0, {16, 28.0f, 32.7f}, {}, 2});
     case GgmlType::q2_k:
-        return line(3, {16, 16, 0, 15, {either_of(16, 8), 2.0f, 4.4f}, {16, 15.6f, 9.0f}, either_of(3, 2)});
+        return line(3, {16, 16, 0, 15, {either_of(16, 8), t.weighted ? 2.1f : 2.0f, 4.4f}, {16, 15.6f, 9.0f},
+                        either_of(3, 2)});
     case GgmlType::q4_k:
-        return line(15, {32, 8, 0, 63, {either_of(12, 10), 13.0f, 17.0f, 0, 0, places}, {16, 63.5f, 50.0f}, rounds});
-    case GgmlType::q5_k: return line(31, {32, 8, 0, 63, {12, 28.0f, 33.0f}, {16, 63.5f, 50.0f}, rounds});
+        return line(15, {32, 8, 0, 63, t.weighted ? Trials{12, 13.0f, 16.8f} : alternating(13, 13.6f, 15.74f, -0.404f),
+                         {16, 63.5f, 50.0f}, rounds});
+    case GgmlType::q5_k:
+        return line(31, {32, 8, 0, 63, t.weighted ? Trials{12, 27.2f, 32.7f} : alternating(24, 27.61f, 31.89f, -0.24f),
+                         {16, 63.5f, 50.0f}, rounds});
     case GgmlType::q3_k:
         if (t.weighted) return whole(-4, 3, {16, 16, -32, 31, {8, -5.0f, -2.6f, 4.0f, 2.2f}, six_bits, 2});
         return whole(-4, 3, {16, 16, -32, 31, {3, -4.49f, -3.2f, 3.6f, 2.6f}, {4, -32, -26, 31, 26}, 1, false});
     case GgmlType::q6_k:
-        return whole(-32, 31, {16, 16, -128, 127, {8, -32.6f, -27.0f, 31.6f, 26.0f}, {12, -128, -110, 127, 110}, 2});
+        if (t.weighted)
+            return whole(-32, 31, {16, 16, -128, 127, {8, -32.6f, -27.0f, 31.6f, 26.0f}, {12, -128, -110, 127, 110}, 2});
+        return whole(-32, 31, {16, 16, -128, 127, {9, -32.6f, -26.5f, 31.6f, 25.5f}, {12, -128, -110, 127, 110}, 1});
     case GgmlType::iq4_nl: return uneven({32, 1, 0, 0, {20, -135, -85, 120, 80}, {}, 2});
     case GgmlType::iq4_xs: return uneven({32, 8, -32, 31, {12, -135, -85, 120, 80}, six_bits, 2});
     case GgmlType::mxfp4: return fit_mxfp4(t);

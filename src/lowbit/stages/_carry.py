@@ -180,8 +180,13 @@ def _block_values(
         return replace(given, shape=blocks, codes=given.codes.view(view_shape(blocks, scheme.nested.block)))
     if scheme.nested:
         raise UnsupportedError(f"its scales are not quantized, those of {scheme} are")
-    values = _spread(given.dequantize() if isinstance(given, QTensor) else given, index, blocks)
     dtype = FLOATS.get(scheme.scale)
+    if isinstance(given, QTensor):
+        if dtype is not None and not rounding:  # before all are dequantized
+            rows, cols = view_shape(given.shape, Block(1, 0))
+            _stored(given.rows(0, min(rows, -(-_FEW // max(cols, 1)))), dtype, what, rounding)
+        given = given.dequantize()
+    values = _spread(given, index, blocks)
     return values if dtype is None else _stored(values, dtype, what, rounding)
 
 
@@ -198,6 +203,8 @@ def _stored(values: Float[Tensor, "..."], dtype: torch.dtype, what: str, roundin
     Raises:
         UnsupportedError: it has not; where they may be rounded, only where one becomes infinite, or 0.
     """
+    if dtype == values.dtype and not rounding:
+        return values
     if not rounding and values.numel() > _FEW:  # what a type lacks is mostly found at once
         _stored(values.reshape(-1)[:_FEW], dtype, what, rounding)
     found = values.to(dtype).float()

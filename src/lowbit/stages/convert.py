@@ -29,6 +29,7 @@ from lowbit.stages import _words as words
 from lowbit.stages._adapter import ADAPTER, CONFIG, WEIGHTS
 from lowbit.stages._changes import COPY, METHODS, Change, Changer, Goal, model_dtype, plan_of
 from lowbit.stages._history import CONVERSION, PLAN, conversion_note
+from lowbit.stages._pages import kept_pages
 from lowbit.stages._rooms import Rooms
 from lowbit.stages._store import store, whole
 from lowbit.stages._weightfile import read_json
@@ -141,7 +142,7 @@ def _each(
     """Do something with every weight on all threads, by name."""
     changer = Changer(source, goal, model_dtype(source), Rooms(folder, way.scratch), way.piece)
     total, done, found = sum(prod(weight.shape) for weight in weights), 0, {}
-    with one_torch_thread(), ThreadPoolExecutor(way.threads, "check") as pool:
+    with one_torch_thread(), kept_pages(), ThreadPoolExecutor(way.threads, "check") as pool:
         for weight, result in as_done(pool, lambda weight: work(changer, weight), weights, 2 * way.threads):
             found[weight.name] = result
             done += prod(weight.shape)
@@ -224,7 +225,7 @@ def convert(conversion: Conversion, output: Output, watch: MemoryWatch, progress
         store(output, change.entry, value, source, facts, scratch=way.scratch, workers=way.threads)
 
     progress("convert", done, total)
-    with one_torch_thread(), ThreadPoolExecutor(way.threads, "convert") as pool:
+    with one_torch_thread(), kept_pages(), ThreadPoolExecutor(way.threads, "convert") as pool:
         for change, _ in as_done(pool, work, todo, 2 * way.threads):
             watch.check()
             done += prod(change.before.shape)
