@@ -48,7 +48,7 @@ void round_token(Inputs& of, int64_t token) {
     float* scale = of.scale.data() + token * blocks;
     int16_t* words = of.words.data() + at;
     int32_t* crossed = of.crossed.data() + token * blocks;
-    if (of.as == As::words) return kernels().round_wide(of.cols, of.values + at, words, scale, crossed);
+    if (of.as == As::words) return kernels().round_wide(of.cols, of.sub, of.values + at, words, scale, crossed);
     int8_t* rounded = of.rounded.data() + at;
     kernels().round_inputs({of.cols, of.sub, of.step}, of.values + at, rounded, scale,
                            of.step_sum.data() + token * (of.cols / of.step));
@@ -66,7 +66,7 @@ void round(Inputs& of, int64_t tokens, int threads) {
 }
 
 As taken(const Product& of, int64_t tokens) {
-    if (of.way == Way::wide) return As::words;
+    if (of.way == Way::wide || (of.way == Way::small && tokens > 1)) return As::words;
     if (of.way != Way::codes && of.way != Way::table) return As::floats;
     return tokens > 1 && crosses(of) ? As::both : As::bytes;
 }
