@@ -169,8 +169,8 @@ struct Product {
     const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` (decoder.h) fills these three
     const float* input_scale;
     const int16_t* step_sum;  // nested: of steps; else of what is rounded together
-    const int16_t* words;     // [tokens, cols], ways wide and small: what `round_wide` gives; where `crosses` and tokens are many: `widen`
-    const int32_t* crossed;   // [tokens, runs] from the same
+    const int16_t* words;     // [cols], way wide of one token: what `round_wide` gives
+    const uint8_t* fours;     // many tokens as 16 bits: what `put_in_fours` makes of that, or, where `crosses`, of what `widen` gives
     float* out;  // [tokens, rows]
 };
 
@@ -335,6 +335,13 @@ void interleave_floats(const void* values, int64_t rows, int64_t cols, int size,
 
 // Panels that `interleave_floats` made as those of way wide; see `Kernels::widen_panels`.
 bool widen_panels(Weight panels, int64_t count, int64_t cols, int threads, void* words, float* scale);
+
+// Inputs of four tokens as many are multiplied, so that they are read from one end to the other. For each run: the scales of
+// the four, what is of each alone, and four columns of each in turn. `words`, `scale` and `crossed` of a token are put in
+// place `which` of the four.
+static inline int64_t bytes_of_fours(int64_t cols, int64_t run) { return 8 * cols + 32 * ((cols + run - 1) / run); }
+void put_in_fours(int64_t cols, int64_t run, const int16_t* words, const float* scale, const int32_t* crossed, int64_t which,
+                  uint8_t* fours);
 
 // Rows of blocks as panels: what `interleave` and `interleave_floats` make of what `ggml_unpack` gives. `ggml_panel_bits`
 // are those of a code in them, 0 for types that are not brought there at once.

@@ -489,20 +489,25 @@ void many_tokens(const Product& of, int64_t panel, const Source& source) {
 // is modulo 2**32, which the sum itself fits.
 constexpr bool crossing = !whole_dots;
 
+// Inputs of a tile of tokens in a run, four at a time.
+template <int tokens>
+using Fours = const uint8_t* [tokens / 4];
+
 template <int t, int tokens>
-LOWBIT_INLINE void add_pair(I first, I second, const int16_t* const (&input)[tokens], int64_t col, I (&sum)[tokens]) {
-    I x = set(four_bytes(input[t] + col)), y = set(four_bytes(input[t] + col + 2));
+LOWBIT_INLINE void add_pair(I first, I second, const Fours<tokens>& input, int64_t at, I (&sum)[tokens]) {
+    const uint8_t* here = input[t / 4] + at + 8 * (t % 4);
+    I x = set(four_bytes(here)), y = set(four_bytes(here + 4));
     if constexpr (crossing) sum[t] = add(sum[t], dot_pairs(add_pairs(first, y), add_pairs(second, x)));
     else sum[t] = add(add(sum[t], dot_pairs(first, x)), dot_pairs(second, y));
     keep(sum[t]);
-    if constexpr (t + 1 < tokens) add_pair<t + 1>(first, second, input, col, sum);
+    if constexpr (t + 1 < tokens) add_pair<t + 1>(first, second, input, at, sum);
 }
 
 template <int quad, int last, int tokens>
-LOWBIT_INLINE void add_crossed(const uint8_t* weight, const int16_t* const (&input)[tokens], int64_t col, I (&sum)[tokens]) {
+LOWBIT_INLINE void add_crossed(const uint8_t* weight, const Fours<tokens>& input, int64_t at, I (&sum)[tokens]) {
     I first = load_words(weight + 128 * quad), second = load_words(weight + 128 * quad + 64);
-    add_pair<0>(first, second, input, col + 4 * quad, sum);
-    if constexpr (quad + 1 < last) add_crossed<quad + 1, last>(weight, input, col, sum);
+    add_pair<0>(first, second, input, at + 32 * quad, sum);
+    if constexpr (quad + 1 < last) add_crossed<quad + 1, last>(weight, input, at, sum);
 }
 
 // What `add_pair` adds that is of the weight alone.
@@ -516,7 +521,7 @@ LOWBIT_INLINE I crossed_quads(const uint8_t* weight) {
 // `count` columns of a panel from `first` on, as 16 bits, with what there is once for all tokens.
 struct Run {
     const uint8_t* words;
-    int64_t first, count, index, all;
+    int64_t first, count, index;
     F scale;
 
     // What sums begin with, so that this is out of them.
@@ -529,29 +534,26 @@ struct Run {
 
 // What is of the weight and of the inputs alone, out of the sums before they begin.
 template <int t, int tokens>
-LOWBIT_INLINE void begin(I crossed, const int32_t* const (&of_inputs)[tokens], I (&sum)[tokens]) {
-    sum[t] = crossing ? sub(crossed, set(*of_inputs[t])) : set(0);
-    if constexpr (t + 1 < tokens) begin<t + 1>(crossed, of_inputs, sum);
+LOWBIT_INLINE void begin(I crossed, const Fours<tokens>& input, I (&sum)[tokens]) {
+    sum[t] = crossing ? sub(crossed, set(four_bytes(input[t / 4] + 16 + 4 * (t % 4)))) : set(0);
+    if constexpr (t + 1 < tokens) begin<t + 1>(crossed, input, sum);
 }
 template <int t, int tokens>
-LOWBIT_INLINE void end(const I (&sum)[tokens], F scale, const float* const (&of_inputs)[tokens], F (&total)[tokens]) {
-    total[t] = fma(mul(to_float(sum[t]), scale), set(*of_inputs[t]), total[t]);
-    if constexpr (t + 1 < tokens) end<t + 1>(sum, scale, of_inputs, total);
+LOWBIT_INLINE void end(const I (&sum)[tokens], F scale, const Fours<tokens>& input, F (&total)[tokens]) {
+    F of_inputs = floats(set(four_bytes(input[t / 4] + 4 * (t % 4))));
+    total[t] = fma(mul(to_float(sum[t]), scale), of_inputs, total[t]);
+    if constexpr (t + 1 < tokens) end<t + 1>(sum, scale, input, total);
 }
 
-// For a tile of tokens from `token` on, of which `there` are there: others repeat the last.
+// For a tile of tokens from `token` on, of which `there` are there: after the fours that these are in the last is repeated.
 void add_run(const Product& of, const Run& run, I crossed, int64_t token, int64_t there, F (&total)[tile]) {
-    const int16_t* input[tile];
-    const int32_t* alone[tile];
-    const float* scale[tile];
-    for (int t = 0; t < tile; t++) {
-        int64_t at = token + smaller(t, there - 1), place = at * run.all + run.index;
-        input[t] = of.words + at * of.cols + run.first, alone[t] = of.crossed + place, scale[t] = of.input_scale + place;
-    }
+    const int64_t size = bytes_of_fours(of.cols, of.sub), before = run.index * 32 + 8 * run.first;
+    Fours<tile> input;
+    for (int i = 0; i < tile / 4; i++) input[i] = of.fours + (token / 4 + smaller(i, (there - 1) / 4)) * size + before;
     I sum[tile];
-    begin<0>(crossed, alone, sum);
-    for (int64_t col = 0; col < run.count; col += 32) add_crossed<0, 8>(run.words + 32 * col, input, col, sum);
-    end<0>(sum, run.scale, scale, total);
+    begin<0>(crossed, input, sum);
+    for (int64_t col = 0; col < run.count; col += 16) add_crossed<0, 4>(run.words + 32 * col, input, 32 + 8 * col, sum);
+    end<0>(sum, run.scale, input, total);
 }
 
 // Words of a run, and their scale.
@@ -617,7 +619,7 @@ void many_words(const Product& of, int64_t panel, const Weight& weight) {
         for (int64_t i = 0; i < runs; i++) {
             int64_t first = i * of.sub, count = smaller(of.sub, of.cols - first);
             Scaled found = weight.columns(panel, first, count, near);
-            Run run{found.words, first, count, i, runs, found.scale};
+            Run run{found.words, first, count, i, found.scale};
             I crossed = run.crossed();
             for (int64_t t = 0; t < there; t += tile) {
                 weight.ask(run, t);

@@ -314,6 +314,17 @@ static float small_float(int code, int mantissa) {
     return code & 128 ? -value : value;
 }
 
+// Inputs of all tokens as `Product::fours`.
+static std::vector<uint8_t> in_fours(int64_t tokens, int64_t cols, int64_t run, const std::vector<int16_t>& words,
+                                     const std::vector<float>& scale, const std::vector<int32_t>& crossed) {
+    int64_t size = bytes_of_fours(cols, run), runs = (cols + run - 1) / run;
+    std::vector<uint8_t> fours(size_t((tokens + 3) / 4 * size));
+    for (int64_t t = 0; t < tokens; t++)
+        put_in_fours(cols, run, words.data() + t * cols, scale.data() + t * runs, crossed.data() + t * runs, t % 4,
+                     fours.data() + t / 4 * size);
+    return fours;
+}
+
 // A weight of panels, and inputs, for one way.
 static void compare_product(const Kernels& kernels, Way way, int bits, int64_t rows, int64_t cols, int64_t step, bool minus,
                             int64_t over = 0) {
@@ -344,6 +355,7 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
     std::vector<int16_t> words(input.size());
     std::vector<int32_t> crossed(input_scale.size());
     kernels.widen(tokens * cols, sub, rounded.data(), words.data(), crossed.data());
+    std::vector<uint8_t> fours = in_fours(tokens, cols, sub, words, input_scale, crossed);
     compare("widen", kernels, {tokens, cols, 1, sub}, 2 * tokens * cols, [&](const Kernels& k, uint8_t* out) {
         std::vector<int16_t> found(words.size());
         std::vector<int32_t> sums(crossed.size());
@@ -356,7 +368,7 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
                {scale.at(), narrow ? Dtype::f16 : Dtype::f32}, zeros ? zero.at() : nullptr, minus, way == Way::table ? 0.0f : 3.0f,
                over ? integers(fine) : nullptr, over && zeros && !joined ? integers(fine_zero) : nullptr,
                joined, level.data(), table.data(), 0.5f, tokens, input.data(), sub,
-               rounded.data(), input_scale.data(), step_sum.data(), words.data(), crossed.data(), nullptr};
+               rounded.data(), input_scale.data(), step_sum.data(), words.data(), fours.data(), nullptr};
     compare("product", kernels, {rows, cols, int64_t(way), bits}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> found(size_t(tokens * rows));
         Product mine = of;
@@ -404,12 +416,13 @@ static void compare_wide(const Kernels& kernels, Dtype dtype, int64_t rows, int6
                          crossed.data() + t * runs);
         copy(crossed, copy(input_scale, copy(rounded, out)));
     });
+    std::vector<uint8_t> fours = in_fours(tokens, cols, wide_run, rounded, input_scale, crossed);
     compare("wide", kernels, {rows, cols, tokens, 1}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> found(size_t(tokens * rows));
         Product of{};
         of.way = Way::wide, of.rows = rows, of.cols = cols, of.bits = 16, of.step = of.over = of.sub = wide_run;
         of.codes = reinterpret_cast<const uint8_t*>(words.data()), of.scale = {scale.data(), Dtype::f32}, of.unit = 1;
-        of.tokens = tokens, of.words = rounded.data(), of.input_scale = input_scale.data(), of.crossed = crossed.data();
+        of.tokens = tokens, of.words = rounded.data(), of.input_scale = input_scale.data(), of.fours = fours.data();
         of.out = found.data();
         k.product(of, 0, panels);
         copy(found, out);
@@ -515,13 +528,13 @@ static void compare_small(const Kernels& kernels, int mantissa, int64_t rows, in
     for (int64_t t = 0; t < tokens; t++)
         kernels.round_wide(cols, run, input.data() + t * cols, words.data() + t * cols, input_scale.data() + t * runs,
                            crossed.data() + t * runs);
+    std::vector<uint8_t> fours = in_fours(tokens, cols, run, words, input_scale, crossed);
     compare("small", kernels, {rows, cols, tokens, step}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> found(size_t(tokens * rows));
         Product of{};
         of.way = Way::small, of.rows = rows, of.cols = cols, of.bits = 8, of.step = of.over = step, of.sub = run;
         of.codes = codes.at(), of.scale = {scale.at(), Dtype::f32}, of.level = level.data(), of.unit = 1;
-        of.tokens = tokens, of.input = input.data(), of.words = words.data(), of.input_scale = input_scale.data();
-        of.crossed = crossed.data(), of.out = found.data();
+        of.tokens = tokens, of.input = input.data(), of.fours = fours.data(), of.out = found.data();
         k.product(of, 0, panels);
         if (!found.empty()) std::memcpy(out, found.data(), 4 * found.size());
     });
