@@ -1,11 +1,12 @@
-"""Products beside those of PyTorch's own int4 and int8 kernels and of bitsandbytes, on one processor.
+"""Products beside those of PyTorch's own int4, int8 and float8 kernels and of bitsandbytes, on one processor.
 
     python benchmarks/products.py [--threads 1 2] [--tokens 1 256] [--rounds 5]
 
 Shapes are those of a Llama of 1.1B parameters. Sides take turns, round by round; printed are ratios of medians: ours is
 faster above 1. A weight is there so many times that no cache holds all of them: one token is multiplied by each, more
 tokens by one. Every peer gets float32 and bfloat16 inputs, and the faster of the two counts; ours are float32. Peers
-compute with inputs as they are (bitsandbytes int8: rounded to int8 by row); ours rounds them to int8.
+compute with inputs as they are (bitsandbytes int8: rounded to int8 by row, `_scaled_mm`: to float8); ours rounds them
+to int8, beside FP8 not at all (one token) or to 16 bits.
 """
 
 from __future__ import annotations
@@ -56,6 +57,23 @@ def torch_int8(shape: tuple[int, int], dtype: torch.dtype) -> Work:
     return lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, scales)
 
 
+def torch_fp8(shape: tuple[int, int], dtype: torch.dtype) -> Work:
+    """Made floats for each product, a scale for each row: what is left where a processor has no kernel for float8."""
+    codes, scales = torch.randn(shape).to(torch.float8_e4m3fn), torch.rand(shape[0], 1, dtype=dtype)
+    return lambda x: x @ (codes.to(dtype) * scales).T
+
+
+def torch_scaled(shape: tuple[int, int], dtype: torch.dtype) -> Work:
+    """`_scaled_mm`: both sides in float8, a scale for each row of the weight and each token."""
+    codes, scales = torch.randn(shape).to(torch.float8_e4m3fn), torch.rand(1, shape[0])
+
+    def multiply(x: Tensor) -> Tensor:
+        ones = torch.ones(x.shape[0], 1)
+        return torch._scaled_mm(x.to(codes.dtype), codes.T, scale_a=ones, scale_b=scales, out_dtype=dtype)
+
+    return multiply
+
+
 def bitsandbytes_nf4(shape: tuple[int, int], dtype: torch.dtype) -> Work:
     """What `Linear4bit` calls; where there is no AVX-512, it dequantizes and multiplies floats."""
     library: Any = import_module("bitsandbytes")
@@ -75,6 +93,8 @@ def bitsandbytes_int8(shape: tuple[int, int], dtype: torch.dtype) -> Work:
 PEERS: dict[str, tuple[str, Callable[[tuple[int, int], torch.dtype], Work]]] = {
     "torch int4pack": ("int4-g64-asym", torch_int4),
     "torch int8pack": ("int8-row", torch_int8),
+    "torch fp8": ("fp8-e4m3-row", torch_fp8),
+    "torch _scaled_mm": ("fp8-e4m3-row", torch_scaled),
     "bitsandbytes nf4": ("nf4-g64", bitsandbytes_nf4),
     "bitsandbytes int8": ("int8-row", bitsandbytes_int8),
 }

@@ -59,9 +59,9 @@ Wide wide_of(F largest, F squares, float most) {
 F inverse(F largest) { return div(set(1.0f), max(largest, set(1e-30f))); }
 I bare_bits(F value) { return both(bits(value), set(0x7fffffff)); }
 
-void round_wide(int64_t cols, const float* input, int16_t* words, float* scale, int32_t* crossed) {
-    for (int64_t col = 0; col < cols; col += wide_run, input += wide_run, words += wide_run) {
-        int64_t count = smaller(wide_run, cols - col);
+void round_wide(int64_t cols, int64_t run, const float* input, int16_t* words, float* scale, int32_t* crossed) {
+    for (int64_t col = 0; col < cols; col += run, input += run, words += run) {
+        int64_t count = smaller(run, cols - col);
         I most = set(0);
         for (int64_t i = 0; i < count; i += 16) most = max(most, bare_bits(load_f32(input + i)));
         F largest = set(greatest(floats(most))), over = inverse(largest), squares = set(0.0f);

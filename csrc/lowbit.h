@@ -127,8 +127,8 @@ struct GgmlFound {
 
 // How a product is computed: inputs as they are, times what codes stand for; inputs rounded to int8, times codes (`codes`)
 // or times bytes of a table (`table`); or, of weights that are floats, as they are (`dense`), or both rounded to 16 bits
-// (`wide`).
-enum class Way { floats, codes, table, dense, wide };
+// (`wide`); or, of small floats of 8 bits, one token as `floats` and many as `wide` (`small`).
+enum class Way { floats, codes, table, dense, wide, small };
 
 // Way wide: columns of a run that has a scale. Its integers have a norm of at most `wide_norm` before they are rounded
 // (which adds 8 at most), so that the sum of their products fits int32 (Cauchy and Schwarz); and the two limits add up to
@@ -159,18 +159,18 @@ struct Product {
     const int8_t* fine;   // [panels, cols / step / 2, 16, 2]: integers of the scales; null where nothing is nested
     const int8_t* fine_zero;  // the same of zeros; or null
     bool joined;          // `fine` has both: scales in the lower four bits of a byte, zeros in the upper
-    const float* level;   // way floats: 256 entries
+    const float* level;   // ways floats and small: 256 entries
     const int8_t* table;  // way table: 16 entries
     float unit;           // rounded inputs: what results are multiplied by
     int64_t tokens;
-    const float* input;   // [tokens, cols]; `product` reads it in the ways floats and dense
-    int64_t sub;          // columns that are rounded together: `over` where scales are nested, else 16, 32, 64, ... that
-                          // divides `step`
+    const float* input;   // [tokens, cols]; `product` reads it in the ways floats and dense, and in small of one token
+    int64_t sub;          // columns that are rounded together: `over` where scales are nested, `wide_run` where it is wide, else
+                          // 16, 32, 64, ... that divides `step`; small: `step`, or `wide_run`, which divides it or ends with it
     const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` (decoder.h) fills these three
     const float* input_scale;
     const int16_t* step_sum;  // nested: of steps; else of what is rounded together
-    const int16_t* words;     // [tokens, cols], way wide: what `round_wide` gives; where `crosses` and tokens are many: `widen`
-    const int32_t* crossed;   // [tokens, runs] from the same
+    const int16_t* words;     // [cols], way wide of one token: what `round_wide` gives
+    const uint8_t* fours;     // many tokens as 16 bits: what `put_in_fours` makes of that, or, where `crosses`, of what `widen` gives
     float* out;  // [tokens, rows]
 };
 
@@ -274,9 +274,9 @@ struct Kernels {
     // with the third of four and of the second with the fourth, modulo 2**32: what is of the inputs alone in `product`.
     void (*widen)(int64_t count, int64_t run, const int8_t* rounded, int16_t* words, int32_t* crossed);
 
-    // The inputs of a token as 16 bits in runs of `wide_run`: integers in the order that they have, the scale of a run, and
-    // the same sum of it.
-    void (*round_wide)(int64_t cols, const float* input, int16_t* words, float* scale, int32_t* crossed);
+    // The inputs of a token as 16 bits in runs of so many: integers in the order that they have, the scale of a run, and the
+    // same sum of it.
+    void (*round_wide)(int64_t cols, int64_t run, const float* input, int16_t* words, float* scale, int32_t* crossed);
 
     // Panels of floats [panels, cols, 16] as those of way wide, words and scales; in place too, where they have 16 bits.
     // Whether all are finite.
@@ -335,6 +335,13 @@ void interleave_floats(const void* values, int64_t rows, int64_t cols, int size,
 
 // Panels that `interleave_floats` made as those of way wide; see `Kernels::widen_panels`.
 bool widen_panels(Weight panels, int64_t count, int64_t cols, int threads, void* words, float* scale);
+
+// Inputs of four tokens as many are multiplied, so that they are read from one end to the other. For each run: the scales of
+// the four, what is of each alone, and four columns of each in turn. `words`, `scale` and `crossed` of a token are put in
+// place `which` of the four.
+static inline int64_t bytes_of_fours(int64_t cols, int64_t run) { return 8 * cols + 32 * ((cols + run - 1) / run); }
+void put_in_fours(int64_t cols, int64_t run, const int16_t* words, const float* scale, const int32_t* crossed, int64_t which,
+                  uint8_t* fours);
 
 // Rows of blocks as panels: what `interleave` and `interleave_floats` make of what `ggml_unpack` gives. `ggml_panel_bits`
 // are those of a code in them, 0 for types that are not brought there at once.

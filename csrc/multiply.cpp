@@ -13,8 +13,9 @@ namespace {
 // nobody waits long for the last.
 constexpr int64_t bytes_of_piece = 1 << 17, least_bytes = 1 << 14;
 
-// As what products read inputs: floats, bytes, bytes and the same as words, or words of 16 bits.
-enum class As { floats, bytes, both, words };
+// As what products read inputs: floats, bytes, bytes and the same as words of many tokens, or words of 16 bits, of one token
+// or of many.
+enum class As { floats, bytes, both, words, fours };
 
 // The inputs as some weights take them.
 struct Inputs {
@@ -25,7 +26,7 @@ struct Inputs {
     std::vector<float> filled, scale;
     std::vector<int16_t> step_sum, words;
     std::vector<int8_t> rounded;
-    std::vector<int32_t> crossed;
+    std::vector<uint8_t> fours;
 
     bool serves(const Inputs& of) const {
         return order == of.order && cols == of.cols && sub == of.sub && step == of.step && as == of.as;
@@ -42,31 +43,43 @@ void fill(Inputs& of, const float* from, int64_t inputs, int64_t tokens) {
     of.values = of.filled.data();
 }
 
+// Words of a token on the way to where they belong.
+struct Alone {
+    std::vector<int16_t> words;
+    std::vector<int32_t> crossed;
+};
+
 // Of a token, where they are.
-void round_token(Inputs& of, int64_t token) {
+void round_token(Inputs& of, int64_t token, Alone& alone) {
     int64_t at = token * of.cols, blocks = (of.cols + of.sub - 1) / of.sub;
     float* scale = of.scale.data() + token * blocks;
-    int16_t* words = of.words.data() + at;
-    int32_t* crossed = of.crossed.data() + token * blocks;
-    if (of.as == As::words) return kernels().round_wide(of.cols, of.values + at, words, scale, crossed);
-    int8_t* rounded = of.rounded.data() + at;
-    kernels().round_inputs({of.cols, of.sub, of.step}, of.values + at, rounded, scale,
-                           of.step_sum.data() + token * (of.cols / of.step));
-    if (of.as == As::both) kernels().widen(of.cols, of.sub, rounded, words, crossed);
+    int16_t* words = of.as == As::words ? of.words.data() : alone.words.data();
+    if (of.as == As::bytes || of.as == As::both)
+        kernels().round_inputs({of.cols, of.sub, of.step}, of.values + at, of.rounded.data() + at, scale,
+                               of.step_sum.data() + token * (of.cols / of.step));
+    else kernels().round_wide(of.cols, of.sub, of.values + at, words, scale, alone.crossed.data());
+    if (of.as == As::both) kernels().widen(of.cols, of.sub, of.rounded.data() + at, words, alone.crossed.data());
+    if (of.as == As::both || of.as == As::fours)
+        put_in_fours(of.cols, of.sub, words, scale, alone.crossed.data(), token % 4,
+                     of.fours.data() + token / 4 * bytes_of_fours(of.cols, of.sub));
 }
 
 void round(Inputs& of, int64_t tokens, int threads) {
-    auto count = size_t(tokens * of.cols), blocks = size_t(tokens * ((of.cols + of.sub - 1) / of.sub));
-    of.scale.resize(blocks);
-    if (of.as != As::words) of.rounded.resize(count), of.step_sum.resize(size_t(tokens * (of.cols / of.step)));
-    if (of.as != As::bytes) of.words.resize(count), of.crossed.resize(blocks);
+    auto cols = size_t(of.cols), blocks = size_t((of.cols + of.sub - 1) / of.sub);
+    of.scale.resize(size_t(tokens) * blocks);
+    if (of.as == As::bytes || of.as == As::both)
+        of.rounded.resize(size_t(tokens) * cols), of.step_sum.resize(size_t(tokens * (of.cols / of.step)));
+    if (of.as == As::words) of.words.resize(cols);
+    else if (of.as != As::bytes) of.fours.resize(size_t((tokens + 3) / 4 * bytes_of_fours(of.cols, of.sub)));
     share(tokens, 16, threads, [&](int64_t first, int64_t last) {
-        for (int64_t token = first; token < last; token++) round_token(of, token);
+        Alone alone{std::vector<int16_t>(of.as == As::both || of.as == As::fours ? cols : 0), std::vector<int32_t>(blocks)};
+        for (int64_t token = first; token < last; token++) round_token(of, token, alone);
     });
 }
 
 As taken(const Product& of, int64_t tokens) {
-    if (of.way == Way::wide) return As::words;
+    if (of.way == Way::wide) return tokens > 1 ? As::fours : As::words;
+    if (of.way == Way::small && tokens > 1) return As::fours;
     if (of.way != Way::codes && of.way != Way::table) return As::floats;
     return tokens > 1 && crosses(of) ? As::both : As::bytes;
 }
@@ -122,7 +135,7 @@ void multiply(const float* inputs, int64_t tokens, const std::vector<Task>& task
         Product& of = products.emplace_back(task.matrix->of);
         of.tokens = tokens, of.input = from.values, of.out = task.out;
         of.rounded = from.rounded.data(), of.input_scale = from.scale.data();
-        of.step_sum = from.step_sum.data(), of.words = from.words.data(), of.crossed = from.crossed.data();
+        of.step_sum = from.step_sum.data(), of.words = from.words.data(), of.fours = from.fours.data();
     }
     std::vector<Piece> pieces = pieces_of(products, threads);
     share(int64_t(pieces.size()), 1, threads, [&](int64_t first, int64_t last) {

@@ -432,7 +432,8 @@ void one_token(const Product& of, const Source& source, int64_t first, int64_t l
     }
 }
 
-// Many: some columns are unpacked for as many tokens as keep their sums in the nearest memory.
+// Many: some columns are unpacked for as many tokens as keep their sums in the nearest memory. Of these sums those that are
+// used begin with zeros: to clear all of them takes longer than the products of a few tokens.
 constexpr int64_t columns_at_once = 512, tokens_at_once = 64;
 
 using Near = Sums<tile>[tokens_at_once / tile];
@@ -469,7 +470,8 @@ void many_tokens(const Product& of, int64_t panel, const Source& source) {
     alignas(64) uint8_t bytes[16 * columns_at_once];
     for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
         int64_t count = smaller(tokens_at_once, of.tokens - token);
-        alignas(64) Near kept = {};
+        alignas(64) Near kept;
+        for (int64_t t = 0; t < count; t += tile) kept[t / tile] = {};
         for (int64_t col = 0; col < of.cols; col += wide) {
             Span span{panel, col, smaller(col + wide, of.cols), bytes};
             unpack(source, codes_of_panel(of, panel) + col / 32 * 64 * Source::bits, (span.last - col) / 32, bytes);
@@ -487,20 +489,25 @@ void many_tokens(const Product& of, int64_t panel, const Source& source) {
 // is modulo 2**32, which the sum itself fits.
 constexpr bool crossing = !whole_dots;
 
+// Inputs of a tile of tokens in a run, four at a time.
+template <int tokens>
+using Fours = const uint8_t* [tokens / 4];
+
 template <int t, int tokens>
-LOWBIT_INLINE void add_pair(I first, I second, const int16_t* const (&input)[tokens], int64_t col, I (&sum)[tokens]) {
-    I x = set(four_bytes(input[t] + col)), y = set(four_bytes(input[t] + col + 2));
+LOWBIT_INLINE void add_pair(I first, I second, const Fours<tokens>& input, int64_t at, I (&sum)[tokens]) {
+    const uint8_t* here = input[t / 4] + at + 8 * (t % 4);
+    I x = set(four_bytes(here)), y = set(four_bytes(here + 4));
     if constexpr (crossing) sum[t] = add(sum[t], dot_pairs(add_pairs(first, y), add_pairs(second, x)));
     else sum[t] = add(add(sum[t], dot_pairs(first, x)), dot_pairs(second, y));
     keep(sum[t]);
-    if constexpr (t + 1 < tokens) add_pair<t + 1>(first, second, input, col, sum);
+    if constexpr (t + 1 < tokens) add_pair<t + 1>(first, second, input, at, sum);
 }
 
 template <int quad, int last, int tokens>
-LOWBIT_INLINE void add_crossed(const uint8_t* weight, const int16_t* const (&input)[tokens], int64_t col, I (&sum)[tokens]) {
+LOWBIT_INLINE void add_crossed(const uint8_t* weight, const Fours<tokens>& input, int64_t at, I (&sum)[tokens]) {
     I first = load_words(weight + 128 * quad), second = load_words(weight + 128 * quad + 64);
-    add_pair<0>(first, second, input, col + 4 * quad, sum);
-    if constexpr (quad + 1 < last) add_crossed<quad + 1, last>(weight, input, col, sum);
+    add_pair<0>(first, second, input, at + 32 * quad, sum);
+    if constexpr (quad + 1 < last) add_crossed<quad + 1, last>(weight, input, at, sum);
 }
 
 // What `add_pair` adds that is of the weight alone.
@@ -514,7 +521,7 @@ LOWBIT_INLINE I crossed_quads(const uint8_t* weight) {
 // `count` columns of a panel from `first` on, as 16 bits, with what there is once for all tokens.
 struct Run {
     const uint8_t* words;
-    int64_t first, count, index, all;
+    int64_t first, count, index;
     F scale;
 
     // What sums begin with, so that this is out of them.
@@ -527,37 +534,41 @@ struct Run {
 
 // What is of the weight and of the inputs alone, out of the sums before they begin.
 template <int t, int tokens>
-LOWBIT_INLINE void begin(I crossed, const int32_t* const (&of_inputs)[tokens], I (&sum)[tokens]) {
-    sum[t] = crossing ? sub(crossed, set(*of_inputs[t])) : set(0);
-    if constexpr (t + 1 < tokens) begin<t + 1>(crossed, of_inputs, sum);
+LOWBIT_INLINE void begin(I crossed, const Fours<tokens>& input, I (&sum)[tokens]) {
+    sum[t] = crossing ? sub(crossed, set(four_bytes(input[t / 4] + 16 + 4 * (t % 4)))) : set(0);
+    if constexpr (t + 1 < tokens) begin<t + 1>(crossed, input, sum);
 }
 template <int t, int tokens>
-LOWBIT_INLINE void end(const I (&sum)[tokens], F scale, const float* const (&of_inputs)[tokens], F (&total)[tokens]) {
-    total[t] = fma(mul(to_float(sum[t]), scale), set(*of_inputs[t]), total[t]);
-    if constexpr (t + 1 < tokens) end<t + 1>(sum, scale, of_inputs, total);
+LOWBIT_INLINE void end(const I (&sum)[tokens], F scale, const Fours<tokens>& input, F (&total)[tokens]) {
+    F of_inputs = floats(set(four_bytes(input[t / 4] + 4 * (t % 4))));
+    total[t] = fma(mul(to_float(sum[t]), scale), of_inputs, total[t]);
+    if constexpr (t + 1 < tokens) end<t + 1>(sum, scale, input, total);
 }
 
-// For a tile of tokens from `token` on, of which `there` are there: others repeat the last.
+// For a tile of tokens from `token` on, of which `there` are there: after the fours that these are in the last is repeated.
 void add_run(const Product& of, const Run& run, I crossed, int64_t token, int64_t there, F (&total)[tile]) {
-    const int16_t* input[tile];
-    const int32_t* alone[tile];
-    const float* scale[tile];
-    for (int t = 0; t < tile; t++) {
-        int64_t at = token + smaller(t, there - 1), place = at * run.all + run.index;
-        input[t] = of.words + at * of.cols + run.first, alone[t] = of.crossed + place, scale[t] = of.input_scale + place;
-    }
+    const int64_t size = bytes_of_fours(of.cols, of.sub), before = run.index * 32 + 8 * run.first;
+    Fours<tile> input;
+    for (int i = 0; i < tile / 4; i++) input[i] = of.fours + (token / 4 + smaller(i, (there - 1) / 4)) * size + before;
     I sum[tile];
-    begin<0>(crossed, alone, sum);
-    for (int64_t col = 0; col < run.count; col += 32) add_crossed<0, 8>(run.words + 32 * col, input, col, sum);
-    end<0>(sum, run.scale, scale, total);
+    begin<0>(crossed, input, sum);
+    for (int64_t col = 0; col < run.count; col += 16) add_crossed<0, 4>(run.words + 32 * col, input, 32 + 8 * col, sum);
+    end<0>(sum, run.scale, input, total);
 }
+
+// Words of a run, and their scale.
+struct Scaled {
+    const uint8_t* words;
+    F scale;
+};
 
 // Words as they are stored.
 struct Words {
-    static constexpr int64_t near = 0;
+    static constexpr int64_t near = 0, at_once = tokens_at_once;
     const Product& of;
-    const uint8_t* columns(int64_t panel, int64_t first, int64_t, uint8_t*) const {
-        return of.codes + (panel * of.cols + first) * 32;
+    Scaled columns(int64_t panel, int64_t first, int64_t, uint8_t*) const {
+        const int64_t runs = (of.cols + of.sub - 1) / of.sub;
+        return {of.codes + (panel * of.cols + first) * 32, scales_at(of, of.scale.data, panel * runs + first / of.sub)};
     }
     // Asks for a part of the run behind this one with each tile, so that no run begins with waiting.
     void ask(const Run& run, int64_t token) const {
@@ -569,11 +580,11 @@ struct Words {
 // Codes that stand for signed bytes, each times the integer of its step: words of columns 0 and 2 of four, then 1 and 3.
 template <class Source>
 struct Stepped {
-    static constexpr int64_t near = 512;  // columns of a run at most
+    static constexpr int64_t near = 512, at_once = 4 * tokens_at_once;  // columns of a run at most
     const Product& of;
     const Source& source;
 
-    const uint8_t* columns(int64_t panel, int64_t first, int64_t count, uint8_t* to) const {
+    Scaled columns(int64_t panel, int64_t first, int64_t count, uint8_t* to) const {
         const uint8_t* chunk = codes_of_panel(of, panel) + first / 32 * 64 * Source::bits;
         for (int64_t at = 0; at < count; at += 32, chunk += 64 * Source::bits) {
             int64_t step = (panel * of.cols + first + at) / of.step, odd = step & 1;
@@ -581,7 +592,7 @@ struct Stepped {
             put<0, 4>(chunk, twice(pairs, int(odd)), to + 32 * at);
             put<4, 8>(chunk, twice(pairs, int(of.step == 16 ? 1 : odd)), to + 32 * at);
         }
-        return to;
+        return {to, scales_at(of, of.scale.data, (panel * of.cols + first) / of.over)};
     }
     void ask(const Run&, int64_t) const {}
 
@@ -599,14 +610,16 @@ struct Stepped {
 template <class Weight>
 void many_words(const Product& of, int64_t panel, const Weight& weight) {
     alignas(64) uint8_t near[Weight::near ? 32 * Weight::near : 1];
-    const int64_t runs = (of.cols + of.over - 1) / of.over;
-    for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
-        int64_t there = smaller(tokens_at_once, of.tokens - token);
-        alignas(64) F total[tokens_at_once / tile][tile] = {};
+    const int64_t runs = (of.cols + of.sub - 1) / of.sub;
+    for (int64_t token = 0; token < of.tokens; token += Weight::at_once) {
+        int64_t there = smaller(Weight::at_once, of.tokens - token);
+        alignas(64) F total[Weight::at_once / tile][tile];
+        for (int64_t t = 0; t < there; t += tile)
+            for (F& each : total[t / tile]) each = set(0.0f);
         for (int64_t i = 0; i < runs; i++) {
-            int64_t first = i * of.over, count = smaller(of.over, of.cols - first);
-            const uint8_t* words = weight.columns(panel, first, count, near);
-            Run run{words, first, count, i, runs, scales_at(of, of.scale.data, panel * runs + i)};
+            int64_t first = i * of.sub, count = smaller(of.sub, of.cols - first);
+            Scaled found = weight.columns(panel, first, count, near);
+            Run run{found.words, first, count, i, found.scale};
             I crossed = run.crossed();
             for (int64_t t = 0; t < there; t += tile) {
                 weight.ask(run, t);
@@ -666,6 +679,13 @@ struct SmallFloat {
         if constexpr (low < 24) word = shift_left<24 - low>(word);
         I there = both(shift_right_signed<mantissa + 1>(word), set(int32_t(mantissa == 3 ? 0x87f00000 : 0x8fe00000)));
         return mul(floats(there), set(mantissa == 3 ? 0x1p120f : 0x1p112f));  // exponents begin elsewhere
+    }
+    template <int low>
+    F magnitude(I word) const {
+        constexpr int left = 23 - mantissa - low;
+        if constexpr (left > 0) word = shift_left<left>(word);
+        else word = shift_right<-left>(word);
+        return mul(floats(both(word, set(127 << (23 - mantissa)))), set(mantissa == 3 ? 0x1p120f : 0x1p112f));
     }
     static bool is(const float* level) {
         alignas(64) int32_t codes[16];
@@ -802,7 +822,9 @@ void many_floats(const Product& of, int64_t panel, const Weight& weight) {
     alignas(64) float near[Weight::near ? Weight::at_once * 16 : 1];
     for (int64_t token = 0; token < of.tokens; token += floats_at_once) {
         int64_t there = smaller(floats_at_once, of.tokens - token);
-        alignas(64) FloatSums kept = {};
+        alignas(64) FloatSums kept;
+        for (int64_t t = 0; t < there; t++)
+            for (auto& half : kept.at) store_f32(half[t], set(0.0f));
         for (int64_t first = 0; first < of.cols; first += Weight::at_once) {
             int64_t count = smaller(Weight::at_once, of.cols - first);
             auto from = static_cast<const uint8_t*>(weight.columns(panel, first, count, near));
@@ -838,10 +860,67 @@ void one_float(const Product& of, int64_t panel, const Leveled<SmallFloat<mantis
     store_rows(of, panel, 0, add(even, odd));
 }
 
+// Small floats as words: times a power of two of each run and row. Of the at most four bits that count none is lost but
+// those of integers below 8.
+template <int mantissa>
+struct Powers {
+    static constexpr int64_t near = wide_run, at_once = 4 * tokens_at_once;
+    const Product& of;
+    SmallFloat<mantissa> level{};
+
+    Scaled columns(int64_t panel, int64_t first, int64_t count, uint8_t* to) const {
+        const uint8_t* codes = codes_of_panel(of, panel) + 16 * first;
+        F up = power(codes, count);
+        for (int64_t i = 0; i < count; i += 4) {
+            I word = load_words(codes + 16 * i);
+            store_words(to + 32 * i, pair(integer<0>(word, up), integer<8>(word, up)));
+            store_words(to + 32 * i + 64, pair(integer<16>(word, up), integer<24>(word, up)));
+        }
+        return {to, div(scales_at(of, of.scale.data, (panel * of.cols + first) / of.step), up)};
+    }
+    void ask(const Run&, int64_t) const {}
+
+  private:
+    static constexpr float least_level = 0x1p-16f;
+    struct Size {
+        F most, squares[4];
+    };
+
+    // The greatest with which integers keep the limits of `wide_run`.
+    F power(const uint8_t* codes, int64_t count) const {
+        F none = set(0.0f);
+        Size size{none, {none, none, none, none}};
+        for (int64_t i = 0; i < count; i += 4) see<0>(load_words(codes + 16 * i), size);
+        F squares = add(add(size.squares[0], size.squares[1]), add(size.squares[2], size.squares[3]));
+        F norm = sqrt(max(squares, set(least_level * least_level)));
+        F up = min(div(set(most_weight), max(size.most, set(least_level))), div(set(wide_norm), norm));
+        return floats(both(bits(up), set(0x7f800000)));
+    }
+    template <int field>
+    LOWBIT_INLINE void see(I word, Size& size) const {
+        F value = level.template magnitude<8 * field>(word);
+        size.most = max(size.most, value);
+        size.squares[field] = fma(value, value, size.squares[field]);
+        if constexpr (field < 3) see<field + 1>(word, size);
+    }
+    // In the lower 16 bits: a float as large as this one ends with ones.
+    template <int low>
+    LOWBIT_INLINE I integer(I word, F up) const {
+        return bits(fma(level.template at<low>(word), up, set(0x1.8p23f)));
+    }
+    LOWBIT_INLINE static I pair(I first, I second) { return either(both(first, set(0xffff)), shift_left<16>(second)); }
+};
+
 template <class Weight>
 void float_panels(const Product& of, int64_t first, int64_t last, const Weight& weight) {
     for (int64_t panel = first; panel < last; panel++)
         of.tokens == 1 ? one_float(of, panel, weight) : many_floats(of, panel, weight);
+}
+
+template <int mantissa>
+void small_panels(const Product& of, int64_t first, int64_t last) {
+    if (of.way == Way::floats || of.tokens == 1) return float_panels(of, first, last, Leveled<SmallFloat<mantissa>>{of, {}});
+    for (int64_t panel = first; panel < last; panel++) many_words(of, panel, Powers<mantissa>{of});
 }
 
 // ---- which of these ----
@@ -877,10 +956,10 @@ void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last);
 void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last) {
     if (of.way == Way::dense) with_dtype(of.scale.dtype, [&](auto type) { float_panels(of, first, last, Stored<decltype(type)>{of}); });
     else if (of.way == Way::wide) wide_panels(of, first, last);
-    else if (of.way != Way::floats) code_panels(of, first, last);
+    else if (of.way == Way::codes || of.way == Way::table) code_panels(of, first, last);
     else if (of.bits <= 4) float_panels(of, first, last, Leveled<Level16>{of, {load_f32(of.level)}});
-    else if (!of.zero && SmallFloat<3>::is(of.level)) float_panels(of, first, last, Leveled<SmallFloat<3>>{of, {}});
-    else if (!of.zero && SmallFloat<2>::is(of.level)) float_panels(of, first, last, Leveled<SmallFloat<2>>{of, {}});
+    else if (!of.zero && SmallFloat<3>::is(of.level)) small_panels<3>(of, first, last);
+    else if (!of.zero && SmallFloat<2>::is(of.level)) small_panels<2>(of, first, last);
     else float_panels(of, first, last, Leveled<Level256>{of, {of.level}});
 }
 

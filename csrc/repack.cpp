@@ -140,6 +140,16 @@ bool widen_panels(Weight panels, int64_t count, int64_t cols, int threads, void*
     return finite;
 }
 
+void put_in_fours(int64_t cols, int64_t run, const int16_t* words, const float* scale, const int32_t* crossed, int64_t which,
+                  uint8_t* fours) {
+    for (int64_t first = 0; first < cols; first += run, fours += 32 + 8 * run) {
+        std::memcpy(fours + 4 * which, scale++, 4);
+        std::memcpy(fours + 16 + 4 * which, crossed++, 4);
+        for (int64_t i = 0; i < std::min(run, cols - first); i += 4, words += 4)
+            std::memcpy(fours + 32 + 8 * (i + which), words, 8);
+    }
+}
+
 int ggml_panel_bits(GgmlType type) {
     switch (type) {
     case GgmlType::q2_k: return 2;

@@ -314,6 +314,17 @@ static float small_float(int code, int mantissa) {
     return code & 128 ? -value : value;
 }
 
+// Inputs of all tokens as `Product::fours`.
+static std::vector<uint8_t> in_fours(int64_t tokens, int64_t cols, int64_t run, const std::vector<int16_t>& words,
+                                     const std::vector<float>& scale, const std::vector<int32_t>& crossed) {
+    int64_t size = bytes_of_fours(cols, run), runs = (cols + run - 1) / run;
+    std::vector<uint8_t> fours(size_t((tokens + 3) / 4 * size));
+    for (int64_t t = 0; t < tokens; t++)
+        put_in_fours(cols, run, words.data() + t * cols, scale.data() + t * runs, crossed.data() + t * runs, t % 4,
+                     fours.data() + t / 4 * size);
+    return fours;
+}
+
 // A weight of panels, and inputs, for one way.
 static void compare_product(const Kernels& kernels, Way way, int bits, int64_t rows, int64_t cols, int64_t step, bool minus,
                             int64_t over = 0) {
@@ -344,6 +355,7 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
     std::vector<int16_t> words(input.size());
     std::vector<int32_t> crossed(input_scale.size());
     kernels.widen(tokens * cols, sub, rounded.data(), words.data(), crossed.data());
+    std::vector<uint8_t> fours = in_fours(tokens, cols, sub, words, input_scale, crossed);
     compare("widen", kernels, {tokens, cols, 1, sub}, 2 * tokens * cols, [&](const Kernels& k, uint8_t* out) {
         std::vector<int16_t> found(words.size());
         std::vector<int32_t> sums(crossed.size());
@@ -356,7 +368,7 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
                {scale.at(), narrow ? Dtype::f16 : Dtype::f32}, zeros ? zero.at() : nullptr, minus, way == Way::table ? 0.0f : 3.0f,
                over ? integers(fine) : nullptr, over && zeros && !joined ? integers(fine_zero) : nullptr,
                joined, level.data(), table.data(), 0.5f, tokens, input.data(), sub,
-               rounded.data(), input_scale.data(), step_sum.data(), words.data(), crossed.data(), nullptr};
+               rounded.data(), input_scale.data(), step_sum.data(), words.data(), fours.data(), nullptr};
     compare("product", kernels, {rows, cols, int64_t(way), bits}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> found(size_t(tokens * rows));
         Product mine = of;
@@ -400,16 +412,17 @@ static void compare_wide(const Kernels& kernels, Dtype dtype, int64_t rows, int6
     });
     compare("round_wide", kernels, {tokens, cols, 1, 1}, 2 * tokens * cols + 8 * tokens * runs, [&](const Kernels& k, uint8_t* out) {
         for (int64_t t = 0; t < tokens; t++)
-            k.round_wide(cols, input.data() + t * cols, rounded.data() + t * cols, input_scale.data() + t * runs,
+            k.round_wide(cols, wide_run, input.data() + t * cols, rounded.data() + t * cols, input_scale.data() + t * runs,
                          crossed.data() + t * runs);
         copy(crossed, copy(input_scale, copy(rounded, out)));
     });
+    std::vector<uint8_t> fours = in_fours(tokens, cols, wide_run, rounded, input_scale, crossed);
     compare("wide", kernels, {rows, cols, tokens, 1}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> found(size_t(tokens * rows));
         Product of{};
-        of.way = Way::wide, of.rows = rows, of.cols = cols, of.bits = 16, of.step = of.over = wide_run;
+        of.way = Way::wide, of.rows = rows, of.cols = cols, of.bits = 16, of.step = of.over = of.sub = wide_run;
         of.codes = reinterpret_cast<const uint8_t*>(words.data()), of.scale = {scale.data(), Dtype::f32}, of.unit = 1;
-        of.tokens = tokens, of.words = rounded.data(), of.input_scale = input_scale.data(), of.crossed = crossed.data();
+        of.tokens = tokens, of.words = rounded.data(), of.input_scale = input_scale.data(), of.fours = fours.data();
         of.out = found.data();
         k.product(of, 0, panels);
         copy(found, out);
@@ -500,6 +513,33 @@ static constexpr GgmlType ggml_types[] = {
     GgmlType::mxfp4, GgmlType::iq2_xxs, GgmlType::iq2_xs, GgmlType::iq2_s, GgmlType::iq3_xxs, GgmlType::iq3_s,
     GgmlType::iq1_s, GgmlType::iq1_m};
 
+// Small floats and inputs as integers of 16 bits, in runs that end with the steps or the rows.
+static void compare_small(const Kernels& kernels, int mantissa, int64_t rows, int64_t cols, int64_t step, int64_t tokens) {
+    int64_t panels = (rows + 15) / 16, run = std::min(step, wide_run), runs = (cols + run - 1) / run;
+    Buffer codes = random_codes(panels * 16 * cols, 255), scale = random_weight(panels * 16 * cols / step, Dtype::f32, false);
+    for (int64_t i = 0; i < panels * 16 * cols; i++)
+        if (i % 3 == 0 || i < 1024) codes.at()[i] &= i < 1024 ? 0x80 : 0x9f;  // zeros, and small ones
+    auto input = random_scales(tokens * cols);
+    for (size_t i = 0; i < input.size(); i += 3) input[i] *= -100;
+    std::vector<int16_t> words(input.size());
+    std::vector<float> level(256), input_scale(size_t(tokens * runs));
+    std::vector<int32_t> crossed(input_scale.size());
+    for (int i = 0; i < 256; i++) level[size_t(i)] = small_float(i, mantissa);
+    for (int64_t t = 0; t < tokens; t++)
+        kernels.round_wide(cols, run, input.data() + t * cols, words.data() + t * cols, input_scale.data() + t * runs,
+                           crossed.data() + t * runs);
+    std::vector<uint8_t> fours = in_fours(tokens, cols, run, words, input_scale, crossed);
+    compare("small", kernels, {rows, cols, tokens, step}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
+        std::vector<float> found(size_t(tokens * rows));
+        Product of{};
+        of.way = Way::small, of.rows = rows, of.cols = cols, of.bits = 8, of.step = of.over = step, of.sub = run;
+        of.codes = codes.at(), of.scale = {scale.at(), Dtype::f32}, of.level = level.data(), of.unit = 1;
+        of.tokens = tokens, of.input = input.data(), of.fours = fours.data(), of.out = found.data();
+        k.product(of, 0, panels);
+        if (!found.empty()) std::memcpy(out, found.data(), 4 * found.size());
+    });
+}
+
 static void compare_products(const Kernels& kernels) {
     for (int64_t rows : {0, 1, 2, 15, 16, 33})
         for (int64_t cols : {32, 96}) {
@@ -514,6 +554,13 @@ static void compare_products(const Kernels& kernels) {
         for (int64_t cols : {32, 96, 544})
             for (Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16})
                 for (int64_t tokens : {1, 3, 70}) compare_wide(kernels, dtype, rows, cols, tokens);
+    for (int64_t rows : {1, 16, 33})
+        for (int mantissa : {2, 3})
+            for (int64_t tokens : {1, 3, 70}) {
+                for (int64_t step : {32, 64, 192}) compare_small(kernels, mantissa, rows, 192, step, tokens);
+                for (int64_t step : {256, 512}) compare_small(kernels, mantissa, rows, 512, step, tokens);
+                compare_small(kernels, mantissa, rows, 544, 544, tokens);
+            }
     for (int64_t rows : {5, 16, 33})
         for (int bits = 2; bits <= 6; bits++)
             for (int64_t step : {16, 32})

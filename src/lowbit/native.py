@@ -587,7 +587,7 @@ def causal_softmax_slopes(
     _native.causal_softmax_slopes(shares, period, first, scale, slopes)
 
 
-WAYS = ("floats", "codes", "table", "dense", "wide")
+WAYS = ("floats", "codes", "table", "dense", "wide", "small")
 WIDE_RUN = 256  # columns that share a scale in the way `wide`
 CODE_BITS = (2, 3, 4, 5, 6, 8)  # of codes in panels
 PANEL_PARTS = ("codes", "scale", "zero", "fine", "fine_zero")  # of `Panels`: these have an entry per panel
@@ -603,7 +603,8 @@ class Panels:
     Attributes:
         way: how it is computed: `floats` (what codes stand for, times the inputs), `codes` or `table` (codes, or the
             entries of `table` at them, times inputs rounded to int8), `dense` (a weight of floats), `wide` (integers of
-            16 bits, times inputs rounded to such).
+            16 bits, times inputs rounded to such), `small` (small floats of 8 bits: one token as `floats`, many as
+            `wide`).
         rows: of the weight.
         bits: 2, 3, 4, 5, 6 or 8 of a code, 4 with a `table`; of an element where it is dense; 16 where it is wide.
         step: columns that share a scale, a multiple of 16; `WIDE_RUN` where it is wide.
@@ -618,11 +619,11 @@ class Panels:
         fine: int8 `[panels, cols / step / 2, 16, 2]`, what `scale` is multiplied by in each step.
         fine_zero: the same for `zero`; None where there is none, or with `joined`.
         joined: whether `fine` has both, scales in the lower four bits and minima in the upper.
-        level: what codes stand for, 256 entries (way `floats`).
+        level: what codes stand for, 256 entries (ways `floats` and `small`).
         table: the same as bytes, 16 entries (way `table`), `unit` times as large as they should be.
     """
 
-    way: Literal["floats", "codes", "table", "dense", "wide"]
+    way: Literal["floats", "codes", "table", "dense", "wide", "small"]
     rows: int
     bits: int
     step: int
@@ -654,6 +655,8 @@ class Panels:
         """Inputs that are rounded together, where they are: as llama.cpp does it, also for ternary blocks of 256."""
         if self.over or self.way == "wide" or (self.bits == 2 and self.step == 256):
             return self.over or self.step
+        if self.way == "small":
+            return min(self.step, WIDE_RUN)
         return 16 if self.step % 32 else 32
 
 
@@ -697,7 +700,7 @@ class Matrix:
 
         With the ways `codes` and `table`, inputs are rounded to int8 in blocks of 32, of 16 where scales are such, of a
         run where scales are nested, or of the 256 that share a scale of 2-bit codes; with `wide`, to 16 bits in runs of
-        256 (`interleave_wide`).
+        256 (`interleave_wide`), and so with `small` where tokens are two or more, in runs of a step that has fewer.
         Sums are in an order of the weight's own: any number of threads and every instruction set gives the same bits.
         """
         _check("inputs", inputs, (inputs.shape[0], self.inputs), torch.float32)
@@ -1046,6 +1049,11 @@ class Room:
         return found.view(dtype).view(shape)
 
 
+def runs_fit(step: int, cols: int) -> bool:
+    """Whether small floats can be multiplied as 16 bits: runs of 256 columns have one scale, those of a step fewer."""
+    return step % 32 == 0 and (step <= WIDE_RUN or step % WIDE_RUN == 0 or step == cols)
+
+
 def _check_panels(of: Panels) -> None:
     down = ceil(of.rows / 16)
     if of.way == "dense":
@@ -1067,7 +1075,9 @@ def _check_panels(of: Panels) -> None:
                 raise ValueError(f"zero is {part.dtype} beside scales in {of.scale.dtype}")
     if not float(of.offset).is_integer() or abs(of.offset) > 128:
         raise ValueError(f"the offset of codes is {of.offset}; it must be an integer of at most 128")
-    wanted = {"floats": of.level, "table": of.table}.get(of.way, of.codes)
+    if of.way == "small" and not (of.bits == 8 and of.zero is None and runs_fit(of.step, of.cols)):
+        raise ValueError(f"{of.bits} bits in steps of {of.step} on {of.cols} columns are no panels of small floats")
+    wanted = {"floats": of.level, "small": of.level, "table": of.table}.get(of.way, of.codes)
     if wanted is None:
         raise ValueError(f"panels for {of.way} need what codes stand for")
     if of.level is not None:

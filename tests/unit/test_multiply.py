@@ -14,6 +14,7 @@ from torch import Tensor
 from lowbit import native
 from lowbit.errors import UnsupportedError
 from lowbit.formats._ggml import BLOCKS, unpack
+from lowbit.methods import rtn
 from lowbit.native import Panels
 from lowbit.runtime.linear import Linear
 from lowbit.runtime.panels import (
@@ -101,8 +102,9 @@ def test_small_floats_need_no_table_but_where_a_code_is_no_number(scheme: str) -
     q = replace(q, codes=numbers[torch.arange(48 * 256) % len(numbers)].view(q.codes.shape))
     packed = pack(q)
     assert packed.panels.level is not None and packed.panels.level.isfinite().all()
-    for tokens in (1, 5):
-        close(multiply(packed, x[:tokens]), wanted(q, x[:tokens]))
+    for each in (packed, pack(q, exact=True)):
+        close(multiply(each, x[:1]), wanted(q, x[:1]))
+    close(multiply(pack(q, exact=True), x), wanted(q, x))
     codes = q.codes.clone()
     codes.view(48, 256)[7, 3] = 127
     found = multiply(pack(replace(q, codes=codes)), x)
@@ -243,9 +245,56 @@ def test_blocks_whose_integers_are_small_are_left_to_what_joins_them() -> None:
         assert pack_blocks(BLOCKS[name], stored.view(16, -1), None) is None
 
 
-def test_other_tables_are_multiplied_as_floats() -> None:
-    for scheme in FLOATS:
-        assert pack(random_qtensor(parse(scheme), (16, 64))).panels.way == "floats"
+SMALL = ["fp8-e4m3-row", "fp8-e4m3-128x128", "fp8-e4m3-64x64", "fp8-e5m2-tensor", "mxfp8", "fp8-e4m3-g512"]
+
+
+@pytest.mark.parametrize("scheme", SMALL)
+def test_small_floats_of_many_tokens_are_exact_but_for_inputs_in_16_bits(scheme: str) -> None:
+    for rows, cols in [*SHAPES, (17, 800), (33, 1024)]:
+        q, x = random_qtensor(parse(scheme), (rows, cols), seed=2), inputs(7, cols)
+        q.codes.view(rows, cols)[0] &= 0x83  # the smallest there are
+        q.codes.view(rows, cols)[-1] = 0
+        x[0], x[1, cols - 1] = 0, 1000
+        packed = pack(q)
+        assert packed.panels.way == "small"
+        close(multiply(packed, x[:1]), wanted(q, x[:1]))
+        assert torch.equal(multiply(packed, x[2:3]), multiply(pack(q, exact=True), x[2:3]))
+        weight = slow_dequantize(q).double()
+        off = (multiply(packed, x) - in_16_bits(x, 20479, packed.panels.sub) @ weight.T).abs()
+        norms = x.double().norm(dim=1, keepdim=True) * weight.norm(dim=1)
+        off = off / norms.clamp_min(1e-30)
+        # an integer is off by half of one at most, and the greatest of its run, or the norm, is half its limit at least
+        assert off.max() < 0.5 / 6144 + 2e-6 and off.median() < 5e-6 and (off[:, -1] == 0).all()
+
+
+def test_small_floats_err_no_more_than_inputs_in_float16() -> None:
+    """Ordinary weights, and some that are small beside the others of their run, whose codes are rounded."""
+    generator = torch.Generator().manual_seed(1)
+    for scheme, large, allowed in (("fp8-e4m3-128x128", 1, 0.5), ("fp8-e5m2-row", 1, 0.6), ("fp8-e4m3-row", 30, 1.0)):
+        weight = torch.randn(48, 512, generator=generator)
+        weight[:, 5::256] *= large
+        x, q = torch.randn(64, 512, generator=generator), rtn.quantize(weight, {}, parse(scheme), rtn.NoOptions())
+        exact, halves = wanted(q, x), wanted(q, x.half().float())
+        assert 0 < (multiply(pack(q), x) - exact).norm() < allowed * (halves - exact).norm()
+
+
+@pytest.mark.parametrize("tokens", [2, 70])
+@pytest.mark.parametrize("scheme", ["fp8-e4m3-row", "fp8-e5m2-row"])
+def test_sums_of_small_floats_never_leave_32_bits(scheme: str, tokens: int) -> None:
+    """Every number in all columns of a row: powers of two, and what is just below one, among them."""
+    numbers = torch.tensor(parse(scheme).grid.levels).isfinite().nonzero().to(torch.uint8)
+    q = random_qtensor(parse(scheme), (len(numbers), 256))
+    q = replace(q, codes=numbers.expand(-1, 256).contiguous())
+    x = torch.ones(tokens, 256)
+    off, want = (multiply(pack(q), x) - wanted(q, x)).abs(), wanted(q, x).abs()
+    assert (off <= 1e-3 * want).all()
+
+
+def test_small_floats_that_have_codes_that_are_none_or_odd_steps_are_multiplied_as_floats() -> None:
+    none = random_qtensor(parse("fp8-e4m3-row"), (16, 64))
+    none.codes.view(16, 64)[3, 3] = 127
+    for q in (none, random_qtensor(parse("fp8-e4m3-g48"), (16, 96)), random_qtensor(parse("fp8-e4m3-g384"), (16, 768))):
+        assert pack(q).panels.way == "floats"
 
 
 @pytest.mark.parametrize("cols", [*range(1, 131, 7), 128, 130])
@@ -270,12 +319,12 @@ def test_dense_weights(dtype: torch.dtype) -> None:
         close(multiply(pack_dense(weight), x), x.double() @ weight.double().T)
 
 
-def in_16_bits(values: Tensor, largest: int) -> Tensor:
-    """Rows as integers of a norm of 46300 in each 256 columns, or whose greatest is `largest`, times their scale."""
+def in_16_bits(values: Tensor, largest: int, run: int = 256) -> Tensor:
+    """Rows as integers of a norm of 46300 in each `run` columns, or whose greatest is `largest`, times their scale."""
     out = values.double().clone()
     for row in out:
-        for start in range(0, len(row), 256):
-            part = row[start : start + 256]
+        for start in range(0, len(row), run):
+            part = row[start : start + run]
             top = part.abs().max()
             if top > 1e-30:
                 unit = (part.norm() / 46300).maximum(top / largest)
@@ -350,13 +399,17 @@ from lowbit import native
 from lowbit.runtime.panels import pack, pack_dense, pack_wide
 from lowbit.schemes import parse
 from tests.reference.qtensors import random_qtensor
-from tests.unit.test_multiply import CODES, TABLE, NEAR, FLOATS, NESTED, SHAPES, inputs, multiply, wide_values
+from tests.unit.test_multiply import CODES, TABLE, NEAR, FLOATS, NESTED, SHAPES, SMALL, inputs, multiply, wide_values
 digest = hashlib.sha256()
 for scheme in [*CODES, *TABLE, *NEAR, *FLOATS]:
     for shape in SHAPES[1:]:
         for exact in (False, True):
             packed = pack(random_qtensor(parse(scheme), shape), exact)
             digest.update(multiply(packed, inputs(5, shape[1])).numpy().tobytes())
+for scheme in SMALL:
+    packed = pack(random_qtensor(parse(scheme), (33, 1024)))
+    for tokens in (1, 17):
+        digest.update(multiply(packed, inputs(tokens, 1024)).numpy().tobytes())
 for scheme in NESTED:
     digest.update(multiply(pack(random_qtensor(parse(scheme), (20, 512))), inputs(17, 512)).numpy().tobytes())
 for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -25,11 +25,12 @@ from lowbit.native import (
     interleave,
     interleave_floats,
     interleave_wide,
+    runs_fit,
 )
 from lowbit.schemes import Grid, Scheme
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
-LAYOUT = 5  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
+LAYOUT = 6  # of panels; raise it with every change of what `pack` gives, so that no cache of another order is found
 _LANES = 16
 _NUMBERS = 120  # codes that are numbers in every grid: patterns of small floats of 8 bits above it may be none
 _UNITS = (1.0, 2.0, 4.0, 8.0)
@@ -91,10 +92,12 @@ def pack(q: QTensor, exact: bool = False, threads: int = 1) -> Packed:
     full = -(-cols // lcm(step, 32)) * lcm(step, 32)
     codes, grid = q.codes.reshape(-1, cols), q.scheme.grid
     meaning = _with_all_levels(_meaning(grid, q.scheme.zero != "none", exact), grid, codes)
+    if not exact and _small(meaning, grid) and runs_fit(step, full):
+        meaning = replace(meaning, way="small")
     least = 4 if meaning.way == "table" else 2  # small tables other than those of 16 entries are too rare for a loop
     bits = next(bits for bits in CODE_BITS if bits >= least and len(grid.levels) <= 2**bits)
     bare = _bare(q.scheme, meaning, codes.shape[0], bits, step, interleave(codes, order, bits, full, threads))
-    nested = _nested(q, step) if meaning.way != "floats" else None
+    nested = _nested(q, step) if meaning.way in ("codes", "table") else None
     return Packed(_with_nested(bare, nested, threads) if nested else _with_scales(bare, q, full, threads), cols, order)
 
 
@@ -207,7 +210,7 @@ def _pairs(values: Int8[Tensor, "rows steps"], threads: int) -> Int8[Tensor, "pa
 class _Meaning:
     """How codes are computed with; see `Panels`."""
 
-    way: Literal["floats", "codes", "table"]
+    way: Literal["floats", "codes", "table", "small"]
     offset: float = 0.0
     level: Tensor | None = None
     table: Tensor | None = None
@@ -246,6 +249,11 @@ def _with_all_levels(meaning: _Meaning, grid: Grid, codes: UInt8[Tensor, "rows c
     spelled = ((patterns & 127) << 23 - mantissa).view(torch.float32) * 2.0 ** (127 - 2 ** (6 - mantissa) + 1)
     numbers = torch.where(patterns < 128, spelled, -spelled)
     return replace(meaning, level=torch.where(missing, numbers, meaning.level))
+
+
+def _small(meaning: _Meaning, grid: Grid) -> bool:
+    """Whether codes are small floats of 8 bits, all of them numbers."""
+    return grid.name in _MANTISSA and meaning.level is not None and bool(meaning.level.isfinite().all())
 
 
 def _unit(levels: Float[Tensor, " levels"]) -> float | None:
