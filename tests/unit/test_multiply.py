@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit import native
 from lowbit.errors import UnsupportedError
 from lowbit.formats._ggml import BLOCKS, unpack
-from lowbit.methods import rtn
+from lowbit.methods import NoOptions, rtn
 from lowbit.native import Panels
 from lowbit.runtime.linear import Linear
 from lowbit.runtime.panels import (
@@ -273,7 +273,7 @@ def test_small_floats_err_no_more_than_inputs_in_float16() -> None:
     for scheme, large, allowed in (("fp8-e4m3-128x128", 1, 0.5), ("fp8-e5m2-row", 1, 0.6), ("fp8-e4m3-row", 30, 1.0)):
         weight = torch.randn(48, 512, generator=generator)
         weight[:, 5::256] *= large
-        x, q = torch.randn(64, 512, generator=generator), rtn.quantize(weight, {}, parse(scheme), rtn.NoOptions())
+        x, q = torch.randn(64, 512, generator=generator), rtn.quantize(weight, {}, parse(scheme), NoOptions())
         exact, halves = wanted(q, x), wanted(q, x.half().float())
         assert 0 < (multiply(pack(q), x) - exact).norm() < allowed * (halves - exact).norm()
 
