@@ -119,6 +119,10 @@ LEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "a window that is none": ("mistral", {"sliding_window": "16"}),
     "a head of no width": ("llama", {"head_dim": 0}),
     "heads that do not divide": ("llama", {"num_attention_heads": 7}),
+    "a rope that is a text": ("llama", {"rope_parameters": None, "rope_scaling": "llama3", "rope_theta": 1e4}),
+    "an activation that is none": ("llama", {"hidden_act": ["silu"]}),
+    "an end that is a text": ("llama", {"eos_token_id": ["2"]}),
+    "layers that are none": ("qwen3", {"layer_types": 2}),
     "a stretched rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
 }
 
@@ -144,7 +148,12 @@ def test_without_the_end_of_texts_transformers_is_asked(tmp_path: Path) -> None:
     assert told_config({key: value for key, value in config.items() if key != "eos_token_id"}) is None
 
 
-@pytest.mark.parametrize("change", [{"mlp_bias": True}, {"tie_word_embeddings": True}, {"intermediate_size": 80}])
+OTHER: list[dict[str, Any]] = [
+    {"mlp_bias": True}, {"tie_word_embeddings": True}, {"intermediate_size": 80}, {"num_hidden_layers": 10**12},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", OTHER)
 def test_weights_that_are_not_the_classs_are_left_to_it(change: dict[str, Any], tmp_path: Path) -> None:
     saved(tmp_path, "llama")
     path = tmp_path / "config.json"

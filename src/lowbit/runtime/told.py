@@ -32,8 +32,10 @@ def told_model(checkpoint: Checkpoint, exact: bool, threads: int) -> Loaded | No
     would have.
     """
     config, head = told_config(checkpoint.config), _HEAD if _HEAD in checkpoint.weights else EMBEDDING
-    changed = checkpoint.terms or checkpoint.edits
-    if config is None or changed or {name: each.shape for name, each in checkpoint.weights.items()} != _shapes(config):
+    shapes = {name: weight.shape for name, weight in checkpoint.weights.items()}
+    if config is None or checkpoint.terms or checkpoint.edits or config.num_hidden_layers > len(shapes):
+        return None
+    if shapes != _shapes(config):
         return None
     matrices = [name for name, weight in checkpoint.weights.items() if len(weight.shape) > 1 and name != EMBEDDING]
     stored = pack_all(checkpoint, list(dict.fromkeys([*matrices, head])), exact, threads)

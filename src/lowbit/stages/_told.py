@@ -89,14 +89,21 @@ def _in_full(config: Mapping[str, Any], kind: Kind) -> bool:
     known = needed | _ROPE | _HARMLESS | {*kind.may, kind.unless, "tie_word_embeddings"}
     known |= {key for key in _OFF if config.get(key) is False}
     sizes = all(is_size(config.get(name)) for name in _SIZES) and is_real(config.get("rms_norm_eps"))
-    return sizes and needed <= set(config) <= known
+    ends = config.get("eos_token_id")
+    rest = isinstance(config.get("hidden_act"), str) and all(
+        each is None or type(each) is int for each in (ends if isinstance(ends, list) else [ends])
+    )
+    return sizes and rest and needed <= set(config) <= known
 
 
 def _one_kind(config: Mapping[str, Any], kind: Kind) -> bool:
     """Whether all layers see the same: everything, or a window where the type has one."""
     window, layers = config.get("sliding_window"), config.get("layer_types")
     if kind.unless:
-        return not config.get(kind.unless) and layers in (None, ["full_attention"] * config["num_hidden_layers"])
+        alike = isinstance(layers, list) and {*map(str, layers)} == {"full_attention"}
+        return not config.get(kind.unless) and (
+            layers is None or (alike and len(layers) == config["num_hidden_layers"])
+        )
     return window is None or is_size(window)
 
 
@@ -106,11 +113,11 @@ def told_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
     They are together in `rope_parameters`, or `rope_theta` is apart and the rest, if any, in `rope_scaling`.
     """
     rope, scaling = config.get("rope_parameters"), config.get("rope_scaling")
-    if rope is None:
+    if rope is None and isinstance(scaling or {}, Mapping):
         rope = {"rope_type": "default", **(scaling or {}), "rope_theta": config.get("rope_theta")}
-    elif scaling is not None or "rope_theta" in config:
+    elif not isinstance(rope, dict) or scaling is not None or "rope_theta" in config:
         return None
-    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    kind = rope.get("rope_type")
     wanted = {"rope_theta"} | (_FACTORS if kind == "llama3" else set())
     known = kind in ("default", "llama3") and set(rope) == wanted | {"rope_type"}
     return rope if known and all(is_real(rope[name]) for name in wanted) else None
