@@ -384,3 +384,10 @@ def test_a_quantized_checkpoint_is_judged_as_what_it_is(name: str, wiki_8m: Path
         offered = {each.command for each in advice.options if each.scheme}
         assert bool(offered) == again and all("--requantize" in each for each in offered)
         assert any("lowbit convert" in note for note in advice.notes)
+
+
+def test_of_a_kind_that_no_row_has_nothing_is_said(wiki_8m: Path, tmp_path: Path) -> None:
+    lowbit.quantize(wiki_8m, tmp_path / "q", scheme="int8-row", format="eetq")
+    options = advise(open_checkpoint(tmp_path / "q"), Question(find("a100"), 512, runtime="vllm")).options
+    (as_is,) = [each for each in options if each.scheme is None]
+    assert "not judged" in as_is.reasons[-1] and "eetq" in as_is.reasons[-1]
