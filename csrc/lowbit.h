@@ -127,8 +127,10 @@ struct GgmlFound {
 
 // How a product is computed: inputs as they are, times what codes stand for; inputs rounded to int8, times codes (`codes`)
 // or times bytes of a table (`table`); or, of weights that are floats, as they are (`dense`), or both rounded to 16 bits
-// (`wide`); or, of small floats of 8 bits, one token as `floats` and many as `wide` (`small`).
+// (`wide`); or, of small floats of 8 bits, `small_many` tokens or more as `wide` and fewer as `floats` (`small`): of some
+// texts that go on together each has what it has alone.
 enum class Way { floats, codes, table, dense, wide, small };
+constexpr int64_t small_many = 16;
 
 // Way wide: columns of a run that has a scale. Its integers have a norm of at most `wide_norm` before they are rounded
 // (which adds 8 at most), so that the sum of their products fits int32 (Cauchy and Schwarz); and the two limits add up to

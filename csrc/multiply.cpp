@@ -79,7 +79,7 @@ void round(Inputs& of, int64_t tokens, int threads) {
 
 As taken(const Product& of, int64_t tokens) {
     if (of.way == Way::wide) return tokens > 1 ? As::fours : As::words;
-    if (of.way == Way::small && tokens > 1) return As::fours;
+    if (of.way == Way::small && tokens >= small_many) return As::fours;
     if (of.way != Way::codes && of.way != Way::table) return As::floats;
     return tokens > 1 && crosses(of) ? As::both : As::bytes;
 }

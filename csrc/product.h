@@ -919,7 +919,7 @@ void float_panels(const Product& of, int64_t first, int64_t last, const Weight& 
 
 template <int mantissa>
 void small_panels(const Product& of, int64_t first, int64_t last) {
-    if (of.way == Way::floats || of.tokens == 1) return float_panels(of, first, last, Leveled<SmallFloat<mantissa>>{of, {}});
+    if (of.way == Way::floats || of.tokens < small_many) return float_panels(of, first, last, Leveled<SmallFloat<mantissa>>{of, {}});
     for (int64_t panel = first; panel < last; panel++) many_words(of, panel, Powers<mantissa>{of});
 }
 

@@ -556,7 +556,7 @@ static void compare_products(const Kernels& kernels) {
                 for (int64_t tokens : {1, 3, 70}) compare_wide(kernels, dtype, rows, cols, tokens);
     for (int64_t rows : {1, 16, 33})
         for (int mantissa : {2, 3})
-            for (int64_t tokens : {1, 3, 70}) {
+            for (int64_t tokens : {1, 3, 16, 70}) {
                 for (int64_t step : {32, 64, 192}) compare_small(kernels, mantissa, rows, 192, step, tokens);
                 for (int64_t step : {256, 512}) compare_small(kernels, mantissa, rows, 512, step, tokens);
                 compare_small(kernels, mantissa, rows, 544, 544, tokens);

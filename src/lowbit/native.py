@@ -603,7 +603,7 @@ class Panels:
     Attributes:
         way: how it is computed: `floats` (what codes stand for, times the inputs), `codes` or `table` (codes, or the
             entries of `table` at them, times inputs rounded to int8), `dense` (a weight of floats), `wide` (integers of
-            16 bits, times inputs rounded to such), `small` (small floats of 8 bits: one token as `floats`, many as
+            16 bits, times inputs rounded to such), `small` (small floats of 8 bits: up to 15 tokens as `floats`, more as
             `wide`).
         rows: of the weight.
         bits: 2, 3, 4, 5, 6 or 8 of a code, 4 with a `table`; of an element where it is dense; 16 where it is wide.
@@ -700,7 +700,7 @@ class Matrix:
 
         With the ways `codes` and `table`, inputs are rounded to int8 in blocks of 32, of 16 where scales are such, of a
         run where scales are nested, or of the 256 that share a scale of 2-bit codes; with `wide`, to 16 bits in runs of
-        256 (`interleave_wide`), and so with `small` where tokens are two or more, in runs of a step that has fewer.
+        256 (`interleave_wide`), and so with `small` where tokens are 16 or more, in runs of a step that has fewer.
         Sums are in an order of the weight's own: any number of threads and every instruction set gives the same bits.
         """
         _check("inputs", inputs, (inputs.shape[0], self.inputs), torch.float32)

@@ -251,20 +251,20 @@ SMALL = ["fp8-e4m3-row", "fp8-e4m3-128x128", "fp8-e4m3-64x64", "fp8-e5m2-tensor"
 @pytest.mark.parametrize("scheme", SMALL)
 def test_small_floats_of_many_tokens_are_exact_but_for_inputs_in_16_bits(scheme: str) -> None:
     for rows, cols in [*SHAPES, (17, 800), (33, 1024)]:
-        q, x = random_qtensor(parse(scheme), (rows, cols), seed=2), inputs(7, cols)
+        q, x = random_qtensor(parse(scheme), (rows, cols), seed=2), inputs(17, cols)
         q.codes.view(rows, cols)[0] &= 0x83  # the smallest there are
         q.codes.view(rows, cols)[-1] = 0
         x[0], x[1, cols - 1] = 0, 1000
         packed = pack(q)
         assert packed.panels.way == "small"
         close(multiply(packed, x[:1]), wanted(q, x[:1]))
-        assert torch.equal(multiply(packed, x[2:3]), multiply(pack(q, exact=True), x[2:3]))
+        assert torch.equal(multiply(packed, x[2:]), multiply(pack(q, exact=True), x[2:]))
         weight = slow_dequantize(q).double()
         off = (multiply(packed, x) - in_16_bits(x, 20479, packed.panels.sub) @ weight.T).abs()
         norms = x.double().norm(dim=1, keepdim=True) * weight.norm(dim=1)
         off = off / norms.clamp_min(1e-30)
         # an integer is off by half of one at most, and the greatest of its run, or the norm, is half its limit at least
-        assert off.max() < 0.5 / 6144 + 2e-6 and off.median() < 5e-6 and (off[:, -1] == 0).all()
+        assert off.max() < 0.5 / 6144 + 2e-6 and off.median() < 1e-5 and (off[:, -1] == 0).all()
 
 
 def test_small_floats_err_no_more_than_inputs_in_float16() -> None:
@@ -278,7 +278,7 @@ def test_small_floats_err_no_more_than_inputs_in_float16() -> None:
         assert 0 < (multiply(pack(q), x) - exact).norm() < allowed * (halves - exact).norm()
 
 
-@pytest.mark.parametrize("tokens", [2, 70])
+@pytest.mark.parametrize("tokens", [16, 70])
 @pytest.mark.parametrize("scheme", ["fp8-e4m3-row", "fp8-e5m2-row"])
 def test_sums_of_small_floats_never_leave_32_bits(scheme: str, tokens: int) -> None:
     """Every number in all columns of a row: powers of two, and what is just below one, among them."""
