@@ -603,7 +603,7 @@ class Panels:
     Attributes:
         way: how it is computed: `floats` (what codes stand for, times the inputs), `codes` or `table` (codes, or the
             entries of `table` at them, times inputs rounded to int8), `dense` (a weight of floats), `wide` (integers of
-            16 bits, times inputs rounded to such), `small` (small floats of 8 bits: up to 15 tokens as `floats`, more as
+            16 bits, times inputs rounded to such), `small` (small floats of 8 bits: 15 tokens as `floats`, more as
             `wide`).
         rows: of the weight.
         bits: 2, 3, 4, 5, 6 or 8 of a code, 4 with a `table`; of an element where it is dense; 16 where it is wide.
