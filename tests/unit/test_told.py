@@ -83,12 +83,13 @@ def test_the_decoder_reads_what_it_reads_of_the_class(name: str, way: str, tmp_p
     assert open_runner(path, threads=1).ends == {2}
 
 
+@pytest.mark.parametrize("scheme", ["q4_k_m", "f16"])
 @pytest.mark.parametrize("alone", [False, True])
 def test_the_decoder_reads_what_it_reads_of_the_class_of_a_gguf_file(
-    alone: bool, wiki_8m: Path, tmp_path: Path
+    alone: bool, scheme: str, wiki_8m: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "out"
-    lowbit.quantize(wiki_8m, path, scheme="q4_k_m", format="gguf")
+    lowbit.quantize(wiki_8m, path, scheme=scheme, format="gguf")
     if alone:
         path = next(path.glob("*.gguf")).rename(tmp_path / "model.gguf")
     assert_told_as_asked(path)

@@ -33,7 +33,7 @@ def told_model(checkpoint: Checkpoint, exact: bool, threads: int) -> Loaded | No
     """
     config, head = told_config(checkpoint.config), _HEAD if _HEAD in checkpoint.weights else EMBEDDING
     shapes = {name: weight.shape for name, weight in checkpoint.weights.items()}
-    if config is None or checkpoint.terms or checkpoint.edits or config.num_hidden_layers > len(shapes):
+    if config is None or checkpoint.terms or config.num_hidden_layers > len(shapes):
         return None
     if shapes != _shapes(config):
         return None
