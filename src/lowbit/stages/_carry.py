@@ -203,8 +203,6 @@ def _stored(values: Float[Tensor, "..."], dtype: torch.dtype, what: str, roundin
     Raises:
         UnsupportedError: it has not; where they may be rounded, only where one becomes infinite, or 0.
     """
-    if dtype == values.dtype and not rounding:
-        return values
     if not rounding and values.numel() > _FEW:  # what a type lacks is mostly found at once
         _stored(values.reshape(-1)[:_FEW], dtype, what, rounding)
     found = values.to(dtype).float()
