@@ -165,7 +165,7 @@ struct Product {
     const int8_t* table;  // way table: 16 entries
     float unit;           // rounded inputs: what results are multiplied by
     int64_t tokens;
-    const float* input;   // [tokens, cols]; `product` reads it in the ways floats and dense, and in small of one token
+    const float* input;   // [tokens, cols]; `product` reads it in the ways floats and dense, and in small of few tokens
     int64_t sub;          // columns that are rounded together: `over` where scales are nested, `wide_run` where it is wide, else
                           // 16, 32, 64, ... that divides `step`; small: `step`, or `wide_run`, which divides it or ends with it
     const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` (decoder.h) fills these three

@@ -103,8 +103,8 @@ def test_small_floats_need_no_table_but_where_a_code_is_no_number(scheme: str) -
     packed = pack(q)
     assert packed.panels.level is not None and packed.panels.level.isfinite().all()
     for each in (packed, pack(q, exact=True)):
-        close(multiply(each, x[:1]), wanted(q, x[:1]))
-    close(multiply(pack(q, exact=True), x), wanted(q, x))
+        for tokens in (1, 5):
+            close(multiply(each, x[:tokens]), wanted(q, x[:tokens]))
     codes = q.codes.clone()
     codes.view(48, 256)[7, 3] = 127
     found = multiply(pack(replace(q, codes=codes)), x)

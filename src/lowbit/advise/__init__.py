@@ -228,8 +228,9 @@ def _options(
     if absent:
         yield absent
         return
-    again = _again(checkpoint, sizes("", None, None))
-    for row in [_as_is(checkpoint), *(_rows(str(runtime["name"])) if again else ())]:
+    as_is = _as_is(checkpoint)
+    again = _again(checkpoint, sizes(as_is["format"], None, None))
+    for row in [as_is, *(_rows(str(runtime["name"])) if again else ())]:
         option = Option(
             runtime["name"], row["kind"], row["format"], row["scheme"], row.get("activations"), row.get("text"),
             requantize=bool(checkpoint.format and row["scheme"]),

@@ -311,25 +311,26 @@ _RUN = (
 )  # fmt: skip
 
 
-def run_options(function: F) -> F:
-    """Add the options of a run: what it may use, and what it is measured on."""
-    for option in reversed(_RUN):
+def _with(options: Sequence[Callable[[F], F]], function: F) -> F:
+    """The command with these options, in their order."""
+    for option in reversed(options):
         function = option(function)
     return function
+
+
+def run_options(function: F) -> F:
+    """Add the options of a run: what it may use, and what it is measured on."""
+    return _with(_RUN, function)
 
 
 def rules_options(function: F) -> F:
     """Add the options that decide which tensor gets what."""
-    for option in reversed(_RULES):
-        function = option(function)
-    return function
+    return _with(_RULES, function)
 
 
 def budget_options(function: F) -> F:
     """Add the options that have schemes found."""
-    for option in reversed(_BUDGET):
-        function = option(function)
-    return function
+    return _with(_BUDGET, function)
 
 
 def make_budget(options: dict[str, Any], plan_file: Path | None) -> Budget | None:
@@ -407,16 +408,12 @@ _CONTEXT = (
 
 def context_options(function: F) -> F:
     """Options of commands that read texts."""
-    for option in reversed(_CONTEXT):
-        function = option(function)
-    return function
+    return _with(_CONTEXT, function)
 
 
 def kept_options(function: F) -> F:
     """Those of them that say what is kept."""
-    for option in reversed(_CONTEXT[1:]):
-        function = option(function)
-    return function
+    return _with(_CONTEXT[1:], function)
 
 
 def sampling_options(tokens: int, temperature: float, top_p: float) -> Callable[[F], F]:
@@ -444,13 +441,7 @@ def sampling_options(tokens: int, temperature: float, top_p: float) -> Callable[
         click.option("--stop", multiple=True, help="End after this string; may be given again."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of the choices."),
     ]  # fmt: skip
-
-    def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
+    return lambda function: _with(options, function)
 
 
 def make_rules(options: dict[str, Any]) -> Rules:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,11 @@ def command(
     for line in _lines():
         messages.append({"role": "user", "content": line})
         parts.clear()
-        with _interruptible():
+        try:
             answer(runner, messages, chosen, show)
+        except KeyboardInterrupt:  # in a terminal it ends the answer, not the conversation
+            if not sys.stdin.isatty():
+                raise
         click.echo()
         messages.append({"role": "assistant", "content": "".join(parts)})
 
@@ -77,13 +80,3 @@ def _lines() -> Iterator[str]:
     with suppress(EOFError):
         while line := read():
             yield line
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """In a terminal Ctrl-C ends the answer, not the conversation."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise

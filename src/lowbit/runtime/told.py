@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit.runtime.model import ALONE, EMBEDDING, Loaded, pack_all, table_of
 from lowbit.runtime.panels import Packed
 from lowbit.runtime.table import Table
-from lowbit.stages._told import Kind, Told, kind_of, told_config
+from lowbit.stages._told import Told, kind_of, told_config
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.tensors import QTensor
 
@@ -22,6 +22,7 @@ _PLACES = {
     "query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "output": "self_attn.o_proj",
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
 }  # fmt: skip
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 _NORMS, _HEAD_NORMS = ("input_layernorm", "post_attention_layernorm"), ("self_attn.q_norm", "self_attn.k_norm")
 
 
@@ -60,7 +61,8 @@ def _shapes(config: Told) -> dict[str, tuple[int, ...]]:
 
 def _block_shapes(config: Told) -> dict[str, tuple[int, ...]]:
     """Of the weights of one block."""
-    kind, hidden, inner = kind_of(vars(config)) or Kind(()), config.hidden_size, config.intermediate_size
+    kind, hidden, inner = kind_of(vars(config)), config.hidden_size, config.intermediate_size
+    assert kind is not None  # or it would not be told
     heads, kept = (config.head_dim * count for count in (config.num_attention_heads, config.num_key_value_heads))
     sizes = {"query": (heads, hidden), "key": (kept, hidden), "value": (kept, hidden), "output": (hidden, heads)}
     sizes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
@@ -82,16 +84,14 @@ def _model(config: Told, part: Callable[[str], Any], head: str) -> Any:
 
 
 def _block(config: Told, part: Callable[[str], Any], start: str) -> SimpleNamespace:
-    paths = [*_PLACES.values(), *_NORMS, *_HEAD_NORMS]
-    parts = {path: part(f"{start}.{path}") for path in paths}
-    below = {
-        above: {path.partition(".")[2]: each for path, each in parts.items() if path.startswith(f"{above}.")}
-        for above in ("self_attn", "mlp")
-    }
-    attention = SimpleNamespace(head_dim=config.head_dim, scaling=config.head_dim**-0.5, **below["self_attn"])
-    return SimpleNamespace(
-        self_attn=attention, mlp=SimpleNamespace(**below["mlp"]), **{name: parts[name] for name in _NORMS}
+    def parts(above: str, names: Sequence[str]) -> dict[str, Any]:
+        return {name: part(f"{start}.{above}{name}") for name in names}
+
+    attention = SimpleNamespace(
+        head_dim=config.head_dim, scaling=config.head_dim**-0.5, **parts("self_attn.", _ATTENTION)
     )
+    feed = SimpleNamespace(**parts("mlp.", ("gate_proj", "up_proj", "down_proj")))
+    return SimpleNamespace(self_attn=attention, mlp=feed, **parts("", _NORMS))
 
 
 def _part(checkpoint: Checkpoint, packed: Mapping[str, Packed], path: str) -> SimpleNamespace | None:

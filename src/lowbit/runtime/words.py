@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
-from lowbit.stages._directory import GGUF
 from lowbit.stages._gguf import read_gguf
-from lowbit.stages._gguf_vocabulary import tokenizer_documents
+from lowbit.stages._gguf_vocabulary import alone, tokenizer_documents
 from lowbit.stages._model import open_tokenizer
 from lowbit.stages._plain_tokenizer import parsed_tokenizer
 from lowbit.stages.checkpoint import Checkpoint
@@ -32,39 +31,37 @@ def open_words(checkpoint: Checkpoint) -> Words:
     Raises:
         LowbitError: as `open_tokenizer`.
     """
+    found = plain_words(checkpoint)
+    if found:
+        return found
+    asked: Any = open_tokenizer(checkpoint)
+    return Words(
+        lambda text: asked(text).input_ids, partial(asked.decode, skip_special_tokens=True), asked.eos_token_id
+    )
+
+
+def plain_words(checkpoint: Checkpoint) -> Words | None:
+    """The same where transformers would change nothing; else None."""
     found = _of_file(checkpoint) or _of_directory(checkpoint)
-    return _plain(*found) if found else _of_transformers(open_tokenizer(checkpoint))
-
-
-def _plain(tokenizer: Any, end: int | None) -> Words:
-    def encode(text: str) -> Sequence[int]:
-        ids: list[int] = tokenizer.encode(text).ids
-        return ids
-
-    return Words(encode, tokenizer.decode, end)
-
-
-def _of_transformers(tokenizer: Any) -> Words:
-    def encode(text: str) -> Sequence[int]:
-        ids: list[int] = tokenizer(text).input_ids
-        return ids
-
-    return Words(encode, partial(tokenizer.decode, skip_special_tokens=True), tokenizer.eos_token_id)
+    if found is None:
+        return None
+    tokenizer, end = found
+    return Words(lambda text: tokenizer.encode(text).ids, tokenizer.decode, end)
 
 
 def _of_directory(checkpoint: Checkpoint) -> tuple[Any, int | None] | None:
     found = parsed_tokenizer(checkpoint.root, checkpoint.config.get("model_type"))
-    if found is None or found[2].get("clean_up_tokenization_spaces"):
+    if found is None:
         return None
-    return found[0], found[1].get("eos")
+    tokenizer, ids, config = found
+    return None if config.get("clean_up_tokenization_spaces") else (tokenizer, ids.get("eos"))
 
 
 def _of_file(checkpoint: Checkpoint) -> tuple[Any, int | None] | None:
     """The tokenizer in a GGUF file, if it has its special tokens as such."""
-    shard = checkpoint.shards[0]
-    if shard.suffix != GGUF or (checkpoint.root / "tokenizer_config.json").exists():
+    if not alone(checkpoint, "tokenizer_config.json"):
         return None
-    documents = tokenizer_documents(read_gguf(shard))
+    documents = tokenizer_documents(read_gguf(checkpoint.shards[0]))
     document, config = documents["tokenizer.json"], documents["tokenizer_config.json"]
     ids = {token["content"]: int(token["id"]) for token in document["added_tokens"] if token["special"]}
     special = {name: token for name, token in config.items() if name.endswith("_token")}

@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from lowbit.errors import CheckpointError, LowbitError, UsageError
 from lowbit.formats import Weight
 from lowbit.stages._activations import round_inputs
-from lowbit.stages._directory import GGUF
 from lowbit.stages._experts import Stack, stacks
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._gguf_config import require_told
@@ -483,11 +482,10 @@ def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         UsageError: it needs the code that it brings, and is not trusted.
         CheckpointError: there is none, or it cannot be used.
     """
-    root, shard = checkpoint.root, checkpoint.shards[0]
-    inside = shard.suffix == GGUF and not (root / "tokenizer_config.json").exists()
+    root = checkpoint.root
     with silent_transformers(), _own_code(checkpoint), refusals(f"{root} has no usable tokenizer"):
-        if inside:
-            return _told_tokenizer(tokenizer_documents(read_gguf(shard)))
+        if alone(checkpoint, "tokenizer_config.json"):
+            return _told_tokenizer(tokenizer_documents(read_gguf(checkpoint.shards[0])))
         tokenizer: PreTrainedTokenizerBase = _tokenizer_class(checkpoint).from_pretrained(
             root, trust_remote_code=checkpoint.trusted, local_files_only=True
         )
