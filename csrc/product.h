@@ -152,14 +152,14 @@ LOWBIT_INLINE void add_paired(const Source& source, const uint8_t* chunk, const 
         for (int t = 0; t < tokens; t++) {
             I pairs = product<Source>(first, input.four(t, col + 4 * quad));
             if constexpr (until - quad == 2) pairs = add_pairs(pairs, product<Source>(second, input.four(t, col + 4 * quad + 4)));
-            sum[t] = add(sum[t], dot_pairs(pairs, factor));
+            sum[t] = add_dot_pairs(sum[t], pairs, factor);
             keep(sum[t]);
         }
     } else {
         I pairs[tokens];
         for (I& each : pairs) each = set(0);
         add_products<quad, until>(source, chunk, input, col, pairs);
-        for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], dot_pairs(pairs[t], factor));
+        for (int t = 0; t < tokens; t++) sum[t] = add_dot_pairs(sum[t], pairs[t], factor);
     }
     if constexpr (until < last) add_paired<until, last>(source, chunk, input, col, factor, sum);
 }
@@ -393,7 +393,7 @@ struct Nested {
         if (!of.zero && offset == 0) return factor;
         for (int t = 0; t < tokens; t++) {
             I inputs = set(four_bytes(of.step_sum + token[t] * steps + step));
-            shift[t] = add(shift[t], dot_pairs(low, inputs));
+            shift[t] = add_dot_pairs(shift[t], low, inputs);
             if constexpr (above != 0)
                 if (of.zero) dots[t] = sub(dots[t], mul(dot_pairs(factor, inputs), set(above)));
         }
@@ -497,8 +497,8 @@ template <int t, int tokens>
 LOWBIT_INLINE void add_pair(I first, I second, const Fours<tokens>& input, int64_t at, I (&sum)[tokens]) {
     const uint8_t* here = input[t / 4] + at + 8 * (t % 4);
     I x = set(four_bytes(here)), y = set(four_bytes(here + 4));
-    if constexpr (crossing) sum[t] = add(sum[t], dot_pairs(add_pairs(first, y), add_pairs(second, x)));
-    else sum[t] = add(add(sum[t], dot_pairs(first, x)), dot_pairs(second, y));
+    if constexpr (crossing) sum[t] = add_dot_pairs(sum[t], add_pairs(first, y), add_pairs(second, x));
+    else sum[t] = add_dot_pairs(add_dot_pairs(sum[t], first, x), second, y);
     keep(sum[t]);
     if constexpr (t + 1 < tokens) add_pair<t + 1>(first, second, input, at, sum);
 }
@@ -639,8 +639,8 @@ void one_wide(const Product& of, int64_t panel) {
     for (int64_t i = 0; i < runs; i++) {
         I even = set(0), odd = even;
         for (int64_t col = i * of.over; col < smaller((i + 1) * of.over, of.cols); col += 4, words += 128) {
-            even = add(even, dot_pairs(load_words(words), set(four_bytes(of.words + col))));
-            odd = add(odd, dot_pairs(load_words(words + 64), set(four_bytes(of.words + col + 2))));
+            even = add_dot_pairs(even, load_words(words), set(four_bytes(of.words + col)));
+            odd = add_dot_pairs(odd, load_words(words + 64), set(four_bytes(of.words + col + 2)));
         }
         F scale = scales_at(of, of.scale.data, panel * runs + i);
         total = fma(mul(to_float(add(even, odd)), scale), set(of.input_scale[i]), total);
@@ -670,31 +670,56 @@ struct Level256 {
         return lookup256(table, both(shift_right<low>(word), set(255)));
     }
 };
-// Small floats of 8 bits from their bits, where the table says the same: looking up takes several times as long.
+// Small floats of 8 bits from their bits, where the table says the same: looking up takes several times as long. They
+// become no subnormal float32 on the way: some processors take a hundred cycles for an operation that meets one.
 template <int mantissa>
 struct SmallFloat {
     static constexpr bool narrow = false, shifted = false;
-    template <int low>
-    F at(I word) const {
-        if constexpr (low < 24) word = shift_left<24 - low>(word);
-        I there = both(shift_right_signed<mantissa + 1>(word), set(int32_t(mantissa == 3 ? 0x87f00000 : 0x8fe00000)));
-        return mul(floats(there), set(mantissa == 3 ? 0x1p120f : 0x1p112f));  // exponents begin elsewhere
+
+    // What the bytes of a word stand for.
+    struct Four {
+        F at[4];
+    };
+    LOWBIT_INLINE static Four four(I word) {
+        Four found{{normal<0>(word), normal<8>(word), normal<16>(word), normal<24>(word)}};
+        if (has_zero_byte(both(word, set((0x80 - (1 << mantissa)) * 0x01010101)))) [[unlikely]]
+            for (F& each : found.at) each = mended(each);
+        return found;
     }
+    // At least what a byte stands for without its sign, and no more than that of codes that are not subnormal.
     template <int low>
-    F magnitude(I word) const {
+    LOWBIT_INLINE static F magnitude(I word) {
         constexpr int left = 23 - mantissa - low;
         if constexpr (left > 0) word = shift_left<left>(word);
         else word = shift_right<-left>(word);
-        return mul(floats(both(word, set(127 << (23 - mantissa)))), set(mantissa == 3 ? 0x1p120f : 0x1p112f));
+        return floats(add(both(word, set(127 << (23 - mantissa))), set(bias)));
     }
     static bool is(const float* level) {
         alignas(64) int32_t codes[16];
         for (int first = 0; first < 256; first += 16) {
             for (int i = 0; i < 16; i++) codes[i] = first + i;
-            F own = SmallFloat{}.template at<0>(load_words(codes)), wanted = load_f32(level + first);
+            F own = four(load_words(codes)).at[0], wanted = load_f32(level + first);
             if (!all(both(at_least(own, wanted), at_least(wanted, own)))) return false;
         }
         return true;
+    }
+
+  private:
+    static constexpr int32_t bias = (mantissa == 3 ? 120 : 112) << 23;  // exponents begin elsewhere
+
+    // As if an exponent of 0 were one like the others.
+    template <int low>
+    LOWBIT_INLINE static F normal(I word) {
+        if constexpr (low < 24) word = shift_left<24 - low>(word);
+        I there = both(shift_right_signed<mantissa + 1>(word), set(int32_t(mantissa == 3 ? 0x87f00000 : 0x8fe00000)));
+        return floats(add(there, set(bias)));
+    }
+    // With an exponent of 0, 2^e * (1 + f) stands for 2^e * 2 * f, which is less; with others it is less than the like.
+    LOWBIT_INLINE static F mended(F value) {
+        I sign = both(bits(value), set(INT32_MIN));
+        F size = floats(differ(bits(value), sign));
+        F without_one = sub(add(size, size), set(mantissa == 3 ? 0x1p-6f : 0x1p-14f));
+        return floats(either(bits(min(size, without_one)), sign));
     }
 };
 
@@ -749,12 +774,18 @@ struct Leveled {
         // What stands in a word, where a lookup leaves out what is above its field (`narrow`).
         template <int bits, int byte = 0, int field = 0>
         LOWBIT_INLINE void words(I from, F scale, F zero, float* to) const {
-            F value = level.template at<8 * byte + bits * field>(from);
-            if (Level::shifted && before) value = sub(value, zero);
-            value = mul(value, scale);
-            store_f32(to + 16 * (4 * field + byte), Level::shifted && after ? sub(value, zero) : value);
-            if constexpr (byte < 3) words<bits, byte + 1, field>(from, scale, zero, to);
-            else if constexpr (bits == 4 && field == 0) words<bits, 0, 1>(from, scale, zero, to);
+            if constexpr (!Level::shifted) {
+                auto value = level.four(from);
+                for (int i = 0; i < 4; i++) store_f32(to + 16 * i, mul(value.at[i], scale));
+                return;
+            } else {
+                F value = level.template at<8 * byte + bits * field>(from);
+                if (before) value = sub(value, zero);
+                value = mul(value, scale);
+                store_f32(to + 16 * (4 * field + byte), after ? sub(value, zero) : value);
+                if constexpr (byte < 3) words<bits, byte + 1, field>(from, scale, zero, to);
+                else if constexpr (bits == 4 && field == 0) words<bits, 0, 1>(from, scale, zero, to);
+            }
         }
     };
 };
@@ -843,18 +874,17 @@ void many_floats(const Product& of, int64_t panel, const Weight& weight) {
 template <int mantissa>
 void one_float(const Product& of, int64_t panel, const Leveled<SmallFloat<mantissa>>& weight) {
     F even = set(0.0f), odd = even;
-    const SmallFloat<mantissa>& level = weight.level;
     const uint8_t* codes = codes_of_panel(of, panel);
     int64_t group = panel * of.cols / of.step;
     for (int64_t first = 0; first < of.cols; first += of.step, group++) {
         F scale = scales_at(of, of.scale.data, group);
         for (int64_t col = first; col < first + of.step; col += 4, codes += 64) {
-            I word = load_words(codes);
+            auto value = SmallFloat<mantissa>::four(load_words(codes));
             ask_for<1>(codes);
-            even = fma(mul(level.template at<0>(word), scale), set(of.input[col]), even);
-            odd = fma(mul(level.template at<8>(word), scale), set(of.input[col + 1]), odd);
-            even = fma(mul(level.template at<16>(word), scale), set(of.input[col + 2]), even);
-            odd = fma(mul(level.template at<24>(word), scale), set(of.input[col + 3]), odd);
+            even = fma(mul(value.at[0], scale), set(of.input[col]), even);
+            odd = fma(mul(value.at[1], scale), set(of.input[col + 1]), odd);
+            even = fma(mul(value.at[2], scale), set(of.input[col + 2]), even);
+            odd = fma(mul(value.at[3], scale), set(of.input[col + 3]), odd);
         }
     }
     store_rows(of, panel, 0, add(even, odd));
@@ -866,22 +896,20 @@ template <int mantissa>
 struct Powers {
     static constexpr int64_t near = wide_run, at_once = 4 * tokens_at_once;
     const Product& of;
-    SmallFloat<mantissa> level{};
 
     Scaled columns(int64_t panel, int64_t first, int64_t count, uint8_t* to) const {
         const uint8_t* codes = codes_of_panel(of, panel) + 16 * first;
         F up = power(codes, count);
         for (int64_t i = 0; i < count; i += 4) {
-            I word = load_words(codes + 16 * i);
-            store_words(to + 32 * i, pair(integer<0>(word, up), integer<8>(word, up)));
-            store_words(to + 32 * i + 64, pair(integer<16>(word, up), integer<24>(word, up)));
+            auto value = SmallFloat<mantissa>::four(load_words(codes + 16 * i));
+            store_words(to + 32 * i, pair(integer(value.at[0], up), integer(value.at[1], up)));
+            store_words(to + 32 * i + 64, pair(integer(value.at[2], up), integer(value.at[3], up)));
         }
         return {to, div(scales_at(of, of.scale.data, (panel * of.cols + first) / of.step), up)};
     }
     void ask(const Run&, int64_t) const {}
 
   private:
-    static constexpr float least_level = 0x1p-16f;
     struct Size {
         F most, squares[4];
     };
@@ -892,22 +920,18 @@ struct Powers {
         Size size{none, {none, none, none, none}};
         for (int64_t i = 0; i < count; i += 4) see<0>(load_words(codes + 16 * i), size);
         F squares = add(add(size.squares[0], size.squares[1]), add(size.squares[2], size.squares[3]));
-        F norm = sqrt(max(squares, set(least_level * least_level)));
-        F up = min(div(set(most_weight), max(size.most, set(least_level))), div(set(wide_norm), norm));
+        F up = min(div(set(most_weight), size.most), div(set(wide_norm), sqrt(squares)));
         return floats(both(bits(up), set(0x7f800000)));
     }
     template <int field>
     LOWBIT_INLINE void see(I word, Size& size) const {
-        F value = level.template magnitude<8 * field>(word);
+        F value = SmallFloat<mantissa>::template magnitude<8 * field>(word);
         size.most = max(size.most, value);
         size.squares[field] = fma(value, value, size.squares[field]);
         if constexpr (field < 3) see<field + 1>(word, size);
     }
     // In the lower 16 bits: a float as large as this one ends with ones.
-    template <int low>
-    LOWBIT_INLINE I integer(I word, F up) const {
-        return bits(fma(level.template at<low>(word), up, set(0x1.8p23f)));
-    }
+    LOWBIT_INLINE static I integer(F value, F up) { return bits(fma(value, up, set(0x1.8p23f))); }
     LOWBIT_INLINE static I pair(I first, I second) { return either(both(first, set(0xffff)), shift_left<16>(second)); }
 };
 

@@ -213,10 +213,15 @@ I dot_signed(I a, I b) {
     return dot_bytes({_mm256_abs_epi8(a.low), _mm256_abs_epi8(a.high)},
                      {_mm256_sign_epi8(b.low, a.low), _mm256_sign_epi8(b.high, a.high)});
 }
+bool has_zero_byte(I a) {
+    __m256i least = _mm256_min_epu8(a.low, a.high);
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(least, _mm256_setzero_si256())) != 0;
+}
 void keep(I& a) { asm volatile("" : "+x"(a.low), "+x"(a.high)); }
 I add_pairs(I a, I b) { return {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)}; }
 I mul_pairs(I a, I b) { return {_mm256_mullo_epi16(a.low, b.low), _mm256_mullo_epi16(a.high, b.high)}; }
 I dot_pairs(I a, I b) { return {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)}; }
+I add_dot_pairs(I sum, I a, I b) { return add(sum, dot_pairs(a, b)); }
 I add_dot(I sum, I codes, I inputs) {  // codes to 128 only
     return add(sum, dot_pairs(dot_bytes(codes, inputs), set(0x00010001)));
 }

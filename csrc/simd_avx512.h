@@ -164,13 +164,16 @@ I dot_signed(I a, I b) {
     __m512i turned = _mm512_mask_sub_epi8(b.all, _mm512_movepi8_mask(a.all), _mm512_setzero_si512(), b.all);
     return dot_bytes({_mm512_abs_epi8(a.all)}, {turned});
 }
+bool has_zero_byte(I a) { return _mm512_testn_epi8_mask(a.all, a.all) != 0; }
 void keep(I& a) { asm volatile("" : "+v"(a.all)); }
 I add_pairs(I a, I b) { return {_mm512_add_epi16(a.all, b.all)}; }
 I mul_pairs(I a, I b) { return {_mm512_mullo_epi16(a.all, b.all)}; }
 I dot_pairs(I a, I b) { return {_mm512_madd_epi16(a.all, b.all)}; }
 #if defined(__AVX512VNNI__)
 I add_dot(I sum, I codes, I inputs) { return {_mm512_dpbusd_epi32(sum.all, codes.all, inputs.all)}; }
+I add_dot_pairs(I sum, I a, I b) { return {_mm512_dpwssd_epi32(sum.all, a.all, b.all)}; }
 #else
+I add_dot_pairs(I sum, I a, I b) { return add(sum, dot_pairs(a, b)); }
 I add_dot(I sum, I codes, I inputs) {  // codes to 128 only
     return add(sum, dot_pairs(dot_bytes(codes, inputs), set(0x00010001)));
 }

@@ -283,6 +283,11 @@ int32x4_t dot_bytes_of(int32x4_t a, int32x4_t b) {
 }
 I dot_signed(I a, I b) { return each<I, dot_bytes_of>(a, b); }
 I dot_bytes(I a, I b) { return dot_signed(a, b); }  // those of `a` are below 128
+bool has_zero_byte(I of) {
+    auto bytes = [](int32x4_t part) { return vreinterpretq_u8_s32(part); };
+    uint8x16_t least = vminq_u8(vminq_u8(bytes(of.a), bytes(of.b)), vminq_u8(bytes(of.c), bytes(of.d)));
+    return vminvq_u8(least) == 0;
+}
 void keep(I& of) { asm volatile("" : "+w"(of.a), "+w"(of.b), "+w"(of.c), "+w"(of.d)); }
 int32x4_t add_halves(int32x4_t a, int32x4_t b) {
     return vreinterpretq_s32_s16(vaddq_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
@@ -297,6 +302,7 @@ int32x4_t dot_halves(int32x4_t a, int32x4_t b) {
     return vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
 }
 I dot_pairs(I a, I b) { return each<I, dot_halves>(a, b); }
+I add_dot_pairs(I sum, I a, I b) { return add(sum, dot_pairs(a, b)); }
 #if defined(__ARM_FEATURE_DOTPROD)
 int32x4_t add_dot_of(int32x4_t sum, int32x4_t codes, int32x4_t inputs) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(inputs));

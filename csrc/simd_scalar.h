@@ -336,6 +336,12 @@ I add_dot(I sum, I codes, I inputs) {
         return int32_t(uint32_t(sum.at[i]) + uint32_t(product(0) + product(1) + product(2) + product(3)));
     });
 }
+bool has_zero_byte(I a) {
+    for (int32_t word : a.at)
+        for (int k = 0; k < 4; k++)
+            if (byte_of(word, k) == 0) return true;
+    return false;
+}
 void keep(I&) {}
 I add_pairs(I a, I b) {
     return each<I>([&](int i) {
@@ -353,6 +359,7 @@ I dot_pairs(I a, I b) {
         return half_of(a.at[i], 0) * half_of(b.at[i], 0) + half_of(a.at[i], 1) * half_of(b.at[i], 1);
     });
 }
+I add_dot_pairs(I sum, I a, I b) { return add(sum, dot_pairs(a, b)); }
 // Thirty-two signed bytes as the halves of lanes.
 I load_pairs(const void* from) {
     auto bytes = static_cast<const int8_t*>(from);
