@@ -176,25 +176,39 @@ LOWBIT_INLINE void add_dots(const Source& source, const uint8_t* chunk, const Ro
     if constexpr (quad + 1 < last) add_dots<quad + 1, last>(source, chunk, input, col, sum);
 }
 
+// Whether sums of four quads are 16 bits long, so that what multiplies these adds them up as well.
+template <class Source>
+constexpr bool joins = 4 * 508 * Source::most <= 32767;
+
 // Adds the quads from `quad` to before `last` to sums of 32 bits, times `factor`, which is 1 where `plain` is set.
 template <int quad, int last, bool plain, class Source, int tokens>
 LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col, I factor,
                              I (&sum)[tokens]) {
+    constexpr int until = quad + 4;  // quads of a part whose sums fit 16 bits, where they are so few
     if constexpr (!whole_dots) {
         add_paired<quad, last>(source, chunk, input, col, factor, sum);
     } else if constexpr (plain && tokens > 1) {
         add_dots<quad, last>(source, chunk, input, col, sum);
+    } else if constexpr (!plain && joins<Source> && until < last) {
+        add_quads<quad, until, plain>(source, chunk, input, col, factor, sum);
+        add_quads<until, last, plain>(source, chunk, input, col, factor, sum);
     } else {  // a sum of one token would wait for itself all along
         I part[tokens];
         for (I& each : part) each = set(0);
         add_dots<quad, last>(source, chunk, input, col, part);
-        for (int t = 0; t < tokens; t++) sum[t] = add(sum[t], plain ? part[t] : mul(part[t], factor));
+        for (int t = 0; t < tokens; t++) {
+            if constexpr (plain) sum[t] = add(sum[t], part[t]);
+            else if constexpr (joins<Source>) sum[t] = add_dot_pairs(sum[t], part[t], factor);
+            else sum[t] = add(sum[t], mul(part[t], factor));
+        }
     }
 }
 
 // One of the two factors in each lane, as `add_quads` takes it.
+template <class Source>
 LOWBIT_INLINE I factor_of(I pairs, int which) {
-    if constexpr (whole_dots) return dot_pairs(pairs, set(which ? 0x00010000 : 1));
+    if constexpr (whole_dots && joins<Source>) return which ? shift_right<16>(pairs) : both(pairs, set(0xffff));
+    else if constexpr (whole_dots) return dot_pairs(pairs, set(which ? 0x00010000 : 1));
     else return twice(pairs, which);
 }
 
@@ -368,14 +382,14 @@ struct Nested {
                 I factor = factors<Source::above>(span.panel, step, offset, dots, shift);
                 if (wide == 32) {
                     if constexpr (!Source::near) ask_for<Source::bits>(chunk);
-                    add_quads<0, 4, false>(source, chunk, input, col, factor_of(factor, 0), dots);
-                    add_quads<4, 8, false>(source, chunk, input, col, factor_of(factor, 1), dots);
+                    add_quads<0, 4, false>(source, chunk, input, col, factor_of<Source>(factor, 0), dots);
+                    add_quads<4, 8, false>(source, chunk, input, col, factor_of<Source>(factor, 1), dots);
                     chunk += 64 * Source::bits;
                     continue;
                 }
                 for (int64_t at = 0; at < 64; at += 32, chunk += 64 * Source::bits, factor = shift_right<16>(factor)) {
                     if constexpr (!Source::near) ask_for<Source::bits>(chunk);
-                    add_quads<0, 8, false>(source, chunk, input, col + at, factor_of(factor, 0), dots);
+                    add_quads<0, 8, false>(source, chunk, input, col + at, factor_of<Source>(factor, 0), dots);
                 }
             }
             end_run(span.panel, run, offset, dots, shift);
@@ -458,7 +472,7 @@ void add_tile(const Product& of, const Span& span, int64_t first, int64_t count,
 
 template <class Source>
 auto tile_of(const Product& of) {
-    constexpr int most = whole_dots ? 255 : Source::is_signed ? 128 : Source::most < 15 ? 15 : Source::most;
+    constexpr int most = Source::is_signed ? 128 : Source::most < 15 ? 15 : whole_dots && Source::most > 15 ? 255 : Source::most;
     using Written = Unpacked<most, Source::above, Source::is_signed>;
     return of.fine ? add_tile<Nested, Written> : Chunks<1>::fits(of) ? add_tile<Chunks, Written> : add_tile<Plain, Written>;
 }
