@@ -141,6 +141,9 @@ def test_what_is_off_changes_nothing(tmp_path: Path) -> None:
     saved(tmp_path, "llama")
     config = json.loads((tmp_path / "config.json").read_text())
     assert told_config(config | {"rope_interleaved": False, "is_llama_config": True, "use_mrope": False})
+    assert told_config(
+        config | {"transformers.js_config": {"dtype": "q4"}, "unsloth_version": "2025.1", "unsloth_fixed": True}
+    )
 
 
 def test_without_the_end_of_texts_transformers_is_asked(tmp_path: Path) -> None:
