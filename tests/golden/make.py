@@ -127,7 +127,17 @@ def mlx() -> list[dict[str, Any]]:
         }
         meant = {f"{MODULE}.weight": torch.from_numpy(import_module("numpy").array(found))}
         cases.append(case({"quantization": {"group_size": size, "bits": bits, "mode": "affine"}}, tensors, meant))
-    return cases
+    return cases + [_mlx_small(core, weight, mode) for mode in ("mxfp4", "mxfp8", "nvfp4")]
+
+
+def _mlx_small(core: Any, weight: Any, mode: str) -> dict[str, Any]:
+    numpy = import_module("numpy")
+    parts = dict(zip(("weight", "scales"), core.quantize(weight, mode=mode), strict=True))
+    found = core.dequantize(parts["weight"], parts["scales"], mode=mode, dtype=core.float32)
+    tensors = {f"{MODULE}.{name}": torch.from_numpy(numpy.array(part)) for name, part in parts.items()}
+    bits, size = (8 if mode == "mxfp8" else 4), (16 if mode == "nvfp4" else 32)
+    declared = {"quantization": {"group_size": size, "bits": bits, "mode": mode}}
+    return case(declared, tensors, {f"{MODULE}.weight": torch.from_numpy(numpy.array(found))})
 
 
 def modelopt() -> list[dict[str, Any]]:

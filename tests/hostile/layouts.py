@@ -222,6 +222,9 @@ def _mlx(declared: Mapping[str, Any] | None = None, **changes: Tensor | None) ->
     return _directory({SHARD: tensors}, config={"quantization": usual, "quantization_config": usual})
 
 
+MLX_SMALL = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+MLX_ONES = torch.full((16, 4), 127).byte()
+MLX_NANS = torch.full((16, 128), 0x7F).byte().view(torch.uint32)
 MLX = [
     Case("mlx scale nan", _mlx(scales=torch.full((16, 2), NAN, dtype=F16)), (SHARD, "m.scales", "nan"), "mlx"),
     Case("mlx bias infinite", _mlx(biases=torch.full((16, 2), INF, dtype=F16)), (SHARD, "m.biases", "inf"), "mlx"),
@@ -236,7 +239,23 @@ MLX = [
     Case("mlx with 7 bits", _mlx({"bits": 7}), ("7 bits",), "mlx"),
     Case("mlx bits a text", _mlx({"bits": "4"}), ("'4' bits",), "mlx"),
     Case("mlx groups of 48", _mlx({"group_size": 48}), ("group_size 48",), "mlx"),
-    Case("mlx of another mode", _mlx({"mode": "nvfp4"}), ("mode 'nvfp4'",), "mlx"),
+    Case("mlx of another mode", _mlx({"mode": "nvfp8"}), ("mode 'nvfp8'",), "mlx"),
+    Case("mlx mode a list", _mlx({"mode": ["nvfp4"]}), ("mode ['nvfp4']",), "mlx"),
+    Case("mlx nvfp4 in groups of integers", _mlx({"mode": "nvfp4"}), ("group_size 64 and mode 'nvfp4'",), "mlx"),
+    Case("mlx mxfp4 with float scales", _mlx(MLX_SMALL), ("m.weight", "float16"), "mlx"),
+    Case(
+        "mlx mxfp4 with too few scales",
+        _mlx(MLX_SMALL, scales=torch.ones(16, 2).byte()),
+        ("m.scales", "[16, 2]"),
+        "mlx",
+    ),
+    Case("mlx mxfp4 scale nan", _mlx(MLX_SMALL, scales=torch.full((16, 4), 255).byte()), ("m.scales", "255"), "mlx"),
+    Case(
+        "mlx mxfp8 nan",
+        _mlx({**MLX_SMALL, "bits": 8, "mode": "mxfp8"}, weight=MLX_NANS, scales=MLX_ONES),
+        ("m.weight", "NaN"),
+        "mlx",
+    ),
     Case("mlx module of 5 groups", _mlx({"m": {"group_size": 5}}), ("m: ", "group_size 5"), "mlx"),
 ]
 

@@ -93,6 +93,8 @@ def test_fit_says_how_it_is_stored(name: str, scheme: str, shape: tuple[int, int
         ("bitnet", "int2-tensor", (64, 128), "levels"),
         ("mlx", "int7-g64", (64, 128), "2, 3, 4, 5, 6, 8 bits"),
         ("mlx", "nf4-g64", (64, 128), "int4-g64-min"),
+        ("mlx", "nvfp4", (64, 128), "use mxfp4"),
+        ("mlx", "mxfp8", (64, 80), "leave"),
         ("mlx", "int4-g128", (64, 192), "use g64"),
         ("mlx", "int4-g64", (64, 80), "nothing does with 80"),
         ("mlx", "int4-g48", (64, 96), "use g32"),
@@ -267,6 +269,9 @@ def test_mlx_declares_what_differs_by_name() -> None:
         "model.layers.1.b": {"group_size": 32, "bits": 6},
     }
     assert declaration("mlx", weights) == declared
+    weights = [weight("mlx", "mxfp4", f"model.layers.{i}.a") for i in range(2)] + [weight("mlx", "int8-g64", "m")]
+    usual = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    assert declaration("mlx", weights) == {**usual, "m": {"group_size": 64, "bits": 8}}
 
 
 def test_modelopt_declares_activations_or_none() -> None:

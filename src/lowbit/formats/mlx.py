@@ -1,4 +1,7 @@
-"""MLX's affine quantization: a scale and a bias per group, `W = scale * q + bias` (docs/formats/mlx.md)."""
+"""MLX's layouts: affine, a scale and a bias per group, `W = scale * q + bias`, and small floats (docs/formats/mlx.md).
+
+The latter are those of compressed-tensors under other names and types: MXFP4, MXFP8, and NVFP4 without a global scale.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch import Tensor
 from lowbit import native
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Codes, CodeWords, Format, Spec, Weight
+from lowbit.formats import _ct_tensors as tensors_of
 from lowbit.formats._checks import exact, fill, finite, stored
 from lowbit.formats._linear import (
     SCALE_TYPES,
@@ -21,15 +25,20 @@ from lowbit.formats._linear import (
     declare,
     declared,
     divisor,
+    model_dtype,
     planned,
     row_block,
 )
+from lowbit.formats._renamed import named
 from lowbit.schemes import FLOATS, Block, Scheme, parse
 from lowbit.tensors import QTensor, scale_shape
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
+MODES = {name: parse(name) for name in ("mxfp4", "mxfp8", "nvfp4")}  # beside `affine`
+_NVFP4 = MODES["nvfp4"]
 _WORD = 32
+_NAMES = {"weight_packed": "weight", "weight": "weight", "weight_scale": "scales"}  # of `_ct_tensors` here
 
 
 def fit(scheme: Scheme, weight: Weight) -> Scheme:
@@ -39,10 +48,12 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
         UnsupportedError: the layout does not hold it.
     """
     check_matrix(weight, "mlx", scheme)
+    if scheme in MODES.values():
+        return _fit_small(scheme, weight)
     if scheme.grid.kind != "int" or scheme.grid.bits not in BITS or scheme.nested:
         raise UnsupportedError(
-            f"mlx cannot hold {scheme}: it has integers of {', '.join(map(str, BITS))} bits with plain scales; use "
-            "int4-g64-min"
+            f"mlx cannot hold {scheme}: it has integers of {', '.join(map(str, BITS))} bits with plain scales, mxfp4 "
+            "and mxfp8; use int4-g64-min"
         )
     cols = weight.shape[1]
     block = row_block(scheme.block, cols)
@@ -56,9 +67,26 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     return replace(scheme, block=block, zero="min", scale=SCALE_TYPES[weight.dtype])
 
 
+def _fit_small(scheme: Scheme, weight: Weight) -> Scheme:
+    cols, size = weight.shape[1], scheme.block.cols
+    if scheme == _NVFP4:
+        raise UnsupportedError("mlx's nvfp4 has no scale of the whole tensor and is only read; use mxfp4")
+    if cols % size:
+        raise UnsupportedError(
+            f"mlx cannot hold {scheme}: its groups of {size} do not divide rows of {cols}; leave {weight.name} as it is"
+            " (--skip)"
+        )
+    return scheme
+
+
 def layout(weight: Weight) -> dict[str, Spec]:
     """Names, dtypes and shapes of the tensors that `pack` fills."""
     scheme, (rows, cols) = planned(weight), weight.shape
+    if scheme in MODES.values():
+        return {
+            f"{weight.module}.weight": Spec(torch.uint32, (rows, cols * scheme.grid.bits // _WORD)),
+            f"{weight.module}.scales": Spec(torch.uint8, scale_shape(weight.shape, scheme.block)),
+        }
     group = Spec(FLOATS[scheme.scale], scale_shape(weight.shape, scheme.block))
     return {
         f"{weight.module}.weight": Spec(torch.uint32, (rows, cols * scheme.grid.bits // _WORD)),
@@ -79,6 +107,10 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
         FormatError: a scale or bias that the weight's dtype does not have.
     """
     check_planned(weight, q)
+    if q.scheme in MODES.values():
+        with named(weight, _NAMES):
+            tensors_of.pack(q, _local(weight, into))
+        return
     assert isinstance(q.scales, Tensor) and isinstance(q.minima, Tensor)
     for name, values in (("scales", q.scales), ("biases", -q.minima)):
         target = into[f"{weight.module}.{name}"]
@@ -94,16 +126,30 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
         FormatError: stored tensors that break the layout.
     """
     scheme = planned(weight)
-    words, scales, biases = (stored(tensors, name, s.dtype, s.shape) for name, s in layout(weight).items())
+    parts = {name: stored(tensors, name, s.dtype, s.shape) for name, s in layout(weight).items()}
+    if scheme in MODES.values():
+        with named(weight, _NAMES):
+            return tensors_of.unpack(scheme, weight.shape, _local(weight, parts), codes)
+    words, scales, biases = parts.values()
     scales, biases = finite(f"{weight.module}.scales", scales), finite(f"{weight.module}.biases", biases)
     if codes is None or not codes.is_meta:
         codes = native.unpack_bits(words.contiguous().view(torch.int32), scheme.grid.bits, weight.shape[1], out=codes)
     return QTensor(scheme, weight.shape, codes, scales.float(), minima=-biases.float())
 
 
+def _local(weight: Weight, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Small floats under the names, and in the types, of `_ct_tensors`."""
+    scheme = planned(weight)
+    words, scales = (tensors[f"{weight.module}.{name}"] for name in ("weight", "scales"))
+    if scheme.grid.bits == 8:
+        return {"weight": words.view(torch.float8_e4m3fn), "weight_scale": scales}
+    found = {"weight_packed": words.view(torch.uint8), "weight_scale": scales.view(tensors_of.DTYPES[scheme.scale])}
+    return found | ({"weight_global_scale": torch.ones(1)} if scheme.nested else {})
+
+
 def hollow(scheme: Scheme) -> bool:
     """Whether the layout can be checked without the codes: every pattern of bits is one."""
-    return True
+    return tensors_of.hollow(scheme)
 
 
 def _lines(weight: Weight, tensors: Mapping[str, Tensor], start: int, stop: int) -> Tensor:
@@ -125,13 +171,19 @@ def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, di
     if not chosen:
         return {"config.json": plain}
     common = dict(Counter(tuple(each.items()) for each in chosen.values()).most_common(1)[0][0])
-    other = {module: each for module, each in chosen.items() if each != common}
-    quantization = {**common, "mode": "affine", **other}
+    other = {module: _own(each) for module, each in chosen.items() if each != common}
+    quantization = {**common, **other}
     return {"config.json": {**plain, "quantization": quantization, "quantization_config": quantization}}
 
 
 def _parameters(scheme: Scheme) -> dict[str, Any]:
-    return {"group_size": scheme.block.cols, "bits": scheme.grid.bits}
+    mode = next((name for name, known in MODES.items() if known == scheme), "affine")
+    return {"group_size": scheme.block.cols, "bits": scheme.grid.bits, "mode": mode}
+
+
+def _own(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of one module, which go to its constructor: before MLX 0.28 that knows no mode."""
+    return {key: value for key, value in parameters.items() if value != "affine"}
 
 
 def recognise(
@@ -148,33 +200,48 @@ def recognise(
     modules = [name.removesuffix(".scales") for name in specs if name.endswith(".scales")]
     if not any(specs[name].dtype == torch.uint32 for name in specs) and not modules:
         return None
-    weights = [_recognised(module, quantization, specs) for module in modules]
+    weights = [_recognised(module, quantization, specs, model_dtype(config)) for module in modules]
     return {weight.name: weight for weight in weights}
 
 
-def _recognised(module: str, quantization: Mapping[str, Any], specs: Mapping[str, Spec]) -> Weight:
-    own = quantization.get(module)
-    found = {**quantization, **own} if isinstance(own, Mapping) else quantization
-    bits, group, mode = (found.get(key) for key in ("bits", "group_size", "mode"))
-    if mode not in (None, "affine") or bits not in BITS or group not in GROUPS:
-        raise FormatError(f"{module}: mlx with {bits!r} bits, group_size {group!r} and mode {mode!r} is not read")
+def _recognised(module: str, quantization: Mapping[str, Any], specs: Mapping[str, Spec], dtype: torch.dtype) -> Weight:
+    small, bits, group = _meant(module, quantization)
     words, scales = specs.get(f"{module}.weight"), specs[f"{module}.scales"]
     if words is None or len(words.shape) != 2 or words.dtype != torch.uint32:
         raise FormatError(
             f"{module}.weight is {f'{words.dtype} {list(words.shape)}' if words else 'missing'}, no matrix of words"
         )
-    cols, left = divmod(words.shape[1] * _WORD, int(bits))
-    if left or cols % int(group) or scales.dtype not in SCALE_TYPES:
+    cols, left = divmod(words.shape[1] * _WORD, bits)
+    if left or cols % group or scales.dtype not in ([torch.uint8] if small else SCALE_TYPES):
         raise FormatError(
             f"{module}.weight has {words.shape[1]} words a row, which {bits}-bit codes in groups of {group} under "
             f"scales of {scales.dtype} do not fill"
         )
+    if small:
+        return Weight(f"{module}.weight", (words.shape[0], cols), dtype, small)
     scheme = parse(f"int{bits}-g{group}-min-{SCALE_TYPES[scales.dtype]}")
     return Weight(f"{module}.weight", (words.shape[0], cols), scales.dtype, scheme)
 
 
+def _meant(module: str, quantization: Mapping[str, Any]) -> tuple[Scheme | None, int, int]:
+    """The small floats of a module, if it has such; bits; columns of a group.
+
+    What is said of a module by its name is all that it has: what is missing there is MLX's default.
+    """
+    own = quantization.get(module)
+    found = own if isinstance(own, Mapping) else quantization
+    mode = found.get("mode") or "affine"
+    small = MODES.get(mode) if isinstance(mode, str) else None
+    usual = (small.grid.bits, small.block.cols) if small else (4, 64)
+    bits, group = (found.get(key, default) for key, default in zip(("bits", "group_size"), usual, strict=True))
+    fits = (bits, group) == usual if small else mode == "affine" and bits in BITS and group in GROUPS
+    if not fits:
+        raise FormatError(f"{module}: mlx with {bits!r} bits, group_size {group!r} and mode {mode!r} is not read")
+    return small, int(bits), int(group)
+
+
 FORMAT = Format(
-    about="MLX (affine): integers of 2, 3, 4, 5, 6 and 8 bits with a scale and a bias per group",
+    about="MLX: integers of 2, 3, 4, 5, 6 and 8 bits with a scale and a bias per group, MXFP4 and MXFP8",
     default="int4-g64-min",
     fit=fit,
     layout=layout,

@@ -21,7 +21,7 @@ _ROPE = {"rope_parameters", "rope_scaling", "rope_theta"}
 # What changes nothing of what a model computes, and what does not where it is false.
 _HARMLESS = {
     "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype",
-    "initializer_range", "is_llama_config", "pad_token_id", "quantization_config", "torch_dtype",
+    "initializer_range", "is_llama_config", "pad_token_id", "quantization", "quantization_config", "torch_dtype",
     "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
 _OFF = ("rope_interleaved", "use_mrope")
