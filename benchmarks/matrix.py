@@ -1,6 +1,6 @@
 """Which conversions are lossless: every format that is read, in several schemes, into every format that is written.
 
-    python benchmarks/matrix.py [--dtype float16] [--only FORMAT] [--json]
+    python -m benchmarks.matrix [--dtype float16] [--only FORMAT] [--json]
 
 Formats are found by listing. For each format and each kind of scheme that it holds, a whole small Llama is made, two
 of its matrices in that scheme (bell-shaped weights, rounded to nearest; `act-order`: columns in groups of an order of

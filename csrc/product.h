@@ -176,15 +176,15 @@ LOWBIT_INLINE void add_dots(const Source& source, const uint8_t* chunk, const Ro
     if constexpr (quad + 1 < last) add_dots<quad + 1, last>(source, chunk, input, col, sum);
 }
 
-// Whether sums of four quads are 16 bits long, so that what multiplies these adds them up as well.
+// Whether sums of four quads are 16 bits long, and multiplied and added at once (VNNI, whose byte products are unsigned too).
 template <class Source>
-constexpr bool joins = 4 * 508 * Source::most <= 32767;
+constexpr bool joins = unsigned_dots && 4 * 508 * Source::most <= 32767;
 
 // Adds the quads from `quad` to before `last` to sums of 32 bits, times `factor`, which is 1 where `plain` is set.
 template <int quad, int last, bool plain, class Source, int tokens>
 LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col, I factor,
                              I (&sum)[tokens]) {
-    constexpr int until = quad + 4;  // quads of a part whose sums fit 16 bits, where they are so few
+    constexpr int until = quad + 4;  // of a part that `joins`
     if constexpr (!whole_dots) {
         add_paired<quad, last>(source, chunk, input, col, factor, sum);
     } else if constexpr (plain && tokens > 1) {
@@ -207,7 +207,7 @@ LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const R
 // One of the two factors in each lane, as `add_quads` takes it.
 template <class Source>
 LOWBIT_INLINE I factor_of(I pairs, int which) {
-    if constexpr (whole_dots && joins<Source>) return which ? shift_right<16>(pairs) : both(pairs, set(0xffff));
+    if constexpr (joins<Source>) return which ? shift_right<16>(pairs) : both(pairs, set(0xffff));
     else if constexpr (whole_dots) return dot_pairs(pairs, set(which ? 0x00010000 : 1));
     else return twice(pairs, which);
 }
