@@ -366,7 +366,9 @@ def test_bench_measures_what_it_says(quantized: Path) -> None:
         (["generate", "MODEL", "--prompt", "The city", "--max-tokens", "3", "--json"], '"tokens": 3'),
         (["generate", "MODEL", "--prompt", "The city", "--chat"], "has no chat template"),
         (["generate", "MODEL", "--prompt", "a b", "--prompt", "The", "--max-tokens", "2"], "2 tokens read"),
-        (["generate", "MODEL"], "give a --prompt"),
+        (["generate", "MODEL", "a b", "--prompt", "The", "--max-tokens", "2"], "2 tokens read"),
+        (["generate", "MODEL", "The city", "--max-tokens", "3"], "decoder: native"),
+        (["generate", "MODEL"], "give a prompt"),
     ],
 )
 def test_commands(quantized: Path, arguments: list[str], said: str) -> None:

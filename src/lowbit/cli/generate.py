@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\b
 Examples:
-  lowbit generate ./llama-w4 --prompt 'The capital of France is'
+  lowbit generate ./llama-w4 'The capital of France is'
   lowbit generate ./llama-w4 --chat --prompt 'Who are you?' --temperature 0.7 --top-p 0.9
   lowbit generate model.Q4_K_M.gguf --prompt 'Once' --max-tokens 64 --threads 8
   lowbit generate ./llama-w4 --prompt 'Once' --prompt 'Twice' --prompts more.txt --json
@@ -27,6 +27,7 @@ Examples:
 
 @click.command(epilog=_EXAMPLES)
 @click.argument("model")
+@click.argument("given", metavar="[PROMPT]...", nargs=-1)
 @click.option("--prompt", "prompts", multiple=True, help="Text to continue, - for the standard input; may be repeated.")
 @click.option("--prompts", "file", type=click.Path(exists=True, dir_okay=False), help="More of them, one on each line.")
 @click.option("--chat", is_flag=True, help="The prompt is a message; answer it through the model's chat template.")
@@ -38,6 +39,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document, at the end.")
 def command(
     model: str,
+    given: tuple[str, ...],
     prompts: tuple[str, ...],
     file: str | None,
     chat: bool,
@@ -59,10 +61,10 @@ def command(
     from lowbit.runtime.generate import Sampling, answer, generate, generate_all
     from lowbit.runtime.runner import open_runner
 
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in (*given, *prompts)]
     texts += Path(file).read_text().splitlines() if file else []
     if not texts or (chat and len(texts) > 1):
-        raise click.UsageError("give a --prompt" + (", and only one with --chat" if texts else " or --prompts"))
+        raise click.UsageError("give a prompt" + (", and only one with --chat" if texts else " or --prompts"))
     if threads:
         torch.set_num_threads(threads)
     runner = open_runner(
