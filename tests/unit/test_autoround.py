@@ -20,7 +20,16 @@ from lowbit.tensors import QTensor
 from tests.reference import autoround as reference
 
 WINDOWS, TOKENS, WIDTH, INNER = 12, 16, 24, 40
-SCHEMES = ["int2-g8-asym", "int3-g16", "int4-g7", "int4-row-asym", "int4-g16-fzero", "int8-row", "int1-g8-asym"]
+SCHEMES = [
+    "int2-g8-asym",
+    "int3-g16",
+    "int4-g7",
+    "int4-row-asym",
+    "int4-g16-fzero",
+    "int8-row",
+    "int1-g8-asym",
+    "int3-g16-min-bf16",
+]
 SCHEMES += ["nf4", "nf4-dq", "fp4-row", "fp8-e4m3-row", "mxfp4", "mxfp8", "nvfp4", "levels[-1,0,0.4]-g16"]
 
 

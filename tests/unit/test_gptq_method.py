@@ -21,7 +21,18 @@ from tests.reference import gptq as oracle
 
 ORDERS = ("none", "static", "group", "aware")
 BARE = gptq.Options(scales="range", fresh=False, passes=0, refit=False)
-SCHEMES = ["int4-g8", "int3-g16-asym", "int4-g8-fzero", "int2-row", "nf4", "fp4-row", "fp8-e4m3-row", "mxfp4", "nvfp4"]
+SCHEMES = [
+    "int4-g8",
+    "int3-g16-asym",
+    "int4-g8-fzero",
+    "int4-g8-min-bf16",
+    "int2-row",
+    "nf4",
+    "fp4-row",
+    "fp8-e4m3-row",
+    "mxfp4",
+    "nvfp4",
+]
 SCHEMES += ["levels[-1,0,0.4]-g16", "int4-4x24", "int4-tensor", "fp8-e5m2-g7"]
 BLOCKS = ["q4_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"]  # scales and minima are llama.cpp's
 
@@ -139,7 +150,7 @@ def test_act_order_says_which_block_each_column_is_in() -> None:
         assert run(weight, moment, parse(scheme), replace(BARE, order=order)).group_index is None  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("scheme", ["int4-g8", "int3-g16-asym", "int2-g16-fzero", "nf4", "mxfp4"])
+@pytest.mark.parametrize("scheme", ["int4-g8", "int3-g16-asym", "int2-g16-fzero", "int3-g16-min-bf16", "nf4", "mxfp4"])
 def test_a_fresh_scale_covers_the_compensated_weight(scheme: str) -> None:
     """Follow the definition with the codes that were chosen: scales fit what a block was when it was reached."""
     kind = parse(scheme)
@@ -220,7 +231,9 @@ def test_scales_of_either_sign_put_the_furthest_weight_at_the_end_of_the_grid(or
         assert torch.equal(q.dequantize(), defined(q, weight, moment, order))
 
 
-@pytest.mark.parametrize("scheme", ["int4-g32", "int2-g32-asym", "int3-g32-fzero", "nf4-row", "int4-4x24"])
+@pytest.mark.parametrize(
+    "scheme", ["int4-g32", "int2-g32-asym", "int3-g32-fzero", "int3-g32-min-bf16", "nf4-row", "int4-4x24"]
+)
 def test_every_pass_lessens_the_error(scheme: str) -> None:
     weight, moment, kind = weight_of(20, 64), moment_of(64), parse(scheme)
     damped = torch.tensor(oracle.damped(moment.double().numpy(), 0.01))
@@ -259,7 +272,9 @@ def test_refit_ends_where_the_scale_solves_least_squares(scheme: str) -> None:
         assert (slope / curve / unit).abs().max() < 2e-4
 
 
-@pytest.mark.parametrize("scheme", ["int4-g32", "int3-g32-asym", "int2-g32-fzero", "nf4", "fp8-e4m3-row", "nvfp4"])
+@pytest.mark.parametrize(
+    "scheme", ["int4-g32", "int3-g32-asym", "int2-g32-fzero", "int2-g32-min-bf16", "nf4", "fp8-e4m3-row", "nvfp4"]
+)
 def test_less_error_than_round_to_nearest(scheme: str) -> None:
     """On rows that were not seen."""
     weight, kind = weight_of(64, 128), parse(scheme)

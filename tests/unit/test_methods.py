@@ -377,19 +377,21 @@ def test_nvfp4_search_meets_every_fp8_scale_around_the_start() -> None:
         assert errors[code] <= min(errors.values()) * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("name", ["int4-g16-asym", "int2-g16-asym", "int3-g16-fzero"])
+@pytest.mark.parametrize("name", ["int4-g16-asym", "int2-g16-asym", "int3-g16-fzero", "int3-g16-min-f32"])
 def test_mse_leaves_no_better_zero_point_beside_the_one_it_found(name: str) -> None:
     scheme, weight = parse(name), heavy(12, 64, seed=7)
     q = mse.quantize(weight, {}, scheme, mse.Options())
-    assert q.zeros is not None
+    zeros = q.minima / q.scale_values() if isinstance(q.minima, Tensor) else q.zeros
+    assert zeros is not None
     beside = (-1.0, 1.0) if scheme.zero == "int" else (-0.5, -0.25, 0.125, 0.375)
+    scheme = replace(scheme, zero="float") if scheme.zero == "min" else scheme
     for i, (rows, cols) in enumerate(slow.cut((12, 64), scheme)):
-        part, scale, zero = weight[rows, cols].numpy(), float(effective(q).flat[i]), float(q.zeros.flatten()[i])
+        part, scale, zero = weight[rows, cols].numpy(), float(effective(q).flat[i]), float(zeros.flatten()[i])
         found, *others = (slow.norm(part, slow.encode(part, scale, zero + d, scheme)[1], 2) for d in (0.0, *beside))
         legal = [
             error
             for error, d in zip(others, beside, strict=True)
-            if scheme.zero == "float" or 0 <= zero + d < 2**scheme.grid.bits
+            if scheme.zero != "int" or 0 <= zero + d < 2**scheme.grid.bits
         ]
         assert found <= min(legal) * (1 + 1e-4)
 
@@ -430,7 +432,8 @@ def test_hqq_keeps_the_best_point_of_the_published_walk(bits: int, size: float) 
 
 
 @pytest.mark.parametrize(
-    "name", ["int4-g64-fzero", "int4-g64-fzero-bf16", "int3-g64-fzero", "int4-g64-asym", "int1-g64-fzero"]
+    "name",
+    ["int4-g64-fzero", "int4-g64-fzero-bf16", "int3-g64-fzero", "int4-g64-asym", "int1-g64-fzero", "int3-g64-min-bf16"],
 )
 def test_hqq_is_never_worse_than_rtn(name: str) -> None:
     weight, scheme = heavy(20, 256, seed=5), parse(name)
@@ -441,10 +444,11 @@ def test_hqq_is_never_worse_than_rtn(name: str) -> None:
         assert errors.sum() < (0.999 if "asym" not in name else 1.0001) * plain.sum()
 
 
-@pytest.mark.parametrize("name", ["int4-g64-fzero", "int2-g64-fzero-f32", "int3-g64-asym"])
+@pytest.mark.parametrize("name", ["int4-g64-fzero", "int2-g64-fzero-f32", "int3-g64-asym", "int3-g64-min-f32"])
 def test_hqq_takes_the_scale_of_the_range_with_the_least_squares(name: str) -> None:
     weight, scheme = heavy(20, 64, seed=7), parse(name)
     found, shrunk = hqq.quantize(weight, {}, scheme, hqq.Options(ranges=8)), 0
+    scheme = replace(scheme, zero="float") if scheme.zero == "min" else scheme
     for row, scale in enumerate(effective(found)[:, 0].tolist()):
         part = weight[row].numpy()
         low, high = (float(part.min()), float(part.max())) if scheme.zero == "float" else (min(*part, 0), max(*part, 0))

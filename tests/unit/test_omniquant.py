@@ -17,7 +17,16 @@ from lowbit.tensors import QTensor
 from tests.reference import autoround as reference
 
 WINDOWS, TOKENS, WIDTH, INNER = 12, 16, 24, 40
-SCHEMES = ["int2-g8-asym", "int3-g16", "int4-row", "int3-g20-asym", "int3-g13-fzero", "nf4", "nvfp4"]
+SCHEMES = [
+    "int2-g8-asym",
+    "int3-g16",
+    "int4-row",
+    "int3-g20-asym",
+    "int3-g13-fzero",
+    "int3-g16-min-bf16",
+    "nf4",
+    "nvfp4",
+]
 
 
 def matrices() -> dict[str, Tensor]:

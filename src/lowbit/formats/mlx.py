@@ -33,7 +33,7 @@ from lowbit.formats._renamed import named
 from lowbit.schemes import FLOATS, Block, Scheme, parse
 from lowbit.tensors import QTensor, scale_shape
 
-BITS = (2, 3, 4, 5, 6, 8)
+BITS = (1, 2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 MODES = {name: parse(name) for name in ("mxfp4", "mxfp8", "nvfp4")}  # beside `affine`
 _NVFP4 = MODES["nvfp4"]
@@ -241,7 +241,7 @@ def _meant(module: str, quantization: Mapping[str, Any]) -> tuple[Scheme | None,
 
 
 FORMAT = Format(
-    about="MLX: integers of 2, 3, 4, 5, 6 and 8 bits with a scale and a bias per group, MXFP4 and MXFP8",
+    about="MLX: integers of 1 to 6 and 8 bits with a scale and a bias per group, MXFP4 and MXFP8",
     default="int4-g64-min",
     fit=fit,
     layout=layout,

@@ -24,10 +24,12 @@ from lowbit.blocks import CPU, Block
 from lowbit.methods._attention import TiledAttention
 from lowbit.methods._scales import (
     Affine,
+    code_zeros,
     finish,
     finite_range,
     fit,
     global_divisor,
+    has_free_zeros,
     nearest,
     round_scales,
     takes_signs,
@@ -98,9 +100,10 @@ class Grouped:
         """Runs of groups that fit the cache (a GPU takes all at once), with their scales and zero points."""
         here = self.values.device.type == "cpu"
         size = max(CHUNK // max(self.values.shape[1], 1), 1) if here else max(len(self.values), 1)
+        zeros = code_zeros(affine, self.scheme)
         for start in range(0, len(self.values), size):
             at = slice(start, start + size)
-            yield at, affine.scales[at] * affine.unit, None if affine.zeros is None else affine.zeros[at]
+            yield at, affine.scales[at] * affine.unit, None if zeros is None else zeros[at]
 
     def decode(self, shift: Groups | None, affine: Affine, dtype: torch.dtype) -> Tensor:
         """The quantized weight, `[rows, cols]`, computed in float32 and rounded once; a view."""
@@ -108,7 +111,11 @@ class Grouped:
         for at, scales, zeros in self.parts(affine):
             moved = None if shift is None else shift[at]
             level = rounded(self.values[at], moved, scales, zeros, self.scheme).level
-            torch.mul(level, self._turned(scales, at), out=out[at])
+            if self.scheme.zero == "min":  # as it is decoded: not a zero point is stored, but what is subtracted
+                assert zeros is not None and affine.zeros is not None
+                torch.sub(level.add_(zeros).round_().mul_(scales), affine.zeros[at], out=out[at])
+            else:
+                torch.mul(level, self._turned(scales, at), out=out[at])
         return out.view(self.shape[0], -1)[:, : self.shape[1]]
 
     def store(self, shift: Groups | None, affine: Affine) -> QTensor:
@@ -132,7 +139,7 @@ def grouped(
     weight, shape = weight.detach().float().contiguous(), (weight.shape[0], weight.shape[1])
     low, high = finite_range(weight, {}, scheme)
     divisor = global_divisor((low, high), {}, scheme)
-    if scheme.zero != "float":
+    if not has_free_zeros(scheme):
         low, high = low.clamp(max=0), high.clamp(min=0)
     width = min(block_size(shape, scheme.block)[1], max(shape[1], 1))
     values, low, high = _split(weight, width).to(device), low.view(-1, 1).to(device), high.view(-1, 1).to(device)
@@ -189,7 +196,7 @@ def rounded(weight: Groups, shift: Groups | None, scales: PerGroup, zeros: PerGr
         half = 2.0 ** (scheme.grid.bits - 1)
         level = place.round_().clamp(-half, half - 1)
     else:
-        place = place.add_(zeros).round_().sub_(zeros) if scheme.zero == "float" else place.round_()
+        place = place.add_(zeros).round_().sub_(zeros) if has_free_zeros(scheme) else place.round_()
         level = place.clamp(-zeros, 2.0**scheme.grid.bits - 1 - zeros)
     return Rounded(exact, level, place, level)
 

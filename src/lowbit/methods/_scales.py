@@ -81,9 +81,21 @@ def unscaled(scheme: Scheme) -> str | None:
         return "no method makes vectors of codebooks yet; convert keeps those of a checkpoint"
     if scheme.zero == "quantized":
         return "no method makes SpQR's zero points and outliers yet; convert keeps those of a checkpoint"
-    if scheme.zero == "min" or (scheme.nested and not scheme.nested.offset and scheme.scale != "e4m3"):
-        return "its minima and its scales in super-blocks are llama.cpp's; use --method ggml-fit, imatrix-fit or ggml"
+    if scheme.nested and not scheme.nested.offset and scheme.scale != "e4m3":
+        return "its scales in super-blocks are llama.cpp's; use --method ggml-fit, imatrix-fit or ggml"
     return None
+
+
+def has_free_zeros(scheme: Scheme) -> bool:
+    """Whether zero points are no codes: any float, or a minimum in units of the weight."""
+    return scheme.zero in ("float", "min")
+
+
+def code_zeros(affine: Affine, scheme: Scheme) -> Blocks | None:
+    """Zero points in units of a code, those of kind `min` too."""
+    if affine.zeros is None or scheme.zero != "min":
+        return affine.zeros
+    return affine.zeros / affine.scales
 
 
 def finite_range(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme) -> Range:
@@ -124,7 +136,7 @@ def fit(ranges: Range, scheme: Scheme, divisor: float = 1.0) -> Affine:
     hold 0, `scale = (max - min) / (2**bits - 1)`, `zero = rint(-min / scale)`. Float zero points: the range as it is,
     `zero = -min / scale`; minima that are subtracted: `-min`. An all-zero block has scale 1.
     """
-    if scheme.zero in ("float", "min"):
+    if has_free_zeros(scheme):
         return _free_zero(ranges, scheme)
     low, high = ranges[0].clamp(max=0), ranges[1].clamp(min=0)
     largest = torch.maximum(-low, high)
@@ -190,8 +202,7 @@ def encode(
     grid, scales = scheme.grid, affine.scales * affine.unit
     if grid.kind == "int":
         offset, top = 2 ** (grid.bits - 1), 2**grid.bits - 1
-        fractional, zeros = scheme.zero in ("float", "min"), affine.zeros
-        zeros = zeros / scales if zeros is not None and scheme.zero == "min" else zeros
+        zeros, fractional = code_zeros(affine, scheme), has_free_zeros(scheme)
         return native.quantize_affine(weight, scales, zeros, offset, top, *block, round_sum=fractional, out=out)
     if grid.name in _FP8:
         return native.quantize_fp8(weight, scales, _FP8[grid.name], *block, out=out)
@@ -202,7 +213,7 @@ def coder_of(scheme: Scheme) -> native.Coder:
     """The rule by which `encode` finds codes."""
     grid = scheme.grid
     if grid.kind == "int":
-        return native.Coder(2 ** (grid.bits - 1), 2**grid.bits - 1, scheme.zero in ("float", "min"), True)
+        return native.Coder(2 ** (grid.bits - 1), 2**grid.bits - 1, has_free_zeros(scheme), True)
     levels, codes = _sorted_levels(grid)
     return native.Coder(keep_zeros=0.0 in grid.levels, levels=levels, codes=codes, table=level_table(grid))
 
@@ -217,13 +228,11 @@ def residual(
     weight: Float[Tensor, "rows cols"], affine: Affine, scheme: Scheme, block: tuple[int, int]
 ) -> Float[Tensor, "rows cols"]:
     """Encoded and decoded weight minus the weight, in float32."""
+    scales, zeros = affine.scales * affine.unit, code_zeros(affine, scheme)
     if weight.device.type != "cpu":
-        return _elsewhere.residual(
-            weight, affine.scales * affine.unit, affine.zeros, rounder_of(scheme, weight.device), block
-        )
+        return _elsewhere.residual(weight, scales, zeros, rounder_of(scheme, weight.device), block)
     codes = encode(weight, affine, scheme, block)
-    table = level_table(scheme.grid)
-    decoded = native.dequantize(codes, affine.scales * affine.unit, affine.zeros, table, *block)
+    decoded = native.dequantize(codes, scales, zeros, level_table(scheme.grid), *block)
     return decoded.sub_(weight)
 
 
@@ -312,7 +321,7 @@ def candidates(
 def scaled_range(ranges: Range, ratio: float, scheme: Scheme) -> Range:
     """Ranges scaled towards 0, or towards their own middle where the zero point is free."""
     low, high = ranges
-    if scheme.zero != "float":
+    if not has_free_zeros(scheme):
         return low * ratio, high * ratio
     margin = (high - low) * ((1 - ratio) / 2)
     return low + margin, high - margin

@@ -16,6 +16,7 @@ from lowbit.methods._scales import (
     Range,
     block_mean,
     candidates,
+    code_zeros,
     finish,
     finite_range,
     fit,
@@ -91,8 +92,9 @@ def _solve(
     count = options.ranges or (16 if scheme.grid.bits < 4 else 1)
     shrunk = candidates(ranges, scheme, 1.0, (1 - i / (2 * count) for i in range(1, count)), False)
     best = improve(start, squares_of(start), shrunk, squares_of)[0] if count > 1 else start
-    walked = _descend(weight, best, scheme, block, options)
-    return improve(best, error_of(best), (replace(best, zeros=round_zeros(z, scheme)) for z in walked), error_of)[0]
+    unit = best.scales if scheme.zero == "min" else 1.0
+    walked = (round_zeros(z * unit, scheme) for z in _descend(weight, best, scheme, block, options))
+    return improve(best, error_of(best), (replace(best, zeros=zeros) for zeros in walked), error_of)[0]
 
 
 def _descend(
@@ -103,9 +105,9 @@ def _descend(
     With the codes q of the present zero point z and the error e = (q - z) s - w, the published update
     z' = mean(q - (w - shrink(w - w^)) / s) is z + mean(e - shrink(e)) / s.
     """
-    assert start.zeros is not None
-    scheme = replace(scheme, zero="float")
-    zeros = start.zeros.round() if scheme.grid.bits == 4 else start.zeros  # so the package starts at 4 bits
+    zeros, scheme = code_zeros(start, scheme), replace(scheme, zero="float")
+    assert zeros is not None
+    zeros = zeros.round() if scheme.grid.bits == 4 else zeros  # so the package starts at 4 bits
     best, least, beta = zeros, torch.full_like(zeros, torch.inf), options.beta
     for _ in range(options.iterations):
         error = residual(weight, replace(start, zeros=zeros), scheme, block)

@@ -34,7 +34,8 @@ from lowbit.tensors import QTensor
 # A candidate replaces another only where it is better by more than float32 sums can err; so the first of equals stays.
 _MARGIN = 2.0**-16
 _GROWTH = 1.5  # FP4's 6/4: the greatest weight on the second greatest level
-_SHIFTS = {"none": (), "min": (), "int": (-1.0, 1.0), "float": tuple(i / 8 for i in (-4, -3, -2, -1, 1, 2, 3, 4))}
+_EIGHTHS = tuple(i / 8 for i in (-4, -3, -2, -1, 1, 2, 3, 4))
+_SHIFTS = {"none": (), "int": (-1.0, 1.0), "float": _EIGHTHS, "min": _EIGHTHS}  # in units of a code
 
 
 @final
@@ -96,7 +97,8 @@ def _search(
     best, least = improve(start, error_of(start), trials, error_of, _MARGIN)
     for shift in _SHIFTS[scheme.zero]:
         assert best.zeros is not None
-        shifted = replace(best, zeros=round_zeros(best.zeros + shift, scheme))
+        by = shift * best.scales if scheme.zero == "min" else shift
+        shifted = replace(best, zeros=round_zeros(best.zeros + by, scheme))
         best, least = improve(best, least, [shifted], error_of, _MARGIN)
     return best
 

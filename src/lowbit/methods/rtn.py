@@ -26,16 +26,10 @@ def quantize(
     return nearest(weight, stats, scheme, out)
 
 
-def supports(scheme: Scheme) -> str | None:
-    """Why a scheme cannot be made; None where it can: minima with plain scales are a matter of the range alone."""
-    ranged = scheme.zero == "min" and scheme.nested is None and scheme.grid.kind == "int"
-    return None if ranged else unscaled(scheme)
-
-
 METHOD = Method(
     about="round to nearest: no search, no data, fastest",
     quantize=quantize,
     workspace=4.0,
-    supports=supports,
+    supports=unscaled,
     into=quantize,
 )
