@@ -102,7 +102,10 @@ def test_chunks_and_threads_do_not_change_the_result(name: str) -> None:
         again = value(name, x, y)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(whole, again)
+    if name.endswith("_moment"):  # on some processors torch splits long sums among threads; docs/memory-and-resume.md
+        assert_close(name, again, defined(name, x, y))
+    else:
+        assert torch.equal(whole, again)
     for sizes in ([1, 899], [100] * 9, [300, 17, 583]):
         cut = value(name, x, y, sizes)
         assert_close(name, cut, defined(name, x, y))
