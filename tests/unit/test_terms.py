@@ -108,7 +108,9 @@ def test_blocks_and_evaluation_compute_with_codes_and_terms(case: str, tmp_path:
         logits = model(input_ids=IDS, use_cache=False).logits
         blueprint = open_blueprint(replace(written, terms=terms), torch.float32)
         scored = blueprint.resident()(input_ids=IDS, use_cache=False).logits
-        assert gap(seen, hidden) < 1e-5 and gap(scored, logits) < 1e-5
+        # an input on the edge between two integers falls to the other side where sums are taken in another order
+        near = 1e-4 if case == "rounded" else 1e-5
+        assert gap(seen, hidden) < near and gap(scored, logits) < near
         replaced(model, written, {}, rounding, rounding)
         assert gap(seen, last_hidden(model)) > 0.01, "the terms matter"
         if case == "rounded":
