@@ -466,3 +466,11 @@ def test_the_order_that_compressed_tensors_declared_is_declared_to_readers_of_gp
     assert lowbit.convert(start, tmp_path / "out", format="gptq").lossless
     assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["desc_act"] is True
     assert torch.equal(dequantized(tmp_path / "out"), slow_dequantize(scattered(meant)))
+
+
+@pytest.mark.parametrize(("scheme", "chosen"), [("fp8-e4m3-row", "int8-g128-min"), ("nvfp4", "int4-g32-min")])
+def test_coarser_scales_are_not_taken_for_the_sake_of_the_grid(scheme: str, chosen: str, tmp_path: Path) -> None:
+    """MLX has both grids, under powers of two: with as many bits integers err less."""
+    write_checkpoint(tmp_path / "in", "compressed_tensors", {NAME: scheme}, shape=(32, 128))
+    lowbit.convert(tmp_path / "in", tmp_path / "out", format="mlx", lossy=True)
+    assert str(open_checkpoint(tmp_path / "out").weights[NAME].scheme).startswith(chosen)

@@ -363,7 +363,7 @@ class Changer:
         for grids in asked:
             choices = [self._first(each, schemes) for schemes in grids for each in (weight, bare)]
             known = list(dict.fromkeys(choice for choice in choices if choice))
-            own = [choice for choice in known if choice[0].scheme and choice[0].scheme.grid == weight.scheme.grid]
+            own = [choice for choice in known if _is_own(choice[0].scheme, weight.scheme)]
             if own:
                 return own[0]
             if len(known) > 1:
@@ -494,6 +494,11 @@ def _floats(q: QTensor, dtype: torch.dtype) -> Iterator[Tensor]:
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _is_own(scheme: Scheme | None, before: Scheme) -> bool:
+    """Whether it has the grid of what was before, under scales that are no coarser."""
+    return scheme is not None and scheme.grid == before.grid and scheme.scale in (before.scale, *FLOATS)
 
 
 def _exact_minima(old: Scheme, new: Scheme) -> bool:
