@@ -472,7 +472,7 @@ void add_tile(const Product& of, const Span& span, int64_t first, int64_t count,
 
 template <class Source>
 auto tile_of(const Product& of) {
-    constexpr int most = Source::is_signed ? 128 : Source::most < 15 ? 15 : whole_dots && Source::most > 15 ? 255 : Source::most;
+    constexpr int most = Source::most <= 15 ? 15 : whole_dots ? 255 : Source::is_signed ? 128 : Source::most;
     using Written = Unpacked<most, Source::above, Source::is_signed>;
     return of.fine ? add_tile<Nested, Written> : Chunks<1>::fits(of) ? add_tile<Chunks, Written> : add_tile<Plain, Written>;
 }

@@ -62,6 +62,7 @@ def declaration(name: str, weights: list[Weight], key: str = "quantization_confi
         ("bitnet", "levels[1,0,-1]-tensor", (64, 128), "levels[-1,0,1]-tensor-bf16"),
         ("eetq", "int8-g128-bf16", (64, 128), "int8-row"),
         ("mlx", "int4-g64", (64, 128), "int4-g64-min-bf16"),
+        ("mlx", "int1-g64", (64, 128), "int1-g64-min-bf16"),
         ("mlx", "int6-row-asym", (3, 128), "int6-g128-min-bf16"),
         ("modelopt", "nvfp4", (3, 48), "nvfp4"),
         ("modelopt", "int4-g64-smooth", (4, 128), "int4-g64-f32-smooth"),

@@ -140,7 +140,8 @@ def test_transformers_is_asked_of_all_else(change: str, tmp_path: Path) -> None:
 def test_what_is_off_changes_nothing(tmp_path: Path) -> None:
     saved(tmp_path, "llama")
     config = json.loads((tmp_path / "config.json").read_text())
-    assert told_config(config | {"rope_interleaved": False, "use_mrope": False, "quantization": {"bits": 4}})
+    assert told_config(config | {"rope_interleaved": False, "is_llama_config": True, "use_mrope": False})
+    assert told_config(config | {"quantization": {"bits": 4}})
     assert told_config(
         config | {"transformers.js_config": {"dtype": "q4"}, "unsloth_version": "2025.1", "unsloth_fixed": True}
     )

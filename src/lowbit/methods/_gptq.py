@@ -31,6 +31,7 @@ from lowbit.methods._scales import (
     Range,
     block_mean,
     candidates,
+    code_zeros,
     coder_of,
     finish,
     finite_range,
@@ -396,9 +397,7 @@ def _segments(group: Int64[Tensor, "cols"], block: int, by_group: bool) -> Itera
 
 def _sweep(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], factors: Tensor, rule: _Rule) -> None:
     scale = tile.scales[tile.group[at]] * rule.unit
-    zero = None if tile.zeros is None else tile.zeros[tile.group[at]]
-    if zero is not None and rule.scheme.zero == "min":
-        zero = zero / scale
+    zero = code_zeros(None if tile.zeros is None else tile.zeros[tile.group[at]], scale, rule.scheme)
     coupling = factors[at, at].T.float().contiguous()
     rule.sweep(target, tile.weight[at], tile.error[at], coupling, scale, zero, out=tile.codes[at])
     if tile.rounded is not tile.error:

@@ -100,7 +100,7 @@ class Grouped:
         """Runs of groups that fit the cache (a GPU takes all at once), with their scales and zero points."""
         here = self.values.device.type == "cpu"
         size = max(CHUNK // max(self.values.shape[1], 1), 1) if here else max(len(self.values), 1)
-        zeros = code_zeros(affine, self.scheme)
+        zeros = code_zeros(affine.zeros, affine.scales, self.scheme)
         for start in range(0, len(self.values), size):
             at = slice(start, start + size)
             yield at, affine.scales[at] * affine.unit, None if zeros is None else zeros[at]

@@ -91,11 +91,14 @@ def has_free_zeros(scheme: Scheme) -> bool:
     return scheme.zero in ("float", "min")
 
 
-def code_zeros(affine: Affine, scheme: Scheme) -> Blocks | None:
-    """Zero points in units of a code, those of kind `min` too."""
-    if affine.zeros is None or scheme.zero != "min":
-        return affine.zeros
-    return affine.zeros / affine.scales
+def zero_unit(scales: Tensor, scheme: Scheme) -> Tensor | float:
+    """What a code is in the units of zero points: these count codes, but for minima, which are of the weight."""
+    return scales if scheme.zero == "min" else 1.0
+
+
+def code_zeros(zeros: Tensor | None, scales: Tensor, scheme: Scheme) -> Tensor | None:
+    """Zero points in units of a code."""
+    return zeros if zeros is None or scheme.zero != "min" else zeros / zero_unit(scales, scheme)
 
 
 def finite_range(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme) -> Range:
@@ -202,7 +205,7 @@ def encode(
     grid, scales = scheme.grid, affine.scales * affine.unit
     if grid.kind == "int":
         offset, top = 2 ** (grid.bits - 1), 2**grid.bits - 1
-        zeros, fractional = code_zeros(affine, scheme), has_free_zeros(scheme)
+        zeros, fractional = code_zeros(affine.zeros, scales, scheme), has_free_zeros(scheme)
         return native.quantize_affine(weight, scales, zeros, offset, top, *block, round_sum=fractional, out=out)
     if grid.name in _FP8:
         return native.quantize_fp8(weight, scales, _FP8[grid.name], *block, out=out)
@@ -228,7 +231,8 @@ def residual(
     weight: Float[Tensor, "rows cols"], affine: Affine, scheme: Scheme, block: tuple[int, int]
 ) -> Float[Tensor, "rows cols"]:
     """Encoded and decoded weight minus the weight, in float32."""
-    scales, zeros = affine.scales * affine.unit, code_zeros(affine, scheme)
+    scales = affine.scales * affine.unit
+    zeros = code_zeros(affine.zeros, scales, scheme)
     if weight.device.type != "cpu":
         return _elsewhere.residual(weight, scales, zeros, rounder_of(scheme, weight.device), block)
     codes = encode(weight, affine, scheme, block)

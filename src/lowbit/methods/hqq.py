@@ -26,6 +26,7 @@ from lowbit.methods._scales import (
     round_zeros,
     shares_rows,
     unscaled,
+    zero_unit,
 )
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
@@ -92,7 +93,7 @@ def _solve(
     count = options.ranges or (16 if scheme.grid.bits < 4 else 1)
     shrunk = candidates(ranges, scheme, 1.0, (1 - i / (2 * count) for i in range(1, count)), False)
     best = improve(start, squares_of(start), shrunk, squares_of)[0] if count > 1 else start
-    unit = best.scales if scheme.zero == "min" else 1.0
+    unit = zero_unit(best.scales, scheme)
     walked = (round_zeros(z * unit, scheme) for z in _descend(weight, best, scheme, block, options))
     return improve(best, error_of(best), (replace(best, zeros=zeros) for zeros in walked), error_of)[0]
 
@@ -105,7 +106,7 @@ def _descend(
     With the codes q of the present zero point z and the error e = (q - z) s - w, the published update
     z' = mean(q - (w - shrink(w - w^)) / s) is z + mean(e - shrink(e)) / s.
     """
-    zeros, scheme = code_zeros(start, scheme), replace(scheme, zero="float")
+    zeros, scheme = code_zeros(start.zeros, start.scales, scheme), replace(scheme, zero="float")
     assert zeros is not None
     zeros = zeros.round() if scheme.grid.bits == 4 else zeros  # so the package starts at 4 bits
     best, least, beta = zeros, torch.full_like(zeros, torch.inf), options.beta

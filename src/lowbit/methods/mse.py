@@ -27,6 +27,7 @@ from lowbit.methods._scales import (
     round_zeros,
     shares_rows,
     unscaled,
+    zero_unit,
 )
 from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
@@ -97,8 +98,8 @@ def _search(
     best, least = improve(start, error_of(start), trials, error_of, _MARGIN)
     for shift in _SHIFTS[scheme.zero]:
         assert best.zeros is not None
-        by = shift * best.scales if scheme.zero == "min" else shift
-        shifted = replace(best, zeros=round_zeros(best.zeros + by, scheme))
+        zeros = best.zeros + shift * zero_unit(best.scales, scheme)
+        shifted = replace(best, zeros=round_zeros(zeros, scheme))
         best, least = improve(best, least, [shifted], error_of, _MARGIN)
     return best
 
