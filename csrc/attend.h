@@ -152,51 +152,63 @@ F tanh_of(F x) {
     return floats(either(bits(share), both(bits(x), set(int32_t(0x80000000)))));
 }
 
-template <class Key>
+// Scores of sixteen positions at a time, for some queries; a row of `room` is as long as `wide_room` says.
+template <int queries, class Key>
 void score(const Attention& of, Key key) {
-    for (int64_t i = of.first; i < of.last; i++) {
-        F sum = set(0.0f);
-        for (int64_t col = 0; col < of.dim; col += 16)
-            sum = add(sum, mul(load_f32(of.query + col), key(i * of.dim + col)));
-        of.room[i - of.first] = of.scale * sum_of(sum);
+    F sums[queries][16];
+    for (int64_t i = of.first; i < of.last; i += 16) {
+        for (int64_t j = 0; j < 16; j++) {
+            F sum[queries];
+            for (F& each : sum) each = set(0.0f);
+            for (int64_t col = 0, at = smaller(i + j, of.last - 1) * of.dim; col < of.dim; col += 16) {
+                F part = key(at + col);
+                for (int q = 0; q < queries; q++) sum[q] = fma(load_f32(of.query + q * of.dim + col), part, sum[q]);
+            }
+            for (int q = 0; q < queries; q++) sums[q][j] = sum[q];
+        }
+        for (int q = 0; q < queries; q++)
+            store_f32(of.room + q * wide_room(of) + i - of.first, mul(sums_of(sums[q]), set(of.scale)));
     }
 }
 
-// Scores to their share of the sum; returns 1 over the sum.
-float weigh(const Attention& of) {
+// A query's scores to their share of the sum; returns 1 over the sum.
+float weigh(const Attention& of, float* room) {
     int64_t seen = of.last - of.first;
-    for (int64_t i = 0; of.cap > 0 && i < seen; i += 16) {
-        F part = load_some<F32>(of.room + i, int(smaller(16, seen - i)));
-        store_some<F32>(of.room + i, mul(tanh_of(mul(part, set(1 / of.cap))), set(of.cap)), int(smaller(16, seen - i)));
-    }
+    for (int64_t i = 0; of.cap > 0 && i < seen; i += 16)
+        store_f32(room + i, mul(tanh_of(mul(load_f32(room + i), set(1 / of.cap))), set(of.cap)));
     F top = set(-__builtin_inff()), sum = set(0.0f);
-    each_16(seen, seen, [&](int64_t at, auto count) { top = max(load_some<F32>(of.room + at, count), top); });
+    each_16(seen, seen, [&](int64_t at, auto count) { top = max(load_some<F32>(room + at, count), top); });
     float most = greatest(top);
     each_16(seen, seen, [&](int64_t at, auto count) {
-        F power = exp_negative(sub(load_some<F32>(of.room + at, count), set(most)));
-        store_some<F32>(of.room + at, power, count);
+        F power = exp_negative(sub(load_some<F32>(room + at, count), set(most)));
+        store_some<F32>(room + at, power, count);
         sum = add(sum, first_lanes(power, count));
     });
     return 1 / sum_of(sum);
 }
 
 // `wide` times sixteen columns from `col` on, so that no addition waits for the one before.
-template <int wide, class Value>
-void mix_columns(const Attention& of, float share, int64_t col, Value value) {
-    F total[wide];
-    for (F& each : total) each = set(0.0f);
+template <int queries, int wide, class Value>
+void mix_columns(const Attention& of, const float* share, int64_t col, Value value) {
+    F total[queries][wide];
+    for (auto& row : total)
+        for (F& each : row) each = set(0.0f);
     for (int64_t i = of.first; i < of.last; i++) {
-        F part = set(of.room[i - of.first]);
-        for (int k = 0; k < wide; k++) total[k] = add(total[k], mul(part, value(i * of.dim + col + 16 * k)));
+        F part[wide];
+        for (int k = 0; k < wide; k++) part[k] = value(i * of.dim + col + 16 * k);
+        for (int q = 0; q < queries; q++)
+            for (int k = 0; k < wide; k++) total[q][k] = fma(set(of.room[q * wide_room(of) + i - of.first]), part[k], total[q][k]);
     }
-    for (int k = 0; k < wide; k++) store_f32(of.out + col + 16 * k, mul(total[k], set(share)));
+    for (int q = 0; q < queries; q++)
+        for (int k = 0; k < wide; k++) store_f32(of.out + q * of.dim + col + 16 * k, mul(total[q][k], set(share[q])));
 }
 
-template <class Value>
-void mix(const Attention& of, float share, Value value) {
+template <int queries, class Value>
+void mix(const Attention& of, const float* share, Value value) {
+    constexpr int wide = tile == 12 ? 4 : 4 / queries;  // as many sums as registers hold
     int64_t col = 0;
-    for (; col + 64 <= of.dim; col += 64) mix_columns<4>(of, share, col, value);
-    for (; col < of.dim; col += 16) mix_columns<1>(of, share, col, value);
+    for (; col + 16 * wide <= of.dim; col += 16 * wide) mix_columns<queries, wide>(of, share, col, value);
+    for (; col < of.dim; col += 16) mix_columns<queries, 1>(of, share, col, value);
 }
 
 template <class Body>
@@ -206,10 +218,20 @@ void as_kept(const Kept& of, Body body) {
     if (of.as == Keep::int8) body(KeptBytes(of));
 }
 
+template <int queries>
+void attend_some(const Attention& of) {
+    as_kept(of.keys, [&](auto key) { score<queries>(of, key); });
+    float share[queries];
+    for (int q = 0; q < queries; q++) share[q] = weigh(of, of.room + q * wide_room(of));
+    as_kept(of.values, [&](auto value) { mix<queries>(of, share, value); });
+}
+
 void attend(const Attention& of) {
-    as_kept(of.keys, [&](auto key) { score(of, key); });
-    float share = weigh(of);
-    as_kept(of.values, [&](auto value) { mix(of, share, value); });
+    Attention part = of;
+    for (int64_t left = of.queries, some; left > 0; left -= some, part.query += some * of.dim, part.out += some * of.dim) {
+        some = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        some == 4 ? attend_some<4>(part) : some == 2 ? attend_some<2>(part) : attend_some<1>(part);
+    }
 }
 
 // x times the logistic function of x; or of 2 sqrt(2 / pi) (x + 0.044715 x**3), which is GELU with tanh.

@@ -24,7 +24,7 @@ void neon_dotprod_product(const Product& of, int64_t first, int64_t last);
 
 // Some processors add four products of bytes at once; what is no product is as it is without.
 [[maybe_unused]] static Kernels with_product(Kernels made, const char* isa, decltype(Kernels::product) product) {
-    made.isa = isa, made.product = product;
+    made.isa = isa, made.product = product, made.crosses = false;
     return made;
 }
 

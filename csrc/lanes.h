@@ -2,7 +2,7 @@
 
 #include LOWBIT_SIMD
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- element types ----
 

@@ -168,9 +168,10 @@ struct Product {
     const float* input;   // [tokens, cols]; `product` reads it in the ways floats and dense, and in small of few tokens
     int64_t sub;          // columns that are rounded together: `over` where scales are nested, `wide_run` where it is wide, else
                           // 16, 32, 64, ... that divides `step`; small: `step`, or `wide_run`, which divides it or ends with it
-    const int8_t* rounded;  // ways codes and table: what `round_inputs` gives; `multiply` (decoder.h) fills these three
-    const float* input_scale;
-    const int16_t* step_sum;  // nested: of steps; else of what is rounded together
+    const int8_t* rounded;  // ways codes and table: what `round_inputs` gives, of many tokens in fours; `multiply`
+                            // (decoder.h) fills these three
+    const float* input_scale;  // these two go on for fifteen more, which are read and count for nothing
+    const int16_t* step_sum;   // nested: of steps; else of what is rounded together
     const int16_t* words;     // [cols], way wide of one token: what `round_wide` gives
     const uint8_t* fours;     // many tokens as 16 bits: what `put_in_fours` makes of that, or, where `crosses`, of what `widen` gives
     float* out;  // [tokens, rows]
@@ -198,14 +199,15 @@ struct Kept {
     int64_t block;
 };
 
-// Attention of one query over the positions first to before last; dim is a multiple of 16, and `room` has place for the
-// positions, rounded up to 16. With a cap, scores become cap * tanh(score / cap).
+// Attention of queries [queries, dim] of heads that share keys and values, over the positions first to before last; dim is a
+// multiple of 16, and `room` has place for four times `wide_room`. With a cap, scores become cap * tanh(score / cap).
 struct Attention {
-    int64_t dim, first, last;
+    int64_t queries, dim, first, last;
     const float* query;
     Kept keys, values;
     float scale, cap, *room, *out;  // cap: 0 for none
 };
+static inline int64_t wide_room(const Attention& of) { return (of.last - of.first + 15) / 16 * 16; }
 
 struct ErrorSums {
     double squared_error = 0, squared_weight = 0;
@@ -266,7 +268,8 @@ struct Kernels {
     // Panels from `first` to before `last` of a type that `ggml_panel_bits` knows.
     GgmlFound (*ggml_panels)(GgmlType, const GgmlRows&, const GgmlPanels&, int64_t first, int64_t last);
 
-    // Panels from `first` to before `last`.
+    // Panels from `first` to before `last`; `crosses`: those that `crosses` of many tokens read `fours`, and not `rounded`.
+    bool crosses;
     void (*product)(const Product&, int64_t first, int64_t last);
 
     // Inputs as int8, the scale of each block, and the sums of the integers of each step.
@@ -344,6 +347,9 @@ bool widen_panels(Weight panels, int64_t count, int64_t cols, int threads, void*
 static inline int64_t bytes_of_fours(int64_t cols, int64_t run) { return 8 * cols + 32 * ((cols + run - 1) / run); }
 void put_in_fours(int64_t cols, int64_t run, const int16_t* words, const float* scale, const int32_t* crossed, int64_t which,
                   uint8_t* fours);
+
+// Rounded inputs of a token, of four whose columns lie four by four beside each other [cols / 4, 4, 4].
+void put_in_fours(int64_t cols, const int8_t* bytes, int64_t which, int8_t* fours);
 
 // Rows of blocks as panels: what `interleave` and `interleave_floats` make of what `ggml_unpack` gives. `ggml_panel_bits`
 // are those of a code in them, 0 for types that are not brought there at once.

@@ -13,9 +13,8 @@ namespace {
 // nobody waits long for the last.
 constexpr int64_t bytes_of_piece = 1 << 17, least_bytes = 1 << 14;
 
-// As what products read inputs: floats, bytes, bytes and the same as words of many tokens, or words of 16 bits, of one token
-// or of many.
-enum class As { floats, bytes, both, words, fours };
+// As what products read inputs: floats, bytes, words of 16 bits, of one token or of many; or bytes as words of many tokens.
+enum class As { floats, bytes, words, fours, widened };
 
 // The inputs as some weights take them.
 struct Inputs {
@@ -43,8 +42,9 @@ void fill(Inputs& of, const float* from, int64_t inputs, int64_t tokens) {
     of.values = of.filled.data();
 }
 
-// Words of a token on the way to where they belong.
+// A token of many on the way to where it belongs.
 struct Alone {
+    std::vector<int8_t> bytes;
     std::vector<int16_t> words;
     std::vector<int32_t> crossed;
 };
@@ -54,25 +54,29 @@ void round_token(Inputs& of, int64_t token, Alone& alone) {
     int64_t at = token * of.cols, blocks = (of.cols + of.sub - 1) / of.sub;
     float* scale = of.scale.data() + token * blocks;
     int16_t* words = of.as == As::words ? of.words.data() : alone.words.data();
-    if (of.as == As::bytes || of.as == As::both)
-        kernels().round_inputs({of.cols, of.sub, of.step}, of.values + at, of.rounded.data() + at, scale,
+    int8_t* bytes = alone.bytes.empty() ? of.rounded.data() : alone.bytes.data();
+    if (of.as == As::bytes || of.as == As::widened)
+        kernels().round_inputs({of.cols, of.sub, of.step}, of.values + at, bytes, scale,
                                of.step_sum.data() + token * (of.cols / of.step));
     else kernels().round_wide(of.cols, of.sub, of.values + at, words, scale, alone.crossed.data());
-    if (of.as == As::both) kernels().widen(of.cols, of.sub, of.rounded.data() + at, words, alone.crossed.data());
-    if (of.as == As::both || of.as == As::fours)
+    if (of.as == As::widened) kernels().widen(of.cols, of.sub, bytes, words, alone.crossed.data());
+    else if (!alone.bytes.empty()) put_in_fours(of.cols, bytes, token % 4, of.rounded.data() + token / 4 * 4 * of.cols);
+    if (!of.fours.empty())
         put_in_fours(of.cols, of.sub, words, scale, alone.crossed.data(), token % 4,
                      of.fours.data() + token / 4 * bytes_of_fours(of.cols, of.sub));
 }
 
 void round(Inputs& of, int64_t tokens, int threads) {
     auto cols = size_t(of.cols), blocks = size_t((of.cols + of.sub - 1) / of.sub);
-    of.scale.resize(size_t(tokens) * blocks);
-    if (of.as == As::bytes || of.as == As::both)
-        of.rounded.resize(size_t(tokens) * cols), of.step_sum.resize(size_t(tokens * (of.cols / of.step)));
+    of.scale.resize(size_t(tokens) * blocks + 15);
+    const bool bytes = of.as == As::bytes || of.as == As::widened, fours = of.as == As::fours || of.as == As::widened;
+    if (bytes) of.step_sum.resize(size_t(tokens * (of.cols / of.step) + 15));
+    if (of.as == As::bytes) of.rounded.resize(tokens > 1 ? size_t(tokens + 3) / 4 * 4 * cols : cols);
     if (of.as == As::words) of.words.resize(cols);
-    else if (of.as != As::bytes) of.fours.resize(size_t((tokens + 3) / 4 * bytes_of_fours(of.cols, of.sub)));
+    if (fours) of.fours.resize(size_t((tokens + 3) / 4 * bytes_of_fours(of.cols, of.sub)));
     share(tokens, 16, threads, [&](int64_t first, int64_t last) {
-        Alone alone{std::vector<int16_t>(of.as == As::both || of.as == As::fours ? cols : 0), std::vector<int32_t>(blocks)};
+        Alone alone{std::vector<int8_t>(bytes && tokens > 1 ? cols : 0), std::vector<int16_t>(fours ? cols : 0),
+                    std::vector<int32_t>(blocks)};
         for (int64_t token = first; token < last; token++) round_token(of, token, alone);
     });
 }
@@ -81,7 +85,7 @@ As taken(const Product& of, int64_t tokens) {
     if (of.way == Way::wide) return tokens > 1 ? As::fours : As::words;
     if (of.way == Way::small && tokens >= small_many) return As::fours;
     if (of.way != Way::codes && of.way != Way::table) return As::floats;
-    return tokens > 1 && crosses(of) ? As::both : As::bytes;
+    return tokens > 1 && kernels().crosses && crosses(of) ? As::widened : As::bytes;
 }
 
 const Inputs& prepare(std::deque<Inputs>& all, const Matrix& matrix, const float* from, int64_t tokens, int threads) {

@@ -21,6 +21,9 @@
 #define LOWBIT_INLINE inline
 #endif
 
+// Before a loop over the tokens of a tile, so that what it keeps of each is a register.
+#define LOWBIT_EACH_TOKEN _Pragma("GCC unroll 16")
+
 namespace lowbit {
 namespace {
 
@@ -60,6 +63,11 @@ void store_rows(const Product& of, int64_t panel, int64_t token, F value) {
     float* to = of.out + token * of.rows + panel * 16;
     int64_t there = of.rows - panel * 16;
     there < 16 ? store_some<F32>(to, value, int(there)) : store_f32(to, value);
+}
+
+// While there is something else to do: rows of tokens are far apart.
+void store_tokens(const Product& of, int64_t panel, int64_t first, int64_t count, const F* total) {
+    for (int64_t t = 0; t < count; t++) store_rows(of, panel, first + t, mul(total[t], set(of.unit)));
 }
 
 constexpr int64_t ahead = 2048;  // bytes before they are needed, at which codes are asked for
@@ -118,11 +126,17 @@ struct Unpacked {
 template <class Source>
 constexpr int fit = 32767 / (254 * Source::most);
 
-// Inputs of some tokens, from a column on.
+// Inputs of a token, or of a tile of tokens that lie four beside each other.
 template <int tokens>
 struct Row {
-    const int8_t* at[tokens];
-    LOWBIT_INLINE I four(int token, int64_t column) const { return set(four_bytes(at[token] + column)); }
+    static constexpr int beside = tokens == 1 ? 1 : 4;
+    const int8_t* at[tokens / beside];
+    Row(const Product& of, const int64_t (&token)[tokens]) {
+        for (int i = 0; i < tokens; i += beside) at[i / beside] = of.rounded + token[i] / beside * beside * of.cols;
+    }
+    LOWBIT_INLINE I four(int token, int64_t column) const {
+        return set(four_bytes(at[token / beside] + beside * column + 4 * (token % beside)));
+    }
 };
 
 template <class Source>
@@ -135,6 +149,7 @@ template <int quad, int last, class Source, int tokens>
 LOWBIT_INLINE void add_products(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col,
                                 I (&pairs)[tokens]) {
     I codes = source.template at<quad>(chunk);
+    LOWBIT_EACH_TOKEN
     for (int t = 0; t < tokens; t++) {
         pairs[t] = add_pairs(pairs[t], product<Source>(codes, input.four(t, col + 4 * quad)));
         keep(pairs[t]);
@@ -149,6 +164,7 @@ LOWBIT_INLINE void add_paired(const Source& source, const uint8_t* chunk, const 
     constexpr int until = quad + fit<Source> < last ? quad + fit<Source> : last;
     if constexpr (fit<Source> <= 2) {
         I first = source.template at<quad>(chunk), second = source.template at<until - 1>(chunk);
+        LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) {
             I pairs = product<Source>(first, input.four(t, col + 4 * quad));
             if constexpr (until - quad == 2) pairs = add_pairs(pairs, product<Source>(second, input.four(t, col + 4 * quad + 4)));
@@ -157,8 +173,10 @@ LOWBIT_INLINE void add_paired(const Source& source, const uint8_t* chunk, const 
         }
     } else {
         I pairs[tokens];
-        for (I& each : pairs) each = set(0);
+        LOWBIT_EACH_TOKEN
+        for (int t = 0; t < tokens; t++) pairs[t] = set(0);
         add_products<quad, until>(source, chunk, input, col, pairs);
+        LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) sum[t] = add_dot_pairs(sum[t], pairs[t], factor);
     }
     if constexpr (until < last) add_paired<until, last>(source, chunk, input, col, factor, sum);
@@ -169,6 +187,7 @@ template <int quad, int last, class Source, int tokens>
 LOWBIT_INLINE void add_dots(const Source& source, const uint8_t* chunk, const Row<tokens>& input, int64_t col,
                             I (&sum)[tokens]) {
     I codes = source.template at<quad>(chunk);
+    LOWBIT_EACH_TOKEN
     for (int t = 0; t < tokens; t++) {
         sum[t] = add_dot(sum[t], codes, input.four(t, col + 4 * quad));
         if constexpr (tokens > 1) keep(sum[t]);
@@ -194,8 +213,10 @@ LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const R
         add_quads<until, last, plain>(source, chunk, input, col, factor, sum);
     } else {  // a sum of one token would wait for itself all along
         I part[tokens];
-        for (I& each : part) each = set(0);
+        LOWBIT_EACH_TOKEN
+        for (int t = 0; t < tokens; t++) part[t] = set(0);
         add_dots<quad, last>(source, chunk, input, col, part);
+        LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) {
             if constexpr (plain) sum[t] = add(sum[t], part[t]);
             else if constexpr (joins<Source>) sum[t] = add_dot_pairs(sum[t], part[t], factor);
@@ -225,9 +246,8 @@ struct Span {
 };
 
 // Sums of some tokens: of what is done, and of the group that is open, without its scale; and the sum of its inputs.
-template <int tokens>
 struct Sums {
-    F total[tokens], open[tokens], inputs[tokens];
+    F *total, *open, *inputs;
 };
 
 // Scales as they are: each block of inputs that were rounded together is a sum of its own.
@@ -235,7 +255,7 @@ template <int tokens>
 struct Plain {
     const Product& of;
     const int64_t (&token)[tokens];
-    Sums<tokens>& sums;
+    const Sums& sums;
 
     template <class Source>
     LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
@@ -243,7 +263,8 @@ struct Plain {
         const int64_t sub = of.sub;
         const uint8_t* chunk = span.codes;
         I dots[tokens], one = set(0x00010001);
-        for (I& each : dots) each = set(0);
+        LOWBIT_EACH_TOKEN
+        for (int t = 0; t < tokens; t++) dots[t] = set(0);
         for (int64_t col = span.first; col < span.last; col += 32, chunk += 64 * Source::bits) {
             if constexpr (!Source::near) ask_for<Source::bits>(chunk);
             if (sub < 32) {
@@ -279,6 +300,7 @@ struct Plain {
 
     // A code's offset is taken out while sums are integers.
     LOWBIT_INLINE void end_block(Place& at, I (&dots)[tokens]) const {
+        LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) {
             if (at.offset) dots[t] = sub(dots[t], set(at.offset * at.sum[t][at.block]));
             sums.open[t] = fma(to_float(dots[t]), set(at.scale[t][at.block]), sums.open[t]);
@@ -291,6 +313,7 @@ struct Plain {
     LOWBIT_INLINE void end_group(Place& at) const {
         F scale = scales_at(of, of.scale.data, at.group), none = set(0.0f);
         F zero = at.zero ? sub(none, scales_at(of, at.zero, at.group)) : none;
+        LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) {
             F open = sums.open[t], total = sums.total[t];
             if (at.zero && !of.minus) open = fma(zero, sums.inputs[t], open);
@@ -309,7 +332,7 @@ template <int tokens>
 struct Chunks {
     const Product& of;
     const int64_t (&token)[tokens];
-    Sums<tokens>& sums;
+    const Sums& sums;
 
     static bool fits(const Product& of) { return of.sub == 32 && of.step % 32 == 0; }
 
@@ -318,6 +341,9 @@ struct Chunks {
         const int64_t step = of.step, at = span.panel * of.cols + span.first;
         int64_t group = at / step, left = step - at % step;
         const uint8_t* chunk = span.codes;
+        F total[tokens];
+        LOWBIT_EACH_TOKEN
+        for (int t = 0; t < tokens; t++) total[t] = sums.total[t];
         for (int64_t first = span.first; first < span.last; first += 32 * most) {
             const int64_t count = smaller(span.last - first, 32 * most) / 32;
             Beside beside[tokens];
@@ -325,12 +351,15 @@ struct Chunks {
             for (int64_t i = 0; i < count; i++, chunk += 64 * Source::bits) {
                 if constexpr (!Source::near) ask_for<Source::bits>(chunk);
                 I dots[tokens];
+                LOWBIT_EACH_TOKEN
                 for (int t = 0; t < tokens; t++) dots[t] = set(beside[t].less[i]);
                 add_quads<0, 8, true>(source, chunk, input, first + 32 * i, set(0x00010001), dots);
-                end_chunk(group, i, beside, dots);
+                end_chunk(group, i, beside, dots, total);
                 if ((left -= 32) == 0) group++, left = step;
             }
         }
+        LOWBIT_EACH_TOKEN
+        for (int t = 0; t < tokens; t++) sums.total[t] = total[t];
     }
 
   private:
@@ -339,25 +368,35 @@ struct Chunks {
     // What there is of an input's block beside its integers: its scale, its sum (where zeros need it), and the integer
     // at which a sum of products starts, so that a code's offset is out of it.
     struct Beside {
-        const float* scale;
-        float inputs[most];
+        float scale[most], inputs[most];
         int32_t less[most];
     };
     LOWBIT_INLINE void fill(Beside& to, int64_t token, int64_t block, int64_t count, int32_t offset) const {
         block += token * (of.cols / 32);
         const int16_t* sum = of.step_sum + block;
-        to.scale = of.input_scale + block;
-        for (int64_t i = 0; i < count; i++) to.less[i] = -offset * sum[i];
-        for (int64_t i = 0; of.zero && i < count; i++) to.inputs[i] = to.scale[i] * float(sum[i]);
+        const float* scale = of.input_scale + block;
+        for (int64_t i = 0; i < 16; i++) to.scale[i] = scale[i];
+        store_words(to.less, mul(shift_right_signed<16>(shift_left<16>(load_u16(sum))), set(-offset)));
+        if (!of.zero) return;
+        for (int64_t i = 0; i < count; i++) to.inputs[i] = scale[i] * float(sum[i]);
     }
-    LOWBIT_INLINE void end_chunk(int64_t group, int64_t i, const Beside (&beside)[tokens], const I (&dots)[tokens]) const {
-        F scale = scales_at(of, of.scale.data, group), zero = scales_at(of, of.zero, group);
+    LOWBIT_INLINE void end_chunk(int64_t group, int64_t i, const Beside (&beside)[tokens], const I (&dots)[tokens],
+                                F (&total)[tokens]) const {
+        F scale = scales_at(of, of.scale.data, group);
+        if (!of.zero) {
+            LOWBIT_EACH_TOKEN
+            for (int t = 0; t < tokens; t++)
+                total[t] = fma(mul(to_float(dots[t]), set(beside[t].scale[i])), scale, total[t]);
+            return;
+        }
+        F zero = scales_at(of, of.zero, group);
+        const bool minus = of.minus;
+        LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) {
-            F part = mul(to_float(dots[t]), set(beside[t].scale[i])), total = sums.total[t];
-            if (of.zero && !of.minus) part = sub(part, mul(zero, set(beside[t].inputs[i])));
-            total = fma(part, scale, total);
-            if (of.zero && of.minus) total = sub(total, mul(zero, set(beside[t].inputs[i])));
-            sums.total[t] = total;
+            F part = mul(to_float(dots[t]), set(beside[t].scale[i])), less = mul(zero, set(beside[t].inputs[i]));
+            if (!minus) part = sub(part, less);
+            total[t] = fma(part, scale, total[t]);
+            if (minus) total[t] = sub(total[t], less);
         }
     }
 };
@@ -367,19 +406,19 @@ template <int tokens>
 struct Nested {
     const Product& of;
     const int64_t (&token)[tokens];
-    Sums<tokens>& sums;
+    const Sums& sums;
 
     template <class Source>
     LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
         const int64_t over = of.over, wide = 2 * of.step;
-        const int32_t offset = int32_t(of.offset) + Source::above;
         const uint8_t* chunk = span.codes;
-        int64_t step = span.first / of.step, run = span.first / over;
+        const int8_t* fine = of.fine + (span.panel * of.cols + span.first) / of.step * 16;
+        int64_t run = span.first / over;
         I dots[tokens], shift[tokens];
         for (int64_t col = span.first; col < span.last; run++) {
-            for (int t = 0; t < tokens; t++) dots[t] = shift[t] = set(0);
-            for (int64_t end = col + over; col < end; col += wide, step += 2) {
-                I factor = factors<Source::above>(span.panel, step, offset, dots, shift);
+            begin_run<Source::above>(span.panel, col / of.step, dots, shift);
+            for (int64_t end = col + over; col < end; col += wide, fine += 32) {
+                I factor = factors(fine);
                 if (wide == 32) {
                     if constexpr (!Source::near) ask_for<Source::bits>(chunk);
                     add_quads<0, 4, false>(source, chunk, input, col, factor_of<Source>(factor, 0), dots);
@@ -392,32 +431,50 @@ struct Nested {
                     add_quads<0, 8, false>(source, chunk, input, col + at, factor_of<Source>(factor, 0), dots);
                 }
             }
-            end_run(span.panel, run, offset, dots, shift);
+            end_run(span.panel, run, dots, shift);
         }
     }
 
   private:
-    // Of two steps; adds what zeros make of these, which know nothing of what bytes are above.
-    template <int above>
-    LOWBIT_INLINE I factors(int64_t panel, int64_t step, int32_t offset, I (&dots)[tokens], I (&shift)[tokens]) const {
-        int64_t steps = of.cols / of.step, at = (panel * steps + step) * 16;
-        I pairs = load_pairs(of.fine + at), factor = of.joined ? both(pairs, set(0x000f000f)) : pairs, low = factor;
-        if (of.zero && of.joined) low = both(shift_right<4>(pairs), set(0x000f000f));
-        else if (of.fine_zero) low = load_pairs(of.fine_zero + at);
-        if (!of.zero && offset == 0) return factor;
-        for (int t = 0; t < tokens; t++) {
-            I inputs = set(four_bytes(of.step_sum + token[t] * steps + step));
-            shift[t] = add_dot_pairs(shift[t], low, inputs);
-            if constexpr (above != 0)
-                if (of.zero) dots[t] = sub(dots[t], mul(dot_pairs(factor, inputs), set(above)));
-        }
-        return factor;
+    // The integers of two steps.
+    LOWBIT_INLINE I factors(const int8_t* fine) const {
+        return of.joined ? both(load_pairs(fine), set(0x000f000f)) : load_pairs(fine);
     }
-    LOWBIT_INLINE void end_run(int64_t panel, int64_t run, int32_t offset, I (&dots)[tokens], I (&shift)[tokens]) const {
-        int64_t runs = of.cols / of.over;
+    LOWBIT_INLINE I zeros(int64_t at) const {
+        if (of.joined) return both(shift_right<4>(load_pairs(of.fine + at)), set(0x000f000f));
+        return load_pairs(of.fine_zero + at);
+    }
+
+    // What zeros make of the steps of a run (`shift`), and what sums begin with, so that offsets are out of them.
+    template <int above>
+    LOWBIT_INLINE void begin_run(int64_t panel, int64_t step, I (&dots)[tokens], I (&shift)[tokens]) const {
+        const int64_t steps = of.cols / of.step, at = (panel * steps + step) * 16;
+        const int32_t offset = above + (of.zero ? 0 : int32_t(of.offset));
+        LOWBIT_EACH_TOKEN
+        for (int t = 0; t < tokens; t++) dots[t] = shift[t] = set(0);
+        if (offset != 0) {
+            add_steps<false>(step, at, dots);
+            LOWBIT_EACH_TOKEN
+            for (int t = 0; t < tokens; t++) dots[t] = mul(dots[t], set(-offset));
+        }
+        if (of.zero) add_steps<true>(step, at, shift);
+    }
+    // Adds the sums of the inputs of a run's steps, from `step` on, times the integers of their zeros, or of their scales.
+    template <bool of_zeros>
+    LOWBIT_INLINE void add_steps(int64_t step, int64_t at, I (&sum)[tokens]) const {
+        const int16_t* inputs[tokens];
+        for (int t = 0; t < tokens; t++) inputs[t] = of.step_sum + token[t] * (of.cols / of.step) + step;
+        for (int64_t i = 0; i < of.over / of.step; i += 2) {
+            I pairs = of_zeros ? zeros(at + 16 * i) : factors(of.fine + at + 16 * i);
+            LOWBIT_EACH_TOKEN
+            for (int t = 0; t < tokens; t++) sum[t] = add_dot_pairs(sum[t], pairs, set(four_bytes(inputs[t] + i)));
+        }
+    }
+    LOWBIT_INLINE void end_run(int64_t panel, int64_t run, const I (&dots)[tokens], const I (&shift)[tokens]) const {
+        const int64_t runs = of.cols / of.over;
         F s = scales_at(of, of.scale.data, panel * runs + run), z = scales_at(of, of.zero, panel * runs + run);
+        LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) {
-            if (!of.zero) dots[t] = sub(dots[t], mul(shift[t], set(offset)));
             F part = mul(to_float(dots[t]), s);
             if (of.zero) part = sub(part, mul(to_float(shift[t]), z));
             sums.total[t] = fma(part, set(of.input_scale[token[t] * runs + run]), sums.total[t]);
@@ -427,10 +484,8 @@ struct Nested {
 
 template <template <int> class Scales, class Source, int tokens>
 LOWBIT_INLINE void add_span(const Product& of, const Source& source, const Span& span, const int64_t (&token)[tokens],
-                            Sums<tokens>& sums) {
-    Row<tokens> input;
-    for (int t = 0; t < tokens; t++) input.at[t] = of.rounded + token[t] * of.cols;
-    Scales<tokens>{of, token, sums}.add_span(source, span, input);
+                            const Sums& sums) {
+    Scales<tokens>{of, token, sums}.add_span(source, span, Row<tokens>(of, token));
 }
 
 const uint8_t* codes_of_panel(const Product& of, int64_t panel) { return of.codes + panel * of.cols * of.bits * 2; }
@@ -440,17 +495,27 @@ template <template <int> class Scales, class Source>
 void one_token(const Product& of, const Source& source, int64_t first, int64_t last) {
     constexpr int64_t token[1] = {0};
     for (int64_t panel = first; panel < last; panel++) {
-        Sums<1> sums{{set(0.0f)}, {set(0.0f)}, {set(0.0f)}};
-        add_span<Scales>(of, source, Span{panel, 0, of.cols, codes_of_panel(of, panel)}, token, sums);
-        store_rows(of, panel, 0, mul(sums.total[0], set(of.unit)));
+        F total = set(0.0f), open = total, inputs = total;
+        add_span<Scales>(of, source, Span{panel, 0, of.cols, codes_of_panel(of, panel)}, token, {&total, &open, &inputs});
+        store_rows(of, panel, 0, mul(total, set(of.unit)));
     }
 }
 
-// Many: some columns are unpacked for as many tokens as keep their sums in the nearest memory. Of these sums those that are
-// used begin with zeros: to clear all of them takes longer than the products of a few tokens.
-constexpr int64_t columns_at_once = 512, tokens_at_once = 64;
+// Many: some columns are unpacked for as many tokens as keep their sums near. Tokens that fill no tile are a smaller one.
+constexpr int few = smaller(tile, 4);
+constexpr int64_t columns_at_once = 512, tokens_at_once = tile * ((256 + tile - 1) / tile);
 
-using Near = Sums<tile>[tokens_at_once / tile];
+struct Near {
+    F total[tokens_at_once], open[tokens_at_once], inputs[tokens_at_once];
+
+    // Those of a tile from `token` on.
+    Sums from(int64_t token) { return {total + token, open + token, inputs + token}; }
+};
+LOWBIT_INLINE void clear(const Sums& sums) {
+    F none = set(0.0f);
+    LOWBIT_EACH_TOKEN
+    for (int t = 0; t < tile; t++) sums.total[t] = sums.open[t] = sums.inputs[t] = none;
+}
 
 template <int quad = 0, class Source>
 LOWBIT_INLINE void unpack_quads(const Source& source, const uint8_t* chunk, uint8_t* bytes) {
@@ -463,35 +528,51 @@ void unpack(const Source& source, const uint8_t* codes, int64_t chunks, uint8_t*
 }
 
 // A tile of tokens, of which `count` are there: others repeat the last.
-template <template <int> class Scales, class Source>
-void add_tile(const Product& of, const Span& span, int64_t first, int64_t count, Sums<tile>& sums) {
-    int64_t token[tile];
-    for (int t = 0; t < tile; t++) token[t] = first + smaller(t, count - 1);
+template <template <int> class Scales, class Source, int tokens>
+void add_tile(const Product& of, const Span& span, int64_t first, int64_t count, const Sums& sums) {
+    int64_t token[tokens];
+    for (int t = 0; t < tokens; t++) token[t] = first + smaller(t, count - 1);
     add_span<Scales>(of, Source{}, span, token, sums);
 }
 
-template <class Source>
+template <class Source, int tokens>
 auto tile_of(const Product& of) {
     constexpr int most = Source::most <= 15 ? 15 : whole_dots ? 255 : Source::is_signed ? 128 : Source::most;
     using Written = Unpacked<most, Source::above, Source::is_signed>;
-    return of.fine ? add_tile<Nested, Written> : Chunks<1>::fits(of) ? add_tile<Chunks, Written> : add_tile<Plain, Written>;
+    if (of.fine) return add_tile<Nested, Written, tokens>;
+    return Chunks<1>::fits(of) ? add_tile<Chunks, Written, tokens> : add_tile<Plain, Written, tokens>;
+}
+
+// Asks for a part of what lies behind, with each tile, so that it is near (3: nearest) when it is read. Where tiles are
+// few there is more than a tile has time for: a processor looks ahead by itself.
+template <int near>
+LOWBIT_INLINE void ask_for_next(const uint8_t* from, int64_t bytes, int64_t token, int64_t tokens) {
+    const int64_t tiles = (tokens + tile - 1) / tile, part = smaller((bytes / 64 + tiles - 1) / tiles, 2 * tile);
+    for (int64_t i = 0; i < part; i++) __builtin_prefetch(from + 64 * (token / tile * part + i), 0, near);
 }
 
 template <class Source>
 void many_tokens(const Product& of, int64_t panel, const Source& source) {
-    auto add = tile_of<Source>(of);
+    const auto add = tile_of<Source, tile>(of), add_few = tile_of<Source, few>(of);
     int64_t wide = of.fine ? columns_at_once / of.over * of.over : columns_at_once;
     alignas(64) uint8_t bytes[16 * columns_at_once];
     for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
         int64_t count = smaller(tokens_at_once, of.tokens - token);
         alignas(64) Near kept;
-        for (int64_t t = 0; t < count; t += tile) kept[t / tile] = {};
         for (int64_t col = 0; col < of.cols; col += wide) {
-            Span span{panel, col, smaller(col + wide, of.cols), bytes};
-            unpack(source, codes_of_panel(of, panel) + col / 32 * 64 * Source::bits, (span.last - col) / 32, bytes);
-            for (int64_t t = 0; t < count; t += tile) add(of, span, token + t, smaller(tile, count - t), kept[t / tile]);
+            const int64_t bytes_wide = 2 * wide * Source::bits;
+            const Span span{panel, col, smaller(col + wide, of.cols), bytes};
+            const uint8_t* codes = codes_of_panel(of, panel) + col / wide * bytes_wide;
+            unpack(source, codes, (span.last - col) / 32, bytes);
+            for (int64_t t = 0; t < count; t += tile) {
+                const int64_t some = smaller(tile, count - t);
+                const Sums sums = kept.from(t);
+                if (col == 0) clear(sums);
+                ask_for_next<2>(codes + bytes_wide, bytes_wide, t, count);
+                (some <= few ? add_few : add)(of, span, token + t, some, sums);
+                if (span.last == of.cols) store_tokens(of, panel, token + t, some, sums.total);
+            }
         }
-        for (int64_t t = 0; t < count; t++) store_rows(of, panel, token + t, mul(kept[t / tile].total[t % tile], set(of.unit)));
     }
 }
 
@@ -553,18 +634,19 @@ LOWBIT_INLINE void begin(I crossed, const Fours<tokens>& input, I (&sum)[tokens]
     if constexpr (t + 1 < tokens) begin<t + 1>(crossed, input, sum);
 }
 template <int t, int tokens>
-LOWBIT_INLINE void end(const I (&sum)[tokens], F scale, const Fours<tokens>& input, F (&total)[tokens]) {
+LOWBIT_INLINE void end(const I (&sum)[tokens], F scale, const Fours<tokens>& input, F* total) {
     F of_inputs = floats(set(four_bytes(input[t / 4] + 4 * (t % 4))));
     total[t] = fma(mul(to_float(sum[t]), scale), of_inputs, total[t]);
     if constexpr (t + 1 < tokens) end<t + 1>(sum, scale, input, total);
 }
 
 // For a tile of tokens from `token` on, of which `there` are there: after the fours that these are in the last is repeated.
-void add_run(const Product& of, const Run& run, I crossed, int64_t token, int64_t there, F (&total)[tile]) {
+template <int tokens>
+void add_run(const Product& of, const Run& run, I crossed, int64_t token, int64_t there, F* total) {
     const int64_t size = bytes_of_fours(of.cols, of.sub), before = run.index * 32 + 8 * run.first;
-    Fours<tile> input;
-    for (int i = 0; i < tile / 4; i++) input[i] = of.fours + (token / 4 + smaller(i, (there - 1) / 4)) * size + before;
-    I sum[tile];
+    Fours<tokens> input;
+    for (int i = 0; i < tokens / 4; i++) input[i] = of.fours + (token / 4 + smaller(i, (there - 1) / 4)) * size + before;
+    I sum[tokens];
     begin<0>(crossed, input, sum);
     for (int64_t col = 0; col < run.count; col += 16) add_crossed<0, 4>(run.words + 32 * col, input, 32 + 8 * col, sum);
     end<0>(sum, run.scale, input, total);
@@ -578,23 +660,22 @@ struct Scaled {
 
 // Words as they are stored.
 struct Words {
-    static constexpr int64_t near = 0, at_once = tokens_at_once;
+    static constexpr int64_t near = 0, at_once = few < tile ? tokens_at_once : 64;  // more were slower with AVX2
     const Product& of;
     Scaled columns(int64_t panel, int64_t first, int64_t, uint8_t*) const {
         const int64_t runs = (of.cols + of.sub - 1) / of.sub;
         return {of.codes + (panel * of.cols + first) * 32, scales_at(of, of.scale.data, panel * runs + first / of.sub)};
     }
-    // Asks for a part of the run behind this one with each tile, so that no run begins with waiting.
-    void ask(const Run& run, int64_t token) const {
-        constexpr int64_t part = 32 * wide_run * tile / tokens_at_once;
-        for (int64_t i = 0; i < part; i += 64) __builtin_prefetch(run.words + 32 * wide_run + token / tile * part + i);
+    // Of the run behind this one.
+    void ask(const Run& run, int64_t token, int64_t tokens) const {
+        ask_for_next<3>(run.words + 32 * wide_run, 32 * wide_run, token, tokens);
     }
 };
 
 // Codes that stand for signed bytes, each times the integer of its step: words of columns 0 and 2 of four, then 1 and 3.
 template <class Source>
 struct Stepped {
-    static constexpr int64_t near = 512, at_once = 4 * tokens_at_once;  // columns of a run at most
+    static constexpr int64_t near = 512, at_once = tokens_at_once;  // columns of a run at most
     const Product& of;
     const Source& source;
 
@@ -608,7 +689,7 @@ struct Stepped {
         }
         return {to, scales_at(of, of.scale.data, (panel * of.cols + first) / of.over)};
     }
-    void ask(const Run&, int64_t) const {}
+    void ask(const Run&, int64_t, int64_t) const {}
 
   private:
     template <int quad, int last>
@@ -627,20 +708,21 @@ void many_words(const Product& of, int64_t panel, const Weight& weight) {
     const int64_t runs = (of.cols + of.sub - 1) / of.sub;
     for (int64_t token = 0; token < of.tokens; token += Weight::at_once) {
         int64_t there = smaller(Weight::at_once, of.tokens - token);
-        alignas(64) F total[Weight::at_once / tile][tile];
+        alignas(64) F total[Weight::at_once];
         for (int64_t t = 0; t < there; t += tile)
-            for (F& each : total[t / tile]) each = set(0.0f);
+            for (int64_t i = t; i < t + tile; i++) total[i] = set(0.0f);
         for (int64_t i = 0; i < runs; i++) {
             int64_t first = i * of.sub, count = smaller(of.sub, of.cols - first);
             Scaled found = weight.columns(panel, first, count, near);
             Run run{found.words, first, count, i, found.scale};
             I crossed = run.crossed();
             for (int64_t t = 0; t < there; t += tile) {
-                weight.ask(run, t);
-                add_run(of, run, crossed, token + t, smaller(tile, there - t), total[t / tile]);
+                weight.ask(run, t, there);
+                const int64_t some = smaller(tile, there - t);
+                (some <= few ? add_run<few> : add_run<tile>)(of, run, crossed, token + t, some, total + t);
+                if (i + 1 == runs) store_tokens(of, panel, token + t, some, total + t);
             }
         }
-        for (int64_t t = 0; t < there; t++) store_rows(of, panel, token + t, mul(total[t / tile][t % tile], set(of.unit)));
     }
 }
 
@@ -817,7 +899,7 @@ struct Stored {
     }
 };
 
-constexpr int float_tile = tile == 8 ? 12 : 6;  // tokens: what registers hold beside a weight and an input
+constexpr int float_tile = tile < 12 ? 6 : 12;  // tokens: what registers hold beside a weight and an input
 constexpr int64_t floats_at_once = 60;          // tokens whose sums stay near: whole tiles
 
 // Sums of even and of odd columns are apart, so that an addition need not wait for the one before.
@@ -908,7 +990,7 @@ void one_float(const Product& of, int64_t panel, const Leveled<SmallFloat<mantis
 // those of integers below 8.
 template <int mantissa>
 struct Powers {
-    static constexpr int64_t near = wide_run, at_once = 4 * tokens_at_once;
+    static constexpr int64_t near = wide_run, at_once = tokens_at_once;
     const Product& of;
 
     Scaled columns(int64_t panel, int64_t first, int64_t count, uint8_t* to) const {
@@ -921,7 +1003,7 @@ struct Powers {
         }
         return {to, div(scales_at(of, of.scale.data, (panel * of.cols + first) / of.step), up)};
     }
-    void ask(const Run&, int64_t) const {}
+    void ask(const Run&, int64_t, int64_t) const {}
 
   private:
     struct Size {

@@ -150,6 +150,10 @@ void put_in_fours(int64_t cols, int64_t run, const int16_t* words, const float* 
     }
 }
 
+void put_in_fours(int64_t cols, const int8_t* bytes, int64_t which, int8_t* fours) {
+    for (int64_t i = 0; i < cols; i += 4) std::memcpy(fours + 4 * (i + which), bytes + i, 4);
+}
+
 int ggml_panel_bits(GgmlType type) {
     switch (type) {
     case GgmlType::q2_k: return 2;

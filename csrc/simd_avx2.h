@@ -153,6 +153,20 @@ float sum_of(F value) {
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+// Each step of `sum_of` for two vectors at once, of eight.
+__m256 sums_of_eight(const F* of) {
+    __m256 four[4], two[2];
+    for (int i = 0; i < 4; i++) {
+        __m256 a = _mm256_add_ps(of[2 * i].low, of[2 * i].high), b = _mm256_add_ps(of[2 * i + 1].low, of[2 * i + 1].high);
+        four[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    for (int i = 0; i < 2; i++)
+        two[i] = _mm256_add_ps(_mm256_shuffle_ps(four[2 * i], four[2 * i + 1], 0x44),
+                               _mm256_shuffle_ps(four[2 * i], four[2 * i + 1], 0xee));
+    __m256 found = _mm256_add_ps(_mm256_shuffle_ps(two[0], two[1], 0x88), _mm256_shuffle_ps(two[0], two[1], 0xdd));
+    return _mm256_permutevar8x32_ps(found, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+F sums_of(const F (&of)[16]) { return {sums_of_eight(of), sums_of_eight(of + 8)}; }
 float least(F value) {
     __m256 eight = _mm256_min_ps(value.low, value.high);
     __m128 four = _mm_min_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

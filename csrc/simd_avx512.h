@@ -3,7 +3,7 @@
 // Include inside an anonymous namespace.
 
 constexpr const char* isa_name = "avx512";
-constexpr int tile = 8;
+constexpr int tile = 12;
 #if defined(__AVX512VNNI__)
 constexpr bool whole_dots = true;
 #else
@@ -119,6 +119,21 @@ float sum_of(F value) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+// Each step of `sum_of` for two vectors at once.
+F sums_of(const F (&of)[16]) {
+    __m512 eight[8], four[4], two[2];
+    for (int i = 0; i < 8; i++)
+        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(of[2 * i].all, of[2 * i + 1].all, 0x44),
+                                 _mm512_shuffle_f32x4(of[2 * i].all, of[2 * i + 1].all, 0xee));
+    for (int i = 0; i < 4; i++)
+        four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eight[2 * i], eight[2 * i + 1], 0x88),
+                                _mm512_shuffle_f32x4(eight[2 * i], eight[2 * i + 1], 0xdd));
+    for (int i = 0; i < 2; i++)
+        two[i] = _mm512_add_ps(_mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0x44),
+                               _mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0xee));
+    __m512 found = _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xdd));
+    return {_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), found)};
 }
 float least(F value) { return _mm512_reduce_min_ps(value.all); }
 float greatest(F value) { return _mm512_reduce_max_ps(value.all); }

@@ -235,6 +235,10 @@ float sum_of(F value) {
         for (int i = 0; i < half; i++) value.at[i] += value.at[i + half];
     return value.at[0];
 }
+// Of sixteen vectors, one in each lane.
+F sums_of(const F (&of)[16]) {
+    return each<F>([&](int i) { return sum_of(of[i]); });
+}
 float least(F value) {
     float out = value.at[0];
     for (float lane : value.at) out = lane < out ? lane : out;

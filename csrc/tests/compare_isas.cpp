@@ -329,7 +329,7 @@ static std::vector<uint8_t> in_fours(int64_t tokens, int64_t cols, int64_t run, 
 static void compare_product(const Kernels& kernels, Way way, int bits, int64_t rows, int64_t cols, int64_t step, bool minus,
                             int64_t over = 0) {
     bool alone = (rows % 2 == 0) == (cols % 3 == 0);
-    int64_t panels = (rows + 15) / 16, tokens = alone ? 1 : cols > 700 ? 70 : 11;
+    int64_t panels = (rows + 15) / 16, tokens = alone ? 1 : cols > 700 ? 267 : 14;  // more than are taken at once; some that fill no tile
     int64_t sub = over ? over : step % 32 ? 16 : bits == 2 && step == 256 ? 256 : 32;
     int64_t scales = panels * 16 * cols / (over ? over : step), steps = panels * 16 * cols / step;
     bool narrow = rows % 2, zeros = over ? minus : rows % 3 != 0, joined = over && rows % 5 == 0;
@@ -342,8 +342,8 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
     std::vector<int8_t> table(16), rounded(input.size());
     for (int i = 0; i < 16; i++) table[size_t(i)] = int8_t(17 * i - 128);
     int64_t summed = over ? step : sub;
-    std::vector<float> input_scale(input.size() / size_t(sub));
-    std::vector<int16_t> step_sum(input.size() / size_t(summed));
+    std::vector<float> input_scale(input.size() / size_t(sub) + 15);
+    std::vector<int16_t> step_sum(input.size() / size_t(summed) + 15);
     Rounded blocks{tokens * cols, sub, summed};
     kernels.round_inputs(blocks, input.data(), rounded.data(), input_scale.data(), step_sum.data());
     compare("round_inputs", kernels, {tokens, cols, 1, sub}, tokens * cols, [&](const Kernels& k, uint8_t* out) {
@@ -363,12 +363,14 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
         if (sums != crossed) failures++, std::printf("%s: widen: other sums\n", k.isa);
         if (!found.empty()) std::memcpy(out, found.data(), 2 * found.size());
     });
+    std::vector<int8_t> tiles(size_t((tokens + 3) / 4 * 4 * cols));
+    for (int64_t t = 0; t < tokens; t++) put_in_fours(cols, rounded.data() + t * cols, t % 4, tiles.data() + t / 4 * 4 * cols);
     auto integers = [](Buffer& from) { return reinterpret_cast<const int8_t*>(from.at()); };
     Product of{way, rows, cols, bits, step, over ? over : step, codes.at(),
                {scale.at(), narrow ? Dtype::f16 : Dtype::f32}, zeros ? zero.at() : nullptr, minus, way == Way::table ? 0.0f : 3.0f,
                over ? integers(fine) : nullptr, over && zeros && !joined ? integers(fine_zero) : nullptr,
                joined, level.data(), table.data(), 0.5f, tokens, input.data(), sub,
-               rounded.data(), input_scale.data(), step_sum.data(), words.data(), fours.data(), nullptr};
+               alone ? rounded.data() : tiles.data(), input_scale.data(), step_sum.data(), words.data(), fours.data(), nullptr};
     compare("product", kernels, {rows, cols, int64_t(way), bits}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> found(size_t(tokens * rows));
         Product mine = of;
@@ -441,13 +443,14 @@ struct KeptRoom {
 };
 
 static void compare_attention(const Kernels& kernels, int64_t dim, int64_t first, int64_t last) {
-    auto query = random_scales(dim), keys = random_scales(last * dim), values = random_scales(last * dim);
+    const int64_t queries = last % 7 + 1;
+    auto query = random_scales(queries * dim), keys = random_scales(last * dim), values = random_scales(last * dim);
     for (Keep as : {Keep::f32, Keep::f16, Keep::int8})
         for (float cap : {0.0f, 5.0f})
-            compare("attend", kernels, {last, dim, first, 1}, 4 * dim, [&](const Kernels& k, uint8_t* out) {
-                std::vector<float> room(static_cast<size_t>(last - first + 16)), found(static_cast<size_t>(dim));
+            compare("attend", kernels, {last, dim, first, queries}, 4 * queries * dim, [&](const Kernels& k, uint8_t* out) {
+                std::vector<float> room(size_t(4 * (last - first + 15) / 16 * 16)), found(query.size());
                 KeptRoom kept(k, as, dim, keys), mixed(k, as, dim, values);
-                k.attend({dim, first, last, query.data(), kept.of, mixed.of, 0.1f, cap, room.data(), found.data()});
+                k.attend({queries, dim, first, last, query.data(), kept.of, mixed.of, 0.1f, cap, room.data(), found.data()});
                 std::memcpy(out, found.data(), 4 * found.size());
             });
     for (bool gelu : {false, true})
@@ -556,7 +559,7 @@ static void compare_products(const Kernels& kernels) {
                 for (int64_t tokens : {1, 3, 70}) compare_wide(kernels, dtype, rows, cols, tokens);
     for (int64_t rows : {1, 16, 33})
         for (int mantissa : {2, 3})
-            for (int64_t tokens : {1, 3, 16, 70}) {
+            for (int64_t tokens : {1, 3, 16, 267}) {
                 for (int64_t step : {32, 64, 192}) compare_small(kernels, mantissa, rows, 192, step, tokens);
                 for (int64_t step : {256, 512}) compare_small(kernels, mantissa, rows, 512, step, tokens);
                 compare_small(kernels, mantissa, rows, 544, 544, tokens);
