@@ -171,7 +171,7 @@ struct Product {
     const int8_t* rounded;  // ways codes and table: what `round_inputs` gives, of many tokens in fours; `multiply`
                             // (decoder.h) fills these three
     const float* input_scale;  // these two go on for fifteen more, which are read and count for nothing
-    const int16_t* step_sum;   // nested: of steps; else of what is rounded together
+    const int16_t* step_sum;   // nested: of steps, of many tokens in fours as well; else of what is rounded together
     const int16_t* words;     // [cols], way wide of one token: what `round_wide` gives
     const uint8_t* fours;     // many tokens as 16 bits: what `put_in_fours` makes of that, or, where `crosses`, of what `widen` gives
     float* out;  // [tokens, rows]
@@ -348,8 +348,8 @@ static inline int64_t bytes_of_fours(int64_t cols, int64_t run) { return 8 * col
 void put_in_fours(int64_t cols, int64_t run, const int16_t* words, const float* scale, const int32_t* crossed, int64_t which,
                   uint8_t* fours);
 
-// Rounded inputs of a token, of four whose columns lie four by four beside each other [cols / 4, 4, 4].
-void put_in_fours(int64_t cols, const int8_t* bytes, int64_t which, int8_t* fours);
+// Of a token, four of which lie beside each other, four bytes of each in turn: rounded inputs, or sums of steps.
+void put_in_fours(int64_t bytes, const void* from, int64_t which, void* fours);
 
 // Rows of blocks as panels: what `interleave` and `interleave_floats` make of what `ggml_unpack` gives. `ggml_panel_bits`
 // are those of a code in them, 0 for types that are not brought there at once.

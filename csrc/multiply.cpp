@@ -15,6 +15,8 @@ constexpr int64_t bytes_of_piece = 1 << 17, least_bytes = 1 << 14;
 
 // As what products read inputs: floats, bytes, words of 16 bits, of one token or of many; or bytes as words of many tokens.
 enum class As { floats, bytes, words, fours, widened };
+bool takes_bytes(As as) { return as == As::bytes || as == As::widened; }
+bool takes_fours(As as) { return as == As::fours || as == As::widened; }
 
 // The inputs as some weights take them.
 struct Inputs {
@@ -45,38 +47,44 @@ void fill(Inputs& of, const float* from, int64_t inputs, int64_t tokens) {
 // A token of many on the way to where it belongs.
 struct Alone {
     std::vector<int8_t> bytes;
-    std::vector<int16_t> words;
+    std::vector<int16_t> words, sums;
     std::vector<int32_t> crossed;
 };
 
-// Of a token, where they are.
+// A token as bytes, and what there is of it beside them.
+void round_bytes(Inputs& of, int64_t token, Alone& alone, float* scale) {
+    const bool many = !alone.bytes.empty(), nested = of.step < of.sub;
+    const int64_t steps = of.cols / of.step;
+    int8_t* bytes = many ? alone.bytes.data() : of.rounded.data();
+    int16_t* sums = many && nested ? alone.sums.data() : of.step_sum.data() + token * steps;
+    kernels().round_inputs({of.cols, of.sub, of.step}, of.values + token * of.cols, bytes, scale, sums);
+    if (of.as == As::widened) return kernels().widen(of.cols, of.sub, bytes, alone.words.data(), alone.crossed.data());
+    if (many) put_in_fours(of.cols, bytes, token % 4, of.rounded.data() + token / 4 * 4 * of.cols);
+    if (many && nested) put_in_fours(2 * steps, sums, token % 4, of.step_sum.data() + token / 4 * 4 * steps);
+}
+
 void round_token(Inputs& of, int64_t token, Alone& alone) {
-    int64_t at = token * of.cols, blocks = (of.cols + of.sub - 1) / of.sub;
-    float* scale = of.scale.data() + token * blocks;
+    float* scale = of.scale.data() + token * ((of.cols + of.sub - 1) / of.sub);
     int16_t* words = of.as == As::words ? of.words.data() : alone.words.data();
-    int8_t* bytes = alone.bytes.empty() ? of.rounded.data() : alone.bytes.data();
-    if (of.as == As::bytes || of.as == As::widened)
-        kernels().round_inputs({of.cols, of.sub, of.step}, of.values + at, bytes, scale,
-                               of.step_sum.data() + token * (of.cols / of.step));
-    else kernels().round_wide(of.cols, of.sub, of.values + at, words, scale, alone.crossed.data());
-    if (of.as == As::widened) kernels().widen(of.cols, of.sub, bytes, words, alone.crossed.data());
-    else if (!alone.bytes.empty()) put_in_fours(of.cols, bytes, token % 4, of.rounded.data() + token / 4 * 4 * of.cols);
-    if (!of.fours.empty())
+    if (takes_bytes(of.as)) round_bytes(of, token, alone, scale);
+    else kernels().round_wide(of.cols, of.sub, of.values + token * of.cols, words, scale, alone.crossed.data());
+    if (takes_fours(of.as))
         put_in_fours(of.cols, of.sub, words, scale, alone.crossed.data(), token % 4,
                      of.fours.data() + token / 4 * bytes_of_fours(of.cols, of.sub));
 }
 
 void round(Inputs& of, int64_t tokens, int threads) {
-    auto cols = size_t(of.cols), blocks = size_t((of.cols + of.sub - 1) / of.sub);
+    const auto cols = size_t(of.cols), blocks = size_t((of.cols + of.sub - 1) / of.sub), steps = size_t(of.cols / of.step);
+    const bool bytes = takes_bytes(of.as), fours = takes_fours(of.as), many = tokens > 1;
+    const size_t all = size_t(many ? (tokens + 3) / 4 * 4 : 1);
     of.scale.resize(size_t(tokens) * blocks + 15);
-    const bool bytes = of.as == As::bytes || of.as == As::widened, fours = of.as == As::fours || of.as == As::widened;
-    if (bytes) of.step_sum.resize(size_t(tokens * (of.cols / of.step) + 15));
-    if (of.as == As::bytes) of.rounded.resize(tokens > 1 ? size_t(tokens + 3) / 4 * 4 * cols : cols);
+    if (bytes) of.step_sum.resize(all * steps + 15);
+    if (of.as == As::bytes) of.rounded.resize(all * cols);
     if (of.as == As::words) of.words.resize(cols);
-    if (fours) of.fours.resize(size_t((tokens + 3) / 4 * bytes_of_fours(of.cols, of.sub)));
+    if (fours) of.fours.resize(all / 4 * size_t(bytes_of_fours(of.cols, of.sub)));
     share(tokens, 16, threads, [&](int64_t first, int64_t last) {
-        Alone alone{std::vector<int8_t>(bytes && tokens > 1 ? cols : 0), std::vector<int16_t>(fours ? cols : 0),
-                    std::vector<int32_t>(blocks)};
+        Alone alone{std::vector<int8_t>(bytes && many ? cols : 0), std::vector<int16_t>(fours ? cols : 0),
+                    std::vector<int16_t>(bytes && many ? steps : 0), std::vector<int32_t>(blocks)};
         for (int64_t token = first; token < last; token++) round_token(of, token, alone);
     });
 }

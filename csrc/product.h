@@ -410,13 +410,19 @@ struct Nested {
 
     template <class Source>
     LOWBIT_INLINE void add_span(const Source& source, const Span& span, const Row<tokens>& input) {
+        of.zero ? add_runs<true>(source, span, input) : add_runs<false>(source, span, input);
+    }
+
+  private:
+    template <bool zeros, class Source>
+    LOWBIT_INLINE void add_runs(const Source& source, const Span& span, const Row<tokens>& input) {
         const int64_t over = of.over, wide = 2 * of.step;
         const uint8_t* chunk = span.codes;
         const int8_t* fine = of.fine + (span.panel * of.cols + span.first) / of.step * 16;
         int64_t run = span.first / over;
         I dots[tokens], shift[tokens];
         for (int64_t col = span.first; col < span.last; run++) {
-            begin_run<Source::above>(span.panel, col / of.step, dots, shift);
+            begin_run<zeros, Source::above>(span.panel, col / of.step, dots, shift);
             for (int64_t end = col + over; col < end; col += wide, fine += 32) {
                 I factor = factors(fine);
                 if (wide == 32) {
@@ -431,54 +437,64 @@ struct Nested {
                     add_quads<0, 8, false>(source, chunk, input, col + at, factor_of<Source>(factor, 0), dots);
                 }
             }
-            end_run(span.panel, run, dots, shift);
+            end_run<zeros>(span.panel, run, dots, shift);
         }
     }
 
-  private:
     // The integers of two steps.
     LOWBIT_INLINE I factors(const int8_t* fine) const {
         return of.joined ? both(load_pairs(fine), set(0x000f000f)) : load_pairs(fine);
     }
-    LOWBIT_INLINE I zeros(int64_t at) const {
+    LOWBIT_INLINE I zeros_of(int64_t at) const {
         if (of.joined) return both(shift_right<4>(load_pairs(of.fine + at)), set(0x000f000f));
         return load_pairs(of.fine_zero + at);
     }
 
     // What zeros make of the steps of a run (`shift`), and what sums begin with, so that offsets are out of them.
-    template <int above>
+    template <bool zeros, int above>
     LOWBIT_INLINE void begin_run(int64_t panel, int64_t step, I (&dots)[tokens], I (&shift)[tokens]) const {
-        const int64_t steps = of.cols / of.step, at = (panel * steps + step) * 16;
-        const int32_t offset = above + (of.zero ? 0 : int32_t(of.offset));
+        const int64_t at = (panel * (of.cols / of.step) + step) * 16;
+        const int32_t offset = zeros ? above : above + int32_t(of.offset);
         LOWBIT_EACH_TOKEN
-        for (int t = 0; t < tokens; t++) dots[t] = shift[t] = set(0);
+        for (int t = 0; t < tokens; t++) dots[t] = set(0);
         if (offset != 0) {
             add_steps<false>(step, at, dots);
             LOWBIT_EACH_TOKEN
             for (int t = 0; t < tokens; t++) dots[t] = mul(dots[t], set(-offset));
         }
-        if (of.zero) add_steps<true>(step, at, shift);
+        if constexpr (!zeros) return;
+        LOWBIT_EACH_TOKEN
+        for (int t = 0; t < tokens; t++) shift[t] = set(0);
+        add_steps<true>(step, at, shift);
     }
     // Adds the sums of the inputs of a run's steps, from `step` on, times the integers of their zeros, or of their scales.
-    template <bool of_zeros>
+    template <bool zeros>
     LOWBIT_INLINE void add_steps(int64_t step, int64_t at, I (&sum)[tokens]) const {
-        const int16_t* inputs[tokens];
-        for (int t = 0; t < tokens; t++) inputs[t] = of.step_sum + token[t] * (of.cols / of.step) + step;
+        constexpr int beside = Row<tokens>::beside;
+        const int16_t* inputs[tokens / beside];
+        for (int i = 0; i < tokens; i += beside)
+            inputs[i / beside] = of.step_sum + beside * (token[i] / beside * (of.cols / of.step) + step);
         for (int64_t i = 0; i < of.over / of.step; i += 2) {
-            I pairs = of_zeros ? zeros(at + 16 * i) : factors(of.fine + at + 16 * i);
+            I pairs = zeros ? zeros_of(at + 16 * i) : factors(of.fine + at + 16 * i);
             LOWBIT_EACH_TOKEN
-            for (int t = 0; t < tokens; t++) sum[t] = add_dot_pairs(sum[t], pairs, set(four_bytes(inputs[t] + i)));
+            for (int t = 0; t < tokens; t++)
+                sum[t] = add_dot_pairs(sum[t], pairs, set(four_bytes(inputs[t / beside] + beside * i + 2 * (t % beside))));
         }
     }
+    template <bool zeros>
     LOWBIT_INLINE void end_run(int64_t panel, int64_t run, const I (&dots)[tokens], const I (&shift)[tokens]) const {
         const int64_t runs = of.cols / of.over;
-        F s = scales_at(of, of.scale.data, panel * runs + run), z = scales_at(of, of.zero, panel * runs + run);
+        const float* inputs = of.input_scale + run;
+        F scale = scales_at(of, of.scale.data, panel * runs + run), zero = scale, part[tokens];
+        if constexpr (zeros) zero = scales_at(of, of.zero, panel * runs + run);
         LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) {
-            F part = mul(to_float(dots[t]), s);
-            if (of.zero) part = sub(part, mul(to_float(shift[t]), z));
-            sums.total[t] = fma(part, set(of.input_scale[token[t] * runs + run]), sums.total[t]);
+            part[t] = mul(to_float(dots[t]), scale);
+            if constexpr (zeros) part[t] = sub(part[t], mul(to_float(shift[t]), zero));
+            part[t] = fma(part[t], set(inputs[token[t] * runs]), sums.total[t]);
         }
+        LOWBIT_EACH_TOKEN
+        for (int t = 0; t < tokens; t++) sums.total[t] = part[t];
     }
 };
 

@@ -150,8 +150,10 @@ void put_in_fours(int64_t cols, int64_t run, const int16_t* words, const float* 
     }
 }
 
-void put_in_fours(int64_t cols, const int8_t* bytes, int64_t which, int8_t* fours) {
-    for (int64_t i = 0; i < cols; i += 4) std::memcpy(fours + 4 * (i + which), bytes + i, 4);
+void put_in_fours(int64_t bytes, const void* from, int64_t which, void* fours) {
+    auto token = static_cast<const uint8_t*>(from);
+    auto to = static_cast<uint8_t*>(fours) + 4 * which;
+    for (int64_t i = 0; i < bytes; i += 4) std::memcpy(to + 4 * i, token + i, 4);
 }
 
 int ggml_panel_bits(GgmlType type) {

@@ -365,12 +365,15 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
     });
     std::vector<int8_t> tiles(size_t((tokens + 3) / 4 * 4 * cols));
     for (int64_t t = 0; t < tokens; t++) put_in_fours(cols, rounded.data() + t * cols, t % 4, tiles.data() + t / 4 * 4 * cols);
+    std::vector<int16_t> sums(size_t((tokens + 3) / 4 * 4 * cols / summed));
+    for (int64_t t = 0; over && t < tokens; t++)
+        put_in_fours(2 * cols / summed, step_sum.data() + t * cols / summed, t % 4, sums.data() + t / 4 * 4 * cols / summed);
     auto integers = [](Buffer& from) { return reinterpret_cast<const int8_t*>(from.at()); };
     Product of{way, rows, cols, bits, step, over ? over : step, codes.at(),
                {scale.at(), narrow ? Dtype::f16 : Dtype::f32}, zeros ? zero.at() : nullptr, minus, way == Way::table ? 0.0f : 3.0f,
                over ? integers(fine) : nullptr, over && zeros && !joined ? integers(fine_zero) : nullptr,
                joined, level.data(), table.data(), 0.5f, tokens, input.data(), sub,
-               alone ? rounded.data() : tiles.data(), input_scale.data(), step_sum.data(), words.data(), fours.data(), nullptr};
+               alone ? rounded.data() : tiles.data(), input_scale.data(), alone || !over ? step_sum.data() : sums.data(), words.data(), fours.data(), nullptr};
     compare("product", kernels, {rows, cols, int64_t(way), bits}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> found(size_t(tokens * rows));
         Product mine = of;
