@@ -347,7 +347,7 @@ struct Chunks {
         for (int64_t first = span.first; first < span.last; first += 32 * most) {
             const int64_t count = smaller(span.last - first, 32 * most) / 32;
             Beside beside[tokens];
-            for (int t = 0; t < tokens; t++) fill(beside[t], token[t], first / 32, count, int32_t(of.offset) + Source::above);
+            for (int t = 0; t < tokens; t++) fill(beside[t], token[t], first / 32, int32_t(of.offset) + Source::above);
             for (int64_t i = 0; i < count; i++, chunk += 64 * Source::bits) {
                 if constexpr (!Source::near) ask_for<Source::bits>(chunk);
                 I dots[tokens];
@@ -363,7 +363,7 @@ struct Chunks {
     }
 
   private:
-    static constexpr int64_t most = 16;  // chunks for which this is made ready at once
+    static constexpr int64_t most = 16;  // chunks for which this is made ready at once, a lane each
 
     // What there is of an input's block beside its integers: its scale, its sum (where zeros need it), and the integer
     // at which a sum of products starts, so that a code's offset is out of it.
@@ -371,14 +371,14 @@ struct Chunks {
         float scale[most], inputs[most];
         int32_t less[most];
     };
-    LOWBIT_INLINE void fill(Beside& to, int64_t token, int64_t block, int64_t count, int32_t offset) const {
+    LOWBIT_INLINE void fill(Beside& to, int64_t token, int64_t block, int32_t offset) const {
         block += token * (of.cols / 32);
         const int16_t* sum = of.step_sum + block;
         const float* scale = of.input_scale + block;
-        for (int64_t i = 0; i < 16; i++) to.scale[i] = scale[i];
+        for (int64_t i = 0; i < most; i++) to.scale[i] = scale[i];
         store_words(to.less, mul(shift_right_signed<16>(shift_left<16>(load_u16(sum))), set(-offset)));
         if (!of.zero) return;
-        for (int64_t i = 0; i < count; i++) to.inputs[i] = scale[i] * float(sum[i]);
+        for (int64_t i = 0; i < most; i++) to.inputs[i] = scale[i] * float(sum[i]);
     }
     LOWBIT_INLINE void end_chunk(int64_t group, int64_t i, const Beside (&beside)[tokens], const I (&dots)[tokens],
                                 F (&total)[tokens]) const {
