@@ -155,13 +155,15 @@ F tanh_of(F x) {
 // Scores of sixteen positions at a time, for some queries; a row of `room` is as long as `wide_room` says.
 template <int queries, class Key>
 void score(const Attention& of, Key key) {
-    F sums[queries][16];
+    F sums[queries][16];  // beyond the last position: those of another
+    for (auto& row : sums)
+        for (F& each : row) each = set(0.0f);
     for (int64_t i = of.first; i < of.last; i += 16) {
-        for (int64_t j = 0; j < 16; j++) {
+        for (int64_t j = 0; j < smaller(16, of.last - i); j++) {
             F sum[queries];
             for (F& each : sum) each = set(0.0f);
-            for (int64_t col = 0, at = smaller(i + j, of.last - 1) * of.dim; col < of.dim; col += 16) {
-                F part = key(at + col);
+            for (int64_t col = 0; col < of.dim; col += 16) {
+                F part = key((i + j) * of.dim + col);
                 for (int q = 0; q < queries; q++) sum[q] = fma(load_f32(of.query + q * of.dim + col), part, sum[q]);
             }
             for (int q = 0; q < queries; q++) sums[q][j] = sum[q];
@@ -218,20 +220,22 @@ void as_kept(const Kept& of, Body body) {
     if (of.as == Keep::int8) body(KeptBytes(of));
 }
 
+// The first of the queries; returns what is left.
 template <int queries>
-void attend_some(const Attention& of) {
+Attention attend_some(Attention of) {
     as_kept(of.keys, [&](auto key) { score<queries>(of, key); });
     float share[queries];
     for (int q = 0; q < queries; q++) share[q] = weigh(of, of.room + q * wide_room(of));
     as_kept(of.values, [&](auto value) { mix<queries>(of, share, value); });
+    of.queries -= queries, of.query += queries * of.dim, of.out += queries * of.dim;
+    return of;
 }
 
 void attend(const Attention& of) {
-    Attention part = of;
-    for (int64_t left = of.queries, some; left > 0; left -= some, part.query += some * of.dim, part.out += some * of.dim) {
-        some = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        some == 4 ? attend_some<4>(part) : some == 2 ? attend_some<2>(part) : attend_some<1>(part);
-    }
+    Attention left = of;
+    while (left.queries >= queries_at_once) left = attend_some<queries_at_once>(left);
+    if (left.queries >= 2) left = attend_some<2>(left);
+    if (left.queries == 1) attend_some<1>(left);
 }
 
 // x times the logistic function of x; or of 2 sqrt(2 / pi) (x + 0.044715 x**3), which is GELU with tanh.

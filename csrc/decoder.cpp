@@ -148,20 +148,19 @@ void Decoder::place(size_t layer, int64_t token) {
 }
 
 void Decoder::attend(size_t layer) {
-    constexpr int64_t at_once = 4;  // queries that share keys and values
     int64_t size = shape_.head_size, shared = shape_.heads / shape_.key_heads, window = layers_[layer].window;
-    int64_t parts = (shared + at_once - 1) / at_once, heads = shape_.key_heads * parts;
+    int64_t parts = (shared + queries_at_once - 1) / queries_at_once, heads = shape_.key_heads * parts;
     share(tokens() * heads, 1, threads_, [&](int64_t first, int64_t last) {
         std::vector<float> room;
         for (int64_t i = first; i < last; i++) {
             const Spot& spot = spots_[size_t(i / heads)];
-            int64_t head = i % heads / parts, part = i % parts * at_once, seen = spot.position + 1;
+            int64_t head = i % heads / parts, part = i % parts * queries_at_once, seen = spot.position + 1;
             int64_t begin = window ? std::max<int64_t>(seen - window, 0) : 0;
             int64_t at = (i / heads * shape_.heads + head * shared + part) * size;
-            Attention of{std::min(at_once, shared - part), size, begin, seen, query_.data() + at,
+            Attention of{std::min(queries_at_once, shared - part), size, begin, seen, query_.data() + at,
                          spot.cache->keys(int64_t(layer), head), spot.cache->values(int64_t(layer), head), shape_.scale,
                          shape_.cap, nullptr, mixed_.data() + at};
-            grow(room, at_once * wide_room(of));
+            grow(room, queries_at_once * wide_room(of));
             of.room = room.data();
             kernels().attend(of);
         }

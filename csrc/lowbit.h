@@ -200,13 +200,14 @@ struct Kept {
 };
 
 // Attention of queries [queries, dim] of heads that share keys and values, over the positions first to before last; dim is a
-// multiple of 16, and `room` has place for four times `wide_room`. With a cap, scores become cap * tanh(score / cap).
+// multiple of 16, and `room` has place for `queries_at_once` times `wide_room`. With a cap, scores become cap * tanh(score / cap).
 struct Attention {
     int64_t queries, dim, first, last;
     const float* query;
     Kept keys, values;
     float scale, cap, *room, *out;  // cap: 0 for none
 };
+constexpr int64_t queries_at_once = 4;
 static inline int64_t wide_room(const Attention& of) { return (of.last - of.first + 15) / 16 * 16; }
 
 struct ErrorSums {

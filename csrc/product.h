@@ -139,6 +139,12 @@ struct Row {
     }
 };
 
+template <int tokens>
+LOWBIT_INLINE void clear(I (&sums)[tokens]) {
+    LOWBIT_EACH_TOKEN
+    for (int t = 0; t < tokens; t++) sums[t] = set(0);
+}
+
 template <class Source>
 LOWBIT_INLINE I product(I codes, I inputs) {
     return Source::is_signed ? dot_signed(codes, inputs) : dot_bytes(codes, inputs);
@@ -173,8 +179,7 @@ LOWBIT_INLINE void add_paired(const Source& source, const uint8_t* chunk, const 
         }
     } else {
         I pairs[tokens];
-        LOWBIT_EACH_TOKEN
-        for (int t = 0; t < tokens; t++) pairs[t] = set(0);
+        clear(pairs);
         add_products<quad, until>(source, chunk, input, col, pairs);
         LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) sum[t] = add_dot_pairs(sum[t], pairs[t], factor);
@@ -213,8 +218,7 @@ LOWBIT_INLINE void add_quads(const Source& source, const uint8_t* chunk, const R
         add_quads<until, last, plain>(source, chunk, input, col, factor, sum);
     } else {  // a sum of one token would wait for itself all along
         I part[tokens];
-        LOWBIT_EACH_TOKEN
-        for (int t = 0; t < tokens; t++) part[t] = set(0);
+        clear(part);
         add_dots<quad, last>(source, chunk, input, col, part);
         LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) {
@@ -263,8 +267,7 @@ struct Plain {
         const int64_t sub = of.sub;
         const uint8_t* chunk = span.codes;
         I dots[tokens], one = set(0x00010001);
-        LOWBIT_EACH_TOKEN
-        for (int t = 0; t < tokens; t++) dots[t] = set(0);
+        clear(dots);
         for (int64_t col = span.first; col < span.last; col += 32, chunk += 64 * Source::bits) {
             if constexpr (!Source::near) ask_for<Source::bits>(chunk);
             if (sub < 32) {
@@ -455,16 +458,14 @@ struct Nested {
     LOWBIT_INLINE void begin_run(int64_t panel, int64_t step, I (&dots)[tokens], I (&shift)[tokens]) const {
         const int64_t at = (panel * (of.cols / of.step) + step) * 16;
         const int32_t offset = zeros ? above : above + int32_t(of.offset);
-        LOWBIT_EACH_TOKEN
-        for (int t = 0; t < tokens; t++) dots[t] = set(0);
+        clear(dots);
         if (offset != 0) {
             add_steps<false>(step, at, dots);
             LOWBIT_EACH_TOKEN
             for (int t = 0; t < tokens; t++) dots[t] = mul(dots[t], set(-offset));
         }
         if constexpr (!zeros) return;
-        LOWBIT_EACH_TOKEN
-        for (int t = 0; t < tokens; t++) shift[t] = set(0);
+        clear(shift);
         add_steps<true>(step, at, shift);
     }
     // Adds the sums of the inputs of a run's steps, from `step` on, times the integers of their zeros, or of their scales.

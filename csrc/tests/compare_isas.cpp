@@ -329,7 +329,8 @@ static std::vector<uint8_t> in_fours(int64_t tokens, int64_t cols, int64_t run, 
 static void compare_product(const Kernels& kernels, Way way, int bits, int64_t rows, int64_t cols, int64_t step, bool minus,
                             int64_t over = 0) {
     bool alone = (rows % 2 == 0) == (cols % 3 == 0);
-    int64_t panels = (rows + 15) / 16, tokens = alone ? 1 : cols > 700 ? 267 : 14;  // more than are taken at once; some that fill no tile
+    // Tokens: one, more than are taken at once, or some that fill no tile.
+    int64_t panels = (rows + 15) / 16, tokens = alone ? 1 : cols > 700 ? 267 : 14;
     int64_t sub = over ? over : step % 32 ? 16 : bits == 2 && step == 256 ? 256 : 32;
     int64_t scales = panels * 16 * cols / (over ? over : step), steps = panels * 16 * cols / step;
     bool narrow = rows % 2, zeros = over ? minus : rows % 3 != 0, joined = over && rows % 5 == 0;
@@ -368,12 +369,14 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
     std::vector<int16_t> sums(size_t((tokens + 3) / 4 * 4 * cols / summed));
     for (int64_t t = 0; over && t < tokens; t++)
         put_in_fours(2 * cols / summed, step_sum.data() + t * cols / summed, t % 4, sums.data() + t / 4 * 4 * cols / summed);
+    const bool in_fours_too = over && !alone;  // the sums of steps
     auto integers = [](Buffer& from) { return reinterpret_cast<const int8_t*>(from.at()); };
     Product of{way, rows, cols, bits, step, over ? over : step, codes.at(),
                {scale.at(), narrow ? Dtype::f16 : Dtype::f32}, zeros ? zero.at() : nullptr, minus, way == Way::table ? 0.0f : 3.0f,
                over ? integers(fine) : nullptr, over && zeros && !joined ? integers(fine_zero) : nullptr,
                joined, level.data(), table.data(), 0.5f, tokens, input.data(), sub,
-               alone ? rounded.data() : tiles.data(), input_scale.data(), alone || !over ? step_sum.data() : sums.data(), words.data(), fours.data(), nullptr};
+               alone ? rounded.data() : tiles.data(), input_scale.data(), in_fours_too ? sums.data() : step_sum.data(),
+               words.data(), fours.data(), nullptr};
     compare("product", kernels, {rows, cols, int64_t(way), bits}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> found(size_t(tokens * rows));
         Product mine = of;
@@ -451,9 +454,12 @@ static void compare_attention(const Kernels& kernels, int64_t dim, int64_t first
     for (Keep as : {Keep::f32, Keep::f16, Keep::int8})
         for (float cap : {0.0f, 5.0f})
             compare("attend", kernels, {last, dim, first, queries}, 4 * queries * dim, [&](const Kernels& k, uint8_t* out) {
-                std::vector<float> room(size_t(4 * (last - first + 15) / 16 * 16)), found(query.size());
+                std::vector<float> found(query.size());
                 KeptRoom kept(k, as, dim, keys), mixed(k, as, dim, values);
-                k.attend({queries, dim, first, last, query.data(), kept.of, mixed.of, 0.1f, cap, room.data(), found.data()});
+                Attention of{queries, dim, first, last, query.data(), kept.of, mixed.of, 0.1f, cap, nullptr, found.data()};
+                std::vector<float> room(size_t(queries_at_once * wide_room(of)));
+                of.room = room.data();
+                k.attend(of);
                 std::memcpy(out, found.data(), 4 * found.size());
             });
     for (bool gelu : {false, true})
