@@ -11,6 +11,8 @@ namespace lowbit {
 
 namespace {
 
+using Sixteen [[gnu::vector_size(16)]] = uint64_t;  // bytes at a time
+
 // Moves bits between parts (codes, scales: what is in a `GgmlParts`) and a block. Targets are all zero before.
 template <bool packing>
 struct Mover {
@@ -20,37 +22,15 @@ struct Mover {
 
     // `width` bits of `count` neighbours: from bit `from` of each part, from bit `at` of each byte
     static void bits(int count, Part* __restrict part, int from, int width, Byte* __restrict byte, int at) {
-        int mask = (1 << width) - 1, i = 0;
-        for (; i + 8 <= count; i += 8) {
-            uint64_t here, there, masks = uint64_t(mask) * 0x0101010101010101;
-            std::memcpy(&here, part + i, 8), std::memcpy(&there, byte + i, 8);
-            if constexpr (packing)
-                there |= (here >> from & masks) << at, std::memcpy(byte + i, &there, 8);
-            else
-                here |= (there >> at & masks) << from, std::memcpy(part + i, &here, 8);
-        }
-        for (; i < count; i++) {
-            if constexpr (packing)
-                byte[i] = uint8_t(byte[i] | (part[i] >> from & mask) << at);
-            else
-                part[i] = uint8_t(part[i] | (byte[i] >> at & mask) << from);
-        }
+        int i = 0;
+        for (; i + 16 <= count; i += 16) move<Sixteen>(part + i, from, width, byte + i, at);
+        for (; i + 8 <= count; i += 8) move<uint64_t>(part + i, from, width, byte + i, at);
+        for (; i + 4 <= count; i += 4) move<uint32_t>(part + i, from, width, byte + i, at);
+        for (; i < count; i++) move<uint8_t>(part + i, from, width, byte + i, at);
     }
     // As `bits` for `number` runs of 32 parts, one after the other: all from one bit, to `width` bits each of the same bytes.
     static void planes(int number, Part* __restrict part, int from, int width, Byte* __restrict byte) {
-        uint64_t masks = uint64_t((1 << width) - 1) * 0x0101010101010101;
-        for (int i = 0; i < 32; i += 8) {
-            uint64_t here, there;
-            std::memcpy(&there, byte + i, 8);
-            for (int n = 0; n < number; n++) {
-                std::memcpy(&here, part + 32 * n + i, 8);
-                if constexpr (packing)
-                    there |= (here >> from & masks) << n * width;
-                else
-                    here |= (there >> n * width & masks) << from, std::memcpy(part + 32 * n + i, &here, 8);
-            }
-            if constexpr (packing) std::memcpy(byte + i, &there, 8);
-        }
+        for (int n = 0; n < number; n++) bits(32, part + 32 * n, from, width, byte, n * width);
     }
     // offset binary here, two's complement there
     static void signed_bytes(int count, Part* part, Byte* byte) {
@@ -79,6 +59,31 @@ struct Mover {
                 for (int n = 0; n < trits; n++) part[i + n * count] = uint8_t(uint8_t(byte[i] * power[n]) * 3 >> 8);
             }
         }
+    }
+
+    // Of some blocks, what is written.
+    static void clear(const GgmlShape& shape, int64_t first, int64_t count, const GgmlParts<Part>& parts, Byte* stored) {
+        if constexpr (packing) {
+            std::memset(stored + first * shape.bytes, 0, size_t(count * shape.bytes));
+        } else {
+            if (parts.codes) std::memset(parts.codes + first * shape.weights, 0, size_t(count * shape.weights));
+            if (parts.scale_codes) std::memset(parts.scale_codes + first * shape.subs, 0, size_t(count * shape.subs));
+            if (parts.min_codes) std::memset(parts.min_codes + first * shape.subs, 0, size_t(count * shape.subs));
+        }
+    }
+
+  private:
+    template <class Word>
+    using Lane = std::conditional_t<std::is_integral_v<Word>, Word, uint64_t>;
+    template <class Word>  // as many neighbours as it has bytes
+    static void move(Part* part, int from, int width, Byte* byte, int at) {
+        constexpr auto every = uint64_t(0x0101010101010101) >> (sizeof(Word) < 8 ? 64 - 8 * sizeof(Word) : 0);
+        Word here, there, masks = Word{} + Lane<Word>(((1 << width) - 1) * every);
+        std::memcpy(&here, part, sizeof here), std::memcpy(&there, byte, sizeof there);
+        if constexpr (packing)
+            there |= (here >> from & masks) << at, std::memcpy(byte, &there, sizeof there);
+        else
+            here |= (there >> at & masks) << from, std::memcpy(part, &here, sizeof here);
     }
 };
 
@@ -215,21 +220,39 @@ void move_super(GgmlType type, const Block<Part>& b, Byte* at) {
     }
 }
 
-template <class M, class Parts, class Byte>
-void move_all(GgmlType type, int64_t blocks, const Parts& parts, Byte* stored) {
-    GgmlShape shape = ggml_shape(type);
+// Bits of targets are joined with what is there, so these are cleared before: some blocks at a time, which stay near.
+template <class M, GgmlType type, class Byte>
+void move_blocks(int64_t blocks, const GgmlParts<typename M::Part>& parts, Byte* stored) {
+    constexpr int64_t some = 64;
+    const GgmlShape shape = ggml_shape(type);
     typename M::Part none[256] = {};
-    for (int64_t i = 0; i < blocks; i++) {
-        Block<typename M::Part> block{
-            parts.codes ? parts.codes + i * shape.weights : none,
-            parts.scale + i * shape.scale_bytes,
-            parts.min ? parts.min + 2 * i : nullptr,
-            parts.scale_codes ? parts.scale_codes + i * shape.subs : nullptr,
-            parts.min_codes ? parts.min_codes + i * shape.subs : nullptr,
-        };
-        move_plain<M>(type, block, stored + i * shape.bytes);
-        move_super<M>(type, block, stored + i * shape.bytes);
+    for (int64_t first = 0, last; first < blocks; first = last) {
+        last = std::min(first + some, blocks);
+        M::clear(shape, first, last - first, parts, stored);
+        for (int64_t i = first; i < last; i++) {
+            Block<typename M::Part> block{
+                parts.codes ? parts.codes + i * shape.weights : none,
+                parts.scale + i * shape.scale_bytes,
+                parts.min ? parts.min + 2 * i : nullptr,
+                parts.scale_codes ? parts.scale_codes + i * shape.subs : nullptr,
+                parts.min_codes ? parts.min_codes + i * shape.subs : nullptr,
+            };
+            move_plain<M>(type, block, stored + i * shape.bytes);
+            move_super<M>(type, block, stored + i * shape.bytes);
+        }
     }
+}
+
+// A loop of its own for each type, which is not asked for with each block.
+template <class M, GgmlType... types, class Byte>
+void move_any(GgmlType type, int64_t blocks, const GgmlParts<typename M::Part>& parts, Byte* stored) {
+    ((type == types ? move_blocks<M, types>(blocks, parts, stored) : void()), ...);
+}
+template <class M, class Byte>
+void move_all(GgmlType type, int64_t blocks, const GgmlParts<typename M::Part>& parts, Byte* stored) {
+    using enum GgmlType;
+    move_any<M, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, tq1_0, tq2_0, mxfp4, nvfp4>(
+        type, blocks, parts, stored);
 }
 
 }  // namespace
@@ -264,8 +287,10 @@ GgmlShape ggml_shape(GgmlType type) {
 }
 
 int64_t ggml_pack(GgmlType type, int64_t blocks, const GgmlParts<const uint8_t>& parts, uint8_t* stored) {
-    std::memset(stored, 0, size_t(blocks * ggml_shape(type).bytes));
-    if (has_grid(type)) return ggml_grid_pack(type, blocks, parts, stored);
+    if (has_grid(type)) {
+        std::memset(stored, 0, size_t(blocks * ggml_shape(type).bytes));
+        return ggml_grid_pack(type, blocks, parts, stored);
+    }
     move_all<Mover<true>>(type, blocks, parts, stored);
     return -1;
 }
@@ -274,9 +299,6 @@ void ggml_unpack(GgmlType type, int64_t blocks, const uint8_t* stored, const Ggm
     if (has_grid(type) && blocks > 0 && !parts.codes) throw std::invalid_argument("without its codes this type has nothing");
     if (has_grid(type)) return ggml_grid_unpack(type, blocks, stored, parts);
     GgmlShape shape = ggml_shape(type);
-    if (parts.codes) std::memset(parts.codes, 0, size_t(blocks * shape.weights));
-    if (parts.scale_codes) std::memset(parts.scale_codes, 0, size_t(blocks * shape.subs));
-    if (parts.min_codes) std::memset(parts.min_codes, 0, size_t(blocks * shape.subs));
     if (parts.codes) return move_all<Mover<false>>(type, blocks, parts, stored);
     bool first = type == GgmlType::q4_0 || type == GgmlType::q5_0 || type == GgmlType::q8_0;  // the scale, and no other
     for (int64_t i = 0; first && i < blocks; i++) std::memcpy(parts.scale + 2 * i, stored + i * shape.bytes, 2);

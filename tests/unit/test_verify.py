@@ -13,16 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lowbit
 from benchmarks import synthetic
 from lowbit.budget import MemoryWatch
 from lowbit.errors import VerifyError
 from lowbit.formats import Weight
+from lowbit.stages import _store
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules, make_plan
 from lowbit.stages.quantize import estimate_memory, quantize
 from lowbit.stages.verify import verify
 from lowbit.stages.write import Output, open_output
 from lowbit.tensors import QTensor
+from tests.reference.qtensors import slow_dequantize
 
 NAME = "layers.0.proj.weight"
 
@@ -194,27 +197,19 @@ def test_a_tensor_too_many_is_not_overlooked(tmp_path: Path) -> None:
 ROWS = "model.layers.0.mlp.down_proj.weight"
 
 
+def write_llama(path: Path) -> None:
+    """A model of one block, if it is not there."""
+    small = "--layers 1 --hidden 256 --mlp 512 --heads 4 --kv-heads 2 --vocab 512"
+    if not path.exists():
+        synthetic.write(synthetic.parser().parse_args([str(path), *small.split()]))
+
+
 @contextmanager
 def in_rows(
     tmp_path: Path, out: str, scheme: str, method: str, *, piece: int, scratch: bool = False
 ) -> Iterator[tuple[Output, Callable[[], None]]]:
     """A run into GGUF whose weights are stored in pieces, or whole where codes lie in scratch files."""
-    if not (tmp_path / "llama").exists():
-        small = [
-            "--layers",
-            "1",
-            "--hidden",
-            "256",
-            "--mlp",
-            "512",
-            "--heads",
-            "4",
-            "--kv-heads",
-            "2",
-            "--vocab",
-            "512",
-        ]
-        synthetic.write(synthetic.parser().parse_args([str(tmp_path / "llama"), *small]))
+    write_llama(tmp_path / "llama")
     with open_checkpoint(tmp_path / "llama") as source:
         plan = make_plan(source, Rules(scheme, format="gguf", method=method))
         way = replace(estimate_memory(plan, None, 2), piece=piece, scratch=scratch)
@@ -230,7 +225,7 @@ def test_rows_stored_apart_are_the_bytes_and_the_journal_of_whole_weights(
 ) -> None:
     """Also where a piece does not end with the weight, and where a method brings codes of its own."""
     found = []
-    for out, piece, scratch in (("whole", 1 << 21, True), ("rows", 3 * 512, False), ("one", 1 << 21, False)):
+    for out, piece, scratch in (("whole", 1 << 21, True), ("rows", 21 * 512, False), ("one", 1 << 21, False)):
         with in_rows(tmp_path, out, scheme, method, piece=piece, scratch=scratch) as (output, make):
             make()
             told = {
@@ -268,3 +263,35 @@ def test_rows_that_are_not_what_was_meant_are_named(tmp_path: Path, monkeypatch:
         with pytest.raises(VerifyError, match=f"{ROWS} differs from what was meant in element {first} of its codes"):
             make()
         assert ROWS not in output.records
+
+
+@pytest.mark.parametrize(("format", "scheme"), [("gptq", "int4-g128"), ("mlx", "int4-g64-min"), ("gguf", "q4_k")])
+def test_codes_that_go_over_into_rows_are_those_of_whole_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, scheme: str
+) -> None:
+    """In several panels, the last of fewer rows; a byte that the disk changes in a later one is named."""
+    write_llama(tmp_path / "llama")
+    lowbit.quantize(tmp_path / "llama", tmp_path / "in", scheme=scheme, format=format)
+    found = []
+    for out, panel in (("one", 2**22), ("many", 3 * 2**14)):
+        monkeypatch.setattr(_store, "_PANEL", panel)
+        assert lowbit.convert(tmp_path / "in", tmp_path / out, format="gguf").lossless
+        lines = map(json.loads, (tmp_path / out / ".lowbit/journal.jsonl").read_text().splitlines()[1:])
+        told = sorted((line["tensor"], *line["meant"].items(), *line["stored"].items()) for line in lines)
+        found.append(((tmp_path / out / "model.gguf").read_bytes(), told))
+    assert found[0] == found[1]
+    with open_checkpoint(tmp_path / "in") as before, open_checkpoint(tmp_path / "many") as after:
+        one, other = before.load(ROWS), after.load(ROWS)
+        assert isinstance(one, QTensor) and isinstance(other, QTensor)
+        assert torch.equal(slow_dequantize(one), slow_dequantize(other))
+    write = Output.write
+
+    def write_badly(output: Output, name: str, data: memoryview, at: int = 0) -> None:
+        bad = bytearray(data)
+        if name == ROWS and at > 0:
+            bad[-1] ^= 1
+        write(output, name, memoryview(bad), at)
+
+    monkeypatch.setattr(Output, "write", write_badly)
+    with pytest.raises(VerifyError, match=f"{ROWS} differs from what was meant in element .* of its codes"):
+        lowbit.convert(tmp_path / "in", tmp_path / "bad", format="gguf")

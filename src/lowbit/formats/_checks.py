@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import isfinite
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -61,6 +62,13 @@ def below(name: str, codes: UInt8[Tensor, "..."], limit: int) -> UInt8[Tensor, "
     return codes
 
 
+def equal(left: Tensor, right: Tensor) -> bool:
+    """As `torch.equal`; of float32 by numpy, which takes a fifth of its time."""
+    if left.dtype != torch.float32:
+        return torch.equal(left, right)
+    return np.array_equal(left.numpy(), right.numpy())
+
+
 def exact(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values converted to a storage dtype that must hold every one of them exactly.
 
@@ -69,7 +77,7 @@ def exact(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     converted = values.to(dtype)
     back = converted.to(values.dtype)
-    if not torch.equal(back, values):
+    if not equal(back, values):
         value = values[back != values].flatten()[0].item()
         raise FormatError(
             f"{name}: {value:.9g} cannot be stored as {str(dtype).removeprefix('torch.')} without changing it"

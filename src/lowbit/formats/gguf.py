@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Codes, CodeWords, Format, Spec, Weight
-from lowbit.formats._checks import finite, stored
+from lowbit.formats._checks import finite, row_chunks, stored
 from lowbit.formats._ggml import BLOCKS, BlockType, hollow, type_of, words_of
 from lowbit.formats._ggml import pack as pack_blocks
 from lowbit.formats._ggml import unpack as unpack_blocks
@@ -26,7 +26,7 @@ from lowbit.schemes import FLOATS, Scheme, parse
 from lowbit.tensors import QTensor
 
 _NVFP4 = parse("nvfp4")
-_ROWS, _COLUMNS = 128, 512  # of what is put into another order at a time
+_CODES, _COLUMNS = 2**22, 512  # of what is put into another order at a time
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -90,8 +90,8 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
     if order is None:
         pack_blocks(q, name, out)
         return
-    for start in range(0, weight.shape[0], _ROWS):
-        pack_blocks(_rows(q, order[start : start + _ROWS]), name, out[start : start + _ROWS])
+    for some in row_chunks(weight.shape[0], weight.shape[1], _CODES):
+        pack_blocks(_rows(q, order[some]), name, out[some])
 
 
 def _straight(weight: Weight, q: QTensor, columns: Tensor) -> QTensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit import native
 from lowbit.errors import UnsupportedError, UsageError
-from lowbit.formats._checks import row_chunks
+from lowbit.formats._checks import equal, row_chunks
 from lowbit.formats._linear import row_block
 from lowbit.schemes import FAMILIES, FLOATS, Block, Grid, Scheme, Zero, parse
 from lowbit.stages.quantize import Error
@@ -186,8 +186,7 @@ def _block_values(
             rows, cols = view_shape(given.shape, Block(1, 0))
             _stored(given.rows(0, min(rows, -(-_FEW // max(cols, 1)))), dtype, what, rounding)
         given = given.dequantize()
-    values = _spread(given, index, blocks)
-    return values if dtype is None else _stored(values, dtype, what, rounding)
+    return _spread(given if dtype is None else _stored(given, dtype, what, rounding), index, blocks)
 
 
 def _spread(values: Tensor, index: Inside, blocks: Shape) -> Tensor:
@@ -206,7 +205,7 @@ def _stored(values: Float[Tensor, "..."], dtype: torch.dtype, what: str, roundin
     if not rounding and values.numel() > _FEW:  # what a type lacks is mostly found at once
         _stored(values.reshape(-1)[:_FEW], dtype, what, rounding)
     found = values.to(dtype).float()
-    if not rounding and torch.equal(found, values):
+    if not rounding and equal(found, values):
         return found
     wrong = (~found.isfinite() | ((found == 0) & (values != 0))) if rounding else found != values
     if bool(wrong.any()):
@@ -241,7 +240,7 @@ def _zeros(q: QTensor, scheme: Scheme, index: Inside, rounding: bool) -> Tensor 
             raise UnsupportedError(f"its zero points are not all {half:g}, as those of a symmetric scheme are")
         return None
     whole = values.round().clamp(0, 2**scheme.grid.bits - 1)
-    if not rounding and not torch.equal(whole, values):
+    if not rounding and not equal(whole, values):
         value = values[whole != values][0].item()
         raise UnsupportedError(f"the zero point {value:.9g} is no whole number from 0 to {2**scheme.grid.bits - 1}")
     return whole.to(torch.uint8)
@@ -252,7 +251,7 @@ def _in_codes(q: QTensor, rounding: bool) -> Float[Tensor, "blocks_down blocks_a
     scales, minima = q.scale_values(), q.zero_values()
     assert minima is not None
     found = torch.where(scales == 0, 0.0, minima / scales)
-    if not rounding and not torch.equal(found * scales, minima):
+    if not rounding and not equal(found * scales, minima):
         raise UnsupportedError("it subtracts minima that are no multiples of its scales")
     return found
 

@@ -27,7 +27,7 @@ from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
 from lowbit.stages._carry import carried, gap, spelled, variants
 from lowbit.stages._rooms import Rooms
-from lowbit.stages._store import Floats, Streamed, Value, streamed
+from lowbit.stages._store import Floats, Streamed, Value, packs_words, streamed
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan, arranged
 from lowbit.stages.quantize import Error, quantize_weight
@@ -452,9 +452,9 @@ class Changer:
         if self.goal.scheme and named is None:
             raise UnsupportedError(f"--scheme {self.goal.scheme}: {_float.NAME} holds f16, bf16 or f32")
         choices = [named] if named else self.dtypes(weight)
-        made = ((dtype, self._rounding(weight, dtype, dtype == choices[0])) for dtype in choices)
-        first = next(made)
-        dtype, error = next((each for each in chain([first], made) if not each[1].largest), first)
+        tried = ((dtype, self._rounding(weight, dtype, whole=False)) for dtype in choices)
+        exact = next((each for each in tried if not each[1].largest), None)
+        dtype, error = exact or (choices[0], self._rounding(weight, choices[0]))
         target = Weight(weight.name, weight.held, dtype)
         why = "" if not error.largest else f"{_name(dtype)} does not have its values; --scheme f32 does"
         why = why or ("its inputs are no longer rounded" if weight.activations else "")
@@ -475,8 +475,8 @@ class Changer:
         if entry.method not in (CARRY, ROUND):
             return self.quantized(self.load(weight, pieces=pieces), entry)[0]
         form: Format = plugins.load("formats", str(self.source.format))
-        into = self.goal.form.codes
-        streams = bool(form.codes and into and into.rows.pack) and self._hollow(weight, target)
+        in_parts = packs_words(self.goal.form) or self.goal.form.by_rows(target)
+        streams = form.codes is not None and in_parts and self._hollow(weight, target)
         q = carried(self.load(weight, streams, pieces), target.scheme, rounding=entry.method == ROUND)
         if not streams:
             return q

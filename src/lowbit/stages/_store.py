@@ -212,7 +212,7 @@ def store(
 
     Args:
         value: what was meant: contiguous, in the type that is stored, where the weight is not quantized; streamed only
-            in schemes of which the format packs rows; in rows where the format stores them apart.
+            where the format packs rows of words of the scheme, or stores rows apart; in rows only where it does that.
         source: what was read, or its digest.
         facts: for the report; to its `seconds` those of packing and writing are added.
         scratch: packed and read back in mapped files, for little memory, and not in this thread's buffers.
@@ -232,10 +232,12 @@ def store(
         written, reading = _copy(output, entry, Floats(_runs(packed), lambda: packed))
         meant = written if packed is value else {"weight": digest(value)}
         stored = {name: written["weight"]}
-    elif isinstance(value, Streamed):
+    elif isinstance(value, Streamed) and packs_words(output.plan.rules):
         meant, stored, reading = _stream(output, entry, value, scratch)
+    elif isinstance(value, Streamed):
+        meant, stored, reading = _by_rows(output, entry, value.pieces(), value.whole)
     elif isinstance(value, Rows):
-        meant, stored, reading = _by_rows(output, entry, value)
+        meant, stored, reading = _by_rows(output, entry, value.pieces, value.again)
         source, more = value.seen()
         facts = {**more, **facts}
     else:
@@ -287,11 +289,13 @@ def _pack(
     return stored, _let_go(output, parts, start)
 
 
-def _by_rows(output: Output, entry: Entry, value: Rows) -> tuple[dict[str, str], dict[str, str], float]:
+def _by_rows(
+    output: Output, entry: Entry, pieces: Iterator[QTensor], again: Callable[[], Value]
+) -> tuple[dict[str, str], dict[str, str], float]:
     """As `_pack`, for rows at a time; returns what was meant, too."""
     weight, rules, name = entry.weight, output.plan.rules, entry.weight.name
     meant, found, stored, same, at, reading = _Sums(), _Sums(), _Sums(), True, 0, 0.0
-    for q in value.pieces:
+    for q in pieces:
         rows = replace(weight, shape=tuple(q.shape))
         parts = output.into(replace(entry, weight=rows), mapped=False)
         rules.pack(rows, q, parts)
@@ -307,7 +311,7 @@ def _by_rows(output: Output, entry: Entry, value: Rows) -> tuple[dict[str, str],
         at += parts[name].nbytes
     if not same or found.digests() != meant.digests():
         find = lambda: rules.unpack(weight, output.read(entry), None)
-        _refuse(output, entry, meant.digests(), find, value.again)
+        _refuse(output, entry, meant.digests(), find, again)
     return meant.digests(), stored.digests(), reading
 
 
@@ -341,6 +345,11 @@ def _stream(
         find = lambda: rules.unpack(weight, output.read(entry), None)
         _refuse(output, entry, meant, find, value.whole)
     return meant, stored, _let_go(output, parts, start)
+
+
+def packs_words(rules: Format) -> bool:
+    """Whether a format takes codes as words."""
+    return rules.codes is not None and rules.codes.rows.pack is not None
 
 
 def _is_turned(rules: Format, value: Streamed) -> bool:
