@@ -61,6 +61,8 @@ using Numbers = std::vector<int64_t>;
 NB_MODULE(_native, module) {
     using Unlocked = nb::call_guard<nb::gil_scoped_release>;
 
+    nb::set_leak_warnings(false);  // what a script still holds as the interpreter ends is no news for its user
+
     module.def("isa", [] { return std::string(kernels().isa); });
     module.def("supported_isas", [] {
         std::vector<std::string> names;

@@ -57,5 +57,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What a notebook offers after `lowbit.`: names that were not used yet, too."""
-    return sorted({*globals(), *__all__})
+    """What a notebook offers after `lowbit.`: names that were not used yet, and none that are imported here."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

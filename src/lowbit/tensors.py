@@ -97,7 +97,7 @@ class Part:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QTensor:
     """A weight as codes on a grid.
 
@@ -168,6 +168,10 @@ class QTensor:
         wanted = kinds.get(self.scheme.zero)
         if len(held) != (self.scheme.zero != "none") or (held and wanted is not held[0]):
             raise FormatError(f"scheme {self.scheme} and its zero points do not agree")
+
+    def __repr__(self) -> str:
+        """Scheme, shape and size, for a notebook."""
+        return f"QTensor({self.scheme}, {list(self.shape)}, {self.bits_per_weight:.4g} bits per weight)"
 
     def scale_values(self) -> Float[Tensor, "block_rows block_cols"]:
         """The scales as float32, dequantized where they are quantized themselves."""

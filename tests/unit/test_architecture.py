@@ -173,7 +173,7 @@ def test_public_names_are_few_sorted_and_there() -> None:
 
     assert lowbit.__all__ == sorted(lowbit.__all__)
     assert len(lowbit.__all__) <= 15
-    assert set(lowbit.__all__) <= set(dir(lowbit))
+    assert {name for name in dir(lowbit) if not name.startswith("_")} == set(lowbit.__all__)
     for name in lowbit.__all__:
         assert getattr(lowbit, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):

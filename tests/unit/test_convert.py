@@ -328,6 +328,11 @@ def test_a_directory_with_something_else_and_the_input_itself_are_left_alone(tmp
     with pytest.raises(JournalError, match="holds something else"):
         lowbit.convert(tmp_path / "in", tmp_path / "in", format="gptq_v2")
     assert sorted((file.name, file.read_bytes()) for file in (tmp_path / "in").iterdir()) == before
+    lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq_v2")  # which has a journal
+    before = sorted((file.name, file.read_bytes()) for file in (tmp_path / "out").glob("[!.]*"))
+    with pytest.raises(JournalError, match="out is the checkpoint that is read; name another directory"):
+        lowbit.convert(tmp_path / "out", tmp_path / "in" / ".." / "out", format="gptq")
+    assert sorted((file.name, file.read_bytes()) for file in (tmp_path / "out").glob("[!.]*")) == before
 
 
 def test_memory_that_is_short_is_made_up_for_by_files_without_a_name(tmp_path: Path) -> None:

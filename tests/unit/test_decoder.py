@@ -185,6 +185,16 @@ def test_what_a_text_begins_with_is_not_read_again(keep: str, tmp_path: Path) ->
     assert torch.equal(together, torch.stack(alone))
 
 
+def test_a_model_on_the_kernels_is_not_saved_without_its_weights(quantized: Path, tmp_path: Path) -> None:
+    """What `transformers` would write is embeddings and norms, which load with random matrices beside them."""
+    with pytest.raises(UnsupportedError, match=r"q_proj\.weight is on the kernels.*lowbit convert"):
+        lowbit.load(quantized).save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("*.safetensors"))
+    lowbit.load(quantized, reference=True).save_pretrained(tmp_path / "floats")
+    again = lowbit.load(tmp_path / "floats", reference=True)(IDS).logits
+    assert torch.equal(again, lowbit.load(quantized, reference=True)(IDS).logits)
+
+
 def test_keys_and_values_in_fewer_bits_hardly_move_predictions(quantized: Path, wiki_8m: Path) -> None:
     """KL in nats per token from those in float32; inputs are not rounded, which would hide it."""
     loaded = open_model(quantized, exact=True)

@@ -44,7 +44,11 @@ class _Lazy(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-@click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=_Lazy,
+    commands={name: click.Command(name) for name in _COMMANDS},  # what click suggests for a name that is none
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="lowbit")
 def group() -> None:
     """Model checkpoints in fewer bits: quantized, verified, measured.

@@ -421,7 +421,7 @@ def sampling_options(tokens: int, temperature: float, top_p: float) -> Callable[
     probability = click.FloatRange(0, 1, min_open=True)
     options = [
         click.option(
-            "--max-tokens", "tokens", type=click.IntRange(1), default=tokens, show_default=True,
+            "-n", "--max-tokens", "tokens", type=click.IntRange(1), default=tokens, show_default=True,
             help="Most tokens to generate.",
         ),
         click.option(

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lowbit.errors import UnsupportedError
 from lowbit.runtime.panels import Packed
 
 
@@ -45,6 +46,17 @@ class Linear(nn.Module):
     def values(self) -> Float[Tensor, "outputs inputs"]:
         """The weight: its products with the unit vectors."""
         return self.packed.matrix()(torch.eye(self.in_features), self.threads).T
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Refuse: without these weights a saved model is none, and would be loaded with random ones.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            f"{prefix}weight is on the kernels, which give no weights to save; `lowbit convert` and `lowbit quantize` "
+            "write checkpoints, and `lowbit.load(path, reference=True)` has all weights as floats"
+        )
 
     def extra_repr(self) -> str:
         """Shape, bits and way, for `print(model)`."""

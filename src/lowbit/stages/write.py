@@ -385,10 +385,13 @@ def open_output(path: Path, checkpoint: Checkpoint, plan: Plan, shard_bytes: int
     """Open an empty directory, or go on in one that holds this very run.
 
     Raises:
-        JournalError: the directory holds something else, a run with other inputs or another plan, or is in use.
+        JournalError: the directory is the input, holds something else, or a run with other inputs or another plan, or
+            is in use.
         ResourceError: not enough disk space.
     """
     shards = make_shards(plan, shard_bytes, checkpoint)
+    if path.exists() and path.samefile(checkpoint.root):  # of other runs it is said to delete them
+        raise JournalError(f"{path} is the checkpoint that is read; name another directory")
     refuse_foreign(path)
     with disk_errors(path):
         (path / WORK).mkdir(parents=True, exist_ok=True)
