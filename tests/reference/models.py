@@ -49,11 +49,15 @@ STACKED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def save_tiny(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of a type, its biases and norms not trivial; returns it in eval mode."""
+def save_tiny(kind: str, path: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A model of a type, its biases and norms not trivial; returns it in eval mode.
+
+    `settings`: what its configuration has otherwise.
+    """
     config_class: Any = transformers.CONFIG_MAPPING[kind]
     known = config_class()
-    wanted = {name: value for name, value in {**_SIZES, **{**SETTINGS, **STACKED}[kind]}.items() if value is not None}
+    wanted = {**_SIZES, **{**SETTINGS, **STACKED}[kind], **settings}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
     config = config_class(**{name: value for name, value in wanted.items() if hasattr(known, name)})
     torch.manual_seed(0)
     auto: Any = transformers.AutoModelForCausalLM

@@ -28,7 +28,7 @@ Examples:
 @click.command(epilog=_EXAMPLES)
 @click.argument("model")
 @click.argument("given", metavar="[PROMPT]...", nargs=-1)
-@click.option("-p", "--prompt", "prompts", multiple=True, help="Text to continue, - for the standard input; repeatable.")
+@click.option("-p", "--prompt", "prompts", multiple=True, help="Text to continue, - for standard input; repeatable.")
 @click.option("--prompts", "file", type=click.Path(exists=True, dir_okay=False), help="More of them, one on each line.")
 @click.option("--chat", is_flag=True, help="The prompt is a message; answer it through the model's chat template.")
 @sampling_options(tokens=256, temperature=0.0, top_p=1.0)

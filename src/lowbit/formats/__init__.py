@@ -106,6 +106,11 @@ def never_by_rows(weight: Weight) -> bool:
     return False
 
 
+def never_stacked(name: str, model_type: str) -> tuple[str, int] | None:
+    """What a format says that stores every tensor alone."""
+    return None
+
+
 @dataclass(frozen=True)
 class CodeWords:
     """How a format stores codes alone, as lines of words: in part, from one line on.
@@ -178,6 +183,8 @@ class Format:
         codes: those of the schemes that are `hollow`, in parts; None where they are not had so.
         by_rows: `(weight) -> bool`: whether its layout is one tensor, of which some rows are what `pack` makes of a
             weight of those rows alone.
+        stacks: `(tensor name, model_type of config.json) -> (name, number)` of the tensor of the file that has it,
+            together with those of other experts, of which it is that one; None where it is stored alone.
     """
 
     about: str
@@ -199,3 +206,4 @@ class Format:
     hollow: Callable[[Scheme], bool] = never_hollow
     codes: Codes | None = None
     by_rows: Callable[[Weight], bool] = never_by_rows
+    stacks: Callable[[str, str], tuple[str, int] | None] = never_stacked

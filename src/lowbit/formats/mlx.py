@@ -30,6 +30,7 @@ from lowbit.formats._linear import (
     row_block,
 )
 from lowbit.formats._renamed import named
+from lowbit.formats._switch import stacked
 from lowbit.schemes import FLOATS, Block, Scheme, parse
 from lowbit.tensors import QTensor, scale_shape
 
@@ -166,14 +167,31 @@ def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, word
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """config.json as mlx-lm writes it; what is quantized is known by its scales, what differs is named."""
-    plain = declare(source, None)
-    chosen = {weight.module: _parameters(planned(weight)) for weight in weights if weight.scheme}
+    plain = {**declare(source, None), **_rope(source)}
+    kind = str(source.get("model_type"))
+    chosen = {_declared_as(weight.module, kind): _parameters(planned(weight)) for weight in weights if weight.scheme}
     if not chosen:
         return {"config.json": plain}
     common = dict(Counter(tuple(each.items()) for each in chosen.values()).most_common(1)[0][0])
     other = {module: _own(each) for module, each in chosen.items() if each != common}
     quantization = {**common, **other}
     return {"config.json": {**plain, "quantization": quantization, "quantization_config": quantization}}
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What mlx-lm looks for where transformers 5 has `rope_parameters`: without it classes take angles of their own."""
+    told = config.get("rope_parameters")
+    if not isinstance(told, Mapping) or "rope_theta" not in told or "rope_theta" in config:
+        return {}
+    beside = {key: told[key] for key in ("rope_theta", "partial_rotary_factor") if key in told}
+    scaling = {key: value for key, value in told.items() if key not in beside}
+    return beside | ({"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {})
+
+
+def _declared_as(module: str, model_type: str) -> str:
+    """The name under which `quantization` has a module: experts of a layer are one."""
+    found = stacked(f"{module}.weight", model_type)
+    return found[0].removesuffix(".weight") if found else module
 
 
 def _parameters(scheme: Scheme) -> dict[str, Any]:
@@ -200,12 +218,15 @@ def recognise(
     modules = [name.removesuffix(".scales") for name in specs if name.endswith(".scales")]
     if not any(specs[name].dtype == torch.uint32 for name in specs) and not modules:
         return None
-    weights = [_recognised(module, quantization, specs, model_dtype(config)) for module in modules]
+    kind = str(config.get("model_type"))
+    said = {name: quantization.get(name) or quantization.get(_declared_as(name, kind)) for name in modules}
+    own = {name: each if isinstance(each, Mapping) else quantization for name, each in said.items()}
+    weights = [_recognised(name, own[name], specs, model_dtype(config)) for name in modules]
     return {weight.name: weight for weight in weights}
 
 
-def _recognised(module: str, quantization: Mapping[str, Any], specs: Mapping[str, Spec], dtype: torch.dtype) -> Weight:
-    small, bits, group = _meant(module, quantization)
+def _recognised(module: str, said: Mapping[str, Any], specs: Mapping[str, Spec], dtype: torch.dtype) -> Weight:
+    small, bits, group = _meant(module, said)
     words, scales = specs.get(f"{module}.weight"), specs[f"{module}.scales"]
     if words is None or len(words.shape) != 2 or words.dtype != torch.uint32:
         raise FormatError(
@@ -223,17 +244,15 @@ def _recognised(module: str, quantization: Mapping[str, Any], specs: Mapping[str
     return Weight(f"{module}.weight", (words.shape[0], cols), scales.dtype, scheme)
 
 
-def _meant(module: str, quantization: Mapping[str, Any]) -> tuple[Scheme | None, int, int]:
+def _meant(module: str, said: Mapping[str, Any]) -> tuple[Scheme | None, int, int]:
     """The small floats of a module, if it has such; bits; columns of a group.
 
     What is said of a module by its name is all that it has: what is missing there is MLX's default.
     """
-    own = quantization.get(module)
-    found = own if isinstance(own, Mapping) else quantization
-    mode = found.get("mode") or "affine"
+    mode = said.get("mode") or "affine"
     small = MODES.get(mode) if isinstance(mode, str) else None
     usual = (small.grid.bits, small.block.cols) if small else (4, 64)
-    bits, group = (found.get(key, default) for key, default in zip(("bits", "group_size"), usual, strict=True))
+    bits, group = (said.get(key, default) for key, default in zip(("bits", "group_size"), usual, strict=True))
     fits = (bits, group) == usual if small else mode == "affine" and bits in BITS and group in GROUPS
     if not fits:
         raise FormatError(f"{module}: mlx with {bits!r} bits, group_size {group!r} and mode {mode!r} is not read")
@@ -252,4 +271,5 @@ FORMAT = Format(
     owns=owns,
     hollow=hollow,
     codes=Codes(CodeWords(_unpack_rows, _pack_rows, _lines)),
+    stacks=stacked,
 )

@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 
 from lowbit import __version__
+from lowbit.errors import UsageError
 from lowbit.formats import Spec
 from lowbit.stages._safetensors import read_safetensors
 from lowbit.stages._weightfile import WeightFile
@@ -45,18 +46,45 @@ class Shard:
     read: Callable[[Path], WeightFile] = read_safetensors
 
 
-def safetensors_shard(file: str, specs: Mapping[str, Spec]) -> Shard:
-    """Order by item size (largest first, so that all are aligned), then name, as the safetensors package does."""
-    names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+def safetensors_shard(
+    file: str,
+    specs: Mapping[str, Spec],
+    stacks: Callable[[str], tuple[str, int] | None] = lambda name: None,
+    read: Callable[[Path], WeightFile] = read_safetensors,
+) -> Shard:
+    """Order by item size (largest first, so that all are aligned), then name, as the safetensors package does.
+
+    `stacks`: of tensors that are stored as one, as `Format.stacks` says; `read` finds them again.
+
+    Raises:
+        UsageError: tensors of one that are not alike, or not all there.
+    """
+    groups = _stacked(specs, stacks)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", "lowbit": __version__}}
     offsets, end = {}, 0
-    for name in names:
-        spec = specs[name]
-        start, end = end, end + prod(spec.shape) * spec.dtype.itemsize
-        offsets[name] = (start, spec)
-        entries[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    for name in sorted(groups, key=lambda name: (-specs[groups[name][0]].dtype.itemsize, name)):
+        spec, before = specs[groups[name][0]], end
+        for member in groups[name]:
+            offsets[member] = (end, spec)
+            end += prod(spec.shape) * spec.dtype.itemsize
+        shape = spec.shape if groups[name] == [name] else (len(groups[name]), *spec.shape)
+        entries[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(shape), "data_offsets": [before, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     placed = {name: (len(header) + at, spec) for name, (at, spec) in offsets.items()}
-    return Shard(file, placed, header, len(header) + end)
+    return Shard(file, placed, header, len(header) + end, read)
+
+
+def _stacked(specs: Mapping[str, Spec], stacks: Callable[[str], tuple[str, int] | None]) -> dict[str, list[str]]:
+    """Tensors of the file, and what is in each."""
+    found: dict[str, dict[int, str]] = {}
+    for name in specs:
+        whole, number = stacks(name) or (name, 0)
+        found.setdefault(whole, {})[number] = name
+    for whole, members in found.items():
+        if len({specs[name] for name in members.values()}) > 1 or sorted(members) != list(range(len(members))):
+            raise UsageError(
+                f"{members[min(members)]}: all experts of a layer are one tensor, {whole}; give them one scheme"
+            )
+    return {whole: [members[number] for number in sorted(members)] for whole, members in found.items()}

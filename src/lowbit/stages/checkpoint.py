@@ -19,6 +19,7 @@ from torch import Tensor
 from lowbit import plugins
 from lowbit.errors import CheckpointError, FormatError, LowbitError, UnsupportedError, UsageError
 from lowbit.formats import Format, Spec, Weight
+from lowbit.formats._switch import of_expert
 from lowbit.formats.onnx import is_declared as is_onnx
 from lowbit.stages._directory import (
     GGUF,
@@ -34,13 +35,14 @@ from lowbit.stages._gguf_model import open_gguf
 from lowbit.stages._onnx_model import open_onnx
 from lowbit.stages._safetensors import read_safetensors
 from lowbit.stages._torchfile import read_torch
-from lowbit.stages._weightfile import WeightFile, one_line, read_json, show
+from lowbit.stages._weightfile import Slot, WeightFile, one_line, read_json, show
 from lowbit.tensors import QTensor
 
 # What a plug-in may stumble over in a configuration or in tensors that nobody promised to be sane.
 _STUMBLES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 LEFT = "llama.cpp takes them from a file of its own (mmproj)"
+_MOST = 4096  # experts of a layer; a header may claim more than there is memory for
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 AHEAD = (
     "layers after the model's last, which foresee tokens further on, are not in its class, and llama.cpp does without"
@@ -261,9 +263,10 @@ def open_checkpoint(source: str | Path, trust_remote_code: bool = False) -> Chec
         return _open_gguf(path, shards[0], extras, config)
     if shards[0].suffix == ONNX:
         return replace(_open_onnx(path, shards[0], extras, config), trusted=trust_remote_code)
-    files = _merge([_read_file(shard) for shard in shards])
+    stored = [_read_file(shard) for shard in shards]
     if index:
-        _check_index(index, files)
+        _check_index(index, _merge(stored))
+    files = _merge([_unstacked(file, str(config.get("model_type"))) for file in stored])
     if not files:
         raise CheckpointError(f"{path} holds no tensors")
     specs = {name: file.slots[name].spec for name, file in files.items()}
@@ -345,6 +348,38 @@ def _read(path: Path, files: Mapping[str, WeightFile], name: str) -> Tensor:
 
 def _read_file(path: Path) -> WeightFile:
     return read_torch(path) if path.name.endswith(TORCH_SUFFIXES) else read_safetensors(path)
+
+
+def read_unstacked(path: Path, model_type: str) -> WeightFile:
+    """A safetensors file in which every expert of a tensor that has those of a layer is a tensor; raises as it."""
+    return _unstacked(read_safetensors(path), model_type)
+
+
+def _unstacked(file: WeightFile, model_type: str) -> WeightFile:
+    slots: dict[str, Slot] = {}
+    for name, slot in file.slots.items():
+        pattern = of_expert(name, model_type)
+        found = {name: slot} if pattern is None else _experts(file, name, pattern)
+        if not slots.keys().isdisjoint(found):
+            raise CheckpointError(
+                f"{file.path}: tensor {show(name)} has what {show(next(iter(found)))} is there for, too"
+            )
+        slots |= found
+    return replace(file, slots=slots)
+
+
+def _experts(file: WeightFile, name: str, pattern: str) -> dict[str, Slot]:
+    """What a tensor `[experts, ...]` has of each."""
+    slot = file.slots[name]
+    count, *shape = slot.spec.shape or (0,)
+    if not shape or slot.stride or not 0 < count <= _MOST:
+        raise CheckpointError(
+            f"{file.path}: tensor {show(name)} is {list(slot.spec.shape)}, which is not of the experts of a layer"
+        )
+    extent = slot.extent // count
+    size = extent * slot.spec.dtype.itemsize
+    spec = Spec(slot.spec.dtype, tuple(shape))
+    return {pattern.format(e): Slot(spec, slot.start + e * size, extent) for e in range(count)}
 
 
 def _merge(files: list[WeightFile]) -> dict[str, WeightFile]:

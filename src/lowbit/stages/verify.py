@@ -24,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 from lowbit.budget import Estimate
 from lowbit.collector import paused
 from lowbit.errors import VerifyError
+from lowbit.formats import Spec
 from lowbit.stages._gguf import read_gguf
+from lowbit.stages._safetensors import read_safetensors
 from lowbit.stages._shard import Shard
 from lowbit.stages._store import Value, compare
 from lowbit.stages._weightfile import one_line
@@ -111,12 +113,18 @@ def _check_headers(output: Output, written: Checkpoint) -> None:
         try:
             with safe_open(path, "np") as file:
                 names = list(file.keys())  # this is no dict: it cannot be iterated over itself
-                found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+                theirs = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         except SafetensorError as error:
             raise VerifyError(f"{path}: the safetensors package refuses what was written: {error}") from error
-        places = {name: (written.files[name].slots[name].start, written.specs[name]) for name in found}
-        if found != {name: spec.shape for name, (_, spec) in shard.offsets.items()} or places != shard.offsets:
+        ours = {name: slot.spec.shape for name, slot in read_safetensors(path).slots.items()}
+        if ours != theirs or _places(path, written) != shard.offsets:
             raise VerifyError(f"{path}: the safetensors package finds other tensors than were written")
+
+
+def _places(path: Path, written: Checkpoint) -> dict[str, tuple[int, Spec]]:
+    """Where what a checkpoint has in a file begins, and what it is."""
+    own = {name: file for name, file in written.files.items() if file.path.name == path.name}
+    return {name: (file.slots[name].start, written.specs[name]) for name, file in own.items()}
 
 
 def _check_onnx(path: Path) -> None:
@@ -152,7 +160,5 @@ def _check_gguf(path: Path, shard: Shard, written: Checkpoint) -> None:
     except (ValueError, KeyError, IndexError) as error:
         raise VerifyError(f"{path}: the gguf package refuses what was written: {error}") from error
     ours = {name: (tensor.start, tensor.nbytes) for name, tensor in read_gguf(path).tensors.items()}
-    own = {name: file for name, file in written.files.items() if file.path.name == path.name}
-    places = {name: (file.slots[name].start, written.specs[name]) for name, file in own.items()}
-    if ours != theirs or places != shard.offsets:
+    if ours != theirs or _places(path, written) != shard.offsets:
         raise VerifyError(f"{path}: the gguf package finds other tensors than were written")

@@ -20,9 +20,10 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, final
@@ -40,7 +41,7 @@ from lowbit.stages._gguf_write import gguf_shards
 from lowbit.stages._onnx_write import onnx_shard
 from lowbit.stages._shard import Shard, safetensors_shard
 from lowbit.stages._weightfile import WeightFile
-from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.checkpoint import Checkpoint, read_unstacked
 from lowbit.stages.plan import Entry, Plan
 from lowbit.tensors import Shape, view_shape
 
@@ -106,27 +107,41 @@ def make_shards(plan: Plan, limit: int | None = None, checkpoint: Checkpoint | N
     """
     if plan.rules.container == "gguf" and checkpoint is not None:
         return gguf_shards(plan, checkpoint, limit)
-    shards = _weight_shards(plan, limit or SHARD_BYTES)
+    model_type = str(checkpoint.config.get("model_type")) if checkpoint else ""
+    shards = _weight_shards(plan, limit or SHARD_BYTES, model_type)
     if plan.rules.container == "onnx" and checkpoint is not None:
         return [*shards, onnx_shard(plan, checkpoint, shards)]
     return shards
 
 
-def _weight_shards(plan: Plan, limit: int) -> list[Shard]:
+def _weight_shards(plan: Plan, limit: int, model_type: str) -> list[Shard]:
+    def stacks(name: str) -> tuple[str, int] | None:
+        return plan.rules.stacks(name, model_type)
+
     groups: list[dict[str, Spec]] = [{}]
     filled = 0
-    for entry in plan.entries:
-        specs = plan.layout(entry)
-        size = plan.stored_bytes(entry)
+    for specs, size in _together(plan, stacks):
         if filled and filled + size > limit:
             groups.append({})
             filled = 0
         groups[-1] |= specs
         filled += size
-    if len(groups) == 1:
-        return [safetensors_shard("model.safetensors", groups[0])]
-    files = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
-    return [safetensors_shard(file, group) for file, group in zip(files, groups, strict=True)]
+    numbers = range(1, len(groups) + 1)
+    files = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in numbers]
+    files = files if len(groups) > 1 else ["model.safetensors"]
+    read = partial(read_unstacked, model_type=model_type)
+    return [safetensors_shard(file, group, stacks, read) for file, group in zip(files, groups, strict=True)]
+
+
+def _together(plan: Plan, stacks: Callable[[str], tuple[str, int] | None]) -> Iterator[tuple[dict[str, Spec], int]]:
+    """What is in one file, and its bytes: a weight, or all experts of a layer that are one tensor."""
+    found: dict[str, list[Entry]] = {}
+    for entry in plan.entries:
+        whole = next((held[0] for name in plan.layout(entry) if (held := stacks(name))), entry.weight.name)
+        found.setdefault(whole, []).append(entry)
+    for entries in found.values():
+        specs = {name: spec for entry in entries for name, spec in plan.layout(entry).items()}
+        yield specs, sum(map(plan.stored_bytes, entries))
 
 
 @final
@@ -350,7 +365,7 @@ class Output:
             if not shard.offsets:
                 self._seal_empty(shard)
         if len([shard for shard in self.shards if shard.offsets]) > 1 and self.plan.rules.container != "gguf":
-            write_atomic(self.path / "model.safetensors.index.json", self._index())
+            write_atomic(self.path / "model.safetensors.index.json", self._index(checkpoint))
         documents = self._documents(checkpoint)
         for extra in checkpoint.extras:
             place = extra.relative_to(checkpoint.root)
@@ -373,8 +388,13 @@ class Output:
         self._file(shard)
         self._seal(shard)
 
-    def _index(self) -> bytes:
-        where = {name: shard.file for shard in self.shards for name in shard.offsets}
+    def _index(self, checkpoint: Checkpoint) -> bytes:
+        kind = str(checkpoint.config.get("model_type"))
+        where = {
+            (self.plan.rules.stacks(name, kind) or (name,))[0]: shard.file
+            for shard in self.shards
+            for name in shard.offsets
+        }
         total = sum(shard.nbytes - len(shard.header) for shard in self.shards)
         document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         return (json.dumps(document, indent=2) + "\n").encode()

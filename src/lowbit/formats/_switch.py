@@ -1,0 +1,41 @@
+"""MLX's experts: one tensor has all of a layer (`SwitchLinear`, mlx-lm: switch_layers.py); here each is a weight.
+
+mlx-lm makes these tensors of separate experts as it loads float checkpoints, and of quantized ones not for every class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_GATED = {"gate_proj": "gate_proj", "down_proj": "down_proj", "up_proj": "up_proj"}
+_NUMBERED = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+# What its parts are called in transformers, by type of the model; `_GATED` for others.
+_PARTS: Mapping[str, Mapping[str, str]] = {
+    "lfm2_moe": _NUMBERED,
+    "minimax": _NUMBERED,
+    "minimax_m2": _NUMBERED,
+    "mixtral": _NUMBERED,
+    "nemotron_h": {"fc1": "up_proj", "fc2": "down_proj"},
+    "phimoe": _NUMBERED,
+}
+_STACK = re.compile(r"(.*\.)switch_mlp\.(\w+)\.(weight|scales|biases|bias)")
+_EXPERT = re.compile(r"(.*\.)experts\.(\d{1,6})\.(\w+)\.(weight|scales|biases|bias)")
+
+
+def stacked(name: str, model_type: str) -> tuple[str, int] | None:
+    """The tensor that has one of an expert, and the number of the expert; None for all else."""
+    found = _EXPERT.fullmatch(name)
+    part = next((ours for ours, theirs in _parts(model_type).items() if found and theirs == found[3]), None)
+    return (f"{found[1]}switch_mlp.{part}.{found[4]}", int(found[2])) if found and part else None
+
+
+def of_expert(name: str, model_type: str) -> str | None:
+    """The names of what a tensor has of each expert, with `{}` for its number; None for all else."""
+    found = _STACK.fullmatch(name)
+    part = _parts(model_type).get(found[2]) if found else None
+    return f"{found[1]}experts.{{}}.{part}.{found[3]}" if found and part else None
+
+
+def _parts(model_type: str) -> Mapping[str, str]:
+    return _PARTS.get(model_type, _GATED)

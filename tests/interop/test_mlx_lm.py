@@ -1,0 +1,157 @@
+"""Whole checkpoints of the format `mlx` in mlx-lm, and of mlx-lm here: the same logits; experts of a layer are one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import lowbit
+from lowbit.errors import CheckpointError, UsageError
+from lowbit.pipeline import Request, run
+from lowbit.stages.checkpoint import open_checkpoint
+from lowbit.stages.plan import Rules
+from lowbit.tensors import QTensor
+from tests.interop.test_mlx import as_torch
+from tests.reference.models import save_tiny
+
+mx: Any = pytest.importorskip("mlx.core")
+utils: Any = pytest.importorskip("mlx_lm.utils")
+
+IDS = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(0))
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+EXPERTS = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    "mistral": {}, "qwen2": {}, "qwen3": {"tie_word_embeddings": True}, "gemma": {}, "phi3": {}, "mixtral": {},
+    "qwen2_moe": EXPERTS, "qwen3_moe": EXPERTS,
+}  # fmt: skip
+
+
+def model_of(kind: str, path: Path) -> Path:
+    """A float checkpoint, with what mlx-lm asks for by names of transformers 4."""
+    save_tiny(kind, path, **{**SIZES, **KINDS[kind]})
+    config = json.loads((path / "config.json").read_text())
+    if kind == "qwen3_moe":
+        config |= {"num_experts": config["num_local_experts"], "head_dim": 16}
+        (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def theirs(model: Any) -> Tensor:
+    return as_torch(model(mx.array(IDS.numpy())).astype(mx.float32))
+
+
+def ours(path: Path) -> Tensor:
+    found: Tensor = lowbit.load(path, reference=True)(IDS).logits
+    return found.detach()
+
+
+def close(left: Tensor, right: Tensor, most: float = 2e-5) -> bool:
+    return bool((left - right).abs().max() < most * right.abs().max())
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32-min", "mxfp4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mlx_lm_computes_what_was_written(kind: str, scheme: str, tmp_path: Path) -> None:
+    """Some experts in another scheme. Gemma's activation is another approximation there, in floats as well."""
+    sets = {r"\.0\..*(o_proj|experts\..*(down_proj|w2))": "int8-g64-min"}
+    lowbit.quantize(
+        model_of(kind, tmp_path / "m"), tmp_path / "out", scheme=scheme, format="mlx", method="rtn", sets=sets
+    )
+    with mx.stream(mx.cpu):
+        model, _ = utils.load_model(tmp_path / "out", lazy=False)
+        found = theirs(model)
+    modules = [type(each).__name__ for _, each in model.named_modules()]
+    assert sum("Quantized" in name for name in modules) >= 8
+    assert ("QuantizedSwitchLinear" in modules) == (kind in ("mixtral", "qwen2_moe", "qwen3_moe"))
+    assert close(found, ours(tmp_path / "out"), 1e-3 if kind == "gemma" else 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_reads_what_mlx_lm_makes(kind: str, tmp_path: Path) -> None:
+    """Quantized there, routers and a part of experts in 8 bits; and over to compressed-tensors, MLX and floats."""
+    path = model_of(kind, tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    config["rope_scaling"] = config["rope_parameters"] if kind == "llama" else None
+    (path / "config.json").write_text(json.dumps(config))
+
+    def chosen(name: str, module: Any) -> Any:
+        eight = name.endswith(("gate", "switch_mlp.up_proj"))
+        return {"group_size": 64, "bits": 8} if eight else hasattr(module, "to_quantized") and "lm_head" not in name
+
+    with mx.stream(mx.cpu):
+        model, config = utils.load_model(path, lazy=False)
+        model, config = utils.quantize_model(model, config, 32, 4, quant_predicate=chosen)
+        (tmp_path / "made").mkdir()
+        utils.save_model(tmp_path / "made", model)
+        utils.save_config(config, tmp_path / "made/config.json")
+        wanted = theirs(model)
+    with open_checkpoint(tmp_path / "made") as found:
+        experts = [name for name, weight in found.weights.items() if ".experts." in name and weight.scheme]
+        assert len(experts) == (0 if kind == "llama" else len({name.split(".experts.")[0] for name in experts}) * 12)
+        gates = [weight for name, weight in found.weights.items() if name.endswith("gate.weight")]
+        assert all(weight.scheme and weight.scheme.grid.bits == 8 for weight in gates)
+    assert close(ours(tmp_path / "made"), wanted)
+    done = lowbit.convert(tmp_path / "made", tmp_path / "again", format="mlx")
+    assert done.lossless and torch.equal(ours(tmp_path / "again"), ours(tmp_path / "made"))
+    floats = lowbit.convert(tmp_path / "made", tmp_path / "floats", format="float", scheme="f32")
+    assert floats.lossless and torch.equal(ours(tmp_path / "floats"), ours(tmp_path / "made"))
+
+
+def test_experts_of_a_layer_stay_in_one_file(tmp_path: Path) -> None:
+    """Files of few bytes: each tensor is in one, by its name in the index, and mlx-lm finds all."""
+    path = model_of("qwen3_moe", tmp_path / "m")
+    run(Request(str(path), tmp_path / "out", Rules("int4-g32-min", format="mlx", method="rtn"), shard_bytes=20_000))
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 3
+    for file in set(index.values()):
+        with safe_open(tmp_path / "out" / file, "pt") as found:
+            assert {name for name, place in index.items() if place == file} == set(found.keys())
+            for name in found.keys():  # noqa: SIM118 - no dict
+                assert len(found.get_slice(name).get_shape()) == (
+                    3 if "switch_mlp" in name else found.get_tensor(name).ndim
+                )
+                assert ".experts." not in name
+    with mx.stream(mx.cpu):
+        model, _ = utils.load_model(tmp_path / "out", lazy=False)
+        assert close(theirs(model), ours(tmp_path / "out"))
+    with open_checkpoint(tmp_path / "out") as written, open_checkpoint(path) as before:
+        for name in [name for name in before.weights if ".experts." in name]:
+            value = written.load(name)
+            assert isinstance(value, QTensor)
+            assert (value.dequantize() - before.tensor(name)).abs().max() < 0.3
+
+
+def test_experts_that_are_not_alike_are_refused(tmp_path: Path) -> None:
+    path, one = model_of("qwen3_moe", tmp_path / "m"), r"layers\.0\.mlp\.experts\.2\.up_proj"
+    with pytest.raises(UsageError, match=r"all experts of a layer are one tensor, .*0\.mlp\.switch_mlp\.up_proj"):
+        lowbit.quantize(path, tmp_path / "out", scheme="int4-g32-min", format="mlx", method="rtn",
+                        sets={one: "int8-g32-min"})  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["no axes", "no experts", "twice"])
+def test_stacks_that_are_none_are_named(what: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    lowbit.quantize(
+        model_of("qwen3_moe", tmp_path / "m"), tmp_path / "out", scheme="int4-g32-min", format="mlx", method="rtn"
+    )
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    name = "model.layers.0.mlp.switch_mlp.up_proj.scales"
+    bad = {
+        "no axes": {name: torch.tensor(1.0)},
+        "no experts": {name: torch.zeros(0, 64, 2)},
+        "twice": {"model.layers.0.mlp.experts.1.up_proj.scales": torch.ones(64, 2)},
+    }[what]
+    save_file(tensors | bad, tmp_path / "out/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor '.*up_proj\.scales' (is \[|has what)"):
+        open_checkpoint(tmp_path / "out")
