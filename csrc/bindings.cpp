@@ -141,6 +141,21 @@ NB_MODULE(_native, module) {
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), Unlocked());
     module.def(
+        "block_errors",
+        [](const Floats& weight, const Floats& scale, const MaybeFloats& zero, float offset, float code_max,
+           bool round_sum, const MaybeFloats& sorted, const std::optional<Bytes>& sorted_codes, const MaybeFloats& level,
+           const MaybeFloats& importance, int64_t block_rows, int64_t block_cols, const FloatsOut& out) {
+            Grid grid{int64_t(weight.shape(0)), int64_t(weight.shape(1)), block_rows, block_cols};
+            Levels table;
+            if (sorted) table = nearest_level(sorted->data(), sorted_codes->data(), int(sorted->shape(0)));
+            kernels().block_errors(grid, weight.data(), scale.data(), data_or_null(zero),
+                                   {offset, code_max, round_sum ? Rounding::sum : Rounding::quotient,
+                                    sorted ? &table : nullptr, data_or_null(level), false},
+                                   data_or_null(importance), out.data());
+        },
+        nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
+        nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), Unlocked());
+    module.def(
         "pack_bits",
         [](const Bytes& codes, int bits, const AnyOut& words) {
             kernels().pack_bits(codes.data(), int64_t(codes.shape(0)), int64_t(codes.shape(1)), bits, words.data());

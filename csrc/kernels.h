@@ -365,7 +365,11 @@ void to_floats(Weight weight, int64_t count, float* out) {
 
 // ---- sweep ----
 
-// encode(x, zero) gives code and value, both as far as the scale is left out.
+struct CodeAndValue {
+    I code;
+    F value;
+};
+
 template <class Encode>
 void sweep_lanes(const Sweep& of, const Coder& coder, int64_t lane, Encode encode) {
     I least = set(coder.keep_zeros ? 1 : 0);
@@ -386,29 +390,23 @@ void sweep_lanes(const Sweep& of, const Coder& coder, int64_t lane, Encode encod
     }
 }
 
-struct CodeAndValue {
-    I code;
-    F value;
-};
-
-void sweep(const Sweep& of, const Coder& coder) {
-    auto run = [&](auto encode) {
-        for (int64_t lane = 0; lane < of.lanes; lane += 16) sweep_lanes(of, coder, lane, encode);
-    };
+// Calls body(encode): encode(x, zero) gives code and value, both as far as the scale is left out.
+template <class Body>
+void with_encoder(const Coder& coder, Body body) {
     auto affine = [&](auto round) {
-        run([&](F x, F z) {
+        body([&](F x, F z) {
             F code = min(max(round(x, z), set(0.0f)), set(coder.code_max));
             return CodeAndValue{to_int(code), sub(code, z)};
         });
     };
     if (coder.levels && coder.levels->count <= 16 && at_most_16(coder.level)) {
         F value = load_f32(coder.level);
-        run([code_of = Lookup16(*coder.levels), value](F x, F) {
+        body([code_of = Lookup16(*coder.levels), value](F x, F) {
             I code = code_of(x);
             return CodeAndValue{code, lookup16(value, code)};
         });
     } else if (coder.levels) {
-        run([code_of = Lookup256(*coder.levels), value = coder.level](F x, F) {
+        body([code_of = Lookup256(*coder.levels), value = coder.level](F x, F) {
             I code = code_of(x);
             return CodeAndValue{code, lookup256(value, code)};
         });
@@ -417,6 +415,45 @@ void sweep(const Sweep& of, const Coder& coder) {
     } else {
         affine([](F x, F z) { return rint(add(x, z)); });
     }
+}
+
+void sweep(const Sweep& of, const Coder& coder) {
+    with_encoder(coder, [&](auto encode) {
+        for (int64_t lane = 0; lane < of.lanes; lane += 16) sweep_lanes(of, coder, lane, encode);
+    });
+}
+
+// ---- errors of blocks ----
+
+template <class Encode>
+float squared_errors(const float* weight, const float* importance, int64_t count, F scale, F zero, Encode encode) {
+    F sum = set(0.0f);
+    auto take = [&](int64_t i, auto n) {
+        F w = load_some<F32>(weight + i, n);
+        F error = first_lanes(sub(mul(encode(div(w, scale), zero).value, scale), w), n);
+        sum = fma(importance ? mul(error, load_some<F32>(importance + i, n)) : error, error, sum);
+    };
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) take(i, Full{});
+    if (i < count) take(i, int(count - i));
+    return sum_of(sum);
+}
+
+void block_errors(const Grid& grid, const float* weight, const float* scale, const float* zero, const Coder& coder,
+                  const float* importance, float* out) {
+    int64_t across = blocks_across(grid);
+    with_encoder(coder, [&](auto encode) {
+        for (int64_t row = 0; row < grid.rows; row++) {
+            int64_t at = row / grid.block_rows * across;
+            bool fresh = row % grid.block_rows == 0;
+            for (int64_t i = 0, first = 0; i < across; i++, first += grid.block_cols) {
+                F s = set(scale[at + i]), z = set(zero ? zero[at + i] : coder.offset);
+                float sum = squared_errors(weight + row * grid.cols + first, importance ? importance + first : nullptr,
+                                           smaller(grid.block_cols, grid.cols - first), s, z, encode);
+                out[at + i] = fresh ? sum : out[at + i] + sum;
+            }
+        }
+    });
 }
 
 // ---- pack ----
@@ -533,7 +570,7 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last);  // compiled apart: product.h
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
-                           dequantize, error,       to_floats,       sweep,           pack_bits,       unpack_bits,     transpose_words,
+                           dequantize, error,       to_floats,       sweep,           block_errors, pack_bits,       unpack_bits,     transpose_words,
                            softmax,    softmax_slopes, encode_any, fit_any, put_any,         true,            LOWBIT_PRODUCT,
                            round_inputs, widen,     round_wide,      widen_panels,    attend,    keep,
                            gate};

@@ -242,6 +242,11 @@ struct Kernels {
     // targets of the columns that follow (GPTQ's inner loop).
     void (*sweep)(const Sweep&, const Coder&);
 
+    // Of each block the squared errors of its weights, each times the importance of its column where that is not null,
+    // under the codes nearest to them, added in 16 lanes of a row.
+    void (*block_errors)(const Grid&, const float* weight, const float* scale, const float* zero, const Coder&,
+                         const float* importance, float* out);
+
     // Each row is a dense stream of `bits` per code, least significant bit first, padded with zero bits to 32.
     void (*pack_bits)(const uint8_t* codes, int64_t rows, int64_t cols, int bits, void* words);
     void (*unpack_bits)(const void* words, int64_t rows, int64_t cols, int bits, uint8_t* codes);

@@ -148,6 +148,21 @@ static void compare_dequantize(const Kernels& kernels, const Grid& grid, Dtype d
         }
 }
 
+// body(coder, zero) for each way to find codes.
+template <class Body>
+static void each_coder(bool keep, const float* zero, Body body) {
+    for (Rounding rounding : {Rounding::quotient, Rounding::sum})
+        for (const float* z : {static_cast<const float*>(nullptr), zero})
+            body(Coder{8, 15, rounding, nullptr, nullptr, keep}, z);
+    for (int levels : {3, 16, 200}) {
+        std::vector<float> sorted(static_cast<size_t>(levels)), table = level_table(0, levels);
+        std::vector<uint8_t> codes(sorted.size());
+        for (int i = 0; i < levels; i++) sorted[size_t(i)] = table[size_t(i)], codes[size_t(i)] = uint8_t(i);
+        Levels found = nearest_level(sorted.data(), codes.data(), levels);
+        body(Coder{0, 255, Rounding::quotient, &found, table.data(), keep}, nullptr);
+    }
+}
+
 // All that a sweep changes, one after the other.
 static void compare_sweep(const Kernels& kernels, int64_t cols, int64_t lanes) {
     Grid grid{cols, lanes, 1, 1};
@@ -165,18 +180,21 @@ static void compare_sweep(const Kernels& kernels, int64_t cols, int64_t lanes) {
             std::memcpy(out, t.data(), size_t(4 * count)), std::memcpy(out + 4 * count, e.data(), size_t(4 * count));
         });
     };
-    for (bool keep : {false, true}) {
-        for (Rounding rounding : {Rounding::quotient, Rounding::sum})
-            for (const float* z : {static_cast<const float*>(nullptr), static_cast<const float*>(zero.data())})
-                run({8, 15, rounding, nullptr, nullptr, keep}, z);
-        for (int levels : {3, 16, 200}) {
-            std::vector<float> sorted(static_cast<size_t>(levels)), table = level_table(0, levels);
-            std::vector<uint8_t> codes(sorted.size());
-            for (int i = 0; i < levels; i++) sorted[size_t(i)] = table[size_t(i)], codes[size_t(i)] = uint8_t(i);
-            Levels found = nearest_level(sorted.data(), codes.data(), levels);
-            run({0, 255, Rounding::quotient, &found, table.data(), keep}, nullptr);
-        }
-    }
+    for (bool keep : {false, true}) each_coder(keep, zero.data(), run);
+}
+
+static void compare_block_errors(const Kernels& kernels, const Grid& grid) {
+    auto weight = random_scales(grid.rows * grid.cols), scale = random_scales(blocks(grid)), zero = random_scales(blocks(grid));
+    auto importance = random_scales(grid.cols);
+    auto run = [&](const Coder& coder, const float* z) {
+        for (const float* of_column : {static_cast<const float*>(nullptr), static_cast<const float*>(importance.data())})
+            compare("block_errors", kernels, grid, 4 * blocks(grid), [&](const Kernels& k, uint8_t* out) {
+                std::vector<float> errors(scale.size());
+                k.block_errors(grid, weight.data(), scale.data(), z, coder, of_column, errors.data());
+                if (!errors.empty()) std::memcpy(out, errors.data(), 4 * errors.size());
+            });
+    };
+    each_coder(false, zero.data(), run);
 }
 
 // In place, as attention calls it; of NaN there is one in bfloat16.
@@ -609,12 +627,14 @@ int main(int count, char** arguments) {
         for (int64_t rows : {0, 1, 2, 5})
             for (int64_t cols : {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 127, 129, 300}) {
                 for (int64_t block_cols : {1, 3, 8, 16, 24, 32, 64, 1000})
-                    for (int64_t block_rows : {1, 2, 7})
+                    for (int64_t block_rows : {1, 2, 7}) {
+                        Grid grid{rows, cols, block_rows, block_cols};
+                        compare_block_errors(kernels, grid);
                         for (Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
-                            Grid grid{rows, cols, block_rows, block_cols};
                             for (bool wild : {false, true}) compare_quantize(kernels, grid, dtype, wild);
                             compare_dequantize(kernels, grid, dtype);
                         }
+                    }
                 for (int bits = 1; bits <= 8; bits++) compare_pack(kernels, rows, cols, bits);
             }
         for (int bits = 1; bits <= 8; bits++) compare_pack(kernels, 37, 5003, bits);

@@ -60,6 +60,22 @@ def sweep(
     codes: Tensor,
     /,
 ) -> None: ...
+def block_errors(
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    offset: float,
+    code_max: float,
+    round_sum: bool,
+    sorted_levels: Tensor | None,
+    sorted_codes: Tensor | None,
+    levels: Tensor | None,
+    importance: Tensor | None,
+    block_rows: int,
+    block_cols: int,
+    out: Tensor,
+    /,
+) -> None: ...
 def pack_bits(codes: Tensor, bits: int, words: Tensor, /) -> None: ...
 def unpack_bits(words: Tensor, bits: int, codes: Tensor, /) -> None: ...
 def pack_bits_transposed(codes: Tensor, bits: int, words: Tensor, /) -> None: ...

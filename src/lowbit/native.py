@@ -232,13 +232,36 @@ def sweep(
     _check("coupling", coupling, (shape[0], shape[0]), torch.float32)
     if zero is not None:
         _check("zero", zero, shape, torch.float32)
-    if coder.levels is not None:
-        _check("coder.levels", coder.levels, (min(max(coder.levels.numel(), 1), 256),), torch.float32)
-    if (coder.levels is None) != (coder.codes is None) or (coder.levels is None) != (coder.table is None):
-        raise ValueError("levels, codes and table of a coder are given together or not at all")
+    _check_coder(coder)
     codes = _out(out, shape)
     rule = (coder.offset, coder.code_max, coder.round_sum, coder.keep_zeros, coder.levels, coder.codes, coder.table)
     _native.sweep(target, weight, error, coupling, scale, zero, *rule, codes)
+
+
+def block_errors(
+    weight: Float[Tensor, "rows cols"],
+    scale: Float[Tensor, "blocks_down blocks_across"],
+    zero: Float[Tensor, "blocks_down blocks_across"] | None,
+    coder: Coder,
+    block_rows: int,
+    block_cols: int,
+    *,
+    importance: Float[Tensor, "cols"] | None = None,
+) -> Float[Tensor, "blocks_down blocks_across"]:
+    """Of each block the sum of squared errors under the codes nearest to its weights, in one pass, in float32.
+
+    `importance`: what a column's squares count. Rows are added in order, columns of a row in 16 sums.
+    """
+    blocks = _blocks(_two(weight.shape), block_rows, block_cols)
+    _check("weight", weight, _two(weight.shape), torch.float32)
+    _scales(blocks, scale, zero)
+    if importance is not None:
+        _check("importance", importance, (weight.shape[1],), torch.float32)
+    _check_coder(coder)
+    out = torch.empty(blocks)
+    rule = (coder.offset, coder.code_max, coder.round_sum, coder.levels, coder.codes, coder.table)
+    _native.block_errors(weight, scale, zero, *rule, importance, block_rows, block_cols, out)
+    return out
 
 
 def pack_bits(
@@ -1159,6 +1182,13 @@ def _blocks(shape: tuple[int, int], block_rows: int, block_cols: int) -> tuple[i
     if block_rows < 1 or block_cols < 1:
         raise ValueError(f"a block of {block_rows} x {block_cols} elements is empty; both must be at least 1")
     return -(-shape[0] // block_rows), -(-shape[1] // block_cols)
+
+
+def _check_coder(coder: Coder) -> None:
+    if coder.levels is not None:
+        _check("coder.levels", coder.levels, (min(max(coder.levels.numel(), 1), 256),), torch.float32)
+    if (coder.levels is None) != (coder.codes is None) or (coder.levels is None) != (coder.table is None):
+        raise ValueError("levels, codes and table of a coder are given together or not at all")
 
 
 def _scales(blocks: tuple[int, int], scale: Tensor, zero: Tensor | None) -> None:

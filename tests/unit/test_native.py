@@ -206,6 +206,32 @@ def test_dequantize_and_error(shape: tuple[int, int, int, int], dtype: torch.dty
         assert sums[:2] == pytest.approx(exact[:2], rel=1e-13) and sums[2] == exact[2]
 
 
+@shapes
+@pytest.mark.parametrize("rule", ["quotient", "sum", "levels"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_errors_of_blocks(shape: tuple[int, int, int, int], rule: str, weighted: bool) -> None:
+    """Those of the codes that the oracle finds, in float64; each element in one block, columns counted as told."""
+    weight, scale, zero = make(shape)
+    importance = torch.rand(shape[1], generator=torch.Generator().manual_seed(1)) if weighted else None
+    values = weight.numpy(), full(scale, shape)
+    if rule == "levels":
+        given, codes = None, torch.arange(len(E2M1), dtype=torch.uint8)
+        coder = native.Coder(levels=torch.tensor(E2M1), codes=codes, table=table(E2M1))
+        meant = np.asarray(E2M1)[oracle.quantize_levels(*values, dict(enumerate(E2M1)))]
+    else:
+        given, coder = (zero + 0.3 if rule == "sum" else zero), native.Coder(0, 15, rule == "sum")
+        zeros = full(given, shape)
+        meant = oracle.quantize_affine(*values, zeros, 15, round_sum=rule == "sum") - zeros.astype(np.float64)
+    squares = (meant * values[1] - weight.double().numpy()) ** 2
+    squares = squares * (importance.numpy() if importance is not None else 1)
+    high, wide = shape[2:]
+    wanted = [
+        [squares[r : r + high, c : c + wide].sum() for c in range(0, shape[1], wide)] for r in range(0, shape[0], high)
+    ]
+    got = native.block_errors(weight, scale, given, coder, high, wide, importance=importance)
+    np.testing.assert_allclose(got.numpy(), np.reshape(wanted, scale.shape), rtol=2e-5, atol=1e-9)
+
+
 @dtypes
 def test_dequantize_rounds_like_torch(dtype: torch.dtype) -> None:
     codes = torch.arange(256).byte().repeat(200, 1)

@@ -29,7 +29,6 @@ from lowbit.methods._scales import (
     Affine,
     Blocks,
     Range,
-    block_mean,
     candidates,
     code_zeros,
     coder_of,
@@ -39,11 +38,11 @@ from lowbit.methods._scales import (
     global_divisor,
     improve,
     refine,
-    residual,
     round_scales,
     round_zeros,
     rounder_of,
     shares_rows,
+    squared_errors,
     unscaled,
 )
 from lowbit.schemes import Scheme
@@ -195,7 +194,7 @@ def choose(
         part: Float[Tensor, "high wide"], ranges: Range, start: Affine, block: tuple[int, int], cols: slice
     ) -> Affine:
         def error_of(affine: Affine) -> Blocks:
-            return block_mean(residual(part, affine, scheme, block).square_().mul_(importance[cols]), block)
+            return squared_errors(part, affine, scheme, block, importance[cols])
 
         trials = candidates(ranges, scheme, divisor, _ratios(scheme), loop.signed)
         return improve(start, error_of(start), trials, error_of)[0]

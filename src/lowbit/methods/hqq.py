@@ -25,6 +25,7 @@ from lowbit.methods._scales import (
     residual,
     round_zeros,
     shares_rows,
+    squared_errors,
     unscaled,
     zero_unit,
 )
@@ -88,7 +89,7 @@ def _solve(
         return _loss(residual(weight, affine, scheme, block), scheme, block)
 
     def squares_of(affine: Affine) -> Blocks:
-        return block_mean(residual(weight, affine, scheme, block).square_(), block)
+        return squared_errors(weight, affine, scheme, block)
 
     count = options.ranges or (16 if scheme.grid.bits < 4 else 1)
     shrunk = candidates(ranges, scheme, 1.0, (1 - i / (2 * count) for i in range(1, count)), False)

@@ -26,6 +26,7 @@ from lowbit.methods._scales import (
     residual,
     round_zeros,
     shares_rows,
+    squared_errors,
     unscaled,
     zero_unit,
 )
@@ -92,6 +93,8 @@ def _search(
     """The best of `start`, the fits to scaled ranges, and small shifts of the zero point of the best of these."""
 
     def error_of(affine: Affine) -> Blocks:
+        if options.p == 2:
+            return squared_errors(weight, affine, scheme, block)
         return block_mean(residual(weight, affine, scheme, block).abs_().pow_(options.p), block)
 
     trials = candidates(ranges, scheme, start.divisor, _ratios(scheme, options), options.signed)
