@@ -138,7 +138,7 @@ def test_experts_that_are_not_alike_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("what", ["no axes", "no experts", "twice"])
+@pytest.mark.parametrize("what", ["no axes", "no experts", "twice", "braces"])
 def test_stacks_that_are_none_are_named(what: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -151,6 +151,7 @@ def test_stacks_that_are_none_are_named(what: str, tmp_path: Path) -> None:
         "no axes": {name: torch.tensor(1.0)},
         "no experts": {name: torch.zeros(0, 64, 2)},
         "twice": {"model.layers.0.mlp.experts.1.up_proj.scales": torch.ones(64, 2)},
+        "braces": {"model.{x}.switch_mlp.up_proj.scales": torch.ones(3)[:0]},
     }[what]
     save_file(tensors | bad, tmp_path / "out/model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor '.*up_proj\.scales' (is \[|has what)"):

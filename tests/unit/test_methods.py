@@ -168,13 +168,14 @@ def test_rounding_of_scales() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 100), (130, 3001), (3, 700_001), (0, 5), (5, 0)])
 @pytest.mark.parametrize("block", [Block(1, 128), Block(1, 0), Block(0, 0), Block(64, 48), Block(1, 7, flat=True)])
-def test_regions_cover_every_element_and_block_once(shape: tuple[int, int], block: Block) -> None:
+@pytest.mark.parametrize("size", [1 << 18, 1 << 21])
+def test_regions_cover_every_element_and_block_once(shape: tuple[int, int], block: Block, size: int) -> None:
     if block.flat:
         shape = (1, shape[0] * shape[1])
     high, wide = block.rows or shape[0], block.cols or shape[1]
     seen = torch.zeros(shape, dtype=torch.uint8)
     blocks = torch.zeros(-(-shape[0] // max(high, 1)), -(-shape[1] // max(wide, 1)), dtype=torch.uint8)
-    for rows, cols, down, across, (height, width) in regions(shape, block):
+    for rows, cols, down, across, (height, width) in regions(shape, block, size):
         seen[rows, cols] += 1
         blocks[down, across] += 1
         assert seen[rows, cols].shape == (height * (down.stop - down.start), width * (across.stop - across.start))

@@ -20,7 +20,7 @@ _PARTS: Mapping[str, Mapping[str, str]] = {
     "phimoe": _NUMBERED,
 }
 _STACK = re.compile(r"(.*\.)switch_mlp\.(\w+)\.(weight|scales|biases|bias)")
-_EXPERT = re.compile(r"(.*\.)experts\.(\d{1,6})\.(\w+)\.(weight|scales|biases|bias)")
+_EXPERT = re.compile(r"(.*\.)experts\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|scales|biases|bias)")
 
 
 def stacked(name: str, model_type: str) -> tuple[str, int] | None:
@@ -30,11 +30,11 @@ def stacked(name: str, model_type: str) -> tuple[str, int] | None:
     return (f"{found[1]}switch_mlp.{part}.{found[4]}", int(found[2])) if found and part else None
 
 
-def of_expert(name: str, model_type: str) -> str | None:
-    """The names of what a tensor has of each expert, with `{}` for its number; None for all else."""
+def of_expert(name: str, model_type: str) -> tuple[str, str] | None:
+    """What is before and behind the number of an expert in the name of what a tensor has of it; None for all else."""
     found = _STACK.fullmatch(name)
     part = _parts(model_type).get(found[2]) if found else None
-    return f"{found[1]}experts.{{}}.{part}.{found[3]}" if found and part else None
+    return (f"{found[1]}experts.", f".{part}.{found[3]}") if found and part else None
 
 
 def _parts(model_type: str) -> Mapping[str, str]:

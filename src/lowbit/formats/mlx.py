@@ -179,7 +179,7 @@ def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, di
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What mlx-lm looks for where transformers 5 has `rope_parameters`: without it classes take angles of their own."""
+    """What mlx-lm looks for where transformers 5 has `rope_parameters`: without it classes take a base of their own."""
     told = config.get("rope_parameters")
     if not isinstance(told, Mapping) or "rope_theta" not in told or "rope_theta" in config:
         return {}

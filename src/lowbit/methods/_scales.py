@@ -310,10 +310,14 @@ def refine(
     best: Affine,
     scheme: Scheme,
     search: Callable[[Float[Tensor, "high wide"], Range, Affine, tuple[int, int], slice], Affine],
+    size: int = _REGION,
 ) -> Affine:
-    """A map improved part by part, in place: `search(part, ranges, best, block, columns)` gives each part's own."""
+    """A map improved part by part, in place: `search(part, ranges, best, block, columns)` gives each part's own.
+
+    `size`: weights of a part.
+    """
     low, high = ranges
-    for rows, cols, down, across, block in regions((weight.shape[0], weight.shape[1]), scheme.block):
+    for rows, cols, down, across, block in regions((weight.shape[0], weight.shape[1]), scheme.block, size):
         part, at = weight[rows, cols].float().contiguous(), (down, across)
         found = search(part, (low[at], high[at]), best[at], block, cols)
         best.scales[at] = found.scales
@@ -373,14 +377,16 @@ def nest(scales: Float[Tensor, "down across"], scheme: Scheme) -> QTensor:
         codes = codes + sunk.to(torch.uint8)
 
 
-def regions(shape: tuple[int, int], block: Block) -> Iterator[tuple[slice, slice, slice, slice, tuple[int, int]]]:
-    """Cut a matrix into parts that fit the cache and hold whole blocks of one size; shorter tail blocks come apart.
+def regions(
+    shape: tuple[int, int], block: Block, size: int = _REGION
+) -> Iterator[tuple[slice, slice, slice, slice, tuple[int, int]]]:
+    """Cut a matrix into parts of about so many elements and whole blocks of one size; shorter tail blocks come apart.
 
     Yields rows, columns, block rows, block columns, and the size of a block.
     """
     high, wide = block_size(shape, block)
-    across = max(_REGION // (high * wide), 1)
-    down = max(_REGION // (high * max(min(shape[1], across * wide), 1)), 1)
+    across = max(size // (high * wide), 1)
+    down = max(size // (high * max(min(shape[1], across * wide), 1)), 1)
     for rows, block_rows, height in _runs(shape[0], high, down):
         for cols, block_cols, width in _runs(shape[1], wide, across):
             yield rows, cols, block_rows, block_cols, (height, width)

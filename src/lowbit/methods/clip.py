@@ -33,6 +33,7 @@ from lowbit.tensors import QTensor
 
 _MARGIN = 2.0**-16  # a candidate wins only by more than float32 sums can err
 _TILE = 256  # columns whose inputs' correlations count; the work per weight grows with them
+_REGION = 1 << 18  # weights whose errors, and products of these, are in the cache
 _GROWTH = 1.5
 
 Tiles = Float[Tensor, "tiles size size"]
@@ -73,7 +74,7 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, o
         tiles = _tiles(stats["second_moment"][cols, cols], block[1])
         return _search(part, ranges, start, scheme, block, tiles, options)
 
-    return finish(weight, refine(weight, ranges, best, scheme, search), scheme)
+    return finish(weight, refine(weight, ranges, best, scheme, search, _REGION), scheme)
 
 
 def _search(

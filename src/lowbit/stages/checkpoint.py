@@ -358,8 +358,8 @@ def read_unstacked(path: Path, model_type: str) -> WeightFile:
 def _unstacked(file: WeightFile, model_type: str) -> WeightFile:
     slots: dict[str, Slot] = {}
     for name, slot in file.slots.items():
-        pattern = of_expert(name, model_type)
-        found = {name: slot} if pattern is None else _experts(file, name, pattern)
+        names = of_expert(name, model_type)
+        found = {name: slot} if names is None else _experts(file, name, *names)
         if not slots.keys().isdisjoint(found):
             raise CheckpointError(
                 f"{file.path}: tensor {show(name)} has what {show(next(iter(found)))} is there for, too"
@@ -368,8 +368,8 @@ def _unstacked(file: WeightFile, model_type: str) -> WeightFile:
     return replace(file, slots=slots)
 
 
-def _experts(file: WeightFile, name: str, pattern: str) -> dict[str, Slot]:
-    """What a tensor `[experts, ...]` has of each."""
+def _experts(file: WeightFile, name: str, before: str, behind: str) -> dict[str, Slot]:
+    """What a tensor `[experts, ...]` has of each, by a name that has its number between two parts."""
     slot = file.slots[name]
     count, *shape = slot.spec.shape or (0,)
     if not shape or slot.stride or not 0 < count <= _MOST:
@@ -379,7 +379,7 @@ def _experts(file: WeightFile, name: str, pattern: str) -> dict[str, Slot]:
     extent = slot.extent // count
     size = extent * slot.spec.dtype.itemsize
     spec = Spec(slot.spec.dtype, tuple(shape))
-    return {pattern.format(e): Slot(spec, slot.start + e * size, extent) for e in range(count)}
+    return {f"{before}{e}{behind}": Slot(spec, slot.start + e * size, extent) for e in range(count)}
 
 
 def _merge(files: list[WeightFile]) -> dict[str, WeightFile]:
