@@ -43,6 +43,14 @@ static auto data_or_null(const std::optional<Array>& array) {
     return array ? array->data() : nullptr;
 }
 
+// `native.Coder`, whose sorted levels are put into `table`.
+static Coder coder_of(float offset, float code_max, bool round_sum, bool keep_zeros, const MaybeFloats& sorted,
+                      const MaybeBytes& sorted_codes, const MaybeFloats& level, Levels& table) {
+    if (sorted) table = nearest_level(sorted->data(), sorted_codes->data(), int(sorted->shape(0)));
+    return {offset, code_max, round_sum ? Rounding::sum : Rounding::quotient, sorted ? &table : nullptr,
+            data_or_null(level), keep_zeros};
+}
+
 // A matrix and the Python objects whose memory it reads.
 struct Held {
     Matrix matrix;
@@ -129,32 +137,27 @@ NB_MODULE(_native, module) {
         "sweep",
         [](const FloatsOut& target, const Floats& weight, const FloatsOut& error, const Floats& coupling,
            const Floats& scale, const MaybeFloats& zero, float offset, float code_max, bool round_sum,
-           bool keep_zeros, const MaybeFloats& sorted, const std::optional<Bytes>& sorted_codes, const MaybeFloats& level,
+           bool keep_zeros, const MaybeFloats& sorted, const MaybeBytes& sorted_codes, const MaybeFloats& level,
            const Codes& codes) {
             Sweep of{int64_t(target.shape(0)), int64_t(target.shape(1)), weight.data(), coupling.data(),
                      scale.data(), data_or_null(zero), target.data(), error.data(), codes.data()};
             Levels table;
-            if (sorted) table = nearest_level(sorted->data(), sorted_codes->data(), int(sorted->shape(0)));
-            kernels().sweep(of, {offset, code_max, round_sum ? Rounding::sum : Rounding::quotient,
-                                 sorted ? &table : nullptr, data_or_null(level), keep_zeros});
+            kernels().sweep(of, coder_of(offset, code_max, round_sum, keep_zeros, sorted, sorted_codes, level, table));
         },
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), Unlocked());
     module.def(
         "block_errors",
         [](const Floats& weight, const Floats& scale, const MaybeFloats& zero, float offset, float code_max,
-           bool round_sum, const MaybeFloats& sorted, const std::optional<Bytes>& sorted_codes, const MaybeFloats& level,
-           const MaybeFloats& importance, int64_t block_rows, int64_t block_cols, const FloatsOut& out) {
-            Grid grid{int64_t(weight.shape(0)), int64_t(weight.shape(1)), block_rows, block_cols};
+           bool round_sum, bool keep_zeros, const MaybeFloats& sorted, const MaybeBytes& sorted_codes,
+           const MaybeFloats& level, const MaybeFloats& importance, int64_t block_rows, int64_t block_cols, const FloatsOut& out) {
             Levels table;
-            if (sorted) table = nearest_level(sorted->data(), sorted_codes->data(), int(sorted->shape(0)));
-            kernels().block_errors(grid, weight.data(), scale.data(), data_or_null(zero),
-                                   {offset, code_max, round_sum ? Rounding::sum : Rounding::quotient,
-                                    sorted ? &table : nullptr, data_or_null(level), false},
-                                   data_or_null(importance), out.data());
+            Coder coder = coder_of(offset, code_max, round_sum, keep_zeros, sorted, sorted_codes, level, table);
+            kernels().block_errors(grid_of(weight, block_rows, block_cols), weight.data(), scale.data(), data_or_null(zero),
+                                   coder, data_or_null(importance), out.data());
         },
-        nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
-        nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), Unlocked());
+        nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), Unlocked());
     module.def(
         "pack_bits",
         [](const Bytes& codes, int bits, const AnyOut& words) {

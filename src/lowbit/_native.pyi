@@ -67,6 +67,7 @@ def block_errors(
     offset: float,
     code_max: float,
     round_sum: bool,
+    keep_zeros: bool,
     sorted_levels: Tensor | None,
     sorted_codes: Tensor | None,
     levels: Tensor | None,

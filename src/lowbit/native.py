@@ -232,10 +232,8 @@ def sweep(
     _check("coupling", coupling, (shape[0], shape[0]), torch.float32)
     if zero is not None:
         _check("zero", zero, shape, torch.float32)
-    _check_coder(coder)
     codes = _out(out, shape)
-    rule = (coder.offset, coder.code_max, coder.round_sum, coder.keep_zeros, coder.levels, coder.codes, coder.table)
-    _native.sweep(target, weight, error, coupling, scale, zero, *rule, codes)
+    _native.sweep(target, weight, error, coupling, scale, zero, *_rule(coder), codes)
 
 
 def block_errors(
@@ -257,10 +255,8 @@ def block_errors(
     _scales(blocks, scale, zero)
     if importance is not None:
         _check("importance", importance, (weight.shape[1],), torch.float32)
-    _check_coder(coder)
     out = torch.empty(blocks)
-    rule = (coder.offset, coder.code_max, coder.round_sum, coder.levels, coder.codes, coder.table)
-    _native.block_errors(weight, scale, zero, *rule, importance, block_rows, block_cols, out)
+    _native.block_errors(weight, scale, zero, *_rule(coder), importance, block_rows, block_cols, out)
     return out
 
 
@@ -1184,11 +1180,14 @@ def _blocks(shape: tuple[int, int], block_rows: int, block_cols: int) -> tuple[i
     return -(-shape[0] // block_rows), -(-shape[1] // block_cols)
 
 
-def _check_coder(coder: Coder) -> None:
+def _rule(coder: Coder) -> tuple[int, int, bool, bool, Tensor | None, Tensor | None, Tensor | None]:
+    """A coder as the extension takes it."""
     if coder.levels is not None:
         _check("coder.levels", coder.levels, (min(max(coder.levels.numel(), 1), 256),), torch.float32)
     if (coder.levels is None) != (coder.codes is None) or (coder.levels is None) != (coder.table is None):
         raise ValueError("levels, codes and table of a coder are given together or not at all")
+    rounding = coder.offset, coder.code_max, coder.round_sum, coder.keep_zeros
+    return *rounding, coder.levels, coder.codes, coder.table
 
 
 def _scales(blocks: tuple[int, int], scale: Tensor, zero: Tensor | None) -> None:

@@ -194,6 +194,12 @@ def round_zeros(zeros: Blocks, scheme: Scheme) -> Blocks:
     return zeros.clamp(-limit, limit).to(kind).float() + 0.0
 
 
+def _applied(affine: Affine, scheme: Scheme) -> tuple[Blocks, Blocks | None]:
+    """What codes are multiplied by, and zero points in units of a code."""
+    scales = affine.scales * affine.unit
+    return scales, code_zeros(affine.zeros, scales, scheme)
+
+
 def encode(
     weight: Float[Tensor, "rows cols"],
     affine: Affine,
@@ -202,10 +208,9 @@ def encode(
     out: UInt8[Tensor, "rows cols"] | None = None,
 ) -> UInt8[Tensor, "rows cols"]:
     """The codes nearest to the weight, in `out` where it is given; `block` is the size of one block in elements."""
-    grid, scales = scheme.grid, affine.scales * affine.unit
+    grid, (scales, zeros) = scheme.grid, _applied(affine, scheme)
     if grid.kind == "int":
-        offset, top = 2 ** (grid.bits - 1), 2**grid.bits - 1
-        zeros, fractional = code_zeros(affine.zeros, scales, scheme), has_free_zeros(scheme)
+        offset, top, fractional = 2 ** (grid.bits - 1), 2**grid.bits - 1, has_free_zeros(scheme)
         return native.quantize_affine(weight, scales, zeros, offset, top, *block, round_sum=fractional, out=out)
     if grid.name in _FP8:
         return native.quantize_fp8(weight, scales, _FP8[grid.name], *block, out=out)
@@ -231,8 +236,7 @@ def residual(
     weight: Float[Tensor, "rows cols"], affine: Affine, scheme: Scheme, block: tuple[int, int]
 ) -> Float[Tensor, "rows cols"]:
     """Encoded and decoded weight minus the weight, in float32."""
-    scales = affine.scales * affine.unit
-    zeros = code_zeros(affine.zeros, scales, scheme)
+    scales, zeros = _applied(affine, scheme)
     if weight.device.type != "cpu":
         return _elsewhere.residual(weight, scales, zeros, rounder_of(scheme, weight.device), block)
     codes = encode(weight, affine, scheme, block)
@@ -254,9 +258,7 @@ def squared_errors(
     if weight.device.type != "cpu" or (scheme.grid.kind != "int" and len(scheme.grid.levels) > 16):
         squares = residual(weight, affine, scheme, block).square_()
         return block_mean(squares if importance is None else squares.mul_(importance), block)
-    scales = affine.scales * affine.unit
-    zeros = code_zeros(affine.zeros, scales, scheme)
-    sums = native.block_errors(weight, scales, zeros, coder_of(scheme), *block, importance=importance)
+    sums = native.block_errors(weight, *_applied(affine, scheme), coder_of(scheme), *block, importance=importance)
     return sums.div_(block[0] * block[1])
 
 

@@ -452,7 +452,8 @@ class Changer:
         if self.goal.scheme and named is None:
             raise UnsupportedError(f"--scheme {self.goal.scheme}: {_float.NAME} holds f16, bf16 or f32")
         choices = [named] if named else self.dtypes(weight)
-        tried = ((dtype, self._rounding(weight, dtype, whole=False)) for dtype in choices)
+        several = choices if len(choices) > 1 else ()
+        tried = ((dtype, self._rounding(weight, dtype, whole=False)) for dtype in several)
         exact = next((each for each in tried if not each[1].largest), None)
         dtype, error = exact or (choices[0], self._rounding(weight, choices[0]))
         target = Weight(weight.name, weight.held, dtype)

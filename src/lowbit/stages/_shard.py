@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, final
@@ -17,6 +17,7 @@ from lowbit.errors import UsageError
 from lowbit.formats import Spec
 from lowbit.stages._safetensors import read_safetensors
 from lowbit.stages._weightfile import WeightFile
+from lowbit.tensors import Shape
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -37,6 +38,7 @@ class Shard:
         header: the first bytes of the file.
         nbytes: of the whole file.
         read: finds the tensors of such a file, under the same names.
+        tensors: shape of each tensor of a safetensors file, by its name there: one may hold several of `offsets`.
     """
 
     file: str
@@ -44,6 +46,7 @@ class Shard:
     header: bytes
     nbytes: int
     read: Callable[[Path], WeightFile] = read_safetensors
+    tensors: Mapping[str, Shape] = field(default_factory=dict)
 
 
 def safetensors_shard(
@@ -73,7 +76,8 @@ def safetensors_shard(
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     placed = {name: (len(header) + at, spec) for name, (at, spec) in offsets.items()}
-    return Shard(file, placed, header, len(header) + end, read)
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items() if "shape" in entry}
+    return Shard(file, placed, header, len(header) + end, read, shapes)
 
 
 def _stacked(specs: Mapping[str, Spec], stacks: Callable[[str], tuple[str, int] | None]) -> dict[str, list[str]]:

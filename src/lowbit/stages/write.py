@@ -20,7 +20,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -120,7 +120,8 @@ def _weight_shards(plan: Plan, limit: int, model_type: str) -> list[Shard]:
 
     groups: list[dict[str, Spec]] = [{}]
     filled = 0
-    for specs, size in _together(plan, stacks):
+    for specs in _together(plan, stacks):
+        size = sum(prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
         if filled and filled + size > limit:
             groups.append({})
             filled = 0
@@ -133,15 +134,14 @@ def _weight_shards(plan: Plan, limit: int, model_type: str) -> list[Shard]:
     return [safetensors_shard(file, group, stacks, read) for file, group in zip(files, groups, strict=True)]
 
 
-def _together(plan: Plan, stacks: Callable[[str], tuple[str, int] | None]) -> Iterator[tuple[dict[str, Spec], int]]:
-    """What is in one file, and its bytes: a weight, or all experts of a layer that are one tensor."""
-    found: dict[str, list[Entry]] = {}
+def _together(plan: Plan, stacks: Callable[[str], tuple[str, int] | None]) -> Iterable[dict[str, Spec]]:
+    """What is in one file each: a weight, or all experts of a layer that are one tensor."""
+    found: dict[str, dict[str, Spec]] = {}
     for entry in plan.entries:
-        whole = next((held[0] for name in plan.layout(entry) if (held := stacks(name))), entry.weight.name)
-        found.setdefault(whole, []).append(entry)
-    for entries in found.values():
-        specs = {name: spec for entry in entries for name, spec in plan.layout(entry).items()}
-        yield specs, sum(map(plan.stored_bytes, entries))
+        specs = plan.layout(entry)
+        whole = next((held[0] for name in specs if (held := stacks(name))), entry.weight.name)
+        found.setdefault(whole, {}).update(specs)
+    return found.values()
 
 
 @final
@@ -365,7 +365,7 @@ class Output:
             if not shard.offsets:
                 self._seal_empty(shard)
         if len([shard for shard in self.shards if shard.offsets]) > 1 and self.plan.rules.container != "gguf":
-            write_atomic(self.path / "model.safetensors.index.json", self._index(checkpoint))
+            write_atomic(self.path / "model.safetensors.index.json", self._index())
         documents = self._documents(checkpoint)
         for extra in checkpoint.extras:
             place = extra.relative_to(checkpoint.root)
@@ -388,13 +388,8 @@ class Output:
         self._file(shard)
         self._seal(shard)
 
-    def _index(self, checkpoint: Checkpoint) -> bytes:
-        kind = str(checkpoint.config.get("model_type"))
-        where = {
-            (self.plan.rules.stacks(name, kind) or (name,))[0]: shard.file
-            for shard in self.shards
-            for name in shard.offsets
-        }
+    def _index(self) -> bytes:
+        where = {name: shard.file for shard in self.shards for name in shard.tensors}
         total = sum(shard.nbytes - len(shard.header) for shard in self.shards)
         document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         return (json.dumps(document, indent=2) + "\n").encode()
