@@ -1,5 +1,10 @@
 // What kernels share: lanes of the instruction set, and elements of files as lanes. Include inside an anonymous namespace.
 
+// A word of memory at any place.
+struct [[gnu::packed, gnu::may_alias]] Word {
+    int32_t all;
+};
+
 #include LOWBIT_SIMD
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

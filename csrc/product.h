@@ -72,10 +72,14 @@ void store_tokens(const Product& of, int64_t panel, int64_t first, int64_t count
 
 constexpr int64_t ahead = 2048;  // bytes before they are needed, at which codes are asked for
 
-int32_t four_bytes(const void* from) {
-    int32_t word;
-    __builtin_memcpy(&word, from, 4);
-    return word;
+const Word& word_at(const void* from) { return *static_cast<const Word*>(from); }
+int32_t four_bytes(const void* from) { return word_at(from).all; }
+
+// `add_dot` with the same word in all lanes, which some instruction sets take from memory.
+template <class Lanes>
+LOWBIT_INLINE Lanes add_dot_word(Lanes sum, Lanes codes, const Word& inputs) {
+    if constexpr (requires { add_dot(sum, codes, inputs); }) return add_dot(sum, codes, inputs);
+    else return add_dot(sum, codes, set(inputs.all));
 }
 
 // ---- integers: codes times inputs rounded to int8, exact but for the inputs' rounding ----
@@ -134,9 +138,10 @@ struct Row {
     Row(const Product& of, const int64_t (&token)[tokens]) {
         for (int i = 0; i < tokens; i += beside) at[i / beside] = of.rounded + token[i] / beside * beside * of.cols;
     }
-    LOWBIT_INLINE I four(int token, int64_t column) const {
-        return set(four_bytes(at[token / beside] + beside * column + 4 * (token % beside)));
+    LOWBIT_INLINE const Word& word(int token, int64_t column) const {
+        return word_at(at[token / beside] + beside * column + 4 * (token % beside));
     }
+    LOWBIT_INLINE I four(int token, int64_t column) const { return set(word(token, column).all); }
 };
 
 template <int tokens>
@@ -194,7 +199,7 @@ LOWBIT_INLINE void add_dots(const Source& source, const uint8_t* chunk, const Ro
     I codes = source.template at<quad>(chunk);
     LOWBIT_EACH_TOKEN
     for (int t = 0; t < tokens; t++) {
-        sum[t] = add_dot(sum[t], codes, input.four(t, col + 4 * quad));
+        sum[t] = add_dot_word(sum[t], codes, input.word(t, col + 4 * quad));
         if constexpr (tokens > 1) keep(sum[t]);
     }
     if constexpr (quad + 1 < last) add_dots<quad + 1, last>(source, chunk, input, col, sum);
@@ -376,12 +381,11 @@ struct Chunks {
     };
     LOWBIT_INLINE void fill(Beside& to, int64_t token, int64_t block, int32_t offset) const {
         block += token * (of.cols / 32);
-        const int16_t* sum = of.step_sum + block;
-        const float* scale = of.input_scale + block;
-        for (int64_t i = 0; i < most; i++) to.scale[i] = scale[i];
-        store_words(to.less, mul(shift_right_signed<16>(shift_left<16>(load_u16(sum))), set(-offset)));
-        if (!of.zero) return;
-        for (int64_t i = 0; i < most; i++) to.inputs[i] = scale[i] * float(sum[i]);
+        const F scale = load_f32(of.input_scale + block);
+        const I sum = shift_right_signed<16>(shift_left<16>(load_u16(of.step_sum + block)));
+        store_f32(to.scale, scale);
+        store_words(to.less, mul(sum, set(-offset)));
+        if (of.zero) store_f32(to.inputs, mul(scale, to_float(sum)));
     }
     LOWBIT_INLINE void end_chunk(int64_t group, int64_t i, const Beside (&beside)[tokens], const I (&dots)[tokens],
                                 F (&total)[tokens]) const {
@@ -460,26 +464,25 @@ struct Nested {
         const int32_t offset = zeros ? above : above + int32_t(of.offset);
         clear(dots);
         if (offset != 0) {
-            add_steps<false>(step, at, dots);
-            LOWBIT_EACH_TOKEN
-            for (int t = 0; t < tokens; t++) dots[t] = mul(dots[t], set(-offset));
+            const I less = twice(set(-offset), 0);  // 16 bits hold its products with bytes
+            add_steps(step, [&](int64_t i) { return mul_pairs(factors(of.fine + at + 16 * i), less); }, dots);
         }
         if constexpr (!zeros) return;
         clear(shift);
-        add_steps<true>(step, at, shift);
+        add_steps(step, [&](int64_t i) { return zeros_of(at + 16 * i); }, shift);
     }
-    // Adds the sums of the inputs of a run's steps, from `step` on, times the integers of their zeros, or of their scales.
-    template <bool zeros>
-    LOWBIT_INLINE void add_steps(int64_t step, int64_t at, I (&sum)[tokens]) const {
+    // Adds the sums of the inputs of a run's steps, from `step` on, times integers, of which `pairs` gives two steps.
+    template <class Pairs>
+    LOWBIT_INLINE void add_steps(int64_t step, const Pairs& pairs, I (&sum)[tokens]) const {
         constexpr int beside = Row<tokens>::beside;
         const int16_t* inputs[tokens / beside];
         for (int i = 0; i < tokens; i += beside)
             inputs[i / beside] = of.step_sum + beside * (token[i] / beside * (of.cols / of.step) + step);
         for (int64_t i = 0; i < of.over / of.step; i += 2) {
-            I pairs = zeros ? zeros_of(at + 16 * i) : factors(of.fine + at + 16 * i);
+            const I two = pairs(i);
             LOWBIT_EACH_TOKEN
             for (int t = 0; t < tokens; t++)
-                sum[t] = add_dot_pairs(sum[t], pairs, set(four_bytes(inputs[t / beside] + beside * i + 2 * (t % beside))));
+                sum[t] = add_dot_pairs(sum[t], two, set(four_bytes(inputs[t / beside] + beside * i + 2 * (t % beside))));
         }
     }
     template <bool zeros>

@@ -187,6 +187,10 @@ I dot_pairs(I a, I b) { return {_mm512_madd_epi16(a.all, b.all)}; }
 #if defined(__AVX512VNNI__)
 I add_dot(I sum, I codes, I inputs) { return {_mm512_dpbusd_epi32(sum.all, codes.all, inputs.all)}; }
 I add_dot_pairs(I sum, I a, I b) { return {_mm512_dpwssd_epi32(sum.all, a.all, b.all)}; }
+I add_dot(I sum, I codes, const Word& inputs) {  // one instruction, of which compilers make two
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.all) : "v"(codes.all), "m"(inputs));
+    return sum;
+}
 #else
 I add_dot_pairs(I sum, I a, I b) { return add(sum, dot_pairs(a, b)); }
 I add_dot(I sum, I codes, I inputs) {  // codes to 128 only
