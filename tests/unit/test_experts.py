@@ -33,7 +33,7 @@ from lowbit.stages.plan import Calibration, Rules, as_planned, make_plan
 from lowbit.stages.quantize import estimate_memory, quantize
 from lowbit.stages.rotate import TOLERANCE, prove, rotate
 from lowbit.stages.write import Output, open_output
-from tests.reference.models import _SIZES, STACKED, save_stacked, save_words
+from tests.reference.models import _SIZES, STACKED, save_stacked, save_tiny, save_words
 
 IDS = torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(1))
 FORM = "compressed-tensors"
@@ -187,6 +187,25 @@ def test_experts_that_see_few_tokens_get_all(tmp_path: Path) -> None:
     starved = [each for each in facts.values() if each["starved"] is not None]
     assert starved and all(each["rows"] == 8 and each["starved"] <= 8 for each in starved)
     assert any(each["starved"] < 8 for each in starved)
+
+
+def test_experts_that_no_token_reaches_get_all_whatever_their_matrices_are_called(tmp_path: Path) -> None:
+    """Mixtral's are w1, w2 and w3, of which the numbers say no expert."""
+    model = save_tiny("mixtral", tmp_path / "model", num_local_experts=6)
+    gates = [p for name, p in model.named_parameters() if name.endswith("gate.weight")]
+    assert len(gates[0]) == 6 and model.config.num_experts_per_tok == 2
+    with torch.no_grad():  # two of these are positive for every token, and more than the 0 of others
+        for gate in gates:
+            gate.zero_()[:4] = torch.stack([row for one in torch.randn(2, gate.shape[1]) for row in (one, -one)])
+    model.save_pretrained(tmp_path / "model")
+    ready = begun(open_checkpoint(tmp_path / "model"), "gptq")
+    with open_output(tmp_path / "out", ready.source, ready.plan) as output:
+        calibrate(ready, output, MemoryWatch(None))
+        facts = {name: record.facts for name, record in output.records.items() if ".experts." in name}
+    assert len(facts) == len(gates) * 6 * 3
+    assert all(each["rows"] > 0 and each["output_error"] is not None for each in facts.values())
+    never = [each for name, each in facts.items() if int(name.split(".experts.")[1].split(".")[0]) > 3]
+    assert len(never) == 2 * 3 * len(gates) and all(each["starved"] == 0 for each in never)
 
 
 def test_a_rotation_turns_experts_that_the_class_has_the_other_way(tmp_path: Path) -> None:

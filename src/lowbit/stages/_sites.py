@@ -13,7 +13,7 @@ from lowbit.stages._blocks import LiveBlock
 from lowbit.stages._products import Product
 
 Site = tuple[str, ...]  # names of the weights that read one input
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+")  # an index: the 1 of `w1` says which matrix it is
 
 
 @final
@@ -78,7 +78,7 @@ def _with_silent(sites: Sequence[tuple[str, ...]], names: Sequence[str]) -> list
 
 
 def _merge(sites: Sequence[tuple[str, ...]]) -> list[Step]:
-    """Sites whose names differ in numbers alone are experts of one step."""
+    """Sites whose names differ in indices alone are experts of one step."""
     groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for site in sites:
         groups.setdefault(tuple(family(name) for name in site), []).append(site)
@@ -106,7 +106,7 @@ def joined(steps: Sequence[Step], live: LiveBlock) -> dict[Site, Site]:
 
 
 def family(name: str) -> str:
-    """A name without its numbers: `model.layers.3.mlp.experts.7.w1.weight` and its like in all experts."""
+    """A name without its indices: `model.layers.3.mlp.experts.7.w1.weight` and its like in all experts."""
     return _NUMBER.sub("*", name)
 
 
@@ -115,12 +115,6 @@ def _numbers(name: str) -> tuple[int, ...]:
 
 
 def _renumber(name: str, numbers: tuple[int, ...]) -> str:
-    """`name` with numbers of another; numbers inside of words (`w1`) stay its own."""
-    own, given = list(_NUMBER.finditer(name)), iter(numbers)
-    pieces, at = [], 0
-    for match in own:
-        number = next(given, None)
-        inside = match.start() > 0 and name[match.start() - 1] != "."
-        pieces += [name[at : match.start()], match[0] if inside or number is None else str(number)]
-        at = match.end()
-    return "".join([*pieces, name[at:]])
+    """`name` with indices of another."""
+    given = iter(numbers)
+    return _NUMBER.sub(lambda own: str(next(given, own[0])), name)
