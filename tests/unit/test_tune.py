@@ -193,7 +193,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: py
 def test_what_cannot_be_tuned_is_refused_before_the_start(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"tune would move scales from under their low-rank terms"):
         pipeline.run(request(tmp_path / "a", "rtn+lqer+tune"))
-    with pytest.raises(UsageError, match=r"target 'loss' is none of model, text"):
+    with pytest.raises(UsageError, match=r"tune.target is 'loss'; it must be one of model, text"):
         pipeline.run(request(tmp_path / "a", "rtn+tune", target="loss"))
     asked = request(tmp_path / "a", "rtn+tune", "int8-row")
     with pytest.raises(UnsupportedError, match="cannot follow the rounding of activations"):

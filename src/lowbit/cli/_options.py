@@ -87,10 +87,12 @@ def listed(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 def _option(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
     def value_of(text: str) -> Any:
         try:
-            return json.loads(text)
+            return json.loads(text.lower() if text in ("True", "False") else text)
         except ValueError:
             return text
 
+    if bare := [value for value in values if "=" not in value]:
+        raise click.BadParameter(f"{bare[0]!r} has no value: NAME=VALUE")
     return {key: value_of(text) for key, _, text in (value.partition("=") for value in values)}
 
 

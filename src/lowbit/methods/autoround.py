@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float
@@ -39,7 +39,7 @@ class Options:
             1 / 2**bits, as the level that has no counterpart is where a group's largest weight is.
     """
 
-    preset: str = "default"
+    preset: Literal["light", "default", "best"] = "default"
     iterations: int | None = None
     batch: int = 8
     lr: float | None = None
@@ -48,8 +48,6 @@ class Options:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        if self.preset not in _PRESETS:
-            raise ValueError(f"preset {self.preset!r} is none of {', '.join(_PRESETS)}")
         if self.total < 0 or self.batch < 1 or min(self.lr or 0, self.minmax_lr or 0) < 0:
             raise ValueError("iterations, lr and minmax_lr must be 0 or more, batch 1 or more")
 

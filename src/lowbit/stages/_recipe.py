@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, final
+from math import isfinite
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, final, get_args, get_origin, get_type_hints
 
 from lowbit import plugins
 from lowbit.corrections import Correction
-from lowbit.errors import UsageError
+from lowbit.errors import UnsupportedError, UsageError
 from lowbit.methods import Method
 from lowbit.transforms import Transform
 
 ROTATE, TUNE = "rotate", "tune"  # steps that are stages of their own
+_FOLDERS = ("transforms", "methods", "corrections")
 T = TypeVar("T")
 
 
@@ -84,6 +87,9 @@ def parse_recipe(text: str) -> Recipe:
     """
     names = [name.replace("-", "_") for name in text.split("+")]
     kinds = [_kind(name) for name in names]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UsageError(f"method {text!r} names {twice[0]} twice")
     order = [ROTATE, "transforms", "methods", "corrections", TUNE]
     if [order.index(kind) for kind in kinds] != sorted(order.index(kind) for kind in kinds):
         raise UsageError(f"method {text!r}: the order is rotate, transforms, one method, corrections, tune")
@@ -106,11 +112,11 @@ def parse_recipe(text: str) -> Recipe:
 def _kind(name: str) -> str:
     if name in (ROTATE, TUNE):
         return name
-    for folder in ("transforms", "corrections"):
-        if name in plugins.names(folder):
-            return folder
-    plugins.load("methods", name)
-    return "methods"
+    found = next((folder for folder in _FOLDERS if name in plugins.names(folder)), None)
+    if found is None:
+        steps = [ROTATE, *(each for folder in _FOLDERS for each in plugins.names(folder)), TUNE]
+        raise UnsupportedError(f"no step is called {name!r}; there are: {', '.join(steps)}")
+    return found
 
 
 def _follower(transforms: tuple[str, ...]) -> str:
@@ -164,8 +170,31 @@ def step_options(record: Method | Transform | Correction, name: str, options: Ma
 def parse_options(kind: type[T], name: str, options: Mapping[str, Any]) -> T:
     """The options named `name.*` as this dataclass; raises like `step_options`."""
     own = {key.partition(".")[2]: value for key, value in options.items() if key.partition(".")[0] == name}
+    known = get_type_hints(kind)
     try:
-        return kind(**own)
-    except (TypeError, ValueError) as error:
-        known = ", ".join(getattr(kind, "__dataclass_fields__", {})) or "none"
-        raise UsageError(f"method {name}: {error}; its options are: {known}") from None
+        return kind(**{key: _checked(name, key, value, known) for key, value in own.items()})
+    except ValueError as error:
+        raise UsageError(f"options of {name}: {error}") from None
+
+
+def _checked(step: str, key: str, value: Any, known: Mapping[str, Any]) -> Any:
+    """The value; raises UsageError where a step has no such option, or it is of another kind than its type says."""
+    if key not in known:
+        raise UsageError(f"{step} has no option {key!r}; its options are: {', '.join(known) or 'none'}")
+    kinds = get_args(known[key]) if isinstance(known[key], UnionType) else (known[key],)
+    if not any(_is(value, each) for each in kinds):
+        raise UsageError(f"option {step}.{key} is {value!r}; it must be {' or '.join(map(_words, kinds))}")
+    return float(value) if float in kinds and value is not None else value
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is float:
+        return type(value) in (int, float) and isfinite(value)
+    return type(value) is kind
+
+
+def _words(kind: Any) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a name", NoneType: "null"}
+    return f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else words[kind]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int64
@@ -61,13 +61,11 @@ class Options:
     epochs: int = 2
     batch: int = 8
     lr: float = 1e-3
-    target: str = "model"
+    target: Literal["model", "text"] = "model"
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 1 or self.lr <= 0:
             raise ValueError("epochs, batch and lr must be above 0")
-        if self.target not in ("model", "text"):
-            raise ValueError(f"target {self.target!r} is none of model, text")
 
 
 @final
