@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
-from lowbit.stages.plan import Plan, Rules, load_plan, make_plan
+from lowbit.stages.plan import Calibration, Plan, Rules, load_plan, make_plan
 from lowbit.stages.write import make_shards
 
 MATRIX = "model.layers.0.self_attn.q_proj.weight"
@@ -80,12 +80,22 @@ def test_skip_keeps_a_tensor(tmp_path: Path) -> None:
         (Rules("int9"), "no scheme is called"),
         (Rules("int4-g128", method="magic"), "there are: "),
         (Rules("int4-g128", format="magic"), "there are: "),
-        (Rules("int4-g128", options={"steps": 3}), "method rtn"),
+        (Rules("int4-g128", options={"steps": 3}), "rtn has no option 'steps'"),
     ],
 )
 def test_a_wrong_rule_is_one_sentence(tmp_path: Path, rules: Rules, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         make_plan(write_model(tmp_path / "m"), rules)
+
+
+def test_groups_in_an_order_of_their_own_are_refused_where_the_format_has_no_place_for_them(tmp_path: Path) -> None:
+    rules = Rules("int4-g16", "gptq", options={"order": "group"}, calibration=Calibration(("text",)))
+    checkpoint = write_model(tmp_path / "model")
+    for name in ("gptq", "gptq_v2"):
+        assert make_plan(checkpoint, replace(rules, format=name)).entries
+    for name in ("compressed-tensors", "gguf", "mlx"):
+        with pytest.raises(UsageError, match=f"which gptq and gptq_v2 store and {name} does not"):
+            make_plan(checkpoint, replace(rules, format=name))
 
 
 def test_a_scheme_that_the_format_cannot_hold_names_the_tensor(tmp_path: Path) -> None:

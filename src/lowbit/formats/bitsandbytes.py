@@ -19,7 +19,7 @@ from lowbit.formats import Format, Spec, Weight
 from lowbit.formats._checks import finite, stored
 from lowbit.formats._linear import check_matrix, check_planned, declare, declared, divisor, planned, skipped_modules
 from lowbit.schemes import DOUBLE, Block, Grid, Scheme, parse
-from lowbit.tensors import QTensor, scale_shape
+from lowbit.tensors import QTensor, scale_shape, view_shape
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _TABLES = {name: parse(name).grid for name in ("nf4", "fp4")}
@@ -57,7 +57,12 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
             f"bitsandbytes reads blocks of {size} that do not divide a row of {cols} wrongly on CPUs with AVX-512; use "
             f"g{divisor(cols, size, BLOCKS)}"
         )
-    return replace(scheme, block=Block(1, size, flat=True), scale="f32")
+    return replace(scheme, block=_block(size, cols, scheme.nested), scale="f32")
+
+
+def _block(size: int, cols: int, nested: Scheme | None) -> Block:
+    """Blocks that end with rows are groups of columns: the same bytes, which methods that go along columns can make."""
+    return Block(1, size, flat=nested is not None or cols % size != 0)
 
 
 def _fit_rows(scheme: Scheme, weight: Weight) -> Scheme:
@@ -79,7 +84,7 @@ def layout(weight: Weight) -> dict[str, Spec]:
             f"{weight.module}.SCB": Spec(torch.float32, weight.shape[:1]),
             f"{weight.module}.weight_format": Spec(torch.uint8, ()),
         }
-    blocks = scale_shape(weight.shape, scheme.block)[1]
+    blocks = prod(scale_shape(weight.shape, scheme.block))
     specs = {
         name: Spec(torch.uint8, (ceil(prod(weight.shape) / 2), 1)),
         f"{name}.absmax": Spec(torch.uint8 if scheme.nested else torch.float32, (blocks,)),
@@ -185,7 +190,8 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     table = _part(weight, tensors, "quant_map")
     if not torch.allclose(table, torch.tensor(scheme.grid.levels), rtol=0, atol=_TABLE_TOLERANCE):
         raise FormatError(f"{name}.quant_map is not {scheme.grid.name}'s table, which readers use whatever it says")
-    return QTensor(scheme, weight.shape, codes.reshape(1, -1), _unpack_scales(weight, tensors, state))
+    scales = _unpack_scales(weight, tensors, state)
+    return QTensor(scheme, weight.shape, codes.view(view_shape(weight.shape, scheme.block)), scales)
 
 
 def _part(weight: Weight, tensors: Mapping[str, Tensor], part: str) -> Tensor:
@@ -198,7 +204,7 @@ def _unpack_scales(weight: Weight, tensors: Mapping[str, Tensor], state: Mapping
     nested = planned(weight).nested
     absmax = _part(weight, tensors, "absmax").reshape(1, -1)
     if nested is None:
-        return finite(f"{weight.name}.absmax", absmax)
+        return finite(f"{weight.name}.absmax", absmax).view(scale_shape(weight.shape, planned(weight).block))
     scales = finite(f"{weight.name}.nested_absmax", _part(weight, tensors, "nested_absmax")).reshape(1, -1)
     table = _part(weight, tensors, "nested_quant_map")
     if tuple(table.tolist()) != nested.grid.levels:
@@ -309,7 +315,8 @@ def _recognised(state_name: str, specs: Mapping[str, Spec], read: Callable[[str]
         if f"{name}.nested_quant_map" not in specs or "nested_blocksize" not in state or "nested_offset" not in state:
             raise FormatError(f"{name}: the map, block size or offset of its double-quantized scales is missing")
         nested = _nested(read(f"{name}.nested_quant_map"), state["nested_blocksize"])
-    scheme = Scheme(_TABLES[table], Block(1, state["blocksize"], flat=True), scale="f32", nested=nested)
+    block = _block(state["blocksize"], state["shape"][1], nested)
+    scheme = Scheme(_TABLES[table], block, scale="f32", nested=nested)
     return Weight(name, tuple(state["shape"]), getattr(torch, state["dtype"]), scheme)
 
 

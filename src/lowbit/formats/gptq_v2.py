@@ -30,6 +30,7 @@ FORMAT = Format(
     recognise=recognise,
     owns=_gptq.owns,
     swaps=True,
+    act_order=True,
     hollow=_gptq.hollow,
     codes=_gptq.CODES,
 )

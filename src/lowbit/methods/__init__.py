@@ -53,6 +53,7 @@ class Method:
             codes counts.
         outside: name of the method for weights of which no statistics are taken, where this one needs some.
         supports: `scheme -> None`, or the reason why this method cannot use the scheme.
+        act_order: `options -> ` whether it leaves columns in groups of an order of their own, which few formats store.
         tables: whether it chooses runs of codes, as grids with a `table` need; `objection` refuses the others.
     """
 
@@ -71,6 +72,7 @@ class Method:
     windows: Callable[[Any], int] = lambda options: 0
     into: Callable[[Float[Tensor, "rows cols"], Stats, Scheme, Any, UInt8[Tensor, "rows cols"]], QTensor] | None = None
     tables: bool = False
+    act_order: Callable[[Any], bool] = lambda options: False
 
     def objection(self, scheme: Scheme) -> str | None:
         """The reason why this method cannot use a scheme; None where it can."""

@@ -89,6 +89,7 @@ METHOD = Method(
     supports=_gptq.objection,
     prepare=prepare,
     anywhere=True,
+    act_order=lambda options: bool(options.order == "group"),
     prepared=_gptq.prepared_bytes,
     work=lambda rows, cols: _gptq.operations(rows, cols, Options().passes),
 )

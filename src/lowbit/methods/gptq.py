@@ -74,4 +74,5 @@ METHOD = Method(
     supports=_gptq.objection,
     prepare=prepare,
     anywhere=True,
+    act_order=lambda options: bool(options.order == "group"),
 )

@@ -30,7 +30,7 @@ from lowbit.stages._gguf_vocabulary import alone
 from lowbit.stages._imatrix import Imatrix, Importance, read_importance
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._policy import assign, in_blocks, read_policy
-from lowbit.stages._recipe import Recipe, dotted, parse_recipe
+from lowbit.stages._recipe import Recipe, dotted, parse_recipe, step_options
 from lowbit.stages._row_views import apart_in_rows
 from lowbit.stages._rows import HOLDS, Runs, is_places, said_rows, whole_of
 from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
@@ -341,6 +341,7 @@ def _maker(checkpoint: Checkpoint, rules: Rules) -> _Maker:
     check_told(checkpoint, form)
     _check_patterns(checkpoint, rules)
     recipe, options = rules.recipe()
+    _check_order(rules.format, recipe.method, options)
     importance = _importance(rules, recipe, checkpoint)
     calibrated = (recipe.calibrated and not importance) or _stores_scale(rules.activations)
     if calibrated and not rules.calibration:
@@ -553,6 +554,17 @@ def _entry(
     except UnsupportedError as error:
         raise UnsupportedError(f"{weight.name} {list(weight.shape)}: {error}") from None
     return Entry(replace(weight, activations=inputs), name, reason)
+
+
+def _check_order(name: str, method: str, options: Mapping[str, Any]) -> None:
+    """Raise UsageError where a method would leave columns in an order that a format has no place for."""
+    form: Format = plugins.load("formats", name)
+    record = _method(method)
+    if record.act_order(step_options(record, method, options)) and not form.act_order:
+        raise UsageError(
+            f"option {method}.order=group needs an index of groups (act-order), which gptq and gptq_v2 store and {name} "
+            "does not; static (the default) and aware take columns in such an order without it"
+        )
 
 
 def _decide(
