@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lowbit.budget import Estimate, MemoryWatch
-from lowbit.errors import UsageError
+from lowbit.errors import CheckpointError, UsageError
 from lowbit.stages import convert, imatrix, quantize, tune
 from lowbit.stages._adapter import Terms
 from lowbit.stages._changes import Goal, model_dtype
@@ -138,7 +138,7 @@ def _line(
     tell: Tell = lambda told: None,
 ) -> RunRecord:
     """What `run` does; `spoken` of a plan that is only tried."""
-    clock, scores, most = Clock(), None, 0
+    clock, scores, most, failed = Clock(), None, 0, None
     text = spoken.text if spoken else read_text(request.text) if request.text else None
     with MemoryWatch(request.ram).running() as watch, _open(request, tell) as source:
         read, decided = read_once(source), _Heard(tell)
@@ -170,7 +170,7 @@ def _line(
             checked = verify(source, output, way, progress)
             clock.lap("verify")
             if text:
-                scores, most = _scores(
+                scores, most, failed = _scores(
                     request, text, spoken and spoken.encoded, source.path, adapter.path if adapter else None, progress
                 )
                 clock.lap("evaluate")
@@ -182,10 +182,12 @@ def _line(
             most = max(most, *(cost.total for cost in costs))
             result = make_record(
                 request.command, source, output, way, most, watch, checked, scores, clock.seconds, learned, adapter,
-                tuple(decided.lines),
+                tuple(decided.lines), failed,
             )  # fmt: skip
             write_report(result, request.out)
             watch.check()
+    if failed:
+        raise CheckpointError(f"{failed}; {request.out} is quantized, and its report has no scores")
     return result
 
 
@@ -458,20 +460,23 @@ def _scores(
     original: Path,
     adapter: Path | None,
     progress: quantize.Progress,
-) -> tuple[dict[str, Any], int]:
-    """Original and result on the same tokens, and the anonymous memory that was planned for it."""
-    planned: list[int] = []
-    scores = evaluate(
-        request.out,
-        text,
-        reference=original,
-        context=request.context,
-        tokens=request.tokens,
-        ram=request.ram,
-        progress=progress,
-        announce=lambda way: planned.append(way.total),
-        adapter=adapter,
-        encoded=encoded,
-        trust_remote_code=request.trust_remote_code,
-    )
-    return scores.to_dict(), max(planned)
+) -> tuple[dict[str, Any] | None, int, str | None]:
+    """Original and result on the same tokens, the anonymous memory that was planned for it, and why it failed."""
+    planned, scores, failed = [0], None, None
+    try:
+        scores = evaluate(
+            request.out,
+            text,
+            reference=original,
+            context=request.context,
+            tokens=request.tokens,
+            ram=request.ram,
+            progress=progress,
+            announce=lambda way: planned.append(way.total),
+            adapter=adapter,
+            encoded=encoded,
+            trust_remote_code=request.trust_remote_code,
+        )
+    except CheckpointError as error:  # hours of work are not left without their report
+        failed = str(error)
+    return scores and scores.to_dict(), max(planned), failed

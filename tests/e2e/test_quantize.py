@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.tensors import QTensor
@@ -160,3 +161,20 @@ def test_a_text_that_cannot_be_evaluated_is_refused_before_the_work(lowbit: Comm
     code, _, err = lowbit("quantize", MODEL, tmp_path / "out", "--evaluate", text)
     assert code == 2 and "fewer than one window of 512" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_that_gives_no_numbers_leaves_the_result_and_its_report(
+    lowbit: CommandLine, tmp_path: Path
+) -> None:
+    shutil.copytree(MODEL, tmp_path / "model")
+    tensors = load_file(MODEL / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][3] = float("nan")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    out, text = tmp_path / "out", MODEL.parent / "evaluation.txt"
+    code, _, err = lowbit("quantize", tmp_path / "model", out, "--evaluate", text, "--tokens", 1024, "--threads", 1)
+    assert code == 1 and "the reference computes values that are not finite" in err
+    assert err.strip().endswith(f"{out} is quantized, and its report has no scores")
+    report = json.loads((out / "report.json").read_text())
+    assert report["evaluation"] is None and report["unscored"].startswith("the reference computes")
+    assert "The evaluation failed: the reference computes" in (out / "report.md").read_text()
+    assert lowbit("inspect", out)[0] == 1, "what it was made of is not sound"

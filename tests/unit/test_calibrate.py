@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit.blocks import Site as BlockSite
 from lowbit.budget import MemoryWatch
-from lowbit.errors import CheckpointError, ResourceError, UsageError
+from lowbit.errors import CheckpointError, ResourceError, UsageError, WeightError
+from lowbit.methods import NoOptions
+from lowbit.methods.mse import Options as MseOptions
+from lowbit.plugins import load
 from lowbit.schemes import parse
 from lowbit.stages import _learn
 from lowbit.stages._adapter import Terms
@@ -42,6 +45,7 @@ from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Calibration, Entry, Rules, as_planned, make_plan
 from lowbit.stages.quantize import estimate_memory, quantize
 from lowbit.stages.write import Output, open_output
+from lowbit.tensors import QTensor
 from lowbit.transforms import awq
 from tests.reference.models import SETTINGS, save_tiny
 
@@ -397,19 +401,53 @@ def plugin_rtn(weight: Tensor) -> Tensor:
     return rtn.quantize(weight, {}, parse("int3-g16-f32"), NoOptions()).dequantize()
 
 
-def test_inputs_of_zero_and_a_loss_that_is_not_a_number_end_no_run(tmp_path: Path) -> None:
+_READS = ("q_proj", "k_proj", "v_proj")
+_RECIPES = ["gptq", "awq+gptq", "smoothquant+gptaq+eora", "autoround", "omniquant", "clip", "rtn+eora"]
+
+
+@pytest.mark.parametrize("method", _RECIPES)
+@pytest.mark.parametrize(
+    ("value", "reason"), [(0.0, "its inputs are all 0"), (float("nan"), "its inputs are not finite")]
+)
+def test_inputs_that_teach_nothing_are_named(method: str, value: float, reason: str, tmp_path: Path) -> None:
+    """One norm of the second block: of NaN everything is NaN that comes after it."""
     model = save_tiny("llama", tmp_path / "model")
     with torch.no_grad():
-        model.model.layers[0].input_layernorm.weight.zero_()
+        model.model.layers[1].input_layernorm.weight[:] = value
     model.save_pretrained(tmp_path / "model")
     source = open_checkpoint(tmp_path / "model")
-    for method in ("gptq", "awq", "autoround"):
-        options = {"iterations": 2} if method == "autoround" else {}
-        rules = Rules("int4-g8", method, calibration=Calibration(("text",)), options=options)
-        ready = prepare(source, make_plan(source, rules), IDS, None, 1)
-        with open_output(tmp_path / method, source, ready.plan) as output:
-            calibrate(ready, output, MemoryWatch(None))
-            assert {e.weight.name for e in ready.plan.entries if e.weight.scheme} <= output.records.keys()
+    options = {"autoround.iterations": 2} if method == "autoround" else {}
+    rules = Rules("int4-g8", method, calibration=Calibration(("text",)), options=options)
+    ready = prepare(source, make_plan(source, rules), IDS, None, 1)
+    with open_output(tmp_path / "out", source, ready.plan) as output:
+        calibrate(ready, output, MemoryWatch(None))
+        facts = {name: record.facts for name, record in output.records.items() if record.facts["method"]}
+    assert {e.weight.name for e in ready.plan.entries if e.weight.scheme} <= facts.keys()
+    named = {name for name, each in facts.items() if each["fallback"] == reason}
+    wanted = {name for name in facts if ".layers.1." in name and (last(name) in _READS or value != 0)}
+    assert named >= wanted and not any(".layers.0." in name for name in named)
+    assert all(facts[name]["method"] == ("rtn" if method == "rtn+eora" else "mse") for name in wanted)
+    assert all(each.get("output_error") is None or each["output_error"] >= 0 for each in facts.values())
+
+
+def test_inputs_of_which_no_square_is_finite_are_named() -> None:
+    accumulator = Accumulator(["second_moment", "mean_abs"], 0, 4)
+    accumulator.take(torch.full((4, 3), 1e25), None, held=False)
+    seen = accumulator.finish()
+    assert seen.stats.keys() == {"mean_abs"}
+    assert seen.useless == "its inputs are so large that their statistics are not finite"
+
+
+@pytest.mark.parametrize(("method", "value"), [("gptq", "nan"), ("awq+gptq", "inf"), ("autoround", "-inf")])
+def test_a_weight_that_is_not_finite_is_named_with_its_place(method: str, value: str, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float(value)
+    model.save_pretrained(tmp_path / "model")
+    ready = prepared(open_checkpoint(tmp_path / "model"), method)
+    where = rf"^model.layers.1.mlp.up_proj.weight: {value} at row 3, column 5; repair"
+    with open_output(tmp_path / "out", ready.source, ready.plan) as output, pytest.raises(WeightError, match=where):
+        calibrate(ready, output, MemoryWatch(None))
 
 
 def test_a_pass_ends_when_all_its_sites_were_read() -> None:
@@ -489,15 +527,76 @@ def learned(folder: Path, scheme: str, **settings: Any) -> tuple[Any, Output]:
     return model, output
 
 
-@pytest.mark.parametrize("nearest", [1.0, float("nan")])
-def test_a_block_whose_error_is_not_a_number_is_rounded_to_nearest(
-    nearest: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    errors = itertools.cycle([float("nan"), nearest])
-    monkeypatch.setattr(_learn, "_held_error", lambda *_: next(errors))
+def test_a_block_whose_error_is_not_a_number_is_named_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_learn, "_output_error", lambda *_: float("nan"))
     _, output = learned(tmp_path, "int4-g8")
     facts = [record.facts for name, record in output.records.items() if name.endswith("proj.weight")]
-    assert facts and all(each["method"] == "rtn" and each["fallback"] and each["against_rtn"] == 1 for each in facts)
+    assert {each["fallback"] for each in facts} == {"the block's output on held-out windows is not finite"}
+    assert {(each["method"], each["against_rtn"]) for each in facts} == {("mse", None)}
+
+
+@pytest.mark.parametrize(
+    ("errors", "method", "reason"),
+    [
+        ([1.0, 2.0, 3.0, 4.0], "autoround", None),
+        (
+            [2.0, 1.0, 3.0, 4.0],
+            "autoround",
+            "its start, before any step, has less error of the block's output on held-out",
+        ),
+        ([3.0, 2.0, 1.0, 4.0], "rtn", "less error of the block's output on held-out windows"),
+        ([2.0, 2.0, 3.0, 1.0], "mse", "less error of the block's output on held-out windows"),
+        (
+            [float("inf"), 2.0, 3.0, 1.0],
+            "mse",
+            "what was learned makes the block's output on held-out windows not finite",
+        ),
+    ],
+)
+def test_the_least_of_learned_start_and_rivals_is_kept_and_named(
+    errors: list[float], method: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = itertools.cycle(errors)
+    monkeypatch.setattr(_learn, "_output_error", lambda *_: next(told))
+    _, output = learned(tmp_path, "int4-g8")
+    facts = [record.facts for name, record in output.records.items() if name.endswith("proj.weight")]
+    assert facts and {each["method"] for each in facts} == {method}
+    assert all((each["fallback"] or "").startswith(reason or "") for each in facts)
+    assert all((each["fallback"] is None) == (reason is None) for each in facts)
+
+
+@pytest.mark.parametrize(("method", "options"), [("autoround", {"lr": 1e30}), ("omniquant", {"lr": 50.0})])
+def test_what_is_kept_of_a_block_is_no_worse_on_held_out_windows(
+    method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Oracle: the block's output with each of the candidates, by hand; the steps are far too long."""
+    settings = {f"{method}.{key}": value for key, value in options.items()}
+    save_tiny("llama", tmp_path / "model")
+    source = open_checkpoint(tmp_path / "model")
+    rules = Rules("int3-g8", method, calibration=Calibration(("text",), dtype="float32"), options=settings)
+    ready = prepare(source, make_plan(source, rules), IDS, None, 1)
+    with open_output(tmp_path / "out", source, ready.plan) as output:
+        work = begun(ready, output)
+        state, passes = block_of(work)
+        passes.forward("float")
+        steps = steps_of(state, passes)
+        block, learner = passes.view(steps), load("methods", method)
+        with torch.enable_grad():
+            found = learner.learn(block, work.options(learner, method))
+        made, facts = _learn._choose(block, found, work, state, passes)
+
+    def error_of(weights: Mapping[str, QTensor]) -> float:
+        decoded = {name: weight.dequantize() for name, weight in weights.items()}
+        gap = block.run(work.windows.held, decoded) - block.target(work.windows.held)
+        return float(gap.double().square().sum())
+
+    rivals = [
+        {name: rival.quantize(weight, {}, block.schemes[name], options) for name, weight in block.weights.items()}
+        for rival, options in ((load("methods", "rtn"), NoOptions()), (load("methods", "mse"), MseOptions(steps=20)))
+    ]
+    least = min(error_of(each) for each in (found.start, *rivals))
+    assert error_of(found.weights) > least and facts["fallback"]
+    assert error_of(made) <= least * (1 + 1e-9)
 
 
 def test_one_scale_for_all_inputs_is_found_before_a_block_learns(tmp_path: Path) -> None:

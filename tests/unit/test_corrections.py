@@ -108,6 +108,14 @@ def test_a_moment_without_full_rank_is_no_special_case() -> None:
     assert loss(error, dead, torch.eye(32).double()) == pytest.approx(least(error, torch.eye(32).double(), 4), rel=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "cols"), SHAPES[:2])
+def test_an_error_of_which_no_square_is_finite_is_no_special_case(rows: int, cols: int) -> None:
+    error, _, stats = problem(rows, cols)
+    down, up = fit("eora", error, stats, 4)
+    for large, wanted in zip(fit("eora", error * 2.0**80, stats, 4), (down, up), strict=True):
+        torch.testing.assert_close(large / 2.0**40, wanted, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["eora", "lqer"])
 def test_no_error_needs_no_term(name: str) -> None:
     _, _, stats = problem(8, 12)

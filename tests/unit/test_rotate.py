@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowbit.errors import UnsupportedError, UsageError, VerifyError
+from lowbit.errors import UnsupportedError, UsageError, VerifyError, WeightError
 from lowbit.rotations import Rotation
 from lowbit.stages._model import Blueprint, open_blueprint
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
@@ -161,6 +162,29 @@ def test_the_proof_finds_an_edit_that_is_missing(tmp_path: Path) -> None:
     broken = replace(turned, blueprint=replace(turned.blueprint, checkpoint=replace(turned.checkpoint, edits=edits)))
     with pytest.raises(VerifyError, match=r"logits differ by \d"):
         prove(original, broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("mlp.up_proj", "row 0, column 3"), ("input_layernorm", "element 3")], ids=["matrix", "norm"]
+)
+def test_a_weight_that_is_not_finite_is_named_by_the_proof(name: str, where: str, tmp_path: Path) -> None:
+    path = tiny("llama", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    tensors[f"model.layers.1.{name}.weight"].view(-1)[3] = float("nan")
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    original = blueprint_of(path)
+    with pytest.raises(WeightError, match=rf"^model.layers.1.{name}.weight: nan at {where}, so that no rotation"):
+        prove(original, rotate(original))
+
+
+def test_a_model_that_computes_no_numbers_is_said(tmp_path: Path) -> None:
+    path = tiny("llama", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e37)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    original = blueprint_of(path)
+    with pytest.raises(VerifyError, match="computes values that are not finite, so that no rotation can be proved"):
+        prove(original, rotate(original))
 
 
 def noise(checkpoint: Checkpoint) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lowbit.schemes import parse
 from lowbit.stages import tune
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._store import store
+from lowbit.stages._verdict import judge
 from lowbit.stages.calibrate import calibrate
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Calibration, Rules, as_planned, make_plan
@@ -163,6 +165,15 @@ def test_what_is_no_gain_is_left_alone(tmp_path: Path) -> None:
     assert result.calibration["tuned"]["after"] == result.calibration["tuned"]["before"]
     before, after = parts(tmp_path / "plain"), parts(tmp_path / "tuned")
     assert all(torch.equal(tensor, before[name][part]) for name in after for part, tensor in after[name].items())
+
+
+def test_a_loss_that_is_not_finite_is_said_and_nothing_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune._Loss, "mean", lambda *_: float("nan"))
+    result = pipeline.run(request(tmp_path, "rtn+tune", lr=5e-3))
+    assert any("not tuned: the loss on held-out windows is not finite" in said for said in judge(result).sentences)
+    assert result.calibration is not None and isnan(result.calibration["tuned"]["after"])
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

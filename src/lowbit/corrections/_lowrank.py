@@ -26,6 +26,8 @@ def approximate(matrix: Float[Tensor, "rows cols"], moment: Tensor, options: Opt
     import scipy.linalg  # type: ignore[import-untyped]
 
     square, weighted = _gram(matrix, moment)
+    if not square.isfinite().all():  # values of which float32 does not hold the squares
+        square, weighted = _gram(matrix.double(), moment.double())
     side, (rows, cols) = len(square), matrix.shape
     least = max(side - options.most(rows, cols), 0)
     values, vectors = scipy.linalg.eigh(square.numpy(), subset_by_index=(least, side - 1), driver="evr")
@@ -54,8 +56,7 @@ def _root(moment: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
     if failed:
         values, vectors = torch.linalg.eigh(moment.double())
         root = vectors * values.clamp(min=0).sqrt()
-    result: Tensor = root.float()
-    return result
+    return root.to(moment.dtype)
 
 
 def _stored(

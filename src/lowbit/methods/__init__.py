@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -22,6 +22,22 @@ Stats = Mapping[str, Tensor]
 @dataclass(frozen=True)
 class NoOptions:
     """Options of a method that has none."""
+
+
+@final
+@dataclass(frozen=True)
+class Learned:
+    """What a method made of all weights of a block.
+
+    Attributes:
+        weights: as they are after the last step.
+        start: as they were before the first.
+        stopped: why steps were left out; None where all were taken.
+    """
+
+    weights: Mapping[str, QTensor]
+    start: Mapping[str, QTensor]
+    stopped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,8 +59,9 @@ class Method:
             pieces which share them (a factorization), before `quantize`.
         anywhere: whether `prepare` and `quantize` compute on the device where the statistics are; weights come from
             the processor, and what `quantize` gives is there, in any case.
-        learn: for methods that see a whole block: `(block, options) -> QTensor` of every weight of `block.weights`;
-            `quantize` then serves weights outside of the blocks. None for methods that see one weight.
+        learn: for methods that see a whole block: `(block, options) -> Learned`, with every weight of `block.weights`;
+            whoever calls it judges what was learned. `quantize` then serves weights outside of the blocks. None for
+            methods that see one weight.
         prepared: `cols -> ` most bytes that `prepare` holds, what it was given included.
         work: `(rows, cols) -> ` floating-point operations of `prepare` and `quantize` on one weight, for the estimate
             of time; 0 where they do not count beside the passes over the block.
@@ -66,7 +83,7 @@ class Method:
     supports: Callable[[Scheme], str | None] = lambda scheme: None
     prepare: Callable[[Stats, Scheme, Any], Stats] = lambda stats, scheme, options: stats
     anywhere: bool = False
-    learn: Callable[[Block, Any], Mapping[str, QTensor]] | None = None
+    learn: Callable[[Block, Any], Learned] | None = None
     prepared: Callable[[int], int] = lambda cols: 0
     work: Callable[[int, int], float] = lambda rows, cols: 0.0
     windows: Callable[[Any], int] = lambda options: 0

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.blocks import CPU, Block
+from lowbit.methods import Learned
 from lowbit.methods._attention import TiledAttention
 from lowbit.methods._scales import (
     Affine,
@@ -30,7 +31,6 @@ from lowbit.methods._scales import (
     fit,
     global_divisor,
     has_free_zeros,
-    nearest,
     round_scales,
     takes_signs,
     unscaled,
@@ -41,7 +41,6 @@ from lowbit.tensors import QTensor, block_size
 Groups = Float[Tensor, "groups width"]
 PerGroup = Float[Tensor, "groups 1"]
 
-_CHECK = 32  # windows on which the start and the end are compared
 CHUNK = 1 << 18  # weights: what the arithmetic on them takes stays in the cache
 
 
@@ -251,22 +250,27 @@ class Learner(Protocol):
         """The weight as it is stored: the very codes that the loss saw."""
 
 
-def learned(block: Block, learners: Mapping[str, Learner], iterations: int, batch: int) -> Mapping[str, QTensor]:
-    """What the learners come to, or round-to-nearest where that has the lower loss.
+def learned(block: Block, learners: Mapping[str, Learner], iterations: int, batch: int) -> Learned:
+    """What the learners come to, and what they began with.
 
     Raises:
         WeightError: NaN or Inf in a weight, with its place.
     """
-    descend(block, learners, iterations, batch)
-    start = {name: nearest(weight, {}, block.schemes[name]) for name, weight in block.weights.items()}
-    end = {name: learner.result() for name, learner in learners.items()}
-    return best_of(block, [start, end], batch)
+    start = _results(learners)
+    done = descend(block, learners, iterations, batch)
+    stopped = None if done == iterations else f"the loss was not finite after {done:,} of {iterations:,} steps"
+    return Learned(_results(learners) if done else start, start, stopped)
 
 
-def descend(block: Block, learners: Mapping[str, Learner], iterations: int, batch: int) -> None:
-    """Steps on batches drawn at random, every window once before any comes again; ends early where the loss is NaN.
+def _results(learners: Mapping[str, Learner]) -> dict[str, QTensor]:
+    return {name: learner.result() for name, learner in learners.items()}
 
-    The loss is the squared difference from the float block's output; its mean would change no sign.
+
+def descend(block: Block, learners: Mapping[str, Learner], iterations: int, batch: int) -> int:
+    """Steps on batches drawn at random, every window once before any comes again; their number.
+
+    They end early where the loss is NaN. The loss is the squared difference from the float block's output; its mean
+    would change no sign.
     """
     dtype, names = block.target([0]).dtype, sorted(learners, key=lambda name: -block.weights[name].numel())
     dice = torch.Generator().manual_seed(block.seed)
@@ -288,9 +292,10 @@ def descend(block: Block, learners: Mapping[str, Learner], iterations: int, batc
             found = list(pool.map(_slopes, repeat(block), repeat(leaves), parts))
             grads = [each for each in found if each is not None]
             if len(grads) < len(found):
-                return
+                return step
             by_weight = zip(*grads, strict=True)
             leaves = dict(zip(names, pool.map(move, names, by_weight, repeat(step / iterations)), strict=True))
+    return iterations
 
 
 @torch.enable_grad()
@@ -309,29 +314,3 @@ def _batches(windows: int, batch: int, dice: torch.Generator) -> Iterator[list[i
         order: list[int] = torch.randperm(windows, generator=dice).tolist()
         for start in range(0, max(windows - batch, 0) + 1, batch):
             yield order[start : start + batch]
-
-
-def best_of(block: Block, candidates: Sequence[Mapping[str, QTensor]], batch: int) -> Mapping[str, QTensor]:
-    """The candidate of the least loss on windows spread over all of them; the first where none is less."""
-    losses = [block_loss(block, candidate, batch) for candidate in candidates]
-    least = min(range(len(losses)), key=lambda i: losses[i] if isfinite(losses[i]) else float("inf"))
-    return candidates[least]
-
-
-def block_loss(block: Block, weights: Mapping[str, QTensor], batch: int) -> float:
-    """Mean squared difference from the float block's output on at most 32 windows."""
-    windows = list(range(0, block.windows, ceil(block.windows / _CHECK)))
-    dtype = block.target([0]).dtype
-    decoded = {name: weight.dequantize().to(dtype) for name, weight in weights.items()}
-
-    @torch.no_grad()
-    def error_of(some: Sequence[int]) -> tuple[float, int]:
-        with TiledAttention():
-            error = block.run(some, decoded).float() - block.target(some).float()
-        return error.square().sum(dtype=torch.float64).item(), error.numel()
-
-    size = ceil(batch / block.threads)  # together they hold as much as one batch
-    parts = [windows[start : start + size] for start in range(0, len(windows), size)]
-    with ThreadPoolExecutor(block.threads, "learn") as pool:
-        found = list(pool.map(error_of, parts))
-    return sum(total for total, _ in found) / max(sum(count for _, count in found), 1)

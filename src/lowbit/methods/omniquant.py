@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowbit.blocks import CPU, Block
-from lowbit.methods import Method, Stats
+from lowbit.methods import Learned, Method, Stats
 from lowbit.methods._learn import grouped, learned, range_slopes, rounded, within_rows
 from lowbit.methods._scales import nearest
 from lowbit.schemes import Scheme
@@ -75,8 +74,8 @@ class _Clipping:
         return self._source.store(None, self._affine)
 
 
-def learn(block: Block, options: Options) -> Mapping[str, QTensor]:
-    """Learned clipping of all weights of a block together, or round-to-nearest where that has the lower loss.
+def learn(block: Block, options: Options) -> Learned:
+    """Learned clipping of all weights of a block together.
 
     Raises:
         WeightError: NaN or Inf in a weight, with its place.

@@ -75,6 +75,7 @@ class Job:
         options: of the method.
         elements: of a piece.
         whole: the weight that the codes and the low-rank terms beside them stand for: `weight` and these terms.
+        lost: why calibration could not do what the plan says; None where it could.
     """
 
     entry: Entry
@@ -85,6 +86,7 @@ class Job:
     options: Any
     elements: int
     whole: Float[Tensor, "rows cols"]
+    lost: str | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -147,10 +149,8 @@ class Job:
         return best, Made(self._joined([piece.made[best] for piece in pieces]), facts)
 
     def _fallback(self, best: str) -> str | None:
-        """Why the method is not the plan's."""
-        if self.method != self.entry.method:
-            return "no calibration row reached it"
-        return None if best == self.method else "less output error on held-out rows"
+        """Why the weight was not made as the plan says."""
+        return self.lost or (None if best == self.method else "less output error on held-out rows")
 
     def _joined(self, parts: Sequence[QTensor]) -> QTensor:
         codes = parts[0].codes if len(parts) == 1 else torch.cat([part.codes for part in parts])

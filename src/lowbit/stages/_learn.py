@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from math import inf, isfinite
+from typing import Any
 
 import torch
 
 from lowbit import plugins
 from lowbit.blocks import Block
-from lowbit.methods import Method
+from lowbit.methods import Learned, Method
 from lowbit.stages._gather import Gatherer
+from lowbit.stages._jobs import RIVALS
 from lowbit.stages._pages import kept_pages
 from lowbit.stages._passes import Passes
 from lowbit.stages._sites import Step
@@ -18,46 +23,89 @@ from lowbit.stages._state import ABSMAX, Calibration, State
 from lowbit.stages.quantize import measure, one_torch_thread
 from lowbit.tensors import QTensor
 
+Candidates = Mapping[str, Mapping[str, QTensor]]
+
 
 def learn(steps: Sequence[Step], work: Calibration, state: State, passes: Passes, gatherer: Gatherer) -> None:
-    """Learn all weights of the block together; kept where that beats round-to-nearest on held-out windows."""
+    """Learn all weights of the block together; kept where nothing simpler has less error on held-out windows.
+
+    Weights that cannot be learned are left, with the reason, to whoever makes single weights.
+    """
     start = time.perf_counter()
-    method: Method = plugins.load("methods", work.recipe.method)
-    assert method.learn is not None
-    _scale_inputs(steps, work.windows.batches, state, gatherer)
+    _look(steps, [batch for batch in work.windows.batches if batch.start < work.windows.fit], state, gatherer)
     passes.memory.forget()  # attention was of weights that will change
     block = passes.view(steps)
-    options = work.options(method, work.recipe.method)
+    if not block.weights:
+        return
+    method: Method = plugins.load("methods", work.recipe.method)
+    assert method.learn is not None
     with one_torch_thread(), kept_pages(), torch.enable_grad():
-        learned = dict(method.learn(block, options))
-    nearest = {name: state.nearest(name, weight) for name, weight in block.weights.items()}
-    held = work.windows.held
-    errors = {kind: _held_error(block, made, held, passes) for kind, made in (("learn", learned), ("rtn", nearest))}
-    worse = not errors["learn"] <= errors["rtn"]  # NaN is no less than anything
-    shared = {
-        "method": "rtn" if worse else work.recipe.method,
-        "fallback": "round-to-nearest has less error of the block's output on held-out windows" if worse else None,
-        "against_rtn": 1.0 if worse else errors["learn"] / errors["rtn"] if errors["rtn"] else None,
-        "seconds": (time.perf_counter() - start) / max(len(learned), 1),
-    }
-    for name, qtensor in (nearest if worse else learned).items():
-        error = measure(block.weights[name], qtensor)
-        facts = shared | error.facts
+        learned = method.learn(block, work.options(method, work.recipe.method))
+    made, shared = _choose(block, learned, work, state, passes)
+    shared["seconds"] = (time.perf_counter() - start) / len(made)
+    for name, qtensor in made.items():
+        facts = shared | measure(block.weights[name], qtensor).facts
         state.put(name, qtensor.dequantize())
         state.settle(state.entries[name], qtensor, facts)
 
 
-def _scale_inputs(steps: Sequence[Step], batches: Sequence[slice], state: State, gatherer: Gatherer) -> None:
-    """Scales of inputs that all tokens share, from what the weights of a block that learns read before it does."""
-    needs = {site: [ABSMAX] for step in steps for site in step.sites if state.rounds(site)}
-    seen = gatherer.gather(needs, batches) if needs else {}
-    for site, found in seen.items():
+def _look(steps: Sequence[Step], batches: Sequence[slice], state: State, gatherer: Gatherer) -> None:
+    """What the weights read before the block learns: scales of inputs that all tokens share, and what is of no use."""
+    needs = {site: [ABSMAX] for step in steps for site in step.sites if state.targets(site)}
+    for site, found in gatherer.gather(needs, batches).items():
         for name in state.targets(site):
             state.scale_input(name, found)
+            if found.useless:
+                state.lost[name] = found.useless
 
 
-def _held_error(block: Block, made: Mapping[str, QTensor], held: Sequence[int], passes: Passes) -> float:
-    """Squared difference between the block's output and the float model's on windows that nothing learned from."""
+def _choose(
+    block: Block, learned: Learned, work: Calibration, state: State, passes: Passes
+) -> tuple[Mapping[str, QTensor], dict[str, Any]]:
+    """What has the least error of the block's output on held-out windows, the learned among equals; and its facts."""
+    held = work.windows.held
+    made = _candidates(block, learned, work, state)
+    judges = held or range(block.windows)
+    errors = {kind: _output_error(block, each, judges, passes) for kind, each in made.items()}
+    best = min(errors, key=lambda kind: errors[kind] if isfinite(errors[kind]) else inf)
+    if not isfinite(errors[best]):
+        best = list(made)[-1]
+    finite = isfinite(errors[best]) and errors["rtn"]
+    return made[best], {
+        "method": best if best in RIVALS else work.recipe.method,
+        "fallback": _fallback(best, errors, learned.stopped, "held-out windows" if held else "calibration windows"),
+        "against_rtn": errors[best] / errors["rtn"] if finite else None,
+    }
+
+
+def _candidates(block: Block, learned: Learned, work: Calibration, state: State) -> Candidates:
+    """What was learned, what that began with, and its rivals, as far as they can have the schemes."""
+    found: dict[str, Mapping[str, QTensor]] = {"learned": learned.weights}
+    if learned.start is not learned.weights:
+        found["start"] = learned.start
+    for name, options in RIVALS.items():
+        method: Method = plugins.load("methods", name)
+        if not any(map(method.objection, block.schemes.values())):
+            make = partial(state.made_by, method, method.options(**options))
+            with one_torch_thread(), ThreadPoolExecutor(work.way.threads, "rivals") as pool:
+                found[name] = dict(zip(block.weights, pool.map(make, *zip(*block.weights.items())), strict=True))
+    return found
+
+
+def _fallback(best: str, errors: Mapping[str, float], stopped: str | None, where: str) -> str | None:
+    """Why what was learned was not kept, or was not learned to the end."""
+    if not isfinite(errors[best]):
+        return f"the block's output on {where} is not finite"
+    if best == "learned":
+        return stopped
+    if not isfinite(errors["learned"]):
+        return f"what was learned makes the block's output on {where} not finite"
+    what = "its start, before any step, has less" if best == "start" else "less"
+    return f"{what} error of the block's output on {where}"
+
+
+def _output_error(block: Block, made: Mapping[str, QTensor], windows: Sequence[int], passes: Passes) -> float:
+    """Squared difference between the block's output and the float model's."""
     weights = {name: qtensor.dequantize() for name, qtensor in made.items()}
     found: list[float] = []
 
@@ -65,5 +113,5 @@ def _held_error(block: Block, made: Mapping[str, QTensor], held: Sequence[int], 
         gap = block.run([window.start], weights).float() - block.target([window.start]).float()
         return float(gap.square().sum(dtype=torch.float64))
 
-    passes.in_turn(error_of, [slice(index, index + 1) for index in held], lambda _, error: found.append(error))
+    passes.in_turn(error_of, [slice(index, index + 1) for index in windows], lambda _, error: found.append(error))
     return sum(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from math import isfinite, isnan
 from typing import final
 
 import torch
@@ -19,6 +20,7 @@ from lowbit.stats import State, Statistic
 
 _HELD_SHARE = 16
 _ROWS = 1024
+UNREACHED = "no calibration row reached it"
 
 Watch = Callable[[Product], Tensor | None]
 
@@ -57,16 +59,18 @@ class Seen:
     """What calibration saw at one site.
 
     Attributes:
-        stats: the statistics asked for.
-        held: rows to judge by; none where no window was held out or none of its rows got here.
+        stats: those of the statistics asked for that are finite.
+        held: rows to judge by, finite; none where no window was held out or none of its rows got here.
         rows: number of rows learned from.
         starved: rows that the router sent to an expert that was then given all tokens; None for others.
+        useless: why nothing can be learned from what was seen; None where something can.
     """
 
     stats: Stats
     held: Float[Tensor, "n cols"]
     rows: int
     starved: int | None = None
+    useless: str | None = None
 
 
 @final
@@ -83,12 +87,14 @@ class Accumulator:
         self._kinds: dict[str, Statistic] = {name: plugins.load("stats", name) for name in needs}
         self._states: dict[str, State] = {}
         self._held: list[Tensor] = []
+        self._largest = 0.0  # magnitude of all rows; NaN where one has it
         self._seed, self._step, self.rows = seed, max(-(-held // _ROWS), 1), 0
 
     def take(self, rows: Tensor, reference: Tensor | None, held: bool) -> None:
         """More rows, and the float model's: to judge by, or to learn from."""
         if reference is None or reference.shape != rows.shape:  # experts: the float model routes other tokens
             reference = rows
+        self._largest = _greater(self._largest, _largest(rows))
         if held:
             self._held.append(rows[:: self._step].to("cpu", copy=True))
             return
@@ -102,9 +108,33 @@ class Accumulator:
     def finish(self) -> Seen:
         """All that was seen; the rows to judge by are thinned out."""
         stats = {name: self._kinds[name].finish(_on(CPU, self._states.pop(name))) for name in list(self._states)}
-        held = torch.cat(self._held) if self._held else torch.empty(0, 0)
+        finite = {name: value for name, value in stats.items() if isfinite(_largest(value))}
+        held = torch.cat(self._held) if self._held and isfinite(self._largest) else torch.empty(0, 0)
         self._held = []
-        return Seen(stats, held.float(), self.rows)
+        return Seen(finite, held.float(), self.rows, useless=self._useless(len(finite) < len(stats)))
+
+    def _useless(self, overflow: bool) -> str | None:
+        """Why nothing can be learned from the rows."""
+        if not self.rows:
+            return UNREACHED
+        if not isfinite(self._largest):
+            return "its inputs are not finite"
+        if not self._largest:
+            return "its inputs are all 0"
+        return "its inputs are so large that their statistics are not finite" if overflow else None
+
+
+def _largest(values: Tensor) -> float:
+    """The largest magnitude, NaN where there is one; without a copy of the values."""
+    if not values.numel():
+        return 0.0
+    low, high = values.aminmax()
+    return float(torch.maximum(-low, high))
+
+
+def _greater(one: float, other: float) -> float:
+    """The greater; NaN where either is."""
+    return one if isnan(one) or one > other else other
 
 
 def _on(place: torch.device, state: State) -> State:

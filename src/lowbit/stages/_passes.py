@@ -123,7 +123,7 @@ class Passes:
     def view(self, steps: Sequence[Step]) -> Block:
         """The block as methods that learn and transforms see it."""
         work, entries = self._work, self._state.entries
-        names = [name for step in steps for name in self._state.targets(step.names)]
+        names = [n for step in steps for n in self._state.targets(step.names) if n not in self._state.lost]
         schemes = {name: entries[name].weight.scheme for name in names}
         activations = {name: entries[name].weight.activations for name in names}
         targets = work.streams.read("float", self.index + 1)

@@ -165,6 +165,7 @@ class RunRecord:
             None where nothing was.
         adapter: None where no low-rank terms were made.
         decided: what was said while schemes were chosen for a budget: plans that were measured, what was predicted.
+        unscored: why an evaluation that was asked for has no scores.
     """
 
     command: str
@@ -184,3 +185,4 @@ class RunRecord:
     calibration: Mapping[str, Any] | None = None
     adapter: TermsRecord | None = None
     decided: tuple[str, ...] = ()
+    unscored: str | None = None

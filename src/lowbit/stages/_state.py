@@ -77,6 +77,7 @@ class State:
         self.floats: dict[str, Tensor] = {}  # weights that a transform changed, float32
         self.factors: dict[str, Tensor] = {}  # of inputs, stored beside a weight; `floats` are divided by them
         self.made: set[str] = set()
+        self.lost: dict[str, str] = {}  # weights that cannot be learned with the block, and why
         self.scales: dict[str, float | None] = {}  # of activations, where they are stored
         self.terms: dict[str, dict[str, Term]] = {}  # beside weights, by step of the recipe
         self._work = work
@@ -112,10 +113,14 @@ class State:
 
     def nearest(self, name: str, weight: Tensor) -> QTensor:
         """Round-to-nearest under the plan's scheme."""
+        rtn: Method = plugins.load("methods", "rtn")
+        return self.made_by(rtn, rtn.options(), name, weight)
+
+    def made_by(self, method: Method, options: Any, name: str, weight: Tensor) -> QTensor:
+        """What a method that needs no statistics makes under the plan's scheme."""
         scheme = self.entries[name].weight.scheme
         assert scheme is not None
-        rtn: Method = plugins.load("methods", "rtn")
-        return rtn.quantize(weight, tensor_stats(weight, scheme, self._work.way.piece), scheme, rtn.options())
+        return method.quantize(weight, tensor_stats(weight, scheme, self._work.way.piece), scheme, options)
 
     def scale_input(self, name: str, seen: Seen) -> None:
         """Find the scale by which a weight's inputs are rounded, where it is stored."""

@@ -37,8 +37,9 @@ def _job(
     scheme = entry.weight.scheme
     assert scheme is not None and entry.method is not None
     method: Method = plugins.load("methods", entry.method)
-    reached = method.needs <= seen.stats.keys() and not method.learn
-    chosen = entry.method if reached else stand_in(method, scheme, work.plan.rules)
+    learns = bool(method.needs or method.learn)
+    lost = state.lost.get(name) or (seen.useless if learns or corrections.learn else None)
+    chosen = stand_in(method, scheme, work.plan.rules) if lost and learns else entry.method
     method = plugins.load("methods", chosen)
     options = work.options(method, chosen)
     if (chosen, scheme) not in prepared:
@@ -47,7 +48,7 @@ def _job(
     whole = state.kept(name)
     weight = corrections.residual(name, whole, seen)
     stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, piece)}
-    return Job(entry, chosen, weight, stats, seen, options, piece, whole)
+    return Job(entry, chosen, weight, stats, seen, options, piece, whole, lost)
 
 
 def _where(method: Method, stats: Stats, device: torch.device) -> Stats:

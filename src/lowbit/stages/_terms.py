@@ -26,6 +26,11 @@ class Corrections:
         self._work, self._state = work, state
         self._open: dict[str, Term] = {}  # those whose ranks the block's budget will choose
 
+    @property
+    def learn(self) -> bool:
+        """Whether a correction of the recipe reads statistics."""
+        return any(plugins.load("corrections", step).needs for step in self._work.recipe.corrections)
+
     def residual(self, name: str, whole: Tensor, seen: Seen) -> Tensor:
         """What is left of a weight when the terms that come before its codes are taken out of it."""
         for step, correction, options in self._reaching(name, seen, before=True):

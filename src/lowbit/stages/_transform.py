@@ -30,7 +30,7 @@ def transform(
     fit = [batch for batch in work.windows.batches if batch.start < work.windows.fit]
     for site, seen in gatherer.gather(dict.fromkeys(readers, record.needs), fit).items():
         names = readers[site]
-        if not seen.stats:
+        if not record.needs <= seen.stats.keys():
             continue
         producer, targets = producer_of(names, state, passes), tuple(state.targets(names))
         if producer or state.room.issuperset(targets):

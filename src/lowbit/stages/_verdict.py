@@ -124,6 +124,8 @@ def _tuning_sentences(tuned: Mapping[str, float] | None) -> Iterator[str]:
         )
         if tuned["fixed"]:
             yield f"{tuned['fixed']:,.0f} quantized tensors have no scales that can be moved."
+    elif tuned and not isfinite(tuned["before"]):
+        yield "Scales and norms were not tuned: the loss on held-out windows is not finite."
     elif tuned:
         yield "Tuning scales and norms end to end did not lower the loss on held-out windows, and was left out."
 
@@ -152,8 +154,11 @@ def _size_sentence(run: RunRecord) -> str:
 
 
 def _quality_sentences(run: RunRecord, quality: Quality | None) -> Iterator[str]:
-    if not quality:
+    if not quality and run.unscored:
+        yield f"The evaluation failed: {run.unscored}."
+    elif not quality:
         yield "Nothing was evaluated: errors of single weights do not tell how well the model still works."
+    if not quality:
         return
     if not quality.finite:
         yield "The evaluation gave values that are not numbers: the model's output is destroyed."

@@ -26,7 +26,7 @@ from lowbit.stages._cost import Cost, estimate
 from lowbit.stages._gather import Gatherer
 from lowbit.stages._learn import learn
 from lowbit.stages._model import Blueprint, open_blueprint
-from lowbit.stages._observe import Seen, split_windows
+from lowbit.stages._observe import UNREACHED, Seen, split_windows
 from lowbit.stages._passes import Passes
 from lowbit.stages._recipe import Recipe, parse_recipe
 from lowbit.stages._sites import Step, find_steps
@@ -37,7 +37,7 @@ from lowbit.stages._terms import Corrections
 from lowbit.stages._transform import transform
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Plan
-from lowbit.stages.quantize import Progress, silent
+from lowbit.stages.quantize import Progress, refuse_not_finite, silent
 from lowbit.stages.write import WORK, Output
 
 _LENGTH = 2048
@@ -185,6 +185,7 @@ def _run_block(work: Calibration, path: str, index: int) -> None:
     Weights are committed one by one, the block's outputs at the end.
     """
     state = State(work, path)
+    _refuse_not_finite(work.source, state)
     passes = Passes(work, state, index)
     gatherer, corrections = Gatherer(work, state, passes), Corrections(work, state)
     if "float" in work.streams.kinds:
@@ -201,12 +202,19 @@ def _run_block(work: Calibration, path: str, index: int) -> None:
     for at, group in enumerate(groups):
         later = _past(group[-1], [] if float_inputs else steps[at + 1 :])
         quantize_step(paired.observe(group, state.targets, later), work, state, corrections)
-    unseen = Seen({}, torch.empty(0, 0), 0)  # of weights that no product of the block was seen to read
+    # Of weights that no product of the block was seen to read.
+    unseen = Seen({}, torch.empty(0, 0), 0, useless=UNREACHED)
     quantize_step({(name,): unseen for name in state.targets(list(state.entries))}, work, state, corrections)
     corrections.spend(passes.memory)
     state.settle_rest()
     passes.forward("quantized")
     passes.memory.forget()
+
+
+def _refuse_not_finite(source: Checkpoint, state: State) -> None:
+    """Before anything is made of a block: what it computes, and statistics of that, would name no tensor."""
+    for name in state.targets(list(state.entries)):
+        refuse_not_finite(name, state.live.weight(name) if name in state.live.places else source.tensor(name))
 
 
 def _twin(live: LiveBlock, blueprint: Blueprint) -> LiveBlock:

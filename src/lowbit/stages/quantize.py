@@ -34,6 +34,7 @@ from lowbit.stages.write import Output, as_bytes
 from lowbit.tensors import QTensor, Shape, block_size, level_table, scale_shape, view_shape
 
 MEAN_SQUARE = "mean_square"
+_LOOKED_AT = 64  # rows of a tensor that are looked at together
 NOTHING: Stats = MappingProxyType({})
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
@@ -361,10 +362,24 @@ def _located(name: str, tensor: Tensor) -> Iterator[None]:
     try:
         yield
     except WeightError:
-        rows = tensor.reshape(-1, tensor.shape[-1])
-        row = next(i for i, values in enumerate(rows) if not values.isfinite().all())
-        col = int((~rows[row].isfinite()).nonzero()[0])
-        raise WeightError(
-            f"{name}: {rows[row, col].item()} at row {row}, column {col}; repair the checkpoint, or leave the tensor "
-            "as it is with --skip"
-        ) from None
+        refuse_not_finite(name, tensor)
+        raise
+
+
+def refuse_not_finite(name: str, tensor: Tensor) -> None:
+    """Raise `WeightError` where a weight to quantize has NaN or Inf."""
+    fault = not_finite(name, tensor)
+    if fault:
+        raise WeightError(f"{fault}; repair the checkpoint, or leave the tensor as it is with --skip")
+
+
+def not_finite(name: str, tensor: Tensor) -> str | None:
+    """The first NaN or Inf of a tensor, with its name and its place; None where there is none."""
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.view(1, 1)
+    for at in range(0, len(rows), _LOOKED_AT):
+        wrong = (~rows[at : at + _LOOKED_AT].isfinite()).nonzero()
+        if len(wrong):
+            row, col = at + int(wrong[0, 0]), int(wrong[0, 1])
+            place = f"row {row}, column {col}" if tensor.dim() > 1 else f"element {col}"
+            return f"{name}: {rows[row, col].item()} at {place}"
+    return None

@@ -20,7 +20,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import UnsupportedError, UsageError, VerifyError
+from lowbit.errors import UnsupportedError, UsageError, VerifyError, WeightError
 from lowbit.formats import Weight
 from lowbit.rotations import Rotation, hadamard_orders, orthogonal_rotation, random_rotation
 from lowbit.stages._cayley import Learned, Part, learn
@@ -28,7 +28,7 @@ from lowbit.stages._flow import Flow, Pair, trace
 from lowbit.stages._model import Blueprint, _sources, silent_transformers
 from lowbit.stages._weightfile import one_line
 from lowbit.stages.checkpoint import Checkpoint
-from lowbit.stages.quantize import one_torch_thread
+from lowbit.stages.quantize import not_finite, one_torch_thread
 
 # Elements of a weight that are turned at a time: each takes a few float64.
 _PIECE = 2**22
@@ -163,6 +163,7 @@ def prove(original: Blueprint, rotated: Rotated, streamed: bool = False, tokens:
 
     Raises:
         VerifyError: it is above `TOLERANCE`.
+        WeightError: NaN or Inf in a weight, naming tensor and index.
     """
     count = min(tokens, original.positions or tokens)
     ids = torch.randint(original.vocabulary, (1, count), generator=torch.Generator().manual_seed(seed))
@@ -174,12 +175,25 @@ def prove(original: Blueprint, rotated: Rotated, streamed: bool = False, tokens:
             found.append(model(input_ids=ids, use_cache=False).logits[0].double())
             del model
     worst = float(((found[0] - found[1]).norm(dim=1) / found[0].norm(dim=1).clamp(min=1e-30)).max())
+    if not found[0].isfinite().all():
+        _refuse_not_finite(original.checkpoint)
     if not worst <= TOLERANCE:
         raise VerifyError(
             f"{original.checkpoint.path}: rotated, the model's logits differ by {worst:.2g} relative, more than "
             f"{TOLERANCE:g}; this model does something that was not seen, quantize it without rotation"
         )
     return worst
+
+
+def _refuse_not_finite(checkpoint: Checkpoint) -> None:
+    """Name the weight for which a model that is not rotated yet gives no numbers."""
+    fault = next((found for name in checkpoint.weights if (found := not_finite(name, checkpoint.tensor(name)))), None)
+    if fault:
+        raise WeightError(f"{fault}, so that no rotation can be proved to change nothing; repair the checkpoint")
+    raise VerifyError(
+        f"{checkpoint.path} computes values that are not finite, so that no rotation can be proved to change nothing; "
+        "quantize it without rotation"
+    )
 
 
 def _refuse_online(options: Options) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import isfinite, prod
 from typing import Literal, final
 
 import torch
@@ -265,6 +265,9 @@ def _learn(
     windows = split_windows(prepared.ids, 1)
     fit, held = windows.ids[: windows.fit], windows.ids[windows.fit :]
     before = loss.mean(held)
+    fixed = sum(bool(weight.scheme) and name not in student.parts for name, weight in written.weights.items())
+    if not isfinite(before):
+        return {}, {"before": before, "after": before, "fixed": float(fixed)}
     steps = list(_batches(len(fit), options))
     optimizer = torch.optim.Adam([part.move for part in student.parts.values()], options.lr)
     schedule = CosineAnnealingLR(optimizer, len(steps))
@@ -278,7 +281,6 @@ def _learn(
     after = loss.mean(held)
     better = after < before
     found = {name: part.stored() for name, part in student.parts.items()} if better else {}
-    fixed = sum(bool(weight.scheme) and name not in student.parts for name, weight in written.weights.items())
     return found, {"before": before, "after": after if better else before, "fixed": float(fixed)}
 
 
