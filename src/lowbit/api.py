@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lowbit.arguments import at_least_one, pairs, several, typed
 from lowbit.budget import parse_size
 from lowbit.pipeline import Request, find_plan, run, run_conversion
 from lowbit.stages._changes import Goal
@@ -15,6 +16,7 @@ from lowbit.stages.plan import Calibration, Plan, Rules
 from lowbit.stages.report import RunRecord
 
 
+@typed
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -22,8 +24,8 @@ def quantize(
     scheme: str | None = None,
     method: str | None = None,
     format: str = "compressed-tensors",
-    skip: Sequence[str] = (),
-    sets: Mapping[str, str] | None = None,
+    skip: str | Sequence[str] = (),
+    sets: str | Sequence[str] | Mapping[str, str] | None = None,
     options: Mapping[str, Any] | None = None,
     plan: str | Path | None = None,
     ram: int | str | None = None,
@@ -46,8 +48,8 @@ def quantize(
         model: directory, file or hub name of a float checkpoint.
         out: new or empty directory, or one with an unfinished run of the same call: it goes on.
         scheme: as `int4-g128`; None for the format's default.
-        skip: regular expressions of tensors that stay as they are.
-        sets: regular expression to scheme name (or `keep`), first match first; wins over everything.
+        skip: regular expression of tensors that stay as they are, or several.
+        sets: regular expression to scheme name (or `keep`), or `REGEX=SCHEME`s; the first match wins over everything.
         method: a method, or steps joined by `+` as `awq+gptq`; None for `rtn`, or the format's own.
         options: options of the method, those of other steps as `step.name`.
         plan: a saved plan, instead of all rules above.
@@ -67,16 +69,17 @@ def quantize(
     Raises:
         LowbitError: see `lowbit.errors`.
     """
-    sources = (calibration,) if isinstance(calibration, str) else tuple(calibration or ())
+    at_least_one(threads=threads)
+    sources = several(calibration)
     learned = Calibration(sources, samples, sequence_length, seed, device=device) if sources else None
-    rules = Rules(scheme, method, format, skip, tuple((sets or {}).items()), options or {}, learned)
-    rules = replace(rules, activations=activations, imatrix=Path(imatrix) if imatrix else None)
-    text, saved = evaluate and Path(evaluate), plan and Path(plan)
+    rules = Rules(scheme, method, format, several(skip), pairs("sets", sets), options or {}, learned)
+    rules = replace(rules, activations=activations, imatrix=_path(imatrix))
     limit = parse_size(ram) if isinstance(ram, str) else ram
-    request = Request(str(model), Path(out), rules, saved or None, limit, threads, text or None, context)
+    request = Request(str(model), Path(out), rules, _path(plan), limit, threads, _path(evaluate), context)
     return run(replace(request, trust_remote_code=trust_remote_code, requantize=requantize))
 
 
+@typed
 def convert(
     model: str | Path,
     out: str | Path,
@@ -101,21 +104,25 @@ def convert(
         UnsupportedError: values would change, naming a weight and the reason.
         LowbitError: see `lowbit.errors`.
     """
+    at_least_one(threads=threads)
     limit = parse_size(ram) if isinstance(ram, str) else ram
     return run_conversion(str(model), Path(out), Goal(format, scheme, lossy), limit, threads)
 
 
+@typed
 def make_plan(
     model: str | Path,
     *,
-    sets: Mapping[str, str] | None = None,
+    skip: str | Sequence[str] = (),
+    sets: str | Sequence[str] | Mapping[str, str] | None = None,
     calibration: str | Sequence[str] | Calibration | None = None,
+    imatrix: str | Path | None = None,
     **rules: Any,
 ) -> Plan:
     """The plan that `quantize` with the same rules would carry out; nothing is written.
 
     Args:
-        sets: regular expression to scheme name (or `keep`), first match first; wins over everything.
+        skip, sets, imatrix: as `quantize` takes them.
         calibration: text, as `quantize` takes it; for a policy that asks how often experts are used it is run through
             the model, with hidden states in a temporary folder below the working directory.
         rules: the other fields of `stages.plan.Rules`.
@@ -125,6 +132,13 @@ def make_plan(
     """
     text = calibration if isinstance(calibration, Calibration) else None
     if calibration and not isinstance(calibration, Calibration):
-        text = Calibration((calibration,) if isinstance(calibration, str) else tuple(calibration))
-    asked = Rules(sets=tuple((sets or {}).items()), calibration=text, **rules)
+        text = Calibration(several(calibration))
+    asked = typed(Rules)(
+        skip=several(skip), sets=pairs("sets", sets), imatrix=_path(imatrix), calibration=text,
+        **rules,
+    )  # fmt: skip
     return find_plan(Request(str(model), Path("plan.json"), asked))
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return Path(given) if given else None

@@ -21,6 +21,7 @@ REWRITES = ("transforms", "corrections")
 # A unit (top-level module or folder) imports units of a lower layer, and itself. Two units of one layer stay apart.
 LAYERS = (
     ("errors", "_native"),
+    ("arguments",),
     ("native", "schemes", "plugins", "budget", "rotations", "collector"),
     ("tensors",),
     ("blocks",),

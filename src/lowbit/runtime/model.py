@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from lowbit.arguments import at_least_one, typed
 from lowbit.errors import CheckpointError, FormatError, UnsupportedError
 from lowbit.formats import Weight
 from lowbit.formats._ggml import BLOCKS, BlockType, type_of, unpack
@@ -67,6 +68,7 @@ class Loaded:
         return open_tokenizer(self.checkpoint)
 
 
+@typed
 def load(
     path: str | Path,
     *,
@@ -81,6 +83,7 @@ def load(
     Raises:
         LowbitError: see `lowbit.errors`.
     """
+    at_least_one(threads=threads)
     return open_model(path, exact, reference, threads, trust_remote_code, Path(cache) if cache else None).model
 
 

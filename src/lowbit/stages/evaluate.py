@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowbit import plugins
 from lowbit.budget import MARGIN, MemoryWatch, anonymous_bytes, format_size
+from lowbit.arguments import at_least_one, typed
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.metrics import Metric, Score, Values
 from lowbit.metrics._blocks import CONFIDENCE, make_blocks
@@ -134,6 +135,7 @@ class Way:
         )
 
 
+@typed
 def evaluate(
     model: str | Path,
     text: Text | str | Path,
@@ -162,8 +164,7 @@ def evaluate(
         context, stride: tokens per window, and from one window's begin to the next's; None: windows without overlap.
         tokens: use at most this many tokens from the beginning of the text.
         batch: windows per pass; None for what is fast and fits.
-        ram: anonymous memory allowed, in bytes; None for no limit.
-        dtype: of weights and computation.
+        ram, dtype: bytes of anonymous memory allowed, None for no limit; of weights and computation.
         threads: of torch; None leaves them as they are.
         seed: of the bootstrap and of the permutation test.
         progress, announce: called with `("evaluate", windows done, windows)`; once with the estimate of memory.
@@ -176,6 +177,7 @@ def evaluate(
         CheckpointError: a checkpoint does not fit its configuration, has no tokenizer, or computes NaN.
         ResourceError: the limit is too small; for the models, with the least that works.
     """
+    at_least_one(threads=threads)
     text = text if isinstance(text, Text) else read_text(Path(text))
     sources = _open(model, reference, adapter, trust_remote_code)
     blueprints = [open_blueprint(source, dtype) for source in sources]
