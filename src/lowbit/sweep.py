@@ -27,7 +27,7 @@ from lowbit.stages.evaluate import read_text
 from lowbit.stages.plan import Plan, Rules, in_rows, make_plan
 from lowbit.stages.report import RunRecord
 from lowbit.stages.sweep_report import Skipped, SweepRecord, write_sweep
-from lowbit.stages.write import write_atomic
+from lowbit.stages.write import disk_errors, write_atomic
 
 _SCORES = {"divergence": "kl_mean", "change": "log_perplexity_change", "agreement": "top1_agreement"}
 
@@ -94,7 +94,8 @@ def sweep(
 def _check_output(out: Path) -> None:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "points").is_dir())):
         raise UsageError(f"{out} holds something else and is left alone; name a directory that is new, or a sweep's")
-    (out / "points").mkdir(parents=True, exist_ok=True)
+    with disk_errors(out):
+        (out / "points").mkdir(parents=True, exist_ok=True)
 
 
 def _plans(request: SweepRequest, progress: quantize.Progress) -> tuple[list[tuple[str, Rules, str]], list[Skipped]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 from importlib import import_module
 from typing import final
@@ -24,6 +27,8 @@ _COMMANDS = {
     "inspect": "Tell what a checkpoint is and whether it is sound.",
     "demo": "Take the embedded model through the whole line.",
 }
+# Those that write what a later call goes on with.
+_KEEPING = {"quantize", "convert", "sweep", "demo"}
 
 
 @final
@@ -64,17 +69,36 @@ def main() -> None:
     """Entry point: errors of ours end in one sentence and their exit code, never in a traceback."""
     from lowbit.errors import LowbitError
 
+    _print_any_letter()
     try:
         group(standalone_mode=False)
-    except click.exceptions.Abort:
-        _fail("stopped; what is finished is kept: the same command goes on", 130)
-    except KeyboardInterrupt:
-        _fail("stopped; what is finished is kept: the same command goes on", 130)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        kept = _KEEPING.intersection(sys.argv[1:2])
+        _fail("stopped" + ("; what is finished is kept: the same command goes on" if kept else ""), 130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except LowbitError as error:
         _fail(str(error), error.exit_code)
+    except OSError as error:  # of a pipe that was closed click ends without a word
+        _let_go()
+        # Files that are written say what they are called; a full disk is beneath standard output, if beneath none.
+        where = error.filename or ("standard output" if error.errno == errno.ENOSPC else "")
+        _fail(f"{where}: {error.strerror}" if where else str(error), 1)
+
+
+def _print_any_letter() -> None:
+    """What standard output has no letter for becomes `?`: when it is printed the work is done."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _let_go() -> None:
+    """Of what standard output does not take: Python would try again as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(text: str, code: int) -> None:

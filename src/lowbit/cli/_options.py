@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import re
 import sys
@@ -11,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, final
 
 import click
 
@@ -68,6 +70,30 @@ class Duration(click.ParamType[float]):
         if not match or not float(match[1]):
             self.fail(f"{value!r} is no duration; write it like 25ms", param, ctx)
         return float(match[1]) / (1000 if match[2] == "ms" else 1)
+
+
+@final
+class Finite(click.FloatRange):
+    """A number within bounds; these let pass what is no number, or is infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found: float = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is no finite number", param, ctx)
+        return found
+
+
+def seed(ctx: click.Context, param: click.Parameter, value: int) -> int:
+    """A seed that generators of random numbers take."""
+    if not 0 <= value < 2**64:
+        raise click.BadParameter(f"{value} is not in the range 0 to 2^64 - 1")
+    return value
+
+
+def _stops(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in values:
+        raise click.BadParameter("an empty string is everywhere: name some text")
+    return values
 
 
 def _set(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -188,7 +214,9 @@ _RULES = (
         "--sampling", type=click.Choice(["random", "stratified", "length", "first"]), default="random",
         show_default=True, help="How windows are chosen.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of every choice at random."),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, callback=seed, help="Of every choice at random."
+    ),
     click.option(
         "--inputs", type=click.Choice(["quantized", "float"]), default="quantized", show_default=True,
         help="What a sub-layer is calibrated on: what the quantized ones before it produce, or the float model's.",
@@ -392,7 +420,7 @@ def _check_budget(asked: dict[str, Any], given: list[str], options: dict[str, An
 
 
 _CONTEXT = (
-    click.option("--context", type=click.IntRange(1), help="Most tokens of a text.  [default: what the model takes]"),
+    click.option("--context", type=click.IntRange(2), help="Most tokens of a text.  [default: what the model takes]"),
     click.option(
         "--kv",
         type=click.Choice(["float32", "float16", "int8"]),
@@ -420,14 +448,14 @@ def kept_options(function: F) -> F:
 
 def sampling_options(tokens: int, temperature: float, top_p: float) -> Callable[[F], F]:
     """Options that are the fields of `runtime.generate.Sampling`, with these defaults."""
-    probability = click.FloatRange(0, 1, min_open=True)
+    probability = Finite(0, 1, min_open=True)
     options = [
         click.option(
             "-n", "--max-tokens", "tokens", type=click.IntRange(1), default=tokens, show_default=True,
             help="Most tokens to generate.",
         ),
         click.option(
-            "--temperature", type=click.FloatRange(0), default=temperature, show_default=True,
+            "--temperature", type=Finite(0), default=temperature, show_default=True,
             help="0: the likeliest token.",
         ),
         click.option("--top-k", type=click.IntRange(0), default=0, help="Only among so many.  [default: all]"),
@@ -435,15 +463,26 @@ def sampling_options(tokens: int, temperature: float, top_p: float) -> Callable[
             "--top-p", type=probability, default=top_p, show_default=True, help="Only among this probability."
         ),
         click.option(
-            "--min-p", type=click.FloatRange(0, 1), default=0.0, help="Only those this share of the likeliest."
+            "--min-p", type=Finite(0, 1), default=0.0, help="Only those this share of the likeliest."
         ),
         click.option(
-            "--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, help="Above 1: less of it."
+            "--repetition-penalty", type=Finite(0, min_open=True), default=1.0, help="Above 1: less of it."
         ),
-        click.option("--stop", multiple=True, help="End after this string; may be given again."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of the choices."),
+        click.option(
+            "--stop", multiple=True, callback=_stops, help="End right after this string; may be given again."
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, callback=seed, help="Of the choices."),
     ]  # fmt: skip
     return lambda function: _with(options, function)
+
+
+def standard_input() -> TextIO:
+    """Where texts come from that are not on the command line; who reads them judges bytes that are no text."""
+    if sys.stdin is None:  # as Python has it where it was closed
+        raise click.UsageError("standard input is closed")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin
 
 
 def make_rules(options: dict[str, Any]) -> Rules:

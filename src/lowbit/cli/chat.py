@@ -7,11 +7,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowbit.cli._options import context_options, sampling_options
+from lowbit.cli._options import context_options, note, sampling_options, standard_input
+
+if TYPE_CHECKING:
+    from lowbit.runtime.generate import Sampling
+    from lowbit.runtime.runner import Runner
+
+Messages = list[dict[str, str]]
 
 _EXAMPLES = """\b
 Examples:
@@ -39,7 +45,8 @@ def command(
     """Talk with MODEL (a directory, file or hub name); an empty line or the end of input ends it."""
     import torch
 
-    from lowbit.runtime.generate import Sampling, answer
+    from lowbit.errors import UsageError
+    from lowbit.runtime.generate import Sampling, prepare
     from lowbit.runtime.runner import open_runner
 
     if threads:
@@ -48,27 +55,42 @@ def command(
         model, threads=threads, trust_remote_code=trust_remote_code, context=context, keep=kv, cache=cache
     )
     messages = [{"role": "system", "content": system}] if system else []
-    chosen, parts = Sampling(**sampling), list[str]()
+    lines, chosen, unanswered = standard_input(), Sampling(**sampling), False
+    prepare(runner, messages, chosen)
+    for line in _lines(lines.isatty()):
+        try:
+            messages = _turn(runner, [*messages, {"role": "user", "content": line}], chosen, lines.isatty())
+        except UsageError as error:  # of this message: it was no text, or is too long
+            unanswered = True
+            note(str(error))
+    if unanswered and not lines.isatty():
+        sys.exit(1)
+
+
+def _turn(runner: Runner, messages: Messages, sampling: Sampling, typed: bool) -> Messages:
+    """Answer the last message; the conversation with the answer, without what there is no room for."""
+    from lowbit.runtime.generate import answer, fitted
+
+    kept, parts = fitted(runner, messages, sampling), list[str]()
+    if len(kept) < len(messages):
+        count = len(messages) - len(kept)
+        note(f"the context of {runner.limit} tokens is full: the oldest {count} messages are left out from here on")
 
     def show(part: str) -> None:
         parts.append(part)
         click.echo(part, nl=False)
 
-    for line in _lines():
-        messages.append({"role": "user", "content": line})
-        parts.clear()
-        try:
-            answer(runner, messages, chosen, show)
-        except KeyboardInterrupt:  # in a terminal it ends the answer, not the conversation
-            if not sys.stdin.isatty():
-                raise
-        click.echo()
-        messages.append({"role": "assistant", "content": "".join(parts)})
+    try:
+        answer(runner, kept, sampling, show)
+    except KeyboardInterrupt:  # in a terminal it ends the answer, not the conversation
+        if not typed:
+            raise
+    click.echo()
+    return [*kept, {"role": "assistant", "content": "".join(parts)}]
 
 
-def _lines() -> Iterator[str]:
+def _lines(typed: bool) -> Iterator[str]:
     """What is said, up to an empty line or the end: asked for in a terminal, where it can be edited."""
-    typed = sys.stdin.isatty()
     if typed:
         with suppress(ImportError):
             import_module("readline")  # `input` edits lines with it

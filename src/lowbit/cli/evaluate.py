@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowbit.cli._options import Size, progress_bars
+from lowbit.cli._options import Size, progress_bars, seed
 
 if TYPE_CHECKING:
     from lowbit.stages.evaluate import Evaluation
@@ -38,7 +38,9 @@ Examples:
     help="Of weights and computation.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [default: torch's own]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap and the permutation test.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, callback=seed, help="Of the bootstrap and the permutation test."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the evaluation as one JSON document.")
 def command(model: str, text: Path, as_json: bool, dtype: str, **options: Any) -> None:

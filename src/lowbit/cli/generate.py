@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowbit.cli._options import context_options, sampling_options
+from lowbit.cli._options import context_options, sampling_options, standard_input
 
 if TYPE_CHECKING:
     from lowbit.runtime.generate import Generated
@@ -61,8 +61,7 @@ def command(
     from lowbit.runtime.generate import Sampling, answer, generate, generate_all
     from lowbit.runtime.runner import open_runner
 
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in (*given, *prompts)]
-    texts += Path(file).read_text().splitlines() if file else []
+    texts = _texts((*given, *prompts), file)
     if not texts or (chat and len(texts) > 1):
         raise click.UsageError("give a prompt" + (", and only one with --chat" if texts else " or --prompts"))
     if threads:
@@ -91,6 +90,20 @@ def command(
     for prompt, each in zip(texts, results, strict=True):
         click.echo(f"\n{prompt}\u2192{each.text}" if len(results) > 1 else "")
         _print(each, runner)
+
+
+def _texts(prompts: Sequence[str], file: str | None) -> list[str]:
+    """The prompts, before the model is opened for some that cannot be read."""
+    from lowbit.runtime.words import require_text
+
+    texts = [standard_input().read() if prompt == "-" else prompt for prompt in prompts]
+    for text in texts:
+        require_text(text, "the prompt")
+    if file:
+        lines = Path(file).read_text(encoding="utf-8", errors="surrogateescape")
+        require_text(lines, file)
+        texts += lines.splitlines()
+    return texts
 
 
 def _print(result: Generated, runner: Runner) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lowbit.cli._options import Size, progress_bars
+from lowbit.cli._options import Size, progress_bars, seed
 
 _EXAMPLES = """\b
 Examples:
@@ -32,7 +32,7 @@ Examples:
     "--sampling", type=click.Choice(["random", "stratified", "length", "first"]), default="random",
     show_default=True, help="How windows are chosen.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Of every choice at random.")
+@click.option("--seed", type=int, default=0, show_default=True, callback=seed, help="Of every choice at random.")
 @click.option("--ram", type=Size(), help="Anonymous memory that the run may hold, as 4GiB; checked first, then kept.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
 def command(model: str, out: Path, ram: int | None, trust_remote_code: bool, **text: Any) -> None:

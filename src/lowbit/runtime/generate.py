@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, final
 
@@ -13,7 +13,10 @@ from torch import Tensor
 
 from lowbit.errors import UsageError
 from lowbit.runtime.runner import Runner
+from lowbit.runtime.words import Words, require_text
 from lowbit.stages._model import refusals
+
+_BEFORE = 8  # tokens of a prompt with which those after it are made text
 
 
 @final
@@ -28,7 +31,7 @@ class Sampling:
         top_p: only among the likeliest that have this probability together.
         min_p: only among those at least so likely, as a share of the likeliest.
         repetition_penalty: logits of tokens that were there are divided by it (multiplied, where below 0).
-        stop: strings after which it ends.
+        stop: strings right after which it ends.
         seed: of the choices.
     """
 
@@ -74,16 +77,16 @@ def generate(
     """Continue a prompt; `show` gets the text piece by piece.
 
     Raises:
-        UsageError: the prompt is empty, or too long for the model.
+        UsageError: the prompt is empty, no text, or too long for the context.
     """
-    return _run(runner, _ids(runner, prompt), sampling, show)
+    return _run(runner, _Text(runner, _ids(runner, prompt), sampling, show), sampling)
 
 
 def generate_all(runner: Runner, prompts: Sequence[str], sampling: Sampling) -> list[Generated]:
     """Continue some prompts; natively all at once, so that weights are read once for a token of each.
 
     Raises:
-        UsageError: a prompt is empty, or too long for the model.
+        UsageError: a prompt is empty, no text, or too long for the context.
     """
     engine = runner.engine
     if engine is None:
@@ -113,30 +116,86 @@ def answer(
     What the last text of the runner and this one begin with is not read again.
 
     Raises:
-        UsageError: the model has no chat template.
+        UsageError: the model has no chat template, a message is no text, or all are too long for the context.
     """
+    return _run(runner, _Text(runner, _conversation(runner, messages), sampling, show, answers=True), sampling)
+
+
+def prepare(runner: Runner, messages: Sequence[dict[str, str]], sampling: Sampling) -> None:
+    """Open all that `answer` takes, for a conversation that begins with these messages.
+
+    An answer of one token is made for it: much is imported where it is first used, and what is interrupted there, as an
+    answer may be, is half a module from then on.
+
+    Raises:
+        UsageError: as `answer`.
+    """
+    ids = _conversation(runner, [*messages, {"role": "user", "content": "Hello"}])
+    _require_room(runner, len(ids))
+    one = replace(sampling, tokens=1)
+    _run(runner, _Text(runner, ids[:1], one, lambda part: None, answers=True), one)
+
+
+def fitted(runner: Runner, messages: Sequence[dict[str, str]], sampling: Sampling) -> list[dict[str, str]]:
+    """A conversation without its oldest turns, as few as leave room for an answer, or for a quarter of the context.
+
+    What the model is told before it stays, and the last message does.
+
+    Raises:
+        UsageError: these alone are too long for the context; else as `answer`.
+    """
+    room, kept = min(sampling.tokens, runner.limit // 4), list(messages)
+    start = 1 if kept[0]["role"] == "system" else 0
+    while (count := len(_conversation(runner, kept))) + room > runner.limit and len(kept) > start + 1:
+        del kept[start : start + 2]
+    _require_room(runner, count)
+    return kept
+
+
+def _conversation(runner: Runner, messages: Sequence[dict[str, str]]) -> Int64[Tensor, " tokens"]:
     if not getattr(runner.tokenizer, "chat_template", None):
         raise UsageError(
             "the tokenizer of this model has no chat template; continue a text with lowbit generate --prompt"
         )
+    for message in messages:
+        require_text(message["content"], "the message")
     with refusals("the chat template of this model"):
         found: Any = runner.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-    return _run(runner, found["input_ids"].view(-1), sampling, show)
+    ids: Tensor = found["input_ids"].view(-1)
+    return ids
 
 
 def _ids(runner: Runner, prompt: str) -> Int64[Tensor, " tokens"]:
+    require_text(prompt, "the prompt")
     return torch.tensor(runner.words.encode(prompt), dtype=torch.int64)
 
 
-def _run(runner: Runner, ids: Tensor, sampling: Sampling, show: Callable[[str], None]) -> Generated:
-    text = _Text(runner, ids, sampling, show)
-    with torch.inference_mode(), refusals("the model fails on this prompt"):
-        token, reader = text.choose(runner.reader.follow(ids)), runner.reader
-        while text.take(token):
-            token = reader.likeliest(token) if sampling.greedy else text.choose(reader.read(torch.tensor([token])))
+def _require_room(runner: Runner, count: int) -> None:
+    if not count:
+        raise UsageError("the prompt is empty: it has no tokens")
+    if count >= runner.limit:
+        larger = "give a larger --context" if runner.limit < runner.positions else "this model takes no more"
+        raise UsageError(f"{count} tokens leave no room to go on in a context of {runner.limit}; {larger}")
+
+
+def _run(runner: Runner, text: _Text, sampling: Sampling) -> Generated:
+    with torch.inference_mode():
+        for token in _tokens(runner, text, sampling):
+            if not text.take(token):
+                break
     return text.result()
+
+
+def _tokens(runner: Runner, text: _Text, sampling: Sampling) -> Iterator[int]:
+    """The next token, again and again. What is done with it is not in here: its errors are not the model's."""
+    with refusals("the model fails on this prompt"):
+        reader = runner.reader
+        yield text.choose(reader.follow(torch.tensor(text.seen)))
+        while True:
+            last = text.seen[-1]
+            yield reader.likeliest(last) if sampling.greedy else text.choose(reader.read(torch.tensor([last])))
 
 
 def chooser(sampling: Sampling) -> Callable[[Tensor, Tensor], int]:
@@ -174,6 +233,14 @@ def chooser(sampling: Sampling) -> Callable[[Tensor, Tensor], int]:
     return choose
 
 
+def _last_words(words: Words, ids: list[int]) -> list[int]:
+    """The end of a prompt, from the beginning of a character on: a tokenizer may have it in bytes."""
+    count = _BEFORE
+    while count < len(ids) and words.decode(ids[-count:]).startswith("\ufffd"):
+        count *= 2
+    return ids[-count:]
+
+
 @final
 class _Text:
     """A text while it is written: chooses and takes tokens, and shows what can no longer change.
@@ -182,10 +249,12 @@ class _Text:
         seen: its tokens, the prompt's first.
     """
 
-    def __init__(self, runner: Runner, ids: Tensor, sampling: Sampling, show: Callable[[str], None]) -> None:
-        if not 0 < len(ids) < runner.limit:
-            raise UsageError(f"the prompt has {len(ids)} tokens; this model takes 1 to {runner.limit - 1}")
+    def __init__(
+        self, runner: Runner, ids: Tensor, sampling: Sampling, show: Callable[[str], None], answers: bool = False
+    ) -> None:
+        _require_room(runner, len(ids))
         self.seen: list[int] = ids.tolist()
+        self._before = [] if answers else _last_words(runner.words, self.seen)  # an answer is a text of its own
         self._prompt, self._runner, self._show = len(ids), runner, show
         self._left, self._stops = min(sampling.tokens, runner.limit - len(ids)), sampling.stop
         self._choose = chooser(sampling)
@@ -200,14 +269,23 @@ class _Text:
         """One more token; whether the text goes on after it."""
         self.seen.append(token)
         self._left -= 1
-        self._written = str(self._runner.words.decode(self.seen[self._prompt :]))
+        whole = self._decoded()
+        stops = [at + len(stop) for stop in self._stops if (at := whole.find(stop)) >= 0]
+        self._written = whole[: min(stops)] if stops else whole
         if not self._written.endswith("\ufffd"):  # bytes of a character that is not whole yet
             self._show(self._written[len(self._shown) :])
             self._shown = self._written
         self._end = perf_counter()
         self._first = self._first or self._end
         ended = token in self._runner.ends or token == self._runner.words.end
-        return self._left > 0 and not ended and not any(stop in self._written for stop in self._stops)
+        return self._left > 0 and not ended and not stops
+
+    def _decoded(self) -> str:
+        """What came after the prompt, cut off a longer text: some tokenizers drop the space with which one begins."""
+        decode, new = self._runner.words.decode, self.seen[self._prompt :]
+        before = decode(self._before) if self._before else ""
+        whole = decode(self._before + new)
+        return whole[len(before) :] if whole.startswith(before) else decode(new)
 
     def result(self) -> Generated:
         """What came, and how long it took."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from lowbit.errors import UnsupportedError, UsageError
+from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.native import DecoderShape
 from lowbit.runtime.decoder import Engine, Native, Session, native_of
 from lowbit.runtime.model import Loaded, open_weights
@@ -19,7 +19,7 @@ from lowbit.runtime.stored import Stored, damaged, read_stored, stored_path, wri
 from lowbit.runtime.told import told_model
 from lowbit.runtime.words import Words, open_words
 from lowbit.stages._model import open_tokenizer
-from lowbit.stages._weightfile import read_json
+from lowbit.stages._weightfile import read_json, show
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Runner:
         engine: the native decoder, if it is that.
         model: of transformers, where it computes; None beside the native decoder.
         limit: most tokens of a text, with its prompt.
+        positions: most that the model takes.
         ends: tokens that end one.
         keep: how the native decoder keeps keys and values, one of `native.KEEPS`.
         kernels: number of weights that the kernels multiply.
@@ -78,6 +79,7 @@ class Runner:
     engine: Engine | None
     model: PreTrainedModel | None
     limit: int
+    positions: int
     ends: frozenset[int]
     keep: str
     kernels: int
@@ -156,10 +158,10 @@ def runner_of(loaded: Loaded, threads: int | None = None, context: int | None = 
         engine = Engine(native_of(loaded), threads)
     except UnsupportedError as error:
         decoder = str(error)
-    limit, ends = _limit(_positions(loaded), context), _ends(loaded)
+    positions, ends = _positions(loaded), _ends(loaded)
     return Runner(
-        loaded.checkpoint, decoder, engine, None if engine else loaded.model, limit, ends, keep, len(loaded.kernels),
-        loaded.others,
+        loaded.checkpoint, decoder, engine, None if engine else loaded.model, _limit(positions, context), positions,
+        ends, keep, len(loaded.kernels), loaded.others,
     )  # fmt: skip
 
 
@@ -177,9 +179,16 @@ def _ends(loaded: Loaded) -> frozenset[int]:
     """Tokens that end a text."""
     path = loaded.checkpoint.path / "generation_config.json"
     told = read_json(path).get("eos_token_id") if path.exists() else None
-    said = (told, getattr(loaded.model.generation_config, "eos_token_id", None))
-    ends = {token for each in said for token in (each if isinstance(each, list) else [each]) if token is not None}
-    return frozenset(map(int, ends))
+    said = {str(path): told, "the configuration": getattr(loaded.model.generation_config, "eos_token_id", None)}
+    return frozenset(token for where, each in said.items() for token in _tokens(each, where))
+
+
+def _tokens(told: object, where: str) -> list[int]:
+    """One or several, as a file has them."""
+    found = [] if told is None else told if isinstance(told, list) else [told]
+    if any(not isinstance(token, int) for token in found):
+        raise CheckpointError(f"{where} has {show(told)} as eos_token_id, where the number of a token should be")
+    return found
 
 
 def _stored(native: Native, loaded: Loaded) -> Stored:
@@ -211,4 +220,5 @@ def _stored_runner(checkpoint: Checkpoint, file: Path, threads: int | None, cont
         kernels, others = int(facts["kernels"]), dict(facts["others"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise damaged(file, error) from error
-    return Runner(checkpoint, "native", engine, None, _limit(positions, context), ends, keep, kernels, others)
+    limit = _limit(positions, context)
+    return Runner(checkpoint, "native", engine, None, limit, positions, ends, keep, kernels, others)

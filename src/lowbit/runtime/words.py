@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
+from lowbit.errors import UsageError
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._gguf_vocabulary import alone, tokenizer_documents
 from lowbit.stages._model import open_tokenizer
@@ -23,6 +24,18 @@ class Words:
     encode: Callable[[str], Sequence[int]]
     decode: Callable[[Sequence[int]], str]
     end: int | None
+
+
+def require_text(text: str, what: str) -> None:
+    """What a program is given in bytes that are no UTF-8 has halves of surrogate pairs in their place.
+
+    Raises:
+        UsageError: this text has some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} is no UTF-8: what stands at character {error.start + 1} is none") from None
 
 
 def open_words(checkpoint: Checkpoint) -> Words:

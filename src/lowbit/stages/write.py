@@ -48,6 +48,7 @@ from lowbit.tensors import Shape, view_shape
 WORK = ".lowbit"
 SHARD_BYTES = 5 * 10**9
 _ALIGN = 64
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WINDOW = 16 * 2**20
 _CHANCES = 6  # windows after which a page that is still not clean stays
 
@@ -517,15 +518,23 @@ def _check_disk(path: Path, shards: Sequence[Shard]) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the system's word for a full disk into one that says that nothing is lost."""
+    """Turn the system's words for a full disk, and for a place that cannot be written to, into a sentence."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in _FULL:
+            _refuse(path, path, error)
             raise
         raise ResourceError(
             f"the disk of {path} is full; what is finished is kept: make room and give the same command to go on"
         ) from error
+
+
+def _refuse(path: Path, within: Path, error: OSError) -> None:
+    """Say that a path cannot be written, if the error is of a file there; what it is read from is elsewhere."""
+    at = Path(error.filename or within)
+    if within in (at, *at.parents) or at in within.parents:
+        raise ResourceError(f"{path} cannot be written: {error.strerror}") from error
 
 
 @final
@@ -615,9 +624,16 @@ def copy_atomic(source: Path, path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    yield temporary
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        if error.errno in _FULL:
+            error.filename = error.filename or str(path)  # the system does not say
+        else:
+            _refuse(path, path.parent, error)
+        raise
