@@ -160,3 +160,17 @@ def test_a_text_that_cannot_be_evaluated_is_refused_before_the_work(lowbit: Comm
     code, _, err = lowbit("quantize", MODEL, tmp_path / "out", "--evaluate", text)
     assert code == 2 and "fewer than one window of 512" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_with_the_calibration_text_is_said_before_the_work(lowbit: CommandLine, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    few = ("--method", "gptq", "--calibration", text, "--samples", "1", "--sequence-length", "16", "--blocks", "0:1")
+    code, _, err = lowbit("quantize", MODEL, tmp_path / "out", *map(str, few))
+    assert code == 0, err
+    before = err.split("calibrate:")[0]
+    assert "warning: there is one window, and none to judge by" in before
+    assert "warning: the calibration sample is small" in before
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["warnings"]) == 2 and report["calibration"]["likeness"]["excess"] is None
+    assert "The calibration sample is small" in (tmp_path / "out" / "report.md").read_text()

@@ -525,7 +525,7 @@ def test_charts_compile_without_warnings() -> None:
 
 LEARNED: dict[str, Any] = {
     "sources": [{"name": "train.txt"}, {"name": "chats.jsonl"}], "recipe": "awq+gptq+tune", "samples": 1024,
-    "length": 512, "sha256": "0123456789abcdef", "dtype": "bfloat16", "warnings": ["few tokens"], "folded": 24,
+    "length": 512, "sha256": "0123456789abcdef", "dtype": "bfloat16", "folded": 24,
 }  # fmt: skip
 
 
@@ -543,12 +543,25 @@ LEARNED: dict[str, Any] = {
     ],
 )
 def test_the_report_tells_what_was_learned_from(tuned: Any, wanted: str, absent: str) -> None:
-    sentences = " ".join(judge(make_run(calibration={**LEARNED, "tuned": tuned})).sentences)
+    run = make_run(calibration={**LEARNED, "tuned": tuned}, warnings=("few tokens",))
+    sentences = " ".join(judge(run).sentences)
     assert wanted in sentences
     assert absent not in sentences
     learned = "awq+gptq+tune learned from 1,024 windows of 512 tokens of train.txt, chats.jsonl (tokens 0123456789ab)"
     assert learned in sentences
     assert "Few tokens." in sentences
+
+
+def test_one_window_is_no_windows() -> None:
+    run = make_run(calibration={**LEARNED, "samples": 1, "length": 8, "folded": 1})
+    sentences = " ".join(judge(run).sentences)
+    assert "learned from 1 window of 8 tokens of" in sentences and "1 tensor was rescaled" in sentences
+
+
+def test_where_nothing_was_quantized_nothing_was_learned() -> None:
+    kept = tuple(row for row in make_rows(2) if not row.scheme)
+    sentences = " ".join(judge(make_run(kept, calibration=LEARNED)).sentences)
+    assert "learned nothing from the calibration text" in sentences and "learned from" not in sentences
 
 
 @pytest.mark.parametrize("scheme", ["int4-g48", "int4-g48-asym", "int8-row", "q4_k", "int4-16x32"])

@@ -161,10 +161,11 @@ class RunRecord:
         verified: None where nothing was compared.
         evaluation: `Evaluation.to_dict()` of `stages/evaluate.py`; None where nothing was evaluated.
         resumed: weights taken over from an interrupted run of the same command.
-        calibration: what was learned from: `Samples.to_dict()`, `recipe`, `dtype`, likeness to the evaluation text;
-            None where nothing was.
+        calibration: what was learned from: `Samples.to_dict()`, `recipe`, `dtype`, `likeness` to the evaluation text
+            (`Similarity`); None where nothing was.
         adapter: None where no low-rank terms were made.
         decided: what was said while schemes were chosen for a budget: plans that were measured, what was predicted.
+        warnings: sentences that the user was told before the work began.
     """
 
     command: str
@@ -184,3 +185,4 @@ class RunRecord:
     calibration: Mapping[str, Any] | None = None
     adapter: TermsRecord | None = None
     decided: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()

@@ -24,6 +24,11 @@ def short(value: float) -> str:
     return text.replace("-", MINUS)
 
 
+def counted(number: int, noun: str) -> str:
+    """How many: `1 window`, `1,204 windows`."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+
+
 def percent(share: float, sign: bool = False) -> str:
     """A share in percent, to about three digits: `87.7%`, `99.26%`, `+0.65%`, `0.0031%`."""
     if not isfinite(share):

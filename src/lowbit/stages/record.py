@@ -72,6 +72,7 @@ def make_record(
     calibration: dict[str, Any] | None = None,
     adapter: Adapter | None = None,
     decided: tuple[str, ...] = (),
+    warnings: tuple[str, ...] = (),
 ) -> RunRecord:
     """Everything the report says about a finished run; `other_memory`: bytes planned for calibration or evaluation."""
     plan = output.plan
@@ -94,6 +95,7 @@ def make_record(
         calibration=calibration and {**calibration, "folded": _folded(output)},
         adapter=_terms(plan, adapter) if adapter else None,
         decided=decided,
+        warnings=warnings,
     )
 
 
