@@ -39,6 +39,7 @@ from lowbit.stages.budgets.sensitivity import Way
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
+from lowbit.stages.evaluate import Way as EvaluationWay
 from lowbit.stages.frequency import count_tokens, rank_tokens
 from lowbit.stages.plan import (
     Calibration,
@@ -161,7 +162,7 @@ def _line(
         if announce:
             announce(plan, costs)
         learned = _calibration(plan, samples, blocks, scored) if samples and blocks else None
-        warnings = _warnings(samples, learned)
+        warnings = _warnings(request, plan, samples, learned)
         for warning in warnings:
             tell(f"warning: {warning}")
         clock.lap("plan")
@@ -180,13 +181,14 @@ def _line(
             clock.lap("verify")
             if text:
                 scores, most = _scores(
-                    request, text, spoken and spoken.encoded, source.path, adapter.path if adapter else None, progress
+                    request, text, spoken and spoken.encoded, source.path, adapter and adapter.path, progress, tell
                 )
                 clock.lap("evaluate")
             most = max(most, *(cost.total for cost in costs))
+            facts = learned and learned.facts | ({"tuned": tuned} if tuned else {})
             result = make_record(
-                request.command, source, output, way, most, watch, checked, scores, clock.seconds,
-                learned and learned.facts | ({"tuned": tuned} if tuned else {}), adapter, tuple(decided.lines), warnings,
+                request.command, source, output, way, most, watch, checked, scores, clock.seconds, facts, adapter,
+                tuple(decided.lines), warnings,
             )  # fmt: skip
             write_report(result, request.out)
             watch.check()
@@ -427,14 +429,14 @@ def read_once(source: Checkpoint) -> Read:
 
 
 def _read(wanted: Calibration, source: Checkpoint) -> Samples:
-    return read_samples(
-        wanted.sources,
-        source,
-        samples=wanted.samples,
-        length=wanted.length or default_length(source),
-        seed=wanted.seed,
-        sampling=wanted.sampling,
+    usual = default_length(source)
+    length = wanted.length or usual
+    # What the model takes is asked only where it may be too little: opening it takes a while.
+    long = open_blueprint(source, torch.float32).too_long(length) if length > usual else None
+    samples = read_samples(
+        wanted.sources, source, samples=wanted.samples, length=length, seed=wanted.seed, sampling=wanted.sampling
     )
+    return replace(samples, warnings=(long, *samples.warnings)) if long else samples
 
 
 @final
@@ -455,10 +457,14 @@ def _calibration(
     return _Learned({**facts, "likeness": asdict(likeness)}, likeness)
 
 
-def _warnings(samples: Samples | None, learned: _Learned | None) -> tuple[str, ...]:
+def _warnings(request: Request, plan: Plan, samples: Samples | None, learned: _Learned | None) -> tuple[str, ...]:
     """What the user should know before the work begins."""
+    rules = request.rules
     if samples is None or learned is None:
-        return ()
+        used = request.budget is not None or rules.counts is not None or rules.tokens is not None
+        return (f"the text of --calibration is not used: {plan.recipe} learns from none",) * bool(
+            rules.calibration and not used
+        )
     held = split_windows(samples.ids, samples.ids.shape[1]).held
     return (*samples.warnings, *(() if held else (_UNJUDGED,)), *learned.likeness.warnings)
 
@@ -475,9 +481,15 @@ def _scores(
     original: Path,
     adapter: Path | None,
     progress: quantize.Progress,
+    tell: Tell,
 ) -> tuple[dict[str, Any], int]:
     """Original and result on the same tokens, and the anonymous memory that was planned for it."""
     planned: list[int] = []
+
+    def announce(way: EvaluationWay) -> None:
+        planned.append(way.total)
+        tell(f"memory: at most {way}, for the evaluation")
+
     scores = evaluate(
         request.out,
         text,
@@ -486,7 +498,7 @@ def _scores(
         tokens=request.tokens,
         ram=request.ram,
         progress=progress,
-        announce=lambda way: planned.append(way.total),
+        announce=announce,
         adapter=adapter,
         encoded=encoded,
         trust_remote_code=request.trust_remote_code,

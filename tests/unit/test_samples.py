@@ -280,9 +280,17 @@ def test_sources_as_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             parse_sources(wrong)
 
 
+@pytest.mark.parametrize("weight", ["-1", "abc", "0", "inf", ""])
+def test_a_wrong_weight_is_called_one(weight: str) -> None:
+    with pytest.raises(UsageError, match=rf"^x\.jsonl: its weight is '{weight}'"):
+        parse_sources(f"x.jsonl@{weight}")
+    assert parse_sources("a@b/c.txt")[0].name == "a@b/c.txt"  # no weight, but a name that is not there
+
+
 ChangeFile = Callable[[Path], object]
 WRONG: dict[str, tuple[str, ChangeFile, str]] = {
     "missing": ("a.txt", lambda path: None, "there is no text file"),
+    "folder": ("a", lambda path: path.mkdir(), "is a folder, no text file; name a file in it, or hf:"),
     "not UTF-8": ("a.txt", lambda path: path.write_bytes(b"good \xff bad"), "not UTF-8: byte 0xff at offset 5"),
     "cut": ("a.txt", lambda path: path.write_bytes("good é".encode()[:-1]), "not UTF-8: byte 0xc3 at offset 5"),
     "far": ("a.txt", lambda path: path.write_bytes(b"1 " * 2**20 + b"\xff"), "not UTF-8: byte 0xff at offset 2097152"),
@@ -376,7 +384,7 @@ def test_warnings_on_texts(shared: Path) -> None:
 
 
 def test_a_few_articles_of_the_same_kind_are_not_unlike_and_a_page_of_another_is(shared: Path) -> None:
-    """The first tokens of a text are of few subjects: alone they differ from a sample of many by more than 0.06 bits."""
+    """The first tokens of a text are of few subjects: they differ from a sample of many by more than 0.06 bits."""
     checkpoint = open_checkpoint(shared / "models" / "wiki-8m")
 
     def begin(name: str) -> torch.Tensor:

@@ -106,7 +106,7 @@ class Histogram:
 @final
 @dataclass(frozen=True)
 class Memory:
-    """Anonymous memory in bytes: the peak seen, what was estimated before the start, and the limit (None: none)."""
+    """Anonymous memory in bytes: the peak seen, the largest of the estimates that were told, the limit (None: none)."""
 
     peak: int
     estimate: int
@@ -131,6 +131,22 @@ class Count:
     kind: Treatment
     reason: str
     tensors: int
+
+
+@final
+@dataclass(frozen=True)
+class Starved:
+    """An expert to which the router sent fewer tokens of the calibration text than it has inputs.
+
+    Attributes:
+        block: and the list of experts in it, as `model.layers.0.mlp`.
+        expert: its number.
+        tokens: how many it saw.
+    """
+
+    block: str
+    expert: int
+    tokens: int
 
 
 @final
@@ -165,6 +181,8 @@ class RunRecord:
             (`Similarity`); None where nothing was.
         adapter: None where no low-rank terms were made.
         decided: what was said while schemes were chosen for a budget: plans that were measured, what was predicted.
+        recipe: the steps of the method, as `rotate+rtn`.
+        starved: experts that saw few tokens of the calibration text, by block and number.
         warnings: sentences that the user was told before the work began.
     """
 
@@ -185,4 +203,6 @@ class RunRecord:
     calibration: Mapping[str, Any] | None = None
     adapter: TermsRecord | None = None
     decided: tuple[str, ...] = ()
+    recipe: str = ""
+    starved: tuple[Starved, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from typing import Literal, final
 
 from lowbit.budget import format_size
 from lowbit.stages._quality import Interval, Quality, read_quality
+from lowbit.stages._recipe import ROTATE
 from lowbit.stages._records import RunRecord
 from lowbit.stages._words import bits, counted, duration, growth, limits, percent, short, span
 
@@ -93,6 +94,8 @@ def _headline(run: RunRecord, quality: Quality | None) -> tuple[str, Tone]:
 def _sentences(run: RunRecord, quality: Quality | None) -> Iterator[str]:
     yield _size_sentence(run)
     yield from _quality_sentences(run, quality)
+    if run.recipe.split("+")[0] == ROTATE:
+        yield f"The model was rotated before ({run.recipe}): with its weights as they were it computes the same."
     yield from _calibration_sentences(run)
     yield from (f"{warning[:1].upper()}{warning[1:]}." for warning in run.warnings)
     yield _check_sentence(run)

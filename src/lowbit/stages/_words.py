@@ -81,9 +81,9 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[len(text) - limit // 2 + 1 :]}"
 
 
-def breakable(text: str) -> Markup:
+def breakable(text: str, limit: int = 160) -> Markup:
     """Escaped text of bounded length that may break after the dots and slashes of a long name."""
-    return Markup(re.sub(r"([./])(?=[^\W\d])", r"\1<wbr>", str(escape(shorten(text, 160)))))
+    return Markup(re.sub(r"([./])(?=[^\W\d])", r"\1<wbr>", str(escape(shorten(text, limit)))))
 
 
 def cell(text: object) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -51,13 +52,14 @@ _STRATA = 4
 _BUFFER = 2048
 # Lines in a row that were seen before: then there are hardly any others.
 _REPEATS = 1000
-# Bits. Samples of 2 to 128 windows of 512 tokens were farther from a whole split of their kind than from themselves by up
-# to 0.036, from texts of other kinds by 0.097 to 0.47. Halves of 32 windows differ by 0.13 to 0.23, of 2 by 0.44 to 0.79.
+# Bits. Samples of 2 to 128 windows of 512 tokens were farther from a whole split of their kind than from themselves by
+# up to 0.036, from texts of other kinds by 0.097 to 0.47. Halves of 32 windows differ by 0.13 to 0.23, of 2 by 0.44 to
+# 0.79.
 _UNLIKE, _SMALL = 0.06, 0.3
 # Bits times the root of tokens: texts of the same kind that are a few articles long were farther by up to so much.
 _SUBJECTS = 16.0
-# Standard deviations over which passages are of another kind, and what is added to them, times tokens of the text: those
-# of one article may all be far. Passages have so many tokens at most, so many are looked at, of so many windows at least.
+# Standard deviations over which passages are of another kind, and what is added to them, times tokens of the text:
+# those of one article may all be far. Passages have so many tokens, so many are looked at, of so many windows at least.
 _FAR, _FEW = 2.0, 1024
 _PASSAGE, _PASSAGES, _LEAST = 128, 64, 8
 _TINY = 1e-9
@@ -182,11 +184,10 @@ def parse_sources(text: str) -> list[Source]:
 def _parse_source(text: str) -> Source:
     if Path(text).is_file():
         return Source(text)
-    if weighted := re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", text):
-        text = weighted[1]
-    weight = float(weighted[2]) if weighted else 1.0
-    if not text or weight <= 0:
-        raise UsageError(f"a source of calibration text is empty or has no weight: {text!r}, weight {weight:g}")
+    typed, at, share = text.rpartition("@")
+    text, weight = (typed, _weight(typed, share)) if at and not _is_part(share) else (text, 1.0)
+    if not text:
+        raise UsageError("a source of calibration text is empty; name a file, or leave out the comma")
     if not text.startswith("hf:"):
         lines = re.fullmatch(r"(.+\.jsonl):([^:/\\]+)", text)
         return Source(lines[1], field=lines[2], weight=weight) if lines else Source(text, weight=weight)
@@ -194,6 +195,22 @@ def _parse_source(text: str) -> Source:
     if more or not name:
         raise UsageError(f"{text} is no dataset; it is written hf:NAME[:CONFIG[:SPLIT[:FIELD]]]")
     return Source(name, True, config, split or "train", field, weight)
+
+
+def _is_part(text: str) -> bool:
+    """Whether what stands behind an `@` is still of a name: of a folder, a file or a dataset."""
+    return any(sign in text for sign in "/\\:") or Path(text).suffix in (".txt", ".jsonl")
+
+
+def _weight(source: str, text: str) -> float:
+    """The share of a source."""
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise UsageError(f"{source}: its weight is {text!r}; behind the @ stands a number above 0, as @3 or @0.5")
+    return weight
 
 
 def read_samples(
@@ -246,7 +263,8 @@ def read_samples(
 
 def _check(sources: Sequence[Source], samples: int, length: int, sampling: Sampling) -> None:
     if samples < 1 or length < 2:
-        raise UsageError(f"{counted(samples, 'window')} of {counted(length, 'token')}; at least 1 window of 2 tokens is needed")
+        asked = f"{counted(samples, 'window')} of {counted(length, 'token')}"
+        raise UsageError(f"{asked}; at least 1 window of 2 tokens is needed")
     if sampling not in get_args(Sampling):
         raise UsageError(f"no sampling is called {sampling!r}; there are: {', '.join(get_args(Sampling))}")
     if sampling == "stratified" and len(sources) < 2:
@@ -404,6 +422,8 @@ def _size(path: Path) -> int:
             return path.stat().st_size
     except OSError as error:
         raise UsageError(f"the text {path} cannot be read: {error.strerror}") from None
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, no text file; name a file in it, or hf:{path} where it holds a dataset")
     raise UsageError(f"there is no text file {path}; a dataset is written hf:NAME[:CONFIG[:SPLIT[:FIELD]]]")
 
 
