@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from lowbit.stages._directory import GGUF
 from lowbit.stages._experts import apart, check_whole, finds, told_apart
 from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
+from lowbit.stages._observe import split_windows
 from lowbit.stages._policy import read_policy
 from lowbit.stages._quality import Interval, read_quality
 from lowbit.stages._recipe import ROTATE, parse_options
@@ -38,6 +39,7 @@ from lowbit.stages.budgets.sensitivity import Way
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.evaluate import Text, evaluate, read_text
+from lowbit.stages.evaluate import Way as EvaluationWay
 from lowbit.stages.frequency import count_tokens, rank_tokens
 from lowbit.stages.plan import (
     Calibration,
@@ -56,11 +58,16 @@ from lowbit.stages.record import Clock, make_record
 from lowbit.stages.report import RunRecord, write_report
 from lowbit.stages.rotate import Options as Rotation
 from lowbit.stages.rotate import prove, rotate
-from lowbit.stages.samples import Samples, read_samples, similarity
+from lowbit.stages.samples import Samples, Similarity, read_samples, similarity
 from lowbit.stages.verify import verify
 from lowbit.stages.write import open_output, refuse_foreign, write_atomic
 
 Tell = Callable[[str | Told], None]
+
+_UNJUDGED = (
+    "there is one window, and none to judge by: what the method makes is not compared with what simpler methods make; "
+    "raise --samples"
+)
 
 
 @final
@@ -146,8 +153,7 @@ def _line(
         plan = _plan(_Work(request, source, watch, progress, decided, read))
         plan, samples = _with_samples(plan, read)
         source = as_planned(source, plan)
-        if text and not spoken:  # one that cannot be used is refused now, not after hours of calibration
-            cut(text, encode([source], text, request.tokens, request.ram), request.context, None)
+        scored = _scored(request, text, source) if text and not spoken else None
         way = quantize.estimate_memory(plan, request.ram, request.threads, source.view.made_bytes)
         blocks = prepare(source, plan, samples.ids, request.ram, request.threads) if samples else None
         costs: list[Estimate | Cost | tune.Cost] = [way]
@@ -155,6 +161,10 @@ def _line(
             costs = [blocks.cost, *tune.estimate(blocks, request.ram), way]
         if announce:
             announce(plan, costs)
+        learned = _calibration(plan, samples, blocks, scored) if samples and blocks else None
+        warnings = _warnings(request, plan, samples, learned)
+        for warning in warnings:
+            tell(f"warning: {warning}")
         clock.lap("plan")
         with open_output(request.out, source, plan, request.shard_bytes) as output:
             if blocks:
@@ -171,18 +181,14 @@ def _line(
             clock.lap("verify")
             if text:
                 scores, most, failed = _scores(
-                    request, text, spoken and spoken.encoded, source.path, adapter.path if adapter else None, progress
+                    request, text, spoken and spoken.encoded, source.path, adapter and adapter.path, progress, tell
                 )
                 clock.lap("evaluate")
-            learned = (
-                _calibration(plan, samples, blocks, None if spoken else text, source, tuned)
-                if samples and blocks
-                else None
-            )
             most = max(most, *(cost.total for cost in costs))
+            facts = learned and learned.facts | ({"tuned": tuned} if tuned else {})
             result = make_record(
-                request.command, source, output, way, most, watch, checked, scores, clock.seconds, learned, adapter,
-                tuple(decided.lines), failed,
+                request.command, source, output, way, most, watch, checked, scores, clock.seconds, facts, adapter,
+                tuple(decided.lines), failed, warnings,
             )  # fmt: skip
             write_report(result, request.out)
             watch.check()
@@ -425,32 +431,49 @@ def read_once(source: Checkpoint) -> Read:
 
 
 def _read(wanted: Calibration, source: Checkpoint) -> Samples:
-    return read_samples(
-        wanted.sources,
-        source,
-        samples=wanted.samples,
-        length=wanted.length or default_length(source),
-        seed=wanted.seed,
-        sampling=wanted.sampling,
+    usual = default_length(source)
+    length = wanted.length or usual
+    # What the model takes is asked only where it may be too little: opening it takes a while.
+    long = open_blueprint(source, torch.float32).too_long(length) if length > usual else None
+    samples = read_samples(
+        wanted.sources, source, samples=wanted.samples, length=length, seed=wanted.seed, sampling=wanted.sampling
     )
+    return replace(samples, warnings=(long, *samples.warnings)) if long else samples
+
+
+@final
+@dataclass(frozen=True)
+class _Learned:
+    """What the report says of the text that was learned from, and how far it is enough and like the evaluation's."""
+
+    facts: dict[str, Any]
+    likeness: Similarity
 
 
 def _calibration(
-    plan: Plan,
-    samples: Samples,
-    blocks: Prepared,
-    text: Text | None,
-    source: Checkpoint,
-    tuned: Mapping[str, float],
-) -> dict[str, Any]:
-    """What the report says of the text that was learned from, and whether it is enough and like the evaluation's."""
+    plan: Plan, samples: Samples, blocks: Prepared, scored: Int64[Tensor, "windows context"] | None
+) -> _Learned:
+    """The text that is learned from, beside the windows that will be evaluated."""
+    likeness = similarity(samples.ids, None if scored is None else scored.flatten(), blocks.blueprint.vocabulary)
     facts = {**samples.to_dict(), "recipe": plan.recipe, "dtype": str(blocks.blueprint.dtype).removeprefix("torch.")}
-    facts |= {"tuned": tuned} if tuned else {}
-    if text:
-        ids, _ = encode([source], text, samples.ids.numel(), None)
-        likeness = similarity(samples.ids, ids, blocks.blueprint.vocabulary)
-        facts |= {"likeness": asdict(likeness), "warnings": [*samples.warnings, *likeness.warnings]}
-    return facts
+    return _Learned({**facts, "likeness": asdict(likeness)}, likeness)
+
+
+def _warnings(request: Request, plan: Plan, samples: Samples | None, learned: _Learned | None) -> tuple[str, ...]:
+    """What the user should know before the work begins."""
+    rules = request.rules
+    if samples is None or learned is None:
+        used = request.budget is not None or rules.counts is not None or rules.tokens is not None
+        return (f"the text of --calibration is not used: {plan.recipe} learns from none",) * bool(
+            rules.calibration and not used
+        )
+    held = split_windows(samples.ids, samples.ids.shape[1]).held
+    return (*samples.warnings, *(() if held else (_UNJUDGED,)), *learned.likeness.warnings)
+
+
+def _scored(request: Request, text: Text, source: Checkpoint) -> Int64[Tensor, "windows context"]:
+    """The windows that will be evaluated; a text that cannot be used is refused now, not after hours of calibration."""
+    return cut(text, encode([source], text, request.tokens, request.ram), request.context, None).ids
 
 
 def _scores(
@@ -460,9 +483,15 @@ def _scores(
     original: Path,
     adapter: Path | None,
     progress: quantize.Progress,
+    tell: Tell,
 ) -> tuple[dict[str, Any] | None, int, str | None]:
     """Original and result on the same tokens, the anonymous memory that was planned for it, and why it failed."""
     planned, scores, failed = [0], None, None
+
+    def announce(way: EvaluationWay) -> None:
+        planned.append(way.total)
+        tell(f"memory: at most {way}, for the evaluation")
+
     try:
         scores = evaluate(
             request.out,
@@ -472,7 +501,7 @@ def _scores(
             tokens=request.tokens,
             ram=request.ram,
             progress=progress,
-            announce=lambda way: planned.append(way.total),
+            announce=announce,
             adapter=adapter,
             encoded=encoded,
             trust_remote_code=request.trust_remote_code,

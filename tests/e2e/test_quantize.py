@@ -178,3 +178,32 @@ def test_an_evaluation_that_gives_no_numbers_leaves_the_result_and_its_report(
     assert report["evaluation"] is None and report["unscored"].startswith("the reference computes")
     assert "The evaluation failed: the reference computes" in (out / "report.md").read_text()
     assert lowbit("inspect", out)[0] == 1, "what it was made of is not sound"
+
+
+def test_what_is_wrong_with_the_calibration_text_is_said_before_the_work(lowbit: CommandLine, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    few = ("--method", "gptq", "--calibration", text, "--samples", "1", "--sequence-length", "16", "--blocks", "0:1")
+    code, _, err = lowbit("quantize", MODEL, tmp_path / "out", *map(str, few))
+    assert code == 0, err
+    before = err.split("calibrate:")[0]
+    assert "warning: there is one window, and none to judge by" in before
+    assert "warning: the calibration sample is small" in before
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["warnings"]) == 2 and report["calibration"]["likeness"]["excess"] is None
+    assert "The calibration sample is small" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_text_that_nothing_learns_from_is_said_to_be_unused(lowbit: CommandLine, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    code, _, err = lowbit("quantize", MODEL, tmp_path / "out", "--method", "rtn", "--calibration", text)
+    assert code == 0 and "warning: the text of --calibration is not used: rtn learns from none" in err
+    assert "The text of --calibration is not used" in (tmp_path / "out" / "report.md").read_text()
+    code, _, err = lowbit(
+        "quantize", MODEL, tmp_path / "other", "--method", "rtn", "--evaluate", text, "--context", "32"
+    )
+    assert code == 0 and "not used" not in err
+    peak = next(line for line in (tmp_path / "other" / "report.md").read_text().splitlines() if "peak memory" in line)
+    estimate = re.search(r"estimate, (\S+ \S+)\)", peak)
+    assert estimate and f"memory: at most {estimate[1]}" in err

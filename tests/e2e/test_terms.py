@@ -41,3 +41,7 @@ def test_a_term_that_is_taken_out_first_lessens_the_error(tmp_path: Path, wiki_8
     document = json.loads(again.stdout)
     reported = json.loads((out / "report.json").read_text())["evaluation"]
     assert document["scores"]["perplexity"] == reported["scores"]["perplexity"]
+    alone = CliRunner().invoke(group, arguments)
+    said = f"without the low-rank terms that lie in it; with them: --adapter {out / 'adapter'}"
+    assert said in alone.stderr and said in alone.stdout and said not in again.stderr
+    assert f"low-rank terms lie in {out / 'adapter'}" in CliRunner().invoke(group, ["inspect", str(out)]).stdout

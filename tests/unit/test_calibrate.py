@@ -33,6 +33,7 @@ from lowbit.stages._adapter import Terms
 from lowbit.stages._fold import find_producer
 from lowbit.stages._gather import Gatherer
 from lowbit.stages._jobs import Job
+from lowbit.stages._model import open_blueprint
 from lowbit.stages._observe import Accumulator, Observer, Seen
 from lowbit.stages._passes import Passes
 from lowbit.stages._products import Product
@@ -44,6 +45,7 @@ from lowbit.stages.calibrate import Prepared, _begin, _enter, calibrate, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.plan import Calibration, Entry, Rules, as_planned, make_plan
 from lowbit.stages.quantize import estimate_memory, quantize
+from lowbit.stages.record import _starved
 from lowbit.stages.write import Output, open_output
 from lowbit.tensors import QTensor
 from lowbit.transforms import awq
@@ -312,6 +314,11 @@ def test_experts_that_see_few_tokens_get_all(kind: str, inputs: str, tmp_path: P
         short = replace(ready, ids=IDS[:2, :8])
         calibrate(short, output, MemoryWatch(None))
         facts = {name: record.facts for name, record in output.records.items() if ".experts." in name}
+        named = _starved(output)
+    assert named and named == tuple(sorted(named, key=lambda each: (each.block, each.expert)))
+    for each in named:
+        of = [facts[name]["starved"] for name in facts if name.startswith(f"{each.block}.experts.{each.expert}.")]
+        assert of and each.tokens == min(of) < 32
     starved = [each for each in facts.values() if each["starved"] is not None]
     assert starved, "8 tokens over 4 experts are fewer than 32 inputs"
     assert all(each["rows"] == 8 and each["starved"] <= 8 for each in starved)
@@ -643,3 +650,18 @@ def test_a_method_that_learns_asks_for_text(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     with pytest.raises(UsageError, match="--calibration"):
         make_plan(open_checkpoint(tmp_path / "model"), Rules("int4-g8", "gptq"))
+
+
+@pytest.mark.parametrize(("kind", "table"), [("opt", True), ("gpt2", True), ("llama", False), ("gpt_neox", False)])
+def test_windows_longer_than_the_model_takes_are_refused_or_warned_of(kind: str, table: bool, tmp_path: Path) -> None:
+    model = save_tiny(kind, tmp_path / "model")
+    most = model.config.max_position_embeddings
+    blueprint = open_blueprint(open_checkpoint(tmp_path / "model"), torch.float32)
+    assert blueprint.too_long(most) is None
+    if table:
+        with pytest.raises(UsageError, match=f"max_position_embeddings.*--sequence-length {most} is the most"):
+            blueprint.too_long(most + 1)
+    else:
+        assert f"max_position_embeddings {most}" in (blueprint.too_long(most + 1) or "")
+    with torch.no_grad(), pytest.raises(IndexError) if table else contextlib.nullcontext():
+        model(torch.zeros(1, most + 1, dtype=torch.int64))

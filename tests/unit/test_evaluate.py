@@ -156,6 +156,12 @@ def test_a_model_against_itself_does_not_differ(made: Callable[..., Path]) -> No
     assert found.scores["top1_agreement"] == Score(1.0, 1.0, 1.0)
 
 
+def test_where_there_is_no_interval_the_conditions_say_why(made: Callable[..., Path]) -> None:
+    few, enough = (str(evaluate(made("llama"), SAMPLE, context=32, tokens=32 * n).conditions) for n in (2, 8))
+    assert "no intervals, for which 5 windows are needed" in few and "95%" not in few
+    assert "95% intervals over 8 blocks" in enough
+
+
 def test_conditions_say_what_was_done(made: Callable[..., Path]) -> None:
     found = evaluate(made("llama"), SAMPLE, context=32, stride=20, tokens=300, seed=3).conditions
     assert (found.windows, found.tokens, found.scored) == (14, 292, 31 + 13 * 20)

@@ -174,3 +174,11 @@ def test_bits_per_weight_count_scales_and_kept_tensors(tmp_path: Path) -> None:
     total = sum(torch.Size(shape).numel() for shape in numel)
     kept = sum(entry.source_bytes for entry in plan.entries if not entry.weight.scheme)
     assert over_all == pytest.approx((64 * 128 * 4.125 + 8 * kept) / total)
+
+
+@pytest.mark.parametrize("blocks", [(0, 2), (5, 9)])
+def test_blocks_that_are_not_there_are_refused_with_how_many_there_are(tmp_path: Path, blocks: tuple[int, int]) -> None:
+    source = write_model(tmp_path / "m")
+    assert schemes(make_plan(source, Rules("int4-g128", blocks=(0, 1))))
+    with pytest.raises(UsageError, match=r"--blocks \d:\d: .* has 1 block, 0:1 at most"):
+        make_plan(source, Rules("int4-g128", blocks=blocks))

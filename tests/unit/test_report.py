@@ -25,7 +25,7 @@ from lowbit.stages import _charts, _words, record
 from lowbit.stages._records import TermsRecord
 from lowbit.stages._verdict import BANDS, judge, position
 from lowbit.stages._words import cell
-from lowbit.stages.report import Count, Histogram, Memory, Outcome, RunRecord, Verification, write_report
+from lowbit.stages.report import Count, Histogram, Memory, Outcome, RunRecord, Starved, Verification, write_report
 from lowbit.tensors import QTensor, block_size
 from tests.conftest import ROOT
 from tests.reference.reports import HOSTILE, make_evaluation, make_rows, make_run
@@ -525,7 +525,7 @@ def test_charts_compile_without_warnings() -> None:
 
 LEARNED: dict[str, Any] = {
     "sources": [{"name": "train.txt"}, {"name": "chats.jsonl"}], "recipe": "awq+gptq+tune", "samples": 1024,
-    "length": 512, "sha256": "0123456789abcdef", "dtype": "bfloat16", "warnings": ["few tokens"], "folded": 24,
+    "length": 512, "sha256": "0123456789abcdef", "dtype": "bfloat16", "folded": 24,
 }  # fmt: skip
 
 
@@ -543,12 +543,45 @@ LEARNED: dict[str, Any] = {
     ],
 )
 def test_the_report_tells_what_was_learned_from(tuned: Any, wanted: str, absent: str) -> None:
-    sentences = " ".join(judge(make_run(calibration={**LEARNED, "tuned": tuned})).sentences)
+    run = make_run(calibration={**LEARNED, "tuned": tuned}, warnings=("few tokens",))
+    sentences = " ".join(judge(run).sentences)
     assert wanted in sentences
     assert absent not in sentences
     learned = "awq+gptq+tune learned from 1,024 windows of 512 tokens of train.txt, chats.jsonl (tokens 0123456789ab)"
     assert learned in sentences
     assert "Few tokens." in sentences
+
+
+def test_a_rotation_is_told_of(tmp_path: Path) -> None:
+    write_report(make_run(recipe="rotate+rtn"), tmp_path)
+    assert "The model was rotated before (rotate+rtn)" in (tmp_path / "report.html").read_text()
+    assert "| method | rotate+rtn |" in (tmp_path / "report.md").read_text()
+    assert not any("rotated" in sentence for sentence in judge(make_run(recipe="gptq")).sentences)
+
+
+def test_experts_that_saw_few_tokens_are_named_fewest_first(tmp_path: Path) -> None:
+    few = tuple(Starved(f"layers.{block}.mlp", expert, 20 - expert) for block in range(9) for expert in range(20))
+    write_report(make_run(starved=few), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    first = "19 (1 token), 18 (2 tokens), 17 (3 tokens)"
+    assert f"- layers.0.mlp: {first}" in text and "and 12 experts more" in text
+    assert "- 20 experts in 1 block more" in text
+    assert "layers.8.mlp" not in text and first in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["starved"][179] == {
+        "block": "layers.8.mlp", "expert": 19, "tokens": 1
+    }  # fmt: skip
+
+
+def test_one_window_is_no_windows() -> None:
+    run = make_run(calibration={**LEARNED, "samples": 1, "length": 8, "folded": 1})
+    sentences = " ".join(judge(run).sentences)
+    assert "learned from 1 window of 8 tokens of" in sentences and "1 tensor was rescaled" in sentences
+
+
+def test_where_nothing_was_quantized_nothing_was_learned() -> None:
+    kept = tuple(row for row in make_rows(2) if not row.scheme)
+    sentences = " ".join(judge(make_run(kept, calibration=LEARNED)).sentences)
+    assert "learned nothing from the calibration text" in sentences and "learned from" not in sentences
 
 
 @pytest.mark.parametrize("scheme", ["int4-g48", "int4-g48-asym", "int8-row", "q4_k", "int4-16x32"])

@@ -21,6 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowbit.errors import UsageError
+from lowbit.stages._windows import Text, encode
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 from lowbit.stages.samples import Samples, Sampling, parse_sources, read_samples, similarity
 
@@ -180,7 +181,7 @@ def test_shares_are_rounded_without_favour(tmp_path: Path, model: Checkpoint) ->
 def test_what_a_source_lacks_the_others_give_and_the_user_is_told(tmp_path: Path, model: Checkpoint) -> None:
     found = read_samples(list(save_two(tmp_path)), model, samples=60, length=25)
     assert [each.windows for each in found.sources] == [40, 20]
-    assert found.warnings == ("b.txt gives 20 windows of 25 tokens, its share is 30",)
+    assert found.warnings == ("20 windows of 25 tokens came from b.txt, whose share is 30",)
 
 
 def test_too_little_text_gives_fewer_windows_and_a_warning(tmp_path: Path, model: Checkpoint) -> None:
@@ -188,6 +189,8 @@ def test_too_little_text_gives_fewer_windows_and_a_warning(tmp_path: Path, model
     found = read_samples(tmp_path / "a.txt", model, samples=128, length=30)
     assert found.ids.shape == (3, 30)
     assert found.warnings == ("the calibration text gives 3 windows of 30 tokens, 128 were asked for",)
+    one = read_samples(tmp_path / "a.txt", model, samples=2, length=99)
+    assert one.warnings == ("the calibration text gives 1 window of 99 tokens, 2 were asked for",)
     with pytest.raises(UsageError, match=r"^a.txt: 100 tokens in all, fewer than one window of 101; take more text$"):
         read_samples(tmp_path / "a.txt", model, samples=128, length=101)
 
@@ -277,9 +280,17 @@ def test_sources_as_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             parse_sources(wrong)
 
 
+@pytest.mark.parametrize("weight", ["-1", "abc", "0", "inf", ""])
+def test_a_wrong_weight_is_called_one(weight: str) -> None:
+    with pytest.raises(UsageError, match=rf"^x\.jsonl: its weight is '{weight}'"):
+        parse_sources(f"x.jsonl@{weight}")
+    assert parse_sources("a@b/c.txt")[0].name == "a@b/c.txt"  # no weight, but a name that is not there
+
+
 ChangeFile = Callable[[Path], object]
 WRONG: dict[str, tuple[str, ChangeFile, str]] = {
     "missing": ("a.txt", lambda path: None, "there is no text file"),
+    "folder": ("a", lambda path: path.mkdir(), "is a folder, no text file; name a file in it, or hf:"),
     "not UTF-8": ("a.txt", lambda path: path.write_bytes(b"good \xff bad"), "not UTF-8: byte 0xff at offset 5"),
     "cut": ("a.txt", lambda path: path.write_bytes("good é".encode()[:-1]), "not UTF-8: byte 0xc3 at offset 5"),
     "far": ("a.txt", lambda path: path.write_bytes(b"1 " * 2**20 + b"\xff"), "not UTF-8: byte 0xff at offset 2097152"),
@@ -370,3 +381,33 @@ def test_warnings_on_texts(shared: Path) -> None:
     assert found[0].warnings == ()
     assert "unlike the evaluation text" in found[1].warnings[0] and "0.06" in found[1].warnings[0]
     assert "raise --samples" in found[3].warnings[0]
+
+
+def test_a_few_articles_of_the_same_kind_are_not_unlike_and_a_page_of_another_is(shared: Path) -> None:
+    """The first tokens of a text are of few subjects: they differ from a sample of many by more than 0.06 bits."""
+    checkpoint = open_checkpoint(shared / "models" / "wiki-8m")
+
+    def begin(name: str) -> torch.Tensor:
+        text = Text(name, (shared / "data" / f"{name}.txt").read_text()[:400_000])
+        return encode([checkpoint], text, 65536, None)[0]
+
+    learned, same, code, web = map(begin, ("wikitext2_valid", "wikitext2_test", "code_sample", "c4_sample"))
+    for windows, length in ((8, 64), (16, 128), (64, 512)):
+        places = torch.linspace(0, len(learned) - length, windows).long()
+        sample = learned[places[:, None] + torch.arange(length)]
+        assert max(similarity(sample, same[:tokens], 4096).excess or 0 for tokens in (1024, 4000, 8000)) > 0.06
+        for tokens in (1024, 4000, 16000, 65536):
+            found = [similarity(sample, text[:tokens], 4096).unlike for text in (same, code, web)]
+            assert found == [False, True, True], (windows, length, tokens)
+
+
+def test_without_a_text_to_evaluate_on_the_sample_alone_is_judged() -> None:
+    dice = torch.Generator().manual_seed(0)
+    few, many = (torch.randint(0, 50, (windows, 16), generator=dice) for windows in (2, 400))
+    found = [similarity(sample, None, 50) for sample in (few, many)]
+    assert [(each.small, each.unlike, each.tokens, each.excess) for each in found] == [
+        (True, False, 0, None),
+        (False, False, 0, None),
+    ]
+    assert found[1].warnings == () and "is small" in found[0].warnings[0]
+    assert found[0].noise == similarity(few, torch.arange(50), 50).noise

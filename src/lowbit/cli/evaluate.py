@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowbit.cli._options import Size, progress_bars, seed
+from lowbit.cli._options import Size, note, progress_bars, seed
 
 if TYPE_CHECKING:
     from lowbit.stages.evaluate import Evaluation
@@ -51,8 +51,12 @@ def command(model: str, text: Path, as_json: bool, dtype: str, **options: Any) -
     """
     import torch
 
+    from lowbit.stages._adapter import adapter_beside
     from lowbit.stages.evaluate import evaluate
 
+    beside = None if options["adapter"] else adapter_beside(model)
+    unused = f"scored without the low-rank terms that lie in it; with them: --adapter {beside}" if beside else None
+    note(unused)
     with progress_bars() as progress:
         result = evaluate(
             model, text, dtype=getattr(torch, dtype), progress=progress,
@@ -61,10 +65,10 @@ def command(model: str, text: Path, as_json: bool, dtype: str, **options: Any) -
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
     else:
-        _print(result)
+        _print(result, unused)
 
 
-def _print(result: Evaluation) -> None:
+def _print(result: Evaluation, unused: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -80,3 +84,5 @@ def _print(result: Evaluation) -> None:
     console.print(f"on {result.conditions}", highlight=False)
     if result.reference:
         console.print(f"reference: {result.reference}; KL divergence in nats per token", highlight=False)
+    if unused:
+        console.print(unused, highlight=False, soft_wrap=True)

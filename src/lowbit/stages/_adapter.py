@@ -51,6 +51,12 @@ def write_adapter(path: Path, terms: Mapping[str, LowRank], base: str, dtype: to
     write_atomic(path / CONFIG, json.dumps(_config(ranks, base), indent=2).encode() + b"\n")
 
 
+def adapter_beside(model: str | Path) -> Path | None:
+    """The adapter that lies in a checkpoint's directory, where `lowbit quantize` writes it."""
+    path = Path(model).expanduser() / ADAPTER
+    return path if (path / CONFIG).is_file() and (path / WEIGHTS).is_file() else None
+
+
 def read_adapter(path: Path) -> dict[str, LowRank]:
     """The terms of an adapter that `write_adapter` wrote, float32, by name of the weight.
 

@@ -297,6 +297,35 @@ class Blueprint:
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
+    def too_long(self, length: int) -> str | None:
+        """What is to be said of sequences of so many tokens, where they are longer than the configuration allows.
+
+        Raises:
+            UsageError: the model cannot compute them, for it has a table of positions.
+        """
+        most = self.positions
+        if most is None or length <= most:
+            return None
+        if self._has_positions(most):
+            raise UsageError(
+                f"sequences of {length:,} tokens are too long for {self.checkpoint.path}, which has {most:,} positions "
+                f"(max_position_embeddings); --sequence-length {most} is the most that it takes"
+            )
+        return (
+            f"windows of {length:,} tokens are longer than the model was made for (max_position_embeddings {most:,}), "
+            "and it may compute there what it never does in use; lower --sequence-length"
+        )
+
+    def _has_positions(self, most: int) -> bool:
+        """Whether a position beyond the last is an error: it is looked up in an embedding or buffer of that length."""
+        model = self._skeleton
+        tables = [each for each in model.modules() if isinstance(each, nn.Embedding)]
+        words = model.get_input_embeddings()
+        rows = [each.num_embeddings for each in tables if each is not words]
+        sides = [side for _, buffer in model.named_buffers() for side in buffer.shape]
+        # OPT's table has two rows more.
+        return any(most <= count <= most + 2 for count in rows) or most in sides
+
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
         """The model without any weight, every parameter a trace."""

@@ -106,7 +106,7 @@ class Histogram:
 @final
 @dataclass(frozen=True)
 class Memory:
-    """Anonymous memory in bytes: the peak seen, what was estimated before the start, and the limit (None: none)."""
+    """Anonymous memory in bytes: the peak seen, the largest of the estimates that were told, the limit (None: none)."""
 
     peak: int
     estimate: int
@@ -131,6 +131,22 @@ class Count:
     kind: Treatment
     reason: str
     tensors: int
+
+
+@final
+@dataclass(frozen=True)
+class Starved:
+    """An expert to which the router sent fewer tokens of the calibration text than it has inputs.
+
+    Attributes:
+        block: and the list of experts in it, as `model.layers.0.mlp`.
+        expert: its number.
+        tokens: how many it saw.
+    """
+
+    block: str
+    expert: int
+    tokens: int
 
 
 @final
@@ -161,11 +177,14 @@ class RunRecord:
         verified: None where nothing was compared.
         evaluation: `Evaluation.to_dict()` of `stages/evaluate.py`; None where nothing was evaluated.
         resumed: weights taken over from an interrupted run of the same command.
-        calibration: what was learned from: `Samples.to_dict()`, `recipe`, `dtype`, likeness to the evaluation text;
-            None where nothing was.
+        calibration: what was learned from: `Samples.to_dict()`, `recipe`, `dtype`, `likeness` to the evaluation text
+            (`Similarity`); None where nothing was.
         adapter: None where no low-rank terms were made.
         decided: what was said while schemes were chosen for a budget: plans that were measured, what was predicted.
         unscored: why an evaluation that was asked for has no scores.
+        recipe: the steps of the method, as `rotate+rtn`.
+        starved: experts that saw few tokens of the calibration text, by block and number.
+        warnings: sentences that the user was told before the work began.
     """
 
     command: str
@@ -186,3 +205,6 @@ class RunRecord:
     adapter: TermsRecord | None = None
     decided: tuple[str, ...] = ()
     unscored: str | None = None
+    recipe: str = ""
+    starved: tuple[Starved, ...] = ()
+    warnings: tuple[str, ...] = ()

@@ -12,8 +12,9 @@ from typing import Literal, final
 
 from lowbit.budget import format_size
 from lowbit.stages._quality import Interval, Quality, read_quality
+from lowbit.stages._recipe import ROTATE
 from lowbit.stages._records import RunRecord
-from lowbit.stages._words import bits, duration, growth, limits, percent, short, span
+from lowbit.stages._words import bits, counted, duration, growth, limits, percent, short, span
 
 Tone = Literal["good", "fair", "poor", "bad", "unknown"]
 
@@ -93,7 +94,10 @@ def _headline(run: RunRecord, quality: Quality | None) -> tuple[str, Tone]:
 def _sentences(run: RunRecord, quality: Quality | None) -> Iterator[str]:
     yield _size_sentence(run)
     yield from _quality_sentences(run, quality)
+    if run.recipe.split("+")[0] == ROTATE:
+        yield f"The model was rotated before ({run.recipe}): with its weights as they were it computes the same."
     yield from _calibration_sentences(run)
+    yield from (f"{warning[:1].upper()}{warning[1:]}." for warning in run.warnings)
     yield _check_sentence(run)
     peak, limit = run.memory.peak, run.memory.limit
     if limit is not None and peak > limit:
@@ -101,18 +105,25 @@ def _sentences(run: RunRecord, quality: Quality | None) -> Iterator[str]:
 
 
 def _calibration_sentences(run: RunRecord) -> Iterator[str]:
-    """Text that was learned from, and warnings about it."""
+    """Text that was learned from, and what it changed."""
     facts = run.calibration
-    if facts:
+    if facts and not any(row.scheme for row in run.rows):
+        yield f"Method {facts['recipe']} learned nothing from the calibration text, for there was nothing to quantize."
+    elif facts:
         names = ", ".join(source["name"] for source in facts["sources"])
         yield (
-            f"Method {facts['recipe']} learned from {facts['samples']:,} windows of {facts['length']:,} tokens of "
+            f"Method {facts['recipe']} learned from {counted(facts['samples'], 'window')} of "
+            f"{counted(facts['length'], 'token')} of "
             f"{names} (tokens {facts['sha256'][:12]}), computed in {facts['dtype']}."
         )
         if facts.get("folded"):
-            yield f"{facts['folded']:,} tensors were rescaled before, so that the model computes the same."
+            tensors = counted(facts["folded"], "tensor")
+            yield f"{tensors} {_were(facts['folded'])} rescaled before, so that the model computes the same."
         yield from _tuning_sentences(facts.get("tuned"))
-        yield from (f"{warning[:1].upper()}{warning[1:]}." for warning in facts["warnings"])
+
+
+def _were(number: int) -> str:
+    return "was" if number == 1 else "were"
 
 
 def _tuning_sentences(tuned: Mapping[str, float] | None) -> Iterator[str]:

@@ -24,6 +24,11 @@ def short(value: float) -> str:
     return text.replace("-", MINUS)
 
 
+def counted(number: int, noun: str) -> str:
+    """How many: `1 window`, `1,204 windows`."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+
+
 def percent(share: float, sign: bool = False) -> str:
     """A share in percent, to about three digits: `87.7%`, `99.26%`, `+0.65%`, `0.0031%`."""
     if not isfinite(share):
@@ -76,9 +81,9 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[len(text) - limit // 2 + 1 :]}"
 
 
-def breakable(text: str) -> Markup:
+def breakable(text: str, limit: int = 160) -> Markup:
     """Escaped text of bounded length that may break after the dots and slashes of a long name."""
-    return Markup(re.sub(r"([./])(?=[^\W\d])", r"\1<wbr>", str(escape(shorten(text, 160)))))
+    return Markup(re.sub(r"([./])(?=[^\W\d])", r"\1<wbr>", str(escape(shorten(text, limit)))))
 
 
 def cell(text: object) -> str:

@@ -19,10 +19,11 @@ from lowbit.budget import MARGIN, MemoryWatch, anonymous_bytes, format_size
 from lowbit.arguments import at_least_one, typed
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.metrics import Metric, Score, Values
-from lowbit.metrics._blocks import CONFIDENCE, make_blocks
+from lowbit.metrics._blocks import CONFIDENCE, FEWEST_BLOCKS, make_blocks
 from lowbit.stages._adapter import read_adapter
 from lowbit.stages._model import Blueprint, open_blueprint, refusals
 from lowbit.stages._windows import Text, Windows, cut, encode, read_text
+from lowbit.stages._words import counted
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
 
 __all__ = ["Conditions", "Evaluation", "Text", "Way", "evaluate", "evaluation_bytes", "plan_evaluation", "read_text"]
@@ -72,11 +73,15 @@ class Conditions:
 
     def __str__(self) -> str:
         special = " ".join(self.special) or "no special token"
+        intervals = f"{self.confidence:.0%} intervals over {self.blocks} blocks of windows, seed {self.seed}"
+        if self.blocks < FEWEST_BLOCKS:
+            intervals = (
+                f"no intervals, for which {FEWEST_BLOCKS} windows are needed: take more text, or a smaller --context"
+            )
         return (
             f"{self.text} (sha256 {self.sha256[:12]}): context {self.context}, stride {self.stride}, "
-            f"{self.tokens:,} tokens in {self.windows:,} windows, {self.scored:,} scored, {special} once, "
-            f"{self.dtype}; "
-            f"{self.confidence:.0%} intervals over {self.blocks} blocks of windows, seed {self.seed}"
+            f"{self.tokens:,} tokens in {counted(self.windows, 'window')}, {self.scored:,} scored, {special} once, "
+            f"{self.dtype}; {intervals}"
         )
 
 

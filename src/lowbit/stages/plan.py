@@ -33,6 +33,7 @@ from lowbit.stages._policy import assign, in_blocks, read_policy
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe, step_options
 from lowbit.stages._row_views import apart_in_rows
 from lowbit.stages._rows import HOLDS, Runs, is_places, said_rows, whole_of
+from lowbit.stages._words import counted
 from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
 from lowbit.tensors import scheme_bytes
 
@@ -340,6 +341,7 @@ def _maker(checkpoint: Checkpoint, rules: Rules) -> _Maker:
     form: Format = plugins.load("formats", rules.format)
     check_told(checkpoint, form)
     _check_patterns(checkpoint, rules)
+    _check_blocks(checkpoint, rules)
     recipe, options = rules.recipe()
     _check_order(rules.format, recipe.method, options)
     importance = _importance(rules, recipe, checkpoint)
@@ -614,6 +616,15 @@ def _check_patterns(checkpoint: Checkpoint, rules: Rules) -> None:
             raise UsageError(f"{flag} {pattern!r} is not a regular expression: {error}") from None
         if not found:
             raise UsageError(f"{flag} {pattern!r} matches no tensor of {checkpoint.path}")
+
+
+def _check_blocks(checkpoint: Checkpoint, rules: Rules) -> None:
+    """Blocks that are not there would be left out without a word."""
+    found = [int(number[1]) for name in checkpoint.weights if (number := _BLOCK.search(name))]
+    count = max(found, default=-1) + 1
+    if rules.blocks and rules.blocks[1] > count:
+        first, last = rules.blocks
+        raise UsageError(f"--blocks {first}:{last}: {checkpoint.path} has {counted(count, 'block')}, 0:{count} at most")
 
 
 def load_plan(path: Path, checkpoint: Checkpoint) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ from lowbit.stages._records import (
     Row,
     RunRecord,
     Source,
+    Starved,
     TermsRecord,
     Verification,
 )
@@ -40,6 +42,7 @@ from lowbit.stages.verify import Verified
 from lowbit.stages.write import Output
 from lowbit.tensors import QTensor, block_size
 
+_EXPERT = re.compile(r"(.+?)\.experts\.(\d+)\.")
 WORST = 4
 BINS = 120
 
@@ -73,6 +76,7 @@ def make_record(
     adapter: Adapter | None = None,
     decided: tuple[str, ...] = (),
     unscored: str | None = None,
+    warnings: tuple[str, ...] = (),
 ) -> RunRecord:
     """Everything the report says about a finished run; `other_memory`: bytes planned for calibration or evaluation."""
     plan = output.plan
@@ -96,6 +100,9 @@ def make_record(
         adapter=_terms(plan, adapter) if adapter else None,
         decided=decided,
         unscored=unscored,
+        recipe=plan.recipe,
+        starved=_starved(output),
+        warnings=warnings,
     )
 
 
@@ -166,8 +173,23 @@ def _fallbacks(output: Output) -> tuple[Count, ...]:
     reasons = Counter(f"{each['method']}: {each['fallback']}" for each in facts if each.get("fallback"))
     few = sum(each.get("starved") is not None for each in facts)
     if few:
-        reasons["experts that saw fewer tokens than they have inputs were calibrated on all tokens"] = few
+        reasons["weights of experts that saw fewer tokens than they have inputs were calibrated on all tokens"] = few
     return tuple(Count("fallback", reason, number) for reason, number in reasons.items())
+
+
+def _starved(output: Output) -> tuple[Starved, ...]:
+    """Experts that saw fewer tokens than they have inputs; the least of what their weights saw."""
+    found: dict[tuple[str, int], int] = {}
+    for entry in output.plan.entries:
+        place, record = _EXPERT.match(entry.weight.name), output.records.get(entry.weight.name)
+        facts = record.facts if record else {}
+        seen = facts.get("rows") if facts.get("starved") is None else facts["starved"]
+        if place and seen is not None and seen < entry.weight.shape[-1]:
+            key = place[1], int(place[2])
+            found[key] = min(found.get(key, seen), seen)
+    blocks = list(dict.fromkeys(block for block, _ in found))
+    order = sorted(found, key=lambda key: (blocks.index(key[0]), key[1]))
+    return tuple(Starved(*key, found[key]) for key in order)
 
 
 def _left(source: Checkpoint) -> tuple[Count, ...]:

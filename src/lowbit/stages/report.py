@@ -38,6 +38,7 @@ from lowbit.stages._records import (
     Row,
     RunRecord,
     Source,
+    Starved,
     TermsRecord,
     Verification,
 )
@@ -45,13 +46,14 @@ from lowbit.stages._verdict import BANDS, Verdict, judge, position
 from lowbit.stages.write import write_atomic
 
 __all__ = [
-    "Count", "Histogram", "Machine", "Memory", "Outcome", "Result", "Row", "RunRecord", "Source", "Verification",
-    "render_page", "write_report",
+    "Count", "Histogram", "Machine", "Memory", "Outcome", "Result", "Row", "RunRecord", "Source", "Starved",
+    "Verification", "render_page", "write_report",
 ]  # fmt: skip
 
 VERSION = 1
 _LISTED = 1000  # rows of the plan in the page: with the charts and their code it stays under 2 MB
 _WORST = 5
+_BLOCKS, _NAMED = 8, 8  # blocks with experts that saw few tokens, and experts of each, that are named
 _CONDITIONS = {
     "tokens": "tokens read",
     "scored": "tokens scored",
@@ -177,6 +179,7 @@ def _facts(run: RunRecord) -> dict[str, Any]:
         "scored": any(row.outcome.against_rtn is not None for _, row in made if row.outcome),
         "terms": _terms(run.adapter) if run.adapter else "",
         "kept": _kept(run.rows),
+        "starved": _starved(run.starved),
         "other": [count for count in run.counts if count.kind in _TOLD],
         "measures": _measures(quality) if quality else [],
         "protocol": _protocol(run.evaluation["conditions"]) if run.evaluation else [],
@@ -200,6 +203,22 @@ def _terms(adapter: TermsRecord) -> str:
     least, most = found[0], found[-1]
     ranks = f"rank {least}" if least == most else f"ranks {least} to {most}, median {found[len(found) // 2]}"
     return f"{words.bits(adapter.bits)} bits per quantized weight, {ranks} in {len(found):,} tensors"
+
+
+def _starved(experts: Sequence[Starved]) -> list[str]:
+    """The experts that saw few tokens, a block a line, fewest first; of many, how many there are more."""
+    blocks: dict[str, list[str]] = {each.block: [] for each in experts}
+    for each in sorted(experts, key=lambda each: each.tokens):
+        blocks[each.block].append(f"{each.expert} ({words.counted(each.tokens, 'token')})")
+    lines = [f"{block}: {_first(said, 'expert')}" for block, said in list(blocks.items())[:_BLOCKS]]
+    more = sum(map(len, list(blocks.values())[_BLOCKS:]))
+    last = f"{words.counted(more, 'expert')} in {words.counted(len(blocks) - _BLOCKS, 'block')} more"
+    return [*lines, last] if more else lines
+
+
+def _first(said: Sequence[str], noun: str) -> str:
+    more = f" and {words.counted(len(said) - _NAMED, noun)} more" if len(said) > _NAMED else ""
+    return ", ".join(said[:_NAMED]) + more
 
 
 def _grids(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -273,7 +292,7 @@ def _machine(machine: Machine) -> list[tuple[str, str]]:
 
 def _memory_note(memory: Memory) -> str:
     over = memory.peak > memory.estimate
-    estimate = f"{'more than' if over else 'below'} the estimate of {format_size(memory.estimate)}"
+    estimate = f"{'more than' if over else 'below'} the largest estimate, {format_size(memory.estimate)}"
     if memory.limit is None:
         return f"no limit set; {estimate}"
     return f"limit of {format_size(memory.limit)} {'kept' if memory.peak <= memory.limit else 'NOT kept'}; {estimate}"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from lowbit.errors import UsageError
 from lowbit.stages._model import open_tokenizer, refusals, silent_transformers
 from lowbit.stages._weightfile import one_line, show
+from lowbit.stages._words import counted
 from lowbit.stages.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -50,9 +52,17 @@ _STRATA = 4
 _BUFFER = 2048
 # Lines in a row that were seen before: then there are hardly any others.
 _REPEATS = 1000
-# Bits. Samples of 2 to 128 windows of 512 tokens were farther from a text of their kind than from themselves by up to
-# 0.036, from texts of other kinds by 0.097 to 0.47. Halves of 32 windows differ by 0.13 to 0.23, of 2 by 0.44 to 0.79.
+# Bits. Samples of 2 to 128 windows of 512 tokens were farther from a whole split of their kind than from themselves by
+# up to 0.036, from texts of other kinds by 0.097 to 0.47. Halves of 32 windows differ by 0.13 to 0.23, of 2 by 0.44 to
+# 0.79.
 _UNLIKE, _SMALL = 0.06, 0.3
+# Bits times the root of tokens: texts of the same kind that are a few articles long were farther by up to so much.
+_SUBJECTS = 16.0
+# Standard deviations over which passages are of another kind, and what is added to them, times tokens of the text:
+# those of one article may all be far. Passages have so many tokens, so many are looked at, of so many windows at least.
+_FAR, _FEW = 2.0, 1024
+_PASSAGE, _PASSAGES, _LEAST = 128, 64, 8
+_TINY = 1e-9
 _SPLITS = 8
 
 
@@ -126,12 +136,11 @@ class Samples:
         return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """What the report says of them, as JSON types: everything but the tokens."""
+        """What the report says of them, as JSON types: everything but tokens and warnings."""
         samples, length = self.ids.shape
         return {
             "samples": samples, "length": length, "sha256": self.sha256, "sampling": self.sampling, "seed": self.seed,
             "special": list(self.special), "sources": [asdict(source) for source in self.sources],
-            "warnings": list(self.warnings),
         }  # fmt: skip
 
 
@@ -175,11 +184,10 @@ def parse_sources(text: str) -> list[Source]:
 def _parse_source(text: str) -> Source:
     if Path(text).is_file():
         return Source(text)
-    if weighted := re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", text):
-        text = weighted[1]
-    weight = float(weighted[2]) if weighted else 1.0
-    if not text or weight <= 0:
-        raise UsageError(f"a source of calibration text is empty or has no weight: {text!r}, weight {weight:g}")
+    typed, at, share = text.rpartition("@")
+    text, weight = (typed, _weight(typed, share)) if at and not _is_part(share) else (text, 1.0)
+    if not text:
+        raise UsageError("a source of calibration text is empty; name a file, or leave out the comma")
     if not text.startswith("hf:"):
         lines = re.fullmatch(r"(.+\.jsonl):([^:/\\]+)", text)
         return Source(lines[1], field=lines[2], weight=weight) if lines else Source(text, weight=weight)
@@ -187,6 +195,22 @@ def _parse_source(text: str) -> Source:
     if more or not name:
         raise UsageError(f"{text} is no dataset; it is written hf:NAME[:CONFIG[:SPLIT[:FIELD]]]")
     return Source(name, True, config, split or "train", field, weight)
+
+
+def _is_part(text: str) -> bool:
+    """Whether what stands behind an `@` is still of a name: of a folder, a file or a dataset."""
+    return any(sign in text for sign in "/\\:") or Path(text).suffix in (".txt", ".jsonl")
+
+
+def _weight(source: str, text: str) -> float:
+    """The share of a source."""
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise UsageError(f"{source}: its weight is {text!r}; behind the @ stands a number above 0, as @3 or @0.5")
+    return weight
 
 
 def read_samples(
@@ -239,7 +263,8 @@ def read_samples(
 
 def _check(sources: Sequence[Source], samples: int, length: int, sampling: Sampling) -> None:
     if samples < 1 or length < 2:
-        raise UsageError(f"{samples} windows of {length} tokens; at least 1 window of 2 tokens is needed")
+        asked = f"{counted(samples, 'window')} of {counted(length, 'token')}"
+        raise UsageError(f"{asked}; at least 1 window of 2 tokens is needed")
     if sampling not in get_args(Sampling):
         raise UsageError(f"no sampling is called {sampling!r}; there are: {', '.join(get_args(Sampling))}")
     if sampling == "stratified" and len(sources) < 2:
@@ -249,17 +274,20 @@ def _check(sources: Sequence[Source], samples: int, length: int, sampling: Sampl
 def _refuse_nothing(ids: Tokens, sources: Sequence[Source], pools: Sequence[_Pool], length: int) -> None:
     if not len(ids):
         names, tokens = ", ".join(map(_label, sources)), sum(pool.tokens for pool in pools)
-        raise UsageError(f"{names}: {tokens:,} tokens in all, fewer than one window of {length:,}; take more text")
+        raise UsageError(
+            f"{names}: {counted(tokens, 'token')} in all, fewer than one window of {length:,}; take more text"
+        )
 
 
 def _warnings(sources: Sequence[Source], taken: Sequence[Taken], samples: int, length: int) -> tuple[str, ...]:
     found = sum(each.windows for each in taken)
-    few = f"the calibration text gives {found:,} windows of {length:,} tokens, {samples:,} were asked for"
+    few = f"the calibration text gives {counted(found, 'window')} of {length:,} tokens, {samples:,} were asked for"
     texts = [few] if found < samples else []
     fair = _apportion(samples, [each.weight for each in sources], [samples] * len(sources))
     for one, share in zip(taken, fair, strict=True):
         if one.windows < share and len(taken) > 1:
-            texts.append(f"{one.name} gives {one.windows:,} windows of {length:,} tokens, its share is {share:,}")
+            given = counted(one.windows, "window")
+            texts.append(f"{given} of {length:,} tokens came from {one.name}, whose share is {share:,}")
     return tuple(texts)
 
 
@@ -394,6 +422,8 @@ def _size(path: Path) -> int:
             return path.stat().st_size
     except OSError as error:
         raise UsageError(f"the text {path} cannot be read: {error.strerror}") from None
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, no text file; name a file in it, or hf:{path} where it holds a dataset")
     raise UsageError(f"there is no text file {path}; a dataset is written hf:NAME[:CONFIG[:SPLIT[:FIELD]]]")
 
 
@@ -502,23 +532,28 @@ def _opened(datasets: Any, source: Source) -> Any:
 @final
 @dataclass(frozen=True)
 class Similarity:
-    """How far a sample stands for a text, by the frequencies of tokens. Divergences are Jensen-Shannon's, in bits.
+    """Whether a sample is enough, and how far it stands for a text, by the frequencies of tokens.
 
-    A divergence between finite samples is never zero, so that each is seen beside what chance alone gives: that
-    between random halves of the same text, cut into the same windows.
+    Divergences are Jensen-Shannon's, in bits. One between finite samples is never zero, so that each is seen beside
+    what chance alone gives: that between random halves of the same text, cut into the same windows.
 
     Attributes:
         unseen: share of further tokens of the sample's kind that are of no type in it, estimated as the share of
             tokens whose type occurs once (Good 1953, doi:10.1093/biomet/40.3-4.237).
-        missing: share of the evaluation text's tokens whose type is not in the sample.
         noise: divergence between halves of the sample.
+        tokens: of the evaluation text; 0 without one, and what follows is then None.
+        missing: share of its tokens whose type is not in the sample.
         excess: divergence between sample and evaluation text over that within each of them, at equal sizes.
+        distance: how much farther from the sample the passages of the evaluation text are than those of the sample
+            from the rest of it, in standard deviations of these; None where the sample has too few windows.
     """
 
     unseen: float
-    missing: float
     noise: float
-    excess: float
+    tokens: int = 0
+    missing: float | None = None
+    excess: float | None = None
+    distance: float | None = None
 
     @property
     def small(self) -> bool:
@@ -526,9 +561,16 @@ class Similarity:
         return self.noise > _SMALL
 
     @property
+    def limit(self) -> float:
+        """Excess over which the evaluation text is of another kind: a short text has few subjects, and differs more."""
+        tokens = max(self.tokens, 1)
+        far = self.distance is not None and self.distance > _FAR + _FEW / tokens
+        return _UNLIKE if far else _UNLIKE + _SUBJECTS / tokens**0.5
+
+    @property
     def unlike(self) -> bool:
         """Whether the evaluation text is of another kind."""
-        return self.excess > _UNLIKE
+        return self.excess is not None and self.excess > self.limit
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -538,35 +580,67 @@ class Similarity:
             f"estimated {self.unseen:.0%} of text like it are tokens that it does not hold; raise --samples"
         )
         unlike = (
-            f"the calibration text is unlike the evaluation text: they differ by {self.excess:.2f} bits more than "
-            f"their own halves do (limit {_UNLIKE}), {self.missing:.0%} of the evaluation text are tokens that it does "
-            "not hold; take text like that the model will see"
+            f"the calibration text is unlike the evaluation text: they differ by {self.excess or 0:.2f} bits more than "
+            f"their own halves do (limit {self.limit:.2f}), {self.missing or 0:.0%} of the evaluation text are tokens "
+            "that it does not hold; take text like that the model will see"
         )
         return (small,) * self.small + (unlike,) * self.unlike
 
 
 def similarity(
-    samples: Int64[Tensor, "samples length"], evaluation: Int64[Tensor, "tokens"], vocabulary: int
+    samples: Int64[Tensor, "samples length"], evaluation: Int64[Tensor, "tokens"] | None, vocabulary: int
 ) -> Similarity:
-    """Compare a sample with a text to evaluate on; thresholds and what they rest on are in `docs/calibration.md`.
+    """Judge a sample, and compare it with a text to evaluate on; what limits rest on is in `docs/calibration.md`.
 
     Args:
         samples: windows of tokens.
-        evaluation: tokens in the order of their text; at least two.
+        evaluation: tokens that will be evaluated, in the order of their text, at least two; None: there is no such
+            text.
         vocabulary: number of tokens that there are.
     """
-    run = max(min(samples.shape[1], samples.numel() // 2, len(evaluation) // 2), 1)
-    one, other = (ids.flatten()[: ids.numel() // run * run].view(-1, run).numpy() for ids in (samples, evaluation))
-    counts, text = (np.bincount(part.ravel(), minlength=vocabulary) for part in (one, other))
-    rng = np.random.default_rng(0)
+    text = samples.flatten() if evaluation is None else evaluation
+    run = max(min(samples.shape[1], samples.numel() // 2, len(text) // 2), 1)
+    one, other = (ids.flatten()[: ids.numel() // run * run].view(-1, run).numpy() for ids in (samples, text))
+    counts, rng = np.bincount(one.ravel(), minlength=vocabulary), np.random.default_rng(0)
+    alone = Similarity(
+        unseen=float((counts == 1).sum() / counts.sum()),
+        noise=_divergence(one, one, len(one) // 2, vocabulary, rng),
+    )
+    if evaluation is None:
+        return alone
     size = min(len(one), len(other)) // 2
     within = (_divergence(one, one, size, vocabulary, rng) + _divergence(other, other, size, vocabulary, rng)) / 2
-    return Similarity(
-        unseen=float((counts == 1).sum() / counts.sum()),
-        missing=float(text[counts == 0].sum() / text.sum()),
-        noise=_divergence(one, one, len(one) // 2, vocabulary, rng),
+    return replace(
+        alone,
+        tokens=len(evaluation),
+        missing=float((counts[other] == 0).mean()),
         excess=_divergence(one, other, size, vocabulary, rng) - within,
+        distance=_distance(samples.numpy(), evaluation.numpy(), vocabulary, rng),
     )
+
+
+def _distance(samples: Tokens, text: Tokens, vocabulary: int, rng: np.random.Generator) -> float | None:
+    """How many standard deviations farther passages of a text are from the sample than the sample's own from its rest.
+
+    Each is compared with the sample without one window: passages of the sample with all but their own.
+    """
+    size = min(samples.shape[1], _PASSAGE)
+    if len(samples) < _LEAST or len(text) < size:
+        return None
+    whole = np.bincount(samples.ravel(), minlength=vocabulary)
+    rest = [whole - np.bincount(window, minlength=vocabulary) for window in samples[:_PASSAGES]]
+
+    def divergences(passages: Tokens, at: Tokens) -> NDArray[np.float64]:
+        counts = (np.bincount(passage, minlength=vocabulary) for passage in passages)
+        return np.array([_jensen_shannon(count, rest[i]) for count, i in zip(counts, at, strict=True)])
+
+    windows = np.arange(len(rest))
+    starts = rng.integers(0, samples.shape[1] - size + 1, len(rest))
+    own = divergences(samples[windows[:, None], starts[:, None] + np.arange(size)], windows)
+    passages = text[: len(text) // size * size].reshape(-1, size)
+    chosen = passages[rng.permutation(len(passages))[:_PASSAGES]]
+    other = divergences(chosen, np.arange(len(chosen)) % len(rest))
+    return float((other.mean() - own.mean()) / max(own.std(ddof=1), _TINY))
 
 
 def _divergence(one: Tokens, other: Tokens, size: int, vocabulary: int, rng: np.random.Generator) -> float:
@@ -575,9 +649,14 @@ def _divergence(one: Tokens, other: Tokens, size: int, vocabulary: int, rng: np.
     for _ in range(_SPLITS):
         first, second = rng.permutation(len(one)), rng.permutation(len(other))
         chosen = (one[first[:size]], one[first[size : 2 * size]] if other is one else other[second[:size]])
-        p, q = (np.bincount(part.ravel(), minlength=vocabulary) / part.size for part in chosen)
-        found.append((_relative(p, (p + q) / 2) + _relative(q, (p + q) / 2)) / 2)
+        found.append(_jensen_shannon(*(np.bincount(part.ravel(), minlength=vocabulary) for part in chosen)))
     return float(np.mean(found))
+
+
+def _jensen_shannon(one: Tokens, other: Tokens) -> float:
+    """Divergence in bits of two distributions that are given as counts."""
+    p, q = one / one.sum(), other / other.sum()
+    return (_relative(p, (p + q) / 2) + _relative(q, (p + q) / 2)) / 2
 
 
 def _relative(p: NDArray[np.float64], mean: NDArray[np.float64]) -> float:
