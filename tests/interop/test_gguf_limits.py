@@ -12,6 +12,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.inspect import inspect
 from lowbit.pipeline import Request, run, run_conversion
 from lowbit.stages._changes import Goal
 from lowbit.stages._gguf import read_gguf
@@ -71,7 +72,9 @@ def saved(model: Model, path: Path, tokenizer: Tokenizer | None = None) -> Path:
 def said(source: Path, out: Path) -> list[str]:
     """What is told of llama.cpp while a file is written; the report has it too."""
     told: list[str] = []
-    run(Request(str(source), out, Rules(scheme="f32", method="ggml", format="gguf")), tell=lambda t: told.append(str(t)))
+    run(
+        Request(str(source), out, Rules(scheme="f32", method="ggml", format="gguf")), tell=lambda t: told.append(str(t))
+    )
     report, told = (out / "report.md").read_text(), [text for text in told if "llama.cpp" in text]
     assert all(text in report for text in told)
     return told
@@ -131,7 +134,10 @@ REFUSED: dict[str, tuple[Model, str]] = {
     "biases of SmolLM3": (("SmolLM3", {**_FOUR, "attention_bias": True}), "attention_bias is True"),
     "biases of HunYuan": (("HunYuanDenseV1", {**SMALL, "head_dim": 16, "attention_bias": True}), "attention_bias is"),
     "biases of Ernie": (("Ernie4_5", {**SMALL, "head_dim": 16, "use_bias": True}), "use_bias is True"),
-    "biases of Seed": (("SeedOss", {**SMALL, "head_dim": 16, "attention_out_bias": True}), "attention_out_bias is True"),
+    "biases of Seed": (
+        ("SeedOss", {**SMALL, "head_dim": 16, "attention_out_bias": True}),
+        "attention_out_bias is True",
+    ),
     "no biases of GPT-NeoX": (("GPTNeoX", {**_HEADS, "attention_bias": False}), "attention_bias is False"),
     "no biases of StarCoder2": (("Starcoder2", {**SMALL, "use_bias": False}), "use_bias is False"),
     "untied Gemma": (("Gemma", {**SMALL, "tie_word_embeddings": False}), "tie_word_embeddings is False"),
@@ -188,7 +194,10 @@ def test_a_window_that_the_configuration_leaves_to_transformers_is_said(tmp_path
 
 
 CONTRADICTIONS: dict[str, tuple[JSON, str]] = {
-    "width": ({"hidden_size": 128, "num_attention_heads": 8}, r"hidden_size is 128.* to be \[400, 128\].* is \[400, 64\]"),
+    "width": (
+        {"hidden_size": 128, "num_attention_heads": 8},
+        r"hidden_size is 128.* \[400, 128\].* is \[400, 64\]",
+    ),
     "heads": ({"num_attention_heads": 2, "head_dim": 16}, r"num_attention_heads is 2 .*blk\.0\.attn_output"),
     "keys": ({"num_key_value_heads": 4}, r"num_key_value_heads is 4 .*blk\.0\.attn_k\.weight to be \[64, 64\]"),
     "inner width": ({"intermediate_size": 128}, r"intermediate_size is 128.*blk\.0\.ffn_down"),
@@ -200,8 +209,10 @@ CONTRADICTIONS: dict[str, tuple[JSON, str]] = {
 def test_a_configuration_of_another_model_is_refused(what: str, tmp_path: Path) -> None:
     change, words = CONTRADICTIONS[what]
     source = saved(("Llama", SMALL), tmp_path / "model")
+    assert inspect(source).sound
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | change))
+    assert inspect(source).sound == (what in ("heads", "keys", "layers"))  # which take more than a look at one number
     with pytest.raises(CheckpointError, match=words):
         run_conversion(str(source), tmp_path / "out", Goal("gguf"))
     with pytest.raises(CheckpointError, match=words):

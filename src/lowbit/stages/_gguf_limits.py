@@ -17,7 +17,7 @@ from lowbit.stages._gguf_facts import facts_of
 from lowbit.stages._gguf_tokenizer import cuts_of, tokenizer_of
 from lowbit.stages._records import Count
 from lowbit.stages._weightfile import show
-from lowbit.stages.checkpoint import Checkpoint
+from lowbit.stages.checkpoint import Checkpoint, swapped
 
 Shape = tuple[int, ...]
 _KIND: Final = "otherwise in llama.cpp"  # of what is said, in the report
@@ -46,8 +46,8 @@ def _window(source: Checkpoint, arch: Arch) -> tuple[Count, ...]:
     if not size or not count or size >= facts["max_position_embeddings"]:
         return ()
     text = (
-        f"sliding_window is {size}, and llama.cpp has no window in a model of the architecture {arch.arch}: texts of up "
-        f"to {size} tokens are computed alike, longer ones in another way"
+        f"sliding_window is {size}, and llama.cpp has no window in a model of the architecture {arch.arch}: texts of "
+        f"up to {size} tokens are computed alike, longer ones in another way"
     )
     return (Count(_KIND, text, count),)
 
@@ -112,7 +112,9 @@ def require_shapes(
     numbers = _numbers(arch, values)
     layers, told = 1 + max(map(layer_of, shapes), default=-1), numbers.get("block_count")
     if told != layers:
-        raise CheckpointError(f"{path}: {_said(arch, facts, ['block_count'])}, and there are weights of {layers} layers")
+        raise CheckpointError(
+            f"{path}: {_said(arch, facts, ['block_count'])}, and there are weights of {layers} layers"
+        )
     for name, shape in shapes.items():
         axes = shapes_of(name)
         wanted = [_product(axis, numbers) for axis in axes]
@@ -126,8 +128,31 @@ def require_shapes(
             )
 
 
+def contradiction(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """The first weight of another size than `config.json` gives its rows or columns, and what is to be said of all.
+
+    Only sizes that stand there are looked at; those that are left to transformers, or are worked out, are not.
+    """
+    arch, config = arch_of(checkpoint.config), checkpoint.config
+    if arch is None:
+        return None
+    wrong = dict[str, tuple[str, Shape]]()
+    for name, weight in checkpoint.weights.items():
+        place = None if weight.swapped or swapped(config, weight) else arch.place(name)
+        axes = shapes_of(place.name) if place and place.expert is None else []
+        for (key, *more), size in zip(axes, weight.shape, strict=False):
+            told = next((n for n in arch.keys.get(key, ()) if config.get(n) is not None), None)
+            if told and not more and key not in arch.rows and type(config[told]) is int and config[told] != size:
+                wrong[name] = told, weight.shape
+    if not wrong:
+        return None
+    name, (told, shape) = next(iter(wrong.items()))
+    said = f"config.json says {told} is {show(config[told])}, and the shape is {show(list(shape))}"
+    return name, f"{said}; {len(wrong)} weights are not of the sizes that it says"
+
+
 def _numbers(arch: Arch, values: Mapping[str, Any]) -> dict[str, int]:
-    """Whole numbers by key, without those that each layer has its own of; with the width of heads as llama.cpp has it."""
+    """Whole numbers by key, but for those of which each layer has its own, and the width of heads as llama.cpp has it."""
     start = f"{arch.arch}."
     found = {key.removeprefix(start): value for key, value in values.items() if type(value) is int}
     if found.get("attention.head_count"):

@@ -91,7 +91,11 @@ def make_record(
         evaluation=evaluation,
         histograms=tuple(histograms(source, output, rows, way.scratch)),
         counts=(
-            *_counts(plan), *_fallbacks(output), *_left(source), *_apart(source, plan), *_again(source),
+            *_counts(plan),
+            *_fallbacks(output),
+            *_left(source),
+            *_apart(source, plan),
+            *_again(source),
             *limits(source, plan.format),
         ),
         resumed=output.resumed,
