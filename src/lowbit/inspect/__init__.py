@@ -20,8 +20,8 @@ from lowbit.inspect.grids import recognise
 from lowbit.inspect.names import Name, decode
 from lowbit.inspect.provenance import convention, declared, made_by
 from lowbit.inspect.sanity import check_plain, check_quantized
-from lowbit.stages._gguf_limits import contradiction
 from lowbit.stages._experts import apart
+from lowbit.stages._gguf_limits import contradiction
 from lowbit.stages._history import methods
 from lowbit.stages._row_views import apart_in_rows
 from lowbit.stages._rows import Runs, blocks_of

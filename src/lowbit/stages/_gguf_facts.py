@@ -40,10 +40,12 @@ def told_facts(config: Mapping[str, Any], arch: Arch) -> dict[str, Any] | None:
     sizes += [] if config.get("head_dim") is None else [config["head_dim"]]
     if rope is None or not all(map(is_size, sizes)) or not is_real(config.get("rms_norm_eps")):
         return None
-    if not all(arch.wants(key, config.get(key)) for key in arch.requires):
+    asked = [key for key in arch.requires if key in config or key not in kind.may]
+    if not all(arch.wants(key, config.get(key)) for key in asked):
         return None  # wrong, or a default
+    width, rest = divmod(config["hidden_size"], config["num_attention_heads"])
     seen = {} if "sliding_window" in kind.needs else {"sliding_window": None}
-    return None if config["hidden_size"] % config["num_attention_heads"] else {**config, **rope, **seen}
+    return None if rest else {**config, **rope, **seen, "head_dim": config.get("head_dim") or width}
 
 
 def _flat(config: Mapping[str, Any], arch: Arch) -> dict[str, Any]:

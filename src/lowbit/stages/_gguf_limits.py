@@ -152,7 +152,7 @@ def contradiction(checkpoint: Checkpoint) -> tuple[str, str] | None:
 
 
 def _numbers(arch: Arch, values: Mapping[str, Any]) -> dict[str, int]:
-    """Whole numbers by key, but for those of which each layer has its own, and the width of heads as llama.cpp has it."""
+    """Whole numbers by key, but for those of which each layer has its own, and the width of heads for llama.cpp."""
     start = f"{arch.arch}."
     found = {key.removeprefix(start): value for key, value in values.items() if type(value) is int}
     if found.get("attention.head_count"):

@@ -17,7 +17,7 @@ from lowbit.stages.checkpoint import Checkpoint, arch_rows
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _BYTES = re.compile(r"<0x[0-9A-F]{2}>")
 # Where a model's name has the first, llama.cpp takes it for Phi 3: special tokens take the spaces after them, but for
-# three. It ends where one of these, or </s>, is not in the vocabulary. With the second [MASK] takes the spaces before it.
+# three. It ends where one of these, or </s>, is not in the vocabulary. With the second [MASK] takes those before it.
 _PHI, _MASKED = re.compile("(phi)-?(3)", re.IGNORECASE), re.compile("(modern)-(bert)", re.IGNORECASE)
 _BARE = frozenset(("<unk>", "<s>", "<|endoftext|>"))
 # What the tokenizer of transformers calls special tokens, and llama.cpp.
