@@ -22,6 +22,7 @@ from lowbit.stages._cost import Cost
 from lowbit.stages._dequantized import taken_apart, told_dequantized
 from lowbit.stages._directory import GGUF
 from lowbit.stages._experts import apart, check_whole, finds, told_apart
+from lowbit.stages._gguf_limits import limits
 from lowbit.stages._gguf_vocabulary import untold
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._observe import split_windows
@@ -336,7 +337,7 @@ def run_conversion(
         check_whole(source, goal.format)
         source = joined_rows(source, goal.format, goal.dtype or model_dtype(source), goal.lossy)
         folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-        for text in source.notes:
+        for text in (*source.notes, *(limit.reason for limit in limits(source, goal.format))):
             note(text)
         conversion = convert.plan_conversion(source, goal, folder, ram, threads, progress)
         result = convert.summary(conversion, out)
@@ -405,7 +406,8 @@ def _open(request: Request, tell: Tell) -> Checkpoint:
     whole = read_names(request.plan).__contains__ if request.plan else finds(request.rules.skip)
     spread = taken_apart(opened, form, whole, request.requantize)
     source = text_part(spread, form)
-    for said in (source.left_out, told_apart(opened, spread, form), told_dequantized(source)):
+    told = (limit.reason for limit in limits(source, form))
+    for said in (source.left_out, told_apart(opened, spread, form), told_dequantized(source), *told):
         if said:
             tell(said)
     recipe, options = read_recipe(request.plan) if request.plan else request.rules.recipe()

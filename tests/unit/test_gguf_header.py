@@ -17,13 +17,14 @@ from lowbit.pipeline import Request, run
 from lowbit.stages._gguf_facts import told_facts
 from lowbit.stages._gguf_metadata import _derived, _rope
 from lowbit.stages._plain_tokenizer import plain_tokenizer
+from lowbit.stages._told import kind_of
 from lowbit.stages.plan import Rules
 
 JSON = dict[str, Any]
 SIZES: JSON = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
     "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 256, "rms_norm_eps": 2e-5,
-    "hidden_act": "silu", "rope_theta": 5000.0, "head_dim": 16,
+    "hidden_act": "silu", "rope_theta": 5000.0, "head_dim": 16, "sliding_window": 64,
 }  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
@@ -32,9 +33,10 @@ KINDS = [kind for row in archs() for kind in row.told]
 
 def config_of(kind: str) -> JSON:
     """`config.json` with what the header needs, and no more."""
-    arch = arch_of({"model_type": kind})
+    arch, told = arch_of({"model_type": kind}), kind_of({"model_type": kind})
     assert arch is not None
-    names = {*arch.told[kind], "rms_norm_eps", "rope_theta"}
+    assert told is not None
+    names = {*arch.told[kind], *told.needs, "rms_norm_eps", "rope_theta"}
     facts = {name: value for name, value in SIZES.items() if name in names}
     return {"model_type": kind, **facts, **arch.implied}
 
@@ -80,6 +82,7 @@ def test_facts_are_those_of_transformers(kind: str, words: str) -> None:
     facts = told_facts(config, arch)
     assert facts is not None
     assert header(arch, facts) == header(arch, of_transformers(config))
+    assert facts.get("sliding_window") == of_transformers(config).get("sliding_window")
 
 
 LEFT: dict[str, JSON] = {

@@ -73,7 +73,15 @@ class Arch:
         rows: metadata key to a tensor whose number of rows it is.
         tied: there is never an output layer.
         rotary: name in config.json of the share of a head that is rotated.
+        partial: whether llama.cpp rotates a part of a head.
         requires: what config.json must say, where it says anything of it; a list has what it may say.
+        every: every so manieth layer is of the last of `layers`, where a file does not tell.
+        needs: what config.json must not leave empty.
+        rhythm: lists in config.json that have 0 for every so manieth layer, and 1 for the others.
+        largest: number of layers of the model whose `query_pre_attn_scalar` is the width over the number of heads;
+            that of others is the width of a head. 0 where there is none.
+        ranks: numbers of layers, alone or with the size of the vocabulary, with which there is no `q_lora_rank`.
+        boundless: model types of which llama.cpp attends to all tokens, whatever window there is.
         biases: name in config.json of whether there are biases, to a tensor of the first layer that is there if so.
         told: by model type the sizes of config.json that must be there to do without the defaults of transformers.
     """
@@ -112,6 +120,13 @@ class Arch:
     stretch: float = 0.0
     tied: bool = False
     rotary: str = "partial_rotary_factor"
+    partial: bool = False
+    every: int = 4
+    needs: tuple[str, ...] = ()
+    rhythm: Mapping[str, int] = field(default_factory=dict)
+    largest: int = 0
+    ranks: tuple[tuple[int, ...], ...] = ()
+    boundless: tuple[str, ...] = ()
     biases: Mapping[str, str] = field(default_factory=dict)
 
     def place(self, name: str) -> Place | None:
@@ -219,6 +234,12 @@ def _tail(stored: str) -> str:
     return re.sub(r"^blk\.\d+\.", "", stored)
 
 
+def layer_of(stored: str) -> int:
+    """The number of the layer that a tensor of a file belongs to; -1 for those of none."""
+    match = re.match(r"blk\.(\d+)\.", stored)
+    return int(match[1]) if match else -1
+
+
 def _count(config: Mapping[str, Any], *names: str) -> int:
     """The first of these that the configuration tells."""
     value = next((config[name] for name in names if config.get(name) is not None), None)
@@ -227,11 +248,21 @@ def _count(config: Mapping[str, Any], *names: str) -> int:
     return value
 
 
+def shapes_of(stored: str) -> list[list[str]]:
+    """For each axis of a tensor of a file the metadata keys whose product it is; empty where none is told."""
+    stem, _, part = _tail(stored).rpartition(".")
+    return _table()["shapes"].get(stem, []) if part == "weight" else []
+
+
+@cache
+def _table() -> Mapping[str, Any]:
+    return tomllib.loads(files("lowbit").joinpath("arch/gguf.toml").read_text())
+
+
 @cache
 def archs() -> tuple[Arch, ...]:
     """The rows of the table, in order."""
-    table = tomllib.loads(files("lowbit").joinpath("arch/gguf.toml").read_text())
-    return tuple(_row(table, row) for row in table["gguf"])
+    return tuple(_row(_table(), row) for row in _table()["gguf"])
 
 
 def _row(table: Mapping[str, Any], row: Mapping[str, Any]) -> Arch:
@@ -260,7 +291,7 @@ def _frozen(value: Any) -> Any:
     """With tuples in place of lists."""
     if isinstance(value, dict):
         return {key: _frozen(each) for key, each in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _required(row: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:

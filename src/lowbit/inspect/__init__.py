@@ -22,6 +22,7 @@ from lowbit.inspect.provenance import convention, declared, made_by
 from lowbit.inspect.sanity import check_plain, check_quantized
 from lowbit.stages._adapter import adapter_beside
 from lowbit.stages._experts import apart
+from lowbit.stages._gguf_limits import contradiction
 from lowbit.stages._history import methods
 from lowbit.stages._row_views import apart_in_rows
 from lowbit.stages._rows import Runs, blocks_of
@@ -145,12 +146,15 @@ def _open(source: str | Path) -> Checkpoint:
 
 
 def _whole(checkpoint: Checkpoint) -> list[Finding]:
-    """Notes on the checkpoint as a whole."""
+    """What is wrong with the checkpoint as a whole, and notes on it."""
     found = [Finding("note", None, note) for note in checkpoint.notes]
     terms = adapter_beside(checkpoint.path)
     if terms:
         text = f"low-rank terms lie in {terms}, a PEFT adapter; lowbit evaluate takes it with --adapter {terms}"
         found.append(Finding("note", None, text))
+    wrong = contradiction(checkpoint)
+    if wrong:
+        found.append(Finding("error", *wrong))
     specs = {} if checkpoint.format else checkpoint.specs
     packed = [name for name, spec in specs.items() if len(spec.shape) == 2 and not spec.dtype.is_floating_point]
     if packed:

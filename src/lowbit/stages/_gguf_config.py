@@ -68,8 +68,8 @@ def _layers(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any
 
 
 def _marks(header: Gguf, arch: Arch, key: str, count: int) -> list[Any]:
-    """Of each layer what a key says; what it says of none is so in all but every fourth, as llama.cpp takes it."""
-    value = header.value(f"{arch.arch}.{key}", 4)
+    """Of each layer what a key says; what it says of none is so in all but every so manieth, as llama.cpp takes it."""
+    value = header.value(f"{arch.arch}.{key}", arch.every)
     if isinstance(value, list):
         return [*value, *[0] * count]
     return [value] * count if key in arch.keys else [(layer + 1) % value for layer in range(count)]
@@ -106,7 +106,7 @@ def _heads(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]
             int(header.value(f"{name}.{key}")) for key in ("rope.dimension_count", "attention.key_length_mla")
         )
         split = {"qk_rope_head_dim": turned, "qk_nope_head_dim": whole - turned}
-        return {"num_key_value_heads": heads, "q_lora_rank": facts.get("q_lora_rank"), **split}
+        return {"num_key_value_heads": heads, "q_lora_rank": facts.get("q_lora_rank") or None, **split}
     width, size = int(facts["hidden_size"]), header.value(f"{name}.attention.key_length")
     if size and size * heads != width:
         found["head_dim"] = int(size)
@@ -114,9 +114,8 @@ def _heads(header: Gguf, arch: Arch, facts: Mapping[str, Any]) -> dict[str, Any]
     turned = header.value(f"{name}.rope.dimension_count")
     if turned and turned != size:
         found[arch.rotary] = turned / size
-    if name in ("gemma2", "gemma3"):  # llama.cpp knows the largest by their numbers of layers
-        largest = facts["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[name]
-        found["query_pre_attn_scalar"] = width // heads if largest else size
+    if arch.largest:
+        found["query_pre_attn_scalar"] = width // heads if facts["num_hidden_layers"] == arch.largest else size
     return found
 
 

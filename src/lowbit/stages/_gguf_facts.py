@@ -10,7 +10,7 @@ from typing import Any
 
 from lowbit.formats._gguf import Arch
 from lowbit.stages._model import open_config
-from lowbit.stages._told import is_real, is_size, told_rope
+from lowbit.stages._told import is_real, is_size, kind_of, told_rope
 from lowbit.stages.checkpoint import Checkpoint
 
 LOCAL = "rope_local_base_freq"  # base of the rope of layers with a window
@@ -31,16 +31,21 @@ def facts_of(checkpoint: Checkpoint, arch: Arch) -> dict[str, Any]:
 
 def told_facts(config: Mapping[str, Any], arch: Arch) -> dict[str, Any] | None:
     """The facts as `config.json` has them, where it leaves none of them to a default; else None."""
-    names = arch.told.get(str(config.get("model_type")))
-    if names is None or any(key in config for key in _ELSEWHERE):
+    names, kind = arch.told.get(str(config.get("model_type"))), kind_of(config)
+    if names is None or kind is None or any(key in config for key in _ELSEWHERE):
+        return None
+    if config.get(kind.unless) or not all(key in config for key in kind.needs):
         return None
     rope, sizes = told_rope(config), [config.get(name) for name in names]
     sizes += [] if config.get("head_dim") is None else [config["head_dim"]]
     if rope is None or not all(map(is_size, sizes)) or not is_real(config.get("rms_norm_eps")):
         return None
-    if not all(arch.wants(key, config.get(key)) for key in arch.requires):
+    asked = [key for key in arch.requires if key in config or key not in kind.may]
+    if not all(arch.wants(key, config.get(key)) for key in asked):
         return None  # wrong, or a default
-    return None if config["hidden_size"] % config["num_attention_heads"] else {**config, **rope}
+    width, rest = divmod(config["hidden_size"], config["num_attention_heads"])
+    seen = {} if "sliding_window" in kind.needs else {"sliding_window": None}
+    return None if rest else {**config, **rope, **seen, "head_dim": config.get("head_dim") or width}
 
 
 def _flat(config: Mapping[str, Any], arch: Arch) -> dict[str, Any]:

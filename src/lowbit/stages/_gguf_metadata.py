@@ -13,8 +13,9 @@ from lowbit.stages._directory import GGUF
 from lowbit.stages._gguf import Value, encoded, read_gguf
 from lowbit.stages._gguf_config import FREQUENCIES, LONG, SHORT, llama3_factors
 from lowbit.stages._gguf_facts import LOCAL, facts_of
+from lowbit.stages._gguf_limits import Shape, require_computed, require_shapes
 from lowbit.stages._gguf_model import COMPUTED
-from lowbit.stages._gguf_tokenizer import tokenizer_values
+from lowbit.stages._gguf_tokenizer import model_name, tokenizer_of, tokenizer_values
 from lowbit.stages._weightfile import show
 from lowbit.stages.checkpoint import Checkpoint
 
@@ -26,20 +27,21 @@ _FLOATS = ("epsilon", "freq_base", "freq_base_swa", "softcapping", "scale")
 
 
 def metadata(
-    checkpoint: Checkpoint, arch: Arch, file_type: int, imatrix: dict[str, bytes]
+    checkpoint: Checkpoint, arch: Arch, shapes: Mapping[str, Shape], file_type: int, imatrix: dict[str, bytes]
 ) -> tuple[dict[str, bytes], Constants]:
     """Values by key, in order and as the file has them, and small tensors of float32 by name.
 
     What came from a GGUF file is handed on, in its order: as `llama-quantize` does, only the keys that tell of the
-    quantization are new, and last; those of the importance matrix are `imatrix`.
+    quantization are new, and last; those of the importance matrix are `imatrix`. `shapes`: of the tensors of the file.
 
     Raises:
-        CheckpointError: the checkpoint has no configuration or no tokenizer that `transformers` can use.
-        UnsupportedError: a kind of rope or of tokenizer that is not written.
+        CheckpointError: the checkpoint has no configuration or no tokenizer that `transformers` can use, or a
+            configuration that is not its own.
+        UnsupportedError: a kind of rope or of tokenizer that is not written, or what llama.cpp does not compute.
     """
     last: dict[str, Value] = {"general.quantization_version": 2, "general.file_type": file_type}
     if checkpoint.shards[0].suffix != GGUF:
-        values, constants = _made(checkpoint, arch, last)
+        values, constants = _made(checkpoint, arch, shapes, last)
         return {key: encoded(value) for key, value in values.items()} | imatrix, constants
     header = read_gguf(checkpoint.shards[0])
     new = {key: encoded(value) for key, value in last.items()} | imatrix
@@ -53,21 +55,14 @@ def _carried(checkpoint: Checkpoint) -> Constants:
     return {name: header.floats(name) for header in headers for name in COMPUTED if name in header.tensors}
 
 
-def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tuple[dict[str, Value], Constants]:
+def _made(
+    checkpoint: Checkpoint, arch: Arch, shapes: Mapping[str, Shape], last: Mapping[str, Value]
+) -> tuple[dict[str, Value], Constants]:
     """Keys and small tensors from what lies beside a checkpoint of transformers."""
     facts = facts_of(checkpoint, arch)
-    for key, wanted in arch.requires.items():
-        if key in facts and not arch.wants(key, facts[key]):
-            raise UnsupportedError(
-                f"{checkpoint.path} says {key} is {show(facts[key])}; llama.cpp computes a model of the architecture "
-                f"{arch.arch} as if it were {wanted[0]!r}"
-            )
-    if len({facts[name] for name in arch.equal}) > 1:
-        raise UnsupportedError(
-            f"{checkpoint.path} has different {' and '.join(arch.equal)}; llama.cpp takes them to be the same for a "
-            f"model of the architecture {arch.arch}"
-        )
-    name = checkpoint.root.resolve().name or arch.arch
+    require_computed(checkpoint.path, arch, facts)
+    tokenizer = tokenizer_of(checkpoint)
+    name = model_name(checkpoint.root.resolve().name or arch.arch, tokenizer)
     values: dict[str, Value] = {"general.architecture": arch.arch, "general.name": name}
     values["general.quantized_by"] = f"lowbit {__version__}"
     for key, names in arch.keys.items():
@@ -77,8 +72,10 @@ def _made(checkpoint: Checkpoint, arch: Arch, last: Mapping[str, Value]) -> tupl
     values |= _derived(arch, facts) | {f"{arch.arch}.{key}": value for key, value in arch.constants.items()}
     values |= {f"{arch.arch}.{key}": _rows(checkpoint, arch, stored) for key, stored in arch.rows.items()}
     values |= _lists(arch, facts, values)
+    require_shapes(checkpoint.path, arch, facts, values, shapes)
     rope, constants = _rope(arch, facts)
-    return values | rope | tokenizer_values(checkpoint, int(facts["vocab_size"])) | dict(last), constants
+    told = tokenizer_values(checkpoint, tokenizer, int(facts["vocab_size"]))
+    return values | rope | told | dict(last), constants
 
 
 def _typed(key: str, value: Any) -> Value:

@@ -16,18 +16,63 @@ from lowbit.stages.checkpoint import Checkpoint, arch_rows
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _BYTES = re.compile(r"<0x[0-9A-F]{2}>")
+# Where a model's name has the first, llama.cpp takes it for Phi 3: special tokens take the spaces after them, but for
+# three. It ends where one of these, or </s>, is not in the vocabulary. With the second [MASK] takes those before it.
+_PHI, _MASKED = re.compile("(phi)-?(3)", re.IGNORECASE), re.compile("(modern)-(bert)", re.IGNORECASE)
+_BARE = frozenset(("<unk>", "<s>", "<|endoftext|>"))
 # What the tokenizer of transformers calls special tokens, and llama.cpp.
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 
 
-def tokenizer_values(checkpoint: Checkpoint, size: int) -> dict[str, Value]:
+def tokenizer_of(checkpoint: Checkpoint) -> PlainTokenizer:
+    """The tokenizer that lies beside a checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+        UnsupportedError: it has no `tokenizer.json`.
+    """
+    return plain_tokenizer(checkpoint.root, checkpoint.config.get("model_type")) or _of_transformers(checkpoint)
+
+
+def model_name(name: str, tokenizer: PlainTokenizer) -> str:
+    """What a model is called in its file: llama.cpp tells by it whether special tokens are those of Phi 3."""
+    phi = _is_phi(tokenizer.document)
+    name = _MASKED.sub(r"\1 \2", name if phi else _PHI.sub(r"\1 \2", name))
+    return f"{name} Phi-3" if phi and not _PHI.search(name) else name
+
+
+def _is_phi(document: Mapping[str, Any]) -> bool:
+    """Whether special tokens take the spaces after them as llama.cpp has it for Phi 3."""
+    added, model = document["added_tokens"], document["model"]
+    special = {token["content"] for token in added} | {model.get("unk_token") or "<unk>"}
+    known = {*special, *(model["vocab"] if isinstance(model["vocab"], Mapping) else ())}
+    return {*_BARE, "</s>"} <= known and special - _BARE == {token["content"] for token in added if token["rstrip"]}
+
+
+def cuts_of(tokenizer: PlainTokenizer) -> list[tuple[str, int]]:
+    """What of a tokenizer llama.cpp does in another way, and how many tokens it is about."""
+    document = tokenizer.document
+    strips = ("lstrip", "single_word") if _is_phi(document) else ("lstrip", "rstrip", "single_word")
+    found, tokens = list[tuple[str, int]](), document["added_tokens"]
+    for strip in strips:
+        texts = [token["content"] for token in tokens if token[strip]]
+        if texts:
+            found.append((f"added tokens, as {show(texts[0])}, are {strip}, which llama.cpp has not", len(texts)))
+    scheme = re.search(r'"prepend_scheme": "(always|first)"', json.dumps(document.get("pre_tokenizer")))
+    if scheme and document["model"].get("byte_fallback"):
+        more = "" if scheme[1] == "always" else ", nor after a special token"
+        text = f"prepend_scheme is {scheme[1]}: no space is put before one{more}, and llama.cpp puts one there"
+        found.append((text, 1))
+    return found
+
+
+def tokenizer_values(checkpoint: Checkpoint, tokenizer: PlainTokenizer, size: int) -> dict[str, Value]:
     """Everything under `tokenizer.`; ids from the vocabulary's end to `size` are unused tokens.
 
     Raises:
-        CheckpointError: there is no tokenizer, or it has more tokens than the model.
+        CheckpointError: it has more tokens than the model.
         UnsupportedError: it is neither byte-level BPE that `arch/pre.toml` knows nor BPE with bytes as a fallback.
     """
-    tokenizer = plain_tokenizer(checkpoint.root, checkpoint.config.get("model_type")) or _of_transformers(checkpoint)
     document = tokenizer.document
     model = document["model"]
     if model.get("type") != "BPE":

@@ -41,8 +41,9 @@ def gguf_shards(plan: Plan, checkpoint: Checkpoint, limit: int | None) -> list[S
     arch = require_arch(checkpoint.config)
     weights = {each.weight.name: each.weight for each in plan.entries if not each.tied}
     groups = _groups(arch, weights)
+    shapes = {name: _shape(arch, name, group) for name, (_, group) in groups.items()}
     values, constants = metadata(
-        checkpoint, arch, _file_type(plan, weights, checkpoint), plan.imatrix.keys() if plan.imatrix else {}
+        checkpoint, arch, shapes, _file_type(plan, weights, checkpoint), plan.imatrix.keys() if plan.imatrix else {}
     )
     specs = {name: spec for each in plan.entries if not each.tied for name, spec in plan.layout(each).items()}
     sizes = {name: sum(_nbytes(specs[weight.name]) for weight in group) for name, (_, group) in groups.items()}
@@ -88,8 +89,7 @@ def _shard(
         entries.append(entry(name, (len(numbers),), "f32", at))
         at = padded(at + 4 * len(numbers))
     for name, (kind, group) in groups.items():
-        shape = (len(group), *group[0].shape) if arch.stacks(name) else arch.file_shape(name, group[0])
-        entries.append(entry(name, shape, kind, at))
+        entries.append(entry(name, _shape(arch, name, group), kind, at))
         for weight in group:
             places[weight.name] = at, specs[weight.name]
             at += _nbytes(specs[weight.name])
@@ -105,6 +105,11 @@ def _shard(
         header += bytes(padded(len(header)) - len(header))
     offsets = {name: (base + at, spec) for name, (at, spec) in places.items()}
     return Shard(file, offsets, header, base + at, lambda path: weight_file(read_gguf(path), arch))
+
+
+def _shape(arch: Arch, name: str, group: Sequence[Weight]) -> tuple[int, ...]:
+    """Of a tensor of the file, which holds these weights."""
+    return (len(group), *group[0].shape) if arch.stacks(name) else arch.file_shape(name, group[0])
 
 
 def _scale(weight: Weight) -> str:

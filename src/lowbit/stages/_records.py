@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
-Treatment = Literal["skipped", "kept", "padded", "fallback", "tied", "left out", "apart", "quantized again"]
+Treatment = Literal[
+    "skipped", "kept", "padded", "fallback", "tied", "left out", "apart", "quantized again", "otherwise in llama.cpp"
+]  # fmt: skip
 
 
 @final

@@ -21,6 +21,7 @@ from lowbit import __version__
 from lowbit.budget import PIECE, Estimate, MemoryWatch
 from lowbit.stages._adapter import Adapter
 from lowbit.stages._experts import UNREAD, unread
+from lowbit.stages._gguf_limits import limits
 from lowbit.stages._records import (
     Count,
     Histogram,
@@ -94,7 +95,14 @@ def make_record(
         verified=Verification(verified.tensors, 0, verified.seconds),
         evaluation=evaluation,
         histograms=tuple(histograms(source, output, rows, way.scratch)),
-        counts=(*_counts(plan), *_fallbacks(output), *_left(source), *_apart(source, plan), *_again(source)),
+        counts=(
+            *_counts(plan),
+            *_fallbacks(output),
+            *_left(source),
+            *_apart(source, plan),
+            *_again(source),
+            *limits(source, plan.format),
+        ),
         resumed=output.resumed,
         calibration=calibration and {**calibration, "folded": _folded(output)},
         adapter=_terms(plan, adapter) if adapter else None,

@@ -160,7 +160,7 @@ def _environment(page: bool) -> Environment:
     return environment
 
 
-_TOLD = ("padded", "fallback", "left out", "apart", "quantized again")
+_TOLD = ("padded", "fallback", "left out", "apart", "quantized again", "otherwise in llama.cpp")
 
 
 def _facts(run: RunRecord) -> dict[str, Any]:
