@@ -21,6 +21,7 @@ from lowbit.errors import CheckpointError, FormatError, LowbitError, Unsupported
 from lowbit.formats import Format, Spec, Weight
 from lowbit.formats._switch import of_expert
 from lowbit.formats.onnx import is_declared as is_onnx
+from lowbit.schemes import FLOATS
 from lowbit.stages._directory import (
     GGUF,
     ONNX,
@@ -42,6 +43,7 @@ from lowbit.tensors import QTensor
 _STUMBLES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 LEFT = "llama.cpp takes them from a file of its own (mmproj)"
+_UNSAID = "put the config.json there that was written with them"
 _MOST = 4096  # experts of a layer; a header may claim more than there is memory for
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 AHEAD = (
@@ -203,6 +205,28 @@ class Checkpoint:
         found = [f"{name} is no tensor of the model and is not carried" for name in self.skipped if name not in inputs]
         found += [_IGNORED.format(count=len(inputs), first=name) for name in inputs[:1]]
         return found + ([self.left_out] if self.left_out else [])
+
+    @cached_property
+    def unexplained(self) -> str | None:
+        """What is said of matrices that look like codes, where nothing says how to read them; None where none do.
+
+        They are integers of at most 32 bits, or 8-bit floats with a scale beside them. A table that has a float weight
+        beside it (hashes of tokens in a router) is none, nor is an index of 64 bits.
+        """
+        if self.format or self.shards[0].suffix in (GGUF, ONNX):  # these say of each tensor what it is
+            return None
+        owners = {name: name.rpartition(".")[0] for name in self.specs}
+        floats = {owners[n] for n, s in self.specs.items() if n.endswith(".weight") and s.dtype in FLOATS.values()}
+        scaled = {owner for name, owner in owners.items() if "scale" in name.removeprefix(owner)}
+        found = [
+            name
+            for name, owner in owners.items()
+            if owner not in floats and _holds_codes(self.specs[name], owner in scaled)
+        ]
+        if not found:
+            return None
+        wanted = "name the directory instead of the file" if self.path.is_file() else _UNSAID
+        return f"{len(found)} matrices of codes, as {show(found[0])}, but nothing says how to read them; {wanted}"
 
     @property
     def left_out(self) -> str | None:
@@ -463,6 +487,23 @@ def _declared(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
         if declared is not None:
             return declared
     return None
+
+
+def _holds_codes(spec: Spec, scaled: bool) -> bool:
+    """Whether a tensor looks like a matrix of codes; one of 8-bit floats where there are scales for it."""
+    if len(spec.shape) != 2 or spec.dtype is torch.bool:
+        return False
+    return spec.dtype.itemsize == 1 and scaled if spec.dtype.is_floating_point else spec.dtype.itemsize <= 4
+
+
+def require_explained(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of which codes would be taken for what the model computes with.
+
+    Raises:
+        UnsupportedError: with the first of them.
+    """
+    if checkpoint.unexplained:
+        raise UnsupportedError(f"{checkpoint.path} holds {checkpoint.unexplained}")
 
 
 def _looks_packed(spec: Spec) -> bool:

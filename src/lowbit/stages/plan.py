@@ -33,7 +33,7 @@ from lowbit.stages._policy import assign, in_blocks, read_policy
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe
 from lowbit.stages._row_views import apart_in_rows
 from lowbit.stages._rows import HOLDS, Runs, is_places, said_rows, whole_of
-from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
+from lowbit.stages.checkpoint import Checkpoint, arch_row, require_explained, swapped
 from lowbit.tensors import scheme_bytes
 
 VERSION = 2
@@ -358,6 +358,7 @@ def _check_floats(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing it again would add error to "
             "error: start from the float checkpoint, or, where there is none, say --requantize"
         )
+    require_explained(checkpoint)
 
 
 def _inside(checkpoint: Checkpoint, calibrated: bool) -> AbstractSet[str]:
