@@ -495,6 +495,6 @@ def test_codes_that_nothing_declares_are_refused_by_all(tmp_path: Path, form: st
         lambda: lowbit.load(tmp_path / "in"),
     )
     for call in calls:
-        with pytest.raises(UnsupportedError, match="matrices of codes, as .*nothing says how to read them"):
+        with pytest.raises(UnsupportedError, match=r"matrices of codes, as .*nothing says how to read them"):
             call()
     assert not (tmp_path / "out").exists()

@@ -294,8 +294,7 @@ def open_checkpoint(source: str | Path, trust_remote_code: bool = False) -> Chec
     if not files:
         raise CheckpointError(f"{path} holds no tensors")
     specs = {name: file.slots[name].spec for name, file in files.items()}
-    name, found = _recognise(path, config, specs, files)
-    weights = {each: replace(w, swapped=True) if w.scheme and swapped(config, w) else w for each, w in found.items()}
+    name, weights = _recognise(path, config, specs, files)
     return Checkpoint(path, config, specs, tuple(shards), extras, name, weights, files, trusted=trust_remote_code)
 
 
@@ -335,6 +334,14 @@ def _open_onnx(path: Path, file: Path, extras: tuple[Path, ...], config: Mapping
 def swapped(config: Mapping[str, Any], weight: Weight) -> bool:
     """Whether the class of the model that `config.json` names holds this weight as `[inputs, outputs]`."""
     return len(weight.shape) == 2 and arch_row("swapped", config, weight) is not None
+
+
+def _of_class(config: Mapping[str, Any], weight: Weight) -> Weight:
+    """The weight with what the class of the model makes of it."""
+    turned = weight.scheme is not None and swapped(config, weight)
+    row = arch_row("scaled", config, weight)
+    factors = f"{weight.module.rpartition('.')[0]}.{row['act']}.scales" if row else ""
+    return replace(weight, swapped=turned, scaled=factors) if turned or factors else weight
 
 
 def arch_row(table: str, config: Mapping[str, Any], weight: Weight) -> dict[str, Any] | None:
@@ -462,19 +469,20 @@ def _recognise(
     """Name of the format that takes the checkpoint for its own, and the logical weights."""
     declared = _declared(path, config)
     if declared is None and not any(_looks_packed(spec) for spec in specs.values()):
-        return None, _logical(path, specs, {}, {})
+        return None, _logical(path, config, specs, {}, {})
     for name in plugins.names("formats"):
         form: Format = plugins.load("formats", name)
         try:
-            found = form.recognise(config, specs, lambda tensor: _read(path, files, tensor))
-            if found is not None:
-                return name, _logical(path, specs, found, {weight: form.owns(found[weight]) for weight in found})
+            taken = form.recognise(config, specs, lambda tensor: _read(path, files, tensor))
+            if taken is not None:
+                found = {each: _of_class(config, weight) for each, weight in taken.items()}
+                return name, _logical(path, config, specs, found, {each: form.owns(found[each]) for each in found})
         except (LowbitError, *_STUMBLES) as error:
             _reraise(path, files, "config.json", name, error)
     if declared is not None:
         method, known = show(declared.get("quant_method")), ", ".join(plugins.names("formats"))
         raise UnsupportedError(f"{path} is quantized by {method}, which none of the formats here reads ({known})")
-    return None, _logical(path, specs, {}, {})
+    return None, _logical(path, config, specs, {}, {})
 
 
 def _declared(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -512,13 +520,18 @@ def _looks_packed(spec: Spec) -> bool:
 
 
 def _logical(
-    path: Path, specs: Mapping[str, Spec], quantized: Mapping[str, Weight], pieces: Mapping[str, Any]
+    path: Path,
+    config: Mapping[str, Any],
+    specs: Mapping[str, Spec],
+    quantized: Mapping[str, Weight],
+    pieces: Mapping[str, Any],
 ) -> dict[str, Weight]:
     """Logical weights in file order: a quantized one stands where the first of its pieces is stored."""
     owner = {piece: name for name in quantized for piece in pieces[name]}
     weights: dict[str, Weight] = {}
     for name, spec in specs.items():
-        weight = quantized[owner[name]] if name in owner else Weight(name, spec.shape, spec.dtype)
+        kept = name not in owner
+        weight = _of_class(config, Weight(name, spec.shape, spec.dtype)) if kept else quantized[owner[name]]
         weights.setdefault(weight.name, weight)
     for name in quantized:
         if name not in weights:
