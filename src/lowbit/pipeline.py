@@ -28,6 +28,7 @@ from lowbit.stages._model import open_blueprint
 from lowbit.stages._observe import split_windows
 from lowbit.stages._policy import read_policy
 from lowbit.stages._quality import Interval, read_quality
+from lowbit.stages._readers import told_unread
 from lowbit.stages._recipe import ROTATE, parse_options
 from lowbit.stages._room import with_factors
 from lowbit.stages._row_views import apart_in_rows, joined_rows
@@ -243,9 +244,11 @@ class _Work:
 
 def _plan(work: _Work) -> Plan:
     """The plan of a request: saved, by rules, or for the budget."""
-    if work.request.plan:
-        return load_plan(work.request.plan, work.source)
-    return with_factors(_decided(work), work.source)
+    saved, source = work.request.plan, work.source
+    plan = load_plan(saved, source) if saved else with_factors(_decided(work), source)
+    for said in told_unread(plan.format, source.config, (entry.weight for entry in plan.entries)):
+        work.tell(said)
+    return plan
 
 
 def _decided(work: _Work) -> Plan:
@@ -344,6 +347,8 @@ def run_conversion(
         if announce:
             announce(result, conversion.way)
         convert.refuse(conversion)
+        for text in told_unread(goal.format, source.config, (entry.weight for entry in conversion.plan.entries)):
+            note(text)
         clock.lap("check")
         with open_output(out, source, conversion.plan, shard_bytes) as output:
             convert.convert(conversion, output, watch, progress)

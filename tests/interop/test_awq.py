@@ -12,14 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import lowbit
+from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import Weight
 from lowbit.formats.awq import FORMAT
 from lowbit.schemes import parse
 from lowbit.tensors import QTensor
 from tests.interop.models import at_random, read, recognised, stored, tiny_llama, unpacked, write
 from tests.interop.test_gptq import small_tokenizer
+from tests.reference.models import save_tiny
 
 transformers = pytest.importorskip("transformers")
 
@@ -125,6 +129,45 @@ def test_transformers_loads_the_same_model(scheme: str, tmp_path: Path) -> None:
     plain.load_state_dict(state)
     ids = torch.arange(16)[None]
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", ["bloom", "falcon", "gpt_neox"])
+def test_transformers_finds_the_factors_of_activations(kind: str, tmp_path: Path) -> None:
+    """It divides by them for these models, and takes memory as it comes where there are none."""
+    pytest.importorskip("gptqmodel")
+    save_tiny(kind, tmp_path / "model", F16, intermediate_size=128)
+    lowbit.quantize(tmp_path / "model", tmp_path / "out", format="awq", scheme="int4-g32-asym")
+    lowbit.convert(tmp_path / "out", tmp_path / "float", format="float", scheme="f32")
+    auto, ids = transformers.AutoModelForCausalLM, torch.arange(3, 19)[None]
+    found, wanted = (auto.from_pretrained(tmp_path / each, dtype=F16).eval() for each in ("out", "float"))
+    factors = {
+        name: tensor for name, tensor in found.named_parameters() if name.endswith(("act.scales", "impl.scales"))
+    }
+    assert len(factors) == 2
+    logits = wanted(ids).logits
+    assert (found(ids).logits - logits).abs().max() < 0.01 * logits.abs().max()
+
+
+def test_layers_whose_activation_is_divided_are_not_kept(tmp_path: Path) -> None:
+    save_tiny("gpt_neox", tmp_path / "model", F16, intermediate_size=128)
+    with pytest.raises(UnsupportedError, match=r"mlp\.act\.scales, which are stored with .*dense_h_to_4h\.weight"):
+        lowbit.quantize(
+            tmp_path / "model", tmp_path / "out", format="awq", scheme="int4-g32-asym", skip=["1.mlp.dense_h"]
+        )
+
+
+def test_factors_that_change_something_are_not_read(tmp_path: Path) -> None:
+    save_tiny("gpt_neox", tmp_path / "model", F16, intermediate_size=128)
+    lowbit.quantize(tmp_path / "model", tmp_path / "out", format="awq", scheme="int4-g32-asym")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(".act.scales"))
+    save_file(tensors | {name: tensors[name] * 2}, file)
+    with pytest.raises(FormatError, match=r"act\.scales are not all 1"):
+        lowbit.convert(tmp_path / "out", tmp_path / "float", format="float", scheme="f32")
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)  # as other writers leave it
+    lowbit.convert(tmp_path / "out", tmp_path / "again", format="float", scheme="f32")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

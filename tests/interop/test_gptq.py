@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import lowbit
 from lowbit.formats import Format, Weight, gptq, gptq_v2
 from lowbit.schemes import parse
 from lowbit.tensors import QTensor
 from tests.interop.models import at_random, read, recognised, stored, tiny_llama, unpacked, write
+from tests.reference.models import save_tiny
 from tests.reference.qtensors import random_qtensor
 
 transformers = pytest.importorskip("transformers")
@@ -239,3 +241,23 @@ def test_v1_with_zero_points_is_read_where_readers_agree_on_it() -> None:
     again = unpacked(gptq.FORMAT, found[weight.name], tensors)
     assert torch.equal(again.dequantize(), q.dequantize())
     assert torch.equal(applied(module, 96), q.dequantize(F16).float())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # optimum's
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("kind", "skip"), [("llama", r"0\.mlp\.down_proj"), ("llama", "down_proj"), ("mamba", r"0\.mixer\.in_proj")]
+)
+def test_transformers_finds_the_blocks_and_what_stays_in_them(kind: str, skip: str, tmp_path: Path) -> None:
+    """optimum does not look at `dynamic`, and knows where the blocks are for some models alone."""
+    pytest.importorskip("gptqmodel")
+    pytest.importorskip("optimum")
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    save_tiny(kind, tmp_path / "model", **sizes, **({"time_step_rank": 16} if kind == "mamba" else {}))
+    lowbit.quantize(tmp_path / "model", tmp_path / "out", format="gptq", scheme="int4-g32", skip=[skip])
+    lowbit.convert(tmp_path / "out", tmp_path / "float", format="float", scheme="f32")
+    auto, ids = transformers.AutoModelForCausalLM, torch.arange(3, 19)[None]
+    found, wanted = (auto.from_pretrained(tmp_path / each, dtype=torch.float32).eval() for each in ("out", "float"))
+    assert any(hasattr(module, "qweight") for module in found.modules())
+    logits = wanted(ids).logits
+    assert (found(ids).logits - logits).abs().max() < 0.02 * logits.abs().max()

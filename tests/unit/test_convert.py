@@ -479,3 +479,22 @@ def test_coarser_scales_are_not_taken_for_the_sake_of_the_grid(scheme: str, chos
     write_checkpoint(tmp_path / "in", "compressed_tensors", {NAME: scheme}, shape=(32, 128))
     lowbit.convert(tmp_path / "in", tmp_path / "out", format="mlx", lossy=True)
     assert str(open_checkpoint(tmp_path / "out").weights[NAME].scheme).startswith(chosen)
+
+
+@pytest.mark.parametrize("form", ["compressed_tensors", "gptq", "fbgemm_fp8", "bitsandbytes"])
+def test_codes_that_nothing_declares_are_refused_by_all(tmp_path: Path, form: str) -> None:
+    scheme = {"fbgemm_fp8": "fp8-e4m3-row", "bitsandbytes": "nf4-g64"}.get(form, "int4-g32")
+    write_checkpoint(tmp_path / "in", form, {NAMES[0]: scheme})
+    (tmp_path / "in" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "text").write_text("Some words.")
+    calls = (
+        lambda: lowbit.convert(tmp_path / "in", tmp_path / "out", format="gptq"),
+        lambda: lowbit.quantize(tmp_path / "in", tmp_path / "out"),
+        lambda: lowbit.quantize(tmp_path / "in", tmp_path / "out", requantize=True),
+        lambda: lowbit.evaluate(tmp_path / "in", tmp_path / "text"),
+        lambda: lowbit.load(tmp_path / "in"),
+    )
+    for call in calls:
+        with pytest.raises(UnsupportedError, match=r"matrices of codes, as .*nothing says how to read them"):
+            call()
+    assert not (tmp_path / "out").exists()

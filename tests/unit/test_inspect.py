@@ -267,14 +267,27 @@ def test_tied_weights_count_once(tmp_path: Path) -> None:
     assert len(found.tensors) == 2
 
 
-def test_packed_tensors_without_a_declaration_are_mentioned(tmp_path: Path) -> None:
+def test_packed_tensors_without_a_declaration_are_not_sound(tmp_path: Path) -> None:
     save_file({"a.qweight": torch.zeros(8, 8, dtype=torch.int32)}, tmp_path / "loose.safetensors")
     found = inspect(tmp_path / "loose.safetensors")
     (finding,) = found.findings
-    assert finding.level == "note"
+    assert finding.level == "error"
     assert "a.qweight" in finding.fact
     assert "name the directory" in finding.fact
-    assert found.sound
+    assert not found.sound
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"gate.weight": torch.ones(8, 8), "gate.tid2eid": torch.zeros(8, 2, dtype=torch.int32)},  # a router's hashes
+        {"embeddings.position_ids": torch.arange(8)[None]},
+        {"attn.mask": torch.ones(8, 8, dtype=torch.bool)},
+        {"up.weight": torch.ones(8, 8).to(torch.float8_e4m3fn)},  # its values are what they are
+    ],
+)
+def test_tables_that_are_no_codes_are_left_alone(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    assert inspect(write(tmp_path / "model", tensors, {"model_type": "llama"})).sound
 
 
 def test_the_method_comes_from_the_plan_beside_the_weights(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ class Weight:
         decays: whether the file has -exp of each element (Mamba's A, of which transformers stores the logarithm).
         rows: runs `(first, after the last)` of rows of a larger weight that this one is (`stages/_rows.py`); none
             where it is no block of rows.
+        scaled: name of the factors by which readers of AWQ divide what an activation makes of its outputs; empty where
+            they do not.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Weight:
     plus: float = 0.0
     decays: bool = False
     rows: tuple[tuple[int, int], ...] = ()
+    scaled: str = ""
 
     @property
     def module(self) -> str:

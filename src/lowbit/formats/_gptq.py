@@ -40,6 +40,15 @@ BITS = (2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 _WORD = 32
 _PLANAR_ALIKE = (2, 4, 8)
+_NUMBER = re.compile(r"\.\d+\.")
+_LISTS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers",
+          "h", "decoder.layers", "layers")  # fmt: skip
+# How much of a name tells what it is: its last part, what is after the block's number, all of it.
+_ENDS: tuple[Callable[[str], str], ...] = (
+    lambda module: module.rpartition(".")[2],
+    lambda module: _NUMBER.split(module, maxsplit=1)[1],
+    lambda module: module,
+)
 Read = Callable[[str], Tensor]
 
 
@@ -247,7 +256,27 @@ def config(weights: Sequence[Weight], source: Mapping[str, Any], format: str) ->
     }
     dynamic = _dynamic(weights, dict(common))
     quantization |= {"dynamic": dynamic} if dynamic else {}
+    quantization |= _for_optimum(weights)
     return {"config.json": declare(source, quantization), "quantize_config.json": quantization}
+
+
+def _for_optimum(weights: Sequence[Weight]) -> dict[str, Any]:
+    """What transformers' reader (optimum) must be told, for it does not look at `dynamic`.
+
+    Which list the blocks are in, where it would not find it; what is quantized in them, where not everything is: ends
+    of names, of which vLLM looks for any part.
+    """
+    chosen = [weight.module for weight in weights if weight.scheme and _NUMBER.search(weight.module)]
+    kept = [module for module in kept_modules(weights) if _NUMBER.search(module)]
+    lists = {_NUMBER.split(module, maxsplit=1)[0] for module in chosen}
+    found: dict[str, Any] = {}
+    if len(lists) == 1 and not min(lists).startswith(_LISTS):
+        found["block_name_to_quantize"] = min(lists)
+    if kept and chosen:
+        ends = [{cut(module) for module in chosen} for cut in _ENDS]
+        clear = (each for each in ends if not any(end in module for end in each for module in kept))
+        found["modules_in_block_to_quantize"] = [sorted(next(clear, ends[-1]))]
+    return found
 
 
 def _act_order(found: Mapping[str, Any]) -> bool:

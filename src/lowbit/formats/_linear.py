@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -76,8 +77,15 @@ def check_planned(weight: Weight, q: QTensor) -> None:
 
 
 def kept_modules(weights: Sequence[Weight]) -> Iterator[str]:
-    """Modules whose matrix stays as it is, in order."""
-    return (weight.module for weight in weights if weight.scheme is None and len(weight.shape) == 2)
+    """Modules whose matrix stays as it is, in order; none with a quantized one inside (Mamba's, which has `A_log`).
+
+    Readers leave all that is inside of a module that is named.
+    """
+    above = {
+        name for weight in weights if weight.scheme for name in accumulate(weight.module.split("."), "{}.{}".format)
+    }
+    kept = (weight.module for weight in weights if weight.scheme is None and len(weight.shape) == 2)
+    return (module for module in kept if module not in above)
 
 
 def skipped_modules(weights: Sequence[Weight]) -> list[str]:

@@ -73,6 +73,12 @@ def _misfit(scheme: Scheme, weight: Weight) -> str | None:
 
 def layout(weight: Weight) -> dict[str, Spec]:
     """Names, dtypes and shapes of the tensors that `pack` fills."""
+    factors = Spec(FLOATS[planned(weight).scale], weight.shape[:1])
+    return _layout(weight) | ({weight.scaled: factors} if weight.scaled else {})
+
+
+def _layout(weight: Weight) -> dict[str, Spec]:
+    """The same without the factors of an activation, which are not in all files."""
     scheme, (rows, cols) = planned(weight), weight.shape
     groups = scale_shape(weight.shape, scheme.block)[1]
     return {
@@ -109,6 +115,8 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
     assert isinstance(q.scales, Tensor)
     scales = into[f"{weight.module}.scales"]
     scales.copy_(exact(f"{weight.module}.scales", q.scales, scales.dtype).T)
+    if weight.scaled:
+        into[weight.scaled].fill_(1)
     zeros = torch.full(q.scales.shape, _MIDDLE, dtype=torch.uint8) if q.zeros is None else q.zeros
     native.pack_awq(zeros.contiguous(), out=into[f"{weight.module}.qzeros"])
     if not q.codes.is_meta:
@@ -131,9 +139,11 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
         FormatError: stored tensors that break the layout.
     """
     codes = torch.empty(weight.shape, dtype=torch.uint8) if codes is None else codes
+    if (tensors.get(weight.scaled, torch.ones(())) != 1).any():
+        raise FormatError(f"{weight.scaled} are not all 1: factors of an activation are not read")
     if _is_gemv(weight, tensors):
         return _unpack_gemv(weight, _parts(tensors, _layout_gemv(weight)), codes)
-    qweight, qzeros, scales = _parts(tensors, layout(weight))
+    qweight, qzeros, scales = _parts(tensors, _layout(weight))
     zeros = native.unpack_awq(qzeros.contiguous()).T
     scales = finite(f"{weight.module}.scales", scales.T.float()).contiguous()
     if not codes.is_meta:
@@ -165,7 +175,7 @@ def _is_gemv(weight: Weight, tensors: Mapping[str, Tensor]) -> bool:
     """Whether tensors are of version `gemv`: of a square weight codes alone do not tell."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     columns = _layout_gemv(weight)
-    return all(shapes.get(name) == spec.shape for name, spec in columns.items()) and columns != layout(weight)
+    return all(shapes.get(name) == spec.shape for name, spec in columns.items()) and columns != _layout(weight)
 
 
 def _parts(tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> list[Tensor]:
@@ -187,7 +197,7 @@ def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, di
     """config.json with transformers' `AwqConfig`, which knows one scheme for the whole model.
 
     Raises:
-        UnsupportedError: weights in more than one scheme.
+        UnsupportedError: weights in more than one scheme, or one that is kept and must have factors beside it.
     """
     schemes = {str(weight.scheme): weight.scheme for weight in weights if weight.scheme}
     if not schemes:
@@ -195,6 +205,12 @@ def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, di
     if len(schemes) > 1:
         raise UnsupportedError(
             f"awq declares one scheme for a model, and these are {', '.join(schemes)}; use one, or --format gptq_v2"
+        )
+    left = next((weight for weight in weights if weight.scaled and weight.scheme is None), None)
+    if left:
+        raise UnsupportedError(
+            f"transformers' reader of awq looks for {left.scaled}, which are stored with {left.name} where that is "
+            "quantized, and it is kept; quantize it, or use --format gptq"
         )
     (scheme,) = schemes.values()
     quantization = {

@@ -155,12 +155,8 @@ def _whole(checkpoint: Checkpoint) -> list[Finding]:
     wrong = contradiction(checkpoint)
     if wrong:
         found.append(Finding("error", *wrong))
-    specs = {} if checkpoint.format else checkpoint.specs
-    packed = [name for name, spec in specs.items() if len(spec.shape) == 2 and not spec.dtype.is_floating_point]
-    if packed:
-        beside = "; name the directory instead of the file" if checkpoint.path.is_file() else ""
-        text = f"{len(packed)} integer matrices, as {packed[0]}, look packed, but nothing says how{beside}"
-        found.append(Finding("note", None, text))
+    if checkpoint.unexplained:
+        found.append(Finding("error", None, f"it holds {checkpoint.unexplained}"))
     return found
 
 

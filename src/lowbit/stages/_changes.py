@@ -26,6 +26,7 @@ from lowbit.formats._linear import SCALE_TYPES, declared_dtype, row_block
 from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
 from lowbit.stages._carry import carried, gap, spelled, variants
+from lowbit.stages._readers import kept_for
 from lowbit.stages._rooms import Rooms
 from lowbit.stages._store import Floats, Streamed, Value, packs_words, streamed
 from lowbit.stages.checkpoint import Checkpoint
@@ -213,7 +214,16 @@ class Changer:
         """What the weight may become with the codes that it has; `reasons` gets why it cannot be as it is."""
         assert weight.scheme is not None
         wanted = [parse(self.goal.scheme)] if self.goal.scheme else variants(weight.scheme)
-        return targets(self.arranged(weight), self.goal.form, self.dtypes(weight), wanted, reasons)
+        return self._read(targets(self.arranged(weight), self.goal.form, self.dtypes(weight), wanted, reasons), reasons)
+
+    def _read(self, found: Iterable[Weight], reasons: list[str]) -> Iterator[Weight]:
+        """Of these the ones that readers of the format know for what they are."""
+        for target in found:
+            why = kept_for(self.goal.format, self.source.config, target)
+            if why:
+                reasons.append(f"it is {why}")
+            else:
+                yield target
 
     def arranged(self, weight: Weight) -> Weight:
         """The weight as the target's container has it."""
@@ -375,7 +385,8 @@ class Changer:
 
     def _first(self, weight: Weight, schemes: Sequence[Scheme]) -> tuple[Weight, str] | None:
         """The first scheme that the target holds, and what quantizes in it."""
-        for target in targets(self.arranged(weight), self.goal.form, self.dtypes(weight)[:1], schemes, []):
+        some = targets(self.arranged(weight), self.goal.form, self.dtypes(weight)[:1], schemes, [])
+        for target in self._read(some, []):
             assert target.scheme is not None
             for name in METHODS:
                 method: Method = plugins.load("methods", name)

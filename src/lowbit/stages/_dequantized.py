@@ -42,7 +42,7 @@ def dequantized(source: Checkpoint) -> Checkpoint:
         replace(source, weights=plain, terms=read_adapter(adapter) if adapted else {}), "float", dtype, lossy=True
     )
     quantized = {name: weight for name, weight in stored.weights.items() if weight.scheme}
-    made = {name: Weight(name, weight.held, dtype or weight.dtype) for name, weight in quantized.items()}
+    made = {n: Weight(n, each.held, dtype or each.dtype, scaled=each.scaled) for n, each in quantized.items()}
     pieces = {name: stored.pieces(name) for name in made}
     read = {piece for found in pieces.values() for piece in found}
     # Read is the first piece, which the edit then replaces.

@@ -30,7 +30,7 @@ from lowbit.stages._gguf_vocabulary import alone, tokenizer_documents
 from lowbit.stages._plain_tokenizer import CLASSES, TYPES
 from lowbit.stages._rows import blocks_of, is_places, joined
 from lowbit.stages._weightfile import one_line, read_json, show
-from lowbit.stages.checkpoint import Checkpoint, is_ahead
+from lowbit.stages.checkpoint import Checkpoint, is_ahead, require_explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -456,6 +456,7 @@ def open_blueprint(checkpoint: Checkpoint, dtype: torch.dtype, vectors: bool = F
         UsageError: the model needs the code that it brings, and is not trusted.
         CheckpointError: no usable `config.json`, or no causal language model of `transformers`.
     """
+    require_explained(checkpoint)
     root, config = checkpoint.root, open_config(checkpoint)
     with (
         silent_transformers(),

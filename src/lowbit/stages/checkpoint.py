@@ -22,6 +22,7 @@ from lowbit.errors import CheckpointError, FormatError, LowbitError, Unsupported
 from lowbit.formats import Format, Spec, Weight
 from lowbit.formats._switch import of_expert
 from lowbit.formats.onnx import is_declared as is_onnx
+from lowbit.schemes import FLOATS
 from lowbit.stages._directory import (
     GGUF,
     ONNX,
@@ -43,6 +44,7 @@ from lowbit.tensors import QTensor
 _STUMBLES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 LEFT = "llama.cpp takes them from a file of its own (mmproj)"
+_UNSAID = "put the config.json there that was written with them"
 _MOST = 4096  # experts of a layer; a header may claim more than there is memory for
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 AHEAD = (
@@ -205,6 +207,28 @@ class Checkpoint:
         found += [_IGNORED.format(count=len(inputs), first=name) for name in inputs[:1]]
         return found + ([self.left_out] if self.left_out else [])
 
+    @cached_property
+    def unexplained(self) -> str | None:
+        """What is said of matrices that look like codes, where nothing says how to read them; None where none do.
+
+        They are integers of at most 32 bits, or 8-bit floats with a scale beside them. A table that has a float weight
+        beside it (hashes of tokens in a router) is none, nor is an index of 64 bits.
+        """
+        if self.format or self.shards[0].suffix in (GGUF, ONNX):  # these say of each tensor what it is
+            return None
+        owners = {name: name.rpartition(".")[0] for name in self.specs}
+        floats = {owners[n] for n, s in self.specs.items() if n.endswith(".weight") and s.dtype in FLOATS.values()}
+        scaled = {owner for name, owner in owners.items() if "scale" in name.removeprefix(owner)}
+        found = [
+            name
+            for name, owner in owners.items()
+            if owner not in floats and _holds_codes(self.specs[name], owner in scaled)
+        ]
+        if not found:
+            return None
+        wanted = "name the directory instead of the file" if self.path.is_file() else _UNSAID
+        return f"{len(found)} matrices of codes, as {show(found[0])}, but nothing says how to read them; {wanted}"
+
     @property
     def left_out(self) -> str | None:
         """What is said of the weights in `left` and `ahead`; None where there are none."""
@@ -272,8 +296,7 @@ def open_checkpoint(source: str | Path, trust_remote_code: bool = False) -> Chec
     if not files:
         raise CheckpointError(f"{path} holds no tensors")
     specs = {name: file.slots[name].spec for name, file in files.items()}
-    name, found = _recognise(path, config, specs, files)
-    weights = {each: replace(w, swapped=True) if w.scheme and swapped(config, w) else w for each, w in found.items()}
+    name, weights = _recognise(path, config, specs, files)
     return Checkpoint(path, config, specs, tuple(shards), extras, name, weights, files, trusted=trust_remote_code)
 
 
@@ -313,6 +336,14 @@ def _open_onnx(path: Path, file: Path, extras: tuple[Path, ...], config: Mapping
 def swapped(config: Mapping[str, Any], weight: Weight) -> bool:
     """Whether the class of the model that `config.json` names holds this weight as `[inputs, outputs]`."""
     return len(weight.shape) == 2 and arch_row("swapped", config, weight) is not None
+
+
+def _of_class(config: Mapping[str, Any], weight: Weight) -> Weight:
+    """The weight with what the class of the model makes of it."""
+    turned = weight.scheme is not None and swapped(config, weight)
+    row = arch_row("scaled", config, weight)
+    factors = f"{weight.module.rpartition('.')[0]}.{row['act']}.scales" if row else ""
+    return replace(weight, swapped=turned, scaled=factors) if turned or factors else weight
 
 
 def arch_row(table: str, config: Mapping[str, Any], weight: Weight) -> dict[str, Any] | None:
@@ -440,19 +471,20 @@ def _recognise(
     """Name of the format that takes the checkpoint for its own, and the logical weights."""
     declared = _declared(path, config)
     if declared is None and not any(_looks_packed(spec) for spec in specs.values()):
-        return None, _logical(path, specs, {}, {})
+        return None, _logical(path, config, specs, {}, {})
     for name in plugins.names("formats"):
         form: Format = plugins.load("formats", name)
         try:
-            found = form.recognise(config, specs, lambda tensor: _read(path, files, tensor))
-            if found is not None:
-                return name, _logical(path, specs, found, {weight: form.owns(found[weight]) for weight in found})
+            taken = form.recognise(config, specs, lambda tensor: _read(path, files, tensor))
+            if taken is not None:
+                found = {each: _of_class(config, weight) for each, weight in taken.items()}
+                return name, _logical(path, config, specs, found, {each: form.owns(found[each]) for each in found})
         except (LowbitError, *_STUMBLES) as error:
             _reraise(path, files, "config.json", name, error)
     if declared is not None:
         method, known = show(declared.get("quant_method")), ", ".join(plugins.names("formats"))
         raise UnsupportedError(f"{path} is quantized by {method}, which none of the formats here reads ({known})")
-    return None, _logical(path, specs, {}, {})
+    return None, _logical(path, config, specs, {}, {})
 
 
 def _declared(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -467,19 +499,41 @@ def _declared(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+def _holds_codes(spec: Spec, scaled: bool) -> bool:
+    """Whether a tensor looks like a matrix of codes; one of 8-bit floats where there are scales for it."""
+    if len(spec.shape) != 2 or spec.dtype is torch.bool:
+        return False
+    return spec.dtype.itemsize == 1 and scaled if spec.dtype.is_floating_point else spec.dtype.itemsize <= 4
+
+
+def require_explained(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of which codes would be taken for what the model computes with.
+
+    Raises:
+        UnsupportedError: with the first of them.
+    """
+    if checkpoint.unexplained:
+        raise UnsupportedError(f"{checkpoint.path} holds {checkpoint.unexplained}")
+
+
 def _looks_packed(spec: Spec) -> bool:
     """A matrix of integers or of 8-bit floats, as formats pack codes into."""
     return len(spec.shape) >= 2 and (spec.dtype.itemsize == 1 or not spec.dtype.is_floating_point)
 
 
 def _logical(
-    path: Path, specs: Mapping[str, Spec], quantized: Mapping[str, Weight], pieces: Mapping[str, Any]
+    path: Path,
+    config: Mapping[str, Any],
+    specs: Mapping[str, Spec],
+    quantized: Mapping[str, Weight],
+    pieces: Mapping[str, Any],
 ) -> dict[str, Weight]:
     """Logical weights in file order: a quantized one stands where the first of its pieces is stored."""
     owner = {piece: name for name in quantized for piece in pieces[name]}
     weights: dict[str, Weight] = {}
     for name, spec in specs.items():
-        weight = quantized[owner[name]] if name in owner else Weight(name, spec.shape, spec.dtype)
+        kept = name not in owner
+        weight = _of_class(config, Weight(name, spec.shape, spec.dtype)) if kept else quantized[owner[name]]
         weights.setdefault(weight.name, weight)
     for name in quantized:
         if name not in weights:

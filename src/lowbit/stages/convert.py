@@ -33,7 +33,7 @@ from lowbit.stages._pages import kept_pages
 from lowbit.stages._rooms import Rooms
 from lowbit.stages._store import store, whole
 from lowbit.stages._weightfile import read_json
-from lowbit.stages.checkpoint import Checkpoint, swapped
+from lowbit.stages.checkpoint import Checkpoint, require_explained, swapped
 from lowbit.stages.plan import Entry, Plan, arranged, check_told, tied_names
 from lowbit.stages.quantize import Error, Progress, as_done, one_torch_thread, silent
 from lowbit.stages.write import Output, copy_atomic, pieces_digest, write_atomic
@@ -91,6 +91,7 @@ def plan_conversion(
         ResourceError: the memory limit is too small.
     """
     check_told(source, goal.form)
+    require_explained(source)
     tied = tied_names(source)
     kept = {
         name: Change(weight, Entry(_kept(source, weight, goal), COPY, _reason(source, tied.get(name)), tied.get(name)))

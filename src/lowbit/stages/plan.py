@@ -30,11 +30,12 @@ from lowbit.stages._gguf_vocabulary import alone
 from lowbit.stages._imatrix import Imatrix, Importance, read_importance
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._policy import assign, in_blocks, read_policy
+from lowbit.stages._readers import kept_for
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe, step_options
 from lowbit.stages._row_views import apart_in_rows
 from lowbit.stages._rows import HOLDS, Runs, is_places, said_rows, whole_of
 from lowbit.stages._words import counted
-from lowbit.stages.checkpoint import Checkpoint, arch_row, swapped
+from lowbit.stages.checkpoint import Checkpoint, arch_row, require_explained, swapped
 from lowbit.tensors import scheme_bytes
 
 VERSION = 2
@@ -321,7 +322,11 @@ class _Maker:
             method, why = _able(method, why, wanted, form.encoder)
         activations = self.rules.activations if inside else None
         swap, config = self.swap(weight), self.checkpoint.config
-        return _entry(weight, wanted, reason + why, method, form, config, activations, swap, inside and recipe.smooths)
+        entry = _entry(weight, wanted, reason + why, method, form, config, activations, swap, inside and recipe.smooths)
+        left = None if reason.startswith("--set") else kept_for(self.rules.format, config, entry.weight)
+        if left and given:
+            raise UnsupportedError(f"{weight.name} is {left}; keep it")
+        return Entry(weight, None, left) if left else entry
 
     def _moved(self, weight: Weight) -> bool:
         """Whether a file has its columns in another order, in which no calibration has their inputs."""
@@ -361,6 +366,7 @@ def _check_floats(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing it again would add error to "
             "error: start from the float checkpoint, or, where there is none, say --requantize"
         )
+    require_explained(checkpoint)
 
 
 def _inside(checkpoint: Checkpoint, calibrated: bool) -> AbstractSet[str]:

@@ -22,6 +22,7 @@ from lowbit.budget import PIECE, Estimate, MemoryWatch
 from lowbit.stages._adapter import Adapter
 from lowbit.stages._experts import UNREAD, unread
 from lowbit.stages._gguf_limits import limits
+from lowbit.stages._readers import unread as not_read
 from lowbit.stages._records import (
     Count,
     Histogram,
@@ -207,9 +208,11 @@ def _left(source: Checkpoint) -> tuple[Count, ...]:
 
 
 def _apart(source: Checkpoint, plan: Plan) -> tuple[Count, ...]:
-    """Tensors that the model's class wants and that `transformers` will not find, for their experts are apart."""
+    """Tensors that the model's class wants and that `transformers` will not find, and weights that it does not read."""
     count = len(unread(source, plan.format))
-    return (Count("apart", UNREAD, count),) if count else ()
+    found = not_read(plan.format, source.config, (entry.weight for entry in plan.entries))
+    others = (Count("apart", reason, len(names)) for reason, names in found.items())
+    return (*((Count("apart", UNREAD, count),) if count else ()), *others)
 
 
 def _again(source: Checkpoint) -> tuple[Count, ...]:
