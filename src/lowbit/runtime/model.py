@@ -24,7 +24,7 @@ from lowbit.runtime.linear import Linear
 from lowbit.runtime.panels import Packed, pack, pack_blocks, pack_dense, pack_wide
 from lowbit.runtime.stored import Stored, read_stored, stored_path, write_stored
 from lowbit.runtime.table import Table
-from lowbit.stages._model import Blueprint, open_blueprint, open_tokenizer
+from lowbit.stages._model import Blueprint, open_blueprint, open_generation, open_tokenizer
 from lowbit.stages._rooms import Rooms
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint, swapped
 from lowbit.tensors import QTensor
@@ -139,7 +139,9 @@ class Opened:
 
     def loaded(self) -> Loaded:
         """The whole model."""
-        model = self.blueprint.with_parts(self.rest)
+        model, generation = self.blueprint.with_parts(self.rest), open_generation(self.checkpoint)
+        if generation and model.can_generate():
+            model.generation_config = generation
         _put(model, self.places, self.packed, self.threads)
         return Loaded(self.checkpoint, model, self.packed, self.others)
 

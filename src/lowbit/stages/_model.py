@@ -33,9 +33,9 @@ from lowbit.stages._weightfile import one_line, read_json, show
 from lowbit.stages.checkpoint import Checkpoint, is_ahead, require_explained
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 else:  # the run-time check of annotations needs names, and importing these costs a second
-    PreTrainedConfig = PreTrainedModel = PreTrainedTokenizerBase = object
+    GenerationConfig = PreTrainedConfig = PreTrainedModel = PreTrainedTokenizerBase = object
 
 # Tokens that classes of transformers have of themselves, where no file gives any.
 _EMPTY = 8
@@ -404,6 +404,7 @@ class Blueprint:
                     f"{self.checkpoint.path} does not fit its config.json: {len(wrong)} {what}, as "
                     f"{', '.join(map(show, sorted(wrong)[:3]))}; complete the checkpoint or mend the configuration"
                 )
+        model.name_or_path = model.config.name_or_path = str(self.checkpoint.path)
         filled: PreTrainedModel = model.eval()
         return filled
 
@@ -503,6 +504,27 @@ def open_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         else:
             config = AutoConfig.from_pretrained(root, trust_remote_code=checkpoint.trusted, local_files_only=True)
     return config
+
+
+def open_generation(checkpoint: Checkpoint) -> GenerationConfig | None:
+    """How a checkpoint wants texts to be continued; None where no file beside it says so, and its model's is right.
+
+    Raises:
+        CheckpointError: `generation_config.json`, or what `config.json` says of it, is damaged.
+    """
+    from transformers import GenerationConfig
+
+    root, config = checkpoint.root, "config.json"
+    name = next((name for name in ("generation_config.json", config) if (root / name).exists()), None)
+    if name is None:
+        return None
+    for key, told in read_json(root / name).items():
+        tokens = told if isinstance(told, list) else [told]
+        if key.endswith("_token_id") and not all(isinstance(token, int | None) for token in tokens):
+            raise CheckpointError(f"{root / name} has {show(told)} as {key}, where the number of a token should be")
+    with silent_transformers(), refusals(f"{root / name} says nothing usable of how texts go on"):
+        told_by_model: dict[str, Any] = {"_from_model_config": True} if name == config else {}
+        return GenerationConfig.from_pretrained(root, name, local_files_only=True, **told_by_model)
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
