@@ -158,10 +158,8 @@ def _measure(request: SweepRequest, rules: Rules, name: str, folder: Path, progr
 
 def _speed(folder: Path) -> float | None:
     """Tokens a second; None where the native decoder does not run the result."""
-    try:
-        return bench(folder, prompt=32, tokens=32).decode
-    except UnsupportedError:
-        return None
+    found = bench(folder, prompt=32, tokens=32)
+    return found.decode if found.decoder == "native" else None
 
 
 def _point(record: RunRecord, rules: Rules, name: str, speed: float | None) -> Point:

@@ -59,7 +59,7 @@ def test_an_argument_that_is_no_text_is_refused(lowbit: CommandLine, wiki_8m: Pa
 
 
 def test_letters_that_the_terminal_has_not_are_printed_as_others(wiki_8m: Path) -> None:
-    command = ["generate", wiki_8m, "\U0001f600", "-p", "The", "-n", "2"]
+    command = ["generate", str(wiki_8m), "\U0001f600", "-p", "The", "-n", "2"]
     found = process(*command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert found.returncode == 0 and found.stdout.startswith(b"\n??")
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn.functional import kl_div
 
 import lowbit
 from lowbit.cli import group
+from lowbit.cli.bench import _reading
 from lowbit.errors import FormatError, UnsupportedError, UsageError
 from lowbit.native import KEEPS, DecoderShape
 from lowbit.runtime.bench import bench
@@ -366,6 +368,24 @@ def test_bench_measures_what_it_says(quantized: Path) -> None:
     assert sum(each.bytes for each in found.kernels) == found.bytes > 3_000_000
     assert sum(each.weights for each in found.kernels) == 57
     assert found.share == pytest.approx(found.bytes * found.decode / found.read)
+    assert found.decoder == "native"
+    near, far, fast = (
+        replace(found, near=size, share=share) for size, share in ((found.bytes, 0.9), (0, 0.9), (0, 2.0))
+    )
+    assert (near.cached, far.cached, fast.cached) == (True, False, True)
+    assert ["stay in the processor's cache" in _reading(each) for each in (near, far)] == [True, False]
+
+
+def test_bench_takes_what_the_native_decoder_does_not(tmp_path: Path) -> None:
+    save_tiny("gpt2", tmp_path / "float", torch.float16)
+    lowbit.quantize(tmp_path / "float", tmp_path / "out", scheme="int4-g16")
+    found = bench(tmp_path / "out", prompt=8, tokens=3, threads=1)
+    assert found.decoder.startswith("the native decoder does not run this model: ")
+    runner = open_runner(tmp_path / "out")
+    assert sum(each.weights for each in found.kernels) == runner.kernels > 0 < found.decode
+    assert sum(each.bytes for each in found.kernels) == found.bytes
+    # Keys and values of two layers, eleven tokens, in four bytes.
+    assert found.kept == 2 * 2 * 11 * 32 * 4
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lowbit.cli._options import kept_options
+from lowbit.cli._options import kept_options, note
 
 if TYPE_CHECKING:
     from lowbit.runtime.bench import Bench
@@ -46,11 +46,19 @@ def command(
 
     if threads:
         torch.set_num_threads(threads)
-    found = bench(model, prompt_tokens, tokens, threads, kv, cache)
+    found = bench(model, prompt_tokens, tokens, threads, kv, cache, note)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
     else:
         _print(found, explain)
+
+
+def _reading(found: Bench) -> str:
+    """How fast weights are read, beside a plain loop that reads."""
+    from lowbit.budget import format_size
+
+    near = "; they stay in the processor's cache, which is faster than memory" if found.cached else ""
+    return f"{format_size(found.bytes)}, {found.share:.0%} of the {found.read / 1e9:.1f} GB/s that memory gives{near}"
 
 
 def _print(found: Bench, explain: bool) -> None:
@@ -64,7 +72,8 @@ def _print(found: Bench, explain: bool) -> None:
         "load": f"{found.load:.2f} s",
         f"prefill, {found.prompt} tokens": f"{found.prefill:.1f} tokens/s, first token after {found.first:.3f} s",
         f"decode, {found.tokens} tokens": f"{found.decode:.1f} tokens/s",
-        "weights of a token": f"{format_size(found.bytes)}, {found.share:.0%} of the {found.read / 1e9:.1f} GB/s read",
+        "decoder": found.decoder,
+        "weights of a token" if found.decoder == "native" else "weights on the kernels": _reading(found),
         "memory": f"{format_size(found.memory)}, {format_size(found.kept)} of them for keys and values",
         "kernels": f"{found.isa}, {found.threads} threads; {found.others} weights not on them",
     }

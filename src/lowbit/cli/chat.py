@@ -52,7 +52,7 @@ def command(
     if threads:
         torch.set_num_threads(threads)
     runner = open_runner(
-        model, threads=threads, trust_remote_code=trust_remote_code, context=context, keep=kv, cache=cache
+        model, threads=threads, trust_remote_code=trust_remote_code, context=context, keep=kv, cache=cache, note=note
     )
     messages = [{"role": "system", "content": system}] if system else []
     lines, chosen, unanswered = standard_input(), Sampling(**sampling), False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowbit.cli._options import context_options, sampling_options, standard_input
+from lowbit.cli._options import context_options, note, sampling_options, standard_input
 
 if TYPE_CHECKING:
     from lowbit.runtime.generate import Generated
@@ -74,6 +74,7 @@ def command(
         context=context,
         keep=kv,
         cache=cache,
+        note=note,
     )
     chosen = Sampling(**sampling)
     show = (lambda part: None) if as_json else lambda part: click.echo(part, nl=False)

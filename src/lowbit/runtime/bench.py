@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +15,13 @@ from typing import Any, final
 import torch
 
 from lowbit.budget import anonymous_bytes
-from lowbit.errors import UnsupportedError
 from lowbit.native import isa
-from lowbit.runtime.decoder import Native
-from lowbit.runtime.runner import open_runner
+from lowbit.runtime.linear import Linear
+from lowbit.runtime.panels import Packed
+from lowbit.runtime.runner import Runner, open_runner
 
 _READ = 2**28  # bytes of the array that is read to see how fast memory is
+_ABOVE = 1.1  # share of that speed which memory does not give
 
 
 @final
@@ -50,12 +53,14 @@ class Bench:
         prefill: tokens of the prompt a second.
         decode: tokens a second, one by one.
         memory: anonymous bytes that the process held at the end.
-        bytes: of weights that a token reads.
+        bytes: of weights that a token reads; beside the class of transformers, of those on the kernels.
         read: bytes a second of a plain read loop.
         share: of `read` that decoding reached, by the bytes of its weights.
         kernels: of the products by kind.
         others: weights that the kernels do not multiply.
         kept: bytes of keys and values at the end.
+        decoder: what ran the blocks: `native`, or why it was the class of transformers.
+        near: bytes of the processor's last cache, 0 where it does not tell.
     """
 
     isa: str
@@ -73,6 +78,13 @@ class Bench:
     kernels: tuple[Kernel, ...]
     others: int
     kept: int
+    decoder: str
+    near: int
+
+    @property
+    def cached(self) -> bool:
+        """Whether weights come from the processor's cache, so that memory's speed is no bound."""
+        return self.bytes <= self.near or self.share > _ABOVE
 
 
 def bench(
@@ -82,39 +94,47 @@ def bench(
     threads: int | None = None,
     keep: str = "float16",
     cache: Path | None = None,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Bench:
-    """Read a prompt and decode some tokens with the native decoder, and multiply each kind of weight alone.
+    """Read a prompt and decode some tokens as `generate` does, and multiply each kind of weight on the kernels alone.
 
     Raises:
-        UnsupportedError: the native decoder does not run this model.
         LowbitError: see `lowbit.errors`.
     """
     count = threads or torch.get_num_threads()
     begin = time.perf_counter()
-    runner = open_runner(path, threads=count, context=prompt + tokens, keep=keep, cache=cache)
+    runner = open_runner(path, threads=count, context=prompt + tokens, keep=keep, cache=cache, note=note)
     load = time.perf_counter() - begin
+    reader, (packed, words) = runner.reader, _parts(runner)
+    ids = torch.randint(words, (prompt + tokens,), generator=torch.Generator().manual_seed(0))
     if runner.engine is None:
-        raise UnsupportedError(runner.decoder)
-    native = runner.engine.native
-    ids = torch.randint(
-        len(native.vectors["embedding"]), (prompt + tokens,), generator=torch.Generator().manual_seed(0)
-    )
-    session = runner.engine.start(prompt + tokens, keep)
-    first = seconds(lambda: session.read(ids[:prompt]))
-    steps = [seconds(partial(session.likeliest, token)) for token in ids[prompt:].tolist()]
+        reader.follow(ids[:1])  # transformers imports what it first needs
+    first = seconds(lambda: reader.follow(ids[:prompt]))
+    steps = [seconds(partial(reader.likeliest, token)) for token in ids[prompt:].tolist()]
     step, read = statistics.median(steps), read_rate()
-    size = sum(packed.panels.nbytes for packed in native.matrices.values())
+    size = sum(each.panels.nbytes for each in packed)
     return Bench(
         isa=isa(), threads=count, prompt=prompt, tokens=tokens, load=load, first=first, prefill=prompt / first,
         decode=1 / step, memory=anonymous_bytes(), bytes=size, read=read, share=size / step / read,
-        kernels=_kernels(native, count, read), others=len(runner.others), kept=session.cache.nbytes,
+        kernels=_kernels(packed, count, read), others=len(runner.others), kept=reader.nbytes, decoder=runner.decoder,
+        near=cache_bytes(),
     )  # fmt: skip
 
 
-def _kernels(native: Native, threads: int, read: float) -> tuple[Kernel, ...]:
+def _parts(runner: Runner) -> tuple[list[Packed], int]:
+    """Matrices that the kernels multiply, and the number of tokens that there are."""
+    if runner.engine:
+        native = runner.engine.native
+        return list(native.matrices.values()), len(native.vectors["embedding"])
+    model: Any = runner.model
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+    return [layer.packed for layer in layers], int(model.config.get_text_config().vocab_size)
+
+
+def _kernels(matrices: Sequence[Packed], threads: int, read: float) -> tuple[Kernel, ...]:
     """Each kind of product, by itself."""
-    groups: dict[tuple[str, int], list[Any]] = {}
-    for packed in native.matrices.values():
+    groups: dict[tuple[str, int], list[Packed]] = {}
+    for packed in matrices:
         groups.setdefault((packed.panels.way, packed.panels.bits), []).append(packed)
     found = []
     for (way, bits), members in sorted(groups.items()):
@@ -129,6 +149,12 @@ def read_rate() -> float:
     """Bytes a second that summing an array by torch reaches: the best of five."""
     array = torch.ones(_READ // 8, dtype=torch.int64)
     return _READ / min(seconds(array.sum) for _ in range(5))
+
+
+def cache_bytes() -> int:
+    """Of the processor's last cache, 0 where the system does not tell."""
+    names = [name for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE") if name in os.sysconf_names]
+    return next((size for name in names if (size := os.sysconf(name)) > 0), 0)
 
 
 def seconds(work: Callable[[], object]) -> float:

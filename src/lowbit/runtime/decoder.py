@@ -127,6 +127,11 @@ class Session:
         self.engine, self.cache = engine, cache
         self.ids: list[int] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values."""
+        return self.cache.nbytes
+
     def read(self, ids: Int64[Tensor, " tokens"]) -> Float[Tensor, " vocabulary"]:
         """Read more tokens, at least one; the logits of the token after them."""
         for part in torch.split(ids, _CHUNK):

@@ -22,7 +22,7 @@ from lowbit.formats._gguf import own_rows
 from lowbit.native import WEIGHT_DTYPES, Room
 from lowbit.runtime.linear import Linear
 from lowbit.runtime.panels import Packed, pack, pack_blocks, pack_dense, pack_wide
-from lowbit.runtime.stored import Stored, read_stored, stored_path, write_stored
+from lowbit.runtime.stored import Stored, keep_stored, read_stored, stored_path
 from lowbit.runtime.table import Table
 from lowbit.stages._model import Blueprint, open_blueprint, open_generation, open_tokenizer
 from lowbit.stages._rooms import Rooms
@@ -175,7 +175,7 @@ def open_weights(
     if stored is None:
         stored = pack_all(checkpoint, [name for name in places if name not in others], exact, workers)
         if file:
-            write_stored(file, stored)
+            keep_stored(file, stored)
     packed, others = dict(stored.matrices), others | stored.facts["others"]
     if not packed.keys() <= places.keys():
         raise CheckpointError(f"{file} has weights that the model does not have; delete it")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.native import DecoderShape
 from lowbit.runtime.decoder import Engine, Native, Session, native_of
 from lowbit.runtime.model import Loaded, open_weights
-from lowbit.runtime.stored import Stored, damaged, read_stored, stored_path, write_stored
+from lowbit.runtime.stored import Stored, damaged, keep_stored, read_stored, stored_path
 from lowbit.runtime.told import told_model
 from lowbit.runtime.words import Words, open_words
 from lowbit.stages._model import open_tokenizer
@@ -50,6 +51,12 @@ class Plain:
         self._cache = out.past_key_values
         logits: Tensor = out.logits[0, -1]
         return logits
+
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values."""
+        layers = getattr(self._cache, "layers", ())
+        return sum(each.nbytes for layer in layers for each in vars(layer).values() if isinstance(each, Tensor))
 
     def likeliest(self, token: int) -> int:
         """Read one more token; the likeliest after it."""
@@ -114,6 +121,7 @@ def open_runner(
     context: int | None = None,
     keep: str = "float16",
     cache: Path | None = None,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Runner:
     """Open a checkpoint (as `open_model` does) to continue texts with it.
 
@@ -121,6 +129,7 @@ def open_runner(
         context: most tokens of a text, with its prompt; None for what the model takes.
         keep: how the native decoder keeps keys and values: `float32`, `float16` or `int8`.
         cache: folder where what is made of the checkpoint for the native decoder is kept, and found at the next start.
+        note: told where that folder cannot be written to.
 
     Raises:
         UsageError: `context` is more than the model takes.
@@ -135,7 +144,7 @@ def open_runner(
         if runner.engine:
             break
     if file and runner.engine:
-        write_stored(file, _stored(runner.engine.native, loaded))
+        keep_stored(file, _stored(runner.engine.native, loaded), note)
     return runner
 
 
@@ -185,7 +194,7 @@ def _ends(loaded: Loaded) -> frozenset[int]:
 
 def _tokens(told: object, where: str) -> list[int]:
     """One or several, as a file has them."""
-    found = [] if told is None else told if isinstance(told, list) else [told]
+    found: list[Any] = [] if told is None else told if isinstance(told, list) else [told]
     if any(not isinstance(token, int) for token in found):
         raise CheckpointError(f"{where} has {show(told)} as eos_token_id, where the number of a token should be")
     return found
