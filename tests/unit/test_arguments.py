@@ -34,7 +34,10 @@ def test_one_pattern_is_a_list_of_one(tmp_path: Path) -> None:
     ("call", "words"),
     [
         (lambda m, out: LOWBIT.quantize(m, out, sets=["up_proj"]), "sets has 'up_proj'; write REGEX=SCHEME"),
-        (lambda m, out: LOWBIT.quantize(m, out, sets={"a": 4}), "sets is .*; it must be str or Sequence.str. or Mapping.str, str. or None$"),
+        (
+            lambda m, out: LOWBIT.quantize(m, out, sets={"a": 4}),
+            "sets is .*; it must be str or Sequence.str. or Mapping.str, str. or None$",
+        ),
         (lambda m, out: LOWBIT.quantize(m, out, scheme=4), "^scheme is 4; it must be str or None"),
         (lambda m, out: LOWBIT.quantize(m, out, skip=4), "^skip is 4; it must be str or Sequence.str."),
         (lambda m, out: LOWBIT.quantize(m, out, skip=[4]), "^skip is .4.; it must be"),

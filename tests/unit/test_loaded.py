@@ -1,4 +1,4 @@
-"""What `lowbit.load` gives is a model of transformers as its own `from_pretrained` gives it, in all that can be asked."""
+"""What `lowbit.load` gives is a model of transformers, as its own `from_pretrained` gives it."""
 
 from __future__ import annotations
 

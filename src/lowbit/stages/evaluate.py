@@ -15,8 +15,8 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from lowbit import plugins
-from lowbit.budget import MARGIN, MemoryWatch, anonymous_bytes, format_size
 from lowbit.arguments import at_least_one, typed
+from lowbit.budget import MARGIN, MemoryWatch, anonymous_bytes, format_size
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.metrics import Metric, Score, Values
 from lowbit.metrics._blocks import CONFIDENCE, FEWEST_BLOCKS, make_blocks

@@ -570,8 +570,8 @@ def _check_order(name: str, method: str, options: Mapping[str, Any]) -> None:
     record = _method(method)
     if record.act_order(step_options(record, method, options)) and not form.act_order:
         raise UsageError(
-            f"option {method}.order=group needs an index of groups (act-order), which gptq and gptq_v2 store and {name} "
-            "does not; static (the default) and aware take columns in such an order without it"
+            f"option {method}.order=group needs an index of groups (act-order), which gptq and gptq_v2 store and "
+            f"{name} does not; static (the default) and aware take columns in such an order without it"
         )
 
 
