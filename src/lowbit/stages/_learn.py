@@ -88,7 +88,9 @@ def _candidates(block: Block, learned: Learned, work: Calibration, state: State)
         if not any(map(method.objection, block.schemes.values())):
             make = partial(state.made_by, method, method.options(**options))
             with one_torch_thread(), ThreadPoolExecutor(work.way.threads, "rivals") as pool:
-                found[name] = dict(zip(block.weights, pool.map(make, block.weights, block.weights.values()), strict=True))
+                found[name] = dict(
+                    zip(block.weights, pool.map(make, block.weights, block.weights.values()), strict=True)
+                )
     return found
 
 
