@@ -84,6 +84,7 @@ _LLAMA4 = {**SMALL, "num_hidden_layers": 4, "head_dim": 16, "intermediate_size":
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 100.0}
 _OSS = {**SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64,
         "sliding_window": 8, "rope_parameters": _YARN}  # fmt: skip
+_MIXED = {"num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2}
 _PART = {"rope_theta": 5000.0, "partial_rotary_factor": 0.25}
 _MANY = {"num_local_experts": 128, "use_qk_norm": False, "interleave_moe_layer_step": 4}
 _GRANITE = {"attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 3.0}
@@ -216,6 +217,9 @@ CASES = {
     "llama4": Case("Llama4", {**_LLAMA4, "interleave_moe_layer_step": 2}, share=0.5, config="Llama4Text"),
     "llama4 without norms": Case("Llama4", {**_LLAMA4, **_MANY}, share=0.5, config="Llama4Text"),
     "gpt-oss": Case("GptOss", _OSS, share=0.5, again={"rope_parameters": {**_YARN, "truncate": False}}),
+    "gpt-oss mixed": Case(
+        "GptOss", {**_OSS, **_MIXED}, share=0.5, again={"rope_parameters": {**_YARN, "truncate": False}}
+    ),
     "granitemoe": Case("GraniteMoe", {**SMALL, **_GRANITE, "num_local_experts": 4}, share=0.5),
     "granite": Case("Granite", {**SMALL, **_GRANITE}),
     "starcoder2": Case("Starcoder2", {**SMALL, "sliding_window": None}, 2e-3),
