@@ -39,6 +39,7 @@ def quantize(
     device: str = "cpu",
     trust_remote_code: bool = False,
     requantize: bool = False,
+    shard_size: int | str | None = None,
 ) -> RunRecord:
     """Quantize a checkpoint into a directory, verify what was written, evaluate it if a text is given, and report.
 
@@ -63,6 +64,7 @@ def quantize(
         device: where blocks of a model run while they are calibrated, as `cuda`.
         trust_remote_code: run Python code that the checkpoint brings.
         requantize: take a checkpoint that is quantized already as what its codes stand for.
+        shard_size: largest output file, bytes or a size like `2GB`; None for 5 GB, or one file of GGUF.
 
     Raises:
         LowbitError: see `lowbit.errors`.
@@ -72,9 +74,14 @@ def quantize(
     rules = Rules(scheme, method, format, skip, tuple((sets or {}).items()), options or {}, learned)
     rules = replace(rules, activations=activations, imatrix=Path(imatrix) if imatrix else None)
     text, saved = evaluate and Path(evaluate), plan and Path(plan)
-    limit = parse_size(ram) if isinstance(ram, str) else ram
-    request = Request(str(model), Path(out), rules, saved or None, limit, threads, text or None, context)
-    return run(replace(request, trust_remote_code=trust_remote_code, requantize=requantize))
+    request = Request(str(model), Path(out), rules, saved or None, _size(ram), threads, text or None, context)
+    more = {"trust_remote_code": trust_remote_code, "requantize": requantize, "shard_bytes": _size(shard_size)}
+    return run(replace(request, **more))
+
+
+def _size(size: int | str | None) -> int | None:
+    """Bytes, of these or of a size in words."""
+    return parse_size(size) if isinstance(size, str) else size
 
 
 def convert(
@@ -86,6 +93,7 @@ def convert(
     lossy: bool = False,
     ram: int | str | None = None,
     threads: int = 1,
+    shard_size: int | str | None = None,
 ) -> Converted:
     """Convert a checkpoint into another format, weight by weight, and verify what was written.
 
@@ -96,13 +104,13 @@ def convert(
         scheme: of every quantized weight; of `float` the type (f16, bf16, f32). None for what is nearest.
         lossy: whether weights may change; without it nothing is written unless every value stays to the bit.
         ram: anonymous memory allowed, bytes or a size like `4GiB`.
+        shard_size: largest output file, bytes or a size like `2GB`; None for 5 GB, or one file of GGUF.
 
     Raises:
         UnsupportedError: values would change, naming a weight and the reason.
         LowbitError: see `lowbit.errors`.
     """
-    limit = parse_size(ram) if isinstance(ram, str) else ram
-    return run_conversion(str(model), Path(out), Goal(format, scheme, lossy), limit, threads)
+    return run_conversion(str(model), Path(out), Goal(format, scheme, lossy), _size(ram), threads, _size(shard_size))
 
 
 def make_plan(
