@@ -41,6 +41,7 @@ def quantize(
     device: str = "cpu",
     trust_remote_code: bool = False,
     requantize: bool = False,
+    shard_size: int | str | None = None,
 ) -> RunRecord:
     """Quantize a checkpoint into a directory, verify what was written, evaluate it if a text is given, and report.
 
@@ -65,6 +66,7 @@ def quantize(
         device: where blocks of a model run while they are calibrated, as `cuda`.
         trust_remote_code: run Python code that the checkpoint brings.
         requantize: take a checkpoint that is quantized already as what its codes stand for.
+        shard_size: largest output file, bytes or a size like `2GB`; None for 5 GB, or one file of GGUF.
 
     Raises:
         LowbitError: see `lowbit.errors`.
@@ -74,9 +76,14 @@ def quantize(
     learned = Calibration(sources, samples, sequence_length, seed, device=device) if sources else None
     rules = Rules(scheme, method, format, several(skip), pairs("sets", sets), options or {}, learned)
     rules = replace(rules, activations=activations, imatrix=_path(imatrix))
-    limit = parse_size(ram) if isinstance(ram, str) else ram
-    request = Request(str(model), Path(out), rules, _path(plan), limit, threads, _path(evaluate), context)
-    return run(replace(request, trust_remote_code=trust_remote_code, requantize=requantize))
+    request = Request(str(model), Path(out), rules, _path(plan), _size(ram), threads, _path(evaluate), context)
+    more = {"trust_remote_code": trust_remote_code, "requantize": requantize, "shard_bytes": _size(shard_size)}
+    return run(replace(request, **more))
+
+
+def _size(size: int | str | None) -> int | None:
+    """Bytes, of these or of a size in words."""
+    return parse_size(size) if isinstance(size, str) else size
 
 
 @typed
@@ -89,6 +96,7 @@ def convert(
     lossy: bool = False,
     ram: int | str | None = None,
     threads: int = 1,
+    shard_size: int | str | None = None,
 ) -> Converted:
     """Convert a checkpoint into another format, weight by weight, and verify what was written.
 
@@ -99,14 +107,14 @@ def convert(
         scheme: of every quantized weight; of `float` the type (f16, bf16, f32). None for what is nearest.
         lossy: whether weights may change; without it nothing is written unless every value stays to the bit.
         ram: anonymous memory allowed, bytes or a size like `4GiB`.
+        shard_size: largest output file, bytes or a size like `2GB`; None for 5 GB, or one file of GGUF.
 
     Raises:
         UnsupportedError: values would change, naming a weight and the reason.
         LowbitError: see `lowbit.errors`.
     """
     at_least_one(threads=threads)
-    limit = parse_size(ram) if isinstance(ram, str) else ram
-    return run_conversion(str(model), Path(out), Goal(format, scheme, lossy), limit, threads)
+    return run_conversion(str(model), Path(out), Goal(format, scheme, lossy), _size(ram), threads, _size(shard_size))
 
 
 @typed

@@ -39,7 +39,7 @@ def load(folder: str, name: str) -> Any:
     """The record that the plug-in file defines; `-` in a name stands for `_`.
 
     Raises:
-        UnsupportedError: no such file in the folder; the text lists those there are.
+        UnsupportedError: no such file in the folder; the text lists those there are, of formats those that are written.
     """
     return getattr(_module(folder, name), _ATTRIBUTE[folder])
 
@@ -48,5 +48,6 @@ def load(folder: str, name: str) -> Any:
 def _module(folder: str, name: str) -> ModuleType:
     stem = name.replace("-", "_")
     if stem not in names(folder):
-        raise UnsupportedError(f"no {folder[:-1]} is called {name!r}; there are: {', '.join(names(folder))}")
+        known = written() if folder == "formats" else names(folder)
+        raise UnsupportedError(f"no {folder[:-1]} is called {name!r}; there are: {', '.join(known)}")
     return import_module(f"lowbit.{folder}.{stem}")

@@ -171,7 +171,7 @@ def test_an_evaluation_that_gives_no_numbers_leaves_the_result_and_its_report(
     tensors["model.layers.0.input_layernorm.weight"][3] = float("nan")
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     out, text = tmp_path / "out", MODEL.parent / "evaluation.txt"
-    code, _, err = lowbit("quantize", tmp_path / "model", out, "--evaluate", text, "--tokens", 1024, "--threads", 1)
+    code, _, err = lowbit("quantize", tmp_path / "model", out, "--evaluate", text, "--tokens", "1024", "--threads", "1")
     assert code == 1 and "the reference computes values that are not finite" in err
     assert err.strip().endswith(f"{out} is quantized, and its report has no scores")
     report = json.loads((out / "report.json").read_text())

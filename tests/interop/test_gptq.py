@@ -253,7 +253,8 @@ def test_transformers_finds_the_blocks_and_what_stays_in_them(kind: str, skip: s
     pytest.importorskip("gptqmodel")
     pytest.importorskip("optimum")
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
-    save_tiny(kind, tmp_path / "model", **sizes, **({"time_step_rank": 16} if kind == "mamba" else {}))
+    sizes |= {"time_step_rank": 16} if kind == "mamba" else {}
+    save_tiny(kind, tmp_path / "model", **sizes)
     lowbit.quantize(tmp_path / "model", tmp_path / "out", format="gptq", scheme="int4-g32", skip=[skip])
     lowbit.convert(tmp_path / "out", tmp_path / "float", format="float", scheme="f32")
     auto, ids = transformers.AutoModelForCausalLM, torch.arange(3, 19)[None]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules
 from lowbit.tensors import QTensor
 from tests.interop.test_mlx import as_torch
-from tests.reference.models import save_tiny
+from tests.reference.models import save_tiny, save_words
 
 mx: Any = pytest.importorskip("mlx.core")
 utils: Any = pytest.importorskip("mlx_lm.utils")
@@ -30,13 +31,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
     "mistral": {}, "qwen2": {}, "qwen3": {"tie_word_embeddings": True}, "gemma": {}, "phi3": {}, "mixtral": {},
-    "qwen2_moe": EXPERTS, "qwen3_moe": EXPERTS,
+    "qwen2_moe": EXPERTS, "qwen3_moe": EXPERTS, "gpt_neox": {"intermediate_size": 256},
 }  # fmt: skip
 
 
-def model_of(kind: str, path: Path) -> Path:
-    """A float checkpoint, with what mlx-lm asks for by names of transformers 4."""
+def model_of(kind: str, path: Path, old: bool = False) -> Path:
+    """A float checkpoint; `old`: with what mlx-lm asks for by names of transformers 4."""
     save_tiny(kind, path, **{**SIZES, **KINDS[kind]})
+    if not old:
+        return path
     config = json.loads((path / "config.json").read_text())
     if kind == "qwen3_moe":
         config |= {"num_experts": config["num_local_experts"], "head_dim": 16}
@@ -60,8 +63,8 @@ def close(left: Tensor, right: Tensor, most: float = 2e-5) -> bool:
 @pytest.mark.parametrize("scheme", ["int4-g32-min", "mxfp4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_mlx_lm_computes_what_was_written(kind: str, scheme: str, tmp_path: Path) -> None:
-    """Some experts in another scheme. Gemma's activation is another approximation there, in floats as well."""
-    sets = {r"\.0\..*(o_proj|experts\..*(down_proj|w2))": "int8-g64-min"}
+    """Some experts in another scheme. Activations of Gemma and NeoX are other approximations there, in floats too."""
+    sets = {r"\.0\..*(o_proj|attention\.dense\.weight|experts\..*(down_proj|w2))": "int8-g64-min"}
     lowbit.quantize(
         model_of(kind, tmp_path / "m"), tmp_path / "out", scheme=scheme, format="mlx", method="rtn", sets=sets
     )
@@ -71,13 +74,13 @@ def test_mlx_lm_computes_what_was_written(kind: str, scheme: str, tmp_path: Path
     modules = [type(each).__name__ for _, each in model.named_modules()]
     assert sum("Quantized" in name for name in modules) >= 8
     assert ("QuantizedSwitchLinear" in modules) == (kind in ("mixtral", "qwen2_moe", "qwen3_moe"))
-    assert close(found, ours(tmp_path / "out"), 1e-3 if kind == "gemma" else 2e-5)
+    assert close(found, ours(tmp_path / "out"), 1e-3 if kind in ("gemma", "gpt_neox") else 2e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen2_moe", "qwen3_moe"])
 def test_reads_what_mlx_lm_makes(kind: str, tmp_path: Path) -> None:
     """Quantized there, routers and a part of experts in 8 bits; and over to compressed-tensors, MLX and floats."""
-    path = model_of(kind, tmp_path / "m")
+    path = model_of(kind, tmp_path / "m", old=True)
     config = json.loads((path / "config.json").read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     config["rope_scaling"] = config["rope_parameters"] if kind == "llama" else None
@@ -156,3 +159,40 @@ def test_stacks_that_are_none_are_named(what: str, tmp_path: Path) -> None:
     save_file(tensors | bad, tmp_path / "out/model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor '.*up_proj\.scales' (is \[|has what)"):
         open_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("recipe", ["mixed_3_6", "mixed_2_6"])
+def test_reads_the_recipes_of_mlx_lm(recipe: str, tmp_path: Path) -> None:
+    """What it says of a module has `group_size: null`, which is the default of the mode."""
+    save_tiny("llama", tmp_path / "m", **SIZES)
+    save_words(tmp_path / "m")
+    convert: Any = pytest.importorskip("mlx_lm.convert")
+    with mx.stream(mx.cpu):
+        convert.convert(str(tmp_path / "m"), str(tmp_path / "made"), quantize=True, quant_predicate=recipe)
+        wanted = theirs(utils.load_model(tmp_path / "made", lazy=False)[0])
+    said = json.loads((tmp_path / "made/config.json").read_text())["quantization"]
+    assert any(isinstance(each, dict) and each["group_size"] is None for each in said.values())
+    low, high = (f"int{bits}-g64-min" for bits in recipe.split("_")[1:])
+    with open_checkpoint(tmp_path / "made") as found:
+        schemes = {str(weight.scheme).removesuffix("-f32") for weight in found.weights.values() if weight.scheme}
+    assert {name.removesuffix("-bf16").removesuffix("-f16") for name in schemes} == {low, high}
+    assert close(ours(tmp_path / "made"), wanted, 2e-2)
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "int4-g32-min"])
+def test_what_mlx_lm_makes_two_of_is_kept(scheme: str, tmp_path: Path) -> None:
+    """DeepSeek's keys and values."""
+    config: Any = transformers.DeepseekV3Config(
+        vocab_size=96, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16,
+        qk_nope_head_dim=32, v_head_dim=32,
+    )  # fmt: skip
+    transformers.DeepseekV3ForCausalLM(config).save_pretrained(tmp_path / "m")
+    lowbit.quantize(tmp_path / "m", tmp_path / "out", format="mlx", scheme=scheme, method="rtn")
+    with open_checkpoint(tmp_path / "out") as found:
+        kept = [weight.scheme is None for name, weight in found.weights.items() if "kv_b_proj" in name]
+    assert kept == [True] * 2
+    with mx.stream(mx.cpu):
+        logits = theirs(utils.load_model(tmp_path / "out", lazy=False)[0])
+    assert close(logits, ours(tmp_path / "out"), 1e-3)

@@ -326,3 +326,9 @@ def test_a_model_that_the_hub_does_not_give(hub: Path) -> None:
 def test_the_embedded_model_opens(wiki_8m: Path) -> None:
     wanted = load_file(wiki_8m / "model.safetensors")
     agrees(open_checkpoint(wiki_8m), wanted)
+
+
+def test_what_hqq_pickles_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "qmodel.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"qmodel\.pt, in which the hqq package .* save_pretrained"):
+        open_checkpoint(tmp_path)

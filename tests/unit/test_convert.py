@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lowbit
+from lowbit import plugins
 from lowbit.errors import FormatError, JournalError, ResourceError, UnsupportedError, VerifyError
 from lowbit.formats import Weight, awq
 from lowbit.schemes import Scheme, parse
@@ -24,6 +25,7 @@ from lowbit.stages.convert import Converted, Group
 from lowbit.stages.write import Output
 from lowbit.tensors import QTensor
 from tests.reference.checkpoints import NAMES, SHAPE, scattered, write_checkpoint
+from tests.reference.models import save_tiny
 from tests.reference.qtensors import random_qtensor, slow_dequantize
 
 NAME = NAMES[0]
@@ -498,3 +500,18 @@ def test_codes_that_nothing_declares_are_refused_by_all(tmp_path: Path, form: st
         with pytest.raises(UnsupportedError, match=r"matrices of codes, as .*nothing says how to read them"):
             call()
     assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_file_may_be_named_from_python(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "in")
+    lowbit.quantize(tmp_path / "in", tmp_path / "q", scheme="int4-g16", shard_size="10KB")
+    lowbit.convert(tmp_path / "q", tmp_path / "out", format="hqq", shard_size=10_000)
+    for name in ("q", "out"):
+        assert len(list((tmp_path / name).glob("*.safetensors"))) > 2
+
+
+def test_an_unknown_format_is_answered_with_those_that_are_written(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "in")
+    with pytest.raises(UnsupportedError, match="no format is called 'nope'") as error:
+        lowbit.convert(tmp_path / "in", tmp_path / "out", format="nope")
+    assert "gptq_v2" in str(error.value) and not any(name in str(error.value) for name in plugins.READ_ONLY)

@@ -89,7 +89,8 @@ def joins(mapping: list[Any]) -> bool:
 
 
 def test_the_table_has_every_model_whose_experts_transformers_joins() -> None:
-    found = {kind for kind, each in conversion_mapping._build_checkpoint_conversion_mapping().items() if joins(each)}
+    build: Any = conversion_mapping._build_checkpoint_conversion_mapping
+    found = {kind for kind, each in build().items() if joins(each)}
     known = {name for table in ("readers", "experts") for row in arch_rows(table) for name in row["model_types"]}
     assert found & CAUSAL.keys() <= known
 

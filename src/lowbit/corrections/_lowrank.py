@@ -56,7 +56,8 @@ def _root(moment: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
     if failed:
         values, vectors = torch.linalg.eigh(moment.double())
         root = vectors * values.clamp(min=0).sqrt()
-    return root.to(moment.dtype)
+    result: Tensor = root.to(moment.dtype)
+    return result
 
 
 def _stored(

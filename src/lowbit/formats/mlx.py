@@ -5,9 +5,11 @@ The latter are those of compressed-tensors under other names and types: MXFP4, M
 
 from __future__ import annotations
 
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -168,6 +170,7 @@ def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, word
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """config.json as mlx-lm writes it; what is quantized is known by its scales, what differs is named."""
     plain = {**declare(source, None), **_rope(source)}
+    plain = {**_renamed(plain), **plain}
     kind = str(source.get("model_type"))
     chosen = {_declared_as(weight.module, kind): _parameters(planned(weight)) for weight in weights if weight.scheme}
     if not chosen:
@@ -186,6 +189,19 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     beside = {key: told[key] for key in ("rope_theta", "partial_rotary_factor") if key in told}
     scaling = {key: value for key, value in told.items() if key not in beside}
     return beside | ({"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {})
+
+
+def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What mlx-lm looks for under other names than those under which transformers 5 saves it."""
+    found: dict[str, Any] = {}
+    for row in tomllib.loads(files("lowbit").joinpath("arch/mlx.toml").read_text())["renamed"]:
+        if config.get("model_type") in row["model_types"]:
+            value: Any = config if row["path"] else None
+            for key in row["path"]:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            value = value // config[row["over"]] if "over" in row else value
+            found |= {row["key"]: value} if value is not None or row.get("null") else {}
+    return found
 
 
 def _declared_as(module: str, model_type: str) -> str:
@@ -247,12 +263,13 @@ def _recognised(module: str, said: Mapping[str, Any], specs: Mapping[str, Spec],
 def _meant(module: str, said: Mapping[str, Any]) -> tuple[Scheme | None, int, int]:
     """The small floats of a module, if it has such; bits; columns of a group.
 
-    What is said of a module by its name is all that it has: what is missing there is MLX's default.
+    What is said of a module by its name is all that it has: what is missing there, or null, is MLX's default.
     """
     mode = said.get("mode") or "affine"
     small = MODES.get(mode) if isinstance(mode, str) else None
     usual = (small.grid.bits, small.block.cols) if small else (4, 64)
-    bits, group = (said.get(key, default) for key, default in zip(("bits", "group_size"), usual, strict=True))
+    told = (said.get("bits"), said.get("group_size"))
+    bits, group = (default if value is None else value for value, default in zip(told, usual, strict=True))
     fits = (bits, group) == usual if small else mode == "affine" and bits in BITS and group in GROUPS
     if not fits:
         raise FormatError(f"{module}: mlx with {bits!r} bits, group_size {group!r} and mode {mode!r} is not read")

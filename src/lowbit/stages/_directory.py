@@ -16,6 +16,7 @@ GGUF = ".gguf"
 ONNX = ".onnx"
 _OTHER_SUFFIXES = (GGUF, ".ggml", ".h5", ".msgpack", ONNX, ".onnx_data", ".tflite", ".pkl", ".npz")
 _PART = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\..*)")
+_PICKLED = "qmodel.pt"
 _PLAIN = re.compile(r"[\w .,+=@()-]+")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *_OTHER_SUFFIXES)
 _TEXT_FILES = (
@@ -65,6 +66,11 @@ def find_shards(root: Path) -> tuple[list[Path], Index | None]:
                 f"{root} holds {len(models)} {suffix[1:].upper()} files; "
                 f"name one: {show([path.name for path in models])}"
             )
+    if (root / _PICKLED).exists():
+        raise CheckpointError(
+            f"{root} holds {_PICKLED}, in which the hqq package pickles a whole model: opening such a file may run any "
+            "code, so it is not read; load it with AutoHQQHFModel.from_quantized and write it with save_pretrained"
+        )
     raise CheckpointError(
         f"{root} holds no weights, neither *.safetensors nor pytorch_model*.bin nor *.gguf nor *.onnx; "
         "if they are called otherwise, name the file itself"
