@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ _LATENT = {
 def saved(model: Model, path: Path, tokenizer: Tokenizer | None = None) -> Path:
     """A small model at random; `Gemma3` is what reads of one."""
     family, settings = model
-    config = getattr(library, f"{family}{'Text' if family == 'Gemma3' else ''}Config")(**settings)
+    make = getattr(library, f"{family}{'Text' if family == 'Gemma3' else ''}Config")
+    config = make(**deepcopy(settings))  # it writes into what it is given
     kind = getattr(library, f"{family}ForCausalLM", None) or getattr(library, f"{family}LMHeadModel")
     return saved_model(kind(config), path, tokenizer or byte_level())
 

@@ -119,6 +119,7 @@ def test_config_names_what_differs_from_the_rest() -> None:
             r"+:^model\.layers\.0\.b$": {"bits": 8, "group_size": -1, "sym": False},
             "+:^lm_head$": {"bits": 4, "group_size": 64, "sym": True},
         },
+        "modules_in_block_to_quantize": [["model.layers.0.a", "model.layers.0.b", "model.layers.1.a"]],
     }
 
 
