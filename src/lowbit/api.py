@@ -60,8 +60,7 @@ def quantize(
         activations: scheme of the weights' inputs, as `int8-row`; None leaves them as they are.
         calibration: text for methods that learn, as `--calibration` takes it, or several.
         imatrix: file with llama.cpp's importance matrix, in place of `calibration`, for method `imatrix`.
-        samples: windows of that text.
-        sequence_length: tokens per window; None for 2,048, or as many as the model takes.
+        samples, sequence_length: windows of that text; tokens of each, None for 2,048 or what the model takes.
         seed: of every choice at random.
         device: where blocks of a model run while they are calibrated, as `cuda`.
         trust_remote_code: run Python code that the checkpoint brings.
@@ -77,8 +76,9 @@ def quantize(
     rules = Rules(scheme, method, format, several(skip), pairs("sets", sets), options or {}, learned)
     rules = replace(rules, activations=activations, imatrix=_path(imatrix))
     request = Request(str(model), Path(out), rules, _path(plan), _size(ram), threads, _path(evaluate), context)
-    more = {"trust_remote_code": trust_remote_code, "requantize": requantize, "shard_bytes": _size(shard_size)}
-    return run(replace(request, **more))
+    return run(
+        replace(request, trust_remote_code=trust_remote_code, requantize=requantize, shard_bytes=_size(shard_size))
+    )
 
 
 def _size(size: int | str | None) -> int | None:

@@ -190,8 +190,8 @@ def test_presets() -> None:
     assert Options("light").total == 50 and Options("light").rates(2) == (0.005, 0.005)
     assert Options("best").rates(4) == (3 / 1000, 1 / 1000) and Options("best").rates(3) == (3 / 1000, 2 / 1000)
     assert Options("light", iterations=7).total == 7 and Options(lr=0.1, minmax_lr=0.2).rates(4) == (0.1, 0.2)
-    for wrong in ({"preset": "fast"}, {"iterations": -1}, {"batch": 0}, {"lr": -1.0}):
-        with pytest.raises(ValueError, match=r"preset|must be"):
+    for wrong in ({"iterations": -1}, {"batch": 0}, {"lr": -1.0}):
+        with pytest.raises(ValueError, match="must be"):
             Options(**wrong)
 
 
