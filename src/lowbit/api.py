@@ -61,8 +61,7 @@ def quantize(
         calibration: text for methods that learn, as `--calibration` takes it, or several.
         imatrix: file with llama.cpp's importance matrix, in place of `calibration`, for method `imatrix`.
         samples, sequence_length: windows of that text; tokens of each, None for 2,048 or what the model takes.
-        seed: of every choice at random.
-        device: where blocks of a model run while they are calibrated, as `cuda`.
+        seed, device: of every choice at random; where blocks run while they are calibrated, as `cuda`.
         trust_remote_code: run Python code that the checkpoint brings.
         requantize: take a checkpoint that is quantized already as what its codes stand for.
         shard_size: largest output file, bytes or a size like `2GB`; None for 5 GB, or one file of GGUF.
@@ -76,9 +75,8 @@ def quantize(
     rules = Rules(scheme, method, format, several(skip), pairs("sets", sets), options or {}, learned)
     rules = replace(rules, activations=activations, imatrix=_path(imatrix))
     request = Request(str(model), Path(out), rules, _path(plan), _size(ram), threads, _path(evaluate), context)
-    return run(
-        replace(request, trust_remote_code=trust_remote_code, requantize=requantize, shard_bytes=_size(shard_size))
-    )
+    more = replace(request, requantize=requantize, shard_bytes=_size(shard_size))
+    return run(replace(more, trust_remote_code=trust_remote_code))
 
 
 def _size(size: int | str | None) -> int | None:

@@ -57,7 +57,7 @@ MOE = ["mixtral", "qwen2_moe", "qwen3_moe"]
 
 
 def prepared(source: Checkpoint, method: str = "gptq", scheme: str = "int4-g8", **settings: Any) -> Prepared:
-    # Readers of the default format do not take the transposed layers of GPT-2, nor Falcon's, which stay if not asked for.
+    # Readers of the default format do not take the transposed layers of GPT-2, nor Falcon's unless asked.
     gpt2, falcon = (source.config["model_type"] == kind for kind in ("gpt2", "falcon"))
     sets = (("self_attention|mlp", scheme),) if falcon else ()
     stored = ("int4-g16", method, "gptq") if gpt2 else (scheme, method, "compressed-tensors")
