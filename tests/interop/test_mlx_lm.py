@@ -25,7 +25,7 @@ mx: Any = pytest.importorskip("mlx.core")
 utils: Any = pytest.importorskip("mlx_lm.utils")
 
 IDS = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(0))
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 EXPERTS = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
