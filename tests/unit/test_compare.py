@@ -115,6 +115,14 @@ def test_columns_that_were_scaled(rounded_inputs: bool, name: str) -> None:
     assert alone.confidence == "low"
 
 
+@pytest.mark.parametrize(("across", "size"), [((ROWS, 1), 0.15), ((1, COLS), 0.05)])
+def test_what_is_scaled_unseen_is_gptq_with_low_confidence(across: tuple[int, int], size: float) -> None:
+    """AWQ's factors of the next layer's inputs are in the rows of this one, and small ones of its own are not found."""
+    factors = torch.exp(torch.randn(across, generator=torch.Generator().manual_seed(8)) * size)
+    seen = found(stored(weight() * factors, scales_of(weight() * factors)))
+    assert (seen.method, seen.confidence, seen.spread) == ("gptq", "low", 0.0), seen
+
+
 def test_another_model_is_no_method() -> None:
     seen = compare("w", rtn(), weight(9), False, {})
     assert seen.method.startswith("other weights")

@@ -29,6 +29,7 @@ _FAR = 16.0  # steps: further than compensation moves a weight; rows or columns 
 _FITTED = 0.1  # the same as the first, under factors that were fitted
 _TOGETHER = 1.5  # mean squared correlation of two columns' residuals, over that of independent ones
 _SCALED = 0.02  # spread of the columns' factors, in powers of two
+_BY_COLUMN, _BY_ROW = 5.0, 1.5  # variance of what seem to be factors, over that by chance: GPTQ's are below
 _ANOTHER = 0.5  # relative squared error of weights that are not the same
 
 
@@ -105,6 +106,8 @@ def compare(
     if factors is not None:
         method = f"{'smoothquant' if rounded_inputs else 'awq'}+{method}"
         confidence = "medium" if partner and confidence != "low" else "low"
+    elif method == "gptq" and _are_scaled(w, found):  # what AWQ divides and nothing undoes is moved weights too
+        confidence = "low"
     if error > _ANOTHER and factors is None:
         method, confidence = "other weights: rotated, trained further, or another model", "low"
     snr = -10 * log10(error) if error > 0 else inf
@@ -119,6 +122,22 @@ def _factors(w: Rows, found: Rows) -> Float[Tensor, "cols"] | None:
     before, after = (found - w).square().sum(), (found - w * factors).square().sum()
     scaled = bool(after < before / 2) and float(factors.log2().std()) > _SCALED
     return factors if scaled else None
+
+
+def _are_scaled(w: Rows, found: Rows) -> bool:
+    """Whether rows or columns were multiplied by factors, each by another: more than residuals alone make it seem.
+
+    GPTQ's residuals go together along a row: what seem factors of columns spread by more than chance.
+    """
+    return any(_spread(w, found - w, along) > most for along, most in ((0, _BY_COLUMN), (1, _BY_ROW)))
+
+
+def _spread(w: Rows, residual: Rows, along: int) -> float:
+    """Variance of the factors that explain most of the residuals of each column or row, over that by chance."""
+    squares = w.square().sum(along, keepdim=True).clamp(min=1e-30)
+    factors = (w * residual).sum(along, keepdim=True) / squares
+    chance = (residual - w * factors).square().mean(along, keepdim=True) / squares
+    return float(((factors - factors.mean()) / chance.sqrt().clamp(min=1e-30)).var())
 
 
 def _divisors(cols: int, vectors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[tuple[str, Tensor]]:
