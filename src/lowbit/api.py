@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowbit.arguments import at_least_one, pairs, several, typed
+from lowbit.arguments import at_least_one, pairs, public, several
 from lowbit.budget import parse_size
 from lowbit.pipeline import Request, find_plan, run, run_conversion
 from lowbit.stages._changes import Goal
@@ -16,7 +16,7 @@ from lowbit.stages.plan import Calibration, Plan, Rules
 from lowbit.stages.report import RunRecord
 
 
-@typed
+@public
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -84,7 +84,7 @@ def _size(size: int | str | None) -> int | None:
     return parse_size(size) if isinstance(size, str) else size
 
 
-@typed
+@public
 def convert(
     model: str | Path,
     out: str | Path,
@@ -115,7 +115,7 @@ def convert(
     return run_conversion(str(model), Path(out), Goal(format, scheme, lossy), _size(ram), threads, _size(shard_size))
 
 
-@typed
+@public
 def make_plan(
     model: str | Path,
     *,
@@ -139,7 +139,7 @@ def make_plan(
     text = calibration if isinstance(calibration, Calibration) else None
     if calibration and not isinstance(calibration, Calibration):
         text = Calibration(several(calibration))
-    asked = typed(Rules)(
+    asked = public(Rules)(
         skip=several(skip), sets=pairs("sets", sets), imatrix=_path(imatrix), calibration=text,
         **rules,
     )  # fmt: skip

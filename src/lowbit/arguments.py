@@ -1,4 +1,4 @@
-"""Arguments of the public functions: what is of another type than a function takes is refused in one sentence.
+"""What the public functions have in common: arguments of another type than they take are refused in one sentence.
 
 Without this a wrong argument is found somewhere below, by whatever it breaks there, or by nothing.
 """
@@ -15,6 +15,8 @@ from reprlib import repr as shortened
 from types import UnionType
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
+
 from lowbit.errors import UsageError
 
 _P = ParamSpec("_P")
@@ -22,8 +24,14 @@ _R = TypeVar("_R")
 _TAKEN: Mapping[Any, type] = {int: Integral, float: Real, Path: PathLike}  # NumPy's numbers, every kind of path
 
 
-def typed(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function, which refuses arguments that its annotations do not allow; it raises `UsageError`."""
+def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function as users call it, which refuses arguments that its annotations do not allow.
+
+    Numbers are made in float32 in it, whatever type the caller's own are made in by default.
+
+    Raises:
+        UsageError: an argument is of another type.
+    """
 
     @wraps(function)
     def checked(*args: _P.args, **given: _P.kwargs) -> _R:
@@ -31,7 +39,12 @@ def typed(function: Callable[_P, _R]) -> Callable[_P, _R]:
         for name, value in takes.bind(*args, **given).arguments.items():
             if not _fits(value, hints.get(name, Any)):
                 raise UsageError(f"{name} is {shortened(value)}; it must be {_words(hints[name])}")
-        return function(*args, **given)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            return function(*args, **given)
+        finally:
+            torch.set_default_dtype(before)
 
     return checked
 

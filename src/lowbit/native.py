@@ -58,7 +58,7 @@ def block_range(
     NaN is skipped (a block of nothing else has least +inf and greatest -inf); negative zero counts as zero.
     """
     blocks = _blocks(_weight(weight), block_rows, block_cols)
-    least, greatest = torch.empty(blocks), torch.empty(blocks)
+    least, greatest = (torch.empty(blocks, dtype=torch.float32) for _ in range(2))
     first_bad = _native.block_range(weight.detach(), block_rows, block_cols, least, greatest)
     return least, greatest, first_bad
 
@@ -255,7 +255,7 @@ def block_errors(
     _scales(blocks, scale, zero)
     if importance is not None:
         _check("importance", importance, (weight.shape[1],), torch.float32)
-    out = torch.empty(blocks)
+    out = torch.empty(blocks, dtype=torch.float32)
     _native.block_errors(weight, scale, zero, *_rule(coder), importance, block_rows, block_cols, out)
     return out
 
@@ -497,7 +497,7 @@ class Table:
     def __call__(self, ids: Sequence[int]) -> Float[Tensor, "ids cols"] | None:
         """Some rows, what `dequantize` makes of what `ggml_unpack` gives; None where one is not finite."""
         self.check(ids)
-        out = torch.empty(len(ids), self.cols)
+        out = torch.empty(len(ids), self.cols, dtype=torch.float32)
         return out if self.handle.rows(list(ids), out) else None
 
 
@@ -723,7 +723,7 @@ class Matrix:
         Sums are in an order of the weight's own: any number of threads and every instruction set gives the same bits.
         """
         _check("inputs", inputs, (inputs.shape[0], self.inputs), torch.float32)
-        out = torch.empty(inputs.shape[0], self.rows)
+        out = torch.empty(inputs.shape[0], self.rows, dtype=torch.float32)
         self.handle.multiply(inputs.detach(), max(threads, 1), out)
         return out
 
@@ -911,7 +911,7 @@ class Decoder:
 
     def logits(self) -> Float[Tensor, "texts rows"]:
         """After the last token of each text that was read last."""
-        out = torch.empty(self._texts, self._ends.head.rows)
+        out = torch.empty(self._texts, self._ends.head.rows, dtype=torch.float32)
         self._handle.logits(out)
         return out
 
@@ -1026,7 +1026,7 @@ def interleave_wide(
     """
     panels = interleave_floats(values, full, threads)
     words = panels.view(torch.int16) if panels.element_size() == 2 else _room(tuple(panels.shape), torch.int16)
-    scale = torch.empty(len(panels), -(-full // WIDE_RUN), 16)
+    scale = torch.empty(len(panels), -(-full // WIDE_RUN), 16, dtype=torch.float32)
     finite = _native.widen_panels(panels, len(panels), full, max(threads, 1), words.view(torch.uint8), scale)
     return (words, scale) if finite else None
 

@@ -26,7 +26,7 @@ from typing import Literal, get_args
 
 import torch
 
-from lowbit.arguments import typed
+from lowbit.arguments import public
 from lowbit.errors import UsageError
 
 Zero = Literal["none", "int", "float", "min", "quantized"]
@@ -404,7 +404,7 @@ def _block(text: str) -> Block | None:
 _ZEROS: dict[str, Zero] = {"asym": "int", "fzero": "float", "min": "min"}
 
 
-@typed
+@public
 @cache
 def parse(name: str) -> Scheme:
     """The scheme that a short name stands for, as `int4-g128-asym`.

@@ -127,8 +127,8 @@ def _parts(runner: Runner) -> tuple[list[Packed], int]:
         native = runner.engine.native
         return list(native.matrices.values()), len(native.vectors["embedding"])
     model: Any = runner.model
-    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
-    return [layer.packed for layer in layers], int(model.config.get_text_config().vocab_size)
+    layers = (layer for layer in model.modules() if isinstance(layer, Linear))
+    return [layer.packed for layer in layers if layer.packed], int(model.config.get_text_config().vocab_size)
 
 
 def _kernels(matrices: Sequence[Packed], threads: int, read: float) -> tuple[Kernel, ...]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowbit.arguments import at_least_one, typed
+from lowbit.arguments import at_least_one, public
 from lowbit.errors import CheckpointError, FormatError, UnsupportedError
 from lowbit.formats import Weight
 from lowbit.formats._ggml import BLOCKS, BlockType, type_of, unpack
@@ -35,7 +35,7 @@ else:  # the run-time check of annotations needs names, and importing these cost
     PreTrainedModel = PreTrainedTokenizerBase = object
 
 EMBEDDING = "model.embed_tokens.weight"  # of all models that the native decoder knows
-ALONE = "no linear layer has it alone"  # why a weight is not on the kernels
+LOOKED_UP = "its rows are looked up, not multiplied"  # why a weight is not on the kernels
 _CHECKED = 1024  # rows at a time, so that codes stay near
 
 
@@ -68,7 +68,7 @@ class Loaded:
         return open_tokenizer(self.checkpoint)
 
 
-@typed
+@public
 def load(
     path: str | Path,
     *,
@@ -169,7 +169,7 @@ def open_weights(
     """As `open_model`, up to the model itself; raises like it."""
     blueprint = open_blueprint(checkpoint, torch.float32, vectors=True)
     places = _matrices(blueprint)
-    others, workers = dict(_left_out(checkpoint, places.keys(), reference)), threads or torch.get_num_threads()
+    others, workers = dict(_left_out(blueprint, places.keys(), reference)), threads or torch.get_num_threads()
     file = stored_path(cache, checkpoint, f"weights, exact {exact}") if cache and not reference else None
     stored = read_stored(file) if file and file.exists() else None
     if stored is None:
@@ -225,13 +225,25 @@ def _shared(blueprint: Blueprint) -> set[str]:
     return {name for parameter, names in sources.items() if parameter not in layers for name in names}
 
 
-def _left_out(checkpoint: Checkpoint, whole: AbstractSet[str], reference: bool) -> Iterator[tuple[str, str]]:
+def _left_out(blueprint: Blueprint, whole: AbstractSet[str], reference: bool) -> Iterator[tuple[str, str]]:
     """Matrices that the kernels do not multiply, and why; `whole`: those that a linear layer has alone."""
-    for name, weight in checkpoint.weights.items():
+    readers = blueprint.readers()
+    for name, weight in blueprint.checkpoint.weights.items():
         if reference and (weight.scheme or name in whole):
             yield name, "reference"
         elif name not in whole and weight.scheme:
-            yield name, ALONE
+            yield name, _why(*readers.get(name, (None, 0)))
+
+
+def _why(reader: type[nn.Module] | None, count: int) -> str:
+    """Why no linear layer has a weight as it is."""
+    if reader is None:
+        return "the model does not read it"
+    if count > 1:
+        return "the model joins it with others"
+    if issubclass(reader, nn.Embedding):
+        return LOOKED_UP
+    return f"{reader.__name__} does more than multiply by it"
 
 
 def pack_all(checkpoint: Checkpoint, names: list[str], exact: bool, threads: int) -> Stored:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.runtime.model import ALONE, EMBEDDING, Loaded, pack_all, table_of
+from lowbit.runtime.model import EMBEDDING, LOOKED_UP, Loaded, pack_all, table_of
 from lowbit.runtime.panels import Packed
 from lowbit.runtime.table import Table
 from lowbit.stages._told import Told, kind_of, told_config
@@ -43,7 +43,7 @@ def told_model(checkpoint: Checkpoint, exact: bool, threads: int) -> Loaded | No
     others: dict[str, str] = dict(stored.facts["others"])
     table = table_of(checkpoint, EMBEDDING, threads)
     if table is None and head != EMBEDDING and checkpoint.weights[EMBEDDING].scheme:
-        others[EMBEDDING] = ALONE
+        others[EMBEDDING] = LOOKED_UP
     table = table or Table(_floats(checkpoint, EMBEDDING))
     model: Any = _model(config, partial(_part, checkpoint, stored.matrices), head)
     return Loaded(checkpoint, model, dict(stored.matrices), others, table)

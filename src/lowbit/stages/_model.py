@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -190,9 +190,17 @@ class Blueprint:
         from transformers.pytorch_utils import Conv1D
 
         for path, module in self._skeleton.named_modules():
-            if type(module).forward in (nn.Linear.forward, Conv1D.forward):
-                shape = tuple(module.weight.shape)
+            if is_linear(module.__class__) or type(module).forward is Conv1D.forward:
+                shape: tuple[int, ...] = tuple(module.weight.shape)
                 yield path, shape if isinstance(module, nn.Linear) else shape[::-1], _sources(module.weight)
+
+    def readers(self) -> dict[str, tuple[type[nn.Module], int]]:
+        """For each weight of the checkpoint a class that reads it, and of how many weights what it reads is made."""
+        found: dict[str, tuple[type[nn.Module], int]] = {}
+        for parameter, names in self.sources("").items():
+            reader = type(self._skeleton.get_submodule(parameter.rpartition(".")[0]))
+            found |= dict.fromkeys(names, (reader, len(names)))
+        return found
 
     def streamed(self) -> PreTrainedModel:
         """The model with few weights in memory: each part is filled just before it runs, and emptied after it."""
@@ -407,6 +415,29 @@ class Blueprint:
         model.name_or_path = model.config.name_or_path = str(self.checkpoint.path)
         filled: PreTrainedModel = model.eval()
         return filled
+
+
+@cache
+def is_linear(kind: type[nn.Module]) -> bool:
+    """Whether a class computes `inputs @ weight.T + bias` and nothing more, maybe in words of its own.
+
+    It is found by trying, so that no class needs to be known: on a plain layer, with inputs small and large.
+    """
+    if not issubclass(kind, nn.Linear) or kind.forward is nn.Linear.forward:
+        return issubclass(kind, nn.Linear)
+    forward: Any = kind.forward
+    with torch.no_grad(), torch.device("cpu"):
+        values = torch.arange(1, 61, dtype=torch.float32)
+        inputs = values.sin().view(3, 4, 5) * torch.tensor([1.0, 1e-3, 1e6])[:, None, None]
+        for bias in (None, nn.Parameter(values[:3].cos())):
+            plain = nn.Linear(5, 3, bias is not None, device="meta")  # which takes no random numbers
+            plain.weight, plain.bias = nn.Parameter(values[:15].cos().view(3, 5)), bias  # type: ignore[assignment]
+            try:
+                if not torch.allclose(forward(plain, inputs), plain(inputs)):
+                    return False
+            except _REFUSALS:
+                return False
+    return True
 
 
 def _filled_bytes(tensor: Tensor) -> int:

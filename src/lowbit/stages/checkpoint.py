@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowbit import plugins
-from lowbit.arguments import typed
+from lowbit.arguments import public
 from lowbit.errors import CheckpointError, FormatError, LowbitError, UnsupportedError, UsageError
 from lowbit.formats import Format, Spec, Weight
 from lowbit.formats._switch import of_expert
@@ -263,7 +263,7 @@ class Checkpoint:
         return same and torch.equal(self.tensor(one).view(torch.uint8), self.tensor(other).view(torch.uint8))
 
 
-@typed
+@public
 def open_checkpoint(source: str | Path, trust_remote_code: bool = False) -> Checkpoint:
     """Open a local directory, a single weight file, or a model of the hub by its name (downloaded to the hub's cache).
 

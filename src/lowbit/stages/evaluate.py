@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from lowbit import plugins
-from lowbit.arguments import at_least_one, typed
+from lowbit.arguments import at_least_one, public
 from lowbit.budget import MARGIN, MemoryWatch, anonymous_bytes, format_size
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.metrics import Metric, Score, Values
@@ -140,7 +140,7 @@ class Way:
         )
 
 
-@typed
+@public
 def evaluate(
     model: str | Path,
     text: Text | str | Path,
