@@ -62,7 +62,7 @@ from lowbit.stages.rotate import Options as Rotation
 from lowbit.stages.rotate import prove, rotate
 from lowbit.stages.samples import Samples, Similarity, read_samples, similarity
 from lowbit.stages.verify import verify
-from lowbit.stages.write import open_output, refuse_foreign, write_atomic
+from lowbit.stages.write import check_writable, open_output, refuse_foreign, write_atomic
 
 Tell = Callable[[str | Told], None]
 
@@ -385,6 +385,7 @@ def run_imatrix(
     """
     if out.exists():
         raise UsageError(f"{out} is there already and is left alone; name a new file")
+    check_writable(out)
     with MemoryWatch(ram).running() as watch, open_checkpoint(model, trust_remote_code) as source:
         source = text_part(source, "gguf")
         samples = _read(text, source)

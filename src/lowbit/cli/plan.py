@@ -41,8 +41,10 @@ def command(model: str, plan_file: Path | None, out: Path | None, as_json: bool,
     in each of --schemes is measured, and the schemes are chosen that cost least.
     """
     from lowbit.pipeline import Request, find_plan
-    from lowbit.stages.write import write_atomic
+    from lowbit.stages.write import check_writable, write_atomic
 
+    if out:
+        check_writable(out)
     budget, rules = make_budget(options, plan_file), make_rules(options)
     request = Request(model, out or Path("plan.json"), rules, plan_file, budget=budget, **options)
     with progress_bars() as progress:

@@ -64,7 +64,9 @@ class PackedWeight(Tensor):
 
     def values(self) -> Float[Tensor, "outputs inputs"]:
         """As floats: its products with the unit vectors."""
-        return self.matrix(torch.eye(self.packed.inputs, dtype=torch.float32), self.threads).T.contiguous().to(self.dtype)
+        return (
+            self.matrix(torch.eye(self.packed.inputs, dtype=torch.float32), self.threads).T.contiguous().to(self.dtype)
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -616,6 +616,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def check_writable(path: Path) -> None:
+    """Raise `ResourceError` where a file could not be written, before the work that makes it."""
+    with _beside(path) as temporary:
+        temporary.touch()
+        temporary.unlink()
+
+
 def copy_atomic(source: Path, path: Path) -> None:
     """A file's contents under another name, in small pieces: temporary file beside, fsync, rename."""
     with _replacing(path) as temporary:
@@ -624,13 +631,19 @@ def copy_atomic(source: Path, path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path) as temporary:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary file for `path`; what goes wrong with either is said of `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path.with_name(f".{path.name}.partial")
     except OSError as error:
         if error.errno in _FULL:
             error.filename = error.filename or str(path)  # the system does not say
