@@ -142,6 +142,19 @@ def test_the_memory_limit_is_kept(tmp_path: Path, ram: str) -> None:
     assert 50 * 2**20 < peak < int(ram[:3]) * 2**20
 
 
+@pytest.mark.parametrize(("samples", "length"), [(8, 128), (8, 1024)])
+def test_the_estimate_of_learning_is_near_what_it_takes(samples: int, length: int, tmp_path: Path) -> None:
+    """In a process of its own: what it holds before is part of both."""
+    text, out = MODEL.parent / "evaluation.txt", tmp_path / "out"
+    command = [sys.executable, "-m", "lowbit", "quantize", str(MODEL), str(out), "--calibration", str(text)]
+    command += ["--samples", str(samples), "--sequence-length", str(length), "--blocks", "0:1", "--threads", "1"]
+    command += ["--scheme", "int3-g128", "--method", "autoround", "--option", "iterations=2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    memory = json.loads((out / "report.json").read_text())["memory"]
+    assert memory["peak"] <= memory["estimate"] <= 1.5 * memory["peak"]
+
+
 def test_kills_at_random_moments_leave_identical_results(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks/resume.py"
     done = subprocess.run(

@@ -64,6 +64,11 @@ def _suits(
     return grouped and small and key.shape == value.shape and key.shape[2:] == query.shape[2:]
 
 
+def kept_bytes(windows: int, heads: int, tokens: int, size: int) -> int:
+    """Most bytes of probabilities that one worker keeps for a backward pass, of values of `size` bytes."""
+    return min(windows * heads * tokens * (tokens + _TILE) * size // 2, _MOST)
+
+
 def attend(query: Heads, key: Tensor, value: Tensor, scale: float) -> Heads:
     """Softmax of the causal scores times the values; heads of the query may share keys and values in runs."""
     result: Tensor = _Attend.apply(query, key, value, scale)  # type: ignore[no-untyped-call]

@@ -145,4 +145,5 @@ METHOD = Method(
     supports=within_rows,
     learn=learn,
     windows=lambda options: 3 * options.total * options.batch,  # forward, and backward twice as long
+    batch=lambda options: options.batch,
 )

@@ -109,4 +109,5 @@ METHOD = Method(
     supports=_objection,
     learn=learn,
     windows=lambda options: 3 * 128 * options.epochs,  # of 128 windows; forward, and backward twice as long
+    batch=lambda options: options.batch,
 )

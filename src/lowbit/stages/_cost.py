@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from math import prod
+from math import ceil, prod
 from typing import final
 
 import torch
@@ -21,6 +21,7 @@ from lowbit.budget import MARGIN, PIECE, anonymous_bytes, format_size, format_su
 from lowbit.corrections import Correction
 from lowbit.errors import ResourceError
 from lowbit.methods import Method
+from lowbit.methods._attention import kept_bytes
 from lowbit.stages._model import Blueprint
 from lowbit.stages._recipe import Recipe, step_options
 from lowbit.stages._words import duration
@@ -30,6 +31,12 @@ from lowbit.transforms import Transform
 
 _TOKENS = 4096
 _JUDGE = 1024 * 4  # bytes per input of the rows that judge
+EMBEDDED = 8192  # tokens that are embedded together
+# What the graph of a backward pass and what goes along it take beside a forward pass; how much more either is where
+# several workers have heaps of their own; and what one heap is that one pass after another has cut up. Measured on
+# blocks of 0.8 and 13 million weights.
+_GRAPH, _HEAPS, _ALONE = 1.6, 1.2, 2.0
+_LEARNED = 20  # bytes per weight that is learned: its groups, their shifts, what is made of them, and its derivative
 _RIVALS = 40  # bytes per weight of a piece: the candidates beside the method's own, and their errors
 
 
@@ -96,6 +103,7 @@ def estimate(
         if limit is None or way.total <= limit:
             return replace(way, seconds=facts.seconds(way))
     least = min(ways, key=lambda way: way.total)
+    least = replace(least, seconds=facts.seconds(least))
     raise ResourceError(
         f"--ram {format_size(limit or 0)} is too little: this plan needs at least {format_size(least.total)} ({least})"
     )
@@ -127,6 +135,8 @@ class _Facts:
         self.largest = max(self.blocks, key=lambda entries: sum(prod(entry.weight.shape) for entry in entries))
         self.targets = sum(prod(entry.weight.shape) for entry in self.largest)
         self.experts = max(sum(".experts." in e.weight.name for e in self.largest) // 2, 1)
+        for dtype in {blueprint.dtype, torch.float32}:
+            rate(dtype)  # what the libraries take with their first product is no part of the margin
         self.base = anonymous_bytes() + MARGIN
         names = self.method.needs.union(*(step.needs for step in self.transforms), *(c.needs for c in self.corrections))
         self.statistics: list[Statistic] = [plugins.load("stats", name) for name in names]
@@ -162,11 +172,10 @@ class _Facts:
         """Of one way of working."""
         block = self.blueprint.block_bytes * (2 if self.paired else 1) + 4 * self.targets * self.floats + self._terms()
         if self.method.learn:
-            block += int(self.method.workspace * self.targets)
-        back = max((t.batch(step_options(t, n, self.plan.options)) for t, n in self._named()), default=0)
-        block += 12 * self.targets * bool(back)  # weights as they are rounded, their derivatives, and one more
+            block += (_LEARNED + 4 * (threads - 1)) * self.targets  # each worker has its own derivatives
+        block += 12 * self.targets * bool(self._back())  # weights as they are rounded, their derivatives, and one more
         block += 4 * self.targets * bool(self.transforms and self.experts > 1)  # all experts rounded for a candidate
-        batch = max(tokens, self.windows[1])
+        batch = max(min(tokens, prod(self.windows)), self.windows[1])
         held = sum(statistic.nbytes(self.wide) for statistic in self.statistics)
         prepared = self.method.prepared(self.wide)
         parts = int((self.method.workspace + _RIVALS) * min(piece, self.heaviest)) * threads
@@ -176,8 +185,7 @@ class _Facts:
         return Cost(
             self.base,
             block,
-            max(batch * (3 if self.method.learn else 1), 3 * back * self.windows[1])
-            * self.blueprint.token_bytes(self.windows[1]),
+            self._activations(batch, threads),
             max(sites * (held + _JUDGE * self.wide), prepared + _JUDGE * self.wide),
             max(parts, self._fitting()),
             2 * streams * hidden,
@@ -187,6 +195,22 @@ class _Facts:
             threads,
             sites,
         )
+
+    def _activations(self, batch: int, threads: int) -> int:
+        """Bytes while tokens are embedded and go forward through a block, or some windows go back."""
+        (count, length), size = self.windows, self.blueprint.dtype.itemsize
+        tokens, token = count * length, self.blueprint.token_bytes(length, inside=True)
+        heaps = _HEAPS if threads > 1 else 1
+        embedded = 2 * min(EMBEDDED, tokens) * self.blueprint.width * size
+        forward = int(max(_ALONE * batch, heaps * min(threads * batch, tokens)) * token)
+        learned = min(self.method.batch(self._options()), count)
+        kept = 2 * threads * kept_bytes(ceil(learned / threads), self.blueprint.heads, length, size)
+        graph = _GRAPH * heaps * length * max(learned, min(self._back(), count))
+        return max(embedded + forward, int(graph * token) + kept)
+
+    def _back(self) -> int:
+        """Most windows that a transform takes back through the block at once."""
+        return max((t.batch(step_options(t, n, self.plan.options)) for t, n in self._named()), default=0)
 
     def _terms(self) -> int:
         """Bytes of the largest block's low-rank terms, and of a step's weights without those that come before codes."""
@@ -207,7 +231,7 @@ class _Facts:
     def seconds(self, way: Cost) -> float:
         """From the multiplications of forward passes, statistics and methods, and the rates of this machine."""
         fast, slow = rate(self.blueprint.dtype, self.device), rate(torch.float32)
-        tokens, total = prod(self.windows), 0.0
+        tokens, total = prod(self.windows), _START
         for entries in self.blocks:
             weights = sum(prod(entry.weight.shape) for entry in entries)
             passes = _PASSES * (1 + self.paired) + self.floats + len(self.transforms)
@@ -217,6 +241,8 @@ class _Facts:
             )
             total += BESIDE * 2 * weights * (passes * tokens + learned + searched) / fast
             total += _LOOPS * sum(self._solve(entry, tokens) for entry in entries) / slow
+            total += _WEIGHT * len(entries) + _ELEMENT * weights / way.threads
+            total += _WINDOW * self.method.windows(self._options()) * bool(entries)
         return total
 
     def _named(self) -> list[tuple[Transform, str]]:
@@ -235,6 +261,10 @@ class _Facts:
 
 _PASSES = 3.5  # passes over a block: up to each of its steps, and one for its output
 BESIDE = 2.7  # attention, norms and copies beside the products of a pass: measured on models of 8M and 1.1B parameters
+# Seconds that the size of the model does not change: of the run, of a weight (its part of the block that is made, found
+# and compared, its file), of an element beside what the method does (rivals, codes, packing), of a window that is
+# learned from. Measured on models of 3 to 8 blocks, dense and with 16 experts; of a long run they are a small part.
+_START, _WEIGHT, _ELEMENT, _WINDOW = 0.3, 0.025, 0.8e-6, 0.45e-3
 _LOOPS = 2.0  # what the loops over columns fall short of plain products
 
 

@@ -281,17 +281,26 @@ class Blueprint:
         return int(self.config.get_text_config().hidden_size)
 
     @property
+    def heads(self) -> int:
+        """Of attention; 0 where there is none."""
+        return int(getattr(self.config.get_text_config(), "num_attention_heads", 0) or 0)
+
+    @property
     def _reading_bytes(self) -> int:
         quantized = [weight.shape for weight in self.checkpoint.weights.values() if weight.scheme]
         unpacked = _UNPACKING * max((torch.Size(shape).numel() for shape in quantized), default=0)
         return unpacked + self.checkpoint.view.made_bytes
 
-    def token_bytes(self, context: int) -> int:
-        """Bytes of activations per token, without the logits: an upper estimate from the widths of a block."""
-        text = self.config.get_text_config()
-        width = 2 * max((part.width for part in self._parts), default=0) + 8 * int(text.hidden_size)
+    def token_bytes(self, context: int, inside: bool = False) -> int:
+        """Bytes of activations per token, without the logits: an upper estimate from the widths of a block.
+
+        `inside`: of the blocks alone, without what stands before and after them.
+        """
+        text, blocks = self.config.get_text_config(), self.blocks if inside else ()
+        widths = (part.width for part in self._parts if not inside or part.path in blocks)
+        width = 2 * max(widths, default=0) + 8 * int(text.hidden_size)
         if self.config._attn_implementation != "sdpa":  # scores, their softmax and its copy
-            width += 3 * context * int(getattr(text, "num_attention_heads", 0))
+            width += 3 * context * self.heads
         return width * self.dtype.itemsize
 
     @property

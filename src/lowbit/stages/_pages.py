@@ -17,12 +17,16 @@ _MAPPED = 1 << 25  # bytes from which memory is mapped, and so given back at onc
 
 @contextmanager
 def kept_pages() -> Iterator[None]:
-    """While it is entered, freed memory is kept for what comes next, except of large tensors; then it is given back."""
+    """While it is entered, freed memory is kept for what comes next, except of large tensors; then it is given back.
+
+    What was freed before, by threads that had heaps of their own, is given back first: it would not be taken again.
+    """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(library, "mallopt"):
         yield
         return
     assert library is not None
+    library.malloc_trim(0)
     for parameter, size in ((_MAP, _MAPPED), (_TRIM, 1 << 30), (_PAD, 1 << 26)):
         library.mallopt(parameter, size)
     try:

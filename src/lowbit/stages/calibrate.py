@@ -22,7 +22,7 @@ from lowbit.budget import MemoryWatch
 from lowbit.errors import ResourceError, UnsupportedError, UsageError
 from lowbit.stages._adapter import Terms
 from lowbit.stages._blocks import Entrance, LiveBlock
-from lowbit.stages._cost import Cost, estimate
+from lowbit.stages._cost import EMBEDDED, Cost, estimate
 from lowbit.stages._gather import Gatherer
 from lowbit.stages._learn import learn
 from lowbit.stages._model import Blueprint, open_blueprint
@@ -41,7 +41,6 @@ from lowbit.stages.quantize import Progress, refuse_not_finite, silent
 from lowbit.stages.write import WORK, Output
 
 _LENGTH = 2048
-_AT_ONCE = 32  # windows that are embedded together
 
 
 def default_length(source: Checkpoint) -> int:
@@ -175,7 +174,8 @@ def _enter(work: Calibration) -> None:
     """Write the first block's inputs."""
     for kind in work.streams.kinds:
         with work.streams.writing(kind, 0) as hidden:
-            for ids, rows in zip(torch.split(work.windows.ids, _AT_ONCE), torch.split(hidden, _AT_ONCE), strict=True):
+            size = max(EMBEDDED // hidden.shape[1], 1)
+            for ids, rows in zip(torch.split(work.windows.ids, size), torch.split(hidden, size), strict=True):
                 rows.copy_(work.entrance.hidden(ids))
 
 
