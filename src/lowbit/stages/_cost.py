@@ -23,6 +23,7 @@ from lowbit.errors import ResourceError
 from lowbit.methods import Method
 from lowbit.methods._attention import kept_bytes
 from lowbit.stages._model import Blueprint
+from lowbit.stages._pages import MAPPED
 from lowbit.stages._recipe import Recipe, step_options
 from lowbit.stages._words import duration
 from lowbit.stages.plan import Entry, Plan
@@ -32,10 +33,11 @@ from lowbit.transforms import Transform
 _TOKENS = 4096
 _JUDGE = 1024 * 4  # bytes per input of the rows that judge
 EMBEDDED = 8192  # tokens that are embedded together
-# What the graph of a backward pass and what goes along it take beside a forward pass; how much more either is where
-# several workers have heaps of their own; and what one heap is that one pass after another has cut up. Measured on
-# blocks of 0.8 and 13 million weights.
-_GRAPH, _HEAPS, _ALONE = 1.6, 1.2, 2.0
+# Of the upper estimate of activations: what is there at once of a forward pass, and what the graph of a backward pass
+# and what goes along it take. And what a heap comes to have of holes. Measured on blocks of 0.8, 13 and 44 million
+# weights.
+_LIVE, _GRAPH = 0.3, 0.8
+_HOLES = 256 * 2**20
 _LEARNED = 20  # bytes per weight that is learned: its groups, their shifts, what is made of them, and its derivative
 _RIVALS = 40  # bytes per weight of a piece: the candidates beside the method's own, and their errors
 
@@ -200,13 +202,18 @@ class _Facts:
         """Bytes while tokens are embedded and go forward through a block, or some windows go back."""
         (count, length), size = self.windows, self.blueprint.dtype.itemsize
         tokens, token = count * length, self.blueprint.token_bytes(length, inside=True)
-        heaps = _HEAPS if threads > 1 else 1
         embedded = 2 * min(EMBEDDED, tokens) * self.blueprint.width * size
-        forward = int(max(_ALONE * batch, heaps * min(threads * batch, tokens)) * token)
+        forward = int(_LIVE * min(threads * batch, tokens) * token) + self._holes(batch, ceil(tokens / batch))
         learned = min(self.method.batch(self._options()), count)
         kept = 2 * threads * kept_bytes(ceil(learned / threads), self.blueprint.heads, length, size)
-        graph = _GRAPH * heaps * length * max(learned, min(self._back(), count))
-        return max(embedded + forward, int(graph * token) + kept)
+        back = length * max(learned, min(self._back(), count))
+        return max(embedded + forward, int(_GRAPH * back * token) + kept + self._holes(ceil(back / threads), 2))
+
+    def _holes(self, tokens: int, passes: int) -> int:
+        """Bytes of a heap that no tensor fits, after passes of so many tokens; large ones are mapped and leave none."""
+        if tokens * self.wide * self.blueprint.dtype.itemsize >= MAPPED:
+            return 0
+        return min(tokens * min(passes, 2) * self.blueprint.token_bytes(self.windows[1], inside=True), _HOLES)
 
     def _back(self) -> int:
         """Most windows that a transform takes back through the block at once."""

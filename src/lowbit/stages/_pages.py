@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _TRIM, _PAD, _MAP = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
-_MAPPED = 1 << 25  # bytes from which memory is mapped, and so given back at once: glibc allows no more
+MAPPED = 1 << 25  # bytes from which memory is mapped, and so given back at once: glibc allows no more
 
 
 @contextmanager
@@ -27,11 +27,11 @@ def kept_pages() -> Iterator[None]:
         return
     assert library is not None
     library.malloc_trim(0)
-    for parameter, size in ((_MAP, _MAPPED), (_TRIM, 1 << 30), (_PAD, 1 << 26)):
+    for parameter, size in ((_MAP, MAPPED), (_TRIM, 1 << 30), (_PAD, 1 << 26)):
         library.mallopt(parameter, size)
     try:
         yield
     finally:
-        library.mallopt(_TRIM, 2 * _MAPPED)  # what glibc itself comes to when memory of that size is freed
+        library.mallopt(_TRIM, 2 * MAPPED)  # what glibc itself comes to when memory of that size is freed
         library.mallopt(_PAD, 1 << 17)
         library.malloc_trim(0)
