@@ -49,7 +49,9 @@ def row(model: Path, text: Path, run: str) -> str:
             text,
         ]
         begin = time.perf_counter()
-        done = subprocess.run([*map(str, command), "--calibration", str(text), *run.split()], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*map(str, command), "--calibration", str(text), *run.split()], capture_output=True, text=True, check=False
+        )
         took = time.perf_counter() - begin
         if done.returncode:
             return f"| `{run}` | {done.stderr.splitlines()[-1]} | | |"
