@@ -184,6 +184,14 @@ def test_what_a_source_lacks_the_others_give_and_the_user_is_told(tmp_path: Path
     assert found.warnings == ("20 windows of 25 tokens came from b.txt, whose share is 30",)
 
 
+def test_lengths_of_one_document_are_said_to_be_as_at_random(tmp_path: Path, model: Checkpoint) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text(numbers(0, 400))
+    found, other = (read_samples(path, model, samples=6, length=20, sampling=each) for each in ("length", "random"))
+    assert found.warnings == ("one.txt is one document, of which --sampling length takes what random does",)
+    assert other.warnings == () and torch.equal(found.ids, other.ids)
+
+
 def test_too_little_text_gives_fewer_windows_and_a_warning(tmp_path: Path, model: Checkpoint) -> None:
     (tmp_path / "a.txt").write_text(numbers(0, 99))
     found = read_samples(tmp_path / "a.txt", model, samples=128, length=30)

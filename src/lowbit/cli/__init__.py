@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
 from importlib import import_module
@@ -70,6 +71,7 @@ def main() -> None:
     from lowbit.errors import LowbitError
 
     _print_any_letter()
+    _leave_out()
     try:
         group(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -91,6 +93,12 @@ def _print_any_letter() -> None:
     """What standard output has no letter for becomes `?`: when it is printed the work is done."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")
+
+
+def _leave_out() -> None:
+    """Warnings as torchao is imported, which transformers does wherever it is installed: no command uses it."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _let_go() -> None:

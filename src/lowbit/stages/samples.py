@@ -258,7 +258,8 @@ def read_samples(
         np.random.default_rng(seed).shuffle(ids)
     _refuse_nothing(ids, sources, pools, length)
     taken = tuple(map(_Pool.facts, pools, [_label(each) for each in sources], shares))
-    return Samples(torch.from_numpy(ids), taken, sampling, seed, special, _warnings(sources, taken, samples, length))
+    said = (*_warnings(sources, taken, samples, length), *_lengths(taken, sampling))
+    return Samples(torch.from_numpy(ids), taken, sampling, seed, special, said)
 
 
 def _check(sources: Sequence[Source], samples: int, length: int, sampling: Sampling) -> None:
@@ -289,6 +290,12 @@ def _warnings(sources: Sequence[Source], taken: Sequence[Taken], samples: int, l
             given = counted(one.windows, "window")
             texts.append(f"{given} of {length:,} tokens came from {one.name}, whose share is {share:,}")
     return tuple(texts)
+
+
+def _lengths(taken: Sequence[Taken], sampling: Sampling) -> Iterator[str]:
+    for one in taken if sampling == "length" else ():
+        if one.documents == 1:
+            yield f"{one.name} is one document, of which --sampling length takes what random does"
 
 
 def _label(source: Source) -> str:
