@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.blocks import Block, Weights
-from lowbit.methods import _learn, omniquant, rtn
+from lowbit.methods import Method, _learn, autoround, omniquant, rtn
 from lowbit.methods.omniquant import METHOD, Options, learn
 from lowbit.schemes import Scheme, parse
 from lowbit.tensors import QTensor
@@ -123,3 +124,21 @@ def test_options_and_schemes_that_make_no_sense_are_refused() -> None:
             Options(**options)
     assert "power of two" in (METHOD.supports(parse("mxfp4")) or "")
     assert "row" in (METHOD.supports(parse("int8-tensor")) or "")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(METHOD, Options(epochs=3, batch=4)), (autoround.METHOD, autoround.Options(iterations=5, batch=32))],
+    ids=["omniquant", "autoround"],
+)
+def test_time_is_estimated_from_the_windows_that_are_run(method: Method, options: Any) -> None:
+    """Forward; backward is counted twice as long."""
+    block, seen = block_of("int4-g8"), list[int]()
+
+    def run(indices: Sequence[int], weights: Weights) -> Tensor:
+        seen.extend(indices)
+        return block.run(indices, weights)
+
+    assert method.learn
+    method.learn(replace(block, run=run), options)
+    assert method.windows(options, WINDOWS) == 3 * len(seen)

@@ -144,6 +144,6 @@ METHOD = Method(
     workspace=4.0,
     supports=within_rows,
     learn=learn,
-    windows=lambda options: 3 * options.total * options.batch,  # forward, and backward twice as long
+    windows=lambda options, windows: 3 * options.total * min(options.batch, windows),  # backward is twice as long
     batch=lambda options: options.batch,
 )

@@ -108,6 +108,6 @@ METHOD = Method(
     workspace=4.0,
     supports=_objection,
     learn=learn,
-    windows=lambda options: 3 * 128 * options.epochs,  # of 128 windows; forward, and backward twice as long
+    windows=lambda options, windows: 3 * windows * options.epochs,  # backward is twice as long
     batch=lambda options: options.batch,
 )

@@ -242,14 +242,14 @@ class _Facts:
         for entries in self.blocks:
             weights = sum(prod(entry.weight.shape) for entry in entries)
             passes = _PASSES * (1 + self.paired) + self.floats + len(self.transforms)
-            learned = self.method.windows(self._options()) * self.windows[1]
+            learned = self.method.windows(self._options(), self.windows[0])
             searched = sum(
                 4 * t.tokens(step_options(t, n, self.plan.options), self.windows[1]) for t, n in self._named()
             )
-            total += BESIDE * 2 * weights * (passes * tokens + learned + searched) / fast
+            total += BESIDE * 2 * weights * (passes * tokens + learned * self.windows[1] + searched) / fast
             total += _LOOPS * sum(self._solve(entry, tokens) for entry in entries) / slow
             total += _WEIGHT * len(entries) + _ELEMENT * weights / way.threads
-            total += _WINDOW * self.method.windows(self._options()) * bool(entries)
+            total += _WINDOW * learned * bool(entries)
         return total
 
     def _named(self) -> list[tuple[Transform, str]]:
