@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,32 @@ def test_a_text_ends_right_after_what_stops_it(count: int, wiki_8m: Path) -> Non
     stops = (word[1 : len(word) // 2], whole[-9:])[:count]
     found = generate(runner, "The history of the city", Sampling(tokens=20, stop=stops), shown.append)
     assert found.text == whole[: whole.index(stops[0]) + len(stops[0])] == "".join(shown)
+
+
+def test_why_a_text_ends_is_told(wiki_8m: Path, chatty: Path) -> None:
+    prompt, runner = "The history of the city", open_runner(wiki_8m, context=24)
+    whole = generate(runner, prompt, Sampling(tokens=99))
+    assert (whole.ended, whole.prompt_tokens + whole.tokens) == ("context", 24)
+    assert generate(runner, prompt, Sampling(tokens=whole.tokens)).ended == "tokens"
+    assert generate(runner, prompt, Sampling(tokens=99, stop=(whole.text[:9],))).ended == "stop"
+    ids = runner.tokenizer(whole.text, add_special_tokens=False)["input_ids"]
+    assert generate(replace(runner, ends=frozenset(ids)), prompt, Sampling(tokens=99)).ended == "end"
+    for given, full in ((["--context", "24"], True), (["-n", "3"], False)):
+        found = CliRunner().invoke(group, ["generate", str(wiki_8m), prompt, *given])
+        assert ("the context of 24 tokens is full" in found.stderr) is full
+    told = chat(chatty, "The city\n", "--context", "24", "--max-tokens", "99")[2]
+    assert "the context of 24 tokens is full: the answer ends here" in told
+
+
+@pytest.mark.parametrize("temperature", [1e-34, 1e-36, 1e-45])
+def test_the_coldest_texts_are_the_likeliest(temperature: float, wiki_8m: Path) -> None:
+    runner = open_runner(wiki_8m)
+    for penalty in (1.0, 1.2):
+        found, wanted = (
+            generate(runner, "The city", Sampling(tokens=9, temperature=each, repetition_penalty=penalty)).text
+            for each in (temperature, 0.0)
+        )
+        assert found == wanted
 
 
 def test_what_shows_a_text_fails_by_itself(wiki_8m: Path) -> None:

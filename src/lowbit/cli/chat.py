@@ -80,12 +80,15 @@ def _turn(runner: Runner, messages: Messages, sampling: Sampling, typed: bool) -
         parts.append(part)
         click.echo(part, nl=False)
 
+    ended = ""
     try:
-        answer(runner, kept, sampling, show)
+        ended = answer(runner, kept, sampling, show).ended
     except KeyboardInterrupt:  # in a terminal it ends the answer, not the conversation
         if not typed:
             raise
     click.echo()
+    if ended == "context":
+        note(f"the context of {runner.limit} tokens is full: the answer ends here")
     return [*kept, {"role": "assistant", "content": "".join(parts)}]
 
 

@@ -111,6 +111,7 @@ def _print(result: Generated, runner: Runner) -> None:
     left = f"; {len(runner.others)} weights not on the kernels (--json names them)" if runner.others else ""
     declared = sorted({str(each.activations) for each in runner.checkpoint.weights.values() if each.activations})
     left += f"; inputs are rounded as the kernels do, not to {', '.join(declared)}" if declared else ""
+    left += f"; the context of {runner.limit} tokens is full" if result.ended == "context" else ""
     click.echo(
         f"{result.prompt_tokens} tokens read, first after {result.first:.2f} s, then {result.tokens} tokens at "
         f"{result.rate:.1f} a second; {runner.kernels} weights on the kernels{left}; decoder: {result.decoder}",

@@ -17,6 +17,7 @@ from lowbit.runtime.words import Words, require_text
 from lowbit.stages._model import refusals
 
 _BEFORE = 8  # tokens of a prompt with which those after it are made text
+_COLDEST = 1e-35  # a temperature
 
 
 @final
@@ -45,9 +46,14 @@ class Sampling:
     seed: int = 0
 
     @property
+    def likeliest(self) -> bool:
+        """Whether no dice are thrown: at temperature 0, and so near to it that float32 has no quotient of a logit."""
+        return self.temperature < _COLDEST
+
+    @property
     def greedy(self) -> bool:
         """Whether it is the likeliest token each time, whatever was there."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+        return self.likeliest and self.repetition_penalty == 1
 
 
 @final
@@ -55,7 +61,9 @@ class Sampling:
 class Generated:
     """What came of it: text without the prompt, numbers of tokens, seconds to the first and of all.
 
-    `decoder` says what ran the blocks: `native`, or why it was the class of transformers.
+    `decoder` says what ran the blocks: `native`, or why it was the class of transformers. `ended` says why there is no
+    more: `end` (the model ended it), `stop` (a string of `Sampling.stop`), `tokens` (as many as were asked for),
+    `context` (it is full); empty where it was interrupted.
     """
 
     decoder: str
@@ -64,6 +72,7 @@ class Generated:
     tokens: int
     first: float
     seconds: float
+    ended: str
 
     @property
     def rate(self) -> float:
@@ -214,7 +223,7 @@ def chooser(sampling: Sampling) -> Callable[[Tensor, Tensor], int]:
     steps: Any = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature > 0:
+    if not sampling.likeliest:
         steps.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_k:
             steps.append(TopKLogitsWarper(sampling.top_k))
@@ -226,7 +235,7 @@ def chooser(sampling: Sampling) -> Callable[[Tensor, Tensor], int]:
 
     def choose(seen: Tensor, logits: Tensor) -> int:
         scores = steps(seen[None], logits.float()[None])[0]
-        if sampling.temperature == 0:
+        if sampling.likeliest:
             return int(scores.argmax())
         return int(scores.softmax(-1).multinomial(1, generator=dice))
 
@@ -256,7 +265,8 @@ class _Text:
         self.seen: list[int] = ids.tolist()
         self._before = [] if answers else _last_words(runner.words, self.seen)  # an answer is a text of its own
         self._prompt, self._runner, self._show = len(ids), runner, show
-        self._left, self._stops = min(sampling.tokens, runner.limit - len(ids)), sampling.stop
+        self._room, self._most, self._stops = runner.limit - len(ids), sampling.tokens, sampling.stop
+        self._ended = ""
         self._choose = chooser(sampling)
         self._shown = self._written = ""
         self._start, self._first, self._end = perf_counter(), 0.0, 0.0
@@ -268,7 +278,6 @@ class _Text:
     def take(self, token: int) -> bool:
         """One more token; whether the text goes on after it."""
         self.seen.append(token)
-        self._left -= 1
         whole = self._decoded()
         stops = [at + len(stop) for stop in self._stops if (at := whole.find(stop)) >= 0]
         self._written = whole[: min(stops)] if stops else whole
@@ -277,8 +286,15 @@ class _Text:
             self._shown = self._written
         self._end = perf_counter()
         self._first = self._first or self._end
-        ended = token in self._runner.ends or token == self._runner.words.end
-        return self._left > 0 and not ended and not stops
+        self._ended = "stop" if stops else self._reason(token)
+        return not self._ended
+
+    def _reason(self, token: int) -> str:
+        """Why a text ends with this token; nothing where it does not."""
+        if token in self._runner.ends or token == self._runner.words.end:
+            return "end"
+        count = len(self.seen) - self._prompt
+        return "tokens" if count >= self._most else "context" if count >= self._room else ""
 
     def _decoded(self) -> str:
         """What came after the prompt, cut off a longer text: some tokenizers drop the space with which one begins."""
@@ -291,4 +307,4 @@ class _Text:
         """What came, and how long it took."""
         self._show(self._written[len(self._shown) :])
         count, first, whole = len(self.seen) - self._prompt, self._first - self._start, self._end - self._start
-        return Generated(self._runner.decoder, self._written, self._prompt, count, first, whole)
+        return Generated(self._runner.decoder, self._written, self._prompt, count, first, whole, self._ended)
