@@ -85,15 +85,10 @@ def test_places_that_cannot_be_written_to_are_named(arguments: list[str], lowbit
 
 def test_libraries_that_are_not_used_say_nothing(tmp_path: Path, wiki_8m: Path) -> None:
     """transformers imports torchao where it is installed, which warns of itself."""
-    given: list[str | Path] = [
-        "--method",
-        "gptq",
-        "--scheme",
-        "int8-row",
-        "--calibration",
-        wiki_8m.parent / "evaluation.txt",
-    ]
-    found = process("quantize", wiki_8m, tmp_path / "out", *given, "--samples", "1", "--blocks", "0:1")
+    text, options = wiki_8m.parent / "evaluation.txt", ["--samples", "1", "--blocks", "0:1", "--method", "gptq"]
+    found = process(
+        "quantize", wiki_8m, tmp_path / "out", "--scheme", "int8-row", "--calibration", text, *options,
+    )  # fmt: skip
     assert found.returncode == 0 and b"calibrate: 100%" in found.stderr
     assert b"torchao" not in found.stderr and b"opaque" not in found.stderr
 

@@ -60,13 +60,18 @@ def _suits(
         return False
     grouped = query.shape[1] % key.shape[1] == 0 if enable_gqa else query.shape[1] == key.shape[1]
     tokens = query.shape[2]
-    small = query.shape[0] * query.shape[1] * tokens * (tokens + _TILE) * query.element_size() // 2 <= _MOST
+    small = _probabilities(query.shape[0] * query.shape[1], tokens, query.element_size()) <= _MOST
     return grouped and small and key.shape == value.shape and key.shape[2:] == query.shape[2:]
 
 
 def kept_bytes(windows: int, heads: int, tokens: int, size: int) -> int:
     """Most bytes of probabilities that one worker keeps for a backward pass, of values of `size` bytes."""
-    return min(windows * heads * tokens * (tokens + _TILE) * size // 2, _MOST)
+    return min(_probabilities(windows * heads, tokens, size), _MOST)
+
+
+def _probabilities(heads: int, tokens: int, size: int) -> int:
+    """Bytes of those of so many heads, a triangle of tiles each."""
+    return heads * tokens * (tokens + _TILE) * size // 2
 
 
 def attend(query: Heads, key: Tensor, value: Tensor, scale: float) -> Heads:

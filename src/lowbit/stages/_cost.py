@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from math import ceil, prod
 from typing import final
 
@@ -201,7 +201,7 @@ class _Facts:
     def _activations(self, batch: int, threads: int) -> int:
         """Bytes while tokens are embedded and go forward through a block, or some windows go back."""
         (count, length), size = self.windows, self.blueprint.dtype.itemsize
-        tokens, token = count * length, self.blueprint.token_bytes(length, inside=True)
+        tokens, token = count * length, self._token
         embedded = 2 * min(EMBEDDED, tokens) * self.blueprint.width * size
         forward = int(_LIVE * min(threads * batch, tokens) * token) + self._holes(batch, ceil(tokens / batch))
         learned = min(self.method.batch(self._options()), count)
@@ -213,7 +213,12 @@ class _Facts:
         """Bytes of a heap that no tensor fits, after passes of so many tokens; large ones are mapped and leave none."""
         if tokens * self.wide * self.blueprint.dtype.itemsize >= MAPPED:
             return 0
-        return min(tokens * min(passes, 2) * self.blueprint.token_bytes(self.windows[1], inside=True), _HOLES)
+        return min(tokens * min(passes, 2) * self._token, _HOLES)
+
+    @cached_property
+    def _token(self) -> int:
+        """Bytes of a token's activations in a block, at most."""
+        return self.blueprint.token_bytes(self.windows[1], inside=True)
 
     def _back(self) -> int:
         """Most windows that a transform takes back through the block at once."""

@@ -190,7 +190,7 @@ class Blueprint:
         from transformers.pytorch_utils import Conv1D
 
         for path, module in self._skeleton.named_modules():
-            if is_linear(module.__class__) or type(module).forward is Conv1D.forward:
+            if is_linear(module.__class__) or module.__class__.forward is Conv1D.forward:
                 shape: tuple[int, ...] = tuple(module.weight.shape)
                 yield path, shape if isinstance(module, nn.Linear) else shape[::-1], _sources(module.weight)
 

@@ -172,7 +172,7 @@ def _watched(blueprint: Blueprint, narrowed: bool) -> int:
     widths = [[shape for shape in each if len(shape) == 2] for each in shapes]
     rows = max((sum(map(sum, each)) for each in widths), default=0)
     if narrowed:
-        heads = int(getattr(text, "num_attention_heads", None) or 0)
+        heads = blueprint.heads
         size = int(getattr(text, "head_dim", None) or blueprint.width // max(heads, 1))
         rows += 4 * heads * size + 3 * max((shape[-1] for each in widths for shape in each), default=0)
     return 4 * _ROWS * rows
