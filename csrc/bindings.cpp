@@ -278,6 +278,16 @@ NB_MODULE(_native, module) {
         },
         Unlocked());
     module.def(
+        "ggml_pack_words",
+        [](int type, const AnyIn& words, int bits, const Bytes& scale, const MaybeBytes& min, const MaybeBytes& scale_codes,
+           const MaybeBytes& min_codes, int64_t blocks, const Codes& stored) {
+            GgmlParts<const uint8_t> parts{nullptr, scale.data(), data_or_null(min), data_or_null(scale_codes),
+                                           data_or_null(min_codes)};
+            ggml_pack_words(kernels(), GgmlType(type), blocks, words.data(), bits, parts, stored.data());
+        },
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
+        Unlocked());
+    module.def(
         "ggml_encode",
         [](int type, const AnyIn& weight, const MaybeFloats& importance, bool fitted, const Codes& codes,
            const FloatsOut& scale, const std::optional<FloatsOut>& min, const MaybeCodes& scale_codes,

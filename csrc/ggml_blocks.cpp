@@ -101,6 +101,9 @@ struct Nothing {
 struct Beside : Mover<false> {
     using Codes = Nothing;
 };
+struct Around : Mover<true> {  // in blocks whose codes come after
+    using Codes = Nothing;
+};
 
 // The parts of one block; what a type does not have is null.
 template <class Part>
@@ -305,17 +308,127 @@ void ggml_unpack(GgmlType type, int64_t blocks, const uint8_t* stored, const Ggm
     if (!first) move_all<Beside>(type, blocks, parts, stored);
 }
 
+namespace {
+
+constexpr int64_t kStay = 64;  // blocks, whose codes stay in the first level of the cache
+
+// Types of which a block is a head and `runs` runs of nibbles, the first half of each run in the low ones.
+struct Nibbles {
+    int head, run, runs;
+};
+Nibbles nibbles_of(GgmlType type) {
+    switch (type) {
+    case GgmlType::q4_0: return {2, 32, 1};
+    case GgmlType::q4_1: return {4, 32, 1};
+    case GgmlType::q4_k: return {16, 64, 4};
+    default: return {0, 0, 0};
+    }
+}
+
+using Eight [[gnu::vector_size(16)]] = uint16_t;
+using Bytes16 [[gnu::vector_size(16)]] = uint8_t;
+using Bytes8 [[gnu::vector_size(8)]] = uint8_t;
+
+template <class Vector>
+Vector load(const void* at) {
+    Vector value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+
+// 32 codes of words, two to a byte, one to a byte; and back.
+void spread(const uint8_t* words, Bytes16 (&codes)[2]) {
+    for (int i = 0; i < 2; i++) {
+        auto pairs = __builtin_convertvector(load<Bytes8>(words + 8 * i), Eight);
+        codes[i] = load<Bytes16>(&(pairs = (pairs & 15) | pairs >> 4 << 8));
+    }
+}
+void join(const Bytes16 (&codes)[2], uint8_t* words) {
+    for (int i = 0; i < 2; i++) {
+        auto pairs = load<Eight>(&codes[i]);
+        auto bytes = __builtin_convertvector((pairs | pairs >> 4) & 255, Bytes8);
+        std::memcpy(words + 8 * i, &bytes, sizeof bytes);
+    }
+}
+
+void nibbles_to_block(int run, const uint8_t* words, uint8_t* block) {
+    Bytes16 low[2], high[2];
+    if (run == 32) {
+        spread(words, low);
+        Bytes16 bytes = low[0] | low[1] << 4;
+        std::memcpy(block, &bytes, sizeof bytes);
+        return;
+    }
+    spread(words, low), spread(words + 16, high);
+    for (int i = 0; i < 2; i++) {
+        Bytes16 bytes = low[i] | high[i] << 4;
+        std::memcpy(block + 16 * i, &bytes, sizeof bytes);
+    }
+}
+void nibbles_to_words(int run, const uint8_t* block, uint8_t* words) {
+    Bytes16 codes[2];
+    if (run == 32) {
+        auto bytes = load<Bytes16>(block);
+        codes[0] = bytes & 15, codes[1] = bytes >> 4;
+        join(codes, words);
+        return;
+    }
+    Bytes16 first = load<Bytes16>(block), second = load<Bytes16>(block + 16);
+    codes[0] = first & 15, codes[1] = second & 15;
+    join(codes, words);
+    codes[0] = first >> 4, codes[1] = second >> 4;
+    join(codes, words + 16);
+}
+
+}  // namespace
+
 void ggml_words(const Kernels& kernels, GgmlType type, int64_t blocks, const uint8_t* stored, int bits, void* words) {
-    constexpr int64_t some = 64;  // blocks, whose codes are packed in the first level of the cache
     GgmlShape shape = ggml_shape(type);
-    std::vector<uint8_t> codes(size_t(some * shape.weights)), sides[4];
-    for (auto& side : sides) side.resize(size_t(some * std::max({shape.subs, shape.scale_bytes, 2})));
-    for (int64_t at = 0; at < blocks; at += some) {
-        int64_t count = std::min(some, blocks - at);
+    auto to = static_cast<uint8_t*>(words);
+    if (Nibbles nibbles = nibbles_of(type); nibbles.runs) {
+        for (int64_t i = 0; i < blocks; i++)
+            for (int n = 0; n < nibbles.runs; n++, to += nibbles.run / 2)
+                nibbles_to_words(nibbles.run, stored + i * shape.bytes + nibbles.head + n * nibbles.run / 2, to);
+        return;
+    }
+    if (type == GgmlType::q8_0) {
+        for (int64_t i = 0; i < blocks; i++)
+            Mover<false>::signed_bytes(shape.weights, to + i * shape.weights, stored + i * shape.bytes + shape.scale_bytes);
+        return;
+    }
+    std::vector<uint8_t> codes(size_t(kStay * shape.weights)), sides[4];
+    for (auto& side : sides) side.resize(size_t(kStay * std::max({shape.subs, shape.scale_bytes, 2})));
+    for (int64_t at = 0; at < blocks; at += kStay) {
+        int64_t count = std::min(kStay, blocks - at);
         ggml_unpack(type, count, stored + at * shape.bytes,
                     {codes.data(), sides[0].data(), sides[1].data(), sides[2].data(), sides[3].data()});
-        kernels.pack_bits(codes.data(), 1, count * shape.weights, bits,
-                          static_cast<uint8_t*>(words) + at * shape.weights * bits / 8);
+        kernels.pack_bits(codes.data(), 1, count * shape.weights, bits, to + at * shape.weights * bits / 8);
+    }
+}
+
+void ggml_pack_words(const Kernels& kernels, GgmlType type, int64_t blocks, const void* words, int bits,
+                     const GgmlParts<const uint8_t>& parts, uint8_t* stored) {
+    GgmlShape shape = ggml_shape(type);
+    auto from = static_cast<const uint8_t*>(words);
+    if (has_grid(type) && blocks > 0) throw std::invalid_argument("codes of this type come from a table");
+    Nibbles nibbles = nibbles_of(type);
+    std::vector<uint8_t> codes(size_t(nibbles.runs ? 0 : kStay * shape.weights));
+    for (int64_t at = 0; at < blocks; at += kStay) {
+        int64_t count = std::min(kStay, blocks - at);
+        auto part = [&](const uint8_t* all, int each) { return all ? all + at * each : nullptr; };
+        GgmlParts<const uint8_t> some{nullptr, part(parts.scale, shape.scale_bytes), part(parts.min, 2),
+                                      part(parts.scale_codes, shape.subs), part(parts.min_codes, shape.subs)};
+        uint8_t* block = stored + at * shape.bytes;
+        if (!nibbles.runs) {
+            kernels.unpack_bits(from + at * shape.weights * bits / 8, 1, count * shape.weights, bits, codes.data());
+            some.codes = codes.data();
+            move_all<Mover<true>>(type, count, some, block);
+            continue;
+        }
+        move_all<Around>(type, count, some, block);
+        for (int64_t i = 0; i < count; i++, block += shape.bytes)
+            for (int n = 0; n < nibbles.runs; n++, from += nibbles.run / 2)
+                nibbles_to_block(nibbles.run, from, block + nibbles.head + n * nibbles.run / 2);
     }
 }
 

@@ -370,6 +370,10 @@ void ggml_unpack(GgmlType, int64_t blocks, const uint8_t* stored, const GgmlPart
 // Their codes as `pack_bits` makes words of them.
 void ggml_words(const Kernels&, GgmlType, int64_t blocks, const uint8_t* stored, int bits, void* words);
 
+// `ggml_pack` of these words, and of all that is beside codes, which are null.
+void ggml_pack_words(const Kernels&, GgmlType, int64_t blocks, const void* words, int bits, const GgmlParts<const uint8_t>&,
+                     uint8_t* stored);
+
 // `Kernels::ggml_encode` or, `fitted`, `Kernels::ggml_fit` of rows in any float type, made float32 some at a time in the
 // processor's cache.
 bool ggml_encode_rows(const Kernels&, GgmlType, int64_t rows, int64_t cols, Weight, const float* importance, bool fitted,

@@ -295,6 +295,25 @@ static void check_ggml_blocks(GgmlType type, int64_t blocks) {
                 size_t(blocks * shape.bytes));
 }
 
+// Codes as words, and blocks of these; against what goes over a byte for each.
+static void check_ggml_words(GgmlType type, int bits, int64_t blocks) {
+    GgmlShape shape = ggml_shape(type);
+    int64_t count = blocks * shape.weights, size = count * bits / 8;
+    Buffer stored = random_codes(blocks * shape.bytes, 255), again(blocks * shape.bytes, 0xaa), codes(count), words(size, 0xaa);
+    Buffer scale(2 * blocks), min(2 * blocks), scale_codes(blocks * shape.subs), min_codes(blocks * shape.subs), wanted(size);
+    uint8_t *m = shape.has_min ? min.at() : nullptr, *s = shape.subs ? scale_codes.at() : nullptr;
+    uint8_t* ms = shape.subs && shape.has_min ? min_codes.at() : nullptr;
+    ggml_unpack(type, blocks, stored.at(), {codes.at(), scale.at(), m, s, ms});
+    for (const Kernels* kernels : supported_kernels()) {
+        Grid grid{blocks, shape.weights, int64_t(type), bits};
+        kernels->pack_bits(codes.at(), 1, count, bits, wanted.at());
+        ggml_words(*kernels, type, blocks, stored.at(), bits, words.at());
+        ggml_pack_words(*kernels, type, blocks, words.at(), bits, {nullptr, scale.at(), m, s, ms}, again.at());
+        expect_same("ggml_words", *kernels, grid, words.at(), wanted.at(), size_t(size));
+        expect_same("ggml_pack_words", *kernels, grid, again.at(), stored.at(), size_t(blocks * shape.bytes));
+    }
+}
+
 // Blocks of any bytes as panels, rows in reverse; codes against what goes over a byte for each.
 static void compare_ggml_panels(const Kernels& kernels, GgmlType type, int64_t rows, int64_t blocks) {
     int bits = ggml_panel_bits(type);
@@ -614,6 +633,12 @@ int main(int count, char** arguments) {
     if (every == 0) return failures != 0;
     for (GgmlType type : ggml_types)
         for (int64_t blocks : {0, 1, 5}) check_ggml_blocks(type, blocks);
+    const std::pair<GgmlType, int> dense[] = {{GgmlType::q4_0, 4}, {GgmlType::q4_1, 4}, {GgmlType::q5_0, 5},
+                                              {GgmlType::q5_1, 5}, {GgmlType::q8_0, 8}, {GgmlType::q2_k, 2},
+                                              {GgmlType::q3_k, 3}, {GgmlType::q4_k, 4}, {GgmlType::q5_k, 5},
+                                              {GgmlType::q6_k, 6}};
+    for (auto [type, bits] : dense)
+        for (int64_t blocks : {0, 1, 5, 67}) check_ggml_words(type, bits, blocks);
 
     auto all = supported_kernels();
     Kernels whole_dots = *all[0];

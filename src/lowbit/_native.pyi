@@ -114,6 +114,18 @@ def ggml_unpack(
     /,
 ) -> None: ...
 def ggml_words(type: int, stored: Tensor, blocks: int, bits: int, words: Tensor, /) -> None: ...
+def ggml_pack_words(
+    type: int,
+    words: Tensor,
+    bits: int,
+    scale: Tensor,
+    min: Tensor | None,
+    scale_codes: Tensor | None,
+    min_codes: Tensor | None,
+    blocks: int,
+    stored: Tensor,
+    /,
+) -> None: ...
 def ggml_panel_bits(type: int, /) -> int: ...
 def ggml_panels(
     type: int,

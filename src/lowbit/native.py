@@ -453,6 +453,22 @@ def ggml_words(
     _native.ggml_words(type, stored, rows * row_bytes // size, bits, out)
 
 
+def ggml_pack_words(
+    type: int, words: Int32[Tensor, "rows words"], bits: int, parts: GgmlParts, *, out: UInt8[Tensor, "rows row_bytes"]
+) -> None:
+    """`ggml_pack` of codes of which `ggml_words` would find `words`; `parts` has all else, and codes on `meta`.
+
+    Raises:
+        ValueError: of a type with a table of runs of codes.
+    """
+    weights, size, *_ = _ggml_shape(type)
+    rows, row_bytes = _two(out.shape)
+    _check("words", words, (rows, _words(row_bytes // size * weights, bits)), torch.int32)
+    _ggml_parts(type, rows * row_bytes // size, parts, out, hollow=True)
+    each = (parts.scale, parts.min, parts.scale_codes, parts.min_codes)
+    _native.ggml_pack_words(type, words, bits, *each, rows * row_bytes // size, out)
+
+
 @final
 class Table:
     """Rows that tokens look up, in float32: floats, or blocks of a type of ggml.

@@ -379,8 +379,11 @@ def test_importance_matrices_that_are_refused(case: str, tmp_path: Path) -> None
     assert says in str(caught.value) and str(path) in str(caught.value) and str(caught.value).isprintable()
 
 
+DENSE = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+
+
 @pytest.mark.parametrize("heads", [0, 2])
-@pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize("scheme", DENSE)
 def test_codes_come_apart(scheme: str, heads: int) -> None:
     """Scales and minima without codes, and some rows of codes as words without these, in the order of the model."""
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -397,6 +400,25 @@ def test_codes_come_apart(scheme: str, heads: int) -> None:
     FORMAT.codes.rows.unpack(weight, parts, 32, words)
     stream = np.unpackbits(words.numpy().view(np.uint8), axis=1, bitorder="little").reshape(32, 256, bits)
     assert (np.packbits(stream, axis=2, bitorder="little")[:, :, 0] == q.codes[32:].numpy()).all()
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+@pytest.mark.parametrize("scheme", DENSE)
+def test_blocks_are_made_of_words(scheme: str, heads: int) -> None:
+    """An odd number of blocks is what it is from codes, and some rows of it are what the whole has there."""
+    name, q = "model.layers.0.self_attn.q_proj.weight", random_qtensor(parse(scheme), (30, 768))
+    weight, bits = Weight(name, (30, 768), torch.float32, parse(scheme), interleaved=heads), q.scheme.grid.bits
+    meant, found, some = (torch.full((rows, *FORMAT.layout(weight)[name].shape[1:]), 0xAA, dtype=torch.uint8)
+                          for rows in (30, 30, 10))  # fmt: skip
+    FORMAT.pack(weight, q, {name: meant})
+    stream = np.unpackbits(q.codes.numpy()[:, :, None], axis=2, count=bits, bitorder="little").reshape(30, -1)
+    words = torch.from_numpy(np.packbits(stream, axis=1, bitorder="little").view(np.int32))
+    hollow = replace(q, codes=torch.empty(q.codes.shape, dtype=torch.uint8, device="meta"))
+    assert FORMAT.codes is not None and FORMAT.codes.pack is not None
+    FORMAT.codes.pack(weight, hollow, words, {name: found})
+    FORMAT.codes.pack(weight.some(10), hollow.some(10, 20, hollow.codes[10:20]), words[10:20], {name: some})
+    assert FORMAT.by_rows(weight) == (10 if heads else 1)
+    assert torch.equal(found, meant) and torch.equal(some, meant[10:20])
 
 
 @pytest.mark.parametrize("heads", [0, 2])

@@ -6,7 +6,7 @@ A format is a frozen record of pure functions, `FORMAT = Format(...)`. It knows 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -82,6 +82,10 @@ class Weight:
         """Its shape in the model."""
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.swapped else self.shape
 
+    def some(self, rows: int) -> Weight:
+        """A weight of that many of its rows: of whole heads, where these are `interleaved`."""
+        return replace(self, shape=(rows, *self.shape[1:]), interleaved=self.interleaved * rows // self.shape[0])
+
 
 def no_activations(scheme: Scheme, weight: Weight) -> Scheme:
     """What a format says that stores weights alone.
@@ -104,9 +108,9 @@ def never_hollow(scheme: Scheme) -> bool:
     return False
 
 
-def never_by_rows(weight: Weight) -> bool:
+def never_by_rows(weight: Weight) -> int:
     """What a format says that packs a weight whole."""
-    return False
+    return 0
 
 
 def never_stacked(name: str, model_type: str) -> tuple[str, int] | None:
@@ -141,10 +145,13 @@ class Codes:
             `lines` is asked only where codes end with the last word of a row.
         turned: the words of rows turned: a line is one of each row. None where the layout is by rows. Asked only where
             codes end with the last word.
+        pack: `(weight, q, words, into)`: what `pack` of the format makes of a weight of which `q` has all but the codes,
+            and `words` these, a line for each row; where codes are stored between all else, and end with the last word.
     """
 
     rows: CodeWords
     turned: CodeWords | None = None
+    pack: Callable[[Weight, QTensor, Tensor, Mapping[str, Tensor]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -185,8 +192,8 @@ class Format:
             and no bytes. They then leave alone where codes are stored, and do and check all else. Only true where no
             code can be wrong.
         codes: those of the schemes that are `hollow`, in parts; None where they are not had so.
-        by_rows: `(weight) -> bool`: whether its layout is one tensor, of which some rows are what `pack` makes of a
-            weight of those rows alone.
+        by_rows: `(weight) -> number` of rows that stay together: its layout is one tensor, of which these, or several
+            such in a run, are what `pack` makes of a weight of those rows alone (`Weight.some`). 0 where that is not so.
         stacks: `(tensor name, model_type of config.json) -> (name, number)` of the tensor of the file that has it,
             together with those of other experts, of which it is that one; None where it is stored alone.
     """
@@ -210,5 +217,5 @@ class Format:
     arrange: Callable[[Weight, str, Mapping[str, Any]], Weight] | None = None
     hollow: Callable[[Scheme], bool] = never_hollow
     codes: Codes | None = None
-    by_rows: Callable[[Weight], bool] = never_by_rows
+    by_rows: Callable[[Weight], int] = never_by_rows
     stacks: Callable[[str, str], tuple[str, int] | None] = never_stacked

@@ -81,8 +81,10 @@ def hollow(scheme: Scheme) -> bool:
     return fills and not grid.table and type_of(scheme) is not None
 
 
-def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
-    """Fill rows of blocks of a type.
+def pack(
+    q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"], words: Int32[Tensor, "rows words"] | None = None
+) -> None:
+    """Fill rows of blocks of a type; codes are `words` of rows, where these are given.
 
     Raises:
         FormatError: the tensor has another scheme or is no matrix of whole blocks, a scale is not exact in its type, or
@@ -95,10 +97,12 @@ def pack(q: QTensor, name: str, out: UInt8[Tensor, "rows row_bytes"]) -> None:
     _check_bytes(kind, rows, cols, out)
     scale, scale_codes = _stored(name, q.scales)
     low, low_codes = (None, None) if q.minima is None else _stored(name, q.minima)
+    parts = _negated(name, native.GgmlParts(q.codes.contiguous(), scale, low, scale_codes, low_codes))
+    if words is not None:
+        native.ggml_pack_words(kind.id, words, kind.scheme.grid.bits, parts, out=out)
     if q.codes.is_meta:
         return
-    parts = native.GgmlParts(q.codes.contiguous(), scale, low, scale_codes, low_codes)
-    wrong = native.ggml_pack(kind.id, rows * cols // kind.weights, _negated(name, parts), out=out)
+    wrong = native.ggml_pack(kind.id, rows * cols // kind.weights, parts, out=out)
     if wrong is not None:
         row, col = divmod(wrong, cols)
         raise FormatError(

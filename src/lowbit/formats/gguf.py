@@ -67,10 +67,12 @@ def _kind(weight: Weight) -> BlockType:
     return BLOCKS[name]
 
 
-def by_rows(weight: Weight) -> bool:
-    """Where rows and columns are in the order of the file, and no number beside them is of all rows."""
-    in_order = file_rows(weight) is None and file_columns(weight) is None
-    return len(weight.shape) == 2 and in_order and weight.scheme != _NVFP4
+def by_rows(weight: Weight) -> int:
+    """Where columns are in the order of the file, rows too or within heads, and no number beside them is of all rows."""
+    apart = len(weight.shape) == 2 and weight.scheme != _NVFP4 and file_columns(weight) is None
+    if apart and weight.interleaved:
+        return weight.shape[0] // weight.interleaved
+    return int(apart and file_rows(weight) is None)
 
 
 def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
@@ -92,6 +94,14 @@ def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
         return
     for some in row_chunks(weight.shape[0], weight.shape[1], _CODES):
         pack_blocks(_rows(q, order[some]), name, out[some])
+
+
+def _pack_words(weight: Weight, q: QTensor, words: Tensor, into: Mapping[str, Tensor]) -> None:
+    check_planned(weight, q)
+    order = file_rows(weight)
+    if order is not None:
+        q, words = _rows(q, order), words.index_select(0, order)
+    pack_blocks(q, _kind(weight).name, into[weight.name], words)
 
 
 def _straight(weight: Weight, q: QTensor, columns: Tensor) -> QTensor:
@@ -212,6 +222,6 @@ FORMAT = Format(
     learned_encoder="imatrix_fit",
     arrange=arrange,
     hollow=hollow,
-    codes=Codes(CodeWords(_unpack_rows)),
+    codes=Codes(CodeWords(_unpack_rows), pack=_pack_words),
     by_rows=by_rows,
 )

@@ -487,7 +487,7 @@ class Changer:
         if entry.method not in (CARRY, ROUND):
             return self.quantized(self.load(weight, pieces=pieces), entry)[0]
         form: Format = plugins.load("formats", str(self.source.format))
-        in_parts = packs_words(self.goal.form) or self.goal.form.by_rows(target)
+        in_parts = packs_words(self.goal.form) or self.goal.form.by_rows(target) > 0
         streams = form.codes is not None and in_parts and self._hollow(weight, target)
         q = carried(self.load(weight, streams, pieces), target.scheme, rounding=entry.method == ROUND)
         if not streams:

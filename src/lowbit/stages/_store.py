@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from math import lcm, prod
 from pathlib import Path
 from typing import Any, NoReturn, final
 
@@ -58,6 +59,20 @@ class Words:
 
 @final
 @dataclass(frozen=True)
+class Lines:
+    """Rows of a quantized weight: `q` has all but the codes, of which there are words, a line for each row."""
+
+    q: QTensor
+    words: Int32[Tensor, "rows words"]
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """As `QTensor.parts`, words in place of codes."""
+        yield _WORDS, self.words
+        yield from ((name, part) for name, part in self.q.parts() if name != "codes")
+
+
+@final
+@dataclass(frozen=True)
 class Streamed:
     """A quantized weight whose codes are made in parts, packed, and never are in memory together.
 
@@ -82,10 +97,10 @@ class Streamed:
         rows, cols = self.q.codes.shape
         return rows, -(-cols * self.q.scheme.grid.bits // 32)
 
-    @property
-    def step(self) -> int:
-        """Rows of a panel."""
-        return max(_PANEL // max(self.q.codes.shape[1], 1) // _LINES, 1) * _LINES
+    def step(self, together: int = 1) -> int:
+        """Rows of a panel: not some only of those that are `together`."""
+        least = lcm(_LINES, together)
+        return max(_PANEL // max(self.q.codes.shape[1], 1) // least, 1) * least
 
     def panels(self, place: Place = _nowhere, turned: bool = False) -> Panels:
         """Words of all rows, or these turned; what is beyond the codes of a row is 0.
@@ -95,13 +110,19 @@ class Streamed:
         return self._turned(place) if turned else self._rows(place)
 
     def _rows(self, place: Place) -> Panels:
-        (rows, wide), over, step = self.size, self.over, self.step
-        if not over and (yield from _at_once(self.rows, place, rows)):
+        if not self.over and (yield from _at_once(self.rows, place, self.size[0])):
             return
+        yield from self._in_panels()
+
+    def _in_panels(self, together: int = 1) -> Panels:
+        (rows, wide), over, step = self.size, self.over, self.step(together)
         room = torch.empty(min(step, rows), wide, dtype=torch.int32)
         for start in range(0, rows, step):
-            words = room[: min(step, rows - start)]
-            self.rows.fill(start, words)
+            stop = min(start + step, rows)
+            words = None if over else self.rows.lines(start, stop)
+            if words is None:
+                words = room[: stop - start]
+                self.rows.fill(start, words)
             if over:
                 words[:, -1] &= 2**over - 1
             yield start, words
@@ -124,17 +145,23 @@ class Streamed:
             self.turned.fill(start, lines)
             yield start, lines
 
-    def pieces(self) -> Iterator[QTensor]:
-        """Some rows each, in order, in memory that the next ones take."""
-        (rows, wide), cols, bits, step = self.size, self.q.codes.shape[1], self.q.scheme.grid.bits, self.step
-        room, codes = (torch.empty(min(step, rows), n, dtype=t) for n, t in ((wide, torch.int32), (cols, torch.uint8)))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            words = None if self.over else self.rows.lines(start, stop)
-            if words is None:
-                words = room[: stop - start]
-                self.rows.fill(start, words)
-            yield self.q.some(start, stop, native.unpack_bits(words, bits, cols, out=codes[: stop - start]))
+    def lines(self, together: int = 1) -> Iterator[Lines]:
+        """Some rows each, in order, in memory that the next ones take; runs of so many rows stay together."""
+        none = torch.empty(self.q.codes.shape, dtype=torch.uint8, device="meta")
+        for start, words in self._in_panels(together):
+            stop = start + len(words)
+            yield Lines(self.q.some(start, stop, none[start:stop]), words)
+
+    def pieces(self, together: int = 1) -> Iterator[QTensor]:
+        """The same with codes."""
+        bits, (rows, cols) = self.q.scheme.grid.bits, self.q.codes.shape
+        codes = torch.empty(min(self.step(together), rows), cols, dtype=torch.uint8)
+        for some in self.lines(together):
+            if bits == 8 and not self.over:
+                found = some.words.view(torch.uint8)
+            else:
+                found = native.unpack_bits(some.words, bits, cols, out=codes[: len(some.words)])
+            yield replace(some.q, codes=found)
 
     def whole(self) -> QTensor:
         """It with its codes."""
@@ -235,7 +262,10 @@ def store(
     elif isinstance(value, Streamed) and packs_words(output.plan.rules):
         meant, stored, reading = _stream(output, entry, value, scratch)
     elif isinstance(value, Streamed):
-        meant, stored, reading = _by_rows(output, entry, value.pieces(), value.whole)
+        rules = output.plan.rules
+        in_words = rules.codes is not None and rules.codes.pack is not None and not value.over
+        pieces = (value.lines if in_words else value.pieces)(rules.by_rows(entry.weight))
+        meant, stored, reading = _by_rows(output, entry, pieces, value.whole)
     elif isinstance(value, Rows):
         meant, stored, reading = _by_rows(output, entry, value.pieces, value.again)
         source, more = value.seen()
@@ -290,22 +320,27 @@ def _pack(
 
 
 def _by_rows(
-    output: Output, entry: Entry, pieces: Iterator[QTensor], again: Callable[[], Value]
+    output: Output, entry: Entry, pieces: Iterator[QTensor] | Iterator[Lines], again: Callable[[], Value]
 ) -> tuple[dict[str, str], dict[str, str], float]:
     """As `_pack`, for rows at a time; returns what was meant, too."""
     weight, rules, name = entry.weight, output.plan.rules, entry.weight.name
     meant, found, stored, same, at, reading = _Sums(), _Sums(), _Sums(), True, 0, 0.0
-    for q in pieces:
-        rows = replace(weight, shape=tuple(q.shape))
+    for piece in pieces:
+        q = piece.q if isinstance(piece, Lines) else piece
+        rows = weight.some(q.shape[0])
         parts = output.into(replace(entry, weight=rows), mapped=False)
-        rules.pack(rows, q, parts)
+        if isinstance(piece, Lines):
+            assert rules.codes is not None and rules.codes.pack is not None
+            rules.codes.pack(rows, q, piece.words, parts)
+        else:
+            rules.pack(rows, q, parts)
         output.write(name, as_bytes(parts[name]), at)
         begin = time.perf_counter()
-        back = _unpacked(output, rows, parts) if same and output.holds(parts, at) else None
+        back = _unpacked(output, rows, parts, isinstance(piece, Lines)) if same and output.holds(parts, at) else None
         same = back is not None
         found.add(back.parts() if back else ())
         reading += time.perf_counter() - begin
-        meant.add(q.parts())
+        meant.add(piece.parts())
         stored.add(parts.items())
         output.let_go(name, parts[name].nbytes, at)
         at += parts[name].nbytes
@@ -315,10 +350,18 @@ def _by_rows(
     return meant.digests(), stored.digests(), reading
 
 
-def _unpacked(output: Output, weight: Weight, parts: Mapping[str, Tensor]) -> QTensor | None:
+def _unpacked(output: Output, weight: Weight, parts: Mapping[str, Tensor], in_words: bool) -> QTensor | Lines | None:
     """What the format's reader makes of tensors, in memory of this thread; None where it refuses them."""
+    rules, room = output.plan.rules, output.room("check", weight.shape)
     try:
-        return output.plan.rules.unpack(weight, parts, output.room("check", weight.shape))
+        if not in_words:
+            return rules.unpack(weight, parts, room)
+        assert rules.codes is not None and weight.scheme is not None
+        q = rules.unpack(weight, parts, room.to("meta"))
+        value = streamed(q, rules.codes, weight, parts)
+        words = room.view(-1)[: 4 * prod(value.size)].view(torch.int32).view(value.size)
+        value.rows.fill(0, words)
+        return Lines(q, words)
     except LowbitError:
         return None
 

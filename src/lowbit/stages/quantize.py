@@ -178,7 +178,7 @@ class _Worker:
         """Read, quantize, store."""
         start = time.perf_counter()
         tensor = self.checkpoint.tensor(entry.weight.name)
-        if not self.way.scratch and entry.weight.scheme and self.plan.rules.by_rows(entry.weight):
+        if not self.way.scratch and entry.weight.scheme and self.plan.rules.by_rows(entry.weight) == 1:
             self._store(entry, self._rows(entry, tensor), tensor, {}, start)
             return
         with self.output.codes(entry.weight, self.way.scratch) as codes:
