@@ -145,8 +145,9 @@ class Codes:
             `lines` is asked only where codes end with the last word of a row.
         turned: the words of rows turned: a line is one of each row. None where the layout is by rows. Asked only where
             codes end with the last word.
-        pack: `(weight, q, words, into)`: what `pack` of the format makes of a weight of which `q` has all but the codes,
-            and `words` these, a line for each row; where codes are stored between all else, and end with the last word.
+        pack: `(weight, q, words, into)`: what `pack` of the format makes of a weight of which `q` has all but the
+            codes, and `words` these, a line for each row; where codes are stored between all else. Asked only where
+            they end with the last word.
     """
 
     rows: CodeWords
@@ -193,7 +194,7 @@ class Format:
             code can be wrong.
         codes: those of the schemes that are `hollow`, in parts; None where they are not had so.
         by_rows: `(weight) -> number` of rows that stay together: its layout is one tensor, of which these, or several
-            such in a run, are what `pack` makes of a weight of those rows alone (`Weight.some`). 0 where that is not so.
+            such in a run, are what `pack` makes of a weight of those rows alone (`Weight.some`); 0 if not so.
         stacks: `(tensor name, model_type of config.json) -> (name, number)` of the tensor of the file that has it,
             together with those of other experts, of which it is that one; None where it is stored alone.
     """

@@ -68,7 +68,7 @@ def _kind(weight: Weight) -> BlockType:
 
 
 def by_rows(weight: Weight) -> int:
-    """Where columns are in the order of the file, rows too or within heads, and no number beside them is of all rows."""
+    """Where columns are in the order of the file, rows too or within heads, and no number is of all rows."""
     apart = len(weight.shape) == 2 and weight.scheme != _NVFP4 and file_columns(weight) is None
     if apart and weight.interleaved:
         return weight.shape[0] // weight.interleaved

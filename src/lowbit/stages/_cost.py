@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import ceil, prod
@@ -27,6 +28,7 @@ from lowbit.stages._pages import MAPPED
 from lowbit.stages._recipe import Recipe, step_options
 from lowbit.stages._words import duration
 from lowbit.stages.plan import Entry, Plan
+from lowbit.stages.quantize import one_torch_thread
 from lowbit.stats import Statistic
 from lowbit.transforms import Transform
 
@@ -138,7 +140,7 @@ class _Facts:
         self.targets = sum(prod(entry.weight.shape) for entry in self.largest)
         self.experts = max(sum(".experts." in e.weight.name for e in self.largest) // 2, 1)
         for dtype in {blueprint.dtype, torch.float32}:
-            rate(dtype)  # what the libraries take with their first product is no part of the margin
+            rate(dtype, alone=True)  # what the libraries take with their first product is no part of the margin
         self.base = anonymous_bytes() + MARGIN
         names = self.method.needs.union(*(step.needs for step in self.transforms), *(c.needs for c in self.corrections))
         self.statistics: list[Statistic] = [plugins.load("stats", name) for name in names]
@@ -242,7 +244,10 @@ class _Facts:
 
     def seconds(self, way: Cost) -> float:
         """From the multiplications of forward passes, statistics and methods, and the rates of this machine."""
-        fast, slow = rate(self.blueprint.dtype, self.device), rate(torch.float32)
+        workers = 1 + _ANOTHER * (way.threads - 1)
+        slow = workers * rate(torch.float32, alone=True)
+        alone = self.device == "cpu"
+        fast = (workers if alone else 1.0) * rate(self.blueprint.dtype, self.device, alone)
         tokens, total = prod(self.windows), _START
         for entries in self.blocks:
             weights = sum(prod(entry.weight.shape) for entry in entries)
@@ -277,15 +282,20 @@ BESIDE = 2.7  # attention, norms and copies beside the products of a pass: measu
 # and compared, its file), of an element beside what the method does (rivals, codes, packing), of a window that is
 # learned from. Measured on models of 3 to 8 blocks, dense and with 16 experts; of a long run they are a small part.
 _START, _WEIGHT, _ELEMENT, _WINDOW = 0.3, 0.025, 0.8e-6, 0.45e-3
+_ANOTHER = 0.85  # of the work of the first worker, what each other does in its time
 _LOOPS = 2.0  # what the loops over columns fall short of plain products
 
 
 @cache
-def rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """Multiplications and additions per second of a matrix product on all threads of torch, measured once."""
+def rate(dtype: torch.dtype, device: str = "cpu", alone: bool = False) -> float:
+    """Multiplications and additions per second of a matrix product, measured once.
+
+    `alone`: on one thread, as workers compute; else on all of torch's.
+    """
     side = 1024
     left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
-    best = min(_timed(left, right) for _ in range(4))
+    with one_torch_thread() if alone else nullcontext():
+        best = min(_timed(left, right) for _ in range(4))
     return 2 * side**3 / best
 
 
