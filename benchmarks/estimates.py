@@ -2,8 +2,8 @@
 
     python benchmarks/estimates.py MODEL --text FILE [--only REGEX]
 
-Each run is a process of its own: `lowbit quantize` at int4-g64. Memory is anonymous memory at the peak, as the
-report has it; time is that of the whole process, of which the estimate leaves out its start and its end.
+Each run is a process of its own: `lowbit quantize` at int4-g64. Memory is anonymous memory at the peak, time that of
+all that comes after the estimate was said, as the report has them; beside it that of the whole process.
 """
 
 from __future__ import annotations
@@ -36,31 +36,20 @@ def row(model: Path, text: Path, run: str) -> str:
     """A line of the table."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        command = [
-            sys.executable,
-            "-m",
-            "lowbit",
-            "quantize",
-            model,
-            out,
-            "--scheme",
-            "int4-g64",
-            "--calibration",
-            text,
-        ]
+        scheme = ("--scheme", "int4-g64", "--calibration", text)
+        command = [sys.executable, "-m", "lowbit", "quantize", model, out, *scheme, *run.split()]
         begin = time.perf_counter()
-        done = subprocess.run(
-            [*map(str, command), "--calibration", str(text), *run.split()], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
         took = time.perf_counter() - begin
         if done.returncode:
-            return f"| `{run}` | {done.stderr.splitlines()[-1]} | | |"
-        memory = json.loads((out / "report.json").read_text())["memory"]
+            return f"| `{run}` | {done.stderr.splitlines()[-1]} | | | | | |"
+        report = json.loads((out / "report.json").read_text())
+    memory, seconds = report["memory"], report["seconds"]
+    after = sum(seconds.values()) - seconds["plan"]
     said = re.search(r"memory: at most .*; about (.*)", done.stderr)
     estimate, peak = (memory[each] / 2**20 for each in ("estimate", "peak"))
-    return (
-        f"| `{run}` | {estimate:.0f} | {peak:.0f} | {estimate / peak:.2f} | {said[1] if said else ''} | {took:.0f} s |"
-    )
+    times = f"{said[1] if said else ''} | {after:.0f} s | {took:.0f} s"
+    return f"| `{run}` | {estimate:.0f} | {peak:.0f} | {estimate / peak:.2f} | {times} |"
 
 
 def main() -> None:
@@ -70,7 +59,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--only", default="", help="Runs whose arguments match.")
     args = parser.parse_args()
-    print("| run | MiB estimated | at the peak | ratio | time estimated | taken |\n|---|---|---|---|---|---|")
+    print("| run | MiB estimated | at the peak | ratio | time estimated | taken | whole process |")
+    print("|---" * 7 + "|")
     for run in RUNS:
         if re.search(args.only, run):
             print(row(args.model, args.text, run), flush=True)

@@ -6,6 +6,7 @@ Plain data and functions: what makes them (a `transformers` module, filled from 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import final
 
@@ -61,6 +62,7 @@ class Block:
         nearest: `(name, weight) -> weight`: round-to-nearest under the scheme of `name`, and back to float32.
         seed: of every choice at random.
         threads: in how many `run` may be called at once.
+        pool: of so many, where there is one.
         device: where it runs; weights given to `run` may be there or not, all that is given here is on the processor.
     """
 
@@ -73,4 +75,5 @@ class Block:
     activations: Mapping[str, Scheme] = field(default_factory=dict)
     seed: int = 0
     threads: int = 1
+    pool: Executor | None = None
     device: torch.device = CPU

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
@@ -284,7 +285,7 @@ def descend(block: Block, learners: Mapping[str, Learner], iterations: int, batc
             learners[name].step(sum(known[1:], known[0]), progress)
         return leaf(name)
 
-    with ThreadPoolExecutor(block.threads, "learn") as pool:
+    with nullcontext(block.pool) if block.pool else ThreadPoolExecutor(block.threads, "learn") as pool:
         leaves = dict(zip(names, pool.map(leaf, names), strict=True))
         for step, indices in zip(range(iterations), _batches(block.windows, batch, dice), strict=False):
             # Each worker has windows of its own: waking threads for small products costs more than these take.

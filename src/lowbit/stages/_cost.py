@@ -140,7 +140,8 @@ class _Facts:
         self.targets = sum(prod(entry.weight.shape) for entry in self.largest)
         self.experts = max(sum(".experts." in e.weight.name for e in self.largest) // 2, 1)
         for dtype in {blueprint.dtype, torch.float32}:
-            rate(dtype, alone=True)  # what the libraries take with their first product is no part of the margin
+            for alone in (True, False):
+                rate(dtype, alone=alone)  # what the libraries take with their first product is no part of the margin
         self.base = anonymous_bytes() + MARGIN
         names = self.method.needs.union(*(step.needs for step in self.transforms), *(c.needs for c in self.corrections))
         self.statistics: list[Statistic] = [plugins.load("stats", name) for name in names]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import inf, isfinite
 from typing import Any
@@ -87,10 +86,9 @@ def _candidates(block: Block, learned: Learned, work: Calibration, state: State)
         method: Method = plugins.load("methods", name)
         if not any(map(method.objection, block.schemes.values())):
             make = partial(state.made_by, method, method.options(**options))
-            with one_torch_thread(), ThreadPoolExecutor(work.way.threads, "rivals") as pool:
-                found[name] = dict(
-                    zip(block.weights, pool.map(make, block.weights, block.weights.values()), strict=True)
-                )
+            with one_torch_thread():
+                rivals = work.pool.map(make, block.weights, block.weights.values())
+                found[name] = dict(zip(block.weights, rivals, strict=True))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import TypeVar, final
 
 import torch
@@ -109,16 +109,15 @@ class Passes:
                     wait([before] if before else [])  # a worker that had it began it before
                     take(batch, found)
 
-        exact, threads = exact_products(self._work.blueprint.dtype), self._work.way.threads
-        with exact, one_torch_thread(), ThreadPoolExecutor(threads, "calibrate") as pool:
+        with exact_products(self._work.blueprint.dtype), one_torch_thread():
             futures: list[Future[None]] = []
             for batch in batches:
-                futures.append(pool.submit(quietly, batch, futures[-1] if futures else None))
+                futures.append(self._work.pool.submit(quietly, batch, futures[-1] if futures else None))
             try:
                 for future in futures:
                     future.result()
             finally:
-                pool.shutdown(cancel_futures=True)
+                wait([future for future in futures if not future.cancel()])
 
     def view(self, steps: Sequence[Step]) -> Block:
         """The block as methods that learn and transforms see it."""
@@ -145,5 +144,6 @@ class Passes:
             activations={name: scheme for name, scheme in activations.items() if scheme},
             seed=self.index,
             threads=work.way.threads if work.device.type == "cpu" else 1,  # a GPU wants few large products
+            pool=work.pool,
             device=work.device,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -35,7 +36,10 @@ ABSMAX = "absmax"
 @final
 @dataclass(frozen=True)
 class Calibration:
-    """Everything that stays the same from block to block."""
+    """Everything that stays the same from block to block.
+
+    The same workers do all: each has a heap of its own, which keeps what was freed.
+    """
 
     source: Checkpoint
     plan: Plan
@@ -47,6 +51,7 @@ class Calibration:
     streams: Streams
     entrance: Entrance
     terms: Terms
+    pool: ThreadPoolExecutor
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def quantize_step(seen: Mapping[Site, Seen], work: Calibration, state: State, co
     for site, found in seen.items():
         prepared: dict[Any, Stats] = {}
         jobs += [_job(name, found, prepared, work, state, corrections) for name in state.targets(site)]
-    _carry_out(jobs, work.way.threads, state)
+    _carry_out(jobs, work.pool, state)
     for job in jobs:
         corrections.correct(job.entry.weight.name, job.seen)
 
@@ -56,8 +56,8 @@ def _where(method: Method, stats: Stats, device: torch.device) -> Stats:
     return {name: value.to(device) for name, value in stats.items()} if method.anywhere else stats
 
 
-def _carry_out(jobs: Sequence[Job], threads: int, state: State) -> None:
-    with one_torch_thread(), ThreadPoolExecutor(threads, "calibrate") as pool:
+def _carry_out(jobs: Sequence[Job], pool: Executor, state: State) -> None:
+    with one_torch_thread():
         work = [[pool.submit(job.piece, rows) for rows in job.places()] for job in jobs]
         for job, futures in zip(jobs, work, strict=True):
             pieces = [future.result() for future in futures]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
@@ -98,14 +99,15 @@ def calibrate(prepared: Prepared, output: Output, watch: MemoryWatch, progress: 
         return
     with torch.no_grad(), _device_memory():
         work = _begin(prepared, output)
-        start = work.streams.latest(done)
-        if start == 0:
-            _enter(work)
-        for k in range(start, len(paths)):
-            progress("calibrate", k, len(paths))
-            watch.check()
-            _run_block(work, paths[k], k)
-            work.streams.forget(k + 1)
+        with work.pool:
+            start = work.streams.latest(done)
+            if start == 0:
+                _enter(work)
+            for k in range(start, len(paths)):
+                progress("calibrate", k, len(paths))
+                watch.check()
+                _run_block(work, paths[k], k)
+                work.streams.forget(k + 1)
         progress("calibrate", len(paths), len(paths))
 
 
@@ -162,6 +164,7 @@ def _begin(prepared: Prepared, output: Output) -> Calibration:
         Streams(output.path / WORK / "hidden", shape, blueprint.dtype, _kinds(recipe)),
         Entrance(blueprint, torch.device(calibration.device)),
         Terms(output.path),
+        ThreadPoolExecutor(cost.threads, "calibrate"),
     )
 
 
