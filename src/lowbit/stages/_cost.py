@@ -259,7 +259,8 @@ class _Facts:
             )
             total += BESIDE * 2 * weights * (passes * tokens + learned * self.windows[1] + searched) / fast
             total += _LOOPS * sum(self._solve(entry, tokens) for entry in entries) / slow
-            total += _WEIGHT * len(entries) + _ELEMENT * weights / way.threads
+            made = len(entries) * (2 if self.recipe.rotate else 1)  # rotated again each time that it is read
+            total += _WEIGHT * made + _ELEMENT * weights / way.threads
             total += _WINDOW * learned * bool(entries)
         return total
 
@@ -278,12 +279,12 @@ class _Facts:
 
 
 _PASSES = 3.5  # passes over a block: up to each of its steps, and one for its output
-BESIDE = 2.7  # attention, norms and copies beside the products of a pass: measured on models of 8M and 1.1B parameters
+BESIDE = 2.4  # attention, norms and copies beside the products of a pass: measured on models of 8M and 1.1B parameters
 # Seconds that the size of the model does not change: of the run, of a weight (its part of the block that is made, found
 # and compared, its file), of an element beside what the method does (rivals, codes, packing), of a window that is
 # learned from. Measured on models of 3 to 8 blocks, dense and with 16 experts; of a long run they are a small part.
-_START, _WEIGHT, _ELEMENT, _WINDOW = 0.3, 0.025, 0.8e-6, 0.45e-3
-_ANOTHER = 0.85  # of the work of the first worker, what each other does in its time
+_START, _WEIGHT, _ELEMENT, _WINDOW = 0.3, 0.04, 0.8e-6, 0.45e-3
+_ANOTHER = 0.7  # of the work of the first worker, what each other does in its time
 _LOOPS = 2.0  # what the loops over columns fall short of plain products
 
 
