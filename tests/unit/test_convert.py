@@ -232,6 +232,27 @@ def test_dequantized_weights_say_whether_their_type_holds_them(scheme: str | Non
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
+@pytest.mark.parametrize(("last", "dtype"), [(1, F16), (7, BF16)])
+def test_the_first_float_type_that_has_every_value(
+    last: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first runs the second of two types has all; where not in the last, the error is that of the first."""
+
+    def change(q: QTensor) -> QTensor:
+        codes = torch.full_like(q.codes, 8 + 1)
+        codes[-1] = 8 + last
+        return replace(q, codes=codes, scales=torch.full_like(q.scales, 1 + 2**-9))  # type: ignore[arg-type]
+
+    write_checkpoint(tmp_path / "in", "gptq", {NAME: "int4-g64-f16"}, change=change, config={"torch_dtype": "bfloat16"})
+    monkeypatch.setattr(_changes, "_FLOATS", 2 * SHAPE[1])
+    done = lowbit.convert(tmp_path / "in", tmp_path / "out", format="float", lossy=True)
+    wanted, stored = dequantized(tmp_path / "in"), load_file(tmp_path / "out/model.safetensors")[NAME]
+    assert stored.dtype == dtype and done.lossless == (dtype == F16) and SHAPE[0] > 4
+    apart = (stored.float() - wanted).double()
+    assert done.error == pytest.approx(float(apart.square().sum() / stored.double().square().sum()))
+    assert done.largest == float(apart.abs().max())
+
+
 def test_powers_of_two_are_exact_in_half_precision(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in", "gptq", {NAME: "int4-g64"}, change=scales_of([0.5, 0.125]))
     assert lowbit.convert(tmp_path / "in", tmp_path / "out", format="float").lossless

@@ -432,17 +432,22 @@ class Changer:
             return iter([self.load(weight, pieces=found)])
         return streamed(q, codes, weight, _contiguous(found)).pieces()
 
-    def _rounding(self, weight: Weight, dtype: torch.dtype, whole: bool = True) -> Error:
-        """What rounding the values to a float type changes; not of all of them, unless `whole`, where it does."""
-        error = Error()
-        for q in self.pieces(weight) if dtype != torch.float32 else ():
-            start = 0
-            for values in _floats(q, dtype):
-                error += gap(q, start, values)
-                start += len(values)
-                if error.largest and not whole:
-                    return error
-        return error
+    def _rounding(self, weight: Weight, dtypes: Sequence[torch.dtype]) -> tuple[torch.dtype, Error]:
+        """The first of some float types that has every value; where none has, the first, and what that changes."""
+        left, error, whole = list(dtypes), Error(), True
+        for q in self.pieces(weight) if left[0] != torch.float32 else ():
+            for some in row_chunks(*view_shape(q.shape, Block(1, 0)), _FLOATS):
+                for dtype in left[:] or dtypes[:1]:
+                    room = torch.empty(some.stop - some.start, q.shape[-1], dtype=dtype)
+                    found = gap(q, some.start, q.rows(some.start, some.stop, room))
+                    error += found if dtype == dtypes[0] else Error()
+                    left = [each for each in left if each != dtype or not found.largest]
+                whole = whole and (not left or left[0] == dtypes[0])  # else the first is not measured from here on
+                if left[:1] == [torch.float32]:
+                    return left[0], Error()
+        if left:
+            return left[0], Error()
+        return (dtypes[0], error) if whole else self._rounding(weight, dtypes[:1])
 
     def floats(
         self, weight: Weight, dtype: torch.dtype, tensors: Mapping[str, Tensor] | None = None
@@ -462,11 +467,7 @@ class Changer:
         named = self.goal.dtype
         if self.goal.scheme and named is None:
             raise UnsupportedError(f"--scheme {self.goal.scheme}: {_float.NAME} holds f16, bf16 or f32")
-        choices = [named] if named else self.dtypes(weight)
-        several = choices if len(choices) > 1 else ()
-        tried = ((dtype, self._rounding(weight, dtype, whole=False)) for dtype in several)
-        exact = next((each for each in tried if not each[1].largest), None)
-        dtype, error = exact or (choices[0], self._rounding(weight, choices[0]))
+        dtype, error = self._rounding(weight, [named] if named else self.dtypes(weight))
         target = Weight(weight.name, weight.held, dtype)
         why = "" if not error.largest else f"{_name(dtype)} does not have its values; --scheme f32 does"
         why = why or ("its inputs are no longer rounded" if weight.activations else "")
