@@ -38,11 +38,17 @@ class Layout:
     stack: str
     parts: Sequence[str]
     transformers: Sequence[str] = ()
+    mlx: Sequence[str] = ()
     hidden: str = ""
     turned: bool = False
     interleaved: bool = False
     heads: Sequence[str] = ()
     single: bool = False
+
+    def of_type(self, model_type: str) -> Layout:
+        """The same for one type of model: `mlx` is among its formats where mlx-lm loads that."""
+        more = ("mlx",) if model_type in self.mlx else ()
+        return replace(self, formats=(*self.formats, *more), transformers=(*self.transformers, *more))
 
     def part(self, stack: Tensor, expert: int, part: int, first: int = 0) -> Tensor:
         """View of one matrix `[outputs, inputs]`, or bias, in the tensor that holds all.
@@ -209,7 +215,8 @@ def is_stack(config: Mapping[str, Any], name: str) -> bool:
 
 @cache
 def _layouts(model_type: str) -> list[Layout]:
-    return [row for row in (Layout(**row) for row in arch_rows("experts")) if model_type in row.model_types]
+    rows = (Layout(**row) for row in arch_rows("experts"))
+    return [row.of_type(model_type) for row in rows if model_type in row.model_types]
 
 
 def _cut(source: Checkpoint, rows: Sequence[Layout], name: str) -> Cut | None:
