@@ -19,7 +19,7 @@ from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules
 from lowbit.tensors import QTensor
 from tests.interop.test_mlx import as_torch
-from tests.reference.models import save_tiny, save_words
+from tests.reference.models import SEEING, STACKED, save_seeing, save_stacked, save_tiny, save_words
 
 mx: Any = pytest.importorskip("mlx.core")
 utils: Any = pytest.importorskip("mlx_lm.utils")
@@ -32,12 +32,22 @@ KINDS: dict[str, dict[str, Any]] = {
                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
     "mistral": {}, "qwen2": {}, "qwen3": {"tie_word_embeddings": True}, "gemma": {}, "phi3": {}, "mixtral": {},
     "qwen2_moe": EXPERTS, "qwen3_moe": EXPERTS, "gpt_neox": {"intermediate_size": 256},
+    # Yarn is cut off at whole frequencies there, whatever `truncate` says.
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    "granitemoe": {"num_hidden_layers": 2}, "granitemoehybrid": {"shared_intermediate_size": 64},
+    # Four layers: it asks the fourth for its mask.
+    "llama4": {"num_hidden_layers": 4, "num_experts_per_tok": 1, "attention_chunk_size": 8},
+    "qwen3_5_moe": {**EXPERTS, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"],
+                    "full_attention_interval": 2},
+    "qwen3_vl_moe": EXPERTS,
 }  # fmt: skip
+WITH_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "granitemoehybrid", *SEEING)
 
 
 def model_of(kind: str, path: Path, old: bool = False) -> Path:
     """A float checkpoint; `old`: with what mlx-lm asks for by names of transformers 4."""
-    save_tiny(kind, path, **{**SIZES, **KINDS[kind]})
+    save = save_seeing if kind in SEEING else save_stacked if kind in STACKED else save_tiny
+    save(kind, path, **{**SIZES, **KINDS[kind]})
     if not old:
         return path
     config = json.loads((path / "config.json").read_text())
@@ -45,6 +55,13 @@ def model_of(kind: str, path: Path, old: bool = False) -> Path:
         config |= {"num_experts": config["num_local_experts"], "head_dim": 16}
         (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def lowbit_floats(path: Path) -> Path:
+    """The same model as the format `mlx` has it, nothing quantized."""
+    out = path.with_name("kept")
+    lowbit.quantize(path, out, scheme="int4-g32-min", format="mlx", method="rtn", skip=["."])
+    return out
 
 
 def theirs(model: Any) -> Tensor:
@@ -64,7 +81,7 @@ def close(left: Tensor, right: Tensor, most: float = 2e-5) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_mlx_lm_computes_what_was_written(kind: str, scheme: str, tmp_path: Path) -> None:
     """Some experts in another scheme. Activations of Gemma and NeoX are other approximations there, in floats too."""
-    sets = {r"\.0\..*(o_proj|attention\.dense\.weight|experts\..*(down_proj|w2))": "int8-g64-min"}
+    sets = {r"^(?!vision).*\.0\..*(o_proj|attention\.dense|experts\..*(down_proj|w2))\.weight": "int8-g64-min"}
     lowbit.quantize(
         model_of(kind, tmp_path / "m"), tmp_path / "out", scheme=scheme, format="mlx", method="rtn", sets=sets
     )
@@ -73,11 +90,11 @@ def test_mlx_lm_computes_what_was_written(kind: str, scheme: str, tmp_path: Path
         found = theirs(model)
     modules = [type(each).__name__ for _, each in model.named_modules()]
     assert sum("Quantized" in name for name in modules) >= 8
-    assert ("QuantizedSwitchLinear" in modules) == (kind in ("mixtral", "qwen2_moe", "qwen3_moe"))
+    assert ("QuantizedSwitchLinear" in modules) == (kind in WITH_EXPERTS)
     assert close(found, ours(tmp_path / "out"), 1e-3 if kind in ("gemma", "gpt_neox") else 2e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe"])
 def test_reads_what_mlx_lm_makes(kind: str, tmp_path: Path) -> None:
     """Quantized there, routers and a part of experts in 8 bits; and over to compressed-tensors, MLX and floats."""
     path = model_of(kind, tmp_path / "m", old=True)
@@ -85,9 +102,11 @@ def test_reads_what_mlx_lm_makes(kind: str, tmp_path: Path) -> None:
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     config["rope_scaling"] = config["rope_parameters"] if kind == "llama" else None
     (path / "config.json").write_text(json.dumps(config))
+    if kind == "gpt_oss":  # of which it loads no floats but those that lie as it has them
+        path = lowbit_floats(path)
 
     def chosen(name: str, module: Any) -> Any:
-        eight = name.endswith(("gate", "switch_mlp.up_proj"))
+        eight = name.endswith(("gate", "switch_mlp.up_proj", "experts.up_proj"))
         return {"group_size": 64, "bits": 8} if eight else hasattr(module, "to_quantized") and "lm_head" not in name
 
     with mx.stream(mx.cpu):

@@ -24,6 +24,8 @@ _PARTS: Mapping[str, Mapping[str, str]] = {
 }
 # What mlx-lm calls the module of a layer's experts, by type of the model; `switch_mlp` for others.
 _MODULES: Mapping[str, str] = {"gpt_oss": "experts", "llama4": "experts"}
+# Types of which mlx-lm loads no stack of floats as transformers has it.
+APART_ONLY = ("gpt_oss",)
 _TENSORS = r"(weight|scales|biases|bias)"
 _EXPERT = re.compile(rf"(.*\.)experts\.(0|[1-9]\d{{0,5}})\.(\w+)\.{_TENSORS}")
 

@@ -16,8 +16,10 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor
 
+from lowbit import plugins
 from lowbit.errors import UnsupportedError
-from lowbit.formats import Spec, Weight
+from lowbit.formats import Format, Spec, Weight, never_stacked
+from lowbit.formats._switch import APART_ONLY
 from lowbit.stages._weightfile import Slot, WeightFile
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 
@@ -115,22 +117,27 @@ def finds(patterns: Sequence[str]) -> Callable[[str], bool]:
 def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = nowhere) -> Checkpoint:
     """A view in which each expert's matrices are weights, where readers of the format `form` know them so.
 
-    `whole`: of the name of a tensor that holds all, whether it stays as it is.
+    `whole`: of the name of a tensor that holds all, whether it stays as it is; not where the format has all experts in
+    one tensor, and each of these stays as it is too.
     """
     if source.format not in (None, "mxfp4") or form is None:
         return source
-    rows = [row for row in _layouts(str(source.config.get("model_type"))) if form.replace("-", "_") in row.formats]
-    wanted = [name for name in source.specs if _row(rows, name) and not whole(name)]
-    cuts = {name: cut for name in wanted if (cut := _cut(source, rows, name))}
+    rows = _known_apart(source, form)
+    if not rows:
+        return source
+    stays = partial(_stays, whole, _has_stacks(form))
+    cuts = {name: cut for name in source.specs if _row(rows, name) and (cut := _cut(source, rows, name))}
+    cuts = {name: cut for name, cut in cuts.items() if not stays(name, cut(_hollow(source, name)))}
     found = {
         name: {new: _slot(source.files[name].slots[name], view) for new, view in cut(_hollow(source, name)).items()}
         for name, cut in cuts.items()
     }
     made = {name: {n: Weight(n, s.spec.shape, s.spec.dtype) for n, s in p.items()} for name, p in found.items()}
     for weight in source.weights.values():
-        row = _row(rows, weight.name) if weight.scheme and not whole(weight.name) else None
-        if row:
-            stored, made[weight.name] = _quantized(source, row, weight)
+        row = _row(rows, weight.name) if weight.scheme else None
+        stored, parts = _quantized(source, row, weight) if row else ({}, {})
+        if row and not stays(weight.name, parts):
+            made[weight.name] = parts
             found |= stored
     if not found:
         return source
@@ -142,6 +149,16 @@ def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = n
     )
     edits, alone = _made_apart(source, {name: cut for name, cut in cuts.items() if name in source.view.was}, found)
     return replace(source, specs=specs, weights=spread(source.weights, made), files=files | alone, edits=edits)
+
+
+def _stays(whole: Callable[[str], bool], stacked: bool, name: str, parts: Iterable[str]) -> bool:
+    return whole(name) and not (stacked and all(map(whole, parts)))
+
+
+def _has_stacks(form: str) -> bool:
+    """Whether a format has experts in one tensor by rules of its own."""
+    record: Format = plugins.load("formats", form)
+    return record.stacks is not never_stacked
 
 
 def _made_apart(
@@ -179,13 +196,32 @@ def check_whole(source: Checkpoint, form: str) -> None:
     Raises:
         UnsupportedError: with the first, and what takes it apart.
     """
-    rows = [row for row in _layouts(str(source.config.get("model_type"))) if form in row.formats]
+    rows = _known_apart(source, form)
     for weight in source.weights.values() if form == "gguf" else ():
         if weight.scheme and _row(rows, weight.name):
             raise UnsupportedError(
                 f"{weight.name} is quantized as one, and llama.cpp has parts of it; take it apart from what its codes "
                 "stand for, with lowbit quantize --requantize --format gguf"
             )
+
+
+def check_alike(source: Checkpoint, form: str | None) -> None:
+    """Refuse a stack of floats that stays whole where mlx-lm would look for its experts.
+
+    Raises:
+        UnsupportedError: with the first, and what keeps it in 16 bits.
+    """
+    model_type = str(source.config.get("model_type"))
+    rows = _known_apart(source, form) if form else []
+    if form is None or not rows or not _has_stacks(form):
+        return
+    left = next((name for name in source.weights if _row(rows, name)), None)
+    if left and (model_type in APART_ONLY or stacks(model_type, source.weights)):
+        beside = "" if model_type in APART_ONLY else " beside others that are taken apart"
+        raise UnsupportedError(
+            f"{left} stays whole, as which mlx-lm does not load it{beside}; let --skip find its experts, as with "
+            r"'experts\.\d', to keep these in 16 bits"
+        )
 
 
 def unread(source: Checkpoint, form: str) -> list[str]:
@@ -217,6 +253,12 @@ def is_stack(config: Mapping[str, Any], name: str) -> bool:
 def _layouts(model_type: str) -> list[Layout]:
     rows = (Layout(**row) for row in arch_rows("experts"))
     return [row.of_type(model_type) for row in rows if model_type in row.model_types]
+
+
+def _known_apart(source: Checkpoint, form: str) -> list[Layout]:
+    """How stacks lie of which readers of a format take each expert apart."""
+    known = form.replace("-", "_")
+    return [row for row in _layouts(str(source.config.get("model_type"))) if known in row.formats]
 
 
 def _cut(source: Checkpoint, rows: Sequence[Layout], name: str) -> Cut | None:
