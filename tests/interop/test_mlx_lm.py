@@ -13,13 +13,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 import lowbit
-from lowbit.errors import CheckpointError, UsageError
+from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.pipeline import Request, run
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Rules
 from lowbit.tensors import QTensor
 from tests.interop.test_mlx import as_torch
-from tests.reference.models import SEEING, STACKED, save_seeing, save_stacked, save_tiny, save_words
+from tests.reference.models import SEEING, STACKED, save_seeing, save_stacked, save_tiny, save_words, to_mxfp4
 
 mx: Any = pytest.importorskip("mlx.core")
 utils: Any = pytest.importorskip("mlx_lm.utils")
@@ -158,6 +158,71 @@ def test_experts_that_are_not_alike_are_refused(tmp_path: Path) -> None:
         lowbit.quantize(path, tmp_path / "out", scheme="int4-g32-min", format="mlx", method="rtn",
                         sets={one: "int8-g32-min"})  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def in_mlx_lm(path: Path) -> tuple[Tensor, dict[str, str]]:
+    """Logits there, and the class of each module."""
+    with mx.stream(mx.cpu):
+        model, _ = utils.load_model(path, lazy=False)
+        return theirs(model), {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+def test_gpt_oss_in_mxfp4_goes_into_mlx_without_loss(tmp_path: Path) -> None:
+    """Oracle: mlx-lm with the checkpoint as it is published, which it takes apart itself."""
+    source = to_mxfp4(model_of("gpt_oss", tmp_path / "m", old=True))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
+    done = lowbit.convert(source, tmp_path / "out", format="mlx")
+    wanted, modules = in_mlx_lm(source)
+    found, written = in_mlx_lm(tmp_path / "out")
+    assert done.lossless and torch.equal(found, wanted) and written == modules
+    assert list(modules.values()).count("QuantizedSwitchLinear") == 6
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization"]
+    assert said == {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    assert close(ours(tmp_path / "out"), wanted)
+    over = lowbit.convert(tmp_path / "out", tmp_path / "over", format="compressed-tensors")
+    assert over.lossless and torch.equal(ours(tmp_path / "over"), ours(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "granitemoe", "llama4", "qwen3_5_moe"])
+def test_a_layer_that_is_skipped_has_its_experts_in_floats(kind: str, tmp_path: Path) -> None:
+    """mlx-lm wants them apart too, beside others that are."""
+    path = model_of(kind, tmp_path / "m")
+    lowbit.quantize(path, tmp_path / "out", scheme="int4-g32-min", format="mlx", method="rtn", skip=[r"layers\.0\."])
+    found, modules = in_mlx_lm(tmp_path / "out")
+    first = {name: each for name, each in modules.items() if "layers.0." in name and each.endswith("SwitchLinear")}
+    assert len(first) == 3 and set(first.values()) == {"SwitchLinear"}
+    assert list(modules.values()).count("QuantizedSwitchLinear") == 3 * (len(as_layers(modules)) - 1)
+    assert close(found, ours(tmp_path / "out"))
+
+
+def as_layers(modules: dict[str, str]) -> set[str]:
+    """Paths of the layers that have experts."""
+    return {name for name, each in modules.items() if each == "SwitchGLU"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "skip", "words"),
+    [
+        ("gpt_oss", "experts.(gate_up|down)_proj", "mlx-lm does not load it; let --skip"),
+        ("gpt_oss", "layers.0.*gate_up_proj$", "mlx-lm does not load it; let --skip"),
+        ("granitemoe", "layers.0.*put_linear", "beside others that are taken apart"),
+        ("qwen3_5_moe", "experts.down_proj", "beside others that are taken apart"),
+    ],
+)
+def test_stacks_that_mlx_lm_would_not_find_are_refused(kind: str, skip: str, words: str, tmp_path: Path) -> None:
+    path = model_of(kind, tmp_path / "m")
+    with pytest.raises(UnsupportedError, match=rf"layers\.0\..* stays whole, .*{words}"):
+        lowbit.quantize(path, tmp_path / "out", scheme="int4-g32-min", format="mlx", method="rtn", skip=[skip])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_which_all_stacks_stay_whole_is_loaded(tmp_path: Path) -> None:
+    path = model_of("granitemoe", tmp_path / "m")
+    lowbit.quantize(path, tmp_path / "out", scheme="int4-g32-min", format="mlx", method="rtn", skip=["put_linear"])
+    found, modules = in_mlx_lm(tmp_path / "out")
+    assert "QuantizedSwitchLinear" not in modules.values() and "QuantizedLinear" in modules.values()
+    assert close(found, ours(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("what", ["no axes", "no experts", "twice", "braces"])

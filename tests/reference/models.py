@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -113,6 +114,20 @@ def _as_held(model: Any, path: Path) -> Any:
     if "qwen3_5_moe" in model.config.model_type:
         save_file(dict(model.state_dict()), path / "model.safetensors", {"format": "pt"})
     return model
+
+
+def to_mxfp4(path: Path) -> Path:
+    """Replace the experts of a gpt-oss by such as it is published with: those of a layer in one tensor, in blocks."""
+    stored, chance = load_file(path / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in [name for name in stored if name.endswith("_proj") and "experts" in name]:
+        experts, inputs, outputs = stored.pop(name).shape
+        shape = experts, outputs, inputs // 32
+        stored[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=chance).to(torch.uint8)
+        stored[f"{name}_scales"] = torch.randint(118, 124, shape, generator=chance).to(torch.uint8)
+    save_file(stored, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 def save_words(path: Path) -> Path:
