@@ -127,10 +127,11 @@ def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = n
         return source
     stays = partial(_stays, whole, _has_stacks(form))
     cuts = {name: cut for name in source.specs if _row(rows, name) and (cut := _cut(source, rows, name))}
-    cuts = {name: cut for name, cut in cuts.items() if not stays(name, cut(_hollow(source, name)))}
+    views = {name: cut(_hollow(source, name)) for name, cut in cuts.items()}
     found = {
-        name: {new: _slot(source.files[name].slots[name], view) for new, view in cut(_hollow(source, name)).items()}
-        for name, cut in cuts.items()
+        name: {new: _slot(source.files[name].slots[name], view) for new, view in parts.items()}
+        for name, parts in views.items()
+        if not stays(name, parts)
     }
     made = {name: {n: Weight(n, s.spec.shape, s.spec.dtype) for n, s in p.items()} for name, p in found.items()}
     for weight in source.weights.values():
@@ -147,7 +148,9 @@ def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = n
         {name: held[file] for name, file in source.files.items()},
         {name: dict.fromkeys(pieces, held[source.files[name]]) for name, pieces in found.items()},
     )
-    edits, alone = _made_apart(source, {name: cut for name, cut in cuts.items() if name in source.view.was}, found)
+    edits, alone = _made_apart(
+        source, {name: cut for name, cut in cuts.items() if name in found and name in source.view.was}, found
+    )
     return replace(source, specs=specs, weights=spread(source.weights, made), files=files | alone, edits=edits)
 
 
@@ -219,7 +222,7 @@ def check_alike(source: Checkpoint, form: str | None) -> None:
     if left and (model_type in APART_ONLY or stacks(model_type, source.weights)):
         beside = "" if model_type in APART_ONLY else " beside others that are taken apart"
         raise UnsupportedError(
-            f"{left} stays whole, as which mlx-lm does not load it{beside}; let --skip find its experts, as with "
+            f"{left} stays whole, and mlx-lm does not load it so{beside}; let --skip find its experts, as with "
             r"'experts\.\d', to keep these in 16 bits"
         )
 
