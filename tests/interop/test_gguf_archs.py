@@ -40,6 +40,7 @@ from tests.interop.test_gguf import (
     tensors,
     tokens_and_logits,
 )
+from tests.reference.models import to_mxfp4
 
 library: Any = transformers
 JSON = dict[str, Any]
@@ -602,23 +603,8 @@ def test_what_llama_cpp_computes_in_another_way_is_refused(what: str, tmp_path: 
         quantized(saved(CASES[kind], tmp_path / "model", **settings), tmp_path / "out", "q8_0")
 
 
-def in_mxfp4(folder: Path) -> Path:
-    """A gpt-oss as it is published: the experts of a layer in one tensor, in blocks."""
-    source, chance = saved(CASES["gpt-oss"], folder), torch.Generator().manual_seed(0)
-    stored = load_file(source / "model.safetensors")
-    for name in [name for name in stored if name.endswith("_proj") and "experts" in name]:
-        experts, inputs, outputs = stored.pop(name).shape
-        shape = experts, outputs, inputs // 32
-        stored[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=chance).to(torch.uint8)
-        stored[f"{name}_scales"] = torch.randint(118, 124, shape, generator=chance).to(torch.uint8)
-    save_file(stored, source / "model.safetensors", {"format": "pt"})
-    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
-    (source / "config.json").write_text(json.dumps(config))
-    return source
-
-
 def test_gpt_oss_in_mxfp4_goes_into_gguf_without_loss(tmp_path: Path) -> None:
-    source = in_mxfp4(tmp_path / "model")
+    source = to_mxfp4(saved(CASES["gpt-oss"], tmp_path / "model"))
     assert run_conversion(str(source), tmp_path / "out", Goal("gguf")).lossless
     file = tmp_path / "out" / "model.gguf"
     assert {kind for name, (kind, _) in tensors(file).items() if name.endswith("exps.weight")} == {"MXFP4"}
@@ -646,7 +632,7 @@ def test_latent_keys_and_values_of_a_quantized_model_are_taken_apart(tmp_path: P
 
 @pytest.mark.parametrize(("form", "scheme"), [("gguf", "q8_0"), ("compressed-tensors", "int8-g32")])
 def test_gpt_oss_in_mxfp4_is_quantized_again_expert_by_expert(form: str, scheme: str, tmp_path: Path) -> None:
-    source = in_mxfp4(tmp_path / "model")
+    source = to_mxfp4(saved(CASES["gpt-oss"], tmp_path / "model"))
     run(Request(str(source), tmp_path / "out", Rules(scheme, format=form), requantize=True))
     written, whole = open_checkpoint(tmp_path / "out"), open_checkpoint(source)
     for layer, expert in ((0, 3), (1, 0)):

@@ -169,8 +169,7 @@ def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], start: int, word
 
 def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """config.json as mlx-lm writes it; what is quantized is known by its scales, what differs is named."""
-    plain = {**declare(source, None), **_rope(source)}
-    plain = {**_renamed(plain), **plain}
+    plain = _looked_for(declare(source, None))
     kind = str(source.get("model_type"))
     chosen = {_declared_as(weight.module, kind): _parameters(planned(weight)) for weight in weights if weight.scheme}
     if not chosen:
@@ -179,6 +178,15 @@ def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, di
     other = {module: _own(each) for module, each in chosen.items() if each != common}
     quantization = {**common, **other}
     return {"config.json": {**plain, "quantization": quantization, "quantization_config": quantization}}
+
+
+def _looked_for(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, and the one of a text model in it, with what mlx-lm looks for; null is nothing said."""
+    found = {**config, **_rope(config)}
+    said = {key: value for key, value in found.items() if value is not None}
+    found = _respelled({**found, **_renamed(found), **said})
+    text = found.get("text_config")
+    return found | ({"text_config": _looked_for(text)} if isinstance(text, Mapping) else {})
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,14 +202,28 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
     """What mlx-lm looks for under other names than those under which transformers 5 saves it."""
     found: dict[str, Any] = {}
-    for row in tomllib.loads(files("lowbit").joinpath("arch/mlx.toml").read_text())["renamed"]:
-        if config.get("model_type") in row["model_types"]:
-            value: Any = config if row["path"] else None
-            for key in row["path"]:
-                value = value.get(key) if isinstance(value, Mapping) else None
-            value = value // config[row["over"]] if "over" in row else value
-            found |= {row["key"]: value} if value is not None or row.get("null") else {}
+    for row in _rows("renamed", config):
+        value: Any = config if row["path"] else row.get("value")
+        for key in row["path"]:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        value = value // config[row["over"]] if "over" in row else value
+        found |= {row["key"]: value} if value is not None or row.get("null") else {}
     return found
+
+
+def _respelled(config: dict[str, Any]) -> dict[str, Any]:
+    """The same with mlx-lm's words in lists of words."""
+    for row in _rows("respelled", config):
+        told = config.get(row["key"])
+        if isinstance(told, list):
+            config = {**config, row["key"]: [row["words"].get(word, word) for word in map(str, told)]}
+    return config
+
+
+def _rows(table: str, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a table of `arch/mlx.toml` that are for a type of model."""
+    rows = tomllib.loads(files("lowbit").joinpath("arch/mlx.toml").read_text())[table]
+    return [row for row in rows if config.get("model_type") in row["model_types"]]
 
 
 def _declared_as(module: str, model_type: str) -> str:

@@ -19,7 +19,7 @@ from lowbit.formats import Spec, Weight
 from lowbit.formats._linear import declare
 from lowbit.stages._adapter import ADAPTER, CONFIG, read_adapter
 from lowbit.stages._changes import model_dtype
-from lowbit.stages._experts import apart, spread
+from lowbit.stages._experts import apart, check_alike, spread
 from lowbit.stages._row_views import at_first, joined_rows
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.convert import lasting
@@ -71,9 +71,14 @@ def taken_apart(source: Checkpoint, form: str | None, whole: Callable[[str], boo
     """The checkpoint with tensors that hold several matrices apart, and what is quantized as floats, if `requantize`.
 
     Stacks of codes come apart as these (gpt-oss's), others as what they stand for (DeepSeek's keys and values).
+
+    Raises:
+        UnsupportedError: one that stays whole, where readers of the format would not find it.
     """
     stored = apart(source, form, whole)
-    return apart(dequantized(stored), form, whole) if requantize else stored
+    found = apart(dequantized(stored), form, whole) if requantize else stored
+    check_alike(found, form)
+    return found
 
 
 def told_dequantized(source: Checkpoint) -> str | None:

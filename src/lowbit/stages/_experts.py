@@ -16,8 +16,10 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor
 
+from lowbit import plugins
 from lowbit.errors import UnsupportedError
-from lowbit.formats import Spec, Weight
+from lowbit.formats import Format, Spec, Weight, never_stacked
+from lowbit.formats._switch import APART_ONLY
 from lowbit.stages._weightfile import Slot, WeightFile
 from lowbit.stages.checkpoint import Checkpoint, arch_rows
 
@@ -38,11 +40,17 @@ class Layout:
     stack: str
     parts: Sequence[str]
     transformers: Sequence[str] = ()
+    mlx: Sequence[str] = ()
     hidden: str = ""
     turned: bool = False
     interleaved: bool = False
     heads: Sequence[str] = ()
     single: bool = False
+
+    def of_type(self, model_type: str) -> Layout:
+        """The same for one type of model: `mlx` is among its formats where mlx-lm loads that."""
+        more = ("mlx",) if model_type in self.mlx else ()
+        return replace(self, formats=(*self.formats, *more), transformers=(*self.transformers, *more))
 
     def part(self, stack: Tensor, expert: int, part: int, first: int = 0) -> Tensor:
         """View of one matrix `[outputs, inputs]`, or bias, in the tensor that holds all.
@@ -109,22 +117,28 @@ def finds(patterns: Sequence[str]) -> Callable[[str], bool]:
 def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = nowhere) -> Checkpoint:
     """A view in which each expert's matrices are weights, where readers of the format `form` know them so.
 
-    `whole`: of the name of a tensor that holds all, whether it stays as it is.
+    `whole`: of the name of a tensor that holds all, whether it stays as it is; not where the format has all experts in
+    one tensor, and each of these stays as it is too.
     """
     if source.format not in (None, "mxfp4") or form is None:
         return source
-    rows = [row for row in _layouts(str(source.config.get("model_type"))) if form.replace("-", "_") in row.formats]
-    wanted = [name for name in source.specs if _row(rows, name) and not whole(name)]
-    cuts = {name: cut for name in wanted if (cut := _cut(source, rows, name))}
+    rows = _known_apart(source, form)
+    if not rows:
+        return source
+    stays = partial(_stays, whole, _has_stacks(form))
+    cuts = {name: cut for name in source.specs if _row(rows, name) and (cut := _cut(source, rows, name))}
+    views = {name: cut(_hollow(source, name)) for name, cut in cuts.items()}
     found = {
-        name: {new: _slot(source.files[name].slots[name], view) for new, view in cut(_hollow(source, name)).items()}
-        for name, cut in cuts.items()
+        name: {new: _slot(source.files[name].slots[name], view) for new, view in parts.items()}
+        for name, parts in views.items()
+        if not stays(name, parts)
     }
     made = {name: {n: Weight(n, s.spec.shape, s.spec.dtype) for n, s in p.items()} for name, p in found.items()}
     for weight in source.weights.values():
-        row = _row(rows, weight.name) if weight.scheme and not whole(weight.name) else None
-        if row:
-            stored, made[weight.name] = _quantized(source, row, weight)
+        row = _row(rows, weight.name) if weight.scheme else None
+        stored, parts = _quantized(source, row, weight) if row else ({}, {})
+        if row and not stays(weight.name, parts):
+            made[weight.name] = parts
             found |= stored
     if not found:
         return source
@@ -134,8 +148,20 @@ def apart(source: Checkpoint, form: str | None, whole: Callable[[str], bool] = n
         {name: held[file] for name, file in source.files.items()},
         {name: dict.fromkeys(pieces, held[source.files[name]]) for name, pieces in found.items()},
     )
-    edits, alone = _made_apart(source, {name: cut for name, cut in cuts.items() if name in source.view.was}, found)
+    edits, alone = _made_apart(
+        source, {name: cut for name, cut in cuts.items() if name in found and name in source.view.was}, found
+    )
     return replace(source, specs=specs, weights=spread(source.weights, made), files=files | alone, edits=edits)
+
+
+def _stays(whole: Callable[[str], bool], stacked: bool, name: str, parts: Iterable[str]) -> bool:
+    return whole(name) and not (stacked and all(map(whole, parts)))
+
+
+def _has_stacks(form: str) -> bool:
+    """Whether a format has experts in one tensor by rules of its own."""
+    record: Format = plugins.load("formats", form)
+    return record.stacks is not never_stacked
 
 
 def _made_apart(
@@ -173,13 +199,32 @@ def check_whole(source: Checkpoint, form: str) -> None:
     Raises:
         UnsupportedError: with the first, and what takes it apart.
     """
-    rows = [row for row in _layouts(str(source.config.get("model_type"))) if form in row.formats]
+    rows = _known_apart(source, form)
     for weight in source.weights.values() if form == "gguf" else ():
         if weight.scheme and _row(rows, weight.name):
             raise UnsupportedError(
                 f"{weight.name} is quantized as one, and llama.cpp has parts of it; take it apart from what its codes "
                 "stand for, with lowbit quantize --requantize --format gguf"
             )
+
+
+def check_alike(source: Checkpoint, form: str | None) -> None:
+    """Refuse a stack of floats that stays whole where mlx-lm would look for its experts.
+
+    Raises:
+        UnsupportedError: with the first, and what keeps it in 16 bits.
+    """
+    model_type = str(source.config.get("model_type"))
+    rows = _known_apart(source, form) if form else []
+    if form is None or not rows or not _has_stacks(form):
+        return
+    left = next((name for name in source.weights if _row(rows, name)), None)
+    if left and (model_type in APART_ONLY or stacks(model_type, source.weights)):
+        beside = "" if model_type in APART_ONLY else " beside others that are taken apart"
+        raise UnsupportedError(
+            f"{left} stays whole, and mlx-lm does not load it so{beside}; let --skip find its experts, as with "
+            r"'experts\.\d', to keep these in 16 bits"
+        )
 
 
 def unread(source: Checkpoint, form: str) -> list[str]:
@@ -209,7 +254,14 @@ def is_stack(config: Mapping[str, Any], name: str) -> bool:
 
 @cache
 def _layouts(model_type: str) -> list[Layout]:
-    return [row for row in (Layout(**row) for row in arch_rows("experts")) if model_type in row.model_types]
+    rows = (Layout(**row) for row in arch_rows("experts"))
+    return [row.of_type(model_type) for row in rows if model_type in row.model_types]
+
+
+def _known_apart(source: Checkpoint, form: str) -> list[Layout]:
+    """How stacks lie of which readers of a format take each expert apart."""
+    known = form.replace("-", "_")
+    return [row for row in _layouts(str(source.config.get("model_type"))) if known in row.formats]
 
 
 def _cut(source: Checkpoint, rows: Sequence[Layout], name: str) -> Cut | None:

@@ -292,6 +292,8 @@ def open_checkpoint(source: str | Path, trust_remote_code: bool = False) -> Chec
     stored = [_read_file(shard) for shard in shards]
     if index:
         _check_index(index, _merge(stored))
+    if isinstance(config.get("quantization"), Mapping) and _turned_by_mlx(config):
+        stored = [_as_torch(file) for file in stored]
     files = _merge([_unstacked(file, str(config.get("model_type"))) for file in stored])
     if not files:
         raise CheckpointError(f"{path} holds no tensors")
@@ -381,6 +383,21 @@ def _read(path: Path, files: Mapping[str, WeightFile], name: str) -> Tensor:
 
 def _read_file(path: Path) -> WeightFile:
     return read_torch(path) if path.name.endswith(TORCH_SUFFIXES) else read_safetensors(path)
+
+
+def _turned_by_mlx(config: Mapping[str, Any]) -> bool:
+    return any(config.get("model_type") in row["model_types"] for row in arch_rows("mlx", "turned"))
+
+
+def _as_torch(file: WeightFile) -> WeightFile:
+    """A file of MLX with depthwise convolutions `[channels, taps, 1]` in PyTorch's order: of the same bytes."""
+    slots = {
+        name: replace(slot, spec=Spec(slot.spec.dtype, (slot.spec.shape[0], 1, slot.spec.shape[1])))
+        if name.endswith("conv1d.weight") and len(slot.spec.shape) == 3 and slot.spec.shape[2] == 1 and not slot.stride
+        else slot
+        for name, slot in file.slots.items()
+    }
+    return replace(file, slots=slots)
 
 
 def read_unstacked(path: Path, model_type: str) -> WeightFile:
