@@ -15,17 +15,29 @@ _TRIM, _PAD, _MAP = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD 
 MAPPED = 1 << 25  # bytes from which memory is mapped, and so given back at once: glibc allows no more
 
 
+def give_back() -> None:
+    """Give freed memory back to the system, before much is taken in pieces that do not fit into it."""
+    library = _library()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def _library() -> ctypes.CDLL | None:
+    """The C library, where it is glibc."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") else None
+
+
 @contextmanager
 def kept_pages() -> Iterator[None]:
     """While it is entered, freed memory is kept for what comes next, except of large tensors; then it is given back.
 
     What was freed before, by threads that had heaps of their own, is given back first: it would not be taken again.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(library, "mallopt"):
+    library = _library()
+    if library is None:
         yield
         return
-    assert library is not None
     library.malloc_trim(0)
     for parameter, size in ((_MAP, MAPPED), (_TRIM, 1 << 30), (_PAD, 1 << 26)):
         library.mallopt(parameter, size)

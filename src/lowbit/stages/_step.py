@@ -12,10 +12,13 @@ from lowbit import plugins
 from lowbit.methods import Method, Stats
 from lowbit.stages._jobs import Job, stand_in
 from lowbit.stages._observe import Seen
+from lowbit.stages._pages import give_back
 from lowbit.stages._sites import Site
 from lowbit.stages._state import Calibration, State
 from lowbit.stages._terms import Corrections
 from lowbit.stages.quantize import one_torch_thread, tensor_stats
+
+_MUCH = 2**28  # bytes that a method prepares: taking less is faster where heaps keep what was freed
 
 
 def quantize_step(seen: Mapping[Site, Seen], work: Calibration, state: State, corrections: Corrections) -> None:
@@ -43,6 +46,8 @@ def _job(
     method = plugins.load("methods", chosen)
     options = work.options(method, chosen)
     if (chosen, scheme) not in prepared:
+        if method.prepared(entry.weight.shape[-1]) >= _MUCH:
+            give_back()  # what passes left in heaps
         prepared[chosen, scheme] = method.prepare(_where(method, seen.stats, work.device), scheme, options)
     state.scale_input(name, seen)
     whole = state.kept(name)
