@@ -156,8 +156,8 @@ def _line(
         plan, samples = _with_samples(plan, read)
         source = as_planned(source, plan)
         scored = _scored(request, text, source) if text and not spoken else None
+        blocks = prepare(source, plan, samples.ids, request.ram, request.threads) if samples else None  # needs more
         way = quantize.estimate_memory(plan, request.ram, request.threads, source.view.made_bytes)
-        blocks = prepare(source, plan, samples.ids, request.ram, request.threads) if samples else None
         costs: list[Estimate | Cost | tune.Cost] = [way]
         if blocks:
             costs = [blocks.cost, *tune.estimate(blocks, request.ram), way]

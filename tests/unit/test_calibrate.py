@@ -179,6 +179,29 @@ def test_each_block_sees_what_the_quantized_ones_before_produce(tmp_path: Path) 
     torch.testing.assert_close(found.view_as(hidden[0]), hidden[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["gptq", "gptaq", "awq+gptq", "autoround"])
+def test_on_float_inputs_a_block_does_not_depend_on_those_before(method: str, tmp_path: Path) -> None:
+    """Another scheme for the first block changes nothing of the second, which it does where quantized ones are read."""
+    save_tiny("llama", tmp_path / "model")
+    found: dict[tuple[str, str], list[list[Mapping[str, str]]]] = {}
+    for inputs in ("float", "quantized"):
+        for first in ("int4-g8", "int2-g8"):
+            source = open_checkpoint(tmp_path / "model")
+            rules = Rules("int4-g8", method, "compressed-tensors", sets=((r"layers\.0\..*_proj", first),),
+                          options={"autoround.iterations": 60} if method == "autoround" else {},
+                          calibration=Calibration(("text",), dtype="float32", inputs=inputs))  # fmt: skip
+            plan = make_plan(source, rules)
+            ready = prepare(as_planned(source, plan), plan, IDS, None, 1)
+            with open_output(tmp_path / f"{inputs}-{first}", ready.source, ready.plan) as output, torch.no_grad():
+                calibrate(ready, output, MemoryWatch(None))
+                for layer in "01":
+                    meant = [r.meant for name, r in sorted(output.records.items()) if f"layers.{layer}." in name]
+                    found.setdefault((inputs, layer), []).append(meant)
+    (one, other), (first_one, first_other) = found["float", "1"], found["float", "0"]
+    assert one == other and len(one) >= 7 and first_one != first_other
+    assert found["quantized", "1"][0] != found["quantized", "1"][1]
+
+
 PRODUCERS = {
     "llama": {
         "q_proj": "input_layernorm", "o_proj": "v_proj", "gate_proj": "post_attention_layernorm",

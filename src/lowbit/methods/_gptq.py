@@ -500,5 +500,8 @@ def _move(
 def objection(scheme: Scheme) -> str | None:
     """Why the loop cannot serve a scheme."""
     if scheme.block.flat:
-        return "it goes along the columns of a weight, and flat blocks have none; blocks of columns (g64) do"
+        return (
+            "it goes along the columns of a weight, and flat blocks, as bitsandbytes has them, have none; blocks of "
+            "columns (g64 in compressed-tensors or gptq) do"
+        )
     return None if _blocks.special(scheme) else unscaled(scheme)

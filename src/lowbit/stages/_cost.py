@@ -185,15 +185,16 @@ class _Facts:
         prepared = self.method.prepared(self.wide)
         parts = int((self.method.workspace + _RIVALS) * min(piece, self.heaviest)) * threads
         parts += 3 * sum(sorted(prod(entry.weight.shape) for entry in self.largest)[-3:])
-        streams = 2 if self.paired or self.floats else 1
-        hidden = prod(self.windows) * self.blueprint.width * self.blueprint.dtype.itemsize
+        alone = self.plan.calibration is not None and self.plan.calibration.inputs == "float"
+        streams = 2 if (self.paired or self.floats) and not alone else 1
+        size = prod(self.windows) * self.blueprint.dtype.itemsize
         return Cost(
             self.base,
             block,
             self._activations(batch, threads),
             max(sites * (held + _JUDGE * self.wide), prepared + _JUDGE * self.wide),
             max(parts, self._fitting()),
-            2 * streams * hidden,
+            size * (2 * streams * self.blueprint.width + (1 + self.paired) * self.blueprint.attended),
             0.0,
             batch,
             piece,

@@ -291,6 +291,14 @@ class Blueprint:
         unpacked = _UNPACKING * max((torch.Size(shape).numel() for shape in quantized), default=0)
         return unpacked + self.checkpoint.view.made_bytes
 
+    @property
+    def attended(self) -> int:
+        """Values of a token that attention gives where it is one function (`_attention.Remembered` keeps them)."""
+        text = self.config.get_text_config()
+        if self.config._attn_implementation != "sdpa" or not self.heads:
+            return 0
+        return self.heads * int(getattr(text, "head_dim", None) or text.hidden_size // self.heads)
+
     def token_bytes(self, context: int, inside: bool = False) -> int:
         """Bytes of activations per token, without the logits: an upper estimate from the widths of a block.
 

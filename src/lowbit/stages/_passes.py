@@ -30,7 +30,7 @@ class Passes:
 
     def __init__(self, work: Calibration, state: State, index: int) -> None:
         self._work, self._state, self.index = work, state, index
-        self.inputs = work.streams.read("quantized", index)  # what the quantized blocks before it produce
+        self.inputs = work.streams.read(work.inputs, index)
         self.memory = Memory(work.output.path / WORK / "hidden" / "attention")
 
     def batch(

@@ -22,7 +22,7 @@ from lowbit.stages._observe import Seen, Windows
 from lowbit.stages._recipe import Recipe, step_options
 from lowbit.stages._sites import Site
 from lowbit.stages._store import Value, store
-from lowbit.stages._streams import Streams
+from lowbit.stages._streams import Kind, Streams
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan
 from lowbit.stages.quantize import tensor_stats
@@ -58,6 +58,12 @@ class Calibration:
         """Where blocks run."""
         assert self.plan.calibration is not None
         return torch.device(self.plan.calibration.device)
+
+    @property
+    def inputs(self) -> Kind:
+        """What reaches a block that is calibrated."""
+        assert self.plan.calibration is not None
+        return "float" if self.plan.calibration.inputs == "float" else "quantized"
 
     def call(self, path: str, windows: int) -> Call:
         """How the model calls a block with so many windows."""

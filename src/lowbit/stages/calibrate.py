@@ -161,15 +161,17 @@ def _begin(prepared: Prepared, output: Output) -> Calibration:
         cost,
         blueprint,
         split_windows(ids, cost.tokens),
-        Streams(output.path / WORK / "hidden", shape, blueprint.dtype, _kinds(recipe)),
+        Streams(output.path / WORK / "hidden", shape, blueprint.dtype, _kinds(recipe, calibration.inputs)),
         Entrance(blueprint, torch.device(calibration.device)),
         Terms(output.path),
         ThreadPoolExecutor(cost.threads, "calibrate"),
     )
 
 
-def _kinds(recipe: Recipe) -> tuple[Kind, ...]:
-    """The float stream is kept where something compares with it."""
+def _kinds(recipe: Recipe, inputs: str) -> tuple[Kind, ...]:
+    """The float stream is kept where something compares with it, or learns from it alone."""
+    if inputs == "float":
+        return ("float",)
     return ("quantized", "float") if recipe.paired or recipe.learns or recipe.transforms else ("quantized",)
 
 
@@ -200,17 +202,18 @@ def _run_block(work: Calibration, path: str, index: int) -> None:
     if work.recipe.learns:
         learn(steps, work, state, passes, gatherer)
         corrections.mend(steps, gatherer)
-    float_inputs = work.plan.calibration is not None and work.plan.calibration.inputs == "float"
-    groups = [steps] if float_inputs else [[step] for step in steps]  # float inputs are all there from the start
+    at_once = work.inputs == "float"  # these inputs are all there from the start
+    groups = [steps] if at_once else [[step] for step in steps]
     for at, group in enumerate(groups):
-        later = _past(group[-1], [] if float_inputs else steps[at + 1 :])
+        later = _past(group[-1], [] if at_once else steps[at + 1 :])
         quantize_step(paired.observe(group, state.targets, later), work, state, corrections)
     # Of weights that no product of the block was seen to read.
     unseen = Seen({}, torch.empty(0, 0), 0, useless=UNREACHED)
     quantize_step({(name,): unseen for name in state.targets(list(state.entries))}, work, state, corrections)
     corrections.spend(passes.memory)
     state.settle_rest()
-    passes.forward("quantized")
+    if "quantized" in work.streams.kinds:
+        passes.forward("quantized")
     passes.memory.forget()
 
 
