@@ -199,7 +199,8 @@ def test_on_float_inputs_a_block_does_not_depend_on_those_before(method: str, tm
                     found.setdefault((inputs, layer), []).append(meant)
     (one, other), (first_one, first_other) = found["float", "1"], found["float", "0"]
     assert one == other and len(one) >= 7 and first_one != first_other
-    assert found["quantized", "1"][0] != found["quantized", "1"][1]
+    if method != "gptaq":  # of which nothing is kept here: on a random model `mse` has less error on held-out rows
+        assert found["quantized", "1"][0] != found["quantized", "1"][1]
 
 
 PRODUCERS = {
