@@ -340,12 +340,12 @@ Vector load(const void* at) {
 void spread(const uint8_t* words, Bytes16 (&codes)[2]) {
     for (int i = 0; i < 2; i++) {
         auto pairs = __builtin_convertvector(load<Bytes8>(words + 8 * i), Eight);
-        codes[i] = load<Bytes16>(&(pairs = (pairs & 15) | pairs >> 4 << 8));
+        codes[i] = Bytes16((pairs & 15) | pairs >> 4 << 8);
     }
 }
 void join(const Bytes16 (&codes)[2], uint8_t* words) {
     for (int i = 0; i < 2; i++) {
-        auto pairs = load<Eight>(&codes[i]);
+        auto pairs = Eight(codes[i]);
         auto bytes = __builtin_convertvector((pairs | pairs >> 4) & 255, Bytes8);
         std::memcpy(words + 8 * i, &bytes, sizeof bytes);
     }

@@ -26,6 +26,7 @@ from lowbit.methods._attention import kept_bytes
 from lowbit.stages._model import Blueprint
 from lowbit.stages._pages import MAPPED
 from lowbit.stages._recipe import Recipe, step_options
+from lowbit.stages._streams import stream_kinds
 from lowbit.stages._words import duration
 from lowbit.stages.plan import Entry, Plan
 from lowbit.stages.quantize import one_torch_thread
@@ -185,8 +186,7 @@ class _Facts:
         prepared = self.method.prepared(self.wide)
         parts = int((self.method.workspace + _RIVALS) * min(piece, self.heaviest)) * threads
         parts += 3 * sum(sorted(prod(entry.weight.shape) for entry in self.largest)[-3:])
-        alone = self.plan.calibration is not None and self.plan.calibration.inputs == "float"
-        streams = 2 if (self.paired or self.floats) and not alone else 1
+        streams = len(stream_kinds(self.recipe, self.plan.calibration.inputs if self.plan.calibration else "quantized"))
         size = prod(self.windows) * self.blueprint.dtype.itemsize
         return Cost(
             self.base,

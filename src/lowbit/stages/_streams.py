@@ -17,9 +17,17 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from lowbit.stages._recipe import Recipe
 from lowbit.stages.write import allocate, sync
 
 Kind = Literal["quantized", "float"]
+
+
+def stream_kinds(recipe: Recipe, inputs: str) -> tuple[Kind, ...]:
+    """The float stream is kept where something compares with it, or learns from it alone."""
+    if inputs == "float":
+        return ("float",)
+    return ("quantized", "float") if recipe.paired or recipe.learns or recipe.transforms else ("quantized",)
 
 
 @final
@@ -38,11 +46,6 @@ class Streams:
     shape: tuple[int, int, int]
     dtype: torch.dtype
     kinds: tuple[Kind, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Most bytes on disk: each stream before and after a block."""
-        return 2 * len(self.kinds) * prod(self.shape) * self.dtype.itemsize
 
     def latest(self, most: int) -> int:
         """The last block, up to `most`, whose inputs are all there; 0 where none are."""

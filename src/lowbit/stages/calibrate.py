@@ -29,11 +29,11 @@ from lowbit.stages._learn import learn
 from lowbit.stages._model import Blueprint, open_blueprint
 from lowbit.stages._observe import UNREACHED, Seen, split_windows
 from lowbit.stages._passes import Passes
-from lowbit.stages._recipe import Recipe, parse_recipe
+from lowbit.stages._recipe import parse_recipe
 from lowbit.stages._sites import Step, find_steps
 from lowbit.stages._state import Calibration, State
 from lowbit.stages._step import quantize_step
-from lowbit.stages._streams import Kind, Streams
+from lowbit.stages._streams import Streams, stream_kinds
 from lowbit.stages._terms import Corrections
 from lowbit.stages._transform import transform
 from lowbit.stages.checkpoint import Checkpoint
@@ -161,18 +161,11 @@ def _begin(prepared: Prepared, output: Output) -> Calibration:
         cost,
         blueprint,
         split_windows(ids, cost.tokens),
-        Streams(output.path / WORK / "hidden", shape, blueprint.dtype, _kinds(recipe, calibration.inputs)),
+        Streams(output.path / WORK / "hidden", shape, blueprint.dtype, stream_kinds(recipe, calibration.inputs)),
         Entrance(blueprint, torch.device(calibration.device)),
         Terms(output.path),
         ThreadPoolExecutor(cost.threads, "calibrate"),
     )
-
-
-def _kinds(recipe: Recipe, inputs: str) -> tuple[Kind, ...]:
-    """The float stream is kept where something compares with it, or learns from it alone."""
-    if inputs == "float":
-        return ("float",)
-    return ("quantized", "float") if recipe.paired or recipe.learns or recipe.transforms else ("quantized",)
 
 
 def _enter(work: Calibration) -> None:
