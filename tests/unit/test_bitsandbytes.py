@@ -43,7 +43,8 @@ def stored(planned: Weight) -> dict[str, Tensor]:
     ("scheme", "shape", "fitted"),
     [
         ("nf4", (64, 128), "nf4-g64"),
-        ("nf4-g128-dq", (64, 128), "nf4-flat128-dq"),
+        ("nf4-g128-dq", (64, 128), "nf4-g128-dq"),
+        ("nf4-g64-dq", (3, 100), "nf4-flat64-dq"),
         ("fp4-row-f16", (64, 128), "fp4-g128"),
         ("nf4-g64", (3, 100), "nf4-flat64"),
         ("int8", (64, 100), "int8-row-bf16"),

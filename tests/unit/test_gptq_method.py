@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from math import inf, nan
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from lowbit import native
 from lowbit.methods import Stats, _elsewhere, gptaq, gptq, imatrix, imatrix_fit, ldlq, rtn
@@ -285,6 +288,19 @@ def test_less_error_than_round_to_nearest(scheme: str) -> None:
         q = run(weight, moment, kind, options)
         ours, theirs = (((x.dequantize() - weight) @ held.T).square().sum() for x in (q, plain))
         assert ours < (0.75 if options == BARE else 0.7) * theirs
+
+
+@pytest.mark.parametrize("cols", [600, 2112, 4160])
+@pytest.mark.parametrize("method", [gptq, gptaq, ldlq])
+def test_memory_to_prepare_is_what_it_says(method: ModuleType, cols: int) -> None:
+    """In float64 and in float32, and with results in float32 and in bfloat16 where the processor has it."""
+    stats = {name: torch.eye(cols) for name in method.METHOD.needs}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        made = method.METHOD.prepare(stats, parse("int4-g128"), method.METHOD.options())
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    given, said = 4 * len(stats) * cols**2, method.METHOD.prepared(cols)
+    assert "feedback" in made and 0.75 * said < given + peak <= said + 2**20
 
 
 def test_wide_weights_go_through_products_that_the_processor_is_fast_at() -> None:

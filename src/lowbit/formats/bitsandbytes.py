@@ -57,12 +57,12 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
             f"bitsandbytes reads blocks of {size} that do not divide a row of {cols} wrongly on CPUs with AVX-512; use "
             f"g{divisor(cols, size, BLOCKS)}"
         )
-    return replace(scheme, block=_block(size, cols, scheme.nested), scale="f32")
+    return replace(scheme, block=_block(size, cols), scale="f32")
 
 
-def _block(size: int, cols: int, nested: Scheme | None) -> Block:
+def _block(size: int, cols: int) -> Block:
     """Blocks that end with rows are groups of columns: the same bytes, which methods that go along columns can make."""
-    return Block(1, size, flat=nested is not None or cols % size != 0)
+    return Block(1, size, flat=cols % size != 0)
 
 
 def _fit_rows(scheme: Scheme, weight: Weight) -> Scheme:
@@ -201,16 +201,16 @@ def _part(weight: Weight, tensors: Mapping[str, Tensor], part: str) -> Tensor:
 
 
 def _unpack_scales(weight: Weight, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor | QTensor:
-    nested = planned(weight).nested
-    absmax = _part(weight, tensors, "absmax").reshape(1, -1)
+    nested, blocks = planned(weight).nested, scale_shape(weight.shape, planned(weight).block)
+    absmax = _part(weight, tensors, "absmax")
     if nested is None:
-        return finite(f"{weight.name}.absmax", absmax).view(scale_shape(weight.shape, planned(weight).block))
+        return finite(f"{weight.name}.absmax", absmax).view(blocks)
     scales = finite(f"{weight.name}.nested_absmax", _part(weight, tensors, "nested_absmax")).reshape(1, -1)
     table = _part(weight, tensors, "nested_quant_map")
     if tuple(table.tolist()) != nested.grid.levels:
         raise FormatError(f"{weight.name}.nested_quant_map is not the table that was recognised")
     offset = torch.tensor(float(state["nested_offset"]))
-    return QTensor(nested, tuple(absmax.shape), absmax, scales, offset=offset)
+    return QTensor(nested, blocks, absmax.view(1, -1), scales, offset=offset)
 
 
 def _unpack_rows(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None) -> QTensor:
@@ -315,7 +315,7 @@ def _recognised(state_name: str, specs: Mapping[str, Spec], read: Callable[[str]
         if f"{name}.nested_quant_map" not in specs or "nested_blocksize" not in state or "nested_offset" not in state:
             raise FormatError(f"{name}: the map, block size or offset of its double-quantized scales is missing")
         nested = _nested(read(f"{name}.nested_quant_map"), state["nested_blocksize"])
-    block = _block(state["blocksize"], state["shape"][1], nested)
+    block = _block(state["blocksize"], state["shape"][1])
     scheme = Scheme(_TABLES[table], block, scale="f32", nested=nested)
     return Weight(name, tuple(state["shape"]), getattr(torch, state["dtype"]), scheme)
 

@@ -58,6 +58,7 @@ _NARROWEST = 32  # columns of the narrowest block whose scale is refitted: below
 # Columns up to which products are in float32; then in bfloat16, several times as fast where the processor has it (and
 # thirty times as slow where it has not), to 0.3% alike.
 _FULL = 2048
+_STRIPE = 512  # rows
 _DOUBLE = 4096  # columns up to which the factorization is in float64
 
 
@@ -100,16 +101,13 @@ def prepare(stats: Stats, scheme: Scheme, loop: Loop) -> Stats:
     cols = moment.shape[0]
     order = _order(moment.diagonal(), scheme, loop.order)
     feedback, curvature, damp = _factor(moment, order, loop.damp)
-    found = {
-        "order": order,
-        "feedback": feedback.to(_product_type(moment)),
-        "curvature": curvature,
-        "damp": torch.tensor([damp]),
-    }
+    found = {"order": order, "feedback": feedback, "curvature": curvature, "damp": torch.tensor([damp])}
     if loop.passes:
+        found["pull"] = torch.zeros_like(feedback)
         rows = order if _regroups(scheme, loop, cols) else torch.arange(cols, device=moment.device)
-        pull = moment[rows[:, None], rows].div_(curvature[rows, None]).fill_diagonal_(0)
-        found["pull"] = (pull if damp < inf else torch.zeros_like(pull)).to(_product_type(moment))
+        for part in _stripes(cols) if damp < inf else ():
+            found["pull"][part] = moment[rows[part, None], rows].div_(curvature[rows[part], None])
+        found["pull"].fill_diagonal_(0)
     return {name: value for name, value in stats.items() if name != "second_moment"} | found
 
 
@@ -118,9 +116,20 @@ def _product_type(moment: Tensor) -> torch.dtype:
     return torch.bfloat16 if wide and native.computes_bfloat16() else torch.float32
 
 
+def _stripes(size: int) -> Iterator[slice]:
+    """Rows of a square matrix of which a copy may be made beside it."""
+    return (slice(start, min(start + _STRIPE, size)) for start in range(0, size, _STRIPE))
+
+
 def prepared_bytes(cols: int) -> int:
-    """Most bytes that `prepare` holds: the moment, its copy in `precision` and the factor of that, and the results."""
-    return (8 + 2 * precision(cols).itemsize) * cols**2
+    """Most bytes that `prepare` holds: the moment, its factor in `precision`, what comes of that; or both results."""
+    made = 4 if cols <= _FULL or not native.computes_bfloat16() else 2
+    return (4 + made + max(made, precision(cols).itemsize)) * cols**2 + stripe_bytes(cols)
+
+
+def stripe_bytes(cols: int) -> int:
+    """Of the copies that are made of some rows at a time."""
+    return 16 * min(cols, _STRIPE) * cols
 
 
 def operations(rows: int, cols: int, passes: int) -> float:
@@ -140,18 +149,28 @@ def _factor(
 
     R comes of the Cholesky factor of the matrix with its axes reversed.
     """
-    back = order.flip(0)
-    reverse = moment[back[:, None], back].to(precision(len(order)))
-    diagonal = reverse.diagonal().clone()
-    mean = diagonal.mean().item() if len(order) else 0.0
+    size, back, feedback = len(order), order.flip(0), torch.zeros_like(moment, dtype=_product_type(moment))
+    reverse = torch.empty_like(moment, dtype=precision(size))
+    diagonal = moment.diagonal()[back].to(reverse.dtype)
+    mean = diagonal.mean().item() if size else 0.0
     diagonal[diagonal == 0] = mean or 1.0  # inputs that are always zero: any code does, round-to-nearest's is taken
     for share in [damp * 10**i for i in range(12) if damp * 10**i <= 10] or [damp]:
+        for part in _stripes(size):
+            reverse[part] = moment[back[part, None], back]
         reverse.diagonal().copy_(diagonal + share * mean)
-        lower, failed = torch.linalg.cholesky_ex(reverse)
-        if not failed and lower.isfinite().all():
-            feedback = lower.div_(lower.diagonal().clone()).T.flip(0, 1).tril_(-1).float()
-            return feedback, (diagonal + share * mean)[back.argsort()].float(), share
-    return torch.zeros_like(moment), torch.ones_like(moment[0]), inf
+        if cholesky_(reverse):
+            for part in _stripes(size):
+                scaled = reverse[part] / reverse.diagonal()[part, None]
+                feedback[size - part.stop : size - part.start] = scaled.flip(0, 1)
+            return feedback.fill_diagonal_(0), (diagonal + share * mean)[back.argsort()].float(), share
+    return feedback, torch.ones_like(moment[0]), inf
+
+
+def cholesky_(matrix: Float[Tensor, "cols cols"]) -> bool:
+    """Put its Cholesky factor, transposed, in the place of a matrix; whether there is one, and it is finite."""
+    lower, failed = matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    return not failed and all(matrix[part].isfinite().all() for part in _stripes(len(matrix)))
 
 
 def _order(diagonal: Float[Tensor, "cols"], scheme: Scheme, order: Order) -> Int64[Tensor, "cols"]:

@@ -55,12 +55,16 @@ def prepare(stats: Stats, scheme: Scheme, options: Options) -> Stats:
     """As `gptq`; and `shift`, alpha times the regression of the inputs' difference on the inputs."""
     prepared = _gptq.prepare(stats, scheme, _loop(options))
     cross = stats["cross_moment"]
-    damped = stats["second_moment"].to(_gptq.precision(len(cross)), copy=True)
-    damped.diagonal().copy_(prepared["curvature"])
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    shift = torch.zeros_like(cross)
-    if not failed and factor.isfinite().all():
-        shift = torch.cholesky_solve(cross.T.to(factor.dtype), factor).T.mul_(options.alpha).float().contiguous()
+    upper = stats["second_moment"].to(_gptq.precision(len(cross)), copy=True)
+    upper.diagonal().copy_(prepared["curvature"])
+    shift = cross.to(upper.dtype, copy=True)
+    if _gptq.cholesky_(upper):
+        solved = shift.mT  # in its place
+        torch.linalg.solve_triangular(upper.mT, solved, upper=False, out=solved)
+        torch.linalg.solve_triangular(upper, solved, upper=True, out=solved)
+    else:
+        shift.zero_()
+    shift = shift.mul_(options.alpha).float()
     return {name: value for name, value in prepared.items() if name != "cross_moment"} | {"shift": shift}
 
 
@@ -80,6 +84,13 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, o
     return _gptq.quantize(target, stats, scheme, _loop(options))
 
 
+def _prepared_bytes(cols: int) -> int:
+    """As `gptq`; and the cross moment, with the factor and the solution in `precision` once `gptq`'s is done."""
+    exact = _gptq.precision(cols).itemsize
+    solved = (16 + 2 * exact + 4 * (exact > 4)) * cols**2 + _gptq.stripe_bytes(cols)
+    return max(_gptq.prepared_bytes(cols) + 4 * cols**2, solved)
+
+
 METHOD = Method(
     about="GPTAQ: GPTQ towards what the float model computes from its own inputs",
     quantize=quantize,
@@ -90,6 +101,6 @@ METHOD = Method(
     prepare=prepare,
     anywhere=True,
     act_order=lambda options: bool(options.order == "group"),
-    prepared=_gptq.prepared_bytes,
+    prepared=_prepared_bytes,
     work=lambda rows, cols: _gptq.operations(rows, cols, Options().passes),
 )

@@ -131,7 +131,7 @@ class Job:
         held = self.seen.held
         return _power(held @ part.T) if held.numel() else 0.0
 
-    def choose(self, pieces: Sequence[Piece]) -> tuple[str, Made]:
+    def choose(self, pieces: Sequence[Piece]) -> Made:
         """The candidate with the least output error on held-out rows; the plan's method among equals."""
         sums = {name: sum((piece.tallies[name] for piece in pieces), Tally()) for name in self.methods}
         best = min(sums, key=lambda name: (sums[name].output, name != self.method))
@@ -146,7 +146,7 @@ class Job:
             "against_rtn": sums[best].output / rtn.output if rtn.output else None,
             "seconds": sum(piece.seconds for piece in pieces),
         }
-        return best, Made(self._joined([piece.made[best] for piece in pieces]), facts)
+        return Made(self._joined([piece.made[best] for piece in pieces]), facts)
 
     def _fallback(self, best: str) -> str | None:
         """Why the weight was not made as the plan says."""

@@ -79,9 +79,10 @@ def _choose(
 
 def _candidates(block: Block, learned: Learned, work: Calibration, state: State) -> Candidates:
     """What was learned, what that began with, and its rivals, as far as they can have the schemes."""
-    found: dict[str, Mapping[str, QTensor]] = {"learned": learned.weights}
-    if learned.start is not learned.weights:
-        found["start"] = learned.start
+    made = {"learned": learned.weights} | ({} if learned.start is learned.weights else {"start": learned.start})
+    found: dict[str, Mapping[str, QTensor]] = {
+        kind: {name: state.stored(name, q) for name, q in each.items()} for kind, each in made.items()
+    }
     for name, options in RIVALS.items():
         method: Method = plugins.load("methods", name)
         if not any(map(method.objection, block.schemes.values())):

@@ -25,7 +25,7 @@ from lowbit.stages._store import Value, store
 from lowbit.stages._streams import Kind, Streams
 from lowbit.stages.checkpoint import Checkpoint
 from lowbit.stages.plan import Entry, Plan
-from lowbit.stages.quantize import tensor_stats
+from lowbit.stages.quantize import join, tensor_stats
 from lowbit.stages.write import Output
 from lowbit.tensors import QTensor
 from lowbit.transforms import Transform
@@ -131,7 +131,12 @@ class State:
         """What a method that needs no statistics makes under the plan's scheme."""
         scheme = self.entries[name].weight.scheme
         assert scheme is not None
-        return method.quantize(weight, tensor_stats(weight, scheme, self._work.way.piece), scheme, options)
+        stats = tensor_stats(weight, scheme, self._work.way.piece)
+        return self.stored(name, method.quantize(weight, stats, scheme, options))
+
+    def stored(self, name: str, made: QTensor) -> QTensor:
+        """What a method made of a whole weight, its scales quantized where the scheme says so."""
+        return join(self.entries[name].weight, made.codes, [(made.scales, made.shifts)])
 
     def scale_input(self, name: str, seen: Seen) -> None:
         """Find the scale by which a weight's inputs are rounded, where it is stored."""

@@ -67,7 +67,7 @@ def _carry_out(jobs: Sequence[Job], pool: Executor, state: State) -> None:
         for job, futures in zip(jobs, work, strict=True):
             pieces = [future.result() for future in futures]
             futures.clear()
-            best, made = job.choose(pieces)
-            for piece in pieces if job.entry.weight.name in state.live.places else ():
-                state.put(job.entry.weight.name, piece.made[best].dequantize(), piece.rows)
+            made = job.choose(pieces)
+            for rows in job.places() if job.entry.weight.name in state.live.places else ():
+                state.put(job.entry.weight.name, made.qtensor.rows(rows.start, rows.stop), rows)
             state.settle(job.entry, made.qtensor, made.facts)

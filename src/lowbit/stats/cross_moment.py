@@ -14,9 +14,9 @@ from lowbit.stats.second_moment import STRIPE, chunk_rows, stripes
 
 
 def start(cols: int, seed: int) -> State:
-    """Float64 sums, stripe by stripe, and the number of rows."""
-    sums = {name: torch.zeros(end - first, cols).double() for name, first, end in stripes(cols)}
-    return {"count": torch.zeros(1, dtype=torch.float64)} | sums
+    """Float64 sums, and the number of rows."""
+    sums = torch.zeros(cols, cols, dtype=torch.float64)
+    return {"count": torch.zeros(1, dtype=torch.float64), "sums": sums}
 
 
 def update(state: State, rows: Float[Tensor, "n cols"], float_rows: Float[Tensor, "n cols"] | None) -> None:
@@ -31,18 +31,13 @@ def update(state: State, rows: Float[Tensor, "n cols"], float_rows: Float[Tensor
 
 
 def _add(state: State, difference: Float[Tensor, "n cols"], rows: Float[Tensor, "n cols"]) -> None:
-    for name, first, end in stripes(rows.shape[1]):
-        state[name] += difference[:, first:end].T @ rows
+    for at in stripes(rows.shape[1]):
+        state["sums"][at] += difference[:, at].T @ rows
 
 
 def finish(state: State) -> Float[Tensor, "cols cols"]:
-    """The mean, float32; zero where there was no row. The stripes are given up one by one."""
-    count = state["count"].clamp(min=1).item()
-    cols = state["stripe000000"].shape[1] if "stripe000000" in state else 0
-    moment = torch.empty(cols, cols)
-    for name, first, end in stripes(cols):
-        moment[first:end] = state.pop(name).div_(count)
-    return moment
+    """The mean, float32; zero where there was no row."""
+    return state["sums"].div_(state["count"].clamp(min=1)).float()
 
 
 def nbytes(cols: int) -> int:

@@ -486,7 +486,7 @@ def jobs_of(run: Run, live: LiveBlock, site: Site, label: str, seen: Seen) -> It
 
 def made_by(job: Job) -> Float[Tensor, "rows cols"]:
     """What a weight becomes."""
-    _, made = job.choose([job.piece(rows) for rows in job.places()])
+    made = job.choose([job.piece(rows) for rows in job.places()])
     return made.qtensor.dequantize().view_as(job.whole)
 
 
