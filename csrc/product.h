@@ -70,7 +70,7 @@ void store_tokens(const Product& of, int64_t panel, int64_t first, int64_t count
     for (int64_t t = 0; t < count; t++) store_rows(of, panel, first + t, mul(total[t], set(of.unit)));
 }
 
-constexpr int64_t ahead = 2048;  // bytes before they are needed, at which codes are asked for
+constexpr int64_t ahead = 4096;  // bytes before they are needed, at which codes are asked for
 
 const Word& word_at(const void* from) { return *static_cast<const Word*>(from); }
 int32_t four_bytes(const void* from) { return word_at(from).all; }
