@@ -134,6 +134,17 @@ NB_MODULE(_native, module) {
         nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
         Unlocked());
     module.def(
+        "rounding_error",
+        [](const AnyIn& type, const Bytes& codes, const Floats& scale, const MaybeFloats& zero, const MaybeFloats& level,
+           bool minus, int64_t block_rows, int64_t block_cols) {
+            Grid grid = grid_of(codes, block_rows, block_cols);
+            Quantized quantized{codes.data(), scale.data(), data_or_null(zero), data_or_null(level), minus};
+            ErrorSums sums = kernels().error(grid, {nullptr, dtype_of(type.dtype())}, quantized);
+            return std::make_tuple(sums.squared_error, sums.squared_weight, sums.max_error);
+        },
+        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+        Unlocked());
+    module.def(
         "sweep",
         [](const FloatsOut& target, const Floats& weight, const FloatsOut& error, const Floats& coupling,
            const Floats& scale, const MaybeFloats& zero, float offset, float code_max, bool round_sum,

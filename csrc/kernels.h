@@ -325,6 +325,13 @@ void dequantize(const Grid& grid, const Quantized& quantized, Output output) {
     });
 }
 
+template <class T, class Count>
+F rounded_as(F x, Count count) {
+    alignas(64) uint8_t room[16 * T::size];
+    store_some<T>(room, x, count);
+    return load_some<T>(room, count);
+}
+
 ErrorSums error(const Grid& grid, Weight weight, const Quantized& quantized) {
     auto from = static_cast<const uint8_t*>(weight.data);
     ErrorSums sums;
@@ -338,7 +345,7 @@ ErrorSums error(const Grid& grid, Weight weight, const Quantized& quantized) {
         with_dtype(weight.dtype, [&](auto type) {
             using T = decltype(type);
             auto measure = [&](int64_t at, auto count, F x) {
-                F w = load_some<T>(from + at * T::size, count);
+                F w = from ? load_some<T>(from + at * T::size, count) : rounded_as<T>(x, count);
                 F e = first_lanes(sub(w, x), count);
                 add_square(of_error, e), add_square(of_weight, first_lanes(w, count));
                 worst = max(floats(both(bits(e), set(0x7fffffff))), worst);

@@ -232,7 +232,8 @@ struct Kernels {
     void (*quantize_fp8)(const Grid&, Weight, const float* scale, Fp8, uint8_t* codes);
     void (*dequantize)(const Grid&, const Quantized&, Output);
 
-    // Sums over w - dequantized (float32), squared and added in float64 in 16 fixed lanes per row.
+    // Sums over w - dequantized (float32), squared and added in float64 in 16 fixed lanes per row. Where the weight has no
+    // data, w is what is dequantized in its type.
     ErrorSums (*error)(const Grid&, Weight, const Quantized&);
 
     // `count` weights as float32.

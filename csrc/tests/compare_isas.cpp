@@ -140,11 +140,12 @@ static void compare_dequantize(const Kernels& kernels, const Grid& grid, Dtype d
             Quantized quantized{codes.at(), scale.data(), z, level.data()};
             compare("dequantize", kernels, grid, count * int64_t(size_of(dtype)),
                     [&](const Kernels& k, uint8_t* out) { k.dequantize(grid, quantized, {out, dtype}); });
-            compare("error", kernels, grid, 20, [&](const Kernels& k, uint8_t* out) {
-                ErrorSums sums = k.error(grid, {data.at(), dtype}, quantized);
-                std::memcpy(out, &sums.squared_error, 8), std::memcpy(out + 8, &sums.squared_weight, 8);
-                std::memcpy(out + 16, &sums.max_error, 4);
-            });
+            for (const uint8_t* weight : {static_cast<const uint8_t*>(data.at()), static_cast<const uint8_t*>(nullptr)})
+                compare("error", kernels, grid, 20, [&](const Kernels& k, uint8_t* out) {
+                    ErrorSums sums = k.error(grid, {weight, dtype}, quantized);
+                    std::memcpy(out, &sums.squared_error, 8), std::memcpy(out + 8, &sums.squared_weight, 8);
+                    std::memcpy(out + 16, &sums.max_error, 4);
+                });
         }
 }
 

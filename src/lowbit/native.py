@@ -184,6 +184,24 @@ def error(
     return _native.error(weight.detach(), codes, scale, zero, levels, minus, block_rows, block_cols)
 
 
+def rounding_error(
+    codes: UInt8[Tensor, "rows cols"],
+    scale: Float[Tensor, "blocks_down blocks_across"],
+    zero: Float[Tensor, "blocks_down blocks_across"] | None,
+    levels: Float[Tensor, "256"] | None,
+    block_rows: int,
+    block_cols: int,
+    dtype: torch.dtype,
+    *,
+    minus: bool = False,
+) -> tuple[float, float, float]:
+    """What `error` says of a weight that is what `dequantize` gives in a float type."""
+    _quantized(codes, scale, zero, levels, block_rows, block_cols)
+    type_only = torch.empty(0, dtype=dtype)
+    _check("dtype", type_only, (0,), *WEIGHT_DTYPES)
+    return _native.rounding_error(type_only, codes, scale, zero, levels, minus, block_rows, block_cols)
+
+
 @final
 @dataclass(frozen=True)
 class Coder:

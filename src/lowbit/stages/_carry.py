@@ -291,6 +291,17 @@ def gap(q: QTensor, start: int, found: Float[Tensor, "rows cols"]) -> Error:
     return error_of(q.rows(start, stop), found.float())
 
 
+def rounding(q: QTensor, start: int, stop: int, dtype: torch.dtype) -> Error:
+    """How far the rows of `q` are from themselves in a float type."""
+    if q.plain:
+        part, table, minus = q.part(start, stop), level_table(q.scheme.grid), q.scheme.zero == "min"
+        values = part.codes, part.scales, part.zeros, table
+        error = Error(*native.rounding_error(*values, 1, part.wide, dtype, minus=minus))
+        if isfinite(error.power):
+            return error
+    return gap(q, start, q.rows(start, stop, torch.empty(stop - start, q.shape[-1], dtype=dtype)))
+
+
 def error_of(wanted: Float[Tensor, "rows cols"], found: Float[Tensor, "rows cols"]) -> Error:
     """How far floats are from others."""
     apart = found - wanted
