@@ -2,11 +2,11 @@
 
     python benchmarks/products.py [--threads 1 2] [--tokens 1 256] [--rounds 5]
 
-Shapes are those of a Llama of 1.1B parameters. Sides take turns, round by round, with a rest before each; printed are ratios of medians: ours is
-faster above 1. A weight is there so many times that no cache holds all of them: one token is multiplied by each, more
-tokens by one. Every peer gets float32 and bfloat16 inputs, and the faster of the two counts; ours are float32. Peers
-compute with inputs as they are (bitsandbytes int8: rounded to int8 by row, `_scaled_mm`: to float8); ours rounds them
-to int8, beside FP8 not at all (one token) or to 16 bits.
+Shapes are those of a Llama of 1.1B parameters. Sides take turns, round by round, with a rest before each; printed are
+ratios of medians: ours is faster above 1. A weight is there so many times that no cache holds all of them: one token is
+multiplied by each, more tokens by one. Every peer gets float32 and bfloat16 inputs, and the faster of the two counts;
+ours are float32. Peers compute with inputs as they are (bitsandbytes int8: rounded to int8 by row, `_scaled_mm`: to
+float8); ours rounds them to int8, beside FP8 not at all (one token) or to 16 bits.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def multiply_all(weights: list[Work], x: Tensor, more: dict[str, int]) -> None:
 
 
 def rested(run: Callable[[], object]) -> float:
-    """Its seconds, when the threads of whoever ran before have gone to sleep: PyTorch's look for work for milliseconds."""
+    """Its seconds, after a rest: PyTorch's threads look for work for milliseconds after they worked."""
     time.sleep(0.05)
     return seconds(run)
 
