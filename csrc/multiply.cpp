@@ -11,7 +11,7 @@ namespace {
 
 // Bytes of a weight that a thread takes at a time: so many that taking them costs nothing, and fewer to the end, so that
 // nobody waits long for the last.
-constexpr int64_t bytes_of_piece = 1 << 20, least_bytes = 1 << 16;
+constexpr int64_t bytes_of_piece = 1 << 20, last_bytes = 1 << 16, least_bytes = 1 << 14;
 
 // As what products read inputs: floats, bytes, words of 16 bits, of one token or of many; or bytes as words of many tokens.
 enum class As { floats, bytes, words, fours, widened };
@@ -121,10 +121,12 @@ std::vector<Piece> pieces_of(const std::vector<Product>& products, int threads) 
     std::vector<Piece> pieces;
     int64_t left = 0;
     for (const Product& of : products) left += panels_of(of) * panel_bytes(of);
+    // Many threads share a small product too.
+    const int64_t least = std::clamp(left / (8 * threads), least_bytes, last_bytes);
     for (const Product& of : products) {
         int64_t bytes = panel_bytes(of), panels = panels_of(of);
         for (int64_t first = 0, last; first < panels; first = last, left -= (last - first) * bytes) {
-            int64_t some = std::clamp(left / (2 * threads), least_bytes, bytes_of_piece);
+            int64_t some = std::clamp(left / (2 * threads), least, bytes_of_piece);
             last = std::min(first + std::max<int64_t>(some / bytes, 1), panels);
             pieces.push_back({&of, first, last});
         }
