@@ -128,18 +128,9 @@ NB_MODULE(_native, module) {
            const MaybeFloats& level, bool minus, int64_t block_rows, int64_t block_cols) {
             Grid grid = grid_of(codes, block_rows, block_cols);
             Quantized quantized{codes.data(), scale.data(), data_or_null(zero), data_or_null(level), minus};
-            ErrorSums sums = kernels().error(grid, weight_of(weight), quantized);
-            return std::make_tuple(sums.squared_error, sums.squared_weight, sums.max_error);
-        },
-        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
-        Unlocked());
-    module.def(
-        "rounding_error",
-        [](const AnyIn& type, const Bytes& codes, const Floats& scale, const MaybeFloats& zero, const MaybeFloats& level,
-           bool minus, int64_t block_rows, int64_t block_cols) {
-            Grid grid = grid_of(codes, block_rows, block_cols);
-            Quantized quantized{codes.data(), scale.data(), data_or_null(zero), data_or_null(level), minus};
-            ErrorSums sums = kernels().error(grid, {nullptr, dtype_of(type.dtype())}, quantized);
+            Weight of = weight_of(weight);
+            if (weight.size() == 0) of.data = nullptr;  // it tells the type alone
+            ErrorSums sums = kernels().error(grid, of, quantized);
             return std::make_tuple(sums.squared_error, sums.squared_weight, sums.max_error);
         },
         nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),

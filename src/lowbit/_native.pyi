@@ -43,17 +43,6 @@ def error(
     block_cols: int,
     /,
 ) -> tuple[float, float, float]: ...
-def rounding_error(
-    type: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    levels: Tensor | None,
-    minus: bool,
-    block_rows: int,
-    block_cols: int,
-    /,
-) -> tuple[float, float, float]: ...
 def sweep(
     target: Tensor,
     weight: Tensor,

@@ -165,7 +165,7 @@ def dequantize(
 
 
 def error(
-    weight: Float[Tensor, "rows cols"],
+    weight: Float[Tensor, "rows cols"] | torch.dtype,
     codes: UInt8[Tensor, "rows cols"],
     scale: Float[Tensor, "blocks_down blocks_across"],
     zero: Float[Tensor, "blocks_down blocks_across"] | None,
@@ -177,29 +177,16 @@ def error(
 ) -> tuple[float, float, float]:
     """Sum of squared errors, sum of squared weights, and greatest absolute error of what `dequantize` gives (float32).
 
-    Sums are float64 in a fixed order within a row; rows are added in order.
+    A float type stands for the weight that `dequantize` gives in it, which is not made. Sums are float64 in a fixed
+    order within a row; rows are added in order.
     """
     _quantized(codes, scale, zero, levels, block_rows, block_cols)
-    _check("weight", weight, codes.shape, *WEIGHT_DTYPES)
+    if isinstance(weight, torch.dtype):
+        weight = torch.empty(0, dtype=weight)
+        _check("weight", weight, (0,), *WEIGHT_DTYPES)
+    else:
+        _check("weight", weight, codes.shape, *WEIGHT_DTYPES)
     return _native.error(weight.detach(), codes, scale, zero, levels, minus, block_rows, block_cols)
-
-
-def rounding_error(
-    codes: UInt8[Tensor, "rows cols"],
-    scale: Float[Tensor, "blocks_down blocks_across"],
-    zero: Float[Tensor, "blocks_down blocks_across"] | None,
-    levels: Float[Tensor, "256"] | None,
-    block_rows: int,
-    block_cols: int,
-    dtype: torch.dtype,
-    *,
-    minus: bool = False,
-) -> tuple[float, float, float]:
-    """What `error` says of a weight that is what `dequantize` gives in a float type."""
-    _quantized(codes, scale, zero, levels, block_rows, block_cols)
-    type_only = torch.empty(0, dtype=dtype)
-    _check("dtype", type_only, (0,), *WEIGHT_DTYPES)
-    return _native.rounding_error(type_only, codes, scale, zero, levels, minus, block_rows, block_cols)
 
 
 @final

@@ -204,7 +204,7 @@ def test_dequantize_and_error(shape: tuple[int, int, int, int], dtype: torch.dty
         sums = native.error(weight, codes, scale, zeros, table(levels), *shape[2:])
         exact = oracle.error_sums(weight.float().numpy(), wanted)
         assert sums[:2] == pytest.approx(exact[:2], rel=1e-13) and sums[2] == exact[2]
-        sums = native.rounding_error(codes, scale, zeros, table(levels), *shape[2:], dtype)
+        sums = native.error(dtype, codes, scale, zeros, table(levels), *shape[2:])
         exact = oracle.error_sums(got.float().numpy(), wanted)
         assert sums[:2] == pytest.approx(exact[:2], rel=1e-13) and sums[2] == exact[2]
 

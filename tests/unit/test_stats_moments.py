@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from lowbit.stats import Statistic, cross_moment, second_moment
+from tests.reference.memory import peak_bytes
 
 BOTH = [second_moment.STATISTIC, cross_moment.STATISTIC]
 
@@ -68,8 +66,5 @@ def test_no_rows_and_no_columns(statistic: Statistic) -> None:
 @pytest.mark.parametrize("cols", [40, 1100])
 def test_memory_is_what_it_says(statistic: Statistic, cols: int) -> None:
     rows = rows_of(4500, cols, torch.bfloat16)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        taken(statistic, [rows], [rows], cols)
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    peak = peak_bytes(lambda: taken(statistic, [rows], [rows], cols))
     assert 0.5 * statistic.nbytes(cols) < peak <= statistic.nbytes(cols) + 4096

@@ -280,26 +280,15 @@ def _key(level: float) -> tuple[float, float]:
     return level, copysign(1.0, level)
 
 
-def gap(q: QTensor, start: int, found: Float[Tensor, "rows cols"]) -> Error:
-    """How far floats, of any type, are from the rows of `q` that begin at `start`."""
-    stop = start + len(found)
+def gap(q: QTensor, start: int, stop: int, found: Float[Tensor, "rows cols"] | torch.dtype) -> Error:
+    """How far floats, of any type, are from these rows of `q`; or the rows themselves in a float type."""
     if q.plain:
         part, table, minus = q.part(start, stop), level_table(q.scheme.grid), q.scheme.zero == "min"
         error = Error(*native.error(found, part.codes, part.scales, part.zeros, table, 1, part.wide, minus=minus))
         if isfinite(error.power):
             return error
-    return error_of(q.rows(start, stop), found.float())
-
-
-def rounding(q: QTensor, start: int, stop: int, dtype: torch.dtype) -> Error:
-    """How far the rows of `q` are from themselves in a float type."""
-    if q.plain:
-        part, table, minus = q.part(start, stop), level_table(q.scheme.grid), q.scheme.zero == "min"
-        values = part.codes, part.scales, part.zeros, table
-        error = Error(*native.rounding_error(*values, 1, part.wide, dtype, minus=minus))
-        if isfinite(error.power):
-            return error
-    return gap(q, start, q.rows(start, stop, torch.empty(stop - start, q.shape[-1], dtype=dtype)))
+    wanted = q.rows(start, stop)
+    return error_of(wanted, (wanted.to(found) if isinstance(found, torch.dtype) else found).float())
 
 
 def error_of(wanted: Float[Tensor, "rows cols"], found: Float[Tensor, "rows cols"]) -> Error:

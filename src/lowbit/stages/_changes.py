@@ -25,7 +25,7 @@ from lowbit.formats._checks import row_chunks
 from lowbit.formats._linear import SCALE_TYPES, declared_dtype, row_block
 from lowbit.methods import Method
 from lowbit.schemes import FAMILIES, FLOATS, Block, Scheme, parse
-from lowbit.stages._carry import carried, gap, rounding, spelled, variants
+from lowbit.stages._carry import carried, gap, spelled, variants
 from lowbit.stages._readers import kept_for
 from lowbit.stages._rooms import Rooms
 from lowbit.stages._store import Floats, Streamed, Value, packs_words, streamed
@@ -181,7 +181,7 @@ def difference(one: QTensor, other: QTensor, elements: int = _SAMPLE) -> Error:
     rows, cols = view_shape(one.shape, Block(1, 0))
     error = Error()
     for some in row_chunks(rows, cols, elements):
-        error += gap(one, some.start, other.rows(some.start, some.stop))
+        error += gap(one, some.start, some.stop, other.rows(some.start, some.stop))
     return error
 
 
@@ -438,7 +438,7 @@ class Changer:
         for q in self.pieces(weight) if left[0] != torch.float32 else ():
             for some in row_chunks(*view_shape(q.shape, Block(1, 0)), _FLOATS):
                 for dtype in left[:] or dtypes[:1]:
-                    found = rounding(q, some.start, some.stop, dtype)
+                    found = gap(q, some.start, some.stop, dtype)
                     error += found if dtype == dtypes[0] else Error()
                     left = [each for each in left if each != dtype or not found.largest]
                 whole = whole and (not left or left[0] == dtypes[0])  # else the first is not measured from here on

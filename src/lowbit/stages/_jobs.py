@@ -45,7 +45,6 @@ class Tally:
 class Piece:
     """Candidates for a run of rows: each method's result and tally; squared output of the weight itself."""
 
-    rows: slice
     made: Mapping[str, QTensor]
     tallies: Mapping[str, Tally]
     power: float
@@ -121,7 +120,7 @@ class Job:
         made = {name: m.quantize(view, self.stats, self.scheme, options) for name, (m, options) in self.methods.items()}
         made = made if columns is None else {name: turned_back(q, columns) for name, q in made.items()}
         tallies = {name: self._tally(part, whole, q) for name, q in made.items()}
-        return Piece(rows, made, tallies, self._output_power(whole), time.perf_counter() - start)
+        return Piece(made, tallies, self._output_power(whole), time.perf_counter() - start)
 
     def _tally(self, part: Float[Tensor, "some cols"], whole: Float[Tensor, "some cols"], made: QTensor) -> Tally:
         gap = made.dequantize().view_as(part) - part
