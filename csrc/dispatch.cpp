@@ -23,8 +23,8 @@ void neon_dotprod_product(const Product& of, int64_t first, int64_t last);
 #endif
 
 // Some processors add four products of bytes at once; what is no product is as it is without.
-[[maybe_unused]] static Kernels with_product(Kernels made, const char* isa, decltype(Kernels::product) product) {
-    made.isa = isa, made.product = product, made.crosses = false;
+[[maybe_unused]] static Kernels with_product(Kernels made, const char* isa, bool lifts, decltype(Kernels::product) product) {
+    made.isa = isa, made.product = product, made.crosses = false, made.lifts = lifts;
     return made;
 }
 
@@ -53,11 +53,11 @@ std::vector<const Kernels*> supported_kernels() {
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!avx512) return found;
     found.push_back(&avx512_kernels);
-    static const Kernels vnni = with_product(avx512_kernels, "avx512_vnni", avx512_vnni_product);
+    static const Kernels vnni = with_product(avx512_kernels, "avx512_vnni", true, avx512_vnni_product);
     if (__builtin_cpu_supports("avx512vnni")) found.push_back(&vnni);
 #elif defined(LOWBIT_ARM)
     found.push_back(&neon_kernels);  // every AArch64 processor has it
-    static const Kernels dotprod = with_product(neon_kernels, "neon_dotprod", neon_dotprod_product);
+    static const Kernels dotprod = with_product(neon_kernels, "neon_dotprod", false, neon_dotprod_product);
     if (has_dotprod()) found.push_back(&dotprod);
 #endif
     return found;

@@ -578,7 +578,7 @@ void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last);  // compile
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
                            dequantize, error,       to_floats,       sweep,           block_errors, pack_bits,       unpack_bits,     transpose_words,
-                           softmax,    softmax_slopes, encode_any, fit_any, put_any,         true,            LOWBIT_PRODUCT,
+                           softmax,    softmax_slopes, encode_any, fit_any, put_any,         true, false,     LOWBIT_PRODUCT,
                            round_inputs, widen,     round_wide,      widen_panels,    attend,    keep,
                            gate};
 

@@ -168,10 +168,10 @@ struct Product {
     const float* input;   // [tokens, cols]; `product` reads it in the ways floats and dense, and in small of few tokens
     int64_t sub;          // columns that are rounded together: `over` where scales are nested, `wide_run` where it is wide, else
                           // 16, 32, 64, ... that divides `step`; small: `step`, or `wide_run`, which divides it or ends with it
-    const int8_t* rounded;  // ways codes and table: what `round_inputs` gives, of many tokens in fours; `multiply`
+    const int8_t* rounded;  // ways codes and table: what `round_inputs` gives, of many tokens in fours (and lifted); `multiply`
                             // (decoder.h) fills these three
-    const float* input_scale;  // these two go on for fifteen more, which are read and count for nothing
-    const int16_t* step_sum;   // nested: of steps, of many tokens in fours as well; else of what is rounded together
+    const float* input_scale;  // these two go on for fifteen more, which are read and count for nothing; nested, of many
+    const int16_t* step_sum;   // tokens: in fours as well; the sums are of steps there, else of what is rounded together
     const int16_t* words;     // [cols], way wide of one token: what `round_wide` gives
     const uint8_t* fours;     // many tokens as 16 bits: what `put_in_fours` makes of that, or, where `crosses`, of what `widen` gives
     float* out;  // [tokens, rows]
@@ -180,6 +180,13 @@ struct Product {
 // Whether many tokens are multiplied as 16 bits though one is as 8: the sums are the same.
 static inline bool crosses(const Product& of) {
     return of.way == Way::table && of.fine && !of.zero && !of.joined && of.offset == 0;
+}
+
+// Whether many tokens are multiplied with inputs that are 128 above what they are, as unsigned bytes: by signed ones, which
+// codes without their offset are; of zeros, only where codes are so narrow that the integers of steps go into bytes too.
+static inline bool lifts(const Product& of) {
+    const bool narrow = of.way == Way::codes && of.bits < 8 && of.offset >= -64 && of.offset <= 64;
+    return of.fine && (of.zero ? narrow && of.bits == 2 : narrow || crosses(of));
 }
 
 // `count` inputs in blocks of `sub`, a multiple of 16, that are rounded together; `step` of these are summed.
@@ -275,8 +282,9 @@ struct Kernels {
     // Panels from `first` to before `last` of a type that `ggml_panel_bits` knows.
     GgmlFound (*ggml_panels)(GgmlType, const GgmlRows&, const GgmlPanels&, int64_t first, int64_t last);
 
-    // Panels from `first` to before `last`; `crosses`: those that `crosses` of many tokens read `fours`, and not `rounded`.
-    bool crosses;
+    // Panels from `first` to before `last`; `crosses`: those that `crosses` of many tokens read `fours`, and not `rounded`;
+    // `lifts`: those that `lifts` of many tokens read `rounded` lifted by 128.
+    bool crosses, lifts;
     void (*product)(const Product&, int64_t first, int64_t last);
 
     // Inputs as int8, the scale of each block, and the sums of the integers of each step.

@@ -13,9 +13,10 @@ namespace {
 // nobody waits long for the last.
 constexpr int64_t bytes_of_piece = 1 << 20, last_bytes = 1 << 16, least_bytes = 1 << 14;
 
-// As what products read inputs: floats, bytes, words of 16 bits, of one token or of many; or bytes as words of many tokens.
-enum class As { floats, bytes, words, fours, widened };
-bool takes_bytes(As as) { return as == As::bytes || as == As::widened; }
+// As what products read inputs: floats, bytes, words of 16 bits, of one token or of many; or bytes of many tokens as words,
+// or 128 above what they are.
+enum class As { floats, bytes, words, fours, widened, lifted };
+bool takes_bytes(As as) { return as == As::bytes || as == As::widened || as == As::lifted; }
 bool takes_fours(As as) { return as == As::fours || as == As::widened; }
 
 // The inputs as some weights take them.
@@ -49,18 +50,24 @@ struct Alone {
     std::vector<int8_t> bytes;
     std::vector<int16_t> words, sums;
     std::vector<int32_t> crossed;
+    std::vector<float> scale;
 };
 
 // A token as bytes, and what there is of it beside them.
 void round_bytes(Inputs& of, int64_t token, Alone& alone, float* scale) {
-    const bool many = !alone.bytes.empty(), nested = of.step < of.sub;
-    const int64_t steps = of.cols / of.step;
+    const bool many = !alone.bytes.empty(), in_fours = many && of.step < of.sub && of.as != As::widened;
+    const int64_t steps = of.cols / of.step, blocks = of.cols / of.sub, four = token / 4 * 4;
     int8_t* bytes = many ? alone.bytes.data() : of.rounded.data();
-    int16_t* sums = many && nested ? alone.sums.data() : of.step_sum.data() + token * steps;
+    int16_t* sums = in_fours ? alone.sums.data() : of.step_sum.data() + token * steps;
+    if (in_fours) scale = alone.scale.data();
     kernels().round_inputs({of.cols, of.sub, of.step}, of.values + token * of.cols, bytes, scale, sums);
     if (of.as == As::widened) return kernels().widen(of.cols, of.sub, bytes, alone.words.data(), alone.crossed.data());
-    if (many) put_in_fours(of.cols, bytes, token % 4, of.rounded.data() + token / 4 * 4 * of.cols);
-    if (many && nested) put_in_fours(2 * steps, sums, token % 4, of.step_sum.data() + token / 4 * 4 * steps);
+    if (of.as == As::lifted)
+        for (int64_t i = 0; i < of.cols; i++) bytes[i] ^= int8_t(-128);
+    if (many) put_in_fours(of.cols, bytes, token % 4, of.rounded.data() + four * of.cols);
+    if (!in_fours) return;
+    put_in_fours(2 * steps, sums, token % 4, of.step_sum.data() + four * steps);
+    put_in_fours(4 * blocks, scale, token % 4, of.scale.data() + four * blocks);
 }
 
 void round_token(Inputs& of, int64_t token, Alone& alone) {
@@ -77,14 +84,14 @@ void round(Inputs& of, int64_t tokens, int threads) {
     const auto cols = size_t(of.cols), blocks = size_t((of.cols + of.sub - 1) / of.sub), steps = size_t(of.cols / of.step);
     const bool bytes = takes_bytes(of.as), fours = takes_fours(of.as), many = tokens > 1;
     const size_t all = size_t(many ? (tokens + 3) / 4 * 4 : 1);
-    of.scale.resize(size_t(tokens) * blocks + 15);
+    of.scale.resize(all * blocks + 15);
     if (bytes) of.step_sum.resize(all * steps + 15);
-    if (of.as == As::bytes) of.rounded.resize(all * cols);
+    if (bytes && !fours) of.rounded.resize(all * cols);
     if (of.as == As::words) of.words.resize(cols);
     if (fours) of.fours.resize(all / 4 * size_t(bytes_of_fours(of.cols, of.sub)));
     share(tokens, 16, threads, [&](int64_t first, int64_t last) {
         Alone alone{std::vector<int8_t>(bytes && many ? cols : 0), std::vector<int16_t>(fours ? cols : 0),
-                    std::vector<int16_t>(bytes && many ? steps : 0), std::vector<int32_t>(blocks)};
+                    std::vector<int16_t>(bytes && many ? steps : 0), std::vector<int32_t>(blocks), std::vector<float>(blocks)};
         for (int64_t token = first; token < last; token++) round_token(of, token, alone);
     });
 }
@@ -93,7 +100,8 @@ As taken(const Product& of, int64_t tokens) {
     if (of.way == Way::wide) return tokens > 1 ? As::fours : As::words;
     if (of.way == Way::small && tokens >= small_many) return As::fours;
     if (of.way != Way::codes && of.way != Way::table) return As::floats;
-    return tokens > 1 && kernels().crosses && crosses(of) ? As::widened : As::bytes;
+    if (tokens > 1 && kernels().crosses && crosses(of)) return As::widened;
+    return tokens > 1 && kernels().lifts && lifts(of) ? As::lifted : As::bytes;
 }
 
 const Inputs& prepare(std::deque<Inputs>& all, const Matrix& matrix, const float* from, int64_t tokens, int threads) {

@@ -126,6 +126,27 @@ struct Unpacked {
     }
 };
 
+// What the weight itself is of nested scales, less a code's offset, so that nothing is to be taken out of sums but what
+// inputs are above (`lifts`), which is known of the weight alone. Where all products with the integers of steps fit a byte,
+// these are in it, times -1 (`products`).
+template <bool products>
+struct Signed {
+    static constexpr int bits = 8, most = 255, above = 0;
+    static constexpr bool is_signed = true, near = true;
+    template <int quad>
+    LOWBIT_INLINE I at(const uint8_t* chunk) const {
+        return load_words(chunk + 64 * quad);
+    }
+};
+template <class Source>
+constexpr bool lifted = false;
+template <bool products>
+constexpr bool lifted<Signed<products>> = true;
+template <class Source>
+constexpr bool folded = false;
+template <>
+constexpr bool folded<Signed<true>> = true;
+
 // How many quads fit into sums of 16 bits.
 template <class Source>
 constexpr int fit = 32767 / (254 * Source::most);
@@ -199,7 +220,8 @@ LOWBIT_INLINE void add_dots(const Source& source, const uint8_t* chunk, const Ro
     I codes = source.template at<quad>(chunk);
     LOWBIT_EACH_TOKEN
     for (int t = 0; t < tokens; t++) {
-        sum[t] = add_dot_word(sum[t], codes, input.word(t, col + 4 * quad));
+        if constexpr (lifted<Source> && unsigned_dots) sum[t] = add_dot(sum[t], input.four(t, col + 4 * quad), codes);
+        else sum[t] = add_dot_word(sum[t], codes, input.word(t, col + 4 * quad));
         if constexpr (tokens > 1) keep(sum[t]);
     }
     if constexpr (quad + 1 < last) add_dots<quad + 1, last>(source, chunk, input, col, sum);
@@ -248,10 +270,12 @@ LOWBIT_INLINE void ask_for(const uint8_t* from) {
     for (int i = 0; i < lines; i++) __builtin_prefetch(from + ahead + 64 * i);
 }
 
-// Columns from `first` to before `last` of a panel; `codes` are those of the columns.
+// Columns from `first` to before `last` of a panel; `codes` are those of the columns. Of lifted ones `begin` [runs, 16] is
+// what sums start with.
 struct Span {
     int64_t panel, first, last;
     const uint8_t* codes;
+    const int32_t* begin = nullptr;
 };
 
 // Sums of some tokens: of what is done, and of the group that is open, without its scale; and the sum of its inputs.
@@ -408,6 +432,11 @@ struct Chunks {
     }
 };
 
+// The integers of two steps.
+LOWBIT_INLINE I factors_at(const Product& of, const int8_t* fine) {
+    return of.joined ? both(load_pairs(fine), set(0x000f000f)) : load_pairs(fine);
+}
+
 // Scales that are small integers times one of a longer run, which inputs are rounded by as well: integers up to its end.
 template <int tokens>
 struct Nested {
@@ -421,17 +450,48 @@ struct Nested {
     }
 
   private:
+    static constexpr int beside = Row<tokens>::beside;
+
+    // Where a span has come to; of the inputs, the sums of their steps and the scales of their runs.
+    struct Place {
+        int64_t first, run, step, steps;  // of all panels; and how many a run has
+        const int32_t* begin;
+        const int16_t* sum[tokens / beside];
+        const float* scale[tokens / beside];
+
+        LOWBIT_INLINE Place(const Nested& all, const Span& span) : begin(span.begin) {
+            const Product& of = all.of;
+            const int wide = of.step == 32 ? 5 : 4;
+            const int64_t runs = of.cols / of.over, first_run = span.first / of.over;
+            steps = of.over >> wide, run = span.panel * runs + first_run, step = run * steps;
+            for (int i = 0; i < tokens; i += beside) {
+                const int64_t at = all.token[i] / beside * runs + first_run;
+                sum[i / beside] = of.step_sum + beside * at * steps, scale[i / beside] = of.input_scale + beside * at;
+            }
+        }
+        LOWBIT_INLINE void next() {
+            run++, step += steps, begin += 16;
+            for (int i = 0; i < tokens / beside; i++) sum[i] += beside * steps, scale[i] += beside;
+        }
+    };
+
     template <bool zeros, class Source>
     LOWBIT_INLINE void add_runs(const Source& source, const Span& span, const Row<tokens>& input) {
         const int64_t over = of.over, wide = 2 * of.step;
         const uint8_t* chunk = span.codes;
-        const int8_t* fine = of.fine + (span.panel * of.cols + span.first) / of.step * 16;
-        int64_t run = span.first / over;
+        Place at(*this, span);
+        const int8_t* fine = of.fine + at.step * 16;
         I dots[tokens], shift[tokens];
-        for (int64_t col = span.first; col < span.last; run++) {
-            begin_run<zeros, Source::above>(span.panel, col / of.step, dots, shift);
+        for (int64_t col = span.first; col < span.last; at.next()) {
+            begin_run<zeros, lifted<Source>, Source::above>(at, dots, shift);
+            if constexpr (folded<Source>) {
+                for (int64_t end = col + over; col < end; col += 32, chunk += 512)
+                    add_dots<0, 8>(source, chunk, input, col, dots);
+                end_run<zeros, true>(at, dots, shift);
+                continue;
+            }
             for (int64_t end = col + over; col < end; col += wide, fine += 32) {
-                I factor = factors(fine);
+                I factor = factors_at(of, fine);
                 if (wide == 32) {
                     if constexpr (!Source::near) ask_for<Source::bits>(chunk);
                     add_quads<0, 4, false>(source, chunk, input, col, factor_of<Source>(factor, 0), dots);
@@ -439,63 +499,55 @@ struct Nested {
                     chunk += 64 * Source::bits;
                     continue;
                 }
-                for (int64_t at = 0; at < 64; at += 32, chunk += 64 * Source::bits, factor = shift_right<16>(factor)) {
+                for (int64_t half = 0; half < 64; half += 32, chunk += 64 * Source::bits, factor = shift_right<16>(factor)) {
                     if constexpr (!Source::near) ask_for<Source::bits>(chunk);
-                    add_quads<0, 8, false>(source, chunk, input, col + at, factor_of<Source>(factor, 0), dots);
+                    add_quads<0, 8, false>(source, chunk, input, col + half, factor_of<Source>(factor, 0), dots);
                 }
             }
-            end_run<zeros>(span.panel, run, dots, shift);
+            end_run<zeros, false>(at, dots, shift);
         }
     }
 
-    // The integers of two steps.
-    LOWBIT_INLINE I factors(const int8_t* fine) const {
-        return of.joined ? both(load_pairs(fine), set(0x000f000f)) : load_pairs(fine);
-    }
-    LOWBIT_INLINE I zeros_of(int64_t at) const {
-        if (of.joined) return both(shift_right<4>(load_pairs(of.fine + at)), set(0x000f000f));
-        return load_pairs(of.fine_zero + at);
+    LOWBIT_INLINE I zeros_at(int64_t step) const {
+        if (of.joined) return both(shift_right<4>(load_pairs(of.fine + 16 * step)), set(0x000f000f));
+        return load_pairs(of.fine_zero + 16 * step);
     }
 
     // What zeros make of the steps of a run (`shift`), and what sums begin with, so that offsets are out of them.
-    template <bool zeros, int above>
-    LOWBIT_INLINE void begin_run(int64_t panel, int64_t step, I (&dots)[tokens], I (&shift)[tokens]) const {
-        const int64_t at = (panel * (of.cols / of.step) + step) * 16;
-        const int32_t offset = zeros ? above : above + int32_t(of.offset);
-        clear(dots);
+    template <bool zeros, bool begun, int above>
+    LOWBIT_INLINE void begin_run(const Place& at, I (&dots)[tokens], I (&shift)[tokens]) const {
+        const int32_t offset = begun ? 0 : zeros ? above : above + int32_t(of.offset);
+        const I begin = begun ? load_words(at.begin) : set(0);
+        LOWBIT_EACH_TOKEN
+        for (int t = 0; t < tokens; t++) dots[t] = begin;
         if (offset != 0) {
             const I less = twice(set(-offset), 0);  // 16 bits hold its products with bytes
-            add_steps(step, [&](int64_t i) { return mul_pairs(factors(of.fine + at + 16 * i), less); }, dots);
+            add_steps(at, [&](int64_t step) { return mul_pairs(factors_at(of, of.fine + 16 * step), less); }, dots);
         }
         if constexpr (!zeros) return;
         clear(shift);
-        add_steps(step, [&](int64_t i) { return zeros_of(at + 16 * i); }, shift);
+        add_steps(at, [&](int64_t step) { return zeros_at(step); }, shift);
     }
-    // Adds the sums of the inputs of a run's steps, from `step` on, times integers, of which `pairs` gives two steps.
+    // Adds the sums of the inputs of a run's steps times integers, of which `pairs` gives two steps.
     template <class Pairs>
-    LOWBIT_INLINE void add_steps(int64_t step, const Pairs& pairs, I (&sum)[tokens]) const {
-        constexpr int beside = Row<tokens>::beside;
-        const int16_t* inputs[tokens / beside];
-        for (int i = 0; i < tokens; i += beside)
-            inputs[i / beside] = of.step_sum + beside * (token[i] / beside * (of.cols / of.step) + step);
-        for (int64_t i = 0; i < of.over / of.step; i += 2) {
-            const I two = pairs(i);
+    LOWBIT_INLINE void add_steps(const Place& at, const Pairs& pairs, I (&sum)[tokens]) const {
+        for (int64_t i = 0; i < at.steps; i += 2) {
+            const I two = pairs(at.step + i);
             LOWBIT_EACH_TOKEN
             for (int t = 0; t < tokens; t++)
-                sum[t] = add_dot_pairs(sum[t], two, set(four_bytes(inputs[t / beside] + beside * i + 2 * (t % beside))));
+                sum[t] = add_dot_pairs(sum[t], two, set(four_bytes(at.sum[t / beside] + beside * i + 2 * (t % beside))));
         }
     }
-    template <bool zeros>
-    LOWBIT_INLINE void end_run(int64_t panel, int64_t run, const I (&dots)[tokens], const I (&shift)[tokens]) const {
-        const int64_t runs = of.cols / of.over;
-        const float* inputs = of.input_scale + run;
-        F scale = scales_at(of, of.scale.data, panel * runs + run), zero = scale, part[tokens];
-        if constexpr (zeros) zero = scales_at(of, of.zero, panel * runs + run);
+    template <bool zeros, bool turned>
+    LOWBIT_INLINE void end_run(const Place& at, const I (&dots)[tokens], const I (&shift)[tokens]) const {
+        F scale = scales_at(of, of.scale.data, at.run), zero = scale, part[tokens];
+        if constexpr (turned) scale = sub(set(0.0f), scale);
+        if constexpr (zeros) zero = scales_at(of, of.zero, at.run);
         LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) {
             part[t] = mul(to_float(dots[t]), scale);
             if constexpr (zeros) part[t] = sub(part[t], mul(to_float(shift[t]), zero));
-            part[t] = fma(part[t], set(inputs[token[t] * runs]), sums.total[t]);
+            part[t] = fma(part[t], set(at.scale[t / beside][t % beside]), sums.total[t]);
         }
         LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) sums.total[t] = part[t];
@@ -523,7 +575,7 @@ void one_token(const Product& of, const Source& source, int64_t first, int64_t l
 
 // Many: some columns are unpacked for as many tokens as keep their sums near. Tokens that fill no tile are a smaller one.
 constexpr int few = smaller(tile, 4);
-constexpr int64_t columns_at_once = 512, tokens_at_once = tile * ((256 + tile - 1) / tile);
+constexpr int64_t columns_at_once = 1024, tokens_at_once = tile * ((256 + tile - 1) / tile);
 
 struct Near {
     F total[tokens_at_once], open[tokens_at_once], inputs[tokens_at_once];
@@ -555,8 +607,10 @@ void add_tile(const Product& of, const Span& span, int64_t first, int64_t count,
     add_span<Scales>(of, Source{}, span, token, sums);
 }
 
+using Tile = void (*)(const Product&, const Span&, int64_t, int64_t, const Sums&);
+
 template <class Source, int tokens>
-auto tile_of(const Product& of) {
+Tile tile_of(const Product& of) {
     constexpr int most = Source::most <= 15 ? 15 : whole_dots ? 255 : Source::is_signed ? 128 : Source::most;
     using Written = Unpacked<most, Source::above, Source::is_signed>;
     if (of.fine) return add_tile<Nested, Written, tokens>;
@@ -571,25 +625,104 @@ LOWBIT_INLINE void ask_for_next(const uint8_t* from, int64_t bytes, int64_t toke
     for (int64_t i = 0; i < part; i++) __builtin_prefetch(from + 64 * (token / tile * part + i), 0, near);
 }
 
+// Codes of a span as signed bytes.
+template <class Source>
+struct Lifting {
+    const Product& of;
+    const Source& source;
+
+    // Written to `bytes`, with what sums begin with. False, if products with the integers of steps were wanted and one of
+    // them fits no byte.
+    template <bool products>
+    bool write(const Span& span, const uint8_t* chunk, uint8_t* bytes, int32_t* begin) const {
+        const I less = set((of.zero ? 0 : int32_t(of.offset)) * 0x01010101);
+        const int64_t first = span.panel * of.cols + span.first;
+        const bool wide = of.step == 32;
+        I outside = set(0);
+        for (int64_t col = span.first; col < span.last; begin += 16) {
+            I sum = set(0);
+            for (int64_t end = col + of.over; col < end; col += 32, chunk += 64 * Source::bits, bytes += 512) {
+                const int64_t step = (first + col - span.first) >> (wide ? 5 : 4);
+                const I pairs = factors_at(of, of.fine + (step & ~int64_t(1)) * 16);
+                const bool odd = wide && (step & 1);
+                sum = put<products, 0, 4>(chunk, less, odd ? twice(pairs, 1) : twice(pairs, 0), bytes, sum, outside);
+                sum = put<products, 4, 8>(chunk, less, odd || !wide ? twice(pairs, 1) : twice(pairs, 0), bytes, sum, outside);
+            }
+            store_words(begin, unsigned_dots ? sub(set(0), shift_left<7>(sum)) : set(0));
+        }
+        return all(greater(set(1), shift_right<8>(both(outside, set(int32_t(0xff00ff00))))));
+    }
+
+  private:
+    // Four quads of a step; their sum added to `all`.
+    template <bool products, int quad, int last>
+    LOWBIT_INLINE I put(const uint8_t* chunk, I less, I factor, uint8_t* bytes, I all, I& outside) const {
+        const I sum = put_quads<products, quad, last>(chunk, less, factor, bytes, set(0), outside);
+        return add(all, products ? sum : mul(sum, dot_pairs(factor, set(1))));
+    }
+    template <bool products, int quad, int last>
+    LOWBIT_INLINE I put_quads(const uint8_t* chunk, I less, I factor, uint8_t* bytes, I sum, I& outside) const {
+        const I ones = set(0x01010101), high = set(int32_t(0x80808080)), mask = set(0x00ff00ff), room = set(0x00800080);
+        I word = source.template at<quad>(chunk);  // as 128 above its value next, then without
+        if constexpr (Source::is_signed) word = differ(word, high);
+        else if constexpr (Source::above == 0) word = sub(add(word, high), less);
+        if constexpr (products) {
+            const I minus = mul_pairs(factor, set(-1)), center = set(int32_t(0xff80ff80));
+            const I even = mul_pairs(add_pairs(both(word, mask), center), minus);
+            const I odd = mul_pairs(add_pairs(both(shift_right<8>(word), mask), center), minus);
+            outside = either(outside, either(add_pairs(even, room), add_pairs(odd, room)));
+            word = either(both(even, mask), shift_left<8>(both(odd, mask)));
+        } else {
+            word = differ(word, high);
+        }
+        store_words(bytes + 64 * quad, word);
+        sum = add_dot(sum, ones, word);
+        if constexpr (quad + 1 < last) return put_quads<products, quad + 1, last>(chunk, less, factor, bytes, sum, outside);
+        else return sum;
+    }
+};
+
+// What adds tiles of tokens, and smaller ones.
+struct Tiles {
+    Tile whole, few;
+};
+template <bool products>
+constexpr Tiles lifted_tiles{add_tile<Nested, Signed<products>, tile>, add_tile<Nested, Signed<products>, few>};
+
+// Makes the bytes of a span, and says what takes them.
+template <class Source>
+Tiles unpack_span(const Product& of, const Source& source, const uint8_t* codes, const Span& span, uint8_t* bytes, int32_t* begin) {
+    if constexpr (whole_dots && Source::bits < 8)
+        if (lifts(of)) {
+            const Lifting<Source> lifting{of, source};
+            if constexpr (Source::bits <= 3)
+                if (lifting.template write<true>(span, codes, bytes, begin)) return lifted_tiles<true>;
+            lifting.template write<false>(span, codes, bytes, begin);
+            return lifted_tiles<false>;
+        }
+    unpack(source, codes, (span.last - span.first) / 32, bytes);
+    return {tile_of<Source, tile>(of), tile_of<Source, few>(of)};
+}
+
 template <class Source>
 void many_tokens(const Product& of, int64_t panel, const Source& source) {
-    const auto add = tile_of<Source, tile>(of), add_few = tile_of<Source, few>(of);
-    int64_t wide = of.fine ? columns_at_once / of.over * of.over : columns_at_once;
+    const int64_t wide = of.fine ? columns_at_once / of.over * of.over : columns_at_once;
     alignas(64) uint8_t bytes[16 * columns_at_once];
+    alignas(64) int32_t begin[columns_at_once / 2];
     for (int64_t token = 0; token < of.tokens; token += tokens_at_once) {
         int64_t count = smaller(tokens_at_once, of.tokens - token);
         alignas(64) Near kept;
         for (int64_t col = 0; col < of.cols; col += wide) {
             const int64_t bytes_wide = 2 * wide * Source::bits;
-            const Span span{panel, col, smaller(col + wide, of.cols), bytes};
+            const Span span{panel, col, smaller(col + wide, of.cols), bytes, begin};
             const uint8_t* codes = codes_of_panel(of, panel) + col / wide * bytes_wide;
-            unpack(source, codes, (span.last - col) / 32, bytes);
+            const Tiles add = unpack_span(of, source, codes, span, bytes, begin);
             for (int64_t t = 0; t < count; t += tile) {
                 const int64_t some = smaller(tile, count - t);
                 const Sums sums = kept.from(t);
                 if (col == 0) clear(sums);
                 ask_for_next<2>(codes + bytes_wide, bytes_wide, t, count);
-                (some <= few ? add_few : add)(of, span, token + t, some, sums);
+                (some <= few ? add.few : add.whole)(of, span, token + t, some, sums);
                 if (span.last == of.cols) store_tokens(of, panel, token + t, some, sums.total);
             }
         }

@@ -363,9 +363,9 @@ static std::vector<uint8_t> in_fours(int64_t tokens, int64_t cols, int64_t run, 
     return fours;
 }
 
-// A weight of panels, and inputs, for one way.
+// A weight of panels, and inputs, for one way; integers of scales are bytes, or from -few to below `few`.
 static void compare_product(const Kernels& kernels, Way way, int bits, int64_t rows, int64_t cols, int64_t step, bool minus,
-                            int64_t over = 0) {
+                            int64_t over = 0, int few = 0) {
     bool alone = (rows % 2 == 0) == (cols % 3 == 0);
     // Tokens: one, more than are taken at once, or some that fill no tile.
     int64_t panels = (rows + 15) / 16, tokens = alone ? 1 : cols > 700 ? 267 : 14;
@@ -373,6 +373,7 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
     int64_t scales = panels * 16 * cols / (over ? over : step), steps = panels * 16 * cols / step;
     bool narrow = rows % 2, zeros = over ? minus : rows % 3 != 0, joined = over && rows % 5 == 0;
     Buffer codes = random_codes(panels * 16 * cols * bits / 8, 255), fine = random_codes(steps, 255);
+    for (int64_t i = 0; few && i < steps; i++) fine.at()[i] = uint8_t(fine.at()[i] % (2 * few) - few);
     Buffer scale = random_weight(scales, narrow ? Dtype::f16 : Dtype::f32, false), fine_zero = random_codes(steps, 255);
     auto zero = random_weight(scales, narrow ? Dtype::f16 : Dtype::f32, false);
     auto level = random_scales(256), input = random_scales(tokens * cols);
@@ -404,21 +405,29 @@ static void compare_product(const Kernels& kernels, Way way, int bits, int64_t r
     });
     std::vector<int8_t> tiles(size_t((tokens + 3) / 4 * 4 * cols));
     for (int64_t t = 0; t < tokens; t++) put_in_fours(cols, rounded.data() + t * cols, t % 4, tiles.data() + t / 4 * 4 * cols);
-    std::vector<int16_t> sums(size_t((tokens + 3) / 4 * 4 * cols / summed));
-    for (int64_t t = 0; over && t < tokens; t++)
-        put_in_fours(2 * cols / summed, step_sum.data() + t * cols / summed, t % 4, sums.data() + t / 4 * 4 * cols / summed);
-    const bool in_fours_too = over && !alone;  // the sums of steps
+    std::vector<int8_t> above = tiles;
+    for (int8_t& each : above) each ^= int8_t(-128);
+    const int64_t fours_of_tokens = (tokens + 3) / 4 * 4;
+    std::vector<int16_t> sums(size_t(fours_of_tokens * cols / summed));
+    std::vector<float> input_scales(size_t(fours_of_tokens * cols / sub));
+    for (int64_t t = 0, four = 0; over && t < tokens; t++, four = t / 4 * 4) {
+        put_in_fours(2 * cols / summed, step_sum.data() + t * cols / summed, t % 4, sums.data() + four * cols / summed);
+        put_in_fours(4 * cols / sub, input_scale.data() + t * cols / sub, t % 4, input_scales.data() + four * cols / sub);
+    }
+    const bool in_fours_too = over && !alone;  // the sums of steps, and scales
     auto integers = [](Buffer& from) { return reinterpret_cast<const int8_t*>(from.at()); };
     Product of{way, rows, cols, bits, step, over ? over : step, codes.at(),
                {scale.at(), narrow ? Dtype::f16 : Dtype::f32}, zeros ? zero.at() : nullptr, minus, way == Way::table ? 0.0f : 3.0f,
                over ? integers(fine) : nullptr, over && zeros && !joined ? integers(fine_zero) : nullptr,
                joined, level.data(), table.data(), 0.5f, tokens, input.data(), sub,
-               alone ? rounded.data() : tiles.data(), input_scale.data(), in_fours_too ? sums.data() : step_sum.data(),
+               alone ? rounded.data() : tiles.data(), in_fours_too ? input_scales.data() : input_scale.data(),
+               in_fours_too ? sums.data() : step_sum.data(),
                words.data(), fours.data(), nullptr};
     compare("product", kernels, {rows, cols, int64_t(way), bits}, 4 * tokens * rows, [&](const Kernels& k, uint8_t* out) {
         std::vector<float> found(size_t(tokens * rows));
         Product mine = of;
         mine.out = found.data();
+        if (!alone && k.lifts && lifts(of)) mine.rounded = above.data();
         k.product(mine, 0, panels);
         if (!found.empty()) std::memcpy(out, found.data(), 4 * found.size());
     });
@@ -615,12 +624,13 @@ static void compare_products(const Kernels& kernels) {
         for (int bits = 2; bits <= 6; bits++)
             for (int64_t step : {16, 32})
                 for (bool minus : {false, true}) {
-                    compare_product(kernels, Way::codes, bits, rows, 512, step, minus, 256);
+                    for (int few : {0, 32}) compare_product(kernels, Way::codes, bits, rows, 512, step, minus, 256, few);
                     if (bits == 4) compare_product(kernels, Way::table, bits, rows, 192, step, minus, 64);
                 }
     for (bool minus : {false, true}) {  // inputs of 256 rounded together, and scales of more columns than are unpacked at once
-        compare_product(kernels, Way::codes, 2, 33, 768, 256, minus);
-        for (int64_t step : {48, 768}) compare_product(kernels, Way::codes, 4, 33, 768, step, minus);
+        compare_product(kernels, Way::codes, 2, 33, 1536, 256, minus);
+        for (int64_t step : {48, 1536}) compare_product(kernels, Way::codes, 4, 33, 1536, step, minus);
+        compare_product(kernels, Way::codes, 3, 33, 1280, 16, minus, 256, 32);
     }
 }
 
@@ -643,7 +653,7 @@ int main(int count, char** arguments) {
 
     auto all = supported_kernels();
     Kernels whole_dots = *all[0];
-    whole_dots.isa = "whole dots", whole_dots.product = whole_dots_product;
+    whole_dots.isa = "whole dots", whole_dots.product = whole_dots_product, whole_dots.lifts = true;
     compare_products(whole_dots);
     for (size_t i = all.size() > 1 ? 1 : 0; i < all.size(); i++) {  // alone, scalar still meets the sanitizers
         const Kernels& kernels = *all[i];
