@@ -60,12 +60,12 @@ def spelled(scheme: Scheme) -> bool:
 
 
 def wider(grid: Grid) -> Iterator[Grid]:
-    """Grids of more bits that have all levels of this one, fewest bits first."""
-    if grid.kind != "levels":
-        others = {scheme.grid for scheme in FAMILIES.values() if scheme.grid.bits > grid.bits}
-        for other in sorted(others, key=lambda each: (each.bits, each.name)):
-            if other.kind == grid.kind and {*map(_key, grid.levels)} <= {*map(_key, other.levels)}:
-                yield other
+    """Other grids that have all levels of this one, fewest bits first."""
+    kinds = ("int", "levels") if grid.kind == "levels" else (grid.kind,)
+    others = {scheme.grid for scheme in FAMILIES.values() if scheme.grid.bits >= grid.bits} - {grid}
+    for other in sorted(others, key=lambda each: (each.bits, each.kind, each.name)):
+        if other.kind in kinds and {*map(_key, grid.levels)} <= {*map(_key, other.levels)}:
+            yield other
 
 
 def finer(block: Block) -> Iterator[Block]:
@@ -219,8 +219,7 @@ def _minima(q: QTensor, scheme: Scheme, index: Inside, rounding: bool) -> Tensor
     """What is subtracted; of a tensor with zero points their product with the scales."""
     if scheme.zero != "min":
         return None
-    half = _half(q.scheme.grid)
-    zeros = torch.full(q.scales.shape, half) if q.zeros is None else q.zeros.float()
+    zeros = torch.full(q.scales.shape, _middle(q, scheme)) if q.zeros is None else q.zeros.float()
     given = zeros * q.scale_values() if q.minima is None else q.minima
     return _block_values(given, q, scheme, index, "minimum", rounding)
 
@@ -232,7 +231,7 @@ def _zeros(q: QTensor, scheme: Scheme, index: Inside, rounding: bool) -> Tensor 
     own = q.zeros if q.minima is None else _in_codes(q, rounding)
     if own is None and scheme.zero == "none":
         return None
-    values = torch.full(blocks, half) if own is None else _spread(own.float(), index, blocks)
+    values = torch.full(blocks, _middle(q, scheme)) if own is None else _spread(own.float(), index, blocks)
     if scheme.zero == "float":
         return _stored(values, FLOATS.get(scheme.scale, torch.float32), "zero point", rounding)
     if scheme.zero == "none":
@@ -260,10 +259,21 @@ def _half(grid: Grid) -> float:
     return float(2 ** (grid.bits - 1)) if grid.kind == "int" else 0.0
 
 
+def _middle(q: QTensor, scheme: Scheme) -> float:
+    """The code that stands for 0, as codes are under the scheme, where `q` has no zero points."""
+    return _half(q.scheme.grid if _same_codes(q.scheme, scheme) else scheme.grid)
+
+
+def _same_codes(old: Scheme, new: Scheme) -> bool:
+    """Whether codes stay: those of integers with a zero point count from 0 on every grid."""
+    both_whole = old.grid.kind == new.grid.kind == "int" and new.grid.bits >= old.grid.bits
+    return old.grid == new.grid or (new.zero != "none" and both_whole)
+
+
 def _codes(q: QTensor, scheme: Scheme) -> UInt8[Tensor, "rows cols"]:
-    """Codes of the same values; those of integers with a zero point count from 0 on every grid."""
+    """Codes of the same values."""
     old, new = q.scheme.grid, scheme.grid
-    if old == new or (scheme.zero != "none" and old.kind == new.kind == "int" and new.bits >= old.bits):
+    if _same_codes(q.scheme, scheme):
         return q.codes
     known = {_key(level): code for code, level in enumerate(new.levels) if abs(level) != float("inf")}
     table = torch.tensor([known.get(_key(level), _NOWHERE) for level in old.levels], dtype=torch.uint8)

@@ -293,9 +293,9 @@ class Changer:
         before = (q.scheme.grid, q.scheme.zero, row_block(q.scheme.block, q.shape[-1]))
         after = (target.scheme.grid, target.scheme.zero, row_block(target.scheme.block, q.shape[-1]))
         made = carried(q if before[0] == after[0] else self._copy(q), target.scheme, rounding)
-        # Equal levels with equal scales and zero points are equal values; minima are products, which are rounded.
+        # Codes of one grid with equal scales and zero points are equal values; minima are products, which are rounded.
         minima = "min" in (before[1], after[1]) and before[1] != after[1] and not _exact_minima(q.scheme, made.scheme)
-        if minima and not rounding and difference(q, made).largest:
+        if (minima or before[0] != after[0]) and not rounding and difference(q, made).largest:
             raise UnsupportedError(f"its values are others in {target.scheme}")
         parts = self._room(self.goal.form.layout(target))
         self.goal.form.pack(target, made, parts)
