@@ -33,6 +33,7 @@ from lowbit import plugins
 from lowbit.errors import FormatError, LowbitError, UnsupportedError
 from lowbit.formats import Format, Weight
 from lowbit.schemes import parse
+from lowbit.stages._experts import apart
 from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Entry
 from lowbit.stages.quantize import quantize_weight
@@ -151,15 +152,10 @@ def write(source: Path, out: Path, tensors: Mapping[str, Tensor], documents: Map
 
 def read_only(source: Path, out: Path, name: str) -> str:
     """A checkpoint in a format that is never written, by its owner's names; returns its scheme."""
+    if name == "mxfp4":
+        return mixture(source, out)
     config = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")
-    dice = torch.Generator().manual_seed(0)
-    if name == "mxfp4":
-        sizes = (2, SHAPE[0], SHAPE[1] // 32)
-        tensors["model.layers.0.mlp.experts.down_proj_blocks"] = torch.randint(256, (*sizes, 16), generator=dice).byte()
-        tensors["model.layers.0.mlp.experts.down_proj_scales"] = torch.randint(115, 125, sizes, generator=dice).byte()
-        write(source, out, tensors, {"config.json": {**config, "quantization_config": {"quant_method": "mxfp4"}}})
-        return "mxfp4"
     parts = {"torchao": ("_weight_qdata", "_weight_scale"), "quanto": ("weight._data", "weight._scale")}[name]
     for weight in list(filter(CHOSEN.search, tensors)):
         values, module = tensors.pop(weight).float(), weight.rpartition(".")[0]
@@ -169,6 +165,25 @@ def read_only(source: Path, out: Path, name: str) -> str:
     told = {"quantization_config": {"quant_method": "torchao"}} if name == "torchao" else {}
     write(source, out, tensors, {"config.json": {**config, **told}})
     return "int8-row"
+
+
+def mixture(source: Path, out: Path) -> str:
+    """A gpt-oss, of which experts alone are quantized, at random; returns their scheme."""
+    library: Any = transformers
+    dice = torch.Generator().manual_seed(0)
+    sizes = {"hidden_size": SHAPE[1], "intermediate_size": SHAPE[0], "num_hidden_layers": 1, "vocab_size": 260}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    config = library.GptOssConfig(**sizes, **heads, num_local_experts=2, num_experts_per_tok=1)
+    dtype = next(iter(load_file(source / "model.safetensors").values())).dtype
+    tensors = dict(library.GptOssForCausalLM(config).to(dtype).state_dict())
+    for name, rows in (("gate_up_proj", 2 * SHAPE[0]), ("down_proj", SHAPE[1])):
+        experts, shape = f"model.layers.0.mlp.experts.{name}", (2, rows, SHAPE[1] // 32)
+        del tensors[experts]
+        tensors[f"{experts}_blocks"] = torch.randint(256, (*shape, 16), generator=dice).byte()
+        tensors[f"{experts}_scales"] = torch.randint(115, 125, shape, generator=dice).byte()
+    told = {"quantization_config": {"quant_method": "mxfp4"}, "dtype": str(dtype).removeprefix("torch.")}
+    write(source, out, tensors, {"config.json": {**config.to_dict(), **told}})
+    return "mxfp4"
 
 
 def sources(model: Path, root: Path, only: str | None) -> Iterator[tuple[str, str, Path]]:
@@ -202,8 +217,9 @@ def distinct(form: Format, schemes: tuple[str, ...]) -> list[str]:
 
 
 def values(path: Path) -> dict[str, Tensor]:
-    """Every weight in float32."""
-    with open_checkpoint(path) as checkpoint:
+    """Every weight in float32, those of experts one by one."""
+    with open_checkpoint(path) as whole:
+        checkpoint = apart(whole, "compressed-tensors")
         return {name: checkpoint.dequantized(name, torch.float32) for name in checkpoint.weights}
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import lowbit
+from lowbit.errors import UnsupportedError
 from lowbit.formats import gptq
+from lowbit.stages.checkpoint import open_checkpoint
 from tests.interop.models import bits_of, tiny_llama, write
 
 transformers = pytest.importorskip("transformers")
@@ -37,3 +39,40 @@ def test_float_weights_are_a_plain_model(tmp_path: Path) -> None:
     lowbit.convert(tmp_path / "in", tmp_path / "out", format="float", lossy=True)
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(found[name], q.dequantize(F16)) for name, q in meant.items())
+
+
+@pytest.fixture(scope="module")
+def mixture(wiki_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llama.cpp's mixture, with a quantized head, which most readers of other formats never look for."""
+    out = tmp_path_factory.mktemp("mixture") / "out"
+    lowbit.quantize(wiki_8m, out, format="gguf", scheme="q4_k_m", method="rtn")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme", "kept"), [("awq", "int4-g32-asym", 2), ("fp8", "fp8-e4m3-128x128", 2), ("bitsandbytes", "nf4-g32", 1)]
+)
+def test_a_mixture_goes_where_some_of_its_weights_have_no_place(
+    form: str, scheme: str, kept: int, mixture: Path, tmp_path: Path
+) -> None:
+    """These stay floats, and are said to; where weights go together only in one scheme (bitsandbytes), it is that of most."""
+    done = lowbit.convert(mixture, tmp_path / "out", format=form, lossy=True)
+    quantized = [group for group in done.groups if group.before]
+    floats = [group for group in quantized if group.after is None]
+    assert {group.after for group in quantized if group.after} == {scheme}
+    assert {group.name for group in floats} == {"model.embed_tokens.weight", *["lm_head.weight"][: kept - 1]}
+    assert all(group.method == "dequantize" and group.note for group in floats)
+    with open_checkpoint(mixture) as before, open_checkpoint(tmp_path / "out") as after:
+        assert sum(weight.scheme is not None for weight in after.weights.values()) == 58 - kept
+        for name in (group.name for group in floats):
+            found = after.dequantized(name, torch.float32)
+            assert torch.equal(found, before.dequantized(name, torch.float32)), name
+    if form == "bitsandbytes":
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.isfinite(model(torch.arange(16)[None]).logits).all()
+
+
+def test_a_mixture_of_which_nothing_has_a_place_is_refused(mixture: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="bitnet cannot hold q4_k"):
+        lowbit.convert(mixture, tmp_path / "out", format="bitnet", lossy=True)
+    assert not (tmp_path / "out").exists()

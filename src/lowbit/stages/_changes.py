@@ -41,6 +41,7 @@ _SMALL = 1e-4  # relative squared error of rounded scales below which no other w
 _SAMPLE = 1 << 18
 _FLOATS = 1 << 20  # of a run that is tried, or written and read back while it is in the cache
 _ALIGN = 64
+_TILE = Block(128, 128)  # the only blocks of some readers of FP8
 
 
 @final
@@ -108,7 +109,8 @@ def targets(
     type some formats store scales: `dtypes` are tried in order.
     """
     if weight.swapped and not form.swaps:
-        reasons.append("its layer is a transposed one (Conv1D), which readers of this format do not know")
+        what = "it is of experts in one tensor, transposed" if len(weight.shape) > 2 else "its layer is a transposed one (Conv1D)"
+        reasons.append(f"{what}, which readers of this format do not know")
         return
     seen = set()
     for scheme in schemes:
@@ -164,7 +166,7 @@ def _on_grid(scheme: Scheme, grid: str, cols: int) -> list[Scheme]:
     plain = row_block(scheme.block, cols)
     size = plain.cols or cols
     sizes = [group for group in _GROUPS if group < size] + [group for group in reversed(_GROUPS) if group >= size]
-    blocks = dict.fromkeys([scheme.block, *(Block(1, group) for group in sizes), Block(1, 0), Block(0, 0)])
+    blocks = dict.fromkeys([scheme.block, *(Block(1, group) for group in sizes), Block(1, 0), Block(0, 0), _TILE])
     zeros = ("int", "float", "none") if scheme.zero != "none" else ("none", "int", "float")
     found = []
     for family in families:
@@ -323,10 +325,10 @@ class Changer:
         return {name: room[at : at + n].view(spec.dtype).view(spec.shape) for (name, spec), at, n in parts}
 
     def lossy(self, weight: Weight, why: str) -> Change:
-        """The change with the least error that the target holds; `why` there is none without.
+        """The change with the least error that the target holds, floats where it holds nothing else; `why` there is none.
 
         Raises:
-            UnsupportedError: the target holds nothing like it.
+            UnsupportedError: it holds neither.
         """
         bare = replace(weight, activations=None, input_scale=None)
         if weight.activations:
@@ -339,9 +341,27 @@ class Changer:
         again = self._again(weight, why)
         if rounded and (again is None or rounded.error.relative <= again.error.relative):
             return rounded
-        if again is None:
+        return again or self._unquantized(weight, self._objection(weight, why))
+
+    def _unquantized(self, weight: Weight, why: str) -> Change:
+        """Kept as floats beside weights that are quantized.
+
+        Raises:
+            UnsupportedError: the target's container has no plain floats.
+        """
+        if self.goal.form.arrange is not None:
             raise UnsupportedError(f"{weight.name}: {why}")
-        return again
+        dtype, error = self._rounding(weight, self.dtypes(weight))
+        entry = Entry(Weight(weight.name, weight.held, dtype), FLOAT, f"stays in {_name(dtype)}")
+        return Change(weight, entry, not error.largest and weight.activations is None, error, why)
+
+    def _objection(self, weight: Weight, why: str) -> str:
+        """What is against the scheme that was asked for or is the format's own; `why`, if nothing is."""
+        form, reasons = self.goal.form, list[str]()
+        wanted = [parse(self.goal.scheme or form.default)]
+        bare = replace(self.arranged(weight), activations=None, input_scale=None)
+        fitting = self._read(targets(bare, form, self.dtypes(weight), wanted, reasons), reasons)
+        return why if next(fitting, None) else reasons[0]
 
     def _rounded(self, weight: Weight, why: str) -> Change | None:
         """The codes as they are, scales and zero points rounded to what the target has."""

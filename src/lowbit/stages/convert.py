@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -113,10 +114,37 @@ def plan_conversion(
                 return changer.to_float(weight)
             return changer.lossy(weight, reasons[weight.name])
 
-        changes |= _each(source, goal, folder, way, left, change, progress)
+        def changed(goal: Goal) -> dict[str, Change]:
+            return _each(source, goal, folder, way, left, change, progress)
+
+        changes |= changed(goal)
+        changes |= _together(source, goal, changes, changed)
     found_all = tuple(changes[name] for name in source.weights)
     goal.form.config([each.entry.weight for each in found_all], source.config)  # it may refuse them together
     return Conversion(source, goal, found_all, way, folder)
+
+
+def _together(
+    source: Checkpoint, goal: Goal, changes: Mapping[str, Change], again: Callable[[Goal], Mapping[str, Change]]
+) -> Mapping[str, Change]:
+    """What becomes of the weights that change, if the format does not take them beside each other as was found.
+
+    Then all of these go into the scheme of most.
+
+    Raises:
+        UnsupportedError: none of them is quantized in the target.
+    """
+    quantized = [each for each in changes.values() if each.before.scheme]
+    schemes = Counter(str(each.entry.weight.scheme) for each in quantized if each.entry.weight.scheme)
+    if not schemes and goal.format != _float.NAME:
+        why = Counter(each.why for each in quantized).most_common(1)[0][0]
+        raise UnsupportedError(f"{next(each.before.name for each in quantized if each.why == why)}: {why}")
+    try:
+        goal.form.config([each.entry.weight for each in changes.values()], source.config)
+    except UnsupportedError:
+        if goal.scheme is None and len(schemes) > 1:
+            return again(replace(goal, scheme=schemes.most_common(1)[0][0]))
+    return {}
 
 
 def _kept(source: Checkpoint, weight: Weight, goal: Goal) -> Weight:
