@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
@@ -76,3 +77,27 @@ def test_a_mixture_of_which_nothing_has_a_place_is_refused(mixture: Path, tmp_pa
     with pytest.raises(UnsupportedError, match="bitnet cannot hold q4_k"):
         lowbit.convert(mixture, tmp_path / "out", format="bitnet", lossy=True)
     assert not (tmp_path / "out").exists()
+
+
+def of_gguf(path: Path) -> dict[str, tuple[str, bytes]]:
+    """Type and bytes of the tensors, as the package that owns the format reads them."""
+    (file,) = path.glob("*.gguf")
+    return {each.name: (each.tensor_type.name, each.data.tobytes()) for each in gguf.GGUFReader(file).tensors}
+
+
+@pytest.mark.parametrize("there", ["compressed-tensors", "onnx", "mlx"])
+def test_gguf_comes_back_as_the_same_bytes(there: str, wiki_8m: Path, tmp_path: Path) -> None:
+    lowbit.quantize(wiki_8m, tmp_path / "in", format="gguf", scheme="q8_0", method="rtn")
+    assert lowbit.convert(tmp_path / "in", tmp_path / "there", format=there).lossless
+    assert lowbit.convert(tmp_path / "there", tmp_path / "back", format="gguf").lossless
+    meant = of_gguf(tmp_path / "in")
+    assert meant == of_gguf(tmp_path / "back") and {kind for kind, _ in meant.values()} == {"Q8_0", "F32"}
+
+
+def test_onnx_comes_back_as_the_same_bytes(wiki_8m: Path, tmp_path: Path) -> None:
+    """The graph names who made it: the tensors are compared."""
+    lowbit.quantize(wiki_8m, tmp_path / "in", format="onnx", scheme="int4-g32", method="rtn")
+    assert lowbit.convert(tmp_path / "in", tmp_path / "there", format="gptq").lossless
+    assert lowbit.convert(tmp_path / "there", tmp_path / "back", format="onnx").lossless
+    one, other = (sorted(path.glob("*.safetensors")) for path in (tmp_path / "in", tmp_path / "back"))
+    assert one and [each.read_bytes() for each in one] == [each.read_bytes() for each in other]
