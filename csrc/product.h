@@ -551,6 +551,7 @@ struct Nested {
         }
         LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) sums.total[t] = part[t];
+        if constexpr (!turned) asm volatile("" : : : "memory");  // else they take registers that are missed until the next end
     }
 };
 
