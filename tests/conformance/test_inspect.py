@@ -31,6 +31,7 @@ def test_every_format_is_told_as_text_and_as_json(
             continue
         code, text, wrong = lowbit("inspect", path)
         assert f"format      {name}\n" in text, (scheme, wrong)
+        assert name != "gguf" or scheme in text  # the type's own name, also where the scheme has another
         found = lowbit.report(path, code)
         assert (found["format"], found["sound"]) == (name, code == 0), (scheme, text)
         assert found["sound"] or name == "spqr", (scheme, text)  # some of its scales are 0 at random
