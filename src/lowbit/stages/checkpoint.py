@@ -214,7 +214,7 @@ class Checkpoint:
 
         They are integers of at most 32 bits, or 8-bit floats with a scale beside them; bytes may have more axes (ONNX's
         blocks, experts). What belongs to a weight that a format recognised is none, nor is a table that has a weight
-        beside it (hashes of tokens in a router), nor an index of 64 bits.
+        beside it (hashes of tokens in a router), a mask (GPT-NeoX's `attention.bias`), nor an index of 64 bits.
         """
         if self.shards[0].suffix in (GGUF, ONNX):  # these say of each tensor what it is
             return None
@@ -227,7 +227,8 @@ class Checkpoint:
         found = [
             name
             for name, owner in owners.items()
-            if name not in owned and owner not in read and _holds_codes(self.specs[name], owner in scaled)
+            if not (name in owned or owner in read or name.endswith("bias"))
+            and _holds_codes(self.specs[name], owner in scaled)
         ]
         if not found:
             return None
