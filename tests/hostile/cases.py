@@ -13,15 +13,13 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-
-from lowbit.schemes import parse
 
 SHARD = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -444,42 +442,6 @@ def packed(**changes: Tensor) -> Callable[[Path], Path]:
     )
 
 
-def _gptq(bits: object = 4, **changes: Tensor) -> Callable[[Path], Path]:
-    """GPTQ, 4 bits, one group of 32."""
-    parts = {
-        "qweight": torch.zeros(4, 32, dtype=torch.int32),
-        "qzeros": torch.full((1, 4), 0x77777777, dtype=torch.int32),
-        "scales": torch.ones(1, 32, dtype=torch.float16),
-        "g_idx": torch.zeros(32, dtype=torch.int32),
-    } | changes
-    declared = {
-        "quant_method": "gptq",
-        "bits": bits,
-        "group_size": 32,
-        "desc_act": False,
-        "sym": True,
-        "checkpoint_format": "gptq",
-    }
-    return _directory(
-        {SHARD: {f"m.{part}": tensor for part, tensor in parts.items()}}, config={"quantization_config": declared}
-    )
-
-
-def _nf4(**changes: Tensor) -> Callable[[Path], Path]:
-    """bitsandbytes NF4 of [32, 32], blocks of 64."""
-    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [32, 32]}
-    parts = {
-        "weight": torch.zeros(512, 1, dtype=torch.uint8),
-        "weight.absmax": torch.ones(16),
-        "weight.quant_map": torch.tensor(parse("nf4").grid.levels),
-        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
-    } | changes
-    declared = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    return _directory(
-        {SHARD: {f"m.{part}": tensor for part, tensor in parts.items()}}, config={"quantization_config": declared}
-    )
-
-
 NAN, INF = float("nan"), float("inf")
 CT = "compressed_tensors"
 QUANTIZED = [
@@ -508,26 +470,6 @@ QUANTIZED = [
         _config({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": 5}}),
         ("config_groups",),
         CT,
-    ),
-    Case(
-        "gptq scale nan",
-        _gptq(scales=torch.full((1, 32), NAN, dtype=torch.float16)),
-        (SHARD, "m.", "scales", "nan"),
-        "gptq",
-    ),
-    Case("gptq bits a text", _gptq(bits="four"), ("four",), "gptq"),
-    Case("gptq index out of range", _gptq(g_idx=torch.full((32,), 9, dtype=torch.int32)), (SHARD, "g_idx"), "gptq"),
-    Case(
-        "nf4 scale nan",
-        _nf4(**{"weight.absmax": torch.full((16,), NAN)}),
-        (SHARD, "m.weight", "absmax", "nan"),
-        "bitsandbytes",
-    ),
-    Case(
-        "nf4 state not json",
-        _nf4(**{"weight.quant_state.bitsandbytes__nf4": torch.ones(9, dtype=torch.uint8)}),
-        ("m.weight.quant_state",),
-        "bitsandbytes",
     ),
 ]
 
@@ -706,4 +648,5 @@ def _patch(path: Path, at: int, data: bytes) -> None:
     path.write_bytes(content)
 
 
-CASES = LENGTHS + JSON + ENTRIES + LAYOUTS + DIRECTORIES + CONFIGS + PICKLES + QUANTIZED + GGUFS
+CASES = LENGTHS + JSON + ENTRIES + LAYOUTS + DIRECTORIES + CONFIGS + PICKLES + QUANTIZED
+CASES += [replace(case, format="gguf") for case in GGUFS]

@@ -644,6 +644,7 @@ QUANTO = [
     Case("quanto of another model", _quanto({**LLAMA, "model_type": "clip"}), ("config.json describes no",), "quanto"),
     Case("quanto of too many layers", _quanto({**LLAMA, "num_hidden_layers": 10**9}), ("1000000000",), "quanto"),
     Case("quanto of text for layers", _quanto({**LLAMA, "num_hidden_layers": "1"}), ("num_hidden_layers",), "quanto"),
+    Case("quanto of a huge layer", _quanto({**LLAMA, "intermediate_size": 2**40}), (f"{UP}.weight",), "quanto"),
     Case("quanto with activations", _quanto(input_scale=torch.tensor(0.5)), (f"{UP}.input_scale",), "quanto"),
     Case("quanto with an odd scale", _quanto(output_scale=torch.ones(2)), (f"{UP}.output_scale",), "quanto"),
     Case("quanto bytes unsigned", _quanto_bytes(_bytes(4, 160), torch.ones(4, 1)), ("_data is", "uint8"), "quanto"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def _twice() -> bytes:
 
 
 _NAN = bytes(288) + b"\0\0\xc0\x7f" + bytes(77)
-CASES = [
+_MODELS = [
     Case("onnx empty", _build(b""), (MODEL, "no graph")),
     Case("onnx no protobuf", _build(b"\xff" * 64), (MODEL, "no ONNX model")),
     Case("onnx cut", _build(model()[:-40]), (MODEL, "no ONNX model")),
@@ -143,3 +144,4 @@ CASES = [
     Case("onnx scale of a block not finite", _blocks(data=_NAN), ("a.scales", "nan"), "onnx"),
     Case("onnx two in a directory", _build(model(), model(), "other.onnx"), ("2 ONNX files", "other.onnx")),
 ]  # fmt: skip
+CASES = [replace(case, format="onnx") for case in _MODELS]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.command import CommandLine
-from tests.hostile.cases import CASES, Case
+from tests.hostile.cases import Case
+from tests.hostile.test_hostile import CASES
 
 COMMANDS = {
     "quantize": ["--scheme", "int8-row"],
@@ -26,3 +27,13 @@ def test_the_command_refuses_it(
     lines = [line for line in text.splitlines() if not line.startswith("check: ")]  # how far it came
     assert len(lines) == 1 and lines[0].startswith("lowbit: "), text
     assert not out.exists()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id.replace(" ", "-"))
+def test_inspect_does_not_call_it_sound(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is wrong with one weight stands beside what was found of the others."""
+    code, told, text = CommandLine(monkeypatch, capsys)("inspect", case.build(tmp_path))
+    assert code in (1, 2)
+    assert "\nnot sound: " in told or text.splitlines()[-1].startswith("lowbit: ")

@@ -75,7 +75,7 @@ def test_a_gpt2_of_two_operators_in_onnxruntime(tmp_path: Path) -> None:
 
 
 def test_a_llama_from_compressed_tensors_and_back(tmp_path: Path) -> None:
-    """The same logits in onnxruntime, and the same bytes after the way back; then a file that was cut off."""
+    """The same logits in onnxruntime, and the same bytes after the way back; without a config.json; cut off."""
     written(tmp_path, "llama", "compressed-tensors", "int4-g16-asym", torch.bfloat16)
     assert run_conversion(str(tmp_path / "compressed-tensors"), tmp_path / "onnx", Goal("onnx")).lossless
     checkpoint = open_checkpoint(tmp_path / "onnx")
@@ -84,6 +84,8 @@ def test_a_llama_from_compressed_tensors_and_back(tmp_path: Path) -> None:
     assert run_conversion(str(tmp_path / "onnx"), tmp_path / "back", Goal("compressed-tensors")).lossless
     first, back = (tmp_path / name / "model.safetensors" for name in ("compressed-tensors", "back"))
     assert first.read_bytes() == back.read_bytes()
+    (tmp_path / "onnx" / "config.json").unlink()  # then the graph is still what is opened, not its data
+    assert schemes_of(open_checkpoint(tmp_path / "onnx")) == schemes_of(checkpoint)
     data = tmp_path / "onnx" / "model.safetensors"
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"ends at byte .* of 'model\.safetensors'"):

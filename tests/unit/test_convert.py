@@ -536,3 +536,12 @@ def test_an_unknown_format_is_answered_with_those_that_are_written(tmp_path: Pat
     with pytest.raises(UnsupportedError, match="no format is called 'nope'") as error:
         lowbit.convert(tmp_path / "in", tmp_path / "out", format="nope")
     assert "gptq_v2" in str(error.value) and not any(name in str(error.value) for name in plugins.READ_ONLY)
+
+
+def test_masks_of_attention_are_no_codes(tmp_path: Path) -> None:
+    """As GPT-NeoX's checkpoints have them, of bytes with four axes."""
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+    save_file({NAME: torch.ones(8, 8), "gpt_neox.layers.0.attention.bias": mask}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with open_checkpoint(tmp_path) as source:
+        assert source.unexplained is None

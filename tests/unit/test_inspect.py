@@ -283,6 +283,9 @@ def test_packed_tensors_without_a_declaration_are_not_sound(tmp_path: Path) -> N
         {"gate.weight": torch.ones(8, 8), "gate.tid2eid": torch.zeros(8, 2, dtype=torch.int32)},  # a router's hashes
         {"embeddings.position_ids": torch.arange(8)[None]},
         {"attn.mask": torch.ones(8, 8, dtype=torch.bool)},
+        {"attn.mask": torch.ones(1, 8, 8, dtype=torch.bool)},
+        {"conv.weight": torch.ones(8, 8, 3), "conv.kinds": torch.zeros(8, 8, 3, dtype=torch.uint8)},
+        {"attn.offsets": torch.zeros(2, 8, 8, dtype=torch.int32)},
         {"up.weight": torch.ones(8, 8).to(torch.float8_e4m3fn)},  # its values are what they are
     ],
 )

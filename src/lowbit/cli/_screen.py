@@ -40,7 +40,7 @@ def show(found: Inspection) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for line in _head(found):
         console.print(line, markup=False)
-    console.print(_table(found))
+    table_console().print(_table(found))
     for line in _compared(found):
         console.print(line, markup=False)
     order = ["error", "warning", "note"]
@@ -129,5 +129,14 @@ def _table(found: Inspection) -> Table:
         column.justify = "right"
     for group in found.groups():
         counts = (f"{group.tensors:,}", f"{group.parameters:,}", format_size(group.stored))
-        table.add_row(group.kind, group.scheme or "as it is", *counts, f"{group.bits_per_weight:.4f}")
+        scheme = _with_type(group.scheme, found.format) if group.scheme else "as it is"
+        table.add_row(group.kind, scheme, *counts, f"{group.bits_per_weight:.4f}")
     return table
+
+
+def _with_type(scheme: str, form: str | None) -> str:
+    """A scheme; in GGUF with the name of its type, where that is another word."""
+    from lowbit.schemes import ALIASES
+
+    word = next((word for word, name in ALIASES.items() if name == scheme and form == "gguf"), None)
+    return f"{scheme} ({word})" if word else scheme

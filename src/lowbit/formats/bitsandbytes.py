@@ -181,10 +181,7 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     scheme, name = planned(weight), weight.name
     state = _read_state(weight, tensors)
     count = prod(weight.shape)
-    packed = tensors.get(name, torch.empty(0))
-    if packed.nbytes != ceil(count / 2):
-        raise FormatError(f"{name} has {packed.nbytes} bytes, {count} codes of 4 bits need {ceil(count / 2)}")
-    # a file may hold the bytes as any dtype (`bnb_4bit_quant_storage`)
+    packed = tensors[name]  # as any dtype (`bnb_4bit_quant_storage`)
     flat = None if codes is None else codes.view(-1)
     codes = native.unpack_nibbles_high_first(packed.contiguous().reshape(-1).view(torch.uint8), count, out=flat)
     table = _part(weight, tensors, "quant_map")
@@ -239,10 +236,11 @@ def _parse_state(name: str, tensor: Tensor) -> dict[str, Any]:
     """The JSON object of a quant_state tensor, with the fields that matter present and sound."""
     try:
         state = json.loads(bytes(tensor.to(torch.uint8).tolist()))
-        shape, size = [int(side) for side in state["shape"]], state["blocksize"]
-        sound = len(shape) == 2 and min(shape) >= 0 and isinstance(size, int) and size > 0
+        shape, sizes = state["shape"], [state["blocksize"], state.get("nested_blocksize", 1)]
+        sound = all(type(each) is int for each in [*shape, *sizes])
+        sound = sound and len(shape) == 2 and min(shape) >= 0 and min(sizes) > 0
         sound = sound and state["dtype"] in ("float32", "float16", "bfloat16")
-        sound = sound and isfinite(state.get("nested_offset", 0.0)) and state.get("nested_blocksize", 1) > 0
+        sound = sound and isfinite(state.get("nested_offset", 0.0))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{name} is no quantization state: {type(error).__name__}: {error}") from None
     if not sound:
@@ -314,23 +312,35 @@ def _recognised(state_name: str, specs: Mapping[str, Spec], read: Callable[[str]
     if f"{name}.nested_absmax" in specs:
         if f"{name}.nested_quant_map" not in specs or "nested_blocksize" not in state or "nested_offset" not in state:
             raise FormatError(f"{name}: the map, block size or offset of its double-quantized scales is missing")
-        nested = _nested(read(f"{name}.nested_quant_map"), state["nested_blocksize"])
+        nested = _nested(f"{name}.nested_quant_map", read, state["nested_blocksize"])
     block = _block(state["blocksize"], state["shape"][1])
     scheme = Scheme(_TABLES[table], block, scale="f32", nested=nested)
+    _check_size(name, specs, prod(state["shape"]))
     return Weight(name, tuple(state["shape"]), getattr(torch, state["dtype"]), scheme)
 
 
-def _nested(table: Tensor, size: int) -> Scheme:
+def _check_size(name: str, specs: Mapping[str, Spec], count: int) -> None:
+    """The bytes must be as many as a state's shape needs, before room is made for it."""
+    spec = specs.get(name, Spec(torch.uint8, (0,)))
+    found = prod(spec.shape) * spec.dtype.itemsize
+    if found != ceil(count / 2):
+        raise FormatError(f"{name} has {found} bytes, {count} codes of 4 bits need {ceil(count / 2)}")
+
+
+def _nested(name: str, read: Callable[[str], Tensor], size: int) -> Scheme:
     """Double quantization with the file's own map and blocks; `DOUBLE` where they are the usual ones."""
-    levels = tuple(finite("nested_quant_map", table.float()).tolist())
+    table = read(name)
+    if tuple(table.shape) != (2**DOUBLE.grid.bits,):
+        raise FormatError(f"{name} is {list(table.shape)}, not the {2**DOUBLE.grid.bits} values of a code of 8 bits")
+    levels = tuple(finite(name, table.float()).tolist())
     grid = DOUBLE.grid if levels == DOUBLE.grid.levels else Grid("dynamic8-of-file", "levels", 8, levels)
     return replace(DOUBLE, grid=grid, block=Block(1, size, flat=True))
 
 
 def _recognised_rows(module: str, specs: Mapping[str, Spec], read: Callable[[str], Tensor]) -> Weight:
     name = f"{module}.weight"
-    if name not in specs:
-        raise FormatError(f"{name} is missing")
+    if name not in specs or len(specs[name].shape) != 2:
+        raise FormatError(f"{name} is {list(specs[name].shape) if name in specs else 'missing'}, not a matrix")
     scales = read(f"{module}.SCB").float() / 127
     short = torch.equal(scales.bfloat16().float(), scales)
     return Weight(name, specs[name].shape, torch.float16, _ROWS if short else replace(_ROWS, scale="f32"))

@@ -266,19 +266,22 @@ def recognise(
         FormatError: a kind of HQQ that is not read, or tensors that contradict each other.
     """
     method = declared(config).get("quant_method")
-    modules = [name.removesuffix(".W_q") for name in specs if name.endswith(".W_q")]
-    if method != "hqq" and (method or not modules):
+    if method != "hqq" and (method or not any(name.endswith(".W_q") for name in specs)):
         return None
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in specs if name.endswith((".W_q", ".nbits")))
     weights = [_recognised(module, specs, read) for module in modules]
     return {weight.name: weight for weight in weights}
 
 
 def _recognised(module: str, specs: Mapping[str, Spec], read: Callable[[str], Tensor]) -> Weight:
-    absent = [name for name in (*_DECIDING, "scale", "zero") if f"{module}.{name}" not in specs]
+    absent = [name for name in (*_DECIDING, "W_q", "scale", "zero") if f"{module}.{name}" not in specs]
     if absent:
         raise FormatError(f"{module}.{absent[0]} is missing; hqq is read with plain scales and tensors for metadata")
     bits, size, axis = (_number(f"{module}.{name}", read) for name in ("nbits", "group_size", "axis"))
-    shape = tuple(int(side) for side in read(f"{module}.shape").flatten())
+    sides = read(f"{module}.shape").flatten()
+    if sides.is_floating_point():
+        raise FormatError(f"{module}.shape is {sides.tolist()}, no whole numbers")
+    shape = tuple(map(int, sides))
     dtype = specs[f"{module}.scale"].dtype
     if bits not in _PACKINGS or axis != 1 or dtype not in SCALE_TYPES or len(shape) != 2 or size < 1 or min(shape) < 0:
         raise FormatError(
@@ -289,12 +292,22 @@ def _recognised(module: str, specs: Mapping[str, Spec], read: Callable[[str], Te
         raise FormatError(f"{module}: groups of {size} do not divide a weight of {list(shape)}")
     block = row_block(Block(1, size, flat=True), shape[1])
     scheme = replace(parse(f"int{int(bits)}"), block=block, zero="float", scale=SCALE_TYPES[dtype])
+    groups, count = prod(shape) // size, _PACKINGS[bits].count
+    _check_bytes(f"{module}.W_q", specs, ceil(groups / count) * size * _PACKINGS[bits].dtype.itemsize)
+    _check_bytes(f"{module}.scale", specs, groups * dtype.itemsize)
     return Weight(f"{module}.weight", shape, dtype, scheme)
+
+
+def _check_bytes(name: str, specs: Mapping[str, Spec], wanted: int) -> None:
+    """Sizes are what the tensors have, of whatever dtype, before room is made for what `shape` says."""
+    found = prod(specs[name].shape) * specs[name].dtype.itemsize
+    if found != wanted:
+        raise FormatError(f"{name} has {found:,} bytes; shape, group_size and nbits beside it need {wanted:,}")
 
 
 def _number(name: str, read: Callable[[str], Tensor]) -> int:
     tensor = read(name)
-    if tensor.numel() != 1 or tensor.item() != int(tensor.item()):
+    if tensor.numel() != 1 or not float(tensor).is_integer():
         raise FormatError(f"{name} is {tensor.tolist()}, not a whole number")
     return int(tensor.item())
 

@@ -91,6 +91,7 @@ def convention(form: str | None, scheme: Scheme) -> str:
         "int": "whole zero points: (code - zero) * scale",
         "float": "float zero points: (code - zero) * scale",
         "min": "minima: code * scale - minimum",
+        "quantized": "zero points quantized as the scales are: (code - zero) * scale",
     }[scheme.zero]
     return text + _ZEROS.get(form or "", "")
 

@@ -45,6 +45,7 @@ _STUMBLES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError
 
 LEFT = "llama.cpp takes them from a file of its own (mmproj)"
 _UNSAID = "put the config.json there that was written with them"
+_INCOMPLETE = "some of their tensors are missing or misnamed, get the file again"
 _MOST = 4096  # experts of a layer; a header may claim more than there is memory for
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 AHEAD = (
@@ -211,22 +212,28 @@ class Checkpoint:
     def unexplained(self) -> str | None:
         """What is said of matrices that look like codes, where nothing says how to read them; None where none do.
 
-        They are integers of at most 32 bits, or 8-bit floats with a scale beside them. A table that has a float weight
-        beside it (hashes of tokens in a router) is none, nor is an index of 64 bits.
+        They are integers of at most 32 bits, or 8-bit floats with a scale beside them; bytes may have more axes (ONNX's
+        blocks, experts). What belongs to a weight that a format recognised is none, nor is a table that has a weight
+        beside it (hashes of tokens in a router), a mask (GPT-NeoX's `attention.bias`), nor an index of 64 bits.
         """
-        if self.format or self.shards[0].suffix in (GGUF, ONNX):  # these say of each tensor what it is
+        if self.shards[0].suffix in (GGUF, ONNX):  # these say of each tensor what it is
             return None
+        quantized = {name: weight.module for name, weight in self.weights.items() if weight.scheme}
+        owned = {piece for name in quantized for piece in self.pieces(name)}
         owners = {name: name.rpartition(".")[0] for name in self.specs}
-        floats = {owners[n] for n, s in self.specs.items() if n.endswith(".weight") and s.dtype in FLOATS.values()}
+        read = {owners[n] for n, s in self.specs.items() if n.endswith(".weight") and s.dtype in FLOATS.values()}
+        read |= set(quantized.values())
         scaled = {owner for name, owner in owners.items() if "scale" in name.removeprefix(owner)}
         found = [
             name
             for name, owner in owners.items()
-            if owner not in floats and _holds_codes(self.specs[name], owner in scaled)
+            if not (name in owned or owner in read or name.endswith("bias"))
+            and _holds_codes(self.specs[name], owner in scaled)
         ]
         if not found:
             return None
         wanted = "name the directory instead of the file" if self.path.is_file() else _UNSAID
+        wanted = _INCOMPLETE if self.format else wanted
         return f"{len(found)} matrices of codes, as {show(found[0])}, but nothing says how to read them; {wanted}"
 
     @property
@@ -317,9 +324,10 @@ def _open_gguf(path: Path, file: Path, extras: tuple[Path, ...], config: Mapping
 
 
 def _find_shards(root: Path, config: Mapping[str, Any]) -> tuple[list[Path], Index | None]:
-    """The weight files of a directory; a graph comes before the files of its data, where `config.json` says so."""
+    """The weight files of a directory; a graph comes before files of its data, unless a config.json is of another."""
     graph = root / "model.onnx"
-    return ([graph], None) if is_onnx(config) and graph.exists() else find_shards(root)
+    alone = not (root / "config.json").exists() and list(root.glob(f"*{ONNX}")) == [graph]
+    return ([graph], None) if alone or (is_onnx(config) and graph.exists()) else find_shards(root)
 
 
 def _open_onnx(path: Path, file: Path, extras: tuple[Path, ...], config: Mapping[str, Any]) -> Checkpoint:
@@ -517,10 +525,12 @@ def _declared(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _holds_codes(spec: Spec, scaled: bool) -> bool:
-    """Whether a tensor looks like a matrix of codes; one of 8-bit floats where there are scales for it."""
-    if len(spec.shape) != 2 or spec.dtype is torch.bool:
+    """Whether a tensor looks like codes: bytes of two axes or more, 8-bit floats with scales, a matrix of words."""
+    if len(spec.shape) < 2 or spec.dtype is torch.bool:
         return False
-    return spec.dtype.itemsize == 1 and scaled if spec.dtype.is_floating_point else spec.dtype.itemsize <= 4
+    if spec.dtype.itemsize == 1:
+        return scaled or not spec.dtype.is_floating_point
+    return not spec.dtype.is_floating_point and len(spec.shape) == 2 and spec.dtype.itemsize <= 4
 
 
 def require_explained(checkpoint: Checkpoint) -> None:
