@@ -181,7 +181,8 @@ def unpack(weight: Weight, tensors: Mapping[str, Tensor], codes: Tensor | None =
     scheme, name = planned(weight), weight.name
     state = _read_state(weight, tensors)
     count = prod(weight.shape)
-    packed = tensors[name]  # as any dtype (`bnb_4bit_quant_storage`)
+    packed = tensors.get(name, torch.empty(0))  # as any dtype (`bnb_4bit_quant_storage`)
+    _check_size(name, packed.nbytes, count)
     flat = None if codes is None else codes.view(-1)
     codes = native.unpack_nibbles_high_first(packed.contiguous().reshape(-1).view(torch.uint8), count, out=flat)
     table = _part(weight, tensors, "quant_map")
@@ -315,14 +316,13 @@ def _recognised(state_name: str, specs: Mapping[str, Spec], read: Callable[[str]
         nested = _nested(f"{name}.nested_quant_map", read, state["nested_blocksize"])
     block = _block(state["blocksize"], state["shape"][1])
     scheme = Scheme(_TABLES[table], block, scale="f32", nested=nested)
-    _check_size(name, specs, prod(state["shape"]))
+    stored = specs.get(name, Spec(torch.uint8, (0,)))
+    _check_size(name, prod(stored.shape) * stored.dtype.itemsize, prod(state["shape"]))
     return Weight(name, tuple(state["shape"]), getattr(torch, state["dtype"]), scheme)
 
 
-def _check_size(name: str, specs: Mapping[str, Spec], count: int) -> None:
+def _check_size(name: str, found: int, count: int) -> None:
     """The bytes must be as many as a state's shape needs, before room is made for it."""
-    spec = specs.get(name, Spec(torch.uint8, (0,)))
-    found = prod(spec.shape) * spec.dtype.itemsize
     if found != ceil(count / 2):
         raise FormatError(f"{name} has {found} bytes, {count} codes of 4 bits need {ceil(count / 2)}")
 
