@@ -463,7 +463,7 @@ def make_imatrix(model: Path, path: Path) -> Means:
     return means
 
 
-@pytest.mark.parametrize(("scheme", "file_type"), [("q4_0", 2), ("q4_k_m", 15), ("iq4_xs", 30)])
+@pytest.mark.parametrize(("scheme", "file_type"), [("q4_0", 2), ("q4_k_m", 15), ("iq4_xs", 30), ("q2_k_s", 21)])
 def test_a_model_with_an_importance_matrix_is_llama_quantizes(
     scheme: str, file_type: int, base: Path, tmp_path: Path
 ) -> None:
@@ -611,7 +611,8 @@ def test_stretched_ropes(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "file_type"), [("iq1_m", 31), ("iq2_xs", 20), ("iq2_m", 29), ("iq3_xxs", 23), ("iq3_xs", 22)]
+    ("scheme", "file_type"),
+    [("iq1_m", 31), ("iq2_xs", 20), ("iq2_m", 29), ("iq3_xxs", 23), ("iq3_xs", 22), ("q2_k_s", 21)],
 )
 def test_types_are_llama_quantizes_under_an_importance_matrix(scheme: str, file_type: int, tmp_path: Path) -> None:
     size: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8}
