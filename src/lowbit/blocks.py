@@ -60,6 +60,7 @@ class Block:
             after, as if they were folded. Differentiable with respect to the given weights and factors.
         target: `indices -> output`: what the float model computes there.
         nearest: `(name, weight) -> weight`: round-to-nearest under the scheme of `name`, and back to float32.
+        importance: for each weight the mean square of its inputs; absent where it is not known.
         seed: of every choice at random.
         threads: in how many `run` may be called at once.
         pool: of so many, where there is one.
@@ -73,6 +74,7 @@ class Block:
     target: Callable[[Sequence[int]], Tensor]
     nearest: Callable[[str, Float[Tensor, "rows cols"]], Float[Tensor, "rows cols"]]
     activations: Mapping[str, Scheme] = field(default_factory=dict)
+    importance: Mapping[str, Float[Tensor, "inputs"]] = field(default_factory=dict)
     seed: int = 0
     threads: int = 1
     pool: Executor | None = None

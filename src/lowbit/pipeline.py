@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowbit.budget import Estimate, MemoryWatch
 from lowbit.errors import CheckpointError, UsageError
+from lowbit.formats import _float
 from lowbit.stages import convert, imatrix, quantize, tune
 from lowbit.stages._adapter import Terms
 from lowbit.stages._changes import Goal, model_dtype
@@ -39,7 +40,7 @@ from lowbit.stages.budgets.decide import Job, Read, Told, decide
 from lowbit.stages.budgets.search import asked
 from lowbit.stages.budgets.sensitivity import Way
 from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
-from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
+from lowbit.stages.checkpoint import Checkpoint, open_checkpoint, require_explained
 from lowbit.stages.evaluate import Text, evaluate, read_text
 from lowbit.stages.evaluate import Way as EvaluationWay
 from lowbit.stages.frequency import count_tokens, rank_tokens
@@ -313,6 +314,13 @@ def _try(work: _Work, plan: Plan, spoken: _Spoken | None) -> Interval:
     return asked(request.budget, quality)
 
 
+def _check_scheme(source: Checkpoint, goal: Goal) -> None:
+    """A scheme for weights that are quantized already would be passed over where none is."""
+    if goal.scheme and goal.format != _float.NAME and all(weight.scheme is None for weight in source.weights.values()):
+        require_explained(source)
+        raise UsageError(f"{source.path} is not quantized; `lowbit quantize` gives it a scheme")
+
+
 def run_conversion(
     model: str,
     out: Path,
@@ -336,6 +344,7 @@ def run_conversion(
     clock = Clock()
     refuse_foreign(out)
     with MemoryWatch(ram).running() as watch, open_checkpoint(model) as source:
+        _check_scheme(source, goal)
         source = text_part(apart(source, goal.format), goal.format)
         check_whole(source, goal.format)
         source = joined_rows(source, goal.format, goal.dtype or model_dtype(source), goal.lossy)

@@ -103,6 +103,7 @@ def test_an_edited_plan_is_carried_out(tmp_path: Path) -> None:
         (("quantize", MODEL, "OUT", "--format", "vLLM"), 2, "formats are compressed-tensors"),
         (("convert", MODEL, "OUT", "--format", "ollama"), 2, "formats are gguf"),
         (("convert", MODEL, "OUT", "--format", "Q4_K_M"), 2, "--format gguf --scheme q4_k_m"),
+        (("convert", MODEL, "OUT", "--format", "gguf", "--scheme", "q4_k_m"), 2, "`lowbit quantize` gives it a scheme"),
         (("quantize", "/no/such/model", "OUT"), 2, "/no/such/model"),
         (("quantize", MODEL, "OUT", "--ram", "much"), 2, "not a size"),
         (("quantize", MODEL, "OUT", "--ram", "1MiB"), 1, "at least"),
@@ -205,6 +206,22 @@ def test_what_is_wrong_with_the_calibration_text_is_said_before_the_work(lowbit:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["warnings"]) == 2 and report["calibration"]["likeness"]["excess"] is None
     assert "The calibration sample is small" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_an_importance_matrix_is_used_without_naming_a_method(lowbit: CommandLine, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    sizes = ("--samples", "2", "--sequence-length", "32")
+    code, _, err = lowbit("imatrix", MODEL, tmp_path / "im.gguf", "--calibration", text, *sizes)
+    assert code == 0, err
+    line = ("--format", "gguf", "--scheme", "q4_k_m", "--imatrix", tmp_path / "im.gguf")
+    code, _, err = lowbit("quantize", MODEL, tmp_path / "out", *line)
+    assert code == 0, err
+    plan = json.loads((tmp_path / "out" / "lowbit-plan.json").read_text())
+    methods = {row["name"]: row["method"] for row in plan["tensors"]}
+    assert methods["model.layers.0.mlp.up_proj.weight"] == "imatrix_fit"
+    code, _, err = lowbit("quantize", MODEL, tmp_path / "other", "--imatrix", tmp_path / "im.gguf")
+    assert code == 2 and "rtn is none" in err  # another format's default looks at no importance
 
 
 def test_a_text_that_nothing_learns_from_is_said_to_be_unused(lowbit: CommandLine, tmp_path: Path) -> None:

@@ -82,6 +82,33 @@ def test_the_embedded_model_in_llama_cpp(scheme: str, wiki_8m: Path, tmp_path: P
     assert inspect(file).made_by["quantized_by"].startswith("lowbit ")
 
 
+def perplexity_in_llama_cpp(file: Path, text: Path, tokens: int, context: int) -> float:
+    """Of windows without overlap, from its own tokens and its logits at all positions."""
+    exact = {"type_k": 0, "type_v": 0}
+    model = llama_cpp.Llama(
+        str(file), n_ctx=context, n_batch=context, logits_all=True, verbose=False, n_threads=1, **exact
+    )
+    start, losses = text.read_bytes()[: 16 * tokens], list[torch.Tensor]()
+    ids = torch.tensor(model.tokenize(start, add_bos=True, special=True)[:tokens])
+    for window in ids.view(-1, context):
+        model.reset()
+        model.eval(window.tolist())
+        logits = torch.from_numpy(model.scores[: len(window)]).double()
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none"))
+    model.close()
+    return float(torch.cat(losses).mean().exp())
+
+
+@pytest.mark.parametrize("scheme", ["q4_k_m", "q8_0"])
+def test_perplexity_in_llama_cpp_is_ours(scheme: str, shared: Path, tmp_path: Path) -> None:
+    file, text = quantized(shared / "models" / "wiki-8m", tmp_path / "out", scheme), shared / "data/wikitext2_test.txt"
+    line = ["evaluate", str(file), "--text", str(text), "--tokens", "4096", "--context", "512", "--threads", "1"]
+    done = CliRunner().invoke(group, [*line, "--json"])
+    assert done.exit_code == 0, done.output
+    ours = json.loads(done.stdout)["scores"]["perplexity"]["value"]
+    assert perplexity_in_llama_cpp(file, text, 4096, 512) == pytest.approx(ours, rel=3e-3)
+
+
 def alone(file: Path, folder: Path) -> Path:
     """A copy with nothing beside it."""
     folder.mkdir()
@@ -463,7 +490,7 @@ def make_imatrix(model: Path, path: Path) -> Means:
     return means
 
 
-@pytest.mark.parametrize(("scheme", "file_type"), [("q4_0", 2), ("q4_k_m", 15), ("iq4_xs", 30)])
+@pytest.mark.parametrize(("scheme", "file_type"), [("q4_0", 2), ("q4_k_m", 15), ("iq4_xs", 30), ("q2_k_s", 21)])
 def test_a_model_with_an_importance_matrix_is_llama_quantizes(
     scheme: str, file_type: int, base: Path, tmp_path: Path
 ) -> None:
@@ -611,7 +638,8 @@ def test_stretched_ropes(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "file_type"), [("iq1_m", 31), ("iq2_xs", 20), ("iq2_m", 29), ("iq3_xxs", 23), ("iq3_xs", 22)]
+    ("scheme", "file_type"),
+    [("iq1_m", 31), ("iq2_xs", 20), ("iq2_m", 29), ("iq3_xxs", 23), ("iq3_xs", 22), ("q2_k_s", 21)],
 )
 def test_types_are_llama_quantizes_under_an_importance_matrix(scheme: str, file_type: int, tmp_path: Path) -> None:
     size: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8}
@@ -730,15 +758,39 @@ def test_a_saved_plan_is_carried_out(wiki_8m: Path, tmp_path: Path) -> None:
     assert (found["blk.0.ffn_down.weight"], found["blk.1.ffn_down.weight"]) == ("Q6_K", "Q4_0")
 
 
-def test_calibrated_methods_see_the_rows_of_transformers(wiki_8m: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "method"), [("q4_0", "gptq"), ("q4_k_m", "gptq"), ("q4_k_m", "autoround")])
+def test_calibrated_methods_see_the_rows_of_transformers(
+    scheme: str, method: str, wiki_8m: Path, tmp_path: Path
+) -> None:
     (tmp_path / "text").write_text(TEXT * 200)
-    text = Calibration((str(tmp_path / "text"),), samples=2, length=64, dtype="float32")
-    out = tmp_path / "out"
-    rules = Rules(scheme="q4_0", method="gptq", format="gguf", calibration=text, blocks=(0, 2))
+    text = Calibration((str(tmp_path / "text"),), samples=8, length=64, dtype="float32")
+    out, options = tmp_path / "out", {"iterations": 20, "lr": 0.02} if method == "autoround" else {}
+    rules = Rules(scheme, method, "gguf", calibration=text, blocks=(0, 2), options=options)
     run(Request(str(wiki_8m), out, rules))
     agree(out / "model.gguf", wiki_8m, 3e-2)
+    learned, found = tensors(out / "model.gguf"), open_checkpoint(out)
+    fitted = tensors(quantized(wiki_8m, tmp_path / "fitted", scheme, "ggml_fit", blocks=(0, 2)))
+    moved = {name for name, (kind, _) in learned.items() if kind.startswith("Q") and learned[name] != fitted[name]}
+    assert {f"blk.{layer}.{role}.weight" for layer in (0, 1) for role in ("attn_v", "ffn_down", "ffn_up")} <= moved
+    theirs = {str(tensor.name): tensor for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
+    for name, ours in {"attn_v": "self_attn.v_proj", "ffn_down": "mlp.down_proj", "ffn_up": "mlp.up_proj"}.items():
+        tensor = theirs[f"blk.1.{name}.weight"]
+        wanted = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        assert torch.equal(found.dequantized(f"model.layers.1.{ours}.weight"), wanted)
     (tmp_path / "unseen").write_text(TEXT * 20)
     assert evaluate(out, tmp_path / "unseen", reference=wiki_8m, context=64).scores["kl_mean"].value < 0.5
+
+
+def test_learning_starts_from_blocks_fitted_to_the_inputs(wiki_8m: Path, tmp_path: Path) -> None:
+    """Scales and minima, 16 of 144 bytes: what the first layers of a model read is the same for every method."""
+    (tmp_path / "text").write_text(TEXT * 200)
+    text = Calibration((str(tmp_path / "text"),), samples=8, length=64, dtype="float32")
+    rules: dict[str, Any] = {"calibration": text, "blocks": (0, 1)}
+    start = quantized(wiki_8m, tmp_path / "start", "q4_k_m", "autoround", options={"iterations": 0}, **rules)
+    wanted = quantized(wiki_8m, tmp_path / "fitted", "q4_k_m", "imatrix_fit", **rules)
+    left, right = ({str(each.name): each.data for each in gguf.GGUFReader(file).tensors} for file in (start, wanted))
+    for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight"):
+        assert np.array_equal(left[name].reshape(-1, 144)[:, :16], right[name].reshape(-1, 144)[:, :16])
 
 
 def test_journal_resumes_and_refuses_another_tokenizer(wiki_8m: Path, tmp_path: Path) -> None:

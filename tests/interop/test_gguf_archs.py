@@ -269,8 +269,8 @@ def test_logits_and_what_is_read_back(kind: str, tmp_path: Path) -> None:
 
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "ffn_hidden_size": 256, "num_hidden_layers": 16, "n_layer": 16}
-TYPES = {"q2_k": 10, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17,
-         "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30, "iq3_s": 26, "iq3_m": 27}  # fmt: skip
+TYPES = {"q2_k": 10, "q2_k_s": 21, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16,
+         "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30, "iq3_s": 26, "iq3_m": 27}  # fmt: skip
 FLAT = (
     "gpt_neox",
     "falcon 7b",

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.tensors import QTensor
+
 
 def rint(x: Tensor) -> Tensor:
     """Rounds forward, does nothing backward."""
@@ -66,6 +68,34 @@ class Weight:
             zero = torch.tensor(2.0 ** (self.bits - 1), dtype=torch.float64)
         code = torch.clamp(rint(weight / scale + shift) + zero, 0, top)
         return code.detach(), scale * (code - zero)
+
+
+@dataclass
+class Fixed:
+    """One weight under the scales and minima of a tensor, with a shift per element."""
+
+    weight: Tensor
+    under: QTensor
+
+    def __post_init__(self) -> None:
+        wide, cols = self.under.scheme.block.cols, self.weight.shape[1]
+        minima = self.under.zero_values()
+        self.scales = self.under.scale_values().double().repeat_interleave(wide, 1)[:, :cols]
+        half = 2.0 ** (self.under.scheme.grid.bits - 1)
+        self.minima = -half if minima is None else minima.double().repeat_interleave(wide, 1)[:, :cols]
+        self.shift = torch.zeros_like(self.weight, dtype=torch.float64)
+
+    def codes_and_value(self) -> tuple[Tensor, Tensor]:
+        """Codes from 0, and the weight that they stand for, whose derivative is that by the codes times the scale."""
+        zero = -self.minima if isinstance(self.minima, float) else self.minima / self.scales
+        codes = (self.weight.double() / self.scales + zero + self.shift).round()
+        self.inside = (codes >= 0) & (codes < 2**self.under.scheme.grid.bits)
+        codes = codes.clamp(0, 2**self.under.scheme.grid.bits - 1)
+        return codes, (self.scales * (codes - zero)).requires_grad_()
+
+    def step(self, grad: Tensor, rate: float) -> None:
+        """Against the sign of the derivative by the shift, which is 0 where the code is clipped."""
+        self.shift -= rate * (grad * self.scales * self.inside).sign()
 
 
 def learn(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from lowbit.blocks import Block, Weights
-from lowbit.methods import _learn, autoround, rtn
+from lowbit.methods import _learn, autoround, ggml_fit, rtn
 from lowbit.methods._attention import TiledAttention
 from lowbit.methods.autoround import METHOD, Options, learn
 from lowbit.schemes import Scheme, parse
@@ -30,6 +30,8 @@ SCHEMES = [
     "int1-g8-asym",
     "int3-g16-min-bf16",
 ]
+SUPER = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"]  # scales of these are the fitted encoder's, and stay
+SCHEMES += SUPER
 SCHEMES += ["nf4", "nf4-dq", "fp4-row", "fp8-e4m3-row", "mxfp4", "mxfp8", "nvfp4", "levels[-1,0,0.4]-g16"]
 
 
@@ -69,6 +71,8 @@ def block_of(scheme: str, dtype: torch.dtype = torch.float32, weights: dict[str,
 
 
 def nearest_of(weight: Tensor, scheme: Scheme) -> QTensor:
+    if str(scheme) in SUPER:
+        return ggml_fit.METHOD.quantize(weight, {}, scheme, ggml_fit.METHOD.options())
     return rtn.METHOD.quantize(weight, {}, scheme, rtn.METHOD.options())
 
 
@@ -96,6 +100,35 @@ def test_codes_are_those_of_the_definition(scheme: str, signed: bool) -> None:
         codes, value = slow[name].codes_and_value()
         assert torch.equal(stored.codes.double(), codes)
         torch.testing.assert_close(stored.dequantize().double(), value.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("scheme", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_codes_in_super_blocks_are_those_of_the_definition(scheme: str) -> None:
+    """Scales and minima are those of the fitted encoder before and after; one of the weights ends within a block."""
+    kind, dice = parse(scheme), torch.Generator().manual_seed(5)
+    shapes = {"up": (INNER, 288), "down": (WIDTH, INNER)}
+    given = {name: torch.randn(shape, generator=dice) * 0.2 for name, shape in shapes.items()}
+    mixed = torch.randn(WIDTH, 288, generator=dice) / WIDTH**0.5
+
+    def run(weights: Weights) -> Tensor:
+        return compute(inputs().double(), {**weights, "up": weights["up"] @ mixed.double().T})
+
+    wanted = run({name: weight.double() for name, weight in given.items()})
+    fitted = {name: nearest_of(weight, kind) for name, weight in given.items()}
+    slow = {name: reference.Fixed(given[name], fitted[name]) for name in given}
+    fast = {name: autoround._SignRound(weight, kind, Options(lr=0.05)) for name, weight in given.items()}
+    for step in range(6):
+        values = {name: each.codes_and_value()[1] for name, each in slow.items()}
+        grads = torch.autograd.grad((run(values) - wanted).square().sum(), list(values.values()))
+        for name, grad in zip(values, grads, strict=True):
+            slow[name].step(grad, 0.05 * (1 - step / 6))
+            fast[name].step(grad.float(), step / 6)
+    for name, learner in fast.items():
+        stored, (codes, value) = learner.result(), slow[name].codes_and_value()
+        assert torch.equal(stored.codes.double(), codes) and not torch.equal(stored.codes, fitted[name].codes)
+        torch.testing.assert_close(stored.dequantize().double(), value.detach(), rtol=1e-6, atol=1e-7)
+        used = fitted[name].scale_values() != 0
+        assert torch.equal(stored.scale_values()[used], fitted[name].scale_values()[used])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

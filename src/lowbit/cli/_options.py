@@ -178,7 +178,7 @@ _RULES = (
         "--method", default=None, metavar="M", callback=lambda ctx, param, value: value and value.lower(),
         help=f"One of {_listed('methods')}; or steps joined by +, as awq+gptq+eora, of: rotate, "
         f"{_listed('transforms')} (before a method), {_listed('corrections')} (after it), tune (last). "
-        "[default: rtn; for gguf ggml-fit, with --calibration imatrix-fit]",
+        "[default: rtn; for gguf ggml-fit, with --calibration or --imatrix imatrix-fit]",
     ),
     click.option(
         "--format", "form", default="compressed-tensors", show_default=True, metavar="F", callback=format_name,
@@ -203,7 +203,7 @@ _RULES = (
     ),
     click.option(
         "--imatrix", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
-        help="llama.cpp's importance matrix, in place of --calibration; for --method imatrix.",
+        help="llama.cpp's importance matrix, in place of --calibration; for --method imatrix-fit or imatrix.",
     ),
     click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Windows of that text."),
     click.option(

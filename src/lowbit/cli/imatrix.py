@@ -12,7 +12,7 @@ from lowbit.cli._options import Size, progress_bars, seed
 _EXAMPLES = """\b
 Examples:
   lowbit imatrix ./llama imatrix.gguf --calibration wiki.txt
-  lowbit quantize ./llama ./out --format gguf --scheme q4_k_m --method imatrix --imatrix imatrix.gguf
+  lowbit quantize ./llama ./out --format gguf --scheme q4_k_m --imatrix imatrix.gguf
   llama-quantize --imatrix imatrix.gguf llama-f16.gguf llama-q4_k_m.gguf q4_k_m
 """
 
@@ -49,4 +49,4 @@ def command(model: str, out: Path, ram: int | None, trust_remote_code: bool, **t
             model, out, Calibration(**text), progress, trust_remote_code, ram,
             lambda cost: click.echo(f"memory: at most {cost}", err=True),
         )  # fmt: skip
-    click.echo(f"{out}: importance matrix; use it with lowbit quantize --method imatrix --imatrix, or llama-quantize")
+    click.echo(f"{out}: importance matrix; use it with lowbit quantize --format gguf --imatrix, or llama-quantize")

@@ -186,7 +186,7 @@ class Format:
             names of mixtures; where there is one, it decides in place of the general rules which weights are quantized;
             `important`: whether with an importance matrix.
         encoder: method that makes every scheme of those mixtures: its default, and for where the chosen one cannot.
-        learned_encoder: its default where there is text to learn from.
+        learned_encoder: its default where there is text to learn from, or an importance matrix.
         arrange: `(weight, float type or "keep" or a scheme's name, config.json) -> weight` as the container has it:
             dtype, order of rows; None where it has them as the checkpoint does.
         hollow: `(scheme) -> bool`: whether `unpack` and `pack` take codes on torch's device `meta`, which are a shape

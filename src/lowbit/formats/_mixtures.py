@@ -2,7 +2,7 @@
 
 The rules are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp. They go by the role of a tensor, by
 how many of that role came before it, layer by layer, and by whether there is an importance matrix (without which
-llama.cpp writes none from `iq1_s` to `iq3_xs`).
+llama.cpp writes no `q2_k_s`, and none from `iq1_s` to `iq3_xs`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ FLOATS = ("f32", "f16", "bf16")
 MIXTURES: Mapping[str, tuple[int, str]] = {
     "f32": (0, "f32"), "f16": (1, "f16"), "bf16": (32, "bf16"),
     "q4_0": (2, "q4_0"), "q4_1": (3, "q4_1"), "q5_0": (8, "q5_0"), "q5_1": (9, "q5_1"), "q8_0": (7, "q8_0"),
-    "q2_k": (10, "q2_k"), "q3_k_s": (11, "q3_k"), "q3_k_m": (12, "q3_k"), "q3_k_l": (13, "q3_k"),
+    "q2_k": (10, "q2_k"), "q2_k_s": (21, "q2_k"),
+    "q3_k_s": (11, "q3_k"), "q3_k_m": (12, "q3_k"), "q3_k_l": (13, "q3_k"),
     "q4_k_s": (14, "q4_k"), "q4_k_m": (15, "q4_k"), "q5_k_s": (16, "q5_k"), "q5_k_m": (17, "q5_k"),
     "q6_k": (18, "q6_k"),
     "iq1_s": (24, "iq1_s"), "iq1_m": (31, "iq1_m"), "iq2_xxs": (19, "iq2_xxs"), "iq2_xs": (20, "iq2_xs"),
@@ -206,6 +207,7 @@ def _values(name: str, base: str, number: int, count: int, model: _Model) -> str
     grouped = model.grouped >= 4
     found = {
         "q2_k": "q4_k" if grouped else "q3_k",
+        "q2_k_s": "q4_k" if grouped else base,
         "iq3_xxs": "q4_k" if grouped else base,
         "iq3_xs": "q4_k" if grouped else base,
         "iq3_s": "q4_k" if grouped else base,
@@ -228,6 +230,7 @@ def _down(name: str, base: str, number: int, model: _Model) -> str:
     return {
         "iq3_m": "q4_k" if first or (model.experts == 8 and _more(number, layers)) else base,
         "q2_k": "q3_k",
+        "q2_k_s": "q4_k" if first else base,
         "q3_k_m": "q5_k" if number < layers // 16 else "q4_k",
         "q3_k_l": "q5_k",
         "q4_k_m": "q6_k" if _more(number, layers) else base,

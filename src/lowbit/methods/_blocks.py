@@ -47,8 +47,13 @@ def special(scheme: Scheme) -> bool:
     return (scheme.zero == "min" or whole) and objection(scheme) is None
 
 
+def in_super_blocks(scheme: Scheme) -> bool:
+    """Whether its scales are codes under scales of llama.cpp's super-blocks."""
+    return scheme.nested is not None and special(scheme)
+
+
 def start(
-    weight: Float[Tensor, "rows cols"], importance: Float[Tensor, "cols"], scheme: Scheme
+    weight: Float[Tensor, "rows cols"], importance: Float[Tensor, "cols"] | None, scheme: Scheme
 ) -> tuple[Affine, Steps]:
     """Scales and minima of the fitted encoder; a scale of 0 becomes the least that there is."""
     q = encode(weight, importance, scheme, None, fitted=True)

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.blocks import CPU, Block
-from lowbit.methods import Learned
+from lowbit.methods import Learned, _blocks
 from lowbit.methods._attention import TiledAttention
 from lowbit.methods._scales import (
     Affine,
     code_zeros,
+    encode,
     finish,
     finite_range,
     fit,
@@ -59,6 +60,7 @@ class Grouped:
         divisor: of all scales (NVFP4), else 1.
         signs: of the scales as they are stored, where these may be negative. A group with -1 is turned over here, so
             that of symmetric integers the level that has no counterpart, `-2**(bits - 1)`, is its greatest magnitude.
+        fixed: scales and minima in super-blocks, a row per group, and the scales above them; None where they are moved.
     """
 
     scheme: Scheme
@@ -68,9 +70,12 @@ class Grouped:
     high: PerGroup
     divisor: float
     signs: PerGroup | None = None
+    fixed: tuple[Affine, _blocks.Steps] | None = None
 
     def fit(self, lower: PerGroup, upper: PerGroup) -> Affine:
         """Scales and zero points for the ranges times these factors, rounded as they are stored; a row per group."""
+        if self.fixed:
+            return self.fixed[0]
         low, high = self.low * lower, self.high * upper
         if self.signs is None:
             return fit((low, high), self.scheme, self.divisor)
@@ -123,20 +128,31 @@ class Grouped:
         across = (self.shape[0], -1)
         zeros = None if affine.zeros is None else affine.zeros.view(across).cpu()
         whole = Affine(self._turned(affine.scales).view(across).cpu(), zeros, affine.divisor)
-        return finish(self.decode(shift, affine, torch.float32).cpu().contiguous(), whole, self.scheme)
+        weight = self.decode(shift, affine, torch.float32).cpu().contiguous()
+        if self.fixed is None:
+            return finish(weight, whole, self.scheme)
+        codes = encode(weight, whole, self.scheme, block_size(self.shape, self.scheme.block))
+        return _blocks.finish(codes, whole, self.fixed[1], self.scheme)
 
 
 def grouped(
-    weight: Float[Tensor, "rows cols"], scheme: Scheme, signed: bool = False, device: torch.device = CPU
+    weight: Float[Tensor, "rows cols"],
+    scheme: Scheme,
+    signed: bool = False,
+    device: torch.device = CPU,
+    importance: Float[Tensor, "cols"] | None = None,
 ) -> Grouped:
     """A weight in the groups of a scheme whose blocks lie within rows, on a device.
 
-    `signed`: scales may be negative, where the scheme allows it.
+    `signed`: scales may be negative, where the scheme allows it; `importance`: of each column, for scales in
+    super-blocks.
 
     Raises:
         WeightError: NaN or Inf, with its place.
     """
     weight, shape = weight.detach().float().contiguous(), (weight.shape[0], weight.shape[1])
+    if _blocks.in_super_blocks(scheme):
+        return _in_super_blocks(weight, scheme, device, importance)
     low, high = finite_range(weight, {}, scheme)
     divisor = global_divisor((low, high), {}, scheme)
     if not has_free_zeros(scheme):
@@ -149,6 +165,17 @@ def grouped(
     signs = torch.where(turned, -1.0, 1.0)
     low, high = torch.where(turned, -high, low), torch.where(turned, -low, high)
     return Grouped(scheme, shape, values * signs, low, high, divisor, signs)
+
+
+def _in_super_blocks(weight: Tensor, scheme: Scheme, device: torch.device, importance: Tensor | None) -> Grouped:
+    """A weight under the scales and minima of the fitted encoder; groups whose scale is negative are turned over."""
+    affine, steps = _blocks.start(weight, importance, scheme)
+    scales, values = affine.scales.view(-1, 1).to(device), _split(weight, scheme.block.cols).to(device)
+    zeros = None if affine.zeros is None else affine.zeros.view(-1, 1).to(device)
+    signs = torch.where(scales < 0, -1.0, 1.0) if zeros is None else None  # beside minima none is
+    turn, nothing = 1.0 if signs is None else signs, torch.zeros_like(scales)
+    fixed, shape = Affine(scales * turn, zeros), (weight.shape[0], weight.shape[1])
+    return Grouped(scheme, shape, values * turn, nothing, nothing, 1.0, signs, (fixed, steps))
 
 
 def within_rows(scheme: Scheme) -> str | None:

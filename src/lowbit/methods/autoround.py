@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowbit.blocks import CPU, Block
-from lowbit.methods import Learned, Method, Stats
+from lowbit.methods import Learned, Method, Stats, _blocks
+from lowbit.methods._ggml import encode
 from lowbit.methods._learn import grouped, learned, range_slopes, rounded, within_rows
 from lowbit.methods._scales import nearest
 from lowbit.schemes import Scheme
@@ -75,13 +76,22 @@ _PRESETS = {"light": 50, "default": 200, "best": 1000}
 class _SignRound:
     """Shifts `V` and range factors of one weight (arXiv:2309.05516, equations 3 and 4), moved by signs."""
 
-    def __init__(self, weight: Tensor, scheme: Scheme, options: Options, device: torch.device = CPU) -> None:
-        self._source = grouped(weight, scheme, options.signed, device)
+    def __init__(
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        options: Options,
+        device: torch.device = CPU,
+        importance: Tensor | None = None,
+    ) -> None:
+        self._source = grouped(weight, scheme, options.signed, device, importance)
         self._top = 2.0**scheme.grid.bits - 1
         rate, range_rate = options.rates(scheme.grid.bits)
-        self._rates = (rate, 0.0 if scheme.scale == "e8m0" else range_rate)  # a power of two has no small step
+        still = scheme.scale == "e8m0" or self._source.fixed  # a power of two has no small step
+        self._rates = (rate, 0.0 if still else range_rate)
         self._shift = torch.zeros_like(self._source.values)
-        factor = self._source.search() if options.searches(scheme) else torch.ones_like(self._source.low)
+        searched = options.searches(scheme) and not self._source.fixed
+        factor = self._source.search() if searched else torch.ones_like(self._source.low)
         self._factors = [factor, factor.clone()]
         self._affine = self._source.fit(*self._factors)
 
@@ -123,18 +133,29 @@ def learn(block: Block, options: Options) -> Learned:
     Raises:
         WeightError: NaN or Inf in a weight, with its place.
     """
-    parts = ((name, weight, block.schemes[name]) for name, weight in block.weights.items())
-    learners = {name: _SignRound(weight, scheme, options, block.device) for name, weight, scheme in parts}
+
+    def learner(name: str) -> _SignRound:
+        weight, importance = block.weights[name], block.importance.get(name)
+        return _SignRound(weight, block.schemes[name], options, block.device, importance)
+
+    each = block.pool.map if block.pool else map  # a search of scales in super-blocks takes its time
+    learners = dict(zip(block.weights, each(learner, block.weights), strict=True))
     return learned(block, learners, options.total, options.batch)
 
 
 def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, options: Options) -> QTensor:
-    """Round to nearest: what weights outside of blocks get.
+    """Round to nearest, or in super-blocks the fitted encoder: what weights outside of blocks get.
 
     Raises:
         WeightError: NaN or Inf, with its place.
     """
+    if _blocks.in_super_blocks(scheme):
+        return encode(weight, None, scheme, None, fitted=True)
     return nearest(weight, stats, scheme)
+
+
+def _objection(scheme: Scheme) -> str | None:
+    return None if _blocks.in_super_blocks(scheme) else within_rows(scheme)
 
 
 METHOD = Method(
@@ -142,7 +163,7 @@ METHOD = Method(
     quantize=quantize,
     options=Options,
     workspace=4.0,
-    supports=within_rows,
+    supports=_objection,
     learn=learn,
     windows=lambda options, windows: 3 * options.total * min(options.batch, windows),  # backward is twice as long
     batch=lambda options: options.batch,

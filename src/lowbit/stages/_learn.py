@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import inf, isfinite
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowbit import plugins
 from lowbit.blocks import Block
@@ -22,6 +24,7 @@ from lowbit.stages._state import ABSMAX, Calibration, State
 from lowbit.stages.quantize import measure, one_torch_thread
 from lowbit.tensors import QTensor
 
+MEAN_SQUARE = "mean_square"
 Candidates = Mapping[str, Mapping[str, QTensor]]
 
 
@@ -31,9 +34,10 @@ def learn(steps: Sequence[Step], work: Calibration, state: State, passes: Passes
     Weights that cannot be learned are left, with the reason, to whoever makes single weights.
     """
     start = time.perf_counter()
-    _look(steps, [batch for batch in work.windows.batches if batch.start < work.windows.fit], state, gatherer)
+    batches = [batch for batch in work.windows.batches if batch.start < work.windows.fit]
+    importance = _look(steps, batches, state, gatherer)
     passes.memory.forget()  # attention was of weights that will change
-    block = passes.view(steps)
+    block = replace(passes.view(steps), importance=importance)
     if not block.weights:
         return
     method: Method = plugins.load("methods", work.recipe.method)
@@ -48,14 +52,21 @@ def learn(steps: Sequence[Step], work: Calibration, state: State, passes: Passes
         state.settle(state.entries[name], qtensor, facts)
 
 
-def _look(steps: Sequence[Step], batches: Sequence[slice], state: State, gatherer: Gatherer) -> None:
-    """What the weights read before the block learns: scales of inputs that all tokens share, and what is of no use."""
-    needs = {site: [ABSMAX] for step in steps for site in step.sites if state.targets(site)}
+def _look(steps: Sequence[Step], batches: Sequence[slice], state: State, gatherer: Gatherer) -> dict[str, Tensor]:
+    """What the weights read before the block learns: scales of inputs that all tokens share, and what is of no use.
+
+    Returns the mean square of each weight's inputs.
+    """
+    importance: dict[str, Tensor] = {}
+    needs = {site: [ABSMAX, MEAN_SQUARE] for step in steps for site in step.sites if state.targets(site)}
     for site, found in gatherer.gather(needs, batches).items():
         for name in state.targets(site):
             state.scale_input(name, found)
             if found.useless:
                 state.lost[name] = found.useless
+            elif MEAN_SQUARE in found.stats:
+                importance[name] = found.stats[MEAN_SQUARE].cpu()
+    return importance
 
 
 def _choose(
@@ -69,11 +80,11 @@ def _choose(
     best = min(errors, key=lambda kind: errors[kind] if isfinite(errors[kind]) else inf)
     if not isfinite(errors[best]):
         best = list(made)[-1]
-    finite = isfinite(errors[best]) and errors["rtn"]
+    rtn = errors.get("rtn") if isfinite(errors[best]) else None  # which has no super-blocks
     return made[best], {
         "method": best if best in RIVALS else work.recipe.method,
         "fallback": _fallback(best, errors, learned.stopped, "held-out windows" if held else "calibration windows"),
-        "against_rtn": errors[best] / errors["rtn"] if finite else None,
+        "against_rtn": errors[best] / rtn if rtn else None,
     }
 
 

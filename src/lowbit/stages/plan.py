@@ -124,7 +124,7 @@ class Rules:
 
     def _default_method(self) -> str:
         form: Format = plugins.load("formats", self.format)
-        if form.learned_encoder and self.calibration:
+        if form.learned_encoder and (self.calibration or self.imatrix):
             return form.learned_encoder
         return form.encoder or "rtn"
 
