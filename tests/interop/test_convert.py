@@ -51,12 +51,13 @@ def mixture(wiki_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("form", "scheme", "kept"), [("awq", "int4-g32-asym", 2), ("fp8", "fp8-e4m3-128x128", 2), ("bitsandbytes", "nf4-g32", 1)]
+    ("form", "scheme", "kept"),
+    [("awq", "int4-g32-asym", 2), ("fp8", "fp8-e4m3-128x128", 2), ("bitsandbytes", "nf4-g32", 1)],
 )
 def test_a_mixture_goes_where_some_of_its_weights_have_no_place(
     form: str, scheme: str, kept: int, mixture: Path, tmp_path: Path
 ) -> None:
-    """These stay floats, and are said to; where weights go together only in one scheme (bitsandbytes), it is that of most."""
+    """These stay floats, and are said to; where weights go together in one scheme only, it is that of most."""
     done = lowbit.convert(mixture, tmp_path / "out", format=form, lossy=True)
     quantized = [group for group in done.groups if group.before]
     floats = [group for group in quantized if group.after is None]

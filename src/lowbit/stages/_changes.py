@@ -109,8 +109,10 @@ def targets(
     type some formats store scales: `dtypes` are tried in order.
     """
     if weight.swapped and not form.swaps:
-        what = "it is of experts in one tensor, transposed" if len(weight.shape) > 2 else "its layer is a transposed one (Conv1D)"
-        reasons.append(f"{what}, which readers of this format do not know")
+        transposed = (
+            "experts in one tensor are transposed" if len(weight.shape) > 2 else "its layer is transposed (Conv1D)"
+        )
+        reasons.append(f"{transposed}, which readers of this format do not know")
         return
     seen = set()
     for scheme in schemes:
@@ -325,7 +327,7 @@ class Changer:
         return {name: room[at : at + n].view(spec.dtype).view(spec.shape) for (name, spec), at, n in parts}
 
     def lossy(self, weight: Weight, why: str) -> Change:
-        """The change with the least error that the target holds, floats where it holds nothing else; `why` there is none.
+        """The change with the least error that the target holds, at last floats; `why` there is none without loss.
 
         Raises:
             UnsupportedError: it holds neither.

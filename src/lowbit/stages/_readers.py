@@ -36,7 +36,8 @@ def _rows(form: str, config: Mapping[str, Any], weight: Weight) -> Iterator[Mapp
     """The rows of the table that are for a weight as a format stores it."""
     form, kind = form.replace("-", "_"), config.get("model_type")
     for row in arch_rows("readers") if weight.scheme else ():
-        meant = {kind, "*"} & {*row["model_types"]} and form in row["formats"] and re.search(row["pattern"], weight.name)
+        kinds = row["model_types"]
+        meant = (kind in kinds or "*" in kinds) and form in row["formats"] and re.search(row["pattern"], weight.name)
         scheme = row.get("schemes", {}).get(form, "")
         if meant and re.search(scheme, str(weight.scheme)) and not (row.get("packed") and _is_plain(form, weight)):
             yield row
