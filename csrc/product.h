@@ -454,12 +454,11 @@ struct Nested {
 
     // Where a span has come to; of the inputs, the sums of their steps and the scales of their runs.
     struct Place {
-        int64_t first, run, step, steps;  // of all panels; and how many a run has
-        const int32_t* begin;
+        int64_t run, step, steps, done = 0;  // of all panels; steps of a run; and runs of the span
         const int16_t* sum[tokens / beside];
         const float* scale[tokens / beside];
 
-        LOWBIT_INLINE Place(const Nested& all, const Span& span) : begin(span.begin) {
+        LOWBIT_INLINE Place(const Nested& all, const Span& span) {
             const Product& of = all.of;
             const int wide = of.step == 32 ? 5 : 4;
             const int64_t runs = of.cols / of.over, first_run = span.first / of.over;
@@ -470,7 +469,7 @@ struct Nested {
             }
         }
         LOWBIT_INLINE void next() {
-            run++, step += steps, begin += 16;
+            run++, step += steps, done++;
             for (int i = 0; i < tokens / beside; i++) sum[i] += beside * steps, scale[i] += beside;
         }
     };
@@ -483,7 +482,7 @@ struct Nested {
         const int8_t* fine = of.fine + at.step * 16;
         I dots[tokens], shift[tokens];
         for (int64_t col = span.first; col < span.last; at.next()) {
-            begin_run<zeros, lifted<Source>, Source::above>(at, dots, shift);
+            begin_run<zeros, Source>(at, span, dots, shift);
             if constexpr (folded<Source>) {
                 for (int64_t end = col + over; col < end; col += 32, chunk += 512)
                     add_dots<0, 8>(source, chunk, input, col, dots);
@@ -514,10 +513,10 @@ struct Nested {
     }
 
     // What zeros make of the steps of a run (`shift`), and what sums begin with, so that offsets are out of them.
-    template <bool zeros, bool begun, int above>
-    LOWBIT_INLINE void begin_run(const Place& at, I (&dots)[tokens], I (&shift)[tokens]) const {
-        const int32_t offset = begun ? 0 : zeros ? above : above + int32_t(of.offset);
-        const I begin = begun ? load_words(at.begin) : set(0);
+    template <bool zeros, class Source>
+    LOWBIT_INLINE void begin_run(const Place& at, const Span& span, I (&dots)[tokens], I (&shift)[tokens]) const {
+        const int32_t offset = lifted<Source> ? 0 : zeros ? Source::above : Source::above + int32_t(of.offset);
+        const I begin = lifted<Source> ? load_words(span.begin + 16 * at.done) : set(0);
         LOWBIT_EACH_TOKEN
         for (int t = 0; t < tokens; t++) dots[t] = begin;
         if (offset != 0) {
