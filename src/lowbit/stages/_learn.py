@@ -21,10 +21,9 @@ from lowbit.stages._pages import kept_pages
 from lowbit.stages._passes import Passes
 from lowbit.stages._sites import Step
 from lowbit.stages._state import ABSMAX, Calibration, State
-from lowbit.stages.quantize import measure, one_torch_thread
+from lowbit.stages.quantize import MEAN_SQUARE, measure, one_torch_thread
 from lowbit.tensors import QTensor
 
-MEAN_SQUARE = "mean_square"
 Candidates = Mapping[str, Mapping[str, QTensor]]
 
 
