@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import gguf
@@ -78,6 +79,24 @@ def test_a_mixture_of_which_nothing_has_a_place_is_refused(mixture: Path, tmp_pa
     with pytest.raises(UnsupportedError, match="bitnet cannot hold q4_k"):
         lowbit.convert(mixture, tmp_path / "out", format="bitnet", lossy=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "bitsandbytes"])
+def test_an_embedding_that_is_the_head_stays_floats(form: str, wiki_8m: Path, tmp_path: Path) -> None:
+    """llama.cpp quantizes it; readers of others take a head that they do not find for random numbers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=4096, tie_word_embeddings=True, initializer_range=0.5, **sizes)
+    transformers.LlamaForCausalLM(config).to(F16).save_pretrained(tmp_path / "in")
+    for file in wiki_8m.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "in")
+    lowbit.quantize(tmp_path / "in", tmp_path / "gguf", format="gguf", scheme="q8_0", method="rtn")
+    lowbit.convert(tmp_path / "gguf", tmp_path / "float", format="float", scheme="f32")
+    scheme = "int8-row" if form == "bitsandbytes" else None
+    lowbit.convert(tmp_path / "gguf", tmp_path / "out", format=form, scheme=scheme, lossy=True)
+    ids, auto = torch.arange(16)[None], transformers.AutoModelForCausalLM
+    with torch.no_grad():
+        found, meant = (auto.from_pretrained(tmp_path / name)(ids).logits.float() for name in ("out", "float"))
+    assert (found - meant).norm() < 0.1 * meant.norm()
 
 
 def of_gguf(path: Path) -> dict[str, tuple[str, bytes]]:

@@ -36,10 +36,12 @@ def _rows(form: str, config: Mapping[str, Any], weight: Weight) -> Iterator[Mapp
     """The rows of the table that are for a weight as a format stores it."""
     form, kind = form.replace("-", "_"), config.get("model_type")
     for row in arch_rows("readers") if weight.scheme else ():
-        kinds = row["model_types"]
-        meant = (kind in kinds or "*" in kinds) and form in row["formats"] and re.search(row["pattern"], weight.name)
-        scheme = row.get("schemes", {}).get(form, "")
-        if meant and re.search(scheme, str(weight.scheme)) and not (row.get("packed") and _is_plain(form, weight)):
+        kinds, scheme = row["model_types"], row.get("schemes", {}).get(form, "")
+        if not (kind in kinds or "*" in kinds) or form not in row["formats"]:
+            continue
+        meant = re.search(row["pattern"], weight.name) and re.search(scheme, str(weight.scheme))
+        tied = config.get("tie_word_embeddings") is True or not row.get("tied")
+        if meant and tied and not (row.get("packed") and _is_plain(form, weight)):
             yield row
 
 
