@@ -16,6 +16,7 @@ from lowbit.collector import paused
 if TYPE_CHECKING:
     from lowbit.stages.convert import Converted
 
+_FEW_LETTERS = 40
 _EPILOG = """\b
 Lossless: dequantized weights are equal to the bit, and codes are carried over, never quantized again. Where that
 cannot be, it says which weights, why, and by how much, and ends with exit code 2 before anything is written.
@@ -67,17 +68,21 @@ def command(model: str, out: Path, form: str, scheme: str | None, lossy: bool, a
 
 
 def _print(planned: Converted) -> None:
-    """What will be done, as a table, and whether it is lossless."""
+    """What will be done, as a table, and whether it is lossless; reasons of many words are said once, below."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("weights", "from", "to", "how", "error", "why")
+    table = Table(Column("weights", overflow="fold"), "from", "to", "how", "error", "why")
+    long = list(dict.fromkeys(group.note for group in planned.groups if len(group.note) > _FEW_LETTERS))
     for group in planned.groups:
         name = group.name if group.tensors == 1 else f"{group.tensors} x {group.name}"
         error = "" if group.lossless else f"{group.error:.3g}"
-        table.add_row(name, group.before or "", group.after or "", group.method or "copy", error, group.note)
+        note = f"({long.index(group.note) + 1})" if group.note in long else group.note
+        table.add_row(name, group.before or "", group.after or "", group.method or "copy", error, note)
     console = Console(stderr=True)
     console.print(table)
+    for number, reason in enumerate(long, 1):
+        console.print(f"({number}) {reason}", highlight=False, markup=False, soft_wrap=True)
     verdict = "lossless: every weight stays as it is, to the bit" if planned.lossless else "NOT lossless"
     console.print(f"{planned.source[1] or 'float'} -> {planned.format}: {verdict}", highlight=False)
 
