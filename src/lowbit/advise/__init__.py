@@ -402,7 +402,7 @@ def _as_it_is(checkpoint: Checkpoint) -> tuple[Entry, ...]:
 def _held(checkpoint: Checkpoint, entry: Entry) -> int:
     """Bytes of a weight in the checkpoint."""
     specs = [checkpoint.specs[piece] for piece in checkpoint.pieces(entry.weight.name)]
-    return 0 if entry.tied else sum(prod(spec.shape) * spec.dtype.itemsize for spec in specs)
+    return 0 if entry.tied else sum(spec.nbytes for spec in specs)
 
 
 def _in_memory(entry: Entry, stored: int, unpacked: bool) -> int:

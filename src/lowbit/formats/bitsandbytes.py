@@ -317,7 +317,7 @@ def _recognised(state_name: str, specs: Mapping[str, Spec], read: Callable[[str]
     block = _block(state["blocksize"], state["shape"][1])
     scheme = Scheme(_TABLES[table], block, scale="f32", nested=nested)
     stored = specs.get(name, Spec(torch.uint8, (0,)))
-    _check_size(name, prod(stored.shape) * stored.dtype.itemsize, prod(state["shape"]))
+    _check_size(name, stored.nbytes, prod(state["shape"]))
     return Weight(name, tuple(state["shape"]), getattr(torch, state["dtype"]), scheme)
 
 

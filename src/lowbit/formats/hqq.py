@@ -300,7 +300,7 @@ def _recognised(module: str, specs: Mapping[str, Spec], read: Callable[[str], Te
 
 def _check_bytes(name: str, specs: Mapping[str, Spec], wanted: int) -> None:
     """Sizes are what the tensors have, of whatever dtype, before room is made for what `shape` says."""
-    found = prod(specs[name].shape) * specs[name].dtype.itemsize
+    found = specs[name].nbytes
     if found != wanted:
         raise FormatError(f"{name} has {found:,} bytes; shape, group_size and nbits beside it need {wanted:,}")
 

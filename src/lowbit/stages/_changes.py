@@ -320,7 +320,7 @@ class Changer:
         return replace(q, codes=codes.copy_(q.codes))
 
     def _room(self, layout: Mapping[str, Spec]) -> dict[str, Tensor]:
-        sizes = [prod(spec.shape) * spec.dtype.itemsize for spec in layout.values()]
+        sizes = [spec.nbytes for spec in layout.values()]
         starts = [0, *accumulate(-(-size // _ALIGN) * _ALIGN for size in sizes)]
         room = self.rooms.get("packed", starts[-1])
         parts = zip(layout.items(), starts, sizes, strict=False)

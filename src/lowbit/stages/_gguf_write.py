@@ -46,7 +46,7 @@ def gguf_shards(plan: Plan, checkpoint: Checkpoint, limit: int | None) -> list[S
         checkpoint, arch, shapes, _file_type(plan, weights, checkpoint), plan.imatrix.keys() if plan.imatrix else {}
     )
     specs = {name: spec for each in plan.entries if not each.tied for name, spec in plan.layout(each).items()}
-    sizes = {name: sum(_nbytes(specs[weight.name]) for weight in group) for name, (_, group) in groups.items()}
+    sizes = {name: sum(specs[weight.name].nbytes for weight in group) for name, (_, group) in groups.items()}
     beside = sum(_scale(group[0]) in specs for _, group in groups.values())
     parts = _split(sizes, sum(padded(4 * len(numbers)) for numbers in constants.values()), limit)
     total, shards = len(groups) + len(constants) + beside, []
@@ -92,7 +92,7 @@ def _shard(
         entries.append(entry(name, _shape(arch, name, group), kind, at))
         for weight in group:
             places[weight.name] = at, specs[weight.name]
-            at += _nbytes(specs[weight.name])
+            at += specs[weight.name].nbytes
         at = padded(at)
         if _scale(group[0]) in specs:
             entries.append(entry(f"{name.removesuffix('weight')}scale", (len(group),), "f32", at))
@@ -115,10 +115,6 @@ def _shape(arch: Arch, name: str, group: Sequence[Weight]) -> tuple[int, ...]:
 def _scale(weight: Weight) -> str:
     """What the number that multiplies the scales of a weight is called, if it has one; one tensor for all experts."""
     return f"{weight.module}.scale"
-
-
-def _nbytes(spec: Spec) -> int:
-    return prod(spec.shape) * spec.dtype.itemsize
 
 
 def _type(weight: Weight) -> str:

@@ -207,7 +207,7 @@ def _stored(path: Path, tensor: Any) -> _Stored:
         raise CheckpointError(f"{where} has the shape {show(list(shape))}, which no tensor has")
     spec = Spec(_DTYPES[tensor.data_type], (-(-prod(shape) // 2),) if tensor.data_type in _HALVES else shape)
     if tensor.data_location == _EXTERNAL:
-        file, start = _external(path, where, tensor, prod(spec.shape) * spec.dtype.itemsize)
+        file, start = _external(path, where, tensor, spec.nbytes)
         return _Stored(tensor.name, tensor.data_type, spec, shape, file, start)
     return _Stored(tensor.name, tensor.data_type, spec, shape, path, value=_inside(where, tensor, spec))
 
@@ -216,7 +216,7 @@ def _inside(where: str, tensor: Any, spec: Spec) -> Tensor:
     """An initializer whose values are in the graph."""
     from onnx import numpy_helper
 
-    size = prod(spec.shape) * spec.dtype.itemsize
+    size = spec.nbytes
     if tensor.HasField("raw_data"):
         if len(tensor.raw_data) != size:
             raise CheckpointError(

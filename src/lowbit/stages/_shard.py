@@ -6,7 +6,6 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any, final
 
@@ -69,7 +68,7 @@ def safetensors_shard(
         spec, before = specs[groups[name][0]], end
         for member in groups[name]:
             offsets[member] = (end, spec)
-            end += prod(spec.shape) * spec.dtype.itemsize
+            end += spec.nbytes
         shape = spec.shape if groups[name] == [name] else (len(groups[name]), *spec.shape)
         entries[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(shape), "data_offsets": [before, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()

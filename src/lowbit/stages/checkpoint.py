@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.resources import files as package
-from math import prod
 from pathlib import Path
 from typing import Any, NoReturn, final
 
@@ -193,7 +192,7 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of the stored tensors; those that share storage count once."""
         shared = {alias for file in set(self.files.values()) for alias in file.tied}
-        return sum(prod(s.shape) * s.dtype.itemsize for name, s in self.specs.items() if name not in shared)
+        return sum(s.nbytes for name, s in self.specs.items() if name not in shared)
 
     @property
     def skipped(self) -> tuple[str, ...]:

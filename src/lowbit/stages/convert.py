@@ -109,42 +109,41 @@ def plan_conversion(
     if left:
         way = _estimate(source, goal, left, ram, threads, again=True)
 
-        def change(changer: Changer, weight: Weight) -> Change:
-            if goal.format == _float.NAME:
-                return changer.to_float(weight)
-            return changer.lossy(weight, reasons[weight.name])
+    def change(changer: Changer, weight: Weight) -> Change:
+        if goal.format == _float.NAME:
+            return changer.to_float(weight)
+        return changer.lossy(weight, reasons[weight.name])
 
-        def changed(goal: Goal) -> dict[str, Change]:
-            return _each(source, goal, folder, way, left, change, progress)
+    def changed(goal: Goal) -> dict[str, Change]:
+        return _each(source, goal, folder, way, left, change, progress)
 
-        changes |= changed(goal)
-        changes |= _together(source, goal, changes, changed)
-    found_all = tuple(changes[name] for name in source.weights)
-    goal.form.config([each.entry.weight for each in found_all], source.config)  # it may refuse them together
-    return Conversion(source, goal, found_all, way, folder)
+    changes |= changed(goal)
+    changes = _agreeing(source, goal, changes, changed)
+    return Conversion(source, goal, tuple(changes[name] for name in source.weights), way, folder)
 
 
-def _together(
-    source: Checkpoint, goal: Goal, changes: Mapping[str, Change], again: Callable[[Goal], Mapping[str, Change]]
-) -> Mapping[str, Change]:
-    """What becomes of the weights that change, if the format does not take them beside each other as was found.
-
-    Then all of these go into the scheme of most.
+def _agreeing(
+    source: Checkpoint, goal: Goal, changes: dict[str, Change], again: Callable[[Goal], dict[str, Change]]
+) -> dict[str, Change]:
+    """The changes; if the format does not take them beside each other, what is lost goes into the scheme of most.
 
     Raises:
-        UnsupportedError: none of them is quantized in the target.
+        UnsupportedError: none of them is quantized in the target, or they are refused together all the same.
     """
     quantized = [each for each in changes.values() if each.before.scheme]
     schemes = Counter(str(each.entry.weight.scheme) for each in quantized if each.entry.weight.scheme)
-    if not schemes and goal.format != _float.NAME:
+    if quantized and not schemes and goal.format != _float.NAME:
         why = Counter(each.why for each in quantized).most_common(1)[0][0]
         raise UnsupportedError(f"{next(each.before.name for each in quantized if each.why == why)}: {why}")
     try:
-        goal.form.config([each.entry.weight for each in changes.values()], source.config)
+        goal.form.config([changes[name].entry.weight for name in source.weights], source.config)
+        return changes
     except UnsupportedError:
-        if goal.scheme is None and len(schemes) > 1:
-            return again(replace(goal, scheme=schemes.most_common(1)[0][0]))
-    return {}
+        if goal.scheme or len(schemes) < 2:
+            raise
+    changes = changes | again(replace(goal, scheme=schemes.most_common(1)[0][0]))
+    goal.form.config([changes[name].entry.weight for name in source.weights], source.config)
+    return changes
 
 
 def _kept(source: Checkpoint, weight: Weight, goal: Goal) -> Weight:
@@ -198,9 +197,7 @@ def _buffers(source: Checkpoint, goal: Goal, weight: Weight, again: bool) -> int
     count = prod(weight.shape)
     if goal.format == _float.NAME:
         return count * (1 + 4 * (2 if weight.swapped else 1))
-    stored = sum(
-        prod(source.specs[piece].shape) * source.specs[piece].dtype.itemsize for piece in source.pieces(weight.name)
-    )
+    stored = sum(source.specs[piece].nbytes for piece in source.pieces(weight.name))
     return count * (8 if again else 4) + 2 * max(stored, count)
 
 

@@ -189,7 +189,7 @@ class Plan:
 
     def stored_bytes(self, entry: Entry) -> int:
         """Exact bytes of one entry in the file, without the container's header."""
-        return sum(prod(spec.shape) * spec.dtype.itemsize for spec in self.layout(entry).values())
+        return sum(spec.nbytes for spec in self.layout(entry).values())
 
     def bits_per_weight(self) -> tuple[float, float]:
         """Mean bits of the quantized weights (codes, scales, zero points), and of all weights together."""

@@ -122,7 +122,7 @@ def _weight_shards(plan: Plan, limit: int, model_type: str) -> list[Shard]:
     groups: list[dict[str, Spec]] = [{}]
     filled = 0
     for specs in _together(plan, stacks):
-        size = sum(prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
+        size = sum(spec.nbytes for spec in specs.values())
         if filled and filled + size > limit:
             groups.append({})
             filled = 0
@@ -188,7 +188,7 @@ class Output:
         return {name: self._view(name) for name in layout}
 
     def _room(self, layout: Mapping[str, Spec]) -> dict[str, Tensor]:
-        sizes = [prod(spec.shape) * spec.dtype.itemsize for spec in layout.values()]
+        sizes = [spec.nbytes for spec in layout.values()]
         starts = [sum(-(-size // _ALIGN) * _ALIGN for size in sizes[:i]) for i in range(len(sizes) + 1)]
         room = self._buffer("packed", starts[-1])
         parts = zip(layout.items(), starts, sizes, strict=False)
@@ -315,7 +315,7 @@ class Output:
     def _view(self, name: str) -> Tensor:
         shard = self._shard_of[name]
         offset, spec = shard.offsets[name]
-        size = prod(spec.shape) * spec.dtype.itemsize
+        size = spec.nbytes
         return self._file(shard).slice(offset, size).view(spec.dtype).view(spec.shape)
 
     def _file(self, shard: Shard) -> _File:
