@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from statistics import median
 from typing import Any, final
 
@@ -30,7 +31,8 @@ from lowbit.runtime.panels import pack_noise
 from lowbit.schemes import parse
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))
-ALL = 2**27  # bytes of weights that one token is multiplied by in turn
+ALL = 2**27  # bytes of weights that one token is multiplied by in turn, at least
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 GROUP = 64
 Work = Callable[..., object]
 
@@ -101,10 +103,16 @@ PEERS: dict[str, tuple[str, Callable[[tuple[int, int], torch.dtype], Work]]] = {
 }
 
 
+def beyond_caches() -> int:
+    """Bytes that no cache holds; of a shared one a virtual machine may be told all (Linux: sizes in KiB)."""
+    sizes = [int(file.read_text().strip().removesuffix("K")) * 1024 for file in CACHES.glob("index*/size")]
+    return max([ALL, *(2 * size for size in sizes)])
+
+
 def sides(peer: str, shape: tuple[int, int], alone: bool) -> dict[str, tuple[torch.dtype, list[Work]]]:
     """Of ours, and of the peer with either dtype of inputs: `alone` as many weights as no cache holds, else one."""
     scheme, make = PEERS[peer]
-    count = ALL * 8 // (shape[0] * shape[1] * parse(scheme).grid.bits) if alone else 1
+    count = beyond_caches() * 8 // (shape[0] * shape[1] * parse(scheme).grid.bits) if alone else 1
     found: dict[str, tuple[torch.dtype, list[Work]]] = {}
     found["ours"] = torch.float32, [pack_noise(parse(scheme), shape).matrix() for _ in range(count)]
     for dtype in (torch.float32, torch.bfloat16):

@@ -8,6 +8,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 #if defined(LOWBIT_X86)
 #include <immintrin.h>
 #endif
@@ -53,6 +57,31 @@ struct Loop {
     }
 };
 
+// A thread of the pool, and on Linux which processors it may use. Who sleeps is woken on the processor of whoever wakes it
+// where no other looks idle, and in a virtual machine none does that its host has put to sleep: both would share one for
+// tens of milliseconds, until loads are balanced. So it may run anywhere but there.
+struct Worker {
+    std::thread thread;
+#if defined(__linux__)
+    cpu_set_t given{}, left{};  // by whoever sets these; less the caller's
+
+    void keep_from(int processor) {
+        const pthread_t self = thread.native_handle();
+        cpu_set_t now;
+        if (processor < 0 || processor >= CPU_SETSIZE || pthread_getaffinity_np(self, sizeof now, &now)) return;
+        if (!CPU_EQUAL(&now, &left)) given = now;
+        left = given;
+        CPU_CLR(processor, &left);
+        if (!CPU_COUNT(&left)) left = given;
+        pthread_setaffinity_np(self, sizeof left, &left);
+    }
+    static int processor() { return sched_getcpu(); }
+#else
+    void keep_from(int) {}
+    static int processor() { return -1; }
+#endif
+};
+
 class Pool final {
   public:
     ~Pool() {
@@ -61,12 +90,12 @@ class Pool final {
             stopping_ = true;
         }
         wake_.notify_all();
-        for (std::thread& each : threads_) each.join();
+        for (Worker& each : workers_) each.thread.join();
     }
     void run(const std::shared_ptr<Loop>& loop, int helpers) {
         {
             std::lock_guard lock(mutex_);
-            while (int(threads_.size()) < helpers) threads_.emplace_back([this] { serve(); });
+            clear_way(helpers);
             loop_ = loop, wanted_ = helpers;
         }
         for (int i = 0; i < helpers; i++) wake_.notify_one();
@@ -75,6 +104,13 @@ class Pool final {
     }
 
   private:
+    void clear_way(int helpers) {
+        const int here = Worker::processor();
+        for (; int(workers_.size()) < helpers; avoided_ = -1) workers_.push_back({std::thread([this] { serve(); })});
+        if (here != avoided_)
+            for (Worker& each : workers_) each.keep_from(here);
+        avoided_ = here;
+    }
     void serve() {
         for (;;) {
             std::shared_ptr<Loop> loop;
@@ -92,7 +128,8 @@ class Pool final {
     }
     std::mutex mutex_;
     std::condition_variable wake_;
-    std::vector<std::thread> threads_;
+    std::vector<Worker> workers_;
+    int avoided_ = -1;  // the processor that they are kept from
     std::shared_ptr<Loop> loop_;
     std::atomic<int> wanted_{0};
     std::atomic<bool> stopping_{false};

@@ -496,3 +496,39 @@ def test_bytes_are_known_without_a_weight(scheme: str) -> None:
         assert wide_bytes((17, 289)) == pack_wide(torch.zeros(17, 289, dtype=dtype)).panels.nbytes
     with pytest.raises(UnsupportedError, match="no multiple of 16"):
         packed_bytes(parse("int4-g24"), (16, 48))
+
+
+_PROCESSORS = """
+import os, torch
+from lowbit.runtime.panels import pack_noise
+from lowbit.schemes import parse
+
+def threads():
+    return set(os.listdir("/proc/self/task"))
+
+matrix, x, own = pack_noise(parse("int8-row"), (4096, 512)).matrix(), torch.ones(1, 512), threads()
+may = os.sched_getaffinity(0)
+first, second, *_ = may
+matrix(x, threads=2)
+(worker,) = map(int, threads() - own)
+for here in (first, second, first):
+    os.sched_setaffinity(0, {here})  # this thread alone
+    matrix(x, threads=2)
+    assert os.sched_getaffinity(worker) == may - {here}, here
+os.sched_setaffinity(worker, {first})  # as someone else wants
+os.sched_setaffinity(0, {second})
+matrix(x, threads=2)
+assert os.sched_getaffinity(worker) == {first}
+os.sched_setaffinity(0, {first})
+matrix(x, threads=2)
+assert os.sched_getaffinity(worker) == {first}  # there is no other
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two processors of Linux"
+)
+def test_threads_keep_from_the_callers_processor() -> None:
+    """Where its caller is a thread would wait for it, and the scheduler of a virtual machine wakes it there."""
+    run = subprocess.run([sys.executable, "-c", _PROCESSORS], check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

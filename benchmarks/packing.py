@@ -1,6 +1,6 @@
 """Speed of the native kernels on one core, as bytes per second and as a share of a plain copy in the same run.
 
-    python benchmarks/kernels.py [--rows 4096] [--cols 4096] [--rounds 21]
+    python benchmarks/packing.py [--rows 4096] [--cols 4096] [--rounds 21]
 
 Kernels, copies and peers (torch's own operators, compressed-tensors where installed) take turns, round by round; what
 is printed are medians over the rounds, in processor time of the thread. LOWBIT_ISA=scalar|avx2|avx512|avx512_vnni|
