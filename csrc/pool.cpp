@@ -8,7 +8,8 @@
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
+#if defined(__linux__) && !defined(__ANDROID__)
+#define LOWBIT_PLACES  // threads can be told where to run
 #include <pthread.h>
 #include <sched.h>
 #endif
@@ -57,12 +58,12 @@ struct Loop {
     }
 };
 
-// A thread of the pool, and on Linux which processors it may use. Who sleeps is woken on the processor of whoever wakes it
+// A thread of the pool, and the processors that it may use. Who sleeps is woken on the processor of whoever wakes it
 // where no other looks idle, and in a virtual machine none does that its host has put to sleep: both would share one for
 // tens of milliseconds, until loads are balanced. So it may run anywhere but there.
 struct Worker {
     std::thread thread;
-#if defined(__linux__)
+#if defined(LOWBIT_PLACES)
     cpu_set_t given{}, left{};  // by whoever sets these; less the caller's
 
     void keep_from(int processor) {
