@@ -219,9 +219,10 @@ def test_every_window_comes_once_before_any_comes_again() -> None:
 
 
 def test_presets() -> None:
-    assert Options().rates(4) == (3 / 200, 1 / 200) and Options().total == 200
+    assert Options().total == 200
+    assert Options().rates(4) == (2 / 200, 1 / 200) and Options().rates(3) == (3 / 200, 1 / 200)
     assert Options("light").total == 50 and Options("light").rates(2) == (0.005, 0.005)
-    assert Options("best").rates(4) == (3 / 1000, 1 / 1000) and Options("best").rates(3) == (3 / 1000, 2 / 1000)
+    assert Options("best").rates(4) == (2 / 1000, 1 / 1000) and Options("best").rates(3) == (3 / 1000, 2 / 1000)
     assert Options("light", iterations=7).total == 7 and Options(lr=0.1, minmax_lr=0.2).rates(4) == (0.1, 0.2)
     for wrong in ({"iterations": -1}, {"batch": 0}, {"lr": -1.0}):
         with pytest.raises(ValueError, match="must be"):

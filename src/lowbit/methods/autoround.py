@@ -18,7 +18,6 @@ from lowbit.schemes import Scheme
 from lowbit.tensors import QTensor
 
 _REACH = 0.5 - 2.0**-12  # a weight that is a level stays this level: an exact zero stays zero
-_FASTER = 3  # than published; see `docs/methods/autoround.md`
 _LEAST, _MOST = 2.0**-6, 2.0  # of a range: a range of nothing would have no scale
 
 
@@ -31,7 +30,8 @@ class Options:
         preset: `light` (50 iterations at 0.005), `default` (200) or `best` (1000, ranges at twice that up to 3 bits).
         iterations: steps per block; None: the preset's.
         batch: windows per step.
-        lr: first step of the rounding, in steps of the grid; falls linearly to 0. None: the preset's, 3 / iterations.
+        lr: first step of the rounding, in steps of the grid; falls linearly to 0. None: the preset's, 2 / iterations,
+            3 / iterations up to 3 bits.
         minmax_lr: first step of the factors on each group's range; None: the preset's, 1 / iterations.
         search: whether these factors start where rounded weights have the least squared error, instead of at 1.
             None: on tables and up to 3 bits. Never with zero points, where the ends of a range do not move apart.
@@ -64,7 +64,8 @@ class Options:
     def rates(self, bits: int) -> tuple[float, float]:
         """First steps of the rounding and of the ranges."""
         published = 0.005 if self.preset == "light" else 1 / max(self.total, 1)
-        rounding = published if self.preset == "light" else _FASTER * published
+        # Faster than published at any width: `docs/methods/autoround.md`.
+        rounding = published if self.preset == "light" else (3 if bits <= 3 else 2) * published
         ranges = 2 * published if self.total >= 1000 and bits <= 3 else published
         return rounding if self.lr is None else self.lr, ranges if self.minmax_lr is None else self.minmax_lr
 
