@@ -69,6 +69,17 @@ def test_a_rotated_model_computes_the_same(kind: str, tmp_path: Path) -> None:
     assert (turned.untied is not None) == _MODELS[kind].get("tie_word_embeddings", False)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba"])
+def test_a_model_without_attention_is_rotated(kind: str, tmp_path: Path) -> None:
+    """Its layers read and write the stream as others do; what lies between stays as it is."""
+    original = blueprint_of(tiny(kind, tmp_path, state_size=8, num_attention_heads=None))
+    turned = rotate(original)
+    assert prove(original, turned) < TOLERANCE and (turned.norms, turned.heads) == (3, 0)
+    names = [name for name, weight in original.checkpoint.weights.items() if len(weight.shape) == 2]
+    same = {name for name in names if torch.equal(original.checkpoint.tensor(name), turned.checkpoint.tensor(name))}
+    assert same == {name for name in names if any(part in name for part in ("x_proj", "dt_proj", "A_log"))}
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma", "mixtral"])
 def test_every_matrix_of_the_blocks_was_turned(kind: str, tmp_path: Path) -> None:
     """A view that changes nothing would compute the same too."""

@@ -149,7 +149,10 @@ def trace(model: nn.Module) -> Flow:
     """
     watch = _Watch(model)
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
-    mask = torch.zeros(1, 1, _TOKENS, _TOKENS, device="meta", dtype=next(model.parameters()).dtype)
+    # Where none is given, one would be made by looking at values; and a model without attention takes another shape.
+    attends = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    whole = torch.zeros(1, 1, _TOKENS, _TOKENS, device="meta", dtype=next(model.parameters()).dtype)
+    mask = whole if attends else None
     with ExitStack() as stack, torch.no_grad():
         for path, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(watch.before(path)).remove)
