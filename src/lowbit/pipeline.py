@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lowbit.budget import Estimate, MemoryWatch
-from lowbit.errors import CheckpointError, UsageError
+from lowbit.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from lowbit.formats import _float
 from lowbit.stages import convert, imatrix, quantize, tune
 from lowbit.stages._adapter import Terms
@@ -523,6 +523,6 @@ def _scores(
             encoded=encoded,
             trust_remote_code=request.trust_remote_code,
         )
-    except CheckpointError as error:  # hours of work are not left without their report
+    except (CheckpointError, ResourceError, UnsupportedError) as error:  # hours of work are not left without their report
         failed = str(error)
     return scores and scores.to_dict(), max(planned), failed

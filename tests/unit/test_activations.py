@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from lowbit.formats import Format, Spec, Weight
 from lowbit.formats.compressed_tensors import FORMAT
 from lowbit.schemes import parse
 from lowbit.stages._activations import input_scale, round_inputs, rounded
+from lowbit.stages._model import open_blueprint
+from lowbit.stages.checkpoint import open_checkpoint
 from tests.reference import activations as slow
+from tests.reference.models import save_tiny
 from tests.reference.qtensors import random_qtensor
 
 BF16 = torch.bfloat16
@@ -319,6 +323,35 @@ def test_merged_weights_are_rounded_where_they_agree() -> None:
     torch.testing.assert_close(model[0](x), wanted)  # type: ignore[index]
     with pytest.raises(UnsupportedError, match=r"0\.weight is made of weights"):
         round_inputs(model, weights, {"0.weight": frozenset("ac")}, {})
+
+
+def test_each_expert_of_a_stack_rounds_what_it_reads(tmp_path: Path) -> None:
+    """Its module reads the tokens of all experts; the last one's inputs stay, and tokens are done one after the other."""
+    experts: Any = save_tiny("mixtral", tmp_path).model.layers[0].mlp.experts
+    blueprint, path = open_blueprint(open_checkpoint(tmp_path), torch.float32), "model.layers.0.mlp.experts"
+    sources = {name: made_of for name, made_of in blueprint.sources("").items() if name.startswith(path)}
+    scheme = parse("int8-row-f32")
+    weights = {
+        name: replace(weight, activations=None if "experts.3." in name else scheme)
+        for name, weight in blueprint.checkpoint.weights.items()
+    }
+    x, shares = inputs(6, 32).float(), torch.rand(6, 2, generator=torch.Generator().manual_seed(3))
+    chosen = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0], [0, 2], [1, 3]])
+
+    def read(values: Tensor, expert: int) -> Tensor:
+        return values if expert == 3 else slow.int8_token(values[None])[0].float()
+
+    wanted = torch.zeros(6, 32)
+    for token, (row, share) in enumerate(zip(chosen.tolist(), shares.tolist(), strict=True)):
+        for expert, part in zip(row, share, strict=True):
+            gate, up = (experts.gate_up_proj[expert] @ read(x[token], expert)).chunk(2)
+            inner = nn.functional.silu(gate) * up
+            wanted[token] += part * (experts.down_proj[expert] @ read(inner, expert))
+    model = blueprint.resident()
+    round_inputs(model, weights, sources, {})
+    found = model.get_submodule(path)(x, chosen, shares)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, experts(x, chosen, shares), rtol=1e-2)
 
 
 def test_stacked_experts_cannot_be_rounded_from_outside() -> None:

@@ -7,7 +7,7 @@ it comes from calibration and is stored with the weight (`Weight.input_scale`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,11 @@ from lowbit.formats import Weight
 from lowbit.formats._checks import row_chunks
 from lowbit.methods._scales import Affine, encode, fit, global_divisor, shares_rows
 from lowbit.schemes import Scheme
+from lowbit.stages._policy import expert_of
+from lowbit.stages._products import Product, Products, Region
 from lowbit.tensors import block_size, level_table
+
+Kind = tuple[Scheme | None, float | None]  # how inputs are rounded, and the scale that is stored for it
 
 
 def input_scale(largest: float, scheme: Scheme) -> float | None:
@@ -110,9 +114,10 @@ def round_inputs(
         factors: by name of a weight what a runtime multiplies its inputs by before it rounds them; None for nothing.
 
     Raises:
-        UnsupportedError: a parameter is made of weights whose inputs are not rounded alike, or is no matrix, so that
-            its module's input need not be the weight's; or of several of which one has a low-rank term, or factors.
+        UnsupportedError: a parameter is made of weights whose inputs are not rounded alike, or is neither a matrix nor
+            a stack of experts; or of several weights of which one has a low-rank term, or factors.
     """
+    stacks: dict[str, dict[str, list[Kind]]] = {}
     for parameter, names in sources.items():
         kinds = {(weights[name].activations, weights[name].input_scale) for name in names}
         (scheme, scale), *others = sorted(kinds, key=str) if kinds else [(None, None)]
@@ -120,7 +125,13 @@ def round_inputs(
             continue
         pairs = [terms[name] for name in names if name in terms]
         own = pairs or any((weights[name].scheme or scheme).smooth for name in names if scheme)
-        single = model.get_parameter(parameter).dim() == 2 and (len(names) == 1 or not own)
+        whole = model.get_parameter(parameter)
+        stack = _of_experts(names, weights, len(whole)) if whole.dim() == 3 and not own else None
+        if stack:
+            path, _, own = parameter.rpartition(".")
+            stacks.setdefault(path, {})[own] = stack
+            continue
+        single = whole.dim() == 2 and (len(names) == 1 or not own)
         if others or scheme is None or not single:
             raise UnsupportedError(
                 f"{parameter} is made of weights that read several inputs, which are quantized when the model runs: "
@@ -131,6 +142,40 @@ def round_inputs(
             _add_branch(module, *pair)
         smoothing = [1 / found for name in names if (found := factors(name)) is not None]
         module.register_forward_pre_hook(_hook(scheme, scale, *smoothing))
+    if stacks and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # a product for each expert, as calibration has them
+    for path, found in stacks.items():
+        _round_experts(model, path, found)
+
+
+def _of_experts(names: Iterable[str], weights: Mapping[str, Weight], count: int) -> list[Kind] | None:
+    """How each expert's inputs are rounded; None where that is not one way for all weights of an expert."""
+    kinds: dict[int, set[Kind]] = {}
+    for name in names:
+        place = expert_of(name)
+        kinds.setdefault(place[1] if place else -1, set()).add((weights[name].activations, weights[name].input_scale))
+    if kinds.keys() != set(range(count)) or any(len(each) > 1 for each in kinds.values()):
+        return None
+    return [next(iter(kinds[expert])) for expert in range(count)]
+
+
+def _round_experts(model: nn.Module, path: str, stacks: Mapping[str, Sequence[Kind]]) -> None:
+    """Let a module of stacks, by parameter, round what each expert reads: its own input is that of all of them."""
+    kinds = {f"{own}.{at}": kind for own, each in stacks.items() for at, kind in enumerate(each)}
+    watching: list[Products] = []
+
+    def before(product: Product) -> Tensor | None:
+        scheme, scale = kinds[product.names[0]]
+        return rounded(product.rows, scheme, scale) if scheme else None
+
+    def begin(module: nn.Module, inputs: object) -> None:
+        held = {own: module.get_parameter(own).detach() for own in stacks}  # others each time where a model is streamed
+        watching.append(Products((Region(f"{own}.{at}", x) for own in held for at, x in enumerate(held[own])), before))
+        watching[-1].__enter__()
+
+    module = model.get_submodule(path)
+    module.register_forward_pre_hook(begin)
+    module.register_forward_hook(lambda *_: watching.pop().__exit__(None, None, None), always_call=True)
 
 
 def _hook(
