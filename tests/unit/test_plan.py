@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
-from lowbit.stages.plan import Calibration, Plan, Rules, load_plan, make_plan
+from lowbit.stages.plan import Calibration, Plan, Rules, instead, load_plan, make_plan
 from lowbit.stages.write import make_shards
 
 MATRIX = "model.layers.0.self_attn.q_proj.weight"
@@ -96,6 +96,27 @@ def test_groups_in_an_order_of_their_own_are_refused_where_the_format_has_no_pla
     for name in ("compressed-tensors", "gguf", "mlx"):
         with pytest.raises(UsageError, match=f"which gptq and gptq_v2 store and {name} does not"):
             make_plan(checkpoint, replace(rules, format=name))
+
+
+@pytest.mark.parametrize("method", ["gptq", "autoround"])
+def test_types_of_a_mixture_that_a_method_cannot_make_are_the_encoders_and_say_so(method: str, wiki_8m: Path) -> None:
+    """`iq3_m` has `iq3_s`, which is runs of codes from a table, and `q4_k` for what is sensitive."""
+    rules = Rules("iq3_m", method, "gguf", calibration=Calibration(("text",)))
+    plan = make_plan(open_checkpoint(wiki_8m), rules)
+    inside = {e.weight.name: e for e in plan.entries if e.weight.scheme and ".layers." in e.weight.name}
+    assert {(str(e.weight.scheme), e.method) for e in inside.values()} == {("iq3_s", "imatrix_fit"), ("q4_k", method)}
+    said = {entry.method: instead(entry) for entry in plan.entries if entry.weight.scheme}
+    assert said[method] is None and said["imatrix_fit"] == f"by imatrix_fit, {method} cannot make iq3_s"
+    assert (said["ggml_fit"] or "").startswith("outside of the blocks, where no statistics are taken; by ggml_fit")
+    named = {e.weight.name for e in plan.entries if e.weight.scheme and "cannot make" in e.reason}
+    assert named & inside.keys() == {name for name, entry in inside.items() if entry.method == "imatrix_fit"}
+
+
+@pytest.mark.parametrize(("method", "scheme"), [("omniquant", "q4_k_m"), ("clip", "q5_k_s"), ("hqq", "q4_k_m")])
+def test_a_method_that_makes_none_of_the_types_is_refused(method: str, scheme: str, wiki_8m: Path) -> None:
+    rules = Rules(scheme, method, "gguf", calibration=Calibration(("text",)))
+    with pytest.raises(UnsupportedError, match=f"weight: method {method} cannot use q"):
+        make_plan(open_checkpoint(wiki_8m), rules)
 
 
 def test_a_scheme_that_the_format_cannot_hold_names_the_tensor(tmp_path: Path) -> None:

@@ -97,7 +97,10 @@ class Method:
     def objection(self, scheme: Scheme) -> str | None:
         """The reason why this method cannot use a scheme; None where it can."""
         if scheme.grid.table and not self.tables:
-            return "it rounds weight by weight, and this scheme has runs of codes from a table; use imatrix, or ggml"
+            return (
+                "it rounds weight by weight, and this scheme has runs of codes from a table; use ggml-fit, or with "
+                "--calibration imatrix-fit"
+            )
         if scheme.smooth:
             return "it makes no factors of inputs; a transform before it does, as awq, without corrections after it"
         return self.supports(scheme)

@@ -82,7 +82,7 @@ def unscaled(scheme: Scheme) -> str | None:
     if scheme.zero == "quantized":
         return "no method makes SpQR's zero points and outliers yet; convert keeps those of a checkpoint"
     if scheme.nested and not scheme.nested.offset and scheme.scale != "e4m3":
-        return "its scales in super-blocks are llama.cpp's; use --method ggml-fit, imatrix-fit or ggml"
+        return "its scales in super-blocks are llama.cpp's; use ggml-fit, or with --calibration gptq or imatrix-fit"
     return None
 
 

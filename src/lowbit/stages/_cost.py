@@ -144,7 +144,10 @@ class _Facts:
             for alone in (True, False):
                 rate(dtype, alone=alone)  # what the libraries take with their first product is no part of the margin
         self.base = anonymous_bytes() + MARGIN
-        names = self.method.needs.union(*(step.needs for step in self.transforms), *(c.needs for c in self.corrections))
+        others = {entry.method for entries in self.blocks for entry in entries if entry.method} - {recipe.method}
+        self.methods: list[Method] = [self.method, *(plugins.load("methods", name) for name in others)]
+        steps = (*self.methods, *self.transforms, *self.corrections)
+        names = frozenset[str]().union(*(step.needs for step in steps))
         self.statistics: list[Statistic] = [plugins.load("stats", name) for name in names]
         self.paired = any(statistic.paired for statistic in self.statistics)
         self.floats = bool(self.method.learn or self.transforms)
@@ -183,8 +186,9 @@ class _Facts:
         block += 4 * self.targets * bool(self.transforms and self.experts > 1)  # all experts rounded for a candidate
         batch = max(min(tokens, prod(self.windows)), self.windows[1])
         held = sum(statistic.nbytes(self.wide) for statistic in self.statistics)
-        prepared = self.method.prepared(self.wide)
-        parts = int((self.method.workspace + _RIVALS) * min(piece, self.heaviest)) * threads
+        prepared = max(method.prepared(self.wide) for method in self.methods)
+        workspace = max(method.workspace for method in self.methods)
+        parts = int((workspace + _RIVALS) * min(piece, self.heaviest)) * threads
         parts += 3 * sum(sorted(prod(entry.weight.shape) for entry in self.largest)[-3:])
         streams = len(stream_kinds(self.recipe, self.plan.calibration.inputs if self.plan.calibration else "quantized"))
         size = prod(self.windows) * self.blueprint.dtype.itemsize

@@ -28,15 +28,16 @@ Candidates = Mapping[str, Mapping[str, QTensor]]
 
 
 def learn(steps: Sequence[Step], work: Calibration, state: State, passes: Passes, gatherer: Gatherer) -> None:
-    """Learn all weights of the block together; kept where nothing simpler has less error on held-out windows.
+    """Learn the weights of the block together; kept where nothing simpler has less error on held-out windows.
 
-    Weights that cannot be learned are left, with the reason, to whoever makes single weights.
+    Weights that cannot be learned, and those that the plan gives to another method, are left to whoever makes single
+    weights.
     """
     start = time.perf_counter()
     batches = [batch for batch in work.windows.batches if batch.start < work.windows.fit]
     importance = _look(steps, batches, state, gatherer)
     passes.memory.forget()  # attention was of weights that will change
-    block = replace(passes.view(steps), importance=importance)
+    block = replace(passes.view(steps, work.recipe.method), importance=importance)
     if not block.weights:
         return
     method: Method = plugins.load("methods", work.recipe.method)

@@ -119,10 +119,11 @@ class Passes:
             finally:
                 wait([future for future in futures if not future.cancel()])
 
-    def view(self, steps: Sequence[Step]) -> Block:
-        """The block as methods that learn and transforms see it."""
+    def view(self, steps: Sequence[Step], method: str | None = None) -> Block:
+        """The block as methods that learn and transforms see it; of the weights that the plan gives a method, or all."""
         work, entries = self._work, self._state.entries
         names = [n for step in steps for n in self._state.targets(step.names) if n not in self._state.lost]
+        names = [name for name in names if method in (None, entries[name].method)]
         schemes = {name: entries[name].weight.scheme for name in names}
         activations = {name: entries[name].weight.activations for name in names}
         targets = work.streams.read("float", self.index + 1)

@@ -41,6 +41,8 @@ from lowbit.tensors import scheme_bytes
 VERSION = 2
 _UNSEEN = "; not in the importance matrix"
 _OUTSIDE = "; outside of the blocks, where no statistics are taken"
+_ABLE = "; by {}, {} cannot make {}"
+_INSTEAD = (_UNSEEN, _OUTSIDE, _ABLE.partition("{")[0])
 _SWAPPED = "transposed linear layer (Conv1D)"
 _SHARED = "shared with another layer, which no reader of this format would find"
 _STACKED = "experts in one tensor; "
@@ -240,6 +242,7 @@ def make_plan(
     """
     maker = _maker(checkpoint, rules)
     entries = [maker.entry(weight, given.get(weight.name)) for weight in map(_plain, checkpoint.weights.values())]
+    _check_used(entries, maker.recipe.method)
     calibration = rules.calibration if maker.calibrated else None
     facts = maker.importance.facts if maker.importance else None
     return Plan(rules.format.replace("_", "-"), tuple(entries), maker.options, str(maker.recipe), calibration, facts)
@@ -318,8 +321,9 @@ class _Maker:
         seen = self._important(weight) if self.importance else inside
         if not seen and recipe.calibrated:
             method, why = _method(recipe.method).outside, _UNSEEN if self.importance else _OUTSIDE
-        if form.encoder and wanted in BLOCKS and not (seen and recipe.calibrated):
-            method, why = _able(method, why, wanted, form.encoder)
+        if form.encoder and wanted in BLOCKS:
+            learned = form.learned_encoder if seen and recipe.calibrated else None
+            method, why = _able(method, why, wanted, learned or form.encoder)
         activations = self.rules.activations if inside else None
         swap, config = self.swap(weight), self.checkpoint.config
         entry = _entry(weight, wanted, reason + why, method, form, config, activations, swap, inside and recipe.smooths)
@@ -425,7 +429,22 @@ def check_told(checkpoint: Checkpoint, form: Format) -> None:
 def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
     """The method, or the format's own one (or `mse`) for a scheme of a mixture that it cannot make; and why."""
     able = next((n for n in (method, encoder, "mse") if _method(n).objection(parse(wanted)) is None), encoder)
-    return able, why if able == method else f"{why}; by {able}, {method} cannot make {wanted}"
+    return able, why if able == method else f"{why}{_ABLE.format(able, method, wanted)}"
+
+
+def _check_used(entries: Sequence[Entry], method: str) -> None:
+    """Raise UnsupportedError where others make all weights, because the method makes none of the schemes."""
+    others = [(entry, entry.weight.scheme) for entry in entries if entry.weight.scheme and entry.method != method]
+    found = [(e, why) for e, scheme in others if scheme and (why := _method(method).objection(scheme)) is not None]
+    if found and not any(entry.method == method for entry in entries):
+        entry, why = found[0]
+        raise UnsupportedError(f"{entry.weight.name}: method {method} cannot use {entry.weight.scheme}: {why}")
+
+
+def instead(entry: Entry) -> str | None:
+    """Why another method than that of the recipe makes a weight, as its reason says it; None where none does."""
+    at = min((at for mark in _INSTEAD if (at := entry.reason.find(mark)) >= 0), default=None)
+    return None if at is None or not entry.weight.scheme else entry.reason[at:].removeprefix("; ")
 
 
 def _plain(weight: Weight) -> Weight:
