@@ -523,6 +523,6 @@ def _scores(
             encoded=encoded,
             trust_remote_code=request.trust_remote_code,
         )
-    except (CheckpointError, ResourceError, UnsupportedError) as error:  # hours of work are not left without their report
+    except (CheckpointError, ResourceError, UnsupportedError) as error:  # hours of work keep their report
         failed = str(error)
     return scores and scores.to_dict(), max(planned), failed

@@ -326,7 +326,7 @@ def test_merged_weights_are_rounded_where_they_agree() -> None:
 
 
 def test_each_expert_of_a_stack_rounds_what_it_reads(tmp_path: Path) -> None:
-    """Its module reads the tokens of all experts; the last one's inputs stay, and tokens are done one after the other."""
+    """Its module reads the tokens of all experts; the last one's inputs stay, tokens are done one by one."""
     experts: Any = save_tiny("mixtral", tmp_path).model.layers[0].mlp.experts
     blueprint, path = open_blueprint(open_checkpoint(tmp_path), torch.float32), "model.layers.0.mlp.experts"
     sources = {name: made_of for name, made_of in blueprint.sources("").items() if name.startswith(path)}

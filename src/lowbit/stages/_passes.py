@@ -120,7 +120,7 @@ class Passes:
                 wait([future for future in futures if not future.cancel()])
 
     def view(self, steps: Sequence[Step], method: str | None = None) -> Block:
-        """The block as methods that learn and transforms see it; of the weights that the plan gives a method, or all."""
+        """The block as methods that learn and transforms see it; `method`: of weights that the plan gives to it."""
         work, entries = self._work, self._state.entries
         names = [n for step in steps for n in self._state.targets(step.names) if n not in self._state.lost]
         names = [name for name in names if method in (None, entries[name].method)]
