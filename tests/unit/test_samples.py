@@ -311,6 +311,9 @@ WRONG: dict[str, tuple[str, ChangeFile, str]] = {
     "no text": ("a.jsonl", lambda path: path.write_text('{"text": 5}'), "the field text holds int"),
     "no record": ("a.jsonl", lambda path: path.write_text("[1, 2]"), "no field text or messages, but no fields"),
     "no chat": ("a.jsonl", lambda path: path.write_text('{"messages": [{"a": 1}]}'), "no chat template"),
+    "a list": ("a.json", lambda path: path.write_text('[{"text": "1"}]'), "is JSON; .* name the file NAME.jsonl"),
+    "a table": ("a.parquet", lambda path: path.write_bytes(b"PAR1"), "is a table of a dataset; .* as hf:"),
+    "packed": ("a.jsonl.gz", lambda path: path.write_bytes(b"\x1f\x8b"), "is packed; unpack it"),
     "empty": ("a.txt", lambda path: path.write_text(""), "0 tokens in all"),
 }
 

@@ -63,6 +63,12 @@ _SUBJECTS = 16.0
 _FAR, _FEW = 2.0, 1024
 _PASSAGE, _PASSAGES, _LEAST = 128, 64, 8
 _TINY = 1e-9
+# What is no text, whatever its bytes; learned from as text it would be braces and field names.
+_NO_TEXT = {
+    ".json": "is JSON; put the object of each document on a line of its own, and name the file NAME.jsonl",
+    **dict.fromkeys((".parquet", ".arrow"), "is a table of a dataset; name its folder, as hf:FOLDER"),
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), "is packed; unpack it"),
+}
 _SPLITS = 8
 
 
@@ -436,7 +442,9 @@ def _size(path: Path) -> int:
 
 def _runs(path: Path, request: _Request) -> Iterator[str]:
     """The whole text, or of a long one runs of equal length, in random order."""
-    size = _size(path)
+    size, other = _size(path), _NO_TEXT.get(path.suffix.lower())
+    if other:
+        raise UsageError(f"{path} {other}")
     if size <= _WHOLE:
         starts, length = np.zeros(1, np.int64), size
     else:
