@@ -41,8 +41,7 @@ from lowbit.tensors import scheme_bytes
 VERSION = 2
 _UNSEEN = "; not in the importance matrix"
 _OUTSIDE = "; outside of the blocks, where no statistics are taken"
-_ABLE = "; by {}, {} cannot make {}"
-_INSTEAD = (_UNSEEN, _OUTSIDE, _ABLE.partition("{")[0])
+_INSTEAD = re.compile(rf"; (({_UNSEEN[2:]}|{_OUTSIDE[2:]}|\w+ cannot make ).*)")
 _SWAPPED = "transposed linear layer (Conv1D)"
 _SHARED = "shared with another layer, which no reader of this format would find"
 _STACKED = "experts in one tensor; "
@@ -323,7 +322,8 @@ class _Maker:
             method, why = _method(recipe.method).outside, _UNSEEN if self.importance else _OUTSIDE
         if form.encoder and wanted in BLOCKS:
             learned = form.learned_encoder if seen and recipe.calibrated else None
-            method, why = _able(method, why, wanted, learned or form.encoder)
+            able = _able(method, wanted, learned or form.encoder)
+            why, method = why or f"; {method} cannot make {wanted}" * (able != method), able
         activations = self.rules.activations if inside else None
         swap, config = self.swap(weight), self.checkpoint.config
         entry = _entry(weight, wanted, reason + why, method, form, config, activations, swap, inside and recipe.smooths)
@@ -426,10 +426,9 @@ def check_told(checkpoint: Checkpoint, form: Format) -> None:
         require_told(checkpoint.config, checkpoint.path)
 
 
-def _able(method: str, why: str, wanted: str, encoder: str) -> tuple[str, str]:
-    """The method, or the format's own one (or `mse`) for a scheme of a mixture that it cannot make; and why."""
-    able = next((n for n in (method, encoder, "mse") if _method(n).objection(parse(wanted)) is None), encoder)
-    return able, why if able == method else f"{why}{_ABLE.format(able, method, wanted)}"
+def _able(method: str, wanted: str, encoder: str) -> str:
+    """The method, or the format's own one (or `mse`) for a scheme of a mixture that it cannot make."""
+    return next((n for n in (method, encoder, "mse") if _method(n).objection(parse(wanted)) is None), encoder)
 
 
 def _check_used(entries: Sequence[Entry], method: str) -> None:
@@ -442,9 +441,9 @@ def _check_used(entries: Sequence[Entry], method: str) -> None:
 
 
 def instead(entry: Entry) -> str | None:
-    """Why another method than that of the recipe makes a weight, as its reason says it; None where none does."""
-    at = min((at for mark in _INSTEAD if (at := entry.reason.find(mark)) >= 0), default=None)
-    return None if at is None or not entry.weight.scheme else entry.reason[at:].removeprefix("; ")
+    """Why another method than that of the recipe makes a weight, as its reason has it; None where none does."""
+    found = _INSTEAD.search(entry.reason) if entry.weight.scheme else None
+    return found and found[1]
 
 
 def _plain(weight: Weight) -> Weight:
