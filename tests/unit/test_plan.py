@@ -112,6 +112,20 @@ def test_types_of_a_mixture_that_a_method_cannot_make_are_the_encoders_and_say_s
     assert named & inside.keys() == {name for name, entry in inside.items() if entry.method == "imatrix_fit"}
 
 
+@pytest.mark.parametrize(
+    ("asked", "text", "made"),
+    [("awq", True, "awq+imatrix_fit"), ("eora", True, "imatrix_fit+eora"), ("rotate", False, "rotate+ggml_fit")],
+)
+def test_steps_without_a_method_are_followed_by_the_formats_own(
+    asked: str, text: bool, made: str, wiki_8m: Path
+) -> None:
+    """`clip` and `rtn`, which follow in other formats, make none of these types."""
+    rules = Rules("q4_k_m", asked, "gguf", calibration=Calibration(("text",)) if text else None)
+    plan = make_plan(open_checkpoint(wiki_8m), rules)
+    assert plan.recipe == made
+    assert {entry.method for entry in plan.entries if entry.weight.scheme} <= {*made.split("+"), "ggml_fit"}
+
+
 @pytest.mark.parametrize(("method", "scheme"), [("omniquant", "q4_k_m"), ("clip", "q5_k_s"), ("hqq", "q4_k_m")])
 def test_a_method_that_makes_none_of_the_types_is_refused(method: str, scheme: str, wiki_8m: Path) -> None:
     rules = Rules(scheme, method, "gguf", calibration=Calibration(("text",)))

@@ -78,8 +78,8 @@ class Recipe:
         return any(plugins.load("stats", name).paired for name in self._record.needs)
 
 
-def parse_recipe(text: str) -> Recipe:
-    """The recipe that names joined by `+` stand for; without a method the last transform's own, or `rtn`.
+def parse_recipe(text: str, follower: str | None = None) -> Recipe:
+    """The recipe that names joined by `+` stand for; without a method `follower`, the last transform's own, or `rtn`.
 
     Raises:
         UnsupportedError: a name that nothing has.
@@ -96,7 +96,7 @@ def parse_recipe(text: str) -> Recipe:
     of = {kind: tuple(name for name, own in zip(names, kinds, strict=True) if own == kind) for kind in order}
     if len(of["methods"]) > 1:
         raise UsageError(f"method {text!r} names {len(of['methods'])} methods that make codes; name one")
-    method = of["methods"][0] if of["methods"] else _follower(of["transforms"])
+    method = of["methods"][0] if of["methods"] else follower or _follower(of["transforms"])
     recipe = Recipe(bool(of[ROTATE]), of["transforms"], method, of["corrections"], bool(of[TUNE]))
     if recipe.tune and recipe.corrections:
         raise UsageError(f"method {text!r}: {TUNE} would move scales from under their low-rank terms; leave one out")

@@ -120,14 +120,15 @@ class Rules:
 
     def recipe(self) -> tuple[Recipe, dict[str, Any]]:
         """The steps of the method, and their options by `step.name`; raises `UsageError` where these make no sense."""
-        recipe = parse_recipe(self.method or self._default_method())
+        encoder = self._encoder()
+        recipe = parse_recipe(self.method or encoder or "rtn", encoder)
         return recipe, dotted(self.options, recipe)
 
-    def _default_method(self) -> str:
+    def _encoder(self) -> str | None:
+        """The method of the format's own types, where it has some."""
         form: Format = plugins.load("formats", self.format)
-        if form.learned_encoder and (self.calibration or self.imatrix):
-            return form.learned_encoder
-        return form.encoder or "rtn"
+        learned = form.learned_encoder if self.calibration or self.imatrix else None
+        return learned or form.encoder or None
 
 
 @final
