@@ -23,6 +23,7 @@ from lowbit.stages._recipe import dotted, parse_recipe
         ("signed", 0, "gptq.signed is 0; it must be true or false"),
         ("order", "grouped", "gptq.order is 'grouped'; it must be one of static, none, group, aware"),
         ("passes", -1, "options of gptq: .*passes 0 or more"),
+        ("rank", 4, "gptq has no option 'rank', but lqer has: write it lqer.rank"),
         ("lqer.rank", 1.5, "lqer.rank is 1.5; it must be a whole number or null"),
     ],
 )

@@ -139,11 +139,20 @@ def dotted(options: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     for key in found:
         if key.partition(".")[0] not in steps:
             raise UsageError(f"option {key}: the recipe {recipe} has no step {key.partition('.')[0]}")
+    _refuse_another_steps(options, recipe, {name: record.options for name, record in steps.items() if record})
     for name, record in steps.items():
         if record is not None:
             step_options(record, name, found)
     _check_budget(found, recipe)
     return found
+
+
+def _refuse_another_steps(options: Mapping[str, Any], recipe: Recipe, kinds: Mapping[str, type]) -> None:
+    """A plain name is the method's; where another step has it alone, say how it is written."""
+    for key in options.keys() - get_type_hints(kinds[recipe.method]).keys():
+        for name, kind in kinds.items():
+            if key in get_type_hints(kind):
+                raise UsageError(f"{recipe.method} has no option {key!r}, but {name} has: write it {name}.{key}")
 
 
 def _check_budget(options: Mapping[str, Any], recipe: Recipe) -> None:

@@ -320,7 +320,8 @@ class _Maker:
         method, why = recipe.method, ""
         seen = self._important(weight) if self.importance else inside
         if not seen and recipe.calibrated:
-            method, why = _method(recipe.method).outside, _UNSEEN if self.importance else _OUTSIDE
+            outside, why = _method(recipe.method).outside, _UNSEEN if self.importance else _OUTSIDE
+            method = form.encoder if outside == "mse" and form.encoder and wanted in BLOCKS else outside
         if form.encoder and wanted in BLOCKS:
             learned = form.learned_encoder if seen and recipe.calibrated else None
             able = _able(method, wanted, learned or form.encoder)
