@@ -123,6 +123,14 @@ def test_useless_statistics_scale_nothing(value: float) -> None:
     assert TRANSFORM.search(site, as_block(model, "int4-g16"), stats, ONE_SET) is None
 
 
+def test_a_set_of_weights_that_are_all_0_is_not_scaled() -> None:
+    model, site = small(times=20), SITES[0]
+    for name in site.weights:
+        model.weights[name][:] = 0
+    stats = statistics(model, site)
+    assert TRANSFORM.search(site, as_block(model, "int3-g16"), stats, replace(ONE_SET, duo=True)) is None
+
+
 def test_dead_channels_and_dead_weights_give_usable_factors() -> None:
     model, site = small(times=20), SITES[0]
     for name in site.weights:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit.blocks import Site as BlockSite
 from lowbit.budget import MemoryWatch
-from lowbit.errors import CheckpointError, ResourceError, UsageError, WeightError
+from lowbit.errors import CheckpointError, ResourceError, UnsupportedError, UsageError, WeightError
 from lowbit.methods import NoOptions
 from lowbit.methods.mse import Options as MseOptions
 from lowbit.plugins import load
@@ -664,6 +664,19 @@ def test_one_scale_for_all_inputs_is_found_before_a_block_learns(tmp_path: Path)
     found = {name: stored[f"model.layers.0.{name}.input_scale"].item() for name in largest}
     assert len(found) == 7
     assert found == pytest.approx({name: most / 127.5 for name, most in largest.items()}, rel=1e-5)
+
+
+def test_a_scale_of_inputs_that_cannot_be_found_is_asked_to_be_left_out(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[0].post_attention_layernorm.weight[3] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    source = open_checkpoint(tmp_path / "model")
+    rules = Rules("int8", "rtn", activations="int8-tensor", calibration=Calibration(("text",)))
+    plan = make_plan(source, rules)
+    reason = r"mlp\.gate_proj\.weight: its inputs are not finite, so that no scale .* --skip, or take --activations"
+    with open_output(tmp_path / "out", source, plan) as output, pytest.raises(UnsupportedError, match=reason):
+        calibrate(prepare(source, plan, IDS, None, 1), output, MemoryWatch(None))
 
 
 def test_a_limit_that_is_too_small_is_refused_with_the_least_that_works(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from lowbit import plugins
 from lowbit.corrections import Correction, Term
+from lowbit.errors import UnsupportedError
 from lowbit.methods import Method
 from lowbit.stages._activations import input_scale
 from lowbit.stages._adapter import Terms
 from lowbit.stages._blocks import Call, Entrance, LiveBlock
 from lowbit.stages._cost import Cost
 from lowbit.stages._model import Blueprint
-from lowbit.stages._observe import Seen, Windows
+from lowbit.stages._observe import UNREACHED, Seen, Windows
 from lowbit.stages._recipe import Recipe, step_options
 from lowbit.stages._sites import Site
 from lowbit.stages._store import Value, store
@@ -139,10 +140,19 @@ class State:
         return join(self.entries[name].weight, made.codes, [(made.scales, made.shifts)])
 
     def scale_input(self, name: str, seen: Seen) -> None:
-        """Find the scale by which a weight's inputs are rounded, where it is stored."""
+        """Find the scale by which a weight's inputs are rounded, where it is stored.
+
+        Raises:
+            UnsupportedError: nothing tells how large they are.
+        """
         scheme = self.entries[name].weight.activations
         if scheme and ABSMAX in seen.stats:
             self.scales[name] = input_scale(float(seen.stats[ABSMAX].max()), scheme)
+        elif scheme and input_scale(1.0, scheme) is not None:
+            raise UnsupportedError(
+                f"{name}: {seen.useless or UNREACHED}, so that no scale of its inputs ({scheme}) can be found; leave "
+                "it as it is with --skip, or take --activations with a scale per token, as int8-row"
+            )
 
     def meant(self, name: str, weight: Tensor) -> Tensor:
         """What a weight that is multiplied by the factors of its inputs means to these as they come."""

@@ -43,7 +43,8 @@ class Options:
 def search(site: Site, block: Block, stats: Stats, options: Options) -> Factors | None:
     """The factors with the least error of the block's output, or None where none helps."""
     inputs = stats["mean_abs"].float()
-    if not inputs.isfinite().all() or not inputs.any():
+    weights = any(block.weights[name].any() for name in site.weights)  # layers that were added may be 0
+    if not inputs.isfinite().all() or not inputs.any() or not weights:
         return None
     return choose(site, block, _candidates(site, block, floored(inputs), options), options.windows)
 
