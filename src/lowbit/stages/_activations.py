@@ -8,6 +8,7 @@ it comes from calibration and is stored with the weight (`Weight.input_scale`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -128,8 +129,8 @@ def round_inputs(
         whole = model.get_parameter(parameter)
         stack = _of_experts(names, weights, len(whole)) if whole.dim() == 3 and not own else None
         if stack:
-            path, _, own = parameter.rpartition(".")
-            stacks.setdefault(path, {})[own] = stack
+            path, _, leaf = parameter.rpartition(".")
+            stacks.setdefault(path, {})[leaf] = stack
             continue
         single = whole.dim() == 2 and (len(names) == 1 or not own)
         if others or scheme is None or not single:
@@ -142,10 +143,11 @@ def round_inputs(
             _add_branch(module, *pair)
         smoothing = [1 / found for name in names if (found := factors(name)) is not None]
         module.register_forward_pre_hook(_hook(scheme, scale, *smoothing))
-    if stacks and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # a product for each expert, as calibration has them
-    for path, found in stacks.items():
-        _round_experts(model, path, found)
+    choose: Callable[[str], None] | None = getattr(model, "set_experts_implementation", None)
+    if stacks and choose:
+        choose("eager")  # a product for each expert, as calibration has them
+    for path, each in stacks.items():
+        _round_experts(model, path, each)
 
 
 def _of_experts(names: Iterable[str], weights: Mapping[str, Weight], count: int) -> list[Kind] | None:
@@ -162,7 +164,7 @@ def _of_experts(names: Iterable[str], weights: Mapping[str, Weight], count: int)
 def _round_experts(model: nn.Module, path: str, stacks: Mapping[str, Sequence[Kind]]) -> None:
     """Let a module of stacks, by parameter, round what each expert reads: its own input is that of all of them."""
     kinds = {f"{own}.{at}": kind for own, each in stacks.items() for at, kind in enumerate(each)}
-    watching: list[Products] = []
+    watching: list[ExitStack] = []
 
     def before(product: Product) -> Tensor | None:
         scheme, scale = kinds[product.names[0]]
@@ -170,12 +172,13 @@ def _round_experts(model: nn.Module, path: str, stacks: Mapping[str, Sequence[Ki
 
     def begin(module: nn.Module, inputs: object) -> None:
         held = {own: module.get_parameter(own).detach() for own in stacks}  # others each time where a model is streamed
-        watching.append(Products((Region(f"{own}.{at}", x) for own in held for at, x in enumerate(held[own])), before))
-        watching[-1].__enter__()
+        regions = [Region(f"{own}.{at}", matrix) for own in held for at, matrix in enumerate(held[own])]
+        watching.append(ExitStack())
+        watching[-1].enter_context(Products(regions, before))
 
     module = model.get_submodule(path)
     module.register_forward_pre_hook(begin)
-    module.register_forward_hook(lambda *_: watching.pop().__exit__(None, None, None), always_call=True)
+    module.register_forward_hook(lambda *_: watching.pop().close(), always_call=True)
 
 
 def _hook(

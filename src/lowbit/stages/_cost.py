@@ -146,7 +146,7 @@ class _Facts:
         self.base = anonymous_bytes() + MARGIN
         others = {entry.method for entries in self.blocks for entry in entries if entry.method} - {recipe.method}
         self.methods: list[Method] = [self.method, *(plugins.load("methods", name) for name in others)]
-        steps = (*self.methods, *self.transforms, *self.corrections)
+        steps: list[Method | Transform | Correction] = [*self.methods, *self.transforms, *self.corrections]
         names = frozenset[str]().union(*(step.needs for step in steps))
         self.statistics: list[Statistic] = [plugins.load("stats", name) for name in names]
         self.paired = any(statistic.paired for statistic in self.statistics)

@@ -150,7 +150,8 @@ def trace(model: nn.Module) -> Flow:
     watch = _Watch(model)
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     # Where none is given, one would be made by looking at values; and a model without attention takes another shape.
-    attends = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    config: Any = model.config
+    attends = getattr(config.get_text_config(), "num_attention_heads", None)
     whole = torch.zeros(1, 1, _TOKENS, _TOKENS, device="meta", dtype=next(model.parameters()).dtype)
     mask = whole if attends else None
     with ExitStack() as stack, torch.no_grad():
