@@ -26,6 +26,7 @@ from lowbit.errors import CheckpointError, ResourceError, UnsupportedError
 from lowbit.formats._mixtures import choose, place_of, require_arch
 from lowbit.inspect import inspect
 from lowbit.pipeline import Request, run, run_conversion, run_imatrix
+from lowbit.runtime.runner import open_runner
 from lowbit.stages._changes import Goal
 from lowbit.stages._gguf import read_gguf
 from lowbit.stages._model import open_blueprint, open_tokenizer
@@ -740,6 +741,40 @@ def test_splits_are_those_of_llama_cpp(pre: str, tmp_path: Path) -> None:
     ids = open_tokenizer(open_checkpoint(source))(text)["input_ids"]
     assert tokens_and_logits(file, text)[0] == ids
     assert open_tokenizer(open_checkpoint(alone(file, tmp_path / "alone")))(text)["input_ids"] == ids
+
+
+def ends_in_llama_cpp(file: Path) -> set[int]:
+    """Tokens at which it ends a text."""
+    how = llama_cpp.llama_model_default_params()
+    how.vocab_only = True
+    model = llama_cpp.llama_model_load_from_file(str(file).encode(), how)
+    words = llama_cpp.llama_model_get_vocab(model)
+    count = llama_cpp.llama_vocab_n_tokens(words)
+    found = {number for number in range(count) if llama_cpp.llama_vocab_is_eog(words, number)}
+    llama_cpp.llama_model_free(model)
+    return found
+
+
+ENDS = [["<end_of_turn>", "<|endoftext|>", "<start_of_turn>"], ["<|return|>", "<|call|>", "<|flush|>"],
+        ["<|im_start|>", "<|im_end|>", "<EOT>", "_<EOT>"], ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"],
+        ["<\uff5cend\u2581of\u2581sentence\uff5c>"], ["<end_of_utterance>", "<turn|>", "[EOT]", "<|calls|>", "<|tool_response>"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", ENDS)
+def test_a_text_ends_where_llama_cpp_ends_it(tokens: list[str], tmp_path: Path) -> None:
+    """At tokens that are called so, and at the one that a file names beside its eos."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(tokens)
+    source = saved("llama", tmp_path / "model", tokenizer)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings |= {"eos_token": "<|start|>", "bos_token": "!"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    file = alone(quantized(source, tmp_path / "out", "f16"), tmp_path / "alone")
+    named = tmp_path / "named.gguf"
+    named.write_bytes(file.read_bytes().replace(b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.eot_token_id"))
+    runner, other = open_runner(file), open_runner(named)
+    assert runner.words.ends | runner.ends == ends_in_llama_cpp(file)
+    assert other.words.ends == ends_in_llama_cpp(named) == {*runner.words.ends, tokenizer.token_to_id("!")}
 
 
 def test_a_split_that_nobody_knows_is_refused(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ STACKED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # The same, of types that a few tests are about.
 OTHERS: dict[str, dict[str, Any]] = {
+    "openai-gpt": {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "granitemoehybrid": {
         **_LOCAL, "layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 4, "mamba_d_head": 32,
         "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2, "shared_intermediate_size": 40,

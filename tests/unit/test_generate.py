@@ -15,10 +15,12 @@ import torch
 from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import lowbit
 from lowbit.cli import group
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.runtime.generate import Sampling, _Text, answer, generate
 from lowbit.runtime.runner import open_runner
+from tests.reference.models import save_tiny, save_words
 from tests.unit.test_decoder import saved
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -48,6 +50,10 @@ def spaced(tmp_path: Path) -> Path:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path / "model"
+
+
+def change(path: Path, told: dict[str, Any]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
 
 
 def chat(model: Path, lines: str | bytes, *options: str) -> tuple[int, str, str]:
@@ -85,6 +91,47 @@ def test_a_text_ends_right_after_what_stops_it(count: int, wiki_8m: Path) -> Non
     stops = (word[1 : len(word) // 2], whole[-9:])[:count]
     found = generate(runner, "The history of the city", Sampling(tokens=20, stop=stops), shown.append)
     assert found.text == whole[: whole.index(stops[0]) + len(stops[0])] == "".join(shown)
+
+
+@pytest.mark.parametrize("more", [{}, {"add_bos_token": False}])
+def test_the_text_of_a_special_token_ends_at_that_token(more: dict[str, Any], spaced: Path) -> None:
+    """Which is left out of the text. With a key that is not known, the tokenizer is that of transformers."""
+    prompt = "w1 w2 w3"
+    whole = generate(open_runner(spaced), prompt, Sampling(tokens=12))
+    words = whole.text.split()
+    last = next(word for at, word in enumerate(words) if at > 3 and word[1:].isdigit() and word not in words[:at])
+    tokenizer = Tokenizer.from_file(str(spaced / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"\u2581{last}"])
+    tokenizer.save(str(spaced / "tokenizer.json"))
+    change(spaced / "tokenizer_config.json", more)
+    runner = open_runner(spaced)
+    assert generate(runner, prompt, Sampling(tokens=12)).tokens == whole.tokens
+    found = generate(runner, prompt, Sampling(tokens=12, stop=("nothing", f"\u2581{last}")))
+    assert (found.ended, found.text) == ("stop", whole.text[: whole.text.index(f" {last}")])
+
+
+@pytest.mark.parametrize("form", ["gguf", "float"])
+def test_a_file_ends_texts_as_its_directory_does(form: str, wiki_8m: Path, tmp_path: Path) -> None:
+    shutil.copytree(wiki_8m, tmp_path / "out") if form == "float" else lowbit.quantize(
+        wiki_8m, tmp_path / "out", format=form
+    )
+    change(tmp_path / "out" / "generation_config.json", {"eos_token_id": [1, 10, 11]})
+    (file,) = (path for path in (tmp_path / "out").iterdir() if path.stem == "model")
+    assert open_runner(file).ends == open_runner(tmp_path / "out").ends == {1, 10, 11}
+
+
+@pytest.mark.parametrize("kind", ["mamba", "openai-gpt", "gpt2"])
+def test_texts_of_classes_that_keep_other_things_or_nothing(kind: str, tmp_path: Path) -> None:
+    """States, nothing, keys and values: the tokens are those of transformers' own loop."""
+    model, _ = save_tiny(kind, tmp_path), save_words(tmp_path)
+    runner = replace(open_runner(tmp_path, exact=True), ends=frozenset())
+    ids = torch.tensor([runner.words.encode("w5 w9 w60 w12 w33")])
+    with torch.no_grad():
+        want = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=[])[0, 5:]
+    for _ in range(2):  # the second begins anew
+        found = generate(runner, "w5 w9 w60 w12 w33", Sampling(tokens=20))
+        assert found.text.split() == runner.words.decode(want.tolist()).split() and found.tokens == 20
+    assert (runner.reader.nbytes > 0) is (kind != "openai-gpt")
 
 
 def test_why_a_text_ends_is_told(wiki_8m: Path, chatty: Path) -> None:
@@ -167,6 +214,34 @@ def test_a_file_of_prompts_is_text(wiki_8m: Path, tmp_path: Path) -> None:
         CliRunner().invoke(
             group, ["generate", str(wiki_8m), "--prompts", str(tmp_path / "bad.txt")], catch_exceptions=False
         )
+
+
+def test_prompts_are_lines_of_a_file_and_nothing_less(spaced: Path, tmp_path: Path) -> None:
+    """A form feed or Unicode's own line separator parts nothing; a mark of UTF-8 is no text; an empty line is named."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfw1 w2\r\nw3\x0cw4\n" + "w5\u2028w6\x85\n".encode())
+    line = ["generate", str(spaced), "--prompts", str(file), "-n", "1", "--json"]
+    found = json.loads(CliRunner().invoke(group, line, catch_exceptions=False).stdout)
+    assert [each["prompt_tokens"] for each in found] == [2, 1, 1]
+    file.write_bytes(b"w1 w2\n\nw3")
+    with pytest.raises(UsageError, match=r"^prompt 2 of 3: the prompt is empty"):
+        CliRunner().invoke(group, line, catch_exceptions=False, standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[0].content.no.no }}", "has no attribute 'no'"),
+        ("{% for x %}", "expected token 'in'"),
+        ("{{ 'a' * 99999999999999999 }}", ""),
+    ],
+)
+def test_a_template_that_refuses_is_one_sentence(template: str, said: str, chatty: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(chatty, tmp_path / "model"))
+    (path / "chat_template.jinja").write_text(template)
+    with pytest.raises(UsageError, match=f"^the chat template of this model refuses the conversation: .*{said}"):
+        chat(path, "The city\n", "--system", "Be brief.")
 
 
 def test_a_conversation_is_refused_before_anything_is_asked(wiki_8m: Path) -> None:

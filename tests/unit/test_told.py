@@ -200,7 +200,8 @@ def test_words_are_those_of_transformers(alone: bool, wiki_8m: Path, tmp_path: P
         ids = asked(text).input_ids
         assert list(words.encode(text)) == ids
         assert words.decode(ids) == asked.decode(ids, skip_special_tokens=True)
-    assert words.end == asked.eos_token_id == 1
+    assert words.ends == {asked.eos_token_id} == {1}
+    assert words.special == {text: asked.convert_tokens_to_ids(text) for text in ("<s>", "</s>", "<unk>")}
 
 
 @pytest.mark.parametrize("change", [{"clean_up_tokenization_spaces": True}, {"add_bos_token": False}])

@@ -101,9 +101,9 @@ def _texts(prompts: Sequence[str], file: str | None) -> list[str]:
     for text in texts:
         require_text(text, "the prompt")
     if file:
-        lines = Path(file).read_text(encoding="utf-8", errors="surrogateescape")
+        lines = Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape")
         require_text(lines, file)
-        texts += lines.splitlines()
+        texts += lines.removesuffix("\n").split("\n") if lines else []  # `splitlines` parts at a dozen characters more
     return texts
 
 

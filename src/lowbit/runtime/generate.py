@@ -15,6 +15,7 @@ from lowbit.errors import UsageError
 from lowbit.runtime.runner import Runner
 from lowbit.runtime.words import Words, require_text
 from lowbit.stages._model import refusals
+from lowbit.stages._weightfile import one_line
 
 _BEFORE = 8  # tokens of a prompt with which those after it are made text
 _COLDEST = 1e-35  # a temperature
@@ -32,7 +33,7 @@ class Sampling:
         top_p: only among the likeliest that have this probability together.
         min_p: only among those at least so likely, as a share of the likeliest.
         repetition_penalty: logits of tokens that were there are divided by it (multiplied, where below 0).
-        stop: strings right after which it ends.
+        stop: strings right after which it ends; the text of a special token stands for that token.
         seed: of the choices.
     """
 
@@ -97,10 +98,10 @@ def generate_all(runner: Runner, prompts: Sequence[str], sampling: Sampling) -> 
     Raises:
         UsageError: a prompt is empty, no text, or too long for the context.
     """
-    engine = runner.engine
+    made, engine = _all_ids(runner, prompts), runner.engine
     if engine is None:
-        return [generate(runner, prompt, sampling) for prompt in prompts]
-    texts = [_Text(runner, _ids(runner, prompt), sampling, lambda part: None) for prompt in prompts]
+        return [_run(runner, _Text(runner, ids, sampling, lambda part: None), sampling) for ids in made]
+    texts = [_Text(runner, ids, sampling, lambda part: None) for ids in made]
     sessions = {text: engine.start(runner.limit, runner.keep) for text in texts}
     with torch.inference_mode():
         left = [text for text in texts if text.take(text.choose(sessions[text].follow(torch.tensor(text.seen))))]
@@ -168,10 +169,12 @@ def _conversation(runner: Runner, messages: Sequence[dict[str, str]]) -> Int64[T
         )
     for message in messages:
         require_text(message["content"], "the message")
-    with refusals("the chat template of this model"):
+    try:
         found: Any = runner.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
+    except Exception as error:  # a template is a program, and refuses what it does not know by raising something
+        raise UsageError(f"the chat template of this model refuses the conversation: {one_line(error)}") from error
     ids: Tensor = found["input_ids"].view(-1)
     return ids
 
@@ -179,6 +182,18 @@ def _conversation(runner: Runner, messages: Sequence[dict[str, str]]) -> Int64[T
 def _ids(runner: Runner, prompt: str) -> Int64[Tensor, " tokens"]:
     require_text(prompt, "the prompt")
     return torch.tensor(runner.words.encode(prompt), dtype=torch.int64)
+
+
+def _all_ids(runner: Runner, prompts: Sequence[str]) -> list[Int64[Tensor, " tokens"]]:
+    """Of all prompts, before the first is continued; an error says which it is about."""
+    found = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            found.append(_ids(runner, prompt))
+            _require_room(runner, len(found[-1]))
+        except UsageError as error:
+            raise UsageError(f"prompt {number} of {len(prompts)}: {error}") from None
+    return found
 
 
 def _require_room(runner: Runner, count: int) -> None:
@@ -266,6 +281,8 @@ class _Text:
         self._before = [] if answers else _last_words(runner.words, self.seen)  # an answer is a text of its own
         self._prompt, self._runner, self._show = len(ids), runner, show
         self._room, self._most, self._stops = runner.limit - len(ids), sampling.tokens, sampling.stop
+        special = runner.words.special if sampling.stop else {}
+        self._stop_tokens = {special[stop] for stop in sampling.stop if stop in special}
         self._ended = ""
         self._choose = chooser(sampling)
         self._shown = self._written = ""
@@ -291,7 +308,9 @@ class _Text:
 
     def _reason(self, token: int) -> str:
         """Why a text ends with this token; nothing where it does not."""
-        if token in self._runner.ends or token == self._runner.words.end:
+        if token in self._stop_tokens:
+            return "stop"
+        if token in self._runner.ends or token in self._runner.words.ends:
             return "end"
         count = len(self.seen) - self._prompt
         return "tokens" if count >= self._most else "context" if count >= self._room else ""

@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.native import DecoderShape
@@ -29,34 +31,49 @@ else:  # the run-time check of annotations needs names, and importing these cost
     PreTrainedModel = PreTrainedTokenizerBase = object
 
 _ENDLESS = 1 << 31
+_KEPT = ("past_key_values", "cache_params", "state")  # what classes call that which they keep of a text
 
 
 @final
 class Plain:
-    """A text that a model of `transformers` reads."""
+    """A text that a model of `transformers` reads: the whole again for each token, where its class keeps nothing."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
-        self._cache: Any = None
+        self._model, self._cache = model, None
+        self._ids = torch.tensor([], dtype=torch.int64)
+        known = signature(model.forward).parameters
+        self._keeps = next((name for name in _KEPT if name in known), None)
+        self._asked = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     def follow(self, ids: Tensor) -> Tensor:
         """Be the text of these tokens."""
-        self._cache = None
+        self._cache, self._ids = None, ids[:0]
         return self.read(ids)
 
     def read(self, ids: Tensor) -> Tensor:
         """Read more tokens."""
+        self._ids = torch.cat([self._ids, ids])
         with torch.inference_mode():
-            out = self._model(input_ids=ids[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = out.past_key_values
+            out = self._model(**self._given(ids), **self._asked)
+        if self._keeps:
+            self._cache = getattr(out, self._keeps, None)
+            self._keeps = self._keeps if self._cache is not None else None
         logits: Tensor = out.logits[0, -1]
         return logits
 
+    def _given(self, ids: Tensor) -> dict[str, Any]:
+        """What the model is called with for these tokens, the last of the text."""
+        if self._keeps:
+            return {"input_ids": ids[None], self._keeps: self._cache, "use_cache": True}
+        found: dict[str, Any] = self._model.prepare_inputs_for_generation(self._ids[None])
+        return found
+
     @property
     def nbytes(self) -> int:
-        """Of keys and values."""
-        layers = getattr(self._cache, "layers", ())
-        return sum(each.nbytes for layer in layers for each in vars(layer).values() if isinstance(each, Tensor))
+        """Of what is kept of the text: keys and values, or states."""
+        layers = getattr(self._cache, "layers", [self._cache])
+        tensors = tree_leaves([getattr(each, "__dict__", each) for each in layers])
+        return sum(each.nbytes for each in tensors if isinstance(each, Tensor))
 
     def likeliest(self, token: int) -> int:
         """Read one more token; the likeliest after it."""
@@ -186,7 +203,7 @@ def _limit(model: int, asked: int | None) -> int:
 
 def _ends(loaded: Loaded) -> frozenset[int]:
     """Tokens that end a text."""
-    path = loaded.checkpoint.path / "generation_config.json"
+    path = loaded.checkpoint.root / "generation_config.json"
     told = read_json(path).get("eos_token_id") if path.exists() else None
     said = {str(path): told, "the configuration": getattr(loaded.model.generation_config, "eos_token_id", None)}
     return frozenset(token for where, each in said.items() for token in _tokens(each, where))

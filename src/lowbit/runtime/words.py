@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
 from lowbit.errors import UsageError
 from lowbit.stages._gguf import read_gguf
-from lowbit.stages._gguf_vocabulary import alone, tokenizer_documents
+from lowbit.stages._gguf_vocabulary import alone, ends_of, tokenizer_documents
 from lowbit.stages._model import open_tokenizer
 from lowbit.stages._plain_tokenizer import parsed_tokenizer
 from lowbit.stages.checkpoint import Checkpoint
@@ -19,11 +19,12 @@ from lowbit.stages.checkpoint import Checkpoint
 @final
 @dataclass(frozen=True)
 class Words:
-    """What makes a text the tokens of a prompt, what joins tokens without special ones, and the end of a text."""
+    """What makes a text the tokens of a prompt, what joins tokens without special ones, ends of a text, and those."""
 
     encode: Callable[[str], Sequence[int]]
     decode: Callable[[Sequence[int]], str]
-    end: int | None
+    ends: frozenset[int]
+    special: Mapping[str, int]
 
 
 def require_text(text: str, what: str) -> None:
@@ -48,9 +49,8 @@ def open_words(checkpoint: Checkpoint) -> Words:
     if found:
         return found
     asked: Any = open_tokenizer(checkpoint)
-    return Words(
-        lambda text: asked(text).input_ids, partial(asked.decode, skip_special_tokens=True), asked.eos_token_id
-    )
+    decode, special = partial(asked.decode, skip_special_tokens=True), _special(asked.added_tokens_decoder)
+    return Words(lambda text: asked(text).input_ids, decode, _ends(checkpoint, asked.eos_token_id), special)
 
 
 def plain_words(checkpoint: Checkpoint) -> Words | None:
@@ -59,7 +59,19 @@ def plain_words(checkpoint: Checkpoint) -> Words | None:
     if found is None:
         return None
     tokenizer, end = found
-    return Words(lambda text: tokenizer.encode(text).ids, tokenizer.decode, end)
+    special = _special(tokenizer.get_added_tokens_decoder())
+    return Words(lambda text: tokenizer.encode(text).ids, tokenizer.decode, _ends(checkpoint, end), special)
+
+
+def _ends(checkpoint: Checkpoint, end: int | None) -> frozenset[int]:
+    """Of a text: the one that a tokenizer has, and those that a GGUF file knows beside it."""
+    told = ends_of(read_gguf(checkpoint.shards[0])) if alone(checkpoint, "tokenizer_config.json") else ()
+    return frozenset([*told, *([] if end is None else [end])])
+
+
+def _special(added: Mapping[int, Any]) -> dict[str, int]:
+    """Tokens that `decode` leaves out, by their text."""
+    return {token.content: number for number, token in added.items() if token.special}
 
 
 def _of_directory(checkpoint: Checkpoint) -> tuple[Any, int | None] | None:

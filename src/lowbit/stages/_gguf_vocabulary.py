@@ -19,6 +19,13 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "\u2581"
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "padding": "pad", "mask": "mask"}
+# What tokens at which llama.cpp ends a text are called, whatever a file says of them.
+_ENDS = frozenset((
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|endoftext|>", "<|end_of_text|>",
+    "<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>",
+    "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+))  # fmt: skip
+_CHANNELS = frozenset(("<|return|>", "<|call|>"))  # where these end a text, as of gpt-oss, <|end|> parts it
 
 
 def told_by(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -174,6 +181,16 @@ def _specials(header: Gguf, tokens: Sequence[str]) -> dict[str, int]:
     """llama.cpp's names of the special tokens that there are, to their ids."""
     told = {name: header.value(f"tokenizer.ggml.{name}_token_id") for name in _SPECIAL}
     return {name: number for name, number in told.items() if isinstance(number, int) and 0 <= number < len(tokens)}
+
+
+def ends_of(header: Gguf) -> frozenset[int]:
+    """Tokens at which llama.cpp ends a text: those that the file names as such, and those that are called so."""
+    named = [header.value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens: Any = header.value("tokenizer.ggml.tokens") or ()
+    texts = {text: number for number, text in enumerate(tokens) if text in _ENDS}
+    if texts.keys() >= _CHANNELS:
+        texts.pop("<|end|>", None)
+    return frozenset([*texts.values(), *(each for each in named if isinstance(each, int) and 0 <= each < len(tokens))])
 
 
 def _ends(header: Gguf, tokens: Sequence[str], begins: bool, pieces: bool) -> dict[str, Any] | None:
