@@ -757,7 +757,8 @@ def ends_in_llama_cpp(file: Path) -> set[int]:
 
 ENDS = [["<end_of_turn>", "<|endoftext|>", "<start_of_turn>"], ["<|return|>", "<|call|>", "<|flush|>"],
         ["<|im_start|>", "<|im_end|>", "<EOT>", "_<EOT>"], ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"],
-        ["<\uff5cend\u2581of\u2581sentence\uff5c>"], ["<end_of_utterance>", "<turn|>", "[EOT]", "<|calls|>", "<|tool_response>"]]  # fmt: skip
+        ["<\uff5cend\u2581of\u2581sentence\uff5c>"], ["<end_of_utterance>", "<turn|>", "[EOT]", "<|calls|>"],
+        ["<|tool_response>"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("tokens", ENDS)

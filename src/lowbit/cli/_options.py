@@ -435,10 +435,24 @@ _CONTEXT = (
     ),
 )
 
+_ADAPTER = click.option(
+    "--adapter", type=click.Path(path_type=Path), help="Folder with a LoRA of peft, in safetensors, to add to MODEL."
+)
+
 
 def context_options(function: F) -> F:
     """Options of commands that read texts."""
-    return _with(_CONTEXT, function)
+    return _with((*_CONTEXT, _ADAPTER), function)
+
+
+def note_unused_terms(model: str, adapter: Path | None, what: str) -> str | None:
+    """Say of a checkpoint in which low-rank terms lie that it is taken without them; what was said."""
+    from lowbit.stages._adapter import adapter_beside
+
+    beside = None if adapter else adapter_beside(model)
+    unused = f"{what} without the low-rank terms that lie in it; with them: --adapter {beside}" if beside else None
+    note(unused)
+    return unused
 
 
 def kept_options(function: F) -> F:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowbit.cli._options import context_options, note, sampling_options, standard_input
+from lowbit.cli._options import context_options, note, note_unused_terms, sampling_options, standard_input
 
 if TYPE_CHECKING:
     from lowbit.runtime.generate import Sampling
@@ -39,6 +39,7 @@ def command(
     context: int | None,
     kv: str,
     cache: Path | None,
+    adapter: Path | None,
     trust_remote_code: bool,
     **sampling: Any,
 ) -> None:
@@ -51,9 +52,11 @@ def command(
 
     if threads:
         torch.set_num_threads(threads)
+    note_unused_terms(model, adapter, "run")
     runner = open_runner(
-        model, threads=threads, trust_remote_code=trust_remote_code, context=context, keep=kv, cache=cache, note=note
-    )
+        model, threads=threads, trust_remote_code=trust_remote_code, context=context, keep=kv, cache=cache,
+        adapter=adapter, note=note,
+    )  # fmt: skip
     messages = [{"role": "system", "content": system}] if system else []
     lines, chosen, unanswered = standard_input(), Sampling(**sampling), False
     prepare(runner, messages, chosen)

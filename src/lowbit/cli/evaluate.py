@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowbit.cli._options import Size, note, progress_bars, seed
+from lowbit.cli._options import Size, note_unused_terms, progress_bars, seed
 
 if TYPE_CHECKING:
     from lowbit.stages.evaluate import Evaluation
@@ -51,12 +51,9 @@ def command(model: str, text: Path, as_json: bool, dtype: str, **options: Any) -
     """
     import torch
 
-    from lowbit.stages._adapter import adapter_beside
     from lowbit.stages.evaluate import evaluate
 
-    beside = None if options["adapter"] else adapter_beside(model)
-    unused = f"scored without the low-rank terms that lie in it; with them: --adapter {beside}" if beside else None
-    note(unused)
+    unused = note_unused_terms(model, options["adapter"], "scored")
     with progress_bars() as progress:
         result = evaluate(
             model, text, dtype=getattr(torch, dtype), progress=progress,

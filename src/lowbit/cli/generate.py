@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowbit.cli._options import context_options, note, sampling_options, standard_input
+from lowbit.cli._options import context_options, note, note_unused_terms, sampling_options, standard_input
 
 if TYPE_CHECKING:
     from lowbit.runtime.generate import Generated
@@ -22,6 +22,7 @@ Examples:
   lowbit generate ./llama-w4 --chat --prompt 'Who are you?' --temperature 0.7 --top-p 0.9
   lowbit generate model.Q4_K_M.gguf --prompt 'Once' --max-tokens 64 --threads 8
   lowbit generate ./llama-w4 --prompt 'Once' --prompt 'Twice' --prompts more.txt --json
+  lowbit generate ./llama-w4 --adapter ./lora 'Once'
 """
 
 
@@ -48,6 +49,7 @@ def command(
     context: int | None,
     kv: str,
     cache: Path | None,
+    adapter: Path | None,
     trust_remote_code: bool,
     as_json: bool,
     **sampling: Any,
@@ -66,6 +68,7 @@ def command(
         raise click.UsageError("give a prompt" + (", and only one with --chat" if texts else " or --prompts"))
     if threads:
         torch.set_num_threads(threads)
+    note_unused_terms(model, adapter, "run")
     runner = open_runner(
         model,
         exact=exact,
@@ -74,6 +77,7 @@ def command(
         context=context,
         keep=kv,
         cache=cache,
+        adapter=adapter,
         note=note,
     )
     chosen = Sampling(**sampling)

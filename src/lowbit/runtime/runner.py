@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowbit.errors import CheckpointError, UnsupportedError, UsageError
 from lowbit.native import DecoderShape
+from lowbit.runtime.adapters import add_adapter
 from lowbit.runtime.decoder import Engine, Native, Session, native_of
 from lowbit.runtime.model import Loaded, open_weights
 from lowbit.runtime.stored import Stored, damaged, keep_stored, read_stored, stored_path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 else:  # the run-time check of annotations needs names, and importing these costs a second
     PreTrainedModel = PreTrainedTokenizerBase = object
 
+KEEP = "float16"  # how keys and values are kept where nothing is said
 _ENDLESS = 1 << 31
 _KEPT = ("past_key_values", "cache_params", "state")  # what classes call that which they keep of a text
 
@@ -136,8 +138,9 @@ def open_runner(
     threads: int | None = None,
     trust_remote_code: bool = False,
     context: int | None = None,
-    keep: str = "float16",
+    keep: str = KEEP,
     cache: Path | None = None,
+    adapter: Path | None = None,
     note: Callable[[str], None] = warnings.warn,
 ) -> Runner:
     """Open a checkpoint (as `open_model` does) to continue texts with it.
@@ -146,13 +149,19 @@ def open_runner(
         context: most tokens of a text, with its prompt; None for what the model takes.
         keep: how the native decoder keeps keys and values: `float32`, `float16` or `int8`.
         cache: folder where what is made of the checkpoint for the native decoder is kept, and found at the next start.
-        note: told where that folder cannot be written to.
+        adapter: folder with an adapter of `peft` to put beside the weights; the class of `transformers` computes.
+        note: told where that folder cannot be written to, and what of these has no say.
 
     Raises:
         UsageError: `context` is more than the model takes.
         LowbitError: see `lowbit.errors`.
     """
     checkpoint = open_checkpoint(path, trust_remote_code)
+    if adapter:
+        loaded = open_weights(checkpoint, exact, threads=threads).loaded()
+        runner = runner_of(loaded, threads, context, keep, add_adapter(loaded, adapter, note))
+        _note_unused(runner, cache, note)
+        return runner
     file = stored_path(cache, checkpoint, f"native, exact {exact}") if cache else None
     if file and file.exists():
         return _stored_runner(checkpoint, file, threads, context, keep)
@@ -162,7 +171,16 @@ def open_runner(
             break
     if file and runner.engine:
         keep_stored(file, _stored(runner.engine.native, loaded), note)
+    _note_unused(runner, cache, note)
     return runner
+
+
+def _note_unused(runner: Runner, cache: Path | None, note: Callable[[str], None]) -> None:
+    """Say what was asked of the native decoder, where something else computes."""
+    if runner.engine is None and runner.keep != KEEP:
+        note(f"keys and values are not kept in {runner.keep}, but as transformers keeps them")
+    if runner.engine is None and cache:
+        note(f"nothing is kept in {cache}: that is for the native decoder")
 
 
 def _ways(checkpoint: Checkpoint, exact: bool, threads: int | None) -> Iterator[Loaded]:
@@ -177,11 +195,13 @@ def _ways(checkpoint: Checkpoint, exact: bool, threads: int | None) -> Iterator[
     yield opened.loaded()
 
 
-def runner_of(loaded: Loaded, threads: int | None = None, context: int | None = None, keep: str = "float16") -> Runner:
-    """A runner of a model that is loaded; see `open_runner`."""
-    engine, decoder = None, "native"
+def runner_of(
+    loaded: Loaded, threads: int | None = None, context: int | None = None, keep: str = KEEP, other: str = ""
+) -> Runner:
+    """A runner of a model that is loaded; see `open_runner`. `other`: why the native decoder is not asked."""
+    engine, decoder = None, other or "native"
     try:
-        engine = Engine(native_of(loaded), threads)
+        engine = None if other else Engine(native_of(loaded), threads)
     except UnsupportedError as error:
         decoder = str(error)
     positions, ends = _positions(loaded), _ends(loaded)

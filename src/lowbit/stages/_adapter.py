@@ -7,24 +7,27 @@ The layout is that of the `peft` package: `adapter_model.safetensors` with a pai
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from lowbit.corrections import LowRank
 from lowbit.errors import CheckpointError, UnsupportedError
-from lowbit.stages._weightfile import open_regular, read_json
+from lowbit.stages._weightfile import one_line, open_regular, read_json, show
 from lowbit.stages.write import WORK, write_atomic
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER = "adapter"
-_PREFIX = "base_model.model."
+_PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def write_adapter(path: Path, terms: Mapping[str, LowRank], base: str, dtype: torch.dtype) -> None:
@@ -44,8 +47,8 @@ def write_adapter(path: Path, terms: Mapping[str, LowRank], base: str, dtype: to
     tensors = {}
     for name, (down, up) in terms.items():
         module = _module(name)
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = down.to(dtype).contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = up.to(dtype).contiguous()
+        tensors[f"{_PREFIX}{module}{_DOWN}"] = down.to(dtype).contiguous()
+        tensors[f"{_PREFIX}{module}{_UP}"] = up.to(dtype).contiguous()
     ranks = {_module(name): len(down) for name, (down, _) in terms.items()}
     write_atomic(path / WEIGHTS, save(tensors, {"format": "pt"}))
     write_atomic(path / CONFIG, json.dumps(_config(ranks, base), indent=2).encode() + b"\n")
@@ -58,24 +61,61 @@ def adapter_beside(model: str | Path) -> Path | None:
 
 
 def read_adapter(path: Path) -> dict[str, LowRank]:
-    """The terms of an adapter that `write_adapter` wrote, float32, by name of the weight.
+    """The terms of a LoRA adapter, float32, by name of the weight; its factors are in them.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the adapter scales its terms.
+        CheckpointError: a file is missing or damaged.
+        UnsupportedError: the adapter is more than pairs of matrices whose product is added.
     """
     config = read_json(path / CONFIG)
+    more = next(_beyond(config), None)
+    if more:
+        raise UnsupportedError(f"{path / CONFIG} says {more}; only plain pairs of matrices (LoRA) are read here")
     with open_regular(path / WEIGHTS) as file:
-        tensors = load(file.read())
+        try:
+            tensors = load(file.read())
+        except SafetensorError as error:
+            raise CheckpointError(f"{path / WEIGHTS} is damaged: {one_line(error)}") from None
     found = {}
-    for name in (name for name in tensors if name.endswith(".lora_A.weight")):
-        module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-        down, up = tensors[name], tensors.get(name.replace(".lora_A.", ".lora_B."))
-        rank = config.get("rank_pattern", {}).get(module, config.get("r"))
-        alpha = config.get("alpha_pattern", {}).get(module, config.get("lora_alpha"))
-        if up is None or up.shape[1] != len(down) or rank != len(down) or alpha != rank:
+    for name in [name for name in tensors if name.endswith(_DOWN)]:
+        module = name.removeprefix(_PREFIX).removesuffix(_DOWN)
+        down, up = tensors.pop(name), tensors.pop(name.removesuffix(_DOWN) + _UP, None)
+        if up is None or down.ndim != 2 or up.shape[1:] != down.shape[:1] or _said(config, "r", module) != len(down):
             raise CheckpointError(f"{path / WEIGHTS}: the term of {module} is not as {CONFIG} says; write it again")
-        found[f"{module}.weight"] = (down.float(), up.float())
+        found[f"{module}.weight"] = (down.float(), up.float() * _factor(config, module, len(down)))
+    if tensors or not found:
+        what = f"{show(min(tensors))}, which is none of a pair" if tensors else "no pair of matrices"
+        raise UnsupportedError(f"{path / WEIGHTS} has {what}; only plain pairs of matrices (LoRA) are read here")
     return found
+
+
+def _beyond(config: Mapping[str, Any]) -> Iterator[str]:
+    """What an adapter is beside pairs whose product is added to a weight."""
+    if config.get("peft_type") != "LORA":
+        yield f"peft_type {show(config.get('peft_type'))}"
+    if config.get("bias", "none") != "none":
+        yield f"bias {show(config['bias'])}"
+    for key in ("use_dora", "use_qalora", "fan_in_fan_out", "modules_to_save", "layer_replication", "lora_bias"):
+        if config.get(key):
+            yield f"{key} {show(config[key])}"
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        told = config.get(pattern) or {}
+        if not isinstance(told, Mapping) or not all(re.fullmatch(r"[\w.]+", key) for key in told):
+            yield f"{pattern} {show(told)}"
+
+
+def _said(config: Mapping[str, Any], key: str, module: str) -> Any:
+    """The rank (`r`) or `lora_alpha` of a module: by the end of its name, or of all."""
+    told = config.get("rank_pattern" if key == "r" else "alpha_pattern") or {}
+    return next((value for end, value in told.items() if f".{module}".endswith(f".{end}")), config.get(key))
+
+
+def _factor(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Of the product (LoRA, arXiv 2106.09685, section 4.1; by the root of the rank in rsLoRA, arXiv 2312.03732)."""
+    alpha = _said(config, "lora_alpha", module)
+    if type(alpha) not in (int, float) or not isfinite(alpha):
+        raise CheckpointError(f"{CONFIG} has {show(alpha)} as lora_alpha of {module}, where a number should be")
+    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
 @final

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from lowbit import plugins
 from lowbit.arguments import at_least_one, public
 from lowbit.budget import MARGIN, MemoryWatch, anonymous_bytes, format_size
+from lowbit.corrections import LowRank
 from lowbit.errors import CheckpointError, ResourceError, UsageError
 from lowbit.metrics import Metric, Score, Values
 from lowbit.metrics._blocks import CONFIDENCE, FEWEST_BLOCKS, make_blocks
 from lowbit.stages._adapter import read_adapter
 from lowbit.stages._model import Blueprint, open_blueprint, refusals
+from lowbit.stages._weightfile import show
 from lowbit.stages._windows import Text, Windows, cut, encode, read_text
 from lowbit.stages._words import counted
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
@@ -209,8 +211,21 @@ def _open(
     """The checkpoints, the reference first; the model with its low-rank terms, where there are any."""
     found = open_checkpoint(model, trust)
     if adapter:
-        found = replace(found, terms=read_adapter(adapter))
+        found = replace(found, terms=_fitting(read_adapter(adapter), found, adapter))
     return [found] if reference is None else [open_checkpoint(reference, trust), found]
+
+
+def _fitting(terms: dict[str, LowRank], source: Checkpoint, adapter: Path) -> dict[str, LowRank]:
+    """Terms of an adapter, all of which stand beside a weight of this checkpoint."""
+    for name, (down, up) in terms.items():
+        shape, weight = (len(up), down.shape[1]), source.weights.get(name)
+        if weight is None or weight.shape != shape:
+            what = f"one of {list(weight.shape)}" if weight else "no such weight"
+            raise CheckpointError(
+                f"the adapter in {adapter} does not fit {source.path}: its term of {show(name)} is {list(shape)}, and "
+                f"there is {what}"
+            )
+    return terms
 
 
 def _check(blueprints: Sequence[Blueprint], windows: Windows) -> None:
