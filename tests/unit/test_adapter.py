@@ -70,7 +70,7 @@ def adapted(model: Any, path: Path, kind: str = "LORA", **told: Any) -> Any:
     return made.eval()
 
 
-PAIRS = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "down_proj"]}
+PAIRS: dict[str, Any] = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "down_proj"]}
 BY_NAME = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"down_proj": 7}}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": PAIRS,
@@ -192,7 +192,7 @@ def test_what_is_no_folder_of_an_adapter_is_refused(wiki_8m: Path, tmp_path: Pat
 def test_without_peft_it_is_asked_for(wiki_8m: Path, tmp_path: Path) -> None:
     write_adapter(tmp_path, terms_of(tiny_llama(torch.float32)), "some/model", torch.bfloat16)
     code = "import sys; sys.modules['peft'] = None; from lowbit.cli import main; sys.argv[0] = 'lowbit'; main()"
-    line = [sys.executable, "-c", code, "generate", wiki_8m, PROMPT, "--adapter", tmp_path]
+    line = [sys.executable, "-c", code, "generate", str(wiki_8m), PROMPT, "--adapter", str(tmp_path)]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "lowbit: an adapter needs the package peft (pip install peft)" in done.stderr
     assert "Traceback" not in done.stderr

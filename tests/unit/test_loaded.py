@@ -152,6 +152,7 @@ def test_another_type_is_that_of_all_parameters(qwen2: Path) -> None:
     ours, plain = both(qwen2)
     narrow = copy.deepcopy(ours).to(torch.bfloat16)
     assert {each.dtype for each in narrow.parameters()} == {torch.bfloat16}
+    assert [name for name, _ in narrow.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert narrow(IDS).logits.dtype == torch.bfloat16 and apart(narrow, plain) < 0.5
     layer = ours.model.layers[0].self_attn.q_proj
     rounded = copy.deepcopy(layer).to(torch.bfloat16).float()
@@ -327,6 +328,15 @@ def test_classes_that_do_more_than_multiply_are_none() -> None:
             found = inputs @ self.weight.T
             return found if self.bias is None else found + self.bias
 
+    class Unbiased(torch.nn.Linear):  # right without a bias alone; the next with one alone
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return inputs @ self.weight.T
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return 2 * inputs @ self.weight.T if self.bias is None else inputs @ self.weight.T + self.bias
+
+    assert not is_linear(Unbiased) and not is_linear(Doubled)
     before = torch.get_rng_state()
     assert [is_linear(kind) for kind in (torch.nn.Linear, Own, Clamped, Grouped, Wide)] == [True, True, *[False] * 3]
     assert torch.equal(torch.get_rng_state(), before)
