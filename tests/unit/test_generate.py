@@ -108,6 +108,9 @@ def test_the_text_of_a_special_token_ends_at_that_token(more: dict[str, Any], sp
     assert generate(runner, prompt, Sampling(tokens=12)).tokens == whole.tokens
     found = generate(runner, prompt, Sampling(tokens=12, stop=("nothing", f"\u2581{last}")))
     assert (found.ended, found.text) == ("stop", whole.text[: whole.text.index(f" {last}")])
+    change(spaced / "tokenizer_config.json", {"eos_token": f"\u2581{last}"})  # the configuration names another
+    ended = generate(open_runner(spaced), prompt, Sampling(tokens=12))
+    assert (ended.ended, ended.text) == ("end", found.text)
 
 
 @pytest.mark.parametrize("form", ["gguf", "float"])
@@ -139,12 +142,14 @@ def test_why_a_text_ends_is_told(wiki_8m: Path, chatty: Path) -> None:
     whole = generate(runner, prompt, Sampling(tokens=99))
     assert (whole.ended, whole.prompt_tokens + whole.tokens) == ("context", 24)
     assert generate(runner, prompt, Sampling(tokens=whole.tokens)).ended == "tokens"
-    assert generate(runner, prompt, Sampling(tokens=99, stop=(whole.text[:9],))).ended == "stop"
+    stopped = generate(runner, prompt, Sampling(tokens=99, stop=(whole.text[:9],)))
+    assert stopped.ended == "stop"
+    assert generate(runner, prompt, Sampling(tokens=stopped.tokens, stop=(whole.text[:9],))).ended == "stop"
     ids = runner.tokenizer(whole.text, add_special_tokens=False)["input_ids"]
     assert generate(replace(runner, ends=frozenset(ids)), prompt, Sampling(tokens=99)).ended == "end"
     for given, full in ((["--context", "24"], True), (["-n", "3"], False)):
         found = CliRunner().invoke(group, ["generate", str(wiki_8m), prompt, *given])
-        assert ("the context of 24 tokens is full" in found.stderr) is full
+        assert ("the context of 24 tokens is full" in found.stderr) is ("is full" in found.stderr) is full
     told = chat(chatty, "The city\n", "--context", "24", "--max-tokens", "99")[2]
     assert "the context of 24 tokens is full: the answer ends here" in told
 

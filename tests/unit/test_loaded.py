@@ -239,6 +239,16 @@ def test_a_weight_that_is_set_is_multiplied(llama: Path) -> None:
     assert ours.to(torch.bfloat16)(IDS).logits.dtype == torch.bfloat16
 
 
+def test_a_weight_of_another_layer_is_multiplied(qwen2: Path) -> None:
+    """Also where a product with the bias was made of the one before."""
+    found = both(qwen2)
+    apart(*found)
+    for model in found:
+        attention = model.model.layers[0].self_attn
+        attention.k_proj.weight = attention.v_proj.weight
+    assert apart(*found) < 1e-4
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_vocabulary_can_grow_and_shrink(tied: bool, tmp_path: Path) -> None:
     path = quantized("llama", tmp_path, tie_word_embeddings=tied)
