@@ -36,5 +36,8 @@ def test_every_format_is_told_as_text_and_as_json(
         assert (found["format"], found["sound"]) == (name, code == 0), (scheme, text)
         assert found["sound"] or name == "spqr", (scheme, text)  # some of its scales are 0 at random
         assert [each["kind"] for each in found["tensors"]].count("quantized") in (1, 2), scheme
+        if found["sound"] and name != "mxfp4":  # which is of another model
+            code, text, wrong = lowbit("inspect", path, "--original", model)
+            assert "verdict     " in text, (scheme, wrong)
         told += 1
     assert told

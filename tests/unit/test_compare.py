@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.inspect.compare import Compared, compare, methods_of
+from lowbit.inspect.compare import Compared, Verdict, compare, methods_of, verdict
 from lowbit.schemes import parse
 from lowbit.tensors import QTensor
+from tests.reference.qtensors import random_qtensor
 
 ROWS, COLS, GROUP = 96, 128, 32
 
@@ -103,24 +104,80 @@ def test_errors_are_those_of_the_definition() -> None:
     assert seen.snr == pytest.approx(-10 * torch.log10(torch.tensor(error)).item(), rel=1e-5)
 
 
+NORM = torch.rand(COLS, generator=torch.Generator().manual_seed(7)) + 0.5
+ROW_FACTORS = torch.exp(torch.randn(ROWS, 1, generator=torch.Generator().manual_seed(8)) * 0.6)
+
+
 @pytest.mark.parametrize(("rounded_inputs", "name"), [(False, "awq+rtn"), (True, "smoothquant+rtn")])
 def test_columns_that_were_scaled(rounded_inputs: bool, name: str) -> None:
-    norm = torch.rand(COLS, generator=torch.Generator().manual_seed(7)) + 0.5
-    seen = found(scaled(), rounded_inputs, {"other": (norm, norm * 2), "norm": (norm, norm / FACTORS)})
+    seen = found(scaled(), rounded_inputs, {"other": (NORM, NORM * 2), "norm": (NORM, NORM / FACTORS)})
     assert (seen.method, seen.partner, seen.confidence) == (name, "norm", "medium"), seen
     assert seen.spread == pytest.approx(float(FACTORS.log2().std()), rel=0.05)
     assert seen.moved < 1e-3
     alone = found(scaled(), rounded_inputs)
-    assert alone.partner is None
-    assert alone.confidence == "low"
+    assert (alone.method, alone.partner, alone.moved) == (name, None, 0), alone
+    assert alone.spread == pytest.approx(seen.spread, rel=0.01)
 
 
-@pytest.mark.parametrize(("across", "size"), [((ROWS, 1), 0.15), ((1, COLS), 0.05)])
-def test_what_is_scaled_unseen_is_gptq_with_low_confidence(across: tuple[int, int], size: float) -> None:
-    """AWQ's factors of the next layer's inputs are in the rows of this one, and small ones of its own are not found."""
-    factors = torch.exp(torch.randn(across, generator=torch.Generator().manual_seed(8)) * size)
+def test_columns_under_a_norm_that_adds_one() -> None:
+    seen = found(scaled(), vectors={"norm": (NORM - 1, NORM / FACTORS - 1), "other": (NORM, NORM.flip(0))})
+    assert (seen.method, seen.partner) == ("awq+rtn", "norm"), seen
+
+
+def test_rows_that_were_divided_for_the_columns_of_a_later_weight() -> None:
+    """AWQ folds the factors of one layer's inputs into the rows of the layer before, some with factors of its own."""
+    alone = found(stored(weight() / ROW_FACTORS, scales_of(weight() / ROW_FACTORS)))
+    w = weight() * FACTORS / ROW_FACTORS
+    both = found(stored(w, scales_of(w)), vectors={"other": (NORM, NORM * FACTORS), "norm": (NORM, NORM / FACTORS)})
+    for seen, partner in ((alone, None), (both, "norm")):
+        assert (seen.method, seen.partner, seen.moved) == ("awq+rtn", partner, 0), seen
+        assert seen.rows == pytest.approx(float(ROW_FACTORS.log2().std()), rel=0.02)
+    assert alone.spread == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_that_went_into_16_bits(dtype: torch.dtype) -> None:
+    """Other tools multiply what is stored, and store it again, before they round: so do norms."""
+    norm = (NORM / FACTORS).to(dtype)
+    w = (weight().to(dtype) * FACTORS.to(dtype)).float()
+    q, vectors = stored(w, scales_of(w)), {"norm": (NORM.to(dtype), norm)}
+    seen = compare("w", q, weight().to(dtype).float(), False, vectors, torch.finfo(dtype).eps)
+    assert (seen.method, seen.partner, seen.confidence) == ("awq+rtn", "norm", "medium"), seen
+
+
+def test_gptq_of_scaled_columns_and_not_of_others() -> None:
+    """A norm whose change explains the columns is named, another change beside plain GPTQ is not."""
+    seen = found(gptq(), vectors={"norm": (NORM, NORM / FACTORS)})
+    assert (seen.method, seen.confidence, seen.partner) == ("gptq", "high", None), seen
+    divided = weight() / FACTORS
+    seen = compare("w", gptq(), divided, False, {"norm": (NORM, NORM / FACTORS), "other": (NORM, NORM.flip(0))})
+    assert (seen.method, seen.confidence, seen.partner) == ("awq+gptq", "medium", "norm"), seen
+
+
+def test_what_is_scaled_unseen_is_gptq_with_low_confidence() -> None:
+    factors = ROW_FACTORS**0.25 * FACTORS**0.1
     seen = found(stored(weight() * factors, scales_of(weight() * factors)))
     assert (seen.method, seen.confidence, seen.spread) == ("gptq", "low", 0.0), seen
+
+
+def test_the_model_is_told_by_all_of_its_weights() -> None:
+    norm = {"norm": (NORM, NORM / FACTORS)}
+    w = weight() / ROW_FACTORS
+    awq = [found(scaled(), vectors=norm), found(stored(w, scales_of(w))), found(rtn()), found(searched())]
+    seen = verdict(awq)
+    assert seen == Verdict("awq+nearest codes under searched scales", 4, 4, "high")
+    assert verdict([found(rtn()), found(rtn())]) == Verdict("rtn", 2, 2, "high")
+    assert verdict([*[found(gptq())] * 9, found(rtn())]) == Verdict("gptq", 9, 10, "high")
+    assert verdict([found(gptq()), found(rtn()), found(autoround())]) == Verdict("gptq", 1, 3, "low")
+    assert verdict([found(scaled(), True, norm), found(rtn())]) == Verdict("smoothquant+rtn", 2, 2, "high")
+    assert verdict([]) is None
+
+
+def test_codebooks_tell_no_method() -> None:
+    q = random_qtensor(parse("vectors[1x8:8+8]-row"), (8, 32))
+    seen = compare("w", q, q.dequantize() * 1.01, False, {})
+    assert (seen.method, seen.confidence) == ("codebooks, of any method", "low")
+    assert seen.error == pytest.approx((0.01 / 1.01) ** 2, rel=1e-3)
 
 
 def test_another_model_is_no_method() -> None:

@@ -105,6 +105,9 @@ def _compared(found: Inspection) -> Iterator[str]:
         return
     changed, plain = found.changed
     yield f"beside      {found.original}: {changed} of {plain} float tensors changed"
+    seen = found.verdict
+    if seen:
+        yield f"verdict     {seen.method}, as {seen.weights} of {seen.total} weights look; confidence {seen.confidence}"
     for method, count in methods_of(found.compared).items():
         own = [each for each in found.compared if each.method == method]
         sure = sorted({each.confidence for each in own}, key=["high", "medium", "low"].index)
@@ -112,7 +115,7 @@ def _compared(found: Inspection) -> Iterator[str]:
         yield (
             f"looks like  {method}: {count} weights, confidence {' to '.join(sure)}; as {middle.name}: "
             f"{middle.moved:.1%} off the nearest code, {middle.farthest:.2f} steps at most, "
-            f"columns together {middle.together:.2f}, factors' spread {middle.spread:.3f}"
+            f"columns together {middle.together:.2f}, spread of columns' factors {middle.spread:.3f}, rows' {middle.rows:.3f}"
         )
     for each in sorted(found.compared, key=lambda each: -each.error)[:WORST]:
         yield f"error       {each.error:.3e} of the squares, {each.snr:.1f} dB: {each.name}"

@@ -103,13 +103,19 @@ def _beside(found: Inspection, checkpoint: Checkpoint, original: str | Path, pro
             assert isinstance(loaded, QTensor)
             before = source.dequantized(name, torch.float32)
             before = before.T.contiguous() if weight.swapped else before
-            compared.append(compare(name, loaded, before, weight.activations is not None, vectors))
+            slack = max(_rounding(weight.dtype), _rounding(source.weights[name].dtype))
+            compared.append(compare(name, loaded, before, weight.activations is not None, vectors, slack))
             progress("compare", at + 1, len(alike) - len(plain))
         text = f"{len(left)} weights, as {left[0]}, are not in the original under this name and shape" if left else ""
         findings = [*found.findings, *([Finding("note", None, text)] if left else [])]
         return replace(
             found, original=str(source.path), compared=compared, changed=(changed, len(plain)), findings=findings
         )
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """By how much of itself a value is rounded, once as a factor and once as what was multiplied by one."""
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 def _blocks(checkpoint: Checkpoint, original: Checkpoint) -> dict[str, list[Runs]]:

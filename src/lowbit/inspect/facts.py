@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, Literal, final
 
-from lowbit.inspect.compare import Compared
+from lowbit.inspect.compare import Compared, Verdict, verdict
 from lowbit.inspect.grids import OnGrid
 from lowbit.inspect.names import Name
 
@@ -135,6 +135,11 @@ class Inspection:
         return all(finding.level != "error" for finding in self.findings)
 
     @property
+    def verdict(self) -> Verdict | None:
+        """What the weights look like together beside their originals; None where they were not compared."""
+        return verdict(self.compared)
+
+    @property
     def stored(self) -> Sequence[TensorFacts]:
         """The weights without those that share the storage of another."""
         return [facts for facts in self.tensors if facts.name not in self.tied]
@@ -162,7 +167,9 @@ class Inspection:
             "bits_per_weight": self.bits_per_weight(quantized=False),
             "groups": [asdict(group) for group in self.groups()],
         }
-        return {"lowbit_inspect": VERSION, "sound": self.sound} | asdict(self) | {"totals": totals, "tensors": tensors}
+        seen = asdict(self.verdict) if self.verdict else None
+        head = {"lowbit_inspect": VERSION, "sound": self.sound}
+        return head | asdict(self) | {"verdict": seen, "totals": totals, "tensors": tensors}
 
 
 def _group(kind: str, scheme: str | None, members: Sequence[TensorFacts]) -> Group:
