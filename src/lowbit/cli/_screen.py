@@ -115,7 +115,8 @@ def _compared(found: Inspection) -> Iterator[str]:
         yield (
             f"looks like  {method}: {count} weights, confidence {' to '.join(sure)}; as {middle.name}: "
             f"{middle.moved:.1%} off the nearest code, {middle.farthest:.2f} steps at most, "
-            f"columns together {middle.together:.2f}, spread of columns' factors {middle.spread:.3f}, rows' {middle.rows:.3f}"
+            f"columns together {middle.together:.2f}, "
+            f"spread of columns' factors {middle.spread:.3f}, rows' {middle.rows:.3f}"
         )
     for each in sorted(found.compared, key=lambda each: -each.error)[:WORST]:
         yield f"error       {each.error:.3e} of the squares, {each.snr:.1f} dB: {each.name}"

@@ -99,9 +99,7 @@ def no_activations(scheme: Scheme, weight: Weight) -> Scheme:
     Raises:
         UnsupportedError: always.
     """
-    raise UnsupportedError(
-        f"this format stores weights alone, it cannot declare activations in {scheme}; use --format compressed-tensors"
-    )
+    raise UnsupportedError(f"this format stores weights alone, it cannot declare activations in {scheme}")
 
 
 def no_lines(weight: Weight, tensors: Mapping[str, Tensor], start: int, stop: int) -> Tensor | None:

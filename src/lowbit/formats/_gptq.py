@@ -70,18 +70,16 @@ def _misfit(scheme: Scheme, weight: Weight) -> str | None:
     rows, cols = weight.shape
     block = scheme.block
     if scheme.grid.kind != "int" or scheme.grid.bits not in BITS or scheme.nested:
-        return "it has integers of 2, 3, 4 or 8 bits with plain scales; use one of them, or --format compressed-tensors"
+        return "it has integers of 2, 3, 4 or 8 bits with plain scales; use one of them"
     if scheme.zero == "min":
         return "it has no minima; use asym"
     if scheme.zero == "float":
-        return "its zero points are integers; use asym, or --format hqq"
+        return "its zero points are integers; use asym"
     if block.rows != 1 or block.flat or block.cols not in (0, *GROUPS):
         return f"its readers know one scale per row or groups of {', '.join(map(str, GROUPS))} along it; use g128"
     if rows % _WORD or cols % _WORD:
-        return (
-            f"its readers take layers whose sides are multiples of {_WORD}, and this is {rows} x {cols}; leave it "
-            "as it is (--skip), or use --format compressed-tensors"
-        )
+        text = f"its readers take layers whose sides are multiples of {_WORD}, and this is {rows} x {cols}"
+        return f"{text}; leave it as it is (--skip)"
     if block.cols and cols % block.cols:
         other = divisor(cols, block.cols, GROUPS)
         return f"most readers refuse a shorter last group, as {block.cols} leaves in rows of {cols}; use g{other}"
@@ -140,7 +138,7 @@ def _stored_zeros(weight: Weight, q: QTensor, offset: int) -> UInt8[Tensor, "gro
         row, group = low.nonzero()[0].tolist()
         raise FormatError(
             f"{weight.module}.qzeros: the zero point of row {row}, group {group} is 0, and gptq v1 stores zero points "
-            "less one; --format gptq_v2 or compressed-tensors keep it"
+            "less one; --format gptq-v2 does not"
         )
     return (q.zeros - offset).T.contiguous()
 

@@ -24,9 +24,7 @@ def check_matrix(weight: Weight, format: str, scheme: Scheme, smooth: bool = Fal
         UnsupportedError: another name, another number of axes than 2, or such a scheme.
     """
     if scheme.smooth and not smooth:
-        raise UnsupportedError(
-            f"{format} cannot hold {scheme}: it has no place for factors of inputs; use --format modelopt"
-        )
+        raise UnsupportedError(f"{format} cannot hold {scheme}: it has no place for factors of inputs")
     if not weight.name.endswith(".weight") or len(weight.shape) != 2:
         raise UnsupportedError(
             f"{format} stores matrices that are the `weight` of a module, {weight.name} with {len(weight.shape)} axes "

@@ -57,9 +57,9 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
 def _misfit(scheme: Scheme, weight: Weight) -> str | None:
     (rows, cols), block = weight.shape, scheme.block
     if scheme.grid != parse("int4").grid or scheme.nested:
-        return "it has integers of 4 bits with plain scales; use int4-g128-asym, or --format compressed-tensors"
+        return "it has integers of 4 bits with plain scales; use int4-g128-asym"
     if scheme.zero not in ("none", "int"):
-        return "its zero points are integers; use asym, or --format hqq"
+        return "its zero points are integers; use asym"
     if block.rows != 1 or block.flat or block.cols not in (0, *GROUPS):
         return f"its readers know one scale per row or groups of {', '.join(map(str, GROUPS))} along it; use g128"
     if rows % _WORD:
@@ -203,14 +203,12 @@ def config(weights: Sequence[Weight], source: Mapping[str, Any]) -> dict[str, di
     if not schemes:
         return {"config.json": declare(source, None)}
     if len(schemes) > 1:
-        raise UnsupportedError(
-            f"awq declares one scheme for a model, and these are {', '.join(schemes)}; use one, or --format gptq_v2"
-        )
+        raise UnsupportedError(f"awq declares one scheme for a model, and these are {', '.join(schemes)}; use one")
     left = next((weight for weight in weights if weight.scaled and weight.scheme is None), None)
     if left:
         raise UnsupportedError(
             f"transformers' reader of awq looks for {left.scaled}, which are stored with {left.name} where that is "
-            "quantized, and it is kept; quantize it, or use --format gptq"
+            "quantized, and it is kept; quantize it"
         )
     (scheme,) = schemes.values()
     quantization = {

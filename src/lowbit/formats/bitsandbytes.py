@@ -40,10 +40,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     if scheme.grid == _ROWS.grid:
         return _fit_rows(scheme, weight)
     if scheme.grid not in _TABLES.values():
-        raise UnsupportedError(
-            f"bitsandbytes cannot hold {scheme}: it has nf4, fp4 and int8 rows; use one of them, or "
-            "--format compressed-tensors"
-        )
+        raise UnsupportedError(f"bitsandbytes cannot hold {scheme}: it has nf4, fp4 and int8 rows; use one of them")
     if scheme.nested not in (None, DOUBLE):
         raise UnsupportedError(f"bitsandbytes cannot hold {scheme}: it quantizes scales in one way only; use dq")
     cols = weight.shape[1]

@@ -76,21 +76,17 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
 
 def _check_grid(scheme: Scheme) -> None:
     if scheme.grid.kind == "vectors":
-        raise UnsupportedError(f"compressed-tensors cannot hold {scheme}: it has no codebooks; use --format float")
+        raise UnsupportedError(f"compressed-tensors cannot hold {scheme}: it has no codebooks")
     if scheme.grid.kind == "levels":
-        raise UnsupportedError(
-            f"compressed-tensors has no table of levels, {scheme} needs one; use --format bitsandbytes"
-        )
+        raise UnsupportedError(f"compressed-tensors has no table of levels, {scheme} needs one")
     if scheme.grid.name == "fp8-e5m2":
         raise UnsupportedError("compressed-tensors has one 8-bit float, E4M3; use fp8-e4m3")
     if scheme.zero == "min":
         raise UnsupportedError("compressed-tensors has no minima; use asym")
     if scheme.zero == "float":
-        raise UnsupportedError("zero points of compressed-tensors are integers; use asym, or --format hqq")
+        raise UnsupportedError("zero points of compressed-tensors are integers; use asym")
     if scheme.grid.kind == "int" and scheme.nested:
-        raise UnsupportedError(
-            "compressed-tensors quantizes scales only in nvfp4; leave out dq, or use --format bitsandbytes"
-        )
+        raise UnsupportedError("compressed-tensors quantizes scales only in nvfp4; leave out dq")
 
 
 def _plain_block(block: Block, cols: int) -> Block:

@@ -42,7 +42,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     check_matrix(weight, "eetq", scheme)
     fitted = replace(scheme, block=row_block(scheme.block, weight.shape[1]), scale="f16")
     if scheme.scale not in FLOATS or fitted != _ROWS:
-        raise UnsupportedError(f"eetq cannot hold {scheme}: it has {_ROWS}; use that, or --format compressed-tensors")
+        raise UnsupportedError(f"eetq cannot hold {scheme}: it has {_ROWS}; use that")
     if any(side % _TILE for side in weight.shape):
         raise UnsupportedError(
             f"eetq cannot hold {weight.name} {list(weight.shape)}: its kernel takes tiles of {_TILE}, which must "

@@ -30,9 +30,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     check_matrix(weight, "fbgemm_fp8", scheme)
     plain = scheme.scale in FLOATS
     if not plain or replace(scheme, block=row_block(scheme.block, weight.shape[1]), scale="f32") != _ROWS:
-        raise UnsupportedError(
-            f"fbgemm_fp8 cannot hold {scheme}: it has {_ROWS}; use that, or --format fp8 or compressed-tensors"
-        )
+        raise UnsupportedError(f"fbgemm_fp8 cannot hold {scheme}: it has {_ROWS}; use that")
     if weight.module.rpartition(".")[2] == "lm_head":
         raise UnsupportedError("readers of fbgemm_fp8 leave the output head as it is; leave it as it is (--skip)")
     return _ROWS

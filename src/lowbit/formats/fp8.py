@@ -45,15 +45,12 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     """
     check_matrix(weight, "fp8", scheme)
     if scheme.scale not in FLOATS or replace(scheme, scale="f32") != _WRITTEN:
-        raise UnsupportedError(
-            f"fp8 cannot hold {scheme}: it has {_WRITTEN}; use that, --format fbgemm_fp8 for fp8-e4m3-row, or --format "
-            "compressed-tensors"
-        )
+        raise UnsupportedError(f"fp8 cannot hold {scheme}: it has {_WRITTEN}; use that")
     if any(side % _SIDE for side in weight.shape) or weight.module.rpartition(".")[2] == "lm_head":
         raise UnsupportedError(
             f"fp8 cannot hold {weight.name} {list(weight.shape)}: its readers work out the size of blocks from the "
             f"number of scales, which is right for multiples of {_SIDE} alone, and leave the output head as it is; "
-            "leave it as it is (--skip), or use --format compressed-tensors"
+            "leave it as it is (--skip)"
         )
     return _WRITTEN
 

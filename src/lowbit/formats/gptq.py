@@ -24,7 +24,7 @@ def fit(scheme: Scheme, weight: Weight) -> Scheme:
     if fitted.zero == "int":
         raise UnsupportedError(
             f"gptq v1 cannot hold {scheme}: it stores zero points less one, so that a zero point of 0 has no place and "
-            "gptqmodel and auto-round refuse such files; use --format gptq_v2 or compressed-tensors"
+            "gptqmodel and auto-round refuse such files"
         )
     return fitted
 

@@ -70,10 +70,10 @@ def _misfit(scheme: Scheme, weight: Weight) -> str | None:
             sizes = " or ".join(map(str, GROUPS))
             return (
                 f"its integers are in groups of {sizes} that divide rows, an even number of these, and this is "
-                f"{list(weight.shape)}; use --format compressed-tensors"
+                f"{list(weight.shape)}"
             )
     elif scheme not in (_NVFP4, _FP8, _ROWS, _BLOCKS):
-        return f"it has nvfp4, int4-g128, {_FP8}, {_ROWS} and {_BLOCKS}; use --format compressed-tensors"
+        return f"it has nvfp4, int4-g128, {_FP8}, {_ROWS} and {_BLOCKS}; use one of them"
     elif scheme == _NVFP4 and cols % size:
         return f"NVFP4 needs rows that {size} divides; leave it as it is (--skip)"
     elif scheme == _BLOCKS and (rows % size or cols % size):

@@ -25,7 +25,7 @@ from lowbit.tensors import QTensor
 
 _MXFP4 = parse("mxfp4")
 _BYTES = 16
-_refuse = never("mxfp4, gpt-oss's layout, is read and not written; use --format compressed-tensors")
+_refuse = never("mxfp4, gpt-oss's layout, is read and not written")
 
 
 def layout(weight: Weight) -> dict[str, Spec]:

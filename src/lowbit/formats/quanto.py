@@ -28,7 +28,7 @@ _SCALE = ".weight._scale"
 _NAMES = {"weight": "weight._data", "weight_scale": "weight._scale"}
 _BYTES = {torch.int8: parse("int8-row"), torch.float8_e4m3fn: parse("fp8-e4m3-row")}
 _GROUP, _STEP = 128, 32
-_refuse = never("quanto's layout is read and not written; use --format hqq or compressed-tensors")
+_refuse = never("quanto's layout is read and not written")
 
 
 def layout(weight: Weight) -> dict[str, Spec]:

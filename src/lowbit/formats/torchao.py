@@ -20,7 +20,7 @@ from lowbit.tensors import QTensor, scale_shape
 
 _PART = "._weight_"
 _NAMES = {"weight": "_weight_qdata", "weight_scale": "_weight_scale", "weight_zero_point": "_weight_zero_point"}
-_refuse = never("torchao's layout is read and not written; use --format compressed-tensors")
+_refuse = never("torchao's layout is read and not written")
 _FACTORS = "_weight_act_pre_scale"  # of inputs
 _INT4 = parse("int4-g128")
 _GRIDS = {torch.int8: parse("int8").grid, torch.float8_e4m3fn: parse("fp8-e4m3").grid}

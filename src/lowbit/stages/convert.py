@@ -29,7 +29,9 @@ from lowbit.schemes import Scheme
 from lowbit.stages import _words as words
 from lowbit.stages._adapter import ADAPTER, CONFIG, WEIGHTS
 from lowbit.stages._changes import COPY, METHODS, Change, Changer, Goal, model_dtype, plan_of
+from lowbit.stages._experts import apart
 from lowbit.stages._history import CONVERSION, PLAN, conversion_note
+from lowbit.stages._holders import held_by
 from lowbit.stages._pages import kept_pages
 from lowbit.stages._rooms import Rooms
 from lowbit.stages._store import store, whole
@@ -118,23 +120,26 @@ def plan_conversion(
         return _each(source, goal, folder, way, left, change, progress)
 
     changes |= changed(goal)
-    changes = _agreeing(source, goal, changes, changed)
+    changer = Changer(source, goal, model_dtype(source), Rooms(folder, way.scratch), way.piece)
+    changes = _agreeing(changer, changes, changed)
     return Conversion(source, goal, tuple(changes[name] for name in source.weights), way, folder)
 
 
 def _agreeing(
-    source: Checkpoint, goal: Goal, changes: dict[str, Change], again: Callable[[Goal], dict[str, Change]]
+    changer: Changer, changes: dict[str, Change], again: Callable[[Goal], dict[str, Change]]
 ) -> dict[str, Change]:
     """The changes; if the format does not take them beside each other, what is lost goes into the scheme of most.
 
     Raises:
         UnsupportedError: none of them is quantized in the target, or they are refused together all the same.
     """
+    source, goal = changer.source, changer.goal
     quantized = [each for each in changes.values() if each.before.scheme]
     schemes = Counter(str(each.entry.weight.scheme) for each in quantized if each.entry.weight.scheme)
     if quantized and not schemes and goal.format != _float.NAME:
         why = Counter(each.why for each in quantized).most_common(1)[0][0]
-        raise UnsupportedError(f"{next(each.before.name for each in quantized if each.why == why)}: {why}")
+        name = next(each.before.name for each in quantized if each.why == why)
+        raise UnsupportedError(f"{name}: {why}{_held(changer, [each.before for each in quantized])}")
     try:
         goal.form.config([changes[name].entry.weight for name in source.weights], source.config)
         return changes
@@ -144,6 +149,24 @@ def _agreeing(
     changes = changes | again(replace(goal, scheme=schemes.most_common(1)[0][0]))
     goal.form.config([changes[name].entry.weight for name in source.weights], source.config)
     return changes
+
+
+def _held(changer: Changer, lost: Sequence[Weight]) -> str:
+    """The end of a sentence: which formats have every value of weights that are lost; one of each kind is tried."""
+    own, names = changer.source, {weight.name for weight in lost}
+
+    def holds(name: str, form: Format) -> bool:
+        source = apart(own, name)
+        new = (each for each in source.weights.values() if each.name in names or each.name not in own.weights)
+        some = {(weight.scheme, weight.shape): weight for weight in new if weight.scheme}.values()
+        other = replace(changer, source=source, goal=replace(changer.goal, format=name))
+        found = [other.lossless(weight) for weight in some] if name != own.format else []
+        targets = [change.entry.weight for change in found if isinstance(change, Change)]
+        form.config(targets, source.config)
+        return 0 < len(targets) == len(some)
+
+    with one_torch_thread():
+        return held_by(holds)
 
 
 def _kept(source: Checkpoint, weight: Weight, goal: Goal) -> Weight:
@@ -222,10 +245,11 @@ def refuse(conversion: Conversion) -> None:
     if not lost or conversion.goal.lossy:
         return
     first, error = lost[0], max(change.error.relative for change in lost)
+    held = "" if conversion.goal.format == _float.NAME else _held(conversion.changer(), [each.before for each in lost])
     others = f" and {len(lost) - 1} more would not stay as they are" if lost[1:] else " would not stay as it is"
     raise UnsupportedError(
         f"{first.before.name} ({first.before.scheme}){others} in {conversion.goal.format}: "
-        f"{first.why}; with --lossy the relative squared error is {words.short(error)} at most"
+        f"{first.why}; with --lossy the relative squared error is {words.short(error)} at most{held}"
     )
 
 

@@ -23,10 +23,11 @@ from lowbit.formats import Format, Spec, Weight, _float
 from lowbit.formats._ggml import BLOCKS
 from lowbit.methods import Method
 from lowbit.methods._scales import shares_rows
-from lowbit.schemes import parse
+from lowbit.schemes import Scheme, parse
 from lowbit.stages._experts import finds, is_stack
 from lowbit.stages._gguf_config import require_told
 from lowbit.stages._gguf_vocabulary import alone
+from lowbit.stages._holders import held_by, takes
 from lowbit.stages._imatrix import Imatrix, Importance, read_importance
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._policy import assign, in_blocks, read_policy
@@ -328,7 +329,8 @@ class _Maker:
             why, method = why or f"; {method} cannot make {wanted}" * (able != method), able
         activations = self.rules.activations if inside else None
         swap, config = self.swap(weight), self.checkpoint.config
-        entry = _entry(weight, wanted, reason + why, method, form, config, activations, swap, inside and recipe.smooths)
+        why, smooths, advise = reason + why, inside and recipe.smooths, given is None
+        entry = _entry(weight, wanted, why, method, form, config, activations, swap, smooths, advise)
         left = None if reason.startswith("--set") else kept_for(self.rules.format, config, entry.weight)
         if left and given:
             raise UnsupportedError(f"{weight.name} is {left}; keep it")
@@ -554,11 +556,12 @@ def _entry(
     activations: str | None = None,
     swap: bool = False,
     smooths: bool = False,
+    advise: bool = True,
 ) -> Entry:
     """The entry of one weight.
 
     `swap`: the model holds it as `[inputs, outputs]`, and formats store the transpose; `smooths`: a transform may make
-    factors of its inputs.
+    factors of its inputs; `advise`: a refusal says which formats would do.
     """
     turned = replace(weight, shape=weight.shape[::-1], swapped=True) if swap else weight
     turned = arranged(turned, wanted, form, config)
@@ -568,20 +571,34 @@ def _entry(
     scheme, method = parse(wanted), _method(name)
     if swap and not form.swaps:
         raise UnsupportedError(f"{weight.name} is a {_SWAPPED}; {_SWAPPING}")
-    weight = turned
+    weight, rounded = turned, parse(activations) if activations else None
+    told = config if advise and not form.choose else None  # where the scheme is the one that was asked for
     try:
         fitted = form.fit(scheme, weight)
     except UnsupportedError as error:
-        raise UnsupportedError(f"{weight.name} {list(weight.shape)}: {error}") from None
+        raise _refused(error, weight, scheme, rounded, method, told) from None
     objection = method.objection(replace(fitted, smooth=fitted.smooth and not smooths))
     if objection:
         raise UnsupportedError(f"{weight.name}: method {name} cannot use {fitted}: {objection}")
-    weight = replace(weight, scheme=fitted)
+    made = replace(weight, scheme=fitted)
     try:
-        inputs = form.fit_activations(parse(activations), weight) if activations else None
+        inputs = form.fit_activations(rounded, made) if rounded else None
     except UnsupportedError as error:
-        raise UnsupportedError(f"{weight.name} {list(weight.shape)}: {error}") from None
-    return Entry(replace(weight, activations=inputs), name, reason)
+        raise _refused(error, weight, scheme, rounded, method, told) from None
+    return Entry(replace(made, activations=inputs), name, reason)
+
+
+def _refused(
+    error: UnsupportedError, weight: Weight, scheme: Scheme, inputs: Scheme | None, method: Method, config: Any
+) -> UnsupportedError:
+    """What a format says of a weight; with the formats that take it, unless `config` is None."""
+
+    def holds(name: str, form: Format) -> bool:
+        taken = takes(name, form, weight, scheme, inputs, config)
+        return form.encoder != "" or (taken.scheme is not None and method.objection(taken.scheme) is None)
+
+    hint = held_by(holds) if config is not None else ""
+    return UnsupportedError(f"{weight.name} {list(weight.shape)}: {error}{hint}")
 
 
 def _check_order(name: str, method: str, options: Mapping[str, Any]) -> None:
