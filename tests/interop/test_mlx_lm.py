@@ -94,6 +94,18 @@ def test_mlx_lm_computes_what_was_written(kind: str, scheme: str, tmp_path: Path
     assert close(found, ours(tmp_path / "out"), 1e-3 if kind in ("gemma", "gpt_neox") else 2e-5)
 
 
+def test_mlx_lm_computes_an_embedding_in_codes_that_is_the_head(tmp_path: Path) -> None:
+    out, sets = tmp_path / "out", {"embed_tokens": "int8-g64-min"}
+    lowbit.quantize(
+        model_of("qwen3", tmp_path / "m"), out, scheme="int4-g32-min", format="mlx", method="rtn", sets=sets
+    )
+    with mx.stream(mx.cpu):
+        model, _ = utils.load_model(out, lazy=False)
+        found = theirs(model)
+    assert "QuantizedEmbedding" in [type(each).__name__ for _, each in model.named_modules()]
+    assert close(found, ours(out))
+
+
 MADE = ["llama", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "granitemoehybrid"]
 
 

@@ -153,6 +153,8 @@ def test_a_tied_embedding_is_stored_once_and_not_quantized(tmp_path: Path) -> No
     assert entry.tied == "model.embed_tokens.weight" and plan.stored_bytes(entry) == 0
     with pytest.raises(UnsupportedError, match=r"embed_tokens\.weight is shared with another layer"):
         make_plan(checkpoint, Rules("int4-g128", sets=(("embed_tokens", "int8-row"),)))
+    rules = Rules("int4-g32-min", format="mlx", sets=(("embed_tokens", "int8-g32-min"),))  # mlx-lm has both in codes
+    assert schemes(make_plan(checkpoint, rules))["model.embed_tokens.weight"].startswith("int8-g32-min")
 
 
 def test_what_no_reader_of_the_format_would_find_is_kept_with_a_reason(tmp_path: Path) -> None:

@@ -183,6 +183,8 @@ class Format:
         fit_activations: `(scheme, weight) -> scheme` of the inputs of a weight whose own scheme is fitted, as this
             format declares it; raises `UnsupportedError` with the reason.
         swaps: whether its readers put a weight `[outputs, inputs]` into the place of a `Conv1D`.
+        shares: whether its readers take an embedding's codes for an output layer that has none of its own; so they do
+            where there is `choose`.
         act_order: whether columns may be in groups of an order of their own (GPTQ's `g_idx`).
         container: kind of file that its tensors are in, or that says what they are; what is not quantized is `arrange`d
             for it.
@@ -214,6 +216,7 @@ class Format:
     owns: Callable[[Weight], Sequence[str]]
     fit_activations: Callable[[Scheme, Weight], Scheme] = no_activations
     swaps: bool = False
+    shares: bool = False
     act_order: bool = False
     container: Literal["safetensors", "gguf", "onnx"] = "safetensors"
     choose: Callable[[str, Sequence[Weight], Mapping[str, Any], bool], dict[str, tuple[str, str]]] | None = None

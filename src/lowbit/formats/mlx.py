@@ -311,4 +311,5 @@ FORMAT = Format(
     hollow=hollow,
     codes=Codes(CodeWords(_unpack_rows, _pack_rows, _lines)),
     stacks=stacked,
+    shares=True,
 )

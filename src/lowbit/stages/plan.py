@@ -305,9 +305,13 @@ class _Maker:
             return wanted, reason
         if self.swap(weight) and not self.form.swaps:
             return "keep", f"{_SWAPPED}; {_SWAPPING}"
-        if weight.name in self.tied.values() and not self.form.choose:
+        if self._shared(weight):
             return "keep", _SHARED
         return wanted, reason
+
+    def _shared(self, weight: Weight) -> bool:
+        """Whether another layer has its values too, and readers would not find them."""
+        return weight.name in self.tied.values() and not (self.form.choose or self.form.shares)
 
     def entry(self, weight: Weight, given: tuple[str, str] | None = None) -> Entry:
         """The entry of one weight, as decided or as given."""
@@ -315,7 +319,7 @@ class _Maker:
         if weight.name in tied:
             return Entry(weight, None, f"shares the storage of {tied[weight.name]}", tied[weight.name])
         wanted, reason = given or self.decide(weight)
-        if wanted != "keep" and weight.name in tied.values() and not form.choose:
+        if wanted != "keep" and self._shared(weight):
             raise UnsupportedError(f"{weight.name} is {_SHARED}; keep it")
         inside = weight.name in self.inside and not self._moved(weight)
         method, why = recipe.method, ""
