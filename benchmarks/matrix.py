@@ -4,9 +4,10 @@
 
 Formats are found by listing. For each format and each kind of scheme that it holds, a whole small Llama is made, two
 of its matrices in that scheme (bell-shaped weights, rounded to nearest; `act-order`: columns in groups of an order of
-their own; codebooks and outliers at random), and converted to every format that is written. `=`: lossless, and read
-again and compared to the bit; `=w`: weights are, and the inputs are no longer rounded; a number is the relative squared
-error with `--lossy`; `-`: refused, the reasons follow. Prints the table of docs/formats/conversion.md.
+their own; codebooks and outliers at random), and converted to every format that is written; those of formats that are
+never written are made by their owners' packages (torchao, optimum-quanto, auto-round, where installed). `=`: lossless,
+and read again and compared to the bit; `=w`: weights are, and the inputs are no longer rounded; a number is the
+relative squared error with `--lossy`; `-`: refused, the reasons follow. Prints the table of docs/formats/conversion.md.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,8 @@ WHOLE = {
     "onnx": SCHEMES,
 }
 SHAPE = (256, 256)
+Made = tuple[Mapping[str, Tensor], Mapping[str, Any]]  # tensors, and what config.json says beside the model's own
+Maker = Callable[[Path], Iterator[Made]]
 CHOSEN = re.compile(r"mlp\.(up|down)_proj\.weight")
 
 
@@ -150,25 +154,87 @@ def write(source: Path, out: Path, tensors: Mapping[str, Tensor], documents: Map
         (out / name).write_text(json.dumps(document))
 
 
-def read_only(source: Path, out: Path, name: str) -> str:
-    """A checkpoint in a format that is never written, by its owner's names; returns its scheme."""
-    if name == "mxfp4":
-        return mixture(source, out)
-    config = json.loads((source / "config.json").read_text())
-    tensors = load_file(source / "model.safetensors")
-    parts = {"torchao": ("_weight_qdata", "_weight_scale"), "quanto": ("weight._data", "weight._scale")}[name]
-    for weight in list(filter(CHOSEN.search, tensors)):
-        values, module = tensors.pop(weight).float(), weight.rpartition(".")[0]
-        scale = (values.abs().amax(1, keepdim=True) / 127).half()
-        tensors[f"{module}.{parts[0]}"] = (values / scale).round().clamp(-127, 127).to(torch.int8)
-        tensors[f"{module}.{parts[1]}"] = scale
-    told = {"quantization_config": {"quant_method": "torchao"}} if name == "torchao" else {}
-    write(source, out, tensors, {"config.json": {**config, **told}})
-    return "int8-row"
+def owned(source: Path, root: Path, name: str) -> Iterator[Path]:
+    """Checkpoints in a format that is never written, by its owner's package; none where that is not installed."""
+    makers: dict[str, Maker] = {"mxfp4": mixture, "torchao": torchao, "quanto": quanto, "auto-round": auto_round}
+    with suppress(ModuleNotFoundError):
+        for number, (tensors, told) in enumerate(makers[name](source)):
+            config = json.loads((source / "config.json").read_text())
+            write(source, root / f"{name}-{number}", tensors, {"config.json": {**config, **told}})
+            yield root / f"{name}-{number}"
 
 
-def mixture(source: Path, out: Path) -> str:
-    """A gpt-oss, of which experts alone are quantized, at random; returns their scheme."""
+def scheme_of(path: Path) -> str:
+    """The scheme of what is quantized."""
+    with open_checkpoint(path) as checkpoint:
+        return str(next(weight.scheme for weight in checkpoint.weights.values() if weight.scheme))
+
+
+def loaded(source: Path) -> Any:
+    """The model in its class."""
+    library: Any = transformers
+    return library.LlamaForCausalLM.from_pretrained(source, dtype="auto")
+
+
+def torchao(source: Path) -> Iterator[Made]:
+    """int8, float8, and int4 as torchao's quantizer lays them out, which itself needs a GPU."""
+    made, kinds = import_module("torchao.quantization"), ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
+    flatten = import_module("torchao.prototype.safetensors.safetensors_support").flatten_tensor_state_dict
+    told = {"quantization_config": {"quant_method": "torchao"}}
+
+    def chosen(module: torch.nn.Module, name: str) -> bool:
+        return CHOSEN.search(f"{name}.weight") is not None
+
+    for kind in kinds:
+        model = loaded(source)
+        made.quantize_(model, getattr(made, kind)(), filter_fn=chosen)
+        yield flatten(model.state_dict())[0], told
+    model = loaded(source)
+    for name, module in model.named_modules():
+        if chosen(module, name):
+            module.weight = torch.nn.Parameter(made.Int4Tensor(*int4_parts(module.weight.data)), requires_grad=False)
+    yield flatten(model.state_dict())[0], told
+
+
+def int4_parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], torch.Size]:
+    """Two signed codes a byte, scales and what is added, in groups of 32 along the row."""
+    groups = weight.float().view(len(weight), -1, 32)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).to(weight.dtype).float()
+    codes = (((groups - low) / scale).round().clamp(0, 15) - 8).char().view(weight.shape)
+    zero = low + 8 * scale
+    packed = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
+    parts = (part.squeeze(-1).T.contiguous().to(weight.dtype) for part in (scale, zero))
+    return (packed, *parts, [1, 32], weight.shape)
+
+
+def quanto(source: Path) -> Iterator[Made]:
+    """As `save_pretrained` of optimum-quanto stores them."""
+    made = import_module("optimum.quanto")
+    for kind in ("qint8", "qfloat8", "qint4"):
+        model = loaded(source)
+        made.QuantizedModelForCausalLM.quantize(model, weights=kind, include=["*up_proj", "*down_proj"])
+        yield {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}, {}
+
+
+def auto_round(source: Path) -> Iterator[Made]:
+    """auto-round's own layout, rounded to nearest, symmetric and not."""
+    made, library = import_module("auto_round"), transformers
+    for symmetric in (True, False):
+        tokenizer = library.AutoTokenizer.from_pretrained(source)  # type: ignore[attr-defined]
+        kept = {name: {"bits": 16} for name, module in loaded(source).named_modules()
+                if isinstance(module, torch.nn.Linear) and not CHOSEN.search(f"{name}.weight")}  # fmt: skip
+        options = {"bits": 4, "group_size": 128, "sym": symmetric, "iters": 0, "disable_opt_rtn": True}
+        tuner = made.AutoRound(loaded(source).float(), tokenizer, layer_config=kept, **options)
+        with tempfile.TemporaryDirectory() as folder:
+            tuner.quantize_and_save(folder, format="auto_round")
+            path = next(Path(folder).rglob("config.json")).parent
+            tensors = {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
+            yield tensors, json.loads((path / "config.json").read_text())
+
+
+def mixture(source: Path) -> Iterator[Made]:
+    """A gpt-oss, of which experts alone are quantized, at random."""
     library: Any = transformers
     dice = torch.Generator().manual_seed(0)
     sizes = {"hidden_size": SHAPE[1], "intermediate_size": SHAPE[0], "num_hidden_layers": 1, "vocab_size": 260}
@@ -182,19 +248,18 @@ def mixture(source: Path, out: Path) -> str:
         tensors[f"{experts}_blocks"] = torch.randint(256, (*shape, 16), generator=dice).byte()
         tensors[f"{experts}_scales"] = torch.randint(115, 125, shape, generator=dice).byte()
     told = {"quantization_config": {"quant_method": "mxfp4"}, "dtype": str(dtype).removeprefix("torch.")}
-    write(source, out, tensors, {"config.json": {**config.to_dict(), **told}})
-    return "mxfp4"
+    yield tensors, {**config.to_dict(), **told}
 
 
 def sources(model: Path, root: Path, only: str | None) -> Iterator[tuple[str, str, Path]]:
     """Format, scheme and checkpoint; of the schemes that are one in a format one."""
-    for name in plugins.names("formats"):
+    for name in sorted([*plugins.names("formats"), "auto-round"]):
+        if only and name.replace("_", "-") != only.replace("_", "-"):
+            continue
+        if name in plugins.READ_ONLY or name == "auto-round":
+            yield from ((name, scheme_of(path), path) for path in owned(model, root, name))
+            continue
         form: Format = plugins.load("formats", name)
-        if only and name != only.replace("-", "_"):
-            continue
-        if name in plugins.READ_ONLY:
-            yield name, read_only(model, root / name, name), root / name
-            continue
         for number, scheme in enumerate(distinct(form, WHOLE.get(name, SCHEMES))):
             for act_order in (False, True) if name.startswith("gptq") and scheme == "int4-g128" else (False,):
                 out = root / f"{name}-{number}-{act_order}"
@@ -245,7 +310,7 @@ def attempt(name: str, scheme: str, start: Path, target: str, root: Path) -> Res
 
 def short(reason: str) -> str:
     """A refusal without the names of files and weights."""
-    text = re.sub(r"^\S*model\S*( \[[\d, ]+\])?: ", "", reason)
+    text = re.sub(r"^\S*model\S*( \[[\d, ]+\])?: |; (--format .*|no other format) holds it$", "", reason)
     text = re.sub(r"cannot hold \S+: ", "cannot hold it: ", re.sub(r"(/|model\.)\S+", "a weight", text))
     return re.sub(r"\([a-z0-9_, ]{90,}\), \S+ is none", "of llama.cpp, it is none", text)
 

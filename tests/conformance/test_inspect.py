@@ -40,4 +40,6 @@ def test_every_format_is_told_as_text_and_as_json(
             code, text, wrong = lowbit("inspect", path, "--original", model)
             assert "verdict     " in text, (scheme, wrong)
         told += 1
+    if not told and name == "quanto":
+        pytest.skip("optimum-quanto is not installed")
     assert told
