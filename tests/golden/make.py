@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import tempfile
 import types
@@ -53,6 +54,7 @@ def _without_init(package: str) -> None:
     assert spec and spec.submodule_search_locations
     sys.modules[package] = types.ModuleType(package)
     sys.modules[package].__path__ = list(spec.submodule_search_locations)
+    sys.modules[package].__spec__ = spec
 
 
 def awq() -> list[dict[str, Any]]:
@@ -330,6 +332,196 @@ def quanto() -> list[dict[str, Any]]:
     return cases
 
 
+def fbgemm_fp8() -> list[dict[str, Any]]:
+    """By transformers with the package's functions, as these work without a GPU; what it multiplies by, in bfloat16."""
+    for package in ("", ".experimental", ".experimental.gemm", ".experimental.gemm.triton_gemm"):
+        _without_init(f"fbgemm_gpu{package}")
+    sys.modules["fbgemm_gpu.experimental.gen_ai"] = _Unused("gen_ai")
+    rows: Any = import_module("fbgemm_gpu.experimental.gemm.triton_gemm.fp8_gemm")
+    made: Any = import_module("transformers.integrations.fbgemm_fp8")
+    made.quantize_fp8_per_row = rows.quantize_fp8_row
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleDict({"m": torch.nn.Linear(48, 8, bias=False)}).bfloat16()
+    tensors = made.FbgemmFp8Quantize(None).convert({"m.weight": [layers["m"].weight.data]}, layers)
+    torch.version.cuda = "12.9"  # else it takes the types of another maker's GPUs
+    one = torch.eye(48).to(torch.float8_e4m3fn), torch.ones(48)
+    found = rows.matmul_fp8_row(one[0], tensors["m.weight"], one[1], tensors["m.weight_scale"].view(-1))
+    declared = import_module("transformers").FbgemmFp8Config().to_dict()
+    return [case({"quantization_config": declared, "dtype": "bfloat16"}, tensors, {"m.weight": found.T})]
+
+
+_STUBS = """
+#include <cstdint>
+#include <cuda_runtime_api.h>
+int spqr_matvec(int, int, int, int, int, const void *, const void *, int, void *, void *, int, void *, void *,
+                cudaStream_t, void *, uint32_t) { return 1; }
+int torch_matvec(int, int, void *, void *, void *, void *, cudaStream_t) { return 1; }
+"""
+_STREAMS = """
+#pragma once
+#include <cuda_runtime.h>
+namespace at::cuda { inline cudaStream_t getCurrentCUDAStream(int = 0) { return nullptr; } }
+"""
+
+
+def _headers() -> list[str]:
+    """Where NVIDIA's packages have the headers of CUDA."""
+    specs = [find_spec(f"nvidia.{name}") for name in ("cuda_runtime", "cuda_nvcc", "cuda_cccl")]
+    return [f"{folder}/include" for spec in specs if spec for folder in spec.submodule_search_locations or ()]
+
+
+def _libraries() -> list[str]:
+    """CUDA's functions that are linked and never called."""
+    spec = find_spec("nvidia.cuda_runtime")
+    assert spec and spec.submodule_search_locations
+    folder = f"{spec.submodule_search_locations[0]}/lib"
+    return [f"{folder}/libcudart.so.12", f"-Wl,-rpath,{folder}"]
+
+
+def spqr() -> list[dict[str, Any]]:
+    """Packed and dequantized by the package's own C++, compiled without its kernels; exact in float16 at every step."""
+    cpp: Any = import_module("torch.utils.cpp_extension")
+    load = cpp.load
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "stubs.cpp").write_text(_STUBS)
+        Path(folder, "ATen/cuda").mkdir(parents=True)
+        Path(folder, "ATen/cuda/CUDAContext.h").write_text(_STREAMS)
+
+        def loaded(name: str, sources: list[str], **_: Any) -> Any:
+            host = [source for source in sources if source.endswith(".cpp")]
+            return load(name, [*host, f"{folder}/stubs.cpp"], extra_include_paths=[folder, *_headers()],
+                        extra_ldflags=_libraries(), extra_cflags=["-O1"])  # fmt: skip
+
+        cpp.load = loaded
+        made = import_module("spqr_quant.inference")
+        return [_spqr(made, rows, cols, ordered) for rows, cols, ordered in [(32, 48, True), (16, 32, False)]]
+
+
+def _spqr(made: Any, rows: int, cols: int, ordered: bool) -> dict[str, Any]:
+    dice = torch.Generator().manual_seed(cols)
+
+    def whole(low: int, high: int, count: int) -> Tensor:
+        return torch.randint(low, high, (count,), generator=dice)
+
+    tiles, starts = rows * cols // 256, torch.cat([torch.zeros(1), whole(0, 3, rows).cumsum(0)]).int()
+    outliers = int(starts[-1])
+    steps = [2.0 ** whole(-6, -3, tiles), whole(-3, 0, tiles), 2.0 ** whole(-1, 1, tiles), whole(-2, 6, tiles)]
+    order = torch.randperm(cols, generator=dice)
+    legacy = made.SPQRLegacy(
+        rows, cols, 3, whole(0, 8, rows * cols).char().view(rows, cols), 16, 16,
+        *[whole(0, 8, tiles * 16).char() for _ in range(2)], *[step.half() for step in steps],
+        starts, whole(0, cols, outliers).short(), (whole(-8, 9, outliers) / 4).half(),
+        order if ordered else None,
+    )  # fmt: skip
+    kind = made.SparseStorageConfiguration.CSR
+    layer = made.QuantizedLinear.from_legacy(legacy, made.ModelArgs(3, 16, 16, kind), "cpu")
+    meant = torch.empty(rows, cols).half()
+    meant[:, order if ordered else torch.arange(cols)] = layer.dequantize()
+    tensors = {f"{MODULE}.{name}": part.detach() for name, part in layer.named_parameters()}
+    shapes = {f"{name}.shape": part.numel() for name, part in tensors.items()}
+    declared = import_module("transformers").SpQRConfig(shapes=shapes).to_dict()
+    return case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": meant})
+
+
+_QUANTIZE = """
+#include <torch/extension.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include "cutlass_preprocessors.h"
+extern "C" cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
+extern "C" cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
+    return *value = what == cudaDevAttrComputeCapabilityMajor ? 8 : 0, cudaSuccess;
+}
+using namespace fastertransformer;
+std::vector<torch::Tensor> quantize(torch::Tensor w) {
+    const size_t rows = w.size(0), cols = w.size(1);
+    auto plain = torch::empty({w.size(0), w.size(1)}, torch::kInt8), packed = torch::empty_like(plain);
+    auto scales = torch::empty({w.size(1)}, torch::kHalf);
+    symmetric_quantize<half, half>(packed.data_ptr<int8_t>(), plain.data_ptr<int8_t>(), (half *)scales.data_ptr(),
+                                   (const half *)w.data_ptr(), {rows, cols}, QuantType::INT8_WEIGHT_ONLY);
+    return {plain, packed, scales};
+}
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("quantize", &quantize); }
+"""
+
+
+def eetq() -> list[dict[str, Any]]:
+    """By EETQ's own C++ for processors of capability 8.0; `$EETQ` is its source, of which there is no package."""
+    source, cutlass = os.environ["EETQ"], find_spec("cutlass_library")
+    assert cutlass and cutlass.submodule_search_locations
+    places = [f"{source}/csrc/{part}" for part in ("cutlass_kernels", "utils", "cutlass_extensions/include")]
+    places += [f"{cutlass.submodule_search_locations[0]}/source/include", *_headers()]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "quantize.cpp").write_text(_QUANTIZE)
+        sources = [f"{folder}/quantize.cpp", f"{places[0]}/cutlass_preprocessors.cc"]
+        made: Any = import_module("torch.utils.cpp_extension").load(
+            "eetq", sources, extra_include_paths=places, extra_cflags=["-O1"],
+            extra_ldflags=_libraries(),
+        )  # fmt: skip
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).half()
+    plain, packed, scales = made.quantize(weight.T.contiguous())
+    tensors = {f"{MODULE}.weight": packed, f"{MODULE}.weight_scales": scales}
+    declared = import_module("transformers").EetqConfig().to_dict()
+    meant = (plain.T * scales.float()[:, None]).half()
+    return [case({"quantization_config": declared}, tensors, {f"{MODULE}.weight": meant})]
+
+
+def onnx() -> list[dict[str, Any]]:
+    """Products by a weight, quantized in each way that onnxruntime has; what it multiplies unit vectors to."""
+    made: Any = import_module("onnxruntime.quantization")
+    nbits: Any = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+    cases = []
+    for bits, symmetric, kind in [(4, True, "QOperator"), (4, False, "QOperator"), (8, False, "QOperator"),
+                                  (4, True, "QDQ"), (4, False, "QDQ")]:  # fmt: skip
+        quantizer = nbits.MatMulNBitsQuantizer(
+            _product(), bits, 16, symmetric, quant_format=getattr(made.QuantFormat, kind)
+        )
+        quantizer.process()
+        cases.append(_onnx_case(quantizer.model.model))
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = f"{folder}/float.onnx", f"{folder}/model.onnx"
+        import_module("onnx").save(_product(), source)
+        made.quantize_dynamic(source, out, weight_type=made.QuantType.QInt8, per_channel=True)
+        cases.append(_onnx_case(import_module("onnx").load(out)))
+        made.quantize_static(source, out, _Once(), per_channel=True, weight_type=made.QuantType.QInt8)
+        cases.append(_onnx_case(import_module("onnx").load(out), f"{MODULE}.weight_DequantizeLinear_Output"))
+    return cases
+
+
+class _Once:
+    """Calibration by the unit vectors, from -1 to 1."""
+
+    def __init__(self) -> None:
+        eye = torch.eye(64).numpy()
+        self.left = iter([{"x": eye}, {"x": -eye}])
+
+    def get_next(self) -> Any:
+        return next(self.left, None)
+
+
+def _product() -> Any:
+    helper: Any = import_module("onnx.helper")
+    weight = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) / 8
+    stored = import_module("onnx.numpy_helper").from_array(weight.numpy(), f"{MODULE}.weight")
+    ends = [helper.make_tensor_value_info(name, 1, ["tokens", size]) for name, size in (("x", 64), ("y", 8))]
+    node = helper.make_node("MatMul", ["x", f"{MODULE}.weight"], ["y"], f"/{MODULE.replace('.', '/')}/MatMul")
+    graph = helper.make_graph([node], "product", ends[:1], ends[1:], [stored])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def _onnx_case(model: Any, output: str = "y") -> dict[str, Any]:
+    """`output`: the product, or the weight itself where inputs and products are rounded."""
+    runtime: Any = import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # inputs are not rounded
+    data = model.SerializeToString()
+    if output != "y":
+        model.graph.output.append(import_module("onnx").ValueInfoProto(name=output))
+    session = runtime.InferenceSession(model.SerializeToString(), options)
+    (found,) = session.run([output], {"x": torch.eye(64).numpy()})
+    return {"graph": data.hex()} | case({}, {}, {f"{MODULE}.weight": torch.from_numpy(found).T})
+
+
 class _Unused(types.ModuleType):
     """A module of which nothing is needed but that names can be imported from it."""
 
@@ -350,6 +542,10 @@ MAKERS: dict[str, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
     "vptq": ("vptq 0.0.5.post1", vptq),
     "quanto": ("optimum-quanto 0.2.7", quanto),
     "modelopt": ("nvidia-modelopt 0.47.0", modelopt),
+    "fbgemm_fp8": ("fbgemm-gpu-genai 1.9.0, transformers 5.23.0", fbgemm_fp8),
+    "onnx": ("onnxruntime 1.32.0", onnx),
+    "eetq": ("EETQ 465e972, nvidia-cutlass 4.2.0.0, nvidia-cuda-runtime-cu12, -nvcc-cu12, -cccl-cu12 (headers)", eetq),
+    "spqr": ("spqr_quant 0.2.0, nvidia-cuda-runtime-cu12, -nvcc-cu12, -cccl-cu12 (headers)", spqr),
 }
 
 if __name__ == "__main__":

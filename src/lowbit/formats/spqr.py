@@ -70,7 +70,7 @@ def _tiles(values: Tensor, rows: int, wide: int) -> Tensor:
 def _untiled(values: Tensor) -> Tensor:
     """The inverse of `_tiles`."""
     down, across, high, wide = values.shape
-    return values.permute(0, 2, 1, 3).reshape(down * high, across * wide)
+    return values.permute(0, 2, 1, 3).reshape(down * high, across * wide).contiguous()  # a view, where one is 1
 
 
 def pack(weight: Weight, q: QTensor, into: Mapping[str, Tensor]) -> None:
