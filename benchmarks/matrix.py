@@ -204,8 +204,8 @@ def int4_parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], torch
     codes = (((groups - low) / scale).round().clamp(0, 15) - 8).char().view(weight.shape)
     zero = low + 8 * scale
     packed = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
-    parts = (part.squeeze(-1).T.contiguous().to(weight.dtype) for part in (scale, zero))
-    return (packed, *parts, [1, 32], weight.shape)
+    scale, zero = (part.squeeze(-1).T.contiguous().to(weight.dtype) for part in (scale, zero))
+    return packed, scale, zero, [1, 32], weight.shape
 
 
 def quanto(source: Path) -> Iterator[Made]:
@@ -219,9 +219,9 @@ def quanto(source: Path) -> Iterator[Made]:
 
 def auto_round(source: Path) -> Iterator[Made]:
     """auto-round's own layout, rounded to nearest, symmetric and not."""
-    made, library = import_module("auto_round"), transformers
+    made, library = import_module("auto_round"), import_module("transformers")
     for symmetric in (True, False):
-        tokenizer = library.AutoTokenizer.from_pretrained(source)  # type: ignore[attr-defined]
+        tokenizer = library.AutoTokenizer.from_pretrained(source)
         kept = {name: {"bits": 16} for name, module in loaded(source).named_modules()
                 if isinstance(module, torch.nn.Linear) and not CHOSEN.search(f"{name}.weight")}  # fmt: skip
         options = {"bits": 4, "group_size": 128, "sym": symmetric, "iters": 0, "disable_opt_rtn": True}

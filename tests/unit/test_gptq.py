@@ -48,7 +48,7 @@ def test_fit_says_how_it_is_stored(scheme: str, shape: tuple[int, int], fitted: 
     ("scheme", "shape", "reason"),
     [
         ("int5-g64", (64, 128), "2, 3, 4 or 8 bits"),
-        ("nf4-g64", (64, 128), "compressed-tensors"),
+        ("nf4-g64", (64, 128), "with plain scales"),
         ("int4-g64-fzero", (64, 128), "use asym"),
         ("int4-g48", (64, 96), "use g128"),
         ("int4-tensor", (64, 128), "one scale per row"),

@@ -162,9 +162,9 @@ def compare(
         confidence = "low"
     if error > _ANOTHER and scaled is None:
         method, confidence = "other weights: rotated, trained further, or another model", "low"
-    spreads = [_deviation(part) for part in (scaled.columns, scaled.rows)] if scaled else [0.0, 0.0]
+    spread, rows = (_deviation(scaled.columns), _deviation(scaled.rows)) if scaled else (0.0, 0.0)
     partner = scaled.partner if scaled else None
-    return Compared(name, error, snr, moved, farthest, together, ranged, *spreads, partner, method, confidence)
+    return Compared(name, error, snr, moved, farthest, together, ranged, spread, rows, partner, method, confidence)
 
 
 def _sample(q: QTensor, w: Rows, found: Rows) -> _Sample:
