@@ -3,11 +3,18 @@
 
 // ---- inputs as int8 ----
 
+I bare_bits(F value) { return both(bits(value), set(0x7fffffff)); }
+
+constexpr float no_number = __builtin_nanf("");
+
+// Whether one of some magnitudes is no finite number: their integers then have no scale, and products are no number either.
+bool has_none(I magnitudes) { return any(greater(magnitudes, set(0x7f7fffff))); }
+
 // A block of `sub` inputs; what a step of its integers is.
 float round_block(int64_t sub, const float* input, int8_t* rounded) {
-    F most = set(0.0f);
-    for (int64_t i = 0; i < sub; i += 16) most = max(most, floats(both(bits(load_f32(input + i)), set(0x7fffffff))));
-    float largest = greatest(most), up = largest > 1e-30f ? 127 / largest : 0;
+    I most = set(0);
+    for (int64_t i = 0; i < sub; i += 16) most = max(most, bare_bits(load_f32(input + i)));
+    float largest = has_none(most) ? no_number : greatest(floats(most)), up = largest > 1e-30f ? 127 / largest : 0;
     for (int64_t i = 0; i < sub; i += 16)
         store_u8(rounded + i, both(to_int(rint(mul(load_f32(input + i), set(up)))), set(0xff)));
     return largest / 127;
@@ -57,7 +64,6 @@ Wide wide_of(F largest, F squares, float most) {
     return {floats(select(there, bits(div(limit, unit)), set(0))), div(unit, limit)};
 }
 F inverse(F largest) { return div(set(1.0f), max(largest, set(1e-30f))); }
-I bare_bits(F value) { return both(bits(value), set(0x7fffffff)); }
 
 void round_wide(int64_t cols, int64_t run, const float* input, int16_t* words, float* scale, int32_t* crossed) {
     for (int64_t col = 0; col < cols; col += run, input += run, words += run) {
@@ -72,7 +78,7 @@ void round_wide(int64_t cols, int64_t run, const float* input, int16_t* words, f
         Wide as = wide_of(largest, set(sum_of(squares)), most_input);
         for (int64_t i = 0; i < count; i += 16)
             store_u16(words + i, both(to_int(rint(mul(load_f32(input + i), as.up))), set(0xffff)));
-        *scale++ = least(as.scale), *crossed++ = crossed_sum(count, words);
+        *scale++ = has_none(most) ? no_number : least(as.scale), *crossed++ = crossed_sum(count, words);
     }
 }
 
@@ -82,7 +88,7 @@ bool widen_run(const uint8_t* from, int64_t count, uint8_t* words, float* scale)
     auto value = [&](int64_t col) { return T::load(from + col * 16 * T::size); };
     I most = set(0);
     for (int64_t i = 0; i < count; i++) most = max(most, bare_bits(value(i)));
-    if (any(greater(most, set(0x7f7fffff)))) return false;
+    if (has_none(most)) return false;
     F over = inverse(floats(most)), squares = set(0.0f);
     for (int64_t i = 0; i < count; i++) {
         F part = mul(value(i), over);

@@ -532,3 +532,18 @@ def test_threads_keep_from_the_callers_processor() -> None:
     """Where its caller is a thread would wait for it, and the scheduler of a virtual machine wakes it there."""
     run = subprocess.run([sys.executable, "-c", _PROCESSORS], check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("scheme", ["int4-g64", "q2_k", "iq4_xs", "nf4-g64", "fp8-e4m3-row", "float16"])
+def test_an_input_that_is_no_number_is_not_rounded_away(scheme: str, value: float) -> None:
+    """Of that token, and of it alone, nothing is finite: a model that is broken must show it."""
+    cols = 512
+    dense = pack_wide(wide_values(torch.float16, 48, cols)) if scheme == "float16" else None
+    packed = dense or pack(random_qtensor(parse(scheme), (48, cols), seed=1))
+    for tokens in (1, 17):
+        x = inputs(tokens, cols)
+        x[tokens // 2, 77] = value
+        found = multiply(packed, x).isfinite()
+        assert not found[tokens // 2].any()
+        assert found[torch.arange(tokens) != tokens // 2].all()
