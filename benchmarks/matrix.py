@@ -268,7 +268,7 @@ def sources(model: Path, root: Path, only: str | None) -> Iterator[tuple[str, st
                         packed(model, out, form, scheme, act_order)
                     else:
                         chosen = {CHOSEN.pattern: scheme, ".": "keep"}
-                        lowbit.quantize(model, out, format=name, method="rtn", sets=chosen)
+                        lowbit.quantize(model, out, format=name, sets=chosen)
                     yield name, f"{scheme}, act-order" if act_order else scheme, out
 
 

@@ -141,6 +141,15 @@ def test_a_method_that_makes_none_of_the_types_is_refused(method: str, scheme: s
         make_plan(open_checkpoint(wiki_8m), rules)
 
 
+@pytest.mark.parametrize("method", [None, "awq"])
+def test_a_method_that_nobody_asked_for_may_leave_all_to_others(method: str | None, wiki_8m: Path) -> None:
+    sets = (("proj", "nvfp4"), (".", "keep"))
+    rules = Rules("q4_0", method, "gguf", sets=sets, calibration=Calibration(("text",)))
+    plan = make_plan(open_checkpoint(wiki_8m), rules)
+    made = {entry.method for entry in plan.entries if str(entry.weight.scheme) == "nvfp4"}
+    assert made == {"mse"} and len(schemes(plan)) > 50
+
+
 def test_a_scheme_that_the_format_cannot_hold_names_the_tensor(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"gate_proj.*\[64, 128\].*cannot hold nvfp4"):
         make_plan(write_model(tmp_path / "m"), Rules("nvfp4", format="gptq"))

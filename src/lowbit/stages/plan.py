@@ -243,7 +243,8 @@ def make_plan(
     """
     maker = _maker(checkpoint, rules)
     entries = [maker.entry(weight, given.get(weight.name)) for weight in map(_plain, checkpoint.weights.values())]
-    _check_used(entries, maker.recipe.method)
+    if rules.method and parse_recipe(rules.method).method == maker.recipe.method:
+        _check_used(entries, maker.recipe.method)
     calibration = rules.calibration if maker.calibrated else None
     facts = maker.importance.facts if maker.importance else None
     return Plan(rules.format.replace("_", "-"), tuple(entries), maker.options, str(maker.recipe), calibration, facts)
@@ -440,7 +441,7 @@ def _able(method: str, wanted: str, encoder: str) -> str:
 
 
 def _check_used(entries: Sequence[Entry], method: str) -> None:
-    """Raise UnsupportedError where others make all weights, because the method makes none of the schemes."""
+    """Raise UnsupportedError where others make all weights, because the method that was asked for makes none."""
     others = [(entry, entry.weight.scheme) for entry in entries if entry.weight.scheme and entry.method != method]
     found = [(e, why) for e, scheme in others if scheme and (why := _method(method).objection(scheme)) is not None]
     if found and not any(entry.method == method for entry in entries):
