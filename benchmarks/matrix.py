@@ -3,11 +3,12 @@
     python -m benchmarks.matrix [--dtype float16] [--only FORMAT] [--json]
 
 Formats are found by listing. For each format and each kind of scheme that it holds, a whole small Llama is made, two
-of its matrices in that scheme (bell-shaped weights, rounded to nearest, in GGUF by its encoders; `act-order`: columns in groups of an order of
-their own; codebooks and outliers at random), and converted to every format that is written; those of formats that are
-never written are made by their owners' packages (torchao, optimum-quanto, auto-round, where installed). `=`: lossless,
-and read again and compared to the bit; `=w`: weights are, and the inputs are no longer rounded; a number is the
-relative squared error with `--lossy`; `-`: refused, the reasons follow. Prints the table of docs/formats/conversion.md.
+of its matrices in that scheme (bell-shaped weights, rounded to nearest, in GGUF by its encoders; `act-order`: columns
+in groups of an order of their own; codebooks and outliers at random), and converted to every format that is written;
+those of formats that are never written are made by their owners' packages (torchao, optimum-quanto, auto-round, where
+installed). `=`: lossless, and read again and compared to the bit; `=w`: weights are, and the inputs are no longer
+rounded; a number is the relative squared error with `--lossy`; `-`: refused, the reasons follow. Prints the table of
+docs/formats/conversion.md.
 """
 
 from __future__ import annotations
