@@ -47,7 +47,7 @@ def test_float_weights_are_a_plain_model(tmp_path: Path) -> None:
 def mixture(wiki_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """llama.cpp's mixture, with a quantized head, which most readers of other formats never look for."""
     out = tmp_path_factory.mktemp("mixture") / "out"
-    lowbit.quantize(wiki_8m, out, format="gguf", scheme="q4_k_m", method="rtn")
+    lowbit.quantize(wiki_8m, out, format="gguf", scheme="q4_k_m")
     return out
 
 
