@@ -28,7 +28,9 @@ def held_by(holds: Callable[[str, Format], bool]) -> str:
         with suppress(UnsupportedError, FormatError):
             if holds(name, record):
                 found[record.container == "safetensors"].append(name.replace("_", "-"))
-    return _said((found[True] or found[False])[:_MOST])
+        if len(found[True]) == _MOST:
+            break
+    return _said(found[True] or found[False][:_MOST])
 
 
 def _said(names: Sequence[str]) -> str:
