@@ -10,14 +10,23 @@ constexpr float no_number = __builtin_nanf("");
 // Whether one of some magnitudes is no finite number: their integers then have no scale, and products are no number either.
 bool has_none(I magnitudes) { return any(greater(magnitudes, set(0x7f7fffff))); }
 
+// How a block of values becomes integers of 8 bits: what each is multiplied by, and what a step of them is.
+struct Step {
+    float up, size;
+};
+Step step_of(int64_t count, const float* values) {
+    I most = set(0);
+    for (int64_t i = 0; i < count; i += 16) most = max(most, bare_bits(load_f32(values + i)));
+    float largest = has_none(most) ? no_number : greatest(floats(most));
+    return {largest > 1e-30f ? 127 / largest : 0, largest / 127};
+}
+
 // A block of `sub` inputs; what a step of its integers is.
 float round_block(int64_t sub, const float* input, int8_t* rounded) {
-    I most = set(0);
-    for (int64_t i = 0; i < sub; i += 16) most = max(most, bare_bits(load_f32(input + i)));
-    float largest = has_none(most) ? no_number : greatest(floats(most)), up = largest > 1e-30f ? 127 / largest : 0;
+    Step step = step_of(sub, input);
     for (int64_t i = 0; i < sub; i += 16)
-        store_u8(rounded + i, both(to_int(rint(mul(load_f32(input + i), set(up)))), set(0xff)));
-    return largest / 127;
+        store_u8(rounded + i, both(to_int(rint(mul(load_f32(input + i), set(step.up)))), set(0xff)));
+    return step.size;
 }
 
 int32_t sum_of_bytes(int64_t count, const int8_t* bytes) {
@@ -141,19 +150,16 @@ void keep(int64_t position, int64_t dim, const float* from, const Kept& to) {
     if (to.as == Keep::f32) __builtin_memcpy(data + 4 * at, from, size_t(4 * dim));
     for (int64_t i = 0; to.as == Keep::f16 && i < dim; i += 16) store_f16(data + 2 * (at + i), load_f32(from + i));
     for (int64_t i = 0; to.as == Keep::int8 && i < dim; i += to.block) {
-        F most = set(0.0f);
+        Step step = step_of(to.block, from + i);
+        to.scale[(at + i) / to.block] = step.size;
         for (int64_t j = i; j < i + to.block; j += 16)
-            most = max(most, floats(both(bits(load_f32(from + j)), set(0x7fffffff))));
-        float largest = greatest(most), up = largest > 1e-30f ? 127 / largest : 0;
-        to.scale[(at + i) / to.block] = largest / 127;
-        for (int64_t j = i; j < i + to.block; j += 16)
-            store_u8(data + at + j, add(to_int(rint(mul(load_f32(from + j), set(up)))), set(128)));
+            store_u8(data + at + j, add(to_int(rint(mul(load_f32(from + j), set(step.up)))), set(128)));
     }
 }
 
 // tanh(x) to about 2**-18.
 F tanh_of(F x) {
-    F size = floats(both(bits(x), set(0x7fffffff))), power = exp_negative(mul(size, set(-2.0f)));
+    F size = floats(bare_bits(x)), power = exp_negative(mul(size, set(-2.0f)));
     F share = div(sub(set(1.0f), power), add(set(1.0f), power));
     return floats(either(bits(share), both(bits(x), set(int32_t(0x80000000)))));
 }

@@ -100,6 +100,7 @@ def _grids(found: Inspection) -> Iterator[str]:
 def _compared(found: Inspection) -> Iterator[str]:
     """What the comparison with the original gave: methods that weights look like with their numbers, worst errors."""
     from lowbit.inspect.compare import methods_of
+    from lowbit.inspect.names import CONFIDENCES
 
     if found.original is None:
         return
@@ -110,7 +111,7 @@ def _compared(found: Inspection) -> Iterator[str]:
         yield f"verdict     {seen.method}, as {seen.weights} of {seen.total} weights look; confidence {seen.confidence}"
     for method, count in methods_of(found.compared).items():
         own = [each for each in found.compared if each.method == method]
-        sure = sorted({each.confidence for each in own}, key=["high", "medium", "low"].index)
+        sure = sorted({each.confidence for each in own}, key=CONFIDENCES.index)
         middle = sorted(own, key=lambda each: each.moved)[count // 2]
         yield (
             f"looks like  {method}: {count} weights, confidence {' to '.join(sure)}; as {middle.name}: "

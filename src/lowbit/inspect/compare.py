@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lowbit.inspect.names import Confidence
+from lowbit.inspect.names import CONFIDENCES, Confidence
 from lowbit.tensors import QTensor, block_size, level_table
 
 Rows = Float[Tensor, "rows cols"]
@@ -38,7 +38,6 @@ _SHIFTS = (0.0, 1.0)  # what norms add to their weights before they multiply: Ge
 _SURE = 0.9  # share of a model's weights that a method explains
 _RANGED, _SEARCHED = "rtn", "nearest codes under searched scales"
 _FOLDED = ("awq+", "smoothquant+")
-_ORDER: tuple[Confidence, ...] = ("high", "medium", "low")
 
 
 @final
@@ -359,7 +358,7 @@ def verdict(found: Sequence[Compared]) -> Verdict | None:
     kind, count = Counter(kinds).most_common(1)[0]
     own = [each for each, other in zip(found, kinds, strict=True) if other == kind]
     then = _SEARCHED if any(each.method.endswith(_SEARCHED) for each in own) else own[0].method.rpartition("+")[2]
-    confidence: Confidence = sorted((each.confidence for each in own), key=_ORDER.index)[count // 2]
+    confidence: Confidence = sorted((each.confidence for each in own), key=CONFIDENCES.index)[count // 2]
     if folded:
         confidence = "high" if any(each.partner for each in folded) else "medium"
     if count < _SURE * len(found):

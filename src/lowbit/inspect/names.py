@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.resources import files as package
 from math import log2
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 # high: the name says it. medium: what is so by default. low: a guess, or the name contradicts itself.
 Confidence = Literal["high", "medium", "low"]
+CONFIDENCES: tuple[Confidence, ...] = get_args(Confidence)  # the surest first
 Value = int | float | str | bool
 
 _LONGEST = 300
@@ -127,8 +128,7 @@ def _value(match: re.Match[str], value: Value) -> Value:
 def _settle(facts: dict[str, Said], spoken: list[tuple[str, Said]]) -> Iterator[str]:
     """Keep of each field what is said most surely; what contradicts it is a warning, or a mixture that is declared."""
     mixed = any(said.value == "mixed" for _, said in spoken)
-    order: list[Confidence] = ["high", "medium", "low"]
-    for key, said in sorted(spoken, key=lambda pair: order.index(pair[1].confidence)):
+    for key, said in sorted(spoken, key=lambda pair: CONFIDENCES.index(pair[1].confidence)):
         known = facts.get(key)
         if known is None:
             facts[key] = said

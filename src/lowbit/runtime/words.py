@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, final
 
 from lowbit.errors import UsageError
-from lowbit.stages._gguf import read_gguf
+from lowbit.stages._gguf import Gguf, read_gguf
 from lowbit.stages._gguf_vocabulary import alone, ends_of, tokenizer_documents
 from lowbit.stages._model import open_tokenizer
 from lowbit.stages._plain_tokenizer import parsed_tokenizer
@@ -49,24 +49,32 @@ def open_words(checkpoint: Checkpoint) -> Words:
     if found:
         return found
     asked: Any = open_tokenizer(checkpoint)
+    header = _header(checkpoint)
+    ends = _ends(header, asked.eos_token_id, (asked.get_vocab() if header else {}).get)
     decode, special = partial(asked.decode, skip_special_tokens=True), _special(asked.added_tokens_decoder)
-    return Words(lambda text: asked(text).input_ids, decode, _ends(checkpoint, asked.eos_token_id), special)
+    return Words(lambda text: asked(text).input_ids, decode, ends, special)
 
 
 def plain_words(checkpoint: Checkpoint) -> Words | None:
     """The same where transformers would change nothing; else None."""
-    found = _of_file(checkpoint) or _of_directory(checkpoint)
+    header = _header(checkpoint)
+    found = (_of_file(header) if header else None) or _of_directory(checkpoint)
     if found is None:
         return None
     tokenizer, end = found
-    special = _special(tokenizer.get_added_tokens_decoder())
-    return Words(lambda text: tokenizer.encode(text).ids, tokenizer.decode, _ends(checkpoint, end), special)
+    ends, special = _ends(header, end, tokenizer.token_to_id), _special(tokenizer.get_added_tokens_decoder())
+    return Words(lambda text: tokenizer.encode(text).ids, tokenizer.decode, ends, special)
 
 
-def _ends(checkpoint: Checkpoint, end: int | None) -> frozenset[int]:
+def _header(checkpoint: Checkpoint) -> Gguf | None:
+    """Of a GGUF file that has the tokenizer."""
+    return read_gguf(checkpoint.shards[0]) if alone(checkpoint, "tokenizer_config.json") else None
+
+
+def _ends(header: Gguf | None, end: int | None, find: Callable[[str], int | None]) -> frozenset[int]:
     """Of a text: the one that a tokenizer has, and those that a GGUF file knows beside it."""
-    told = ends_of(read_gguf(checkpoint.shards[0])) if alone(checkpoint, "tokenizer_config.json") else ()
-    return frozenset([*told, *([] if end is None else [end])])
+    told = ends_of(header, find) if header else frozenset[int]()
+    return told if end is None else told | {end}
 
 
 def _special(added: Mapping[int, Any]) -> dict[str, int]:
@@ -82,11 +90,9 @@ def _of_directory(checkpoint: Checkpoint) -> tuple[Any, int | None] | None:
     return None if config.get("clean_up_tokenization_spaces") else (tokenizer, ids.get("eos"))
 
 
-def _of_file(checkpoint: Checkpoint) -> tuple[Any, int | None] | None:
+def _of_file(header: Gguf) -> tuple[Any, int | None] | None:
     """The tokenizer in a GGUF file, if it has its special tokens as such."""
-    if not alone(checkpoint, "tokenizer_config.json"):
-        return None
-    documents = tokenizer_documents(read_gguf(checkpoint.shards[0]))
+    documents = tokenizer_documents(header)
     document, config = documents["tokenizer.json"], documents["tokenizer_config.json"]
     ids = {token["content"]: int(token["id"]) for token in document["added_tokens"] if token["special"]}
     special = {name: token for name, token in config.items() if name.endswith("_token")}

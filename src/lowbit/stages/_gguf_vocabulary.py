@@ -6,7 +6,7 @@ whole scores highest: every way to cut a token in two is a merge, ranked by the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lowbit.errors import UnsupportedError
@@ -183,14 +183,18 @@ def _specials(header: Gguf, tokens: Sequence[str]) -> dict[str, int]:
     return {name: number for name, number in told.items() if isinstance(number, int) and 0 <= number < len(tokens)}
 
 
-def ends_of(header: Gguf) -> frozenset[int]:
-    """Tokens at which llama.cpp ends a text: those that the file names as such, and those that are called so."""
+def ends_of(header: Gguf, find: Callable[[str], int | None]) -> frozenset[int]:
+    """Tokens at which llama.cpp ends a text: those that the file names as such, and those that are called so.
+
+    `find` has the token of a text: whoever asks has the vocabulary, and to read it again takes tens of milliseconds.
+    """
+    tokens = header.fields.get("tokenizer.ggml.tokens")
     named = [header.value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    tokens: Any = header.value("tokenizer.ggml.tokens") or ()
-    texts = {text: number for number, text in enumerate(tokens) if text in _ENDS}
-    if texts.keys() >= _CHANNELS:
-        texts.pop("<|end|>", None)
-    return frozenset([*texts.values(), *(each for each in named if isinstance(each, int) and 0 <= each < len(tokens))])
+    called = {text: number for text in _ENDS if (number := find(text)) is not None}
+    if called.keys() >= _CHANNELS:
+        called.pop("<|end|>", None)
+    count = tokens.count if tokens else 0
+    return frozenset([*called.values(), *(each for each in named if isinstance(each, int) and 0 <= each < count)])
 
 
 def _ends(header: Gguf, tokens: Sequence[str], begins: bool, pieces: bool) -> dict[str, Any] | None:
