@@ -10,6 +10,7 @@
 
 #include "decoder.h"
 #include "lookup.h"
+#include "ggml_grids.h"
 #include "lowbit.h"
 
 namespace nb = nanobind;
@@ -148,6 +149,24 @@ NB_MODULE(_native, module) {
         },
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), Unlocked());
+    module.def("ggml_runs", [](int type) {
+        std::vector<int> digits;
+        if (!has_grid(GgmlType(type))) return digits;
+        const GgmlGrid& grid = ggml_grid(GgmlType(type));
+        for (int at = 0; at < grid.size * grid.group; at++)
+            digits.push_back(grid.words[at / grid.group] >> grid.bits * (at % grid.group) & ((1 << grid.bits) - 1));
+        return digits;
+    });
+    module.def(
+        "sweep_runs",
+        [](int type, const FloatsOut& target, const Floats& weight, const FloatsOut& error, const Floats& coupling,
+           const Floats& scale, const Floats& solve, const Floats& metric, const Floats& level, bool first,
+           const Codes& codes) {
+            Sweep of{int64_t(target.shape(0)), int64_t(target.shape(1)), weight.data(), coupling.data(), scale.data(),
+                     nullptr, target.data(), error.data(), codes.data()};
+            kernels().sweep_runs({of, GgmlType(type), solve.data(), metric.data(), level.data(), first});
+        },
+        Unlocked());
     module.def(
         "block_errors",
         [](const Floats& weight, const Floats& scale, const MaybeFloats& zero, float offset, float code_max,

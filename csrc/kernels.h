@@ -567,6 +567,7 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 #include "ggml_encode.h"
 #include "ggml_fit.h"
 #include "ggml_grid_encode.h"
+#include "runs.h"
 
 // ---- and its blocks, as products read them ----
 
@@ -577,7 +578,7 @@ void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_
 void LOWBIT_PRODUCT(const Product& of, int64_t first, int64_t last);  // compiled apart: product.h
 extern const Kernels LOWBIT_TABLE;
 const Kernels LOWBIT_TABLE{isa_name,   block_range, quantize_affine, quantize_levels, quantize_fp8,
-                           dequantize, error,       to_floats,       sweep,           block_errors, pack_bits,       unpack_bits,     transpose_words,
+                           dequantize, error,       to_floats,       sweep,           sweep_runs, block_errors, pack_bits,       unpack_bits,     transpose_words,
                            softmax,    softmax_slopes, encode_any, fit_any, put_any,         true, false,     LOWBIT_PRODUCT,
                            round_inputs, widen,     round_wide,      widen_panels,    attend,    keep,
                            gate};

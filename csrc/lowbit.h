@@ -50,6 +50,13 @@ struct Levels {
     int32_t code[256];     // code of each rank
 };
 
+// llama.cpp's block types under the numbers that GGUF gives them.
+enum class GgmlType {
+    q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13, q6_k = 14,
+    iq2_xxs = 16, iq2_xs = 17, iq3_xxs = 18, iq1_s = 19, iq4_nl = 20, iq3_s = 21, iq2_s = 22, iq4_xs = 23, iq1_m = 29,
+    tq1_0 = 34, tq2_0 = 35, mxfp4 = 39, nvfp4 = 40,
+};
+
 // What `sweep` reads and writes; all but `coupling` [cols, cols] are [cols, lanes], a row of weights per lane.
 struct Sweep {
     int64_t cols, lanes;   // lanes is a multiple of 16
@@ -71,17 +78,22 @@ struct Coder {
     bool keep_zeros;     // a weight that is 0 has the target 0
 };
 
+// The same for a type with a table of runs of codes, eight columns at once. Of the columns that are not done and those of the
+// run, the error is least where these are `solve` times target minus value beyond what they stand for (values are weight
+// minus error); around that it grows by `metric`. Both are [cols rounded up to eights, 8], 0 where there is no column.
+struct RunSweep {
+    Sweep of;
+    GgmlType type;
+    const float* solve;
+    const float* metric;
+    const float* level;  // 256 entries
+    bool first;          // codes that are there (in and out) do not count, but for the shifts of IQ1_S
+};
+
 // Attention scores [rows, cols] where row r sees the columns up to first + r % period.
 struct Causal {
     int64_t rows, cols, period, first;
     float scale;  // of the scores, above 0
-};
-
-// llama.cpp's block types under the numbers that GGUF gives them.
-enum class GgmlType {
-    q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13, q6_k = 14,
-    iq2_xxs = 16, iq2_xs = 17, iq3_xxs = 18, iq1_s = 19, iq4_nl = 20, iq3_s = 21, iq2_s = 22, iq4_xs = 23, iq1_m = 29,
-    tq1_0 = 34, tq2_0 = 35, mxfp4 = 39, nvfp4 = 40,
 };
 
 // Weights and bytes of a block, how many blocks with scales of their own are in it (0: it has one scale), whether it
@@ -249,6 +261,7 @@ struct Kernels {
     // Columns one by one: the code nearest to the target, its error, and what the change of that error adds to the
     // targets of the columns that follow (GPTQ's inner loop).
     void (*sweep)(const Sweep&, const Coder&);
+    void (*sweep_runs)(const RunSweep&);
 
     // Of each block the squared errors of its weights, each times the importance of its column where that is not null,
     // under the codes nearest to them, added in 16 lanes of a row.

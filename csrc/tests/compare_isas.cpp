@@ -184,6 +184,28 @@ static void compare_sweep(const Kernels& kernels, int64_t cols, int64_t lanes) {
     for (bool keep : {false, true}) each_coder(keep, zero.data(), run);
 }
 
+// Codes and errors of runs under forms that are positive, and targets as they are left.
+static void compare_runs(const Kernels& kernels, GgmlType type, int64_t cols, int64_t lanes) {
+    Grid grid{cols, lanes, 1, 1};
+    int64_t count = cols * lanes, across = (cols + 7) / 8 * 64;
+    auto weight = random_scales(count), target = random_scales(count), scale = random_scales(count);
+    auto coupling = random_scales(cols * cols), solve = random_scales(across), metric = random_scales(across);
+    auto level = level_table(0, 16);
+    for (size_t i = 0; i < weight.size(); i += 3) weight[i] *= -1, target[(7 * i) % weight.size()] *= -1;
+    for (size_t i = 0; i < metric.size(); i++) metric[i] *= i % 9 == 0 ? 20 : i % 2 ? 0.1f : -0.1f;
+    Buffer start = random_codes(count, 5);
+    for (bool first : {false, true})
+        compare("sweep_runs", kernels, grid, 9 * count, [&](const Kernels& k, uint8_t* out) {
+            auto t = target;
+            std::vector<float> e(size_t(count), 0.25f);
+            if (count) std::memcpy(out + 8 * count, start.at(), size_t(count));
+            Sweep of{cols, lanes, weight.data(), coupling.data(), scale.data(), nullptr, t.data(), e.data(), out + 8 * count};
+            k.sweep_runs({of, type, solve.data(), metric.data(), level.data(), first});
+            if (count == 0) return;
+            std::memcpy(out, t.data(), size_t(4 * count)), std::memcpy(out + 4 * count, e.data(), size_t(4 * count));
+        });
+}
+
 static void compare_block_errors(const Kernels& kernels, const Grid& grid) {
     auto weight = random_scales(grid.rows * grid.cols), scale = random_scales(blocks(grid)), zero = random_scales(blocks(grid));
     auto importance = random_scales(grid.cols);
@@ -681,6 +703,10 @@ int main(int count, char** arguments) {
             }
         for (int64_t cols : {0, 1, 2, 7, 33})
             for (int64_t lanes : {0, 16, 48}) compare_sweep(kernels, cols, lanes);
+        for (GgmlType type : {GgmlType::iq1_s, GgmlType::iq1_m, GgmlType::iq2_xxs, GgmlType::iq2_xs, GgmlType::iq2_s,
+                              GgmlType::iq3_xxs, GgmlType::iq3_s})
+            for (int64_t cols : {0, 1, 8, 21})
+                for (int64_t lanes : {0, 16, 48}) compare_runs(kernels, type, cols, lanes);
         for (GgmlType type : ggml_types)
             for (int64_t blocks : {0, 1, 3})
                 for (int kind = 0; kind < 6; kind++)

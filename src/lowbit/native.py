@@ -241,6 +241,53 @@ def sweep(
     _native.sweep(target, weight, error, coupling, scale, zero, *_rule(coder), codes)
 
 
+@functools.cache
+def ggml_runs(type: int) -> UInt8[Tensor, "entries group"]:
+    """The table of a type of ggml: of each entry the codes of 8 (or 4) columns, halved.
+
+    Raises:
+        ValueError: the type has none.
+    """
+    digits = _native.ggml_runs(type)
+    if not digits:
+        raise ValueError(f"type {type} of ggml has no table of runs")
+    return torch.tensor(digits, dtype=torch.uint8).view(-1, 4 if max(digits) > 2 else 8)
+
+
+def sweep_runs(
+    type: int,
+    target: Float[Tensor, "cols lanes"],
+    weight: Float[Tensor, "cols lanes"],
+    error: Float[Tensor, "cols lanes"],
+    coupling: Float[Tensor, "cols cols"],
+    scale: Float[Tensor, "cols lanes"],
+    solve: Float[Tensor, "runs 8 8"],
+    metric: Float[Tensor, "runs 8 8"],
+    level: Float[Tensor, "256"],
+    first: bool,
+    *,
+    out: UInt8[Tensor, "cols lanes"],
+) -> None:
+    """`sweep` for a type of ggml with a table of runs of codes, by eight columns at once, which have one scale.
+
+    With all else as it is, the error of a run is `(x - best)^T metric (x - best)`, where `best` is, from the values
+    that the columns have now, `solve` times what the targets are beyond these. Its codes become the best that a search
+    finds; those in `out` stay where it finds none better and this is not the `first` time. Those of IQ1_S keep their
+    shifts, which they have in common with other runs, in any case. Beyond the last column, `solve` and `metric` are 0.
+    """
+    shape = _two(target.shape)
+    if shape[1] % 16:
+        raise ValueError(f"target has {shape[1]} lanes; it must be a multiple of 16")
+    for name, tensor in {"target": target, "weight": weight, "error": error, "scale": scale}.items():
+        _check(name, tensor, shape, torch.float32)
+    _check("coupling", coupling, (shape[0], shape[0]), torch.float32)
+    for name, tensor in {"solve": solve, "metric": metric}.items():
+        _check(name, tensor, (-(-shape[0] // 8), 8, 8), torch.float32)
+    _check("level", level, (256,), torch.float32)
+    ggml_runs(type)
+    _native.sweep_runs(type, target, weight, error, coupling, scale, solve, metric, level, first, _out(out, shape))
+
+
 def block_errors(
     weight: Float[Tensor, "rows cols"],
     scale: Float[Tensor, "blocks_down blocks_across"],

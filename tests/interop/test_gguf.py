@@ -794,7 +794,10 @@ def test_a_saved_plan_is_carried_out(wiki_8m: Path, tmp_path: Path) -> None:
     assert (found["blk.0.ffn_down.weight"], found["blk.1.ffn_down.weight"]) == ("Q6_K", "Q4_0")
 
 
-@pytest.mark.parametrize(("scheme", "method"), [("q4_0", "gptq"), ("q4_k_m", "gptq"), ("q4_k_m", "autoround")])
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [("q4_0", "gptq"), ("q4_k_m", "gptq"), ("iq3_m", "gptq"), ("iq2_xs", "gptq"), ("q4_k_m", "autoround")],
+)
 def test_calibrated_methods_see_the_rows_of_transformers(
     scheme: str, method: str, wiki_8m: Path, tmp_path: Path
 ) -> None:
@@ -807,7 +810,9 @@ def test_calibrated_methods_see_the_rows_of_transformers(
     learned, found = tensors(out / "model.gguf"), open_checkpoint(out)
     # What is learned starts from these blocks; where nothing was, those of the first layers are the same.
     fitted = tensors(quantized(wiki_8m, tmp_path / "fitted", scheme, "imatrix_fit", calibration=text, blocks=(0, 2)))
-    moved = {name for name, (kind, _) in learned.items() if kind.startswith("Q") and learned[name] != fitted[name]}
+    moved = {
+        name for name, (kind, _) in learned.items() if kind.startswith(("Q", "IQ")) and learned[name] != fitted[name]
+    }
     assert {f"blk.{layer}.{role}.weight" for layer in (0, 1) for role in ("attn_v", "ffn_down", "ffn_up")} <= moved
     theirs = {str(tensor.name): tensor for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
     for name, ours in {"attn_v": "self_attn.v_proj", "ffn_down": "mlp.down_proj", "ffn_up": "mlp.up_proj"}.items():
@@ -818,14 +823,13 @@ def test_calibrated_methods_see_the_rows_of_transformers(
     assert evaluate(out, tmp_path / "unseen", reference=wiki_8m, context=64).scores["kl_mean"].value < 0.5
 
 
-@pytest.mark.parametrize("method", ["gptq", "autoround"])
-def test_types_that_a_method_cannot_make_are_those_of_the_encoder(method: str, wiki_8m: Path, tmp_path: Path) -> None:
+def test_types_that_a_method_cannot_make_are_those_of_the_encoder(wiki_8m: Path, tmp_path: Path) -> None:
     """What the first layers read is the same for every method, and so are bytes of the encoder."""
     (tmp_path / "text").write_text(TEXT * 200)
     text = Calibration((str(tmp_path / "text"),), samples=8, length=64, dtype="float32")
     rules: dict[str, Any] = {"calibration": text, "blocks": (0, 1)}
-    options = {"iterations": 20, "lr": 0.02} if method == "autoround" else {}
-    found = quantized(wiki_8m, tmp_path / "out", "iq3_m", method, options=options, **rules)
+    options = {"iterations": 20, "lr": 0.02}
+    found = quantized(wiki_8m, tmp_path / "out", "iq3_m", "autoround", options=options, **rules)
     agree(found, wiki_8m, 3e-2)
     left, right = tensors(found), tensors(quantized(wiki_8m, tmp_path / "fitted", "iq3_m", "imatrix_fit", **rules))
     roles = {role: f"blk.0.{role}.weight" for role in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up")}
@@ -834,7 +838,7 @@ def test_types_that_a_method_cannot_make_are_those_of_the_encoder(method: str, w
     assert {role for role, name in roles.items() if left[name] == right[name]} >= {"attn_q", "attn_k"}
     assert left[roles["attn_v"]] != right[roles["attn_v"]]
     counts = json.loads((tmp_path / "out" / "report.json").read_text())["counts"]
-    assert {"kind": "fallback", "reason": f"imatrix_fit: {method} cannot make iq3_s", "tensors": 4} in counts
+    assert {"kind": "fallback", "reason": "imatrix_fit: autoround cannot make iq3_s", "tensors": 4} in counts
 
 
 def test_learning_starts_from_blocks_fitted_to_the_inputs(wiki_8m: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def pack(
         row, col = divmod(wrong, cols)
         raise FormatError(
             f"{name} holds runs of codes from a table, and not those of row {row} from column {col} on; "
-            "the methods ggml and imatrix make such as it has"
+            "the methods ggml, imatrix and gptq make such as it has"
         )
 
 

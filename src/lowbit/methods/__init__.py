@@ -99,7 +99,7 @@ class Method:
         if scheme.grid.table and not self.tables:
             return (
                 "it rounds weight by weight, and this scheme has runs of codes from a table; use ggml-fit, or with "
-                "--calibration imatrix-fit"
+                "--calibration gptq"
             )
         if scheme.smooth:
             return "it makes no factors of inputs; a transform before it does, as awq, without corrections after it"

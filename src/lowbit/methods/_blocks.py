@@ -54,17 +54,17 @@ def in_super_blocks(scheme: Scheme) -> bool:
 
 def start(
     weight: Float[Tensor, "rows cols"], importance: Float[Tensor, "cols"] | None, scheme: Scheme
-) -> tuple[Affine, Steps]:
-    """Scales and minima of the fitted encoder; a scale of 0 becomes the least that there is."""
+) -> tuple[Affine, Steps, UInt8[Tensor, "rows cols"]]:
+    """Scales, minima and codes of the fitted encoder; a scale of 0 becomes the least that there is."""
     q = encode(weight, importance, scheme, None, fitted=True)
     least, blocks = q.zero_values(), q.scale_values().shape[1]
     if not isinstance(q.scales, QTensor):
         scales = torch.where(q.scales == 0, _LEAST, q.scales)
-        return Affine(scales, least), Steps(None, None)
+        return Affine(scales, least), Steps(None, None), q.codes
     step = _spread(q.scales, blocks)
     scales = q.scale_values()
     lower = _spread(q.minima, blocks) if isinstance(q.minima, QTensor) else None
-    return Affine(torch.where(scales == 0, step, scales), least), Steps(step, lower)
+    return Affine(torch.where(scales == 0, step, scales), least), Steps(step, lower), q.codes
 
 
 def _spread(nested: QTensor, blocks: int) -> Blocks:
@@ -78,23 +78,28 @@ def nearest_scale(
     scale: Float[Tensor, "lanes"], step: Float[Tensor, "lanes"], scheme: Scheme
 ) -> Float[Tensor, "lanes"]:
     """The nearest scale that is a code times the one above; never 0."""
-    assert scheme.nested is not None
-    codes = _codes(scale, step, scheme.nested)
-    return step * torch.where(codes == 0, 1.0, codes)
+    factors = _nearest(scale, step, scheme)
+    return step * torch.where(factors == 0, 1.0, factors)
 
 
 def nearest_least(
     least: Float[Tensor, "lanes"], step: Float[Tensor, "lanes"], scheme: Scheme
 ) -> Float[Tensor, "lanes"]:
     """The nearest minimum that is a code times the one above."""
+    return step * _nearest(least, step, scheme)
+
+
+def _nearest(values: Tensor, step: Tensor, scheme: Scheme) -> Tensor:
+    """Numbers of steps, of those that the grid of scales has."""
     assert scheme.nested is not None
-    return step * _codes(least, step, scheme.nested)
+    first, second, *_ = scheme.nested.grid.levels
+    return first + (second - first) * _codes(values, step, scheme.nested)
 
 
 def _codes(values: Tensor, step: Tensor, nested: Scheme) -> Tensor:
-    """Numbers of steps, as the grid of scales has them."""
-    levels = nested.grid.levels
-    return (values / step).round().clamp(min(levels), max(levels))
+    """Codes of scales or minima; their levels are evenly spaced."""
+    first, second, *_ = nested.grid.levels
+    return ((values / step - first) / (second - first)).round().clamp(0, len(nested.grid.levels) - 1)
 
 
 def finish(codes: UInt8[Tensor, "rows cols"], affine: Affine, steps: Steps, scheme: Scheme) -> QTensor:
@@ -109,6 +114,5 @@ def _stored(values: Blocks, step: Tensor | None, scheme: Scheme) -> Tensor | QTe
     if step is None or scheme.nested is None:
         return values
     nested = scheme.nested
-    codes = _codes(values, step, nested) - min(nested.grid.levels)
     above = step[:, :: nested.block.cols].contiguous()
-    return QTensor(nested, (values.shape[0], values.shape[1]), codes.to(torch.uint8), above)
+    return QTensor(nested, (values.shape[0], values.shape[1]), _codes(values, step, nested).to(torch.uint8), above)

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from lowbit import native
-from lowbit.methods import Stats, _blocks, _elsewhere
+from lowbit.methods import Stats, _blocks, _elsewhere, _runs
 from lowbit.methods._scales import (
     Affine,
     Blocks,
@@ -94,14 +94,17 @@ class Loop:
 def prepare(stats: Stats, scheme: Scheme, loop: Loop) -> Stats:
     """Order, factor and scaled rows of the damped second moment, and the damping that was needed (`damp`, a share).
 
+    `pivot` are the squares of the factor's diagonal, in that order: by how much a column counts that is rounded when
+    all before it are done.
+
     Where no damping up to 10 times the mean makes it positive definite (it is not finite), the columns are taken as
     independent and `damp` is infinite. The second moment itself is left out of the result.
     """
     moment = stats["second_moment"]
     cols = moment.shape[0]
     order = _order(moment.diagonal(), scheme, loop.order)
-    feedback, curvature, damp = _factor(moment, order, loop.damp)
-    found = {"order": order, "feedback": feedback, "curvature": curvature, "damp": torch.tensor([damp])}
+    feedback, curvature, pivot, damp = _factor(moment, order, loop.damp)
+    found = {"order": order, "feedback": feedback, "curvature": curvature, "pivot": pivot, "damp": torch.tensor([damp])}
     if loop.passes:
         found["pull"] = torch.zeros_like(feedback)
         rows = order if _regroups(scheme, loop, cols) else torch.arange(cols, device=moment.device)
@@ -144,8 +147,8 @@ def precision(cols: int) -> torch.dtype:
 
 def _factor(
     moment: Float[Tensor, "cols cols"], order: Int64[Tensor, "cols"], damp: float
-) -> tuple[Float[Tensor, "cols cols"], Float[Tensor, "cols"], float]:
-    """F in this order, the damped diagonal as the columns are, and the damping as a share of its mean.
+) -> tuple[Float[Tensor, "cols cols"], Float[Tensor, "cols"], Float[Tensor, "cols"], float]:
+    """F in this order, the damped diagonal as columns are, pivots in this order, the damping as a share of its mean.
 
     R comes of the Cholesky factor of the matrix with its axes reversed.
     """
@@ -162,8 +165,10 @@ def _factor(
             for part in _stripes(size):
                 scaled = reverse[part] / reverse.diagonal()[part, None]
                 feedback[size - part.stop : size - part.start] = scaled.flip(0, 1)
-            return feedback.fill_diagonal_(0), (diagonal + share * mean)[back.argsort()].float(), share
-    return feedback, torch.ones_like(moment[0]), inf
+            pivot = reverse.diagonal().square().flip(0).float()
+            return feedback.fill_diagonal_(0), (diagonal + share * mean)[back.argsort()].float(), pivot, share
+    ones = torch.ones_like(moment[0])
+    return feedback, ones, ones, inf
 
 
 def cholesky_(matrix: Float[Tensor, "cols cols"]) -> bool:
@@ -178,6 +183,8 @@ def _order(diagonal: Float[Tensor, "cols"], scheme: Scheme, order: Order) -> Int
     cols = len(diagonal)
     if order == "none":
         return torch.arange(cols, device=diagonal.device)
+    if scheme.grid.table:
+        return _runs.order(diagonal)
     if order != "aware":
         return diagonal.argsort(descending=True, stable=True)
     width = scheme.block.cols or max(cols, 1)
@@ -293,17 +300,14 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, l
     ranges, device = finite_range(weight, stats, scheme), stats["curvature"].device
     special = _blocks.special(scheme)
     divisor = 1.0 if special else global_divisor(ranges, stats, scheme)
-    sweep: Callable[..., None] = partial(native.sweep, coder=coder_of(scheme))
-    if device.type != "cpu":
-        sweep = _elsewhere.Sweep(rounder_of(scheme, device))
-    rule = _Rule(scheme, loop, divisor, sweep, level_table(scheme.grid).to(device))
+    rule = _Rule(scheme, loop, divisor, _sweep_of(scheme, device), level_table(scheme.grid).to(device))
     wide = block_size((weight.shape[0], weight.shape[1]), scheme.block)[1]
     order, permuted = stats["order"], _regroups(scheme, loop, weight.shape[1])
     view, importance = (weight[:, order.cpu()], stats["curvature"][order]) if permuted else (weight, stats["curvature"])
     if permuted:
         ranges = native.block_range(view, *block_size((view.shape[0], view.shape[1]), scheme.block))[:2]
-    there, codes = view.to(device), torch.empty(view.shape, dtype=torch.uint8)
-    affine, steps = _start(view, there, ranges, importance, rule, wide)
+    there = view.to(device)
+    affine, steps, codes = _start(view, there, ranges, importance, rule, wide)
     turn = torch.arange(len(order), device=device) if permuted else order
     local, lanes = {**stats, "turn": turn, "importance": importance}, LANES if device.type == "cpu" else len(view)
     for start in range(0, len(view), lanes):
@@ -317,6 +321,17 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, l
     return replace(result, codes=codes, group_index=index)
 
 
+def _sweep_of(scheme: Scheme, device: torch.device) -> Callable[..., None]:
+    """What finds the codes of a run of columns between two matrix products."""
+    if scheme.grid.table:
+        return _runs.Sweep(scheme, device)
+    return (
+        partial(native.sweep, coder=coder_of(scheme))
+        if device.type == "cpu"
+        else _elsewhere.Sweep(rounder_of(scheme, device))
+    )
+
+
 def _start(
     view: Float[Tensor, "rows cols"],
     there: Float[Tensor, "rows cols"],
@@ -324,15 +339,16 @@ def _start(
     importance: Float[Tensor, "cols"],
     rule: _Rule,
     wide: int,
-) -> tuple[Affine, _blocks.Steps]:
-    """The scales to start from, on the device of `there`, which is the weight, and of `importance`."""
+) -> tuple[Affine, _blocks.Steps, UInt8[Tensor, "rows cols"]]:
+    """The scales to start from, on the device of `there` (the weight) and of `importance`; memory for codes."""
     device, scheme = importance.device, rule.scheme
     if _blocks.special(scheme):
-        affine, steps = _blocks.start(view, importance.cpu(), scheme)
-        return affine.to(device), steps.to(device)
+        affine, steps, codes = _blocks.start(view, importance.cpu(), scheme)
+        return affine.to(device), steps.to(device), codes
     first = replace(rule.loop, search=rule.loop.search and not _on_the_way(rule, wide))
     low, high = (part.to(device) for part in ranges)
-    return choose(there, (low, high), importance, scheme, first, rule.divisor), _blocks.Steps(None, None)
+    affine = choose(there, (low, high), importance, scheme, first, rule.divisor)
+    return affine, _blocks.Steps(None, None), torch.empty(view.shape, dtype=torch.uint8)
 
 
 def _regroups(scheme: Scheme, loop: Loop, cols: int) -> bool:
@@ -368,11 +384,13 @@ def _tile_of_rows(
     full = torch.zeros(cols, lanes, device=device)
     full[:, :count] = rows.T
     zeros = None if affine.zeros is None else affine.zeros[lane].T.contiguous()
-    empty = torch.zeros(cols, lanes, dtype=torch.uint8, device=device)
+    places = torch.zeros(cols, lanes, dtype=torch.uint8, device=device)
+    if rule.scheme.grid.table:
+        places[:, :count] = codes[start : start + count].T.to(device)  # runs keep some of what they start with
     scales = affine.scales[lane].T.contiguous()
     error = torch.zeros_like(full)
     rounded, group = error.to(stats["feedback"].dtype), torch.arange(cols, device=device) // wide
-    tile = _Tile(full, error, empty, scales, zeros, rounded, group, steps.lanes(lane))
+    tile = _Tile(full, error, places, scales, zeros, rounded, group, steps.lanes(lane))
     _round(tile, stats, rule, wide)
     codes[start : start + count] = tile.codes[:, :count].T
     if _movable(rule.scheme, wide):
@@ -386,20 +404,22 @@ def _round(tile: _Tile, stats: Stats, rule: _Rule, wide: int) -> None:
     turn = stats["turn"]
     tile.reorder(turn)
     fresh = _on_the_way(rule, wide)
-    for at in _segments(tile.group, rule.loop.block, fresh):
+    # runs of codes are not cut
+    block = -(-rule.loop.block // _runs.WIDTH) * _runs.WIDTH if rule.scheme.grid.table else rule.loop.block
+    for at in _segments(tile.group, block, fresh):
         target = tile.target(at, stats["feedback"][at, : at.start])
         if fresh:
             _fit_fresh(tile, at, _compensated(tile, at, target, stats), stats["importance"][turn[at]], rule)
-        _sweep(tile, at, target, stats["feedback"], rule)
+        _sweep(tile, at, target, stats, rule, first=True)
     tile.reorder(turn.argsort())
     worth = wide >= _NARROWEST or _blocks.special(rule.scheme)
     refit = rule.loop.refit and worth and _movable(rule.scheme, wide) and rule.scheme.scale != "e8m0"
     for _ in range(rule.loop.passes):
-        for at in _segments(tile.group, rule.loop.block, refit):
+        for at in _segments(tile.group, block, refit):
             target = tile.target(at, stats["pull"][at])
             if refit:
                 _refit(tile, at, target, stats, rule)
-            _sweep(tile, at, target, stats["pull"], rule)
+            _sweep(tile, at, target, stats, rule, first=False)
 
 
 def _segments(group: Int64[Tensor, "cols"], block: int, by_group: bool) -> Iterator[slice]:
@@ -413,11 +433,16 @@ def _segments(group: Int64[Tensor, "cols"], block: int, by_group: bool) -> Itera
         start += size
 
 
-def _sweep(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], factors: Tensor, rule: _Rule) -> None:
+def _sweep(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], stats: Stats, rule: _Rule, first: bool) -> None:
     scale = tile.scales[tile.group[at]] * rule.unit
-    zero = code_zeros(None if tile.zeros is None else tile.zeros[tile.group[at]], scale, rule.scheme)
-    coupling = factors[at, at].T.float().contiguous()
-    rule.sweep(target, tile.weight[at], tile.error[at], coupling, scale, zero, out=tile.codes[at])
+    coupling = stats["feedback" if first else "pull"][at, at].T.float().contiguous()
+    given = (target, tile.weight[at], tile.error[at], coupling, scale)
+    if rule.scheme.grid.table:
+        curve = stats["pivot" if first else "importance"][at]
+        rule.sweep(*given, curve, first=first, out=tile.codes[at])
+    else:
+        zero = code_zeros(None if tile.zeros is None else tile.zeros[tile.group[at]], scale, rule.scheme)
+        rule.sweep(*given, zero, out=tile.codes[at])
     if tile.rounded is not tile.error:
         tile.rounded[at] = tile.error[at]
 

@@ -169,7 +169,7 @@ def grouped(
 
 def _in_super_blocks(weight: Tensor, scheme: Scheme, device: torch.device, importance: Tensor | None) -> Grouped:
     """A weight under the scales and minima of the fitted encoder; groups whose scale is negative are turned over."""
-    affine, steps = _blocks.start(weight, importance, scheme)
+    affine, steps, _ = _blocks.start(weight, importance, scheme)
     scales, values = affine.scales.view(-1, 1).to(device), _split(weight, scheme.block.cols).to(device)
     zeros = None if affine.zeros is None else affine.zeros.view(-1, 1).to(device)
     signs = torch.where(scales < 0, -1.0, 1.0) if zeros is None else None  # beside minima none is

@@ -100,6 +100,7 @@ METHOD = Method(
     supports=_gptq.objection,
     prepare=prepare,
     anywhere=True,
+    tables=True,
     act_order=lambda options: bool(options.order == "group"),
     prepared=_prepared_bytes,
     work=lambda rows, cols: _gptq.operations(rows, cols, Options().passes),

@@ -74,5 +74,6 @@ METHOD = Method(
     supports=_gptq.objection,
     prepare=prepare,
     anywhere=True,
+    tables=True,
     act_order=lambda options: bool(options.order == "group"),
 )

@@ -56,6 +56,7 @@ METHOD = Method(
     supports=_gptq.objection,
     prepare=prepare,
     anywhere=True,
+    tables=True,
     prepared=_gptq.prepared_bytes,
     work=lambda rows, cols: _gptq.operations(rows, cols, 0),
 )
