@@ -1,9 +1,9 @@
 """Plans for a budget beside the best uniform scheme and auto-round's AutoScheme: divergence from the original.
 
     python benchmarks/plan.py --calibration FILE --text FILE [--model DIR] [--bits 3.0 3.5 4.25 5.0] [--samples 16]
-        [--sequence-length 512] [--tokens 16384] [--context 512] [--plans 30] [--gguf q4_k_m q3_k_m] [--auto-scheme]
-        [--schemes int2-g64-asym,...] [--measures fisher,output,hessian,kl]
-        [--measured-plans 24] [--quality 0.01] [--threads 2] [--work DIR]
+        [--sequence-length 512] [--tokens 16384] [--context 512] [--plans 30] [--gguf q4_k_m q3_k_m]
+        [--gguf-method gptq] [--auto-scheme] [--schemes int2-g64-asym,...]
+        [--measures fisher,output,hessian,kl] [--measured-plans 24] [--quality 0.01] [--threads 2] [--work DIR]
 
 Sensitivities are measured once, by `lowbit plan`. The model is quantized once in every scheme by `--method gptq
 --inputs float`, with which a weight does not depend on the schemes of others, so that the weights of any plan are taken
@@ -298,11 +298,12 @@ def _rows(plan: Path) -> list[tuple[str, dict[str, Any]]]:
 def files(bench: Bench, mixture: str) -> list[dict[str, Any]]:
     """A file of GGUF no larger than a mixture's, beside it; both by the command line."""
     outs = [bench.work / f"{mixture}-{kind}" for kind in ("mixture", "plan")]
+    form = ["--format", "gguf", "--method", bench.options.gguf_method]
     if not (outs[0] / "report.json").exists():
-        command("quantize", bench.options.model, outs[0], "--format", "gguf", "--scheme", mixture, *bench.text)
+        command("quantize", bench.options.model, outs[0], *form, "--scheme", mixture, *bench.text)
     size = (outs[0] / "model.gguf").stat().st_size
     if not (outs[1] / "report.json").exists():
-        command("quantize", bench.options.model, outs[1], "--format", "gguf", "--size", size,
+        command("quantize", bench.options.model, outs[1], *form, "--size", size,
                 "--sensitivity", bench.work / "sensitivity-gguf.json", *bench.text)  # fmt: skip
     print(f"{mixture} of llama.cpp, and the plan of its size")
     with torch.inference_mode():
@@ -333,6 +334,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--measured-plans", type=int, default=24, help="random ones, for these")
     parser.add_argument("--quality", type=float, help="most relative increase of the perplexity, as 0.01")
     parser.add_argument("--gguf", nargs="*", default=["q4_k_m", "q3_k_m"])
+    parser.add_argument("--gguf-method", default="gptq", help="that makes the weights of these")
     parser.add_argument("--auto-scheme", action="store_true", help="needs auto-round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path)

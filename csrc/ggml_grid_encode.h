@@ -589,8 +589,69 @@ bool encode_any(GgmlType type, int64_t rows, int64_t cols, const float* weight, 
     return encode_tiles(type, rows, cols, weight, importance, importance, out, [&](Tile& tile) { encode_grid(type, tile); });
 }
 
-// These search all runs of codes already: there is nothing more to fit.
+// ---- scales of the least error under the runs that were found ----
+
+// What codes stand for, and by what an odd scale is multiplied.
+struct GridValues {
+    float level[16], unit;
+};
+
+GridValues grid_values(GgmlType type) {
+    auto of = [](float unit, int count, auto size) {
+        GridValues out{{}, unit};
+        for (int i = 0; i < count; i++) out.level[2 * i] = size(i), out.level[2 * i + 1] = -size(i);
+        return out;
+    };
+    static constexpr float two[] = {8, 25, 43}, three[] = {4, 12, 20, 28, 36, 44, 52, 62};
+    switch (type) {
+    case GgmlType::iq1_s:
+    case GgmlType::iq1_m: {
+        GridValues out{{}, 1};
+        for (int i = 0; i < 6; i++) out.level[i] = third[i % 2][i / 2];
+        return out;
+    }
+    case GgmlType::iq3_xxs: return of(0.25f, 8, [](int i) { return three[i]; });
+    case GgmlType::iq3_s: return of(1, 8, [](int i) { return float(2 * i + 1); });
+    default: return of(0.125f, 3, [](int i) { return two[i]; });
+    }
+}
+
+// By turns the scales of blocks and that above them, which llama.cpp rounds and multiplies by a constant.
+void refit_scales(GgmlType type, Tile& t) {
+    const GridValues values = grid_values(type);
+    const bool thirds = type == GgmlType::iq1_s || type == GgmlType::iq1_m;
+    const int subs = ggml_shape(type).subs, size = 256 / subs, top = thirds ? 7 : 15;
+    const F level = load_f32(values.level);
+    F dot[16], norm[16];
+    I codes[16];
+    for (int j = 0; j < subs; j++) {
+        dot[j] = norm[j] = set(0.0f), codes[j] = load_u8(t.scale_codes + 16 * j);
+        for (int i = size * j; i < size * (j + 1); i++) {
+            F value = lookup16(level, t.codes[i]), weighted = t.weighted ? mul(t.importance[i], value) : value;
+            dot[j] = add(dot[j], mul(weighted, t.x[i])), norm[j] = add(norm[j], mul(weighted, value));
+        }
+    }
+    for (int round = 0; round < 3; round++) {
+        F all_dot = set(0.0f), all_norm = set(0.0f);
+        for (int j = 0; j < subs; j++) {
+            M on = both(above(norm[j], set(0.0f)), above(t.scale, set(0.0f)));
+            F wanted = min(div(dot[j], mul(norm[j], mul(t.scale, set(values.unit)))), set(1e6f));
+            wanted = max(wanted, set(-1e6f));
+            codes[j] = select(on, nearest_within(mul(set(0.5f), sub(wanted, set(1.0f))), 0, top), codes[j]);
+            F by = mul(set(values.unit), to_float(add(shift_left<1>(codes[j]), set(1))));
+            all_dot = add(all_dot, mul(by, dot[j])), all_norm = add(all_norm, mul(mul(by, by), norm[j]));
+        }
+        F scale = as_half(div(all_dot, all_norm));
+        auto error = [&](F d) { return mul(d, sub(mul(d, all_norm), add(all_dot, all_dot))); };
+        M better = both(both(above(t.scale, set(0.0f)), above(scale, set(0.0f))), above(error(t.scale), error(scale)));
+        t.scale = choose(better, scale, t.scale);
+    }
+    for (int j = 0; j < subs; j++) t.scale_code(j, codes[j]);
+}
+
 bool fit_any(GgmlType type, int64_t rows, int64_t cols, const float* weight, const float* importance,
              const GgmlEncoded& out) {
-    return (has_grid(type) ? encode_any : ggml_fit)(type, rows, cols, weight, importance, out);
+    if (!has_grid(type)) return ggml_fit(type, rows, cols, weight, importance, out);
+    return encode_tiles(type, rows, cols, weight, importance, importance, out,
+                        [&](Tile& tile) { encode_grid(type, tile), refit_scales(type, tile); });
 }

@@ -46,8 +46,8 @@ def encode(
 ) -> QTensor:
     """The weight in one of llama.cpp's types, `fitted` with less error than llama.cpp's own encoder leaves.
 
-    Codes go to `out`, where it is given. A shorter last block is encoded as if zeros without importance followed. Types
-    with tables are not fitted further: their encoders search all runs of codes.
+    Codes go to `out`, where it is given. A shorter last block is encoded as if zeros without importance followed. Of
+    types with tables the scales alone are fitted, under llama.cpp's runs.
 
     Raises:
         WeightError: NaN or Inf, with its place.

@@ -89,7 +89,7 @@ class Budget:
 
 
 _USUAL = {
-    "gguf": ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0"),
+    "gguf": ("iq2_xs", "iq2_s", "q2_k", "iq3_xxs", "iq3_s", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0"),
     "safetensors": ("int2-g64-asym", "int3-g128", "int4-g128", "int4-g32", "int8-g128"),
 }
 
