@@ -589,7 +589,7 @@ bool encode_any(GgmlType type, int64_t rows, int64_t cols, const float* weight, 
     return encode_tiles(type, rows, cols, weight, importance, importance, out, [&](Tile& tile) { encode_grid(type, tile); });
 }
 
-// ---- scales of the least error under the runs that were found ----
+// ---- scales under which the runs that were found are as large as the weights ----
 
 // What codes stand for, and by what an odd scale is multiplied.
 struct GridValues {
@@ -616,33 +616,36 @@ GridValues grid_values(GgmlType type) {
     }
 }
 
-// By turns the scales of blocks and that above them, which llama.cpp rounds and multiplies by a constant.
+// By turns the scales of blocks and that above them, so that sums of squares are those of the weights. Those of the least
+// error would be smaller: all weights of a row then are, and such errors add up in a product (llama.cpp multiplies its
+// rounded scales by a constant for it).
 void refit_scales(GgmlType type, Tile& t) {
     const GridValues values = grid_values(type);
     const bool thirds = type == GgmlType::iq1_s || type == GgmlType::iq1_m;
     const int subs = ggml_shape(type).subs, size = 256 / subs, top = thirds ? 7 : 15;
     const F level = load_f32(values.level);
-    F dot[16], norm[16];
+    F alike[16], norm[16];
     I codes[16];
     for (int j = 0; j < subs; j++) {
-        dot[j] = norm[j] = set(0.0f), codes[j] = load_u8(t.scale_codes + 16 * j);
+        F square = set(0.0f);
+        norm[j] = set(0.0f), codes[j] = load_u8(t.scale_codes + 16 * j);
         for (int i = size * j; i < size * (j + 1); i++) {
-            F value = lookup16(level, t.codes[i]), weighted = t.weighted ? mul(t.importance[i], value) : value;
-            dot[j] = add(dot[j], mul(weighted, t.x[i])), norm[j] = add(norm[j], mul(weighted, value));
+            F value = lookup16(level, t.codes[i]), weight = t.weighted ? t.importance[i] : set(1.0f);
+            square = add(square, mul(weight, mul(t.x[i], t.x[i]))), norm[j] = add(norm[j], mul(weight, mul(value, value)));
         }
+        alike[j] = mul(sqrt(square), sqrt(norm[j]));  // what their product would be, were they alike
     }
     for (int round = 0; round < 3; round++) {
-        F all_dot = set(0.0f), all_norm = set(0.0f);
+        F all_alike = set(0.0f), all_norm = set(0.0f);
         for (int j = 0; j < subs; j++) {
             M on = both(above(norm[j], set(0.0f)), above(t.scale, set(0.0f)));
-            F wanted = min(div(dot[j], mul(norm[j], mul(t.scale, set(values.unit)))), set(1e6f));
-            wanted = max(wanted, set(-1e6f));
+            F wanted = min(div(alike[j], mul(norm[j], mul(t.scale, set(values.unit)))), set(1e6f));
             codes[j] = select(on, nearest_within(mul(set(0.5f), sub(wanted, set(1.0f))), 0, top), codes[j]);
             F by = mul(set(values.unit), to_float(add(shift_left<1>(codes[j]), set(1))));
-            all_dot = add(all_dot, mul(by, dot[j])), all_norm = add(all_norm, mul(mul(by, by), norm[j]));
+            all_alike = add(all_alike, mul(by, alike[j])), all_norm = add(all_norm, mul(mul(by, by), norm[j]));
         }
-        F scale = as_half(div(all_dot, all_norm));
-        auto error = [&](F d) { return mul(d, sub(mul(d, all_norm), add(all_dot, all_dot))); };
+        F scale = as_half(div(all_alike, all_norm));
+        auto error = [&](F d) { return mul(d, sub(mul(d, all_norm), add(all_alike, all_alike))); };
         M better = both(both(above(t.scale, set(0.0f)), above(scale, set(0.0f))), above(error(t.scale), error(scale)));
         t.scale = choose(better, scale, t.scale);
     }

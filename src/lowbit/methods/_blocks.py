@@ -55,8 +55,12 @@ def in_super_blocks(scheme: Scheme) -> bool:
 def start(
     weight: Float[Tensor, "rows cols"], importance: Float[Tensor, "cols"] | None, scheme: Scheme
 ) -> tuple[Affine, Steps, UInt8[Tensor, "rows cols"]]:
-    """Scales, minima and codes of the fitted encoder; a scale of 0 becomes the least that there is."""
-    q = encode(weight, importance, scheme, None, fitted=True)
+    """Scales, minima and codes of the fitted encoder; a scale of 0 becomes the least that there is.
+
+    Of types with tables llama.cpp's own are taken, which are larger: so they lose less in `gptq`, by 0 to 6% of the
+    divergence.
+    """
+    q = encode(weight, importance, scheme, None, fitted=not scheme.grid.table)
     least, blocks = q.zero_values(), q.scale_values().shape[1]
     if not isinstance(q.scales, QTensor):
         scales = torch.where(q.scales == 0, _LEAST, q.scales)
