@@ -63,8 +63,8 @@ class Method:
             whoever calls it judges what was learned. `quantize` then serves weights outside of the blocks. None for
             methods that see one weight.
         prepared: `cols -> ` most bytes that `prepare` holds, what it was given included.
-        work: `(rows, cols) -> ` floating-point operations of `prepare` and `quantize` on one weight, for the estimate
-            of time; 0 where they do not count beside the passes over the block.
+        work: `(rows, cols, scheme) -> ` floating-point operations of `prepare` and `quantize` on one weight, for the
+            estimate of time; 0 where they do not count beside the passes over the block.
         windows: `(options, windows) -> ` windows that `learn` runs through a block, of so many, in units of a forward
             pass.
         batch: `options -> ` windows that go back through the block at once, for the estimate of memory.
@@ -87,7 +87,7 @@ class Method:
     anywhere: bool = False
     learn: Callable[[Block, Any], Learned] | None = None
     prepared: Callable[[int], int] = lambda cols: 0
-    work: Callable[[int, int], float] = lambda rows, cols: 0.0
+    work: Callable[[int, int, Scheme], float] = lambda rows, cols, scheme: 0.0
     windows: Callable[[Any, int], int] = lambda options, windows: 0
     batch: Callable[[Any], int] = lambda options: 0
     into: Callable[[Float[Tensor, "rows cols"], Stats, Scheme, Any, UInt8[Tensor, "rows cols"]], QTensor] | None = None

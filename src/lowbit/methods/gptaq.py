@@ -103,5 +103,5 @@ METHOD = Method(
     tables=True,
     act_order=lambda options: bool(options.order == "group"),
     prepared=_prepared_bytes,
-    work=lambda rows, cols: _gptq.operations(rows, cols, Options().passes),
+    work=lambda rows, cols, scheme: _gptq.operations(rows, cols, Options().passes, scheme),
 )

@@ -58,5 +58,5 @@ METHOD = Method(
     anywhere=True,
     tables=True,
     prepared=_gptq.prepared_bytes,
-    work=lambda rows, cols: _gptq.operations(rows, cols, 0),
+    work=lambda rows, cols, scheme: _gptq.operations(rows, cols, 0, scheme),
 )

@@ -280,7 +280,8 @@ class _Facts:
         rows, cols = entry.weight.shape[0], entry.weight.shape[-1]
         second = any(name in ("second_moment", "cross_moment") for name in self.method.needs)
         terms = len(self.corrections) * (4 * min(rows, cols) ** 3 + 2 * rows * cols**2)
-        return second * tokens * cols**2 / 2 + self.method.work(rows, cols) + terms
+        work = self.method.work(rows, cols, entry.weight.scheme) if entry.weight.scheme else 0.0
+        return second * tokens * cols**2 / 2 + work + terms
 
 
 _PASSES = 3.5  # passes over a block: up to each of its steps, and one for its output
