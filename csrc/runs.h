@@ -117,7 +117,7 @@ struct RunSearch {
     }
     // Two parts: each entry of one with each of the other.
     void offer(const RunAim& aim, const int* low, const Near& one, const Near& two, RunFound& best) const {
-        float own[16], away[4][16], errors[16], least[16];
+        float own[16], away[4][16], least[16];
         int32_t with[16];
         store_f32(own, product(aim, 0, one.away, 0, one.away));
         for (int i = 0; i < 4; i++) store_f32(away[i], one.away[i]);

@@ -329,11 +329,9 @@ def _sweep_of(scheme: Scheme, device: torch.device) -> Callable[..., None]:
     """What finds the codes of a run of columns between two matrix products."""
     if scheme.grid.table:
         return _runs.Sweep(scheme, device)
-    return (
-        partial(native.sweep, coder=coder_of(scheme))
-        if device.type == "cpu"
-        else _elsewhere.Sweep(rounder_of(scheme, device))
-    )
+    if device.type == "cpu":
+        return partial(native.sweep, coder=coder_of(scheme))
+    return _elsewhere.Sweep(rounder_of(scheme, device))
 
 
 def _start(
@@ -408,7 +406,7 @@ def _round(tile: _Tile, stats: Stats, rule: _Rule, wide: int) -> None:
     turn = stats["turn"]
     tile.reorder(turn)
     fresh = _on_the_way(rule, wide)
-    # runs of codes are not cut
+    # Runs of codes are not cut.
     block = -(-rule.loop.block // _runs.WIDTH) * _runs.WIDTH if rule.scheme.grid.table else rule.loop.block
     for at in _segments(tile.group, block, fresh):
         target = tile.target(at, stats["feedback"][at, : at.start])

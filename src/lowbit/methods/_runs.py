@@ -78,6 +78,7 @@ class Sweep:
         first: bool,
         out: Tensor,
     ) -> None:
+        """As `native.sweep_runs`, but for the entries that it looks at, on any device and for any number of lanes."""
         for number, at in enumerate(range(0, len(target), WIDTH)):
             run = slice(at, at + WIDTH)
             count = len(target[run])
