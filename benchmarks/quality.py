@@ -7,9 +7,9 @@ Every run is a process of its own, one at a time; its seconds, its perplexity an
 DIR/results.jsonl, so that the benchmark goes on where it was and repeats nothing. Those of the README's table are in
 benchmarks/results/quality. `--again` repeats runs that were timed beside other work, `--summary` runs nothing. `--only`
 selects runs by name, as `gptq:int4-g128`, `^lowbit:`. Options of our methods follow after `@`, as in `--ours autoround
-gptq+tune@tune.target=text`. `--device cuda` runs ours, llm-compressor and auto-round there. `--dtype float32` has peers
-load the model so, for processors without units for bfloat16: torch takes a hundred times as long there (ours looks for
-them). Packages need not share an interpreter: `--python NAME=PATH` names each one's; those of this interpreter are
+gptq+tune@tune.target=text`. `--device cuda` runs ours, llm-compressor and auto-round there. `--dtype float32` (or
+float16, which the AWQ of gptqmodel wants) has peers load the model so, for processors without units for bfloat16: torch
+takes a hundred times as long there (ours looks for them). Packages need not share an interpreter: `--python NAME=PATH` names each one's; those of this interpreter are
 found without it, others are left out.
 
 Seconds are those of calibrating and quantizing alone, the whole process is given apart. Perplexity is that of
@@ -356,7 +356,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float16", "float32"))
     for name in ("again", "summary", "json"):
         parser.add_argument(f"--{name}", action="store_true")
     return parser.parse_args()
