@@ -9,8 +9,8 @@ benchmarks/results/quality. `--again` repeats runs that were timed beside other 
 selects runs by name, as `gptq:int4-g128`, `^lowbit:`. Options of our methods follow after `@`, as in `--ours autoround
 gptq+tune@tune.target=text`. `--device cuda` runs ours, llm-compressor and auto-round there. `--dtype float32` (or
 float16, which the AWQ of gptqmodel wants) has peers load the model so, for processors without units for bfloat16: torch
-takes a hundred times as long there (ours looks for them). Packages need not share an interpreter: `--python NAME=PATH` names each one's; those of this interpreter are
-found without it, others are left out.
+takes a hundred times as long there (ours looks for them). Packages need not share an interpreter: `--python NAME=PATH`
+names each one's; those of this interpreter are found without it, others are left out.
 
 Seconds are those of calibrating and quantizing alone, the whole process is given apart. Perplexity is that of
 `lowbit evaluate`: peers' weights are written as they compute with them, in float32. Intervals are of the mean over
