@@ -9,8 +9,8 @@
 #include <algorithm>
 
 #include "decoder.h"
-#include "lookup.h"
 #include "ggml_grids.h"
+#include "lookup.h"
 #include "lowbit.h"
 
 namespace nb = nanobind;
@@ -149,14 +149,7 @@ NB_MODULE(_native, module) {
         },
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), Unlocked());
-    module.def("ggml_runs", [](int type) {
-        std::vector<int> digits;
-        if (!has_grid(GgmlType(type))) return digits;
-        const GgmlGrid& grid = ggml_grid(GgmlType(type));
-        for (int at = 0; at < grid.size * grid.group; at++)
-            digits.push_back(grid.words[at / grid.group] >> grid.bits * (at % grid.group) & ((1 << grid.bits) - 1));
-        return digits;
-    });
+    module.def("ggml_runs", [](int type) { return ggml_runs(GgmlType(type)); });
     module.def(
         "sweep_runs",
         [](int type, const FloatsOut& target, const Floats& weight, const FloatsOut& error, const Floats& coupling,

@@ -439,6 +439,15 @@ const GgmlGrid& ggml_grid(GgmlType type) {
     }
 }
 
+std::vector<int> ggml_runs(GgmlType type) {
+    std::vector<int> digits;
+    if (!has_grid(type)) return digits;
+    const GgmlGrid& grid = ggml_grid(type);
+    for (int word = 0; word < grid.size; word++)
+        for (int i = 0; i < grid.group; i++) digits.push_back(grid.words[word] >> grid.bits * i & ((1 << grid.bits) - 1));
+    return digits;
+}
+
 template <GgmlType type>
 static const GgmlNeighbours& searched(int rings) {
     static const GgmlNeighbours found = search(ggml_grid(type), rings);

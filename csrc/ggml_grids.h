@@ -29,6 +29,9 @@ bool has_grid(GgmlType type);
 const GgmlGrid& ggml_grid(GgmlType type);
 const GgmlNeighbours& ggml_neighbours(GgmlType type);
 
+// The digits of all words, one after the other; none where a type has no table.
+std::vector<int> ggml_runs(GgmlType type);
+
 // `ggml_pack` and `ggml_unpack` of these types.
 int64_t ggml_grid_pack(GgmlType, int64_t blocks, const GgmlParts<const uint8_t>&, uint8_t* stored);
 void ggml_grid_unpack(GgmlType, int64_t blocks, const uint8_t* stored, const GgmlParts<uint8_t>&);

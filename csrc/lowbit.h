@@ -80,7 +80,7 @@ struct Coder {
 
 // The same for a type with a table of runs of codes, eight columns at once. Of the columns that are not done and those of the
 // run, the error is least where these are `solve` times target minus value beyond what they stand for (values are weight
-// minus error); around that it grows by `metric`. Both are [cols rounded up to eights, 8], 0 where there is no column.
+// minus error); around that it grows by `metric`. Both are [cols rounded up to eights, 8]; where there is no column, `metric` is 0.
 struct RunSweep {
     Sweep of;
     GgmlType type;

@@ -148,13 +148,15 @@ struct RunSearch {
         }
     }
 
+    // Half of how the error changes with column i.
+    float slope_of(const RunAim& aim, const int32_t* code, int i) const {
+        float sum = 0;
+        for (int j = 0; j < 8; j++) sum += aim.metric[8 * i + j] * (level[code[j]] - aim.at[j]);
+        return sum;
+    }
     float error_of(const RunAim& aim, const int32_t* code) const {
         float sum = 0;
-        for (int i = 0; i < 8; i++) {
-            float pulled = 0;
-            for (int j = 0; j < 8; j++) pulled += aim.metric[8 * i + j] * (level[code[j]] - aim.at[j]);
-            sum += pulled * (level[code[i]] - aim.at[i]);
-        }
+        for (int i = 0; i < 8; i++) sum += slope_of(aim, code, i) * (level[code[i]] - aim.at[i]);
         return sum;
     }
     // The run in place of `now`, which stays where none is better but for the first time.
@@ -181,10 +183,8 @@ struct RunSearch {
         float change[8], step[8], most = 0;
         int one = -1, two = -1;
         for (int i = 0; i < 8; i++) {
-            float pulled = 0;
-            for (int j = 0; j < 8; j++) pulled += aim.metric[8 * i + j] * (level[best.code[j]] - aim.at[j]);
             step[i] = level[best.code[i] ^ 1] - level[best.code[i]];
-            change[i] = step[i] * (2 * pulled + aim.metric[9 * i] * step[i]);
+            change[i] = step[i] * (2 * slope_of(aim, best.code, i) + aim.metric[9 * i] * step[i]);
             if (rule == LowBits::any && change[i] < most) most = change[i], one = i;
         }
         for (int i = 0; rule == LowBits::even && i < 8; i++)

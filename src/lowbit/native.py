@@ -229,16 +229,22 @@ def sweep(
     For j = 0, 1, ...: `out[j]` is the code nearest to `target[j]`; `error[j]` becomes `weight[j]` minus what the code
     stands for, and `coupling[j, k]` times its change is added to `target[k]` for every k > j. `target` is used up.
     """
+    shape = _swept(target, weight, error, coupling, scale)
+    if zero is not None:
+        _check("zero", zero, shape, torch.float32)
+    codes = _out(out, shape)
+    _native.sweep(target, weight, error, coupling, scale, zero, *_rule(coder), codes)
+
+
+def _swept(target: Tensor, weight: Tensor, error: Tensor, coupling: Tensor, scale: Tensor) -> tuple[int, int]:
+    """Columns and lanes of what both kinds of `sweep` take, which is checked."""
     shape = _two(target.shape)
     if shape[1] % 16:
         raise ValueError(f"target has {shape[1]} lanes; it must be a multiple of 16")
     for name, tensor in {"target": target, "weight": weight, "error": error, "scale": scale}.items():
         _check(name, tensor, shape, torch.float32)
     _check("coupling", coupling, (shape[0], shape[0]), torch.float32)
-    if zero is not None:
-        _check("zero", zero, shape, torch.float32)
-    codes = _out(out, shape)
-    _native.sweep(target, weight, error, coupling, scale, zero, *_rule(coder), codes)
+    return shape
 
 
 @functools.cache
@@ -263,9 +269,9 @@ def sweep_runs(
     scale: Float[Tensor, "cols lanes"],
     solve: Float[Tensor, "runs 8 8"],
     metric: Float[Tensor, "runs 8 8"],
+    *,
     level: Float[Tensor, "256"],
     first: bool,
-    *,
     out: UInt8[Tensor, "cols lanes"],
 ) -> None:
     """`sweep` for a type of ggml with a table of runs of codes, by eight columns at once, which have one scale.
@@ -273,14 +279,9 @@ def sweep_runs(
     With all else as it is, the error of a run is `(x - best)^T metric (x - best)`, where `best` is, from the values
     that the columns have now, `solve` times what the targets are beyond these. Its codes become the best that a search
     finds; those in `out` stay where it finds none better and this is not the `first` time. Those of IQ1_S keep their
-    shifts, which they have in common with other runs, in any case. Beyond the last column, `solve` and `metric` are 0.
+    shifts, which they have in common with other runs, in any case. Beyond the last column `metric` is 0.
     """
-    shape = _two(target.shape)
-    if shape[1] % 16:
-        raise ValueError(f"target has {shape[1]} lanes; it must be a multiple of 16")
-    for name, tensor in {"target": target, "weight": weight, "error": error, "scale": scale}.items():
-        _check(name, tensor, shape, torch.float32)
-    _check("coupling", coupling, (shape[0], shape[0]), torch.float32)
+    shape = _swept(target, weight, error, coupling, scale)
     for name, tensor in {"solve": solve, "metric": metric}.items():
         _check(name, tensor, (-(-shape[0] // 8), 8, 8), torch.float32)
     _check("level", level, (256,), torch.float32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -41,7 +43,11 @@ def search(name: str, aims: Tensor, metric: Tensor, codes: Tensor, first: bool) 
     error, square = torch.zeros_like(given), torch.zeros(8, 8)
     forms = (torch.eye(8)[None], metric[None].float())
     native.sweep_runs(
-        GGML_TYPES[name], given.clone(), given, error, square, torch.ones_like(given), *forms, level, first, out=out
+        GGML_TYPES[name],
+        *(given.clone(), given, error, square, torch.ones_like(given), *forms),
+        level=level,
+        first=first,
+        out=out,
     )
     assert torch.equal(error, given - level[out.long()])
     return out
@@ -101,14 +107,14 @@ def test_columns_that_are_not_there_count_nothing() -> None:
     dice = torch.Generator().manual_seed(5)
     cols, name = 12, "iq2_s"
     scheme, target = parse(name), torch.randn(cols, LANES, generator=dice) * 20
-    coupling = torch.zeros(cols, cols)
+    coupling, level = torch.zeros(cols, cols), level_table(scheme.grid)
+    solve, metric = _runs.forms(coupling, torch.ones(cols), first=True)
     codes = torch.zeros(cols, LANES, dtype=torch.uint8)
     ones = torch.ones_like(target)
-    _runs.Sweep(scheme, CPU)(
-        target.clone(), target, torch.zeros_like(target), coupling, ones, torch.ones(cols), first=True, out=codes
-    )
+    given = (target.clone(), target, torch.zeros_like(target), coupling, ones, solve, metric)
+    native.sweep_runs(GGML_TYPES[name], *given, level=level, first=True, out=codes)
     legal = np.unique(every.entries(name)[:, :4], axis=0)  # whatever follows
-    values = level_table(scheme.grid)[codes[8:].long()].T.double().numpy()
+    values = level[codes[8:].long()].T.double().numpy()
     for value, aim in zip(values, target[8:].T.double().numpy(), strict=True):
         wanted = every.nearest(np.abs(aim), np.eye(4), legal)[1] * np.where(aim < 0, -1, 1)
         assert np.array_equal(value, wanted)
@@ -207,13 +213,12 @@ def test_the_loop_of_another_device_does_what_the_kernel_does(name: str, first: 
     coupling = torch.randn(cols, cols, generator=dice) * 0.02
     coupling, curve = (coupling + coupling.T) / 2, torch.rand(cols, generator=dice) + 0.5
     solve, metric = _runs.forms(coupling, curve, first)
-    sweep, found = _runs.Sweep(scheme, CPU), []
-    for other in (False, True):
-        target, left, out = weight.clone(), error.clone(), codes.clone()
-        if other:
-            sweep.by_torch(target, weight, left, coupling, scale, solve, metric, first, out)
-        else:
-            sweep(target, weight, left, coupling, scale, curve, first=first, out=out)
+    kernel = partial(native.sweep_runs, GGML_TYPES[name], level=level_table(scheme.grid))
+    sweeps: list[Callable[..., None]] = [kernel, _runs.Sweep(scheme, CPU)]
+    found = []
+    for sweep in sweeps:
+        left, out = error.clone(), codes.clone()
+        sweep(weight.clone(), weight, left, coupling, scale, solve, metric, first=first, out=out)
         found.append((out, left))
     (codes, left), (theirs, other_left) = found
     same = (codes[:8] == theirs[:8]).all(0)
@@ -224,13 +229,14 @@ def test_the_loop_of_another_device_does_what_the_kernel_does(name: str, first: 
 
 def test_what_is_no_table_is_refused() -> None:
     block, square = torch.zeros(8, 16), torch.zeros(8, 8)
-    given = (block, block, block, square, block, square[None], square[None], torch.zeros(256))
+    given = (block, block, block, square, block, square[None], square[None])
+    rest = {"level": torch.zeros(256), "first": True}
     codes = torch.zeros(8, 16, dtype=torch.uint8)
     with pytest.raises(ValueError, match="type 12 of ggml has no table of runs"):
-        native.sweep_runs(12, *given, True, out=codes)
+        native.sweep_runs(12, *given, **rest, out=codes)  # type: ignore[arg-type]
     two = torch.zeros(2, 8, 8)
     with pytest.raises(ValueError, match="solve"):
-        native.sweep_runs(17, *given[:5], two, two, given[7], True, out=codes)
+        native.sweep_runs(17, *given[:5], two, two, **rest, out=codes)  # type: ignore[arg-type]
     wide, narrow = torch.zeros(8, 9), codes[:, :9].contiguous()
     with pytest.raises(ValueError, match="9 lanes"):
-        native.sweep_runs(17, wide, wide, wide, square, wide, *given[5:], True, out=narrow)
+        native.sweep_runs(17, wide, wide, wide, square, wide, *given[5:], **rest, out=narrow)  # type: ignore[arg-type]

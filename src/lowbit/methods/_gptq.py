@@ -45,7 +45,7 @@ from lowbit.methods._scales import (
     squared_errors,
     unscaled,
 )
-from lowbit.schemes import Scheme
+from lowbit.schemes import GGML_TYPES, Scheme
 from lowbit.tensors import QTensor, block_size, level_table
 
 Order = Literal["static", "none", "group", "aware"]
@@ -97,8 +97,7 @@ class Loop:
 def prepare(stats: Stats, scheme: Scheme, loop: Loop) -> Stats:
     """Order, factor and scaled rows of the damped second moment, and the damping that was needed (`damp`, a share).
 
-    `pivot` are the squares of the factor's diagonal, in that order: by how much a column counts that is rounded when
-    all before it are done.
+    For types with tables also what their runs are rounded by (`_runs.forms`), in the first pass and later.
 
     Where no damping up to 10 times the mean makes it positive definite (it is not finite), the columns are taken as
     independent and `damp` is infinite. The second moment itself is left out of the result.
@@ -107,13 +106,17 @@ def prepare(stats: Stats, scheme: Scheme, loop: Loop) -> Stats:
     cols = moment.shape[0]
     order = _order(moment.diagonal(), scheme, loop.order)
     feedback, curvature, pivot, damp = _factor(moment, order, loop.damp)
-    found = {"order": order, "feedback": feedback, "curvature": curvature, "pivot": pivot, "damp": torch.tensor([damp])}
+    rows = order if _regroups(scheme, loop, cols) else torch.arange(cols, device=moment.device)
+    found = {"order": order, "feedback": feedback, "curvature": curvature, "damp": torch.tensor([damp])}
     if loop.passes:
         found["pull"] = torch.zeros_like(feedback)
-        rows = order if _regroups(scheme, loop, cols) else torch.arange(cols, device=moment.device)
         for part in _stripes(cols) if damp < inf else ():
             found["pull"][part] = moment[rows[part, None], rows].div_(curvature[rows[part], None])
         found["pull"].fill_diagonal_(0)
+    if scheme.grid.table:
+        found["solve"], found["metric"] = _runs.forms(feedback, pivot, first=True)
+        if loop.passes:
+            found["later_solve"], found["later_metric"] = _runs.forms(found["pull"], curvature[rows], first=False)
     return {name: value for name, value in stats.items() if name != "second_moment"} | found
 
 
@@ -327,6 +330,8 @@ def quantize(weight: Float[Tensor, "rows cols"], stats: Stats, scheme: Scheme, l
 
 def _sweep_of(scheme: Scheme, device: torch.device) -> Callable[..., None]:
     """What finds the codes of a run of columns between two matrix products."""
+    if scheme.grid.table and device.type == "cpu":
+        return partial(native.sweep_runs, GGML_TYPES[scheme.grid.name], level=level_table(scheme.grid))
     if scheme.grid.table:
         return _runs.Sweep(scheme, device)
     if device.type == "cpu":
@@ -440,8 +445,9 @@ def _sweep(tile: _Tile, at: slice, target: Float[Tensor, "n lanes"], stats: Stat
     coupling = stats["feedback" if first else "pull"][at, at].T.float().contiguous()
     given = (target, tile.weight[at], tile.error[at], coupling, scale)
     if rule.scheme.grid.table:
-        curve = stats["pivot" if first else "importance"][at]
-        rule.sweep(*given, curve, first=first, out=tile.codes[at])
+        runs = slice(at.start // _runs.WIDTH, -(-at.stop // _runs.WIDTH))
+        forms = (stats[name if first else f"later_{name}"][runs] for name in ("solve", "metric"))
+        rule.sweep(*given, *forms, first=first, out=tile.codes[at])
     else:
         zero = code_zeros(None if tile.zeros is None else tile.zeros[tile.group[at]], scale, rule.scheme)
         rule.sweep(*given, zero, out=tile.codes[at])

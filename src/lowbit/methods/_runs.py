@@ -35,7 +35,7 @@ def order(diagonal: Float[Tensor, "cols"]) -> Int64[Tensor, "cols"]:
 @final
 @dataclass(frozen=True)
 class Sweep:
-    """As `native.sweep`, of runs; on another device than the processor by torch.
+    """As `native.sweep_runs`, but for the entries that it looks at, on any device and for any number of lanes.
 
     Attributes:
         scheme: one with a table.
@@ -52,33 +52,12 @@ class Sweep:
         error: Float[Tensor, "cols lanes"],
         coupling: Float[Tensor, "cols cols"],
         scale: Float[Tensor, "cols lanes"],
-        curve: Float[Tensor, "cols"],
+        solve: Float[Tensor, "runs 8 8"],
+        metric: Float[Tensor, "runs 8 8"],
         *,
         first: bool,
         out: UInt8[Tensor, "cols lanes"],
     ) -> None:
-        """`curve` is by how much the error of each column counts; `first`, whether it makes up for those before it."""
-        solve, metric = forms(coupling, curve, first)
-        given = (target, weight, error, coupling, scale, solve, metric)
-        if self.device.type == "cpu":
-            level = level_table(self.scheme.grid)
-            native.sweep_runs(GGML_TYPES[self.scheme.grid.name], *given, level, first, out=out)
-        else:
-            self.by_torch(*given, first, out)
-
-    def by_torch(
-        self,
-        target: Tensor,
-        weight: Tensor,
-        error: Tensor,
-        coupling: Tensor,
-        scale: Tensor,
-        solve: Tensor,
-        metric: Tensor,
-        first: bool,
-        out: Tensor,
-    ) -> None:
-        """As `native.sweep_runs`, but for the entries that it looks at, on any device and for any number of lanes."""
         for number, at in enumerate(range(0, len(target), WIDTH)):
             run = slice(at, at + WIDTH)
             count = len(target[run])
@@ -171,24 +150,19 @@ class Sweep:
 
 
 def forms(
-    coupling: Float[Tensor, "cols cols"], curve: Float[Tensor, "cols"], first: bool
+    factors: Float[Tensor, "cols cols"], curve: Float[Tensor, "cols"], first: bool
 ) -> tuple[Float[Tensor, "runs 8 8"], Float[Tensor, "runs 8 8"]]:
     """For each run, how far its best values are from those it has, over target minus these; and the form around them.
 
-    What each column adds to the targets of the others is `near` minus 1: of those after it alone in the first pass,
-    whose error is the sum of squares of target minus value; of all later, where `near` times `curve` is the second
-    moment.
+    `factors[k, i]` is what a change of the error of column i adds to the target of k, with `near` added 1 to the
+    diagonal: of those before it alone in the `first` pass, whose error is the sum of squares of target minus value,
+    times `curve`; of all later, where `near` times `curve` is the second moment.
     """
-    cols = len(curve)
-    runs = -(-cols // WIDTH)
-    wide = torch.zeros(runs * WIDTH, runs * WIDTH, device=curve.device)
-    wide[:cols, :cols] = coupling.T
-    near = wide.view(runs, WIDTH, runs, WIDTH).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    near = near.tril(-1) if first else near
-    near = near + torch.eye(WIDTH, device=curve.device)
-    weights = torch.zeros(runs * WIDTH, device=curve.device)
-    weights[:cols] = curve
-    form = weights.view(runs, WIDTH, 1) * near
+    at = torch.arange(-(-len(curve) // WIDTH) * WIDTH, device=curve.device).view(-1, WIDTH)
+    there, at = at < len(curve), at.clamp(max=len(curve) - 1)
+    near = factors[at[:, :, None], at[:, None]].float() * (there[:, :, None] & there[:, None])
+    near = (near.tril(-1) if first else near) + torch.eye(WIDTH, device=curve.device)
+    form = (curve[at] * there)[..., None] * near
     metric = near.mT @ form if first else (form + form.mT) / 2
     return torch.linalg.inv(near).contiguous(), metric.contiguous()
 
