@@ -71,6 +71,8 @@ class Method:
         into: `quantize` with one more argument, memory for the codes of the result; for methods so fast that copying
             codes counts.
         outside: name of the method for weights of which no statistics are taken, where this one needs some.
+        beside: name of the method that makes from statistics what this one does not: embeddings and output layers, and
+            schemes in blocks that it cannot use; None where that is left to `outside`, and to the format's encoder.
         supports: `scheme -> None`, or the reason why this method cannot use the scheme.
         act_order: `options -> ` whether it leaves columns in groups of an order of their own, which few formats store.
         tables: whether it chooses runs of codes, as grids with a `table` need; `objection` refuses the others.
@@ -82,6 +84,7 @@ class Method:
     needs: frozenset[str] = field(default_factory=frozenset)
     workspace: float = 16.0
     outside: str = "mse"
+    beside: str | None = None
     supports: Callable[[Scheme], str | None] = lambda scheme: None
     prepare: Callable[[Stats, Scheme, Any], Stats] = lambda stats, scheme, options: stats
     anywhere: bool = False

@@ -163,6 +163,7 @@ METHOD = Method(
     about="SignRound: rounding and ranges learned from the block's output, 200 signed steps",
     quantize=quantize,
     options=Options,
+    beside="gptq",
     workspace=4.0,
     supports=_objection,
     learn=learn,

@@ -95,6 +95,7 @@ METHOD = Method(
     about="GPTAQ: GPTQ towards what the float model computes from its own inputs",
     quantize=quantize,
     options=Options,
+    beside="gptaq",
     needs=frozenset({"second_moment", "cross_moment"}),
     workspace=48.0,
     supports=_gptq.objection,

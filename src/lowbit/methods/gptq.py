@@ -67,6 +67,7 @@ METHOD = Method(
     about="GPTQ: round column by column, each with the errors of those before",
     quantize=quantize,
     options=Options,
+    beside="gptq",
     needs=frozenset({"second_moment"}),
     workspace=40.0,
     prepared=_gptq.prepared_bytes,

@@ -51,6 +51,7 @@ METHOD = Method(
     about="LDLQ: QuIP's rounding with linear feedback, from left to right",
     quantize=quantize,
     options=Options,
+    beside="ldlq",
     needs=frozenset({"second_moment"}),
     workspace=40.0,
     supports=_gptq.objection,

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import gcd
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -82,16 +84,21 @@ class _Recorder(nn.Module):
 class Entrance:
     """What stands before the blocks of a model: turns tokens into the first hidden state, and records calls.
 
-    It runs on the processor; `device` is where the blocks are called.
+    It runs on the processor; `device` is where the blocks are called. `tables`: embeddings, by path, in the place of
+    those of the checkpoint, in the type of the blueprint.
     """
 
-    def __init__(self, blueprint: Blueprint, device: torch.device) -> None:
-        self._blueprint, self._device = blueprint, device
+    def __init__(
+        self, blueprint: Blueprint, device: torch.device, tables: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        self._blueprint, self.device = blueprint, device
         self._calls: dict[int, dict[str, Call]] = {}
         self._recording = threading.Lock()
         self._first = next(iter(blueprint.blocks))
         self._model = blueprint.streamed()
         self._recorder = _replace(self._model, [self._first], None)[self._first]
+        for path, table in tables.items():
+            self._model.get_submodule(path).register_forward_pre_hook(partial(_look_up_in, table))
 
     def hidden(self, ids: Int64[Tensor, "windows tokens"]) -> Tensor:
         """The first block's input for these windows, `[windows, tokens, width]`."""
@@ -104,6 +111,24 @@ class Entrance:
                 f"row of {self._blueprint.width} for each can be calibrated; use a method without calibration"
             )
         return hidden
+
+    @torch.enable_grad()
+    def slopes(
+        self, ids: Int64[Tensor, "windows tokens"], slopes: Float[Tensor, "windows tokens width"]
+    ) -> dict[str, Tensor]:
+        """Gradients at what each embedding gives for these windows, by path, from those at the first block's input."""
+        given: dict[str, Tensor] = {}
+
+        def leave(path: str, module: nn.Module, args: object, output: Tensor) -> Tensor:
+            given[path] = output.detach().requires_grad_()
+            return given[path]
+
+        embeddings = {path: self._model.get_submodule(path) for path in self._blueprint.tables}
+        with ExitStack() as hooks:
+            for path, embedding in embeddings.items():
+                hooks.callback(embedding.register_forward_hook(partial(leave, path)).remove)
+            hidden = self.hidden(ids)
+        return dict(zip(given, torch.autograd.grad(hidden, list(given.values()), slopes), strict=True))
 
     def calls(self, ids: Int64[Tensor, "windows tokens"]) -> dict[str, Call]:
         """How the model calls each block for so many windows of this length.
@@ -135,7 +160,7 @@ class Entrance:
                     f"{path}: the model hands it more of the tokens than the hidden state, which is not calibrated; "
                     "use a method without calibration"
                 )
-        return {path: call.on(self._device) for path, call in found[0].items()}
+        return {path: call.on(self.device) for path, call in found[0].items()}
 
     def _run(self, model: nn.Module, ids: Tensor) -> None:
         with self._refusals(), suppress(_Reached):
@@ -143,6 +168,16 @@ class Entrance:
 
     def _refusals(self) -> AbstractContextManager[None]:
         return refusals(f"{self._blueprint.checkpoint.path} fails on calibration windows")
+
+
+@final
+@dataclass(frozen=True)
+class Read:
+    """What a layer after the blocks reads, and what it makes of it."""
+
+    path: str
+    rows: Tensor
+    made: Tensor
 
 
 @final
@@ -164,13 +199,49 @@ class Exit:
         model = blueprint.with_parts(outside) if held else blueprint.streamed()
         self._model = model.requires_grad_(False)
         self._recorders = _replace(self._model, paths, None, ends=False)
+        self._layers = {path: self._model.get_submodule(path) for path in blueprint.layers}
 
-    def logits(self, ids: Int64[Tensor, "windows tokens"], hidden: Tensor) -> Tensor:
-        """Logits for the hidden state after the last block; differentiable. Each position stands alone."""
+    def logits(self, ids: Int64[Tensor, "windows tokens"], hidden: Tensor, seen: list[Read] | None = None) -> Tensor:
+        """Logits for the hidden state after the last block; differentiable. Each position stands alone.
+
+        `seen` gets what each layer after the blocks reads and makes.
+        """
+
+        def see(path: str, module: nn.Module, args: tuple[Tensor, ...], made: Tensor) -> None:
+            if seen is not None and made.requires_grad:  # others are of what enters the blocks
+                seen.append(Read(path, args[0], made))
+
+        with ExitStack() as hooks:
+            for path, layer in self._layers.items():
+                hooks.callback(layer.register_forward_hook(partial(see, path)).remove)
+            return self._run(ids, hidden)
+
+    def rows(self, ids: Int64[Tensor, "windows tokens"], hidden: Tensor, path: str) -> Tensor:
+        """What a layer after the blocks reads, `[windows, tokens, inputs]`, without running it."""
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.append(args[0])
+            raise _Reached
+
+        hook = self._layers[path].register_forward_pre_hook(stop, prepend=True)  # before its weight is read
+        with suppress(_Reached):
+            try:
+                self._run(ids, hidden)
+            finally:
+                hook.remove()
+        return found[0]
+
+    def _run(self, ids: Tensor, hidden: Tensor) -> Tensor:
         for recorder in self._recorders.values():
             recorder.answer = hidden if self._rest is None else (hidden, *self._rest)
         found: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return found
+
+
+def _look_up_in(table: Tensor, module: nn.Module, ids: object) -> None:
+    """A hook: the embedding looks up rows of `table` this time."""
+    module.load_state_dict({"weight": table}, assign=True)
 
 
 def _replace(model: nn.Module, paths: Sequence[str], answer: Any, ends: bool = True) -> dict[str, _Recorder]:

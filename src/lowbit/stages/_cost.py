@@ -7,7 +7,8 @@ rate at which this machine multiplied matrices a moment ago.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -34,6 +35,10 @@ from lowbit.stats import Statistic
 from lowbit.transforms import Transform
 
 _TOKENS = 4096
+# Of slopes: tokens that methods learn from, at least and for each channel of the stream, tokens that judge; tokens that
+# go back through a block at once; logits that are held together, and copies of them.
+_SLOPED, _FOR_EACH, _JUDGED = 8192, 4, 2048
+BACK, LOGITS, _COPIES = 1024, 2**25, 4
 _JUDGE = 1024 * 4  # bytes per input of the rows that judge
 EMBEDDED = 8192  # tokens that are embedded together
 # Of the upper estimate of activations: what is there at once of a forward pass, and what the graph of a backward pass
@@ -87,6 +92,50 @@ class Cost:
         parts[last] = self.total - sum(parts.values())
         disk = f"{format_size(self.disk)} of disk while it runs"
         return f"{format_size(self.total)} = {format_sum(parts)}; {disk}; about {duration(self.seconds)}"
+
+
+@final
+@dataclass(frozen=True)
+class Ends:
+    """Entries of weights outside of the blocks that calibration makes, by name.
+
+    Attributes:
+        tables: of embeddings.
+        heads: of output layers that are no embeddings, where the method learns from text.
+    """
+
+    tables: Mapping[str, Entry]
+    heads: Mapping[str, Entry]
+
+    @property
+    def names(self) -> AbstractSet[str]:
+        """Of all."""
+        return self.tables.keys() | self.heads.keys()
+
+    @property
+    def sloped(self) -> bool:
+        """Whether slopes are taken for one."""
+        return any(map(needs_of, self.tables.values()))
+
+
+def ends_of(plan: Plan, blueprint: Blueprint) -> Ends:
+    """The weights of a plan that calibration makes outside of the blocks."""
+    planned = {entry.weight.name: entry for entry in plan.entries if entry.weight.scheme and not entry.tied}
+    looked, read = (frozenset[str]().union(*found.values()) for found in (blueprint.tables, blueprint.layers))
+    tables = {name: entry for name, entry in planned.items() if name in looked}
+    heads = {name: entry for name, entry in planned.items() if name in read - looked and needs_of(entry)}
+    return Ends(tables, heads)
+
+
+def needs_of(entry: Entry) -> frozenset[str]:
+    """Names of the statistics that the method of a weight needs."""
+    method: Method | None = plugins.load("methods", entry.method) if entry.method else None
+    return method.needs if method else frozenset()
+
+
+def sloped_windows(fit: int, held: int, length: int, width: int) -> tuple[int, int]:
+    """Windows whose slopes are taken, of so many to learn from and to judge by, of so many tokens."""
+    return min(max(max(_SLOPED, _FOR_EACH * width) // length, 1), fit), min(max(_JUDGED // length, 1), held)
 
 
 def estimate(

@@ -223,6 +223,20 @@ class Blueprint:
         paths = set(block_paths(self._skeleton))
         return {part.path: part.sources for part in self._parts if part.path in paths}
 
+    @cached_property
+    def tables(self) -> dict[str, frozenset[str]]:
+        """Path of every embedding outside of the blocks, and the weights of the checkpoint that fill it."""
+        return self._outside(nn.Embedding)
+
+    @cached_property
+    def layers(self) -> dict[str, frozenset[str]]:
+        """The same of linear layers."""
+        return self._outside(nn.Linear)
+
+    def _outside(self, kind: type[nn.Module]) -> dict[str, frozenset[str]]:
+        parts = (part for part in self._parts if part.path not in self.blocks)
+        return {p.path: p.sources for p in parts if isinstance(self._skeleton.get_submodule(p.path), kind)}
+
     def filled(self, path: str) -> nn.Module:
         """One block with its weights in memory; experts run one after the other, each by products of its own."""
         return self._build(self.blocks[path], experts_implementation="eager").get_submodule(path)

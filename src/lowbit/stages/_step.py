@@ -7,6 +7,8 @@ from concurrent.futures import Executor
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lowbit import plugins
 from lowbit.methods import Method, Stats
@@ -16,6 +18,7 @@ from lowbit.stages._pages import give_back
 from lowbit.stages._sites import Site
 from lowbit.stages._state import Calibration, State
 from lowbit.stages._terms import Corrections
+from lowbit.stages.plan import Entry
 from lowbit.stages.quantize import one_torch_thread, tensor_stats
 
 _MUCH = 2**28  # bytes that a method prepares: taking less is faster where heaps keep what was freed
@@ -35,23 +38,41 @@ def quantize_step(seen: Mapping[Site, Seen], work: Calibration, state: State, co
 def _job(
     name: str, seen: Seen, prepared: dict[Any, Stats], work: Calibration, state: State, corrections: Corrections
 ) -> Job:
-    """The work on one weight; what a method prepares is shared by weights of one scheme at one site."""
-    entry, piece = state.entries[name], work.way.piece
-    scheme = entry.weight.scheme
-    assert scheme is not None and entry.method is not None
+    """The work on one weight of a block."""
+    entry = state.entries[name]
+    assert entry.method is not None
     method: Method = plugins.load("methods", entry.method)
     learns = bool(method.needs or method.learn)
     lost = state.lost.get(name) or (seen.useless if learns or corrections.learn else None)
-    chosen = stand_in(method, scheme, work.plan.rules) if lost and learns else entry.method
+    state.scale_input(name, seen)
+    whole = state.kept(name)
+    return job_of(entry, whole, corrections.residual(name, whole, seen), seen, prepared, work, lost)
+
+
+def job_of(
+    entry: Entry,
+    whole: Float[Tensor, "rows cols"],
+    weight: Float[Tensor, "rows cols"],
+    seen: Seen,
+    prepared: dict[Any, Stats],
+    work: Calibration,
+    lost: str | None,
+) -> Job:
+    """The work on one weight: `weight`, of which the codes are made, and low-rank terms stand for `whole`.
+
+    What a method prepares is shared by weights of one scheme at one site, whose `prepared` this is. `lost`: why
+    calibration cannot do what the plan says.
+    """
+    scheme, piece = entry.weight.scheme, work.way.piece
+    assert scheme is not None and entry.method is not None
+    method: Method = plugins.load("methods", entry.method)
+    chosen = stand_in(method, scheme, work.plan.rules) if lost and (method.needs or method.learn) else entry.method
     method = plugins.load("methods", chosen)
     options = work.options(method, chosen)
     if (chosen, scheme) not in prepared:
         if method.prepared(entry.weight.shape[-1]) >= _MUCH:
             give_back()  # what passes left in heaps
         prepared[chosen, scheme] = method.prepare(_where(method, seen.stats, work.device), scheme, options)
-    state.scale_input(name, seen)
-    whole = state.kept(name)
-    weight = corrections.residual(name, whole, seen)
     stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, piece)}
     return Job(entry, chosen, weight, stats, seen, options, piece, whole, lost)
 

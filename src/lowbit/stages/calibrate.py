@@ -12,6 +12,7 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -23,7 +24,8 @@ from lowbit.budget import MemoryWatch
 from lowbit.errors import ResourceError, UnsupportedError, UsageError
 from lowbit.stages._adapter import Terms
 from lowbit.stages._blocks import Entrance, LiveBlock
-from lowbit.stages._cost import EMBEDDED, Cost, estimate
+from lowbit.stages._cost import EMBEDDED, Cost, ends_of, estimate
+from lowbit.stages._ends import Ends
 from lowbit.stages._gather import Gatherer
 from lowbit.stages._learn import learn
 from lowbit.stages._model import Blueprint, open_blueprint
@@ -91,23 +93,31 @@ def calibrate(prepared: Prepared, output: Output, watch: MemoryWatch, progress: 
         ResourceError: the disk is full, or the memory limit was passed.
     """
     plan, blueprint = prepared.plan, prepared.blueprint
+    ends = ends_of(plan, blueprint)
     stored = {entry.weight.name for entry in plan.entries if not entry.tied}
     wanted = {path: stored & inside for path, inside in blueprint.blocks.items()}
-    paths = _worked_on(plan, wanted)
+    paths = list(wanted) if ends.heads else _worked_on(plan, wanted)
     done = next((k for k, path in enumerate(paths) if not wanted[path] <= output.records.keys()), len(paths))
-    if done == len(paths):
+    if done == len(paths) and ends.names <= output.records.keys():
         return
+
+    def tick(stage: str, at: int, total: int) -> None:
+        progress(stage, at, total)
+        watch.check()
+
     with torch.no_grad(), _device_memory():
         work = _begin(prepared, output)
         with work.pool:
+            outside = Ends(work, partial(tick, "slopes"))
+            outside.make_tables()
             start = work.streams.latest(done)
             if start == 0:
-                _enter(work)
+                _enter(work, outside.entrance())
             for k in range(start, len(paths)):
-                progress("calibrate", k, len(paths))
-                watch.check()
+                tick("calibrate", k, len(paths))
                 _run_block(work, paths[k], k)
                 work.streams.forget(k + 1)
+            outside.make_heads(len(paths))
         progress("calibrate", len(paths), len(paths))
 
 
@@ -168,13 +178,14 @@ def _begin(prepared: Prepared, output: Output) -> Calibration:
     )
 
 
-def _enter(work: Calibration) -> None:
-    """Write the first block's inputs."""
+def _enter(work: Calibration, quantized: Entrance) -> None:
+    """Write the first block's inputs: the float model's, and what the embeddings look up as they are stored."""
     for kind in work.streams.kinds:
+        entrance = quantized if kind == "quantized" else work.entrance
         with work.streams.writing(kind, 0) as hidden:
             size = max(EMBEDDED // hidden.shape[1], 1)
             for ids, rows in zip(torch.split(work.windows.ids, size), torch.split(hidden, size), strict=True):
-                rows.copy_(work.entrance.hidden(ids))
+                rows.copy_(entrance.hidden(ids))
 
 
 def _run_block(work: Calibration, path: str, index: int) -> None:

@@ -30,7 +30,7 @@ from lowbit.stages._gguf_vocabulary import alone
 from lowbit.stages._holders import held_by, takes
 from lowbit.stages._imatrix import Imatrix, Importance, read_importance
 from lowbit.stages._model import open_blueprint
-from lowbit.stages._policy import assign, in_blocks, read_policy
+from lowbit.stages._policy import assign, in_blocks, read_policy, role_of
 from lowbit.stages._readers import kept_for
 from lowbit.stages._recipe import Recipe, dotted, parse_recipe, step_options
 from lowbit.stages._row_views import apart_in_rows
@@ -42,7 +42,9 @@ from lowbit.tensors import scheme_bytes
 VERSION = 2
 _UNSEEN = "; not in the importance matrix"
 _OUTSIDE = "; outside of the blocks, where no statistics are taken"
-_INSTEAD = re.compile(rf"; (({_UNSEEN[2:]}|{_OUTSIDE[2:]}|\w+ cannot make ).*)")
+_BOTH = ("embedding", "head")
+_ENDS = "; outside of the blocks, where single weights are made"
+_INSTEAD = re.compile(rf"; (({_UNSEEN[2:]}|{_OUTSIDE[2:]}|{_ENDS[2:]}|\w+ cannot make ).*)")
 _SWAPPED = "transposed linear layer (Conv1D)"
 _SHARED = "shared with another layer, which no reader of this format would find"
 _STACKED = "experts in one tensor; "
@@ -325,11 +327,14 @@ class _Maker:
         inside = weight.name in self.inside and not self._moved(weight)
         method, why = recipe.method, ""
         seen = self._important(weight) if self.importance else inside
-        if not seen and recipe.calibrated:
+        beside, end = _method(recipe.method).beside, role_of(weight.name) in _BOTH
+        if not seen and recipe.calibrated and beside and end and not self.importance:
+            method, why, seen = beside, _ENDS * (beside != recipe.method), True
+        elif not seen and recipe.calibrated:
             outside, why = _method(recipe.method).outside, _UNSEEN if self.importance else _OUTSIDE
             method = form.encoder if outside == "mse" and form.encoder and wanted in BLOCKS else outside
         if form.encoder and wanted in BLOCKS:
-            learned = form.learned_encoder if seen and recipe.calibrated else None
+            learned = (beside or form.learned_encoder) if seen and recipe.calibrated else None
             able = _able(method, wanted, learned or form.encoder)
             why, method = why or f"; {method} cannot make {wanted}" * (able != method), able
         activations = self.rules.activations if inside else None
@@ -572,7 +577,9 @@ def _entry(
     turned = arranged(turned, wanted, form, config)
     if wanted == "keep" or (form.arrange and wanted in _NAMES.values()):
         kept = turned if form.arrange else weight
-        return Entry(kept, None, reason.removesuffix(_OUTSIDE).removesuffix(_UNSEEN), came=weight.dtype)
+        for other in (_OUTSIDE, _UNSEEN, _ENDS):
+            reason = reason.removesuffix(other)
+        return Entry(kept, None, reason, came=weight.dtype)
     scheme, method = parse(wanted), _method(name)
     if swap and not form.swaps:
         raise UnsupportedError(f"{weight.name} is a {_SWAPPED}; {_SWAPPING}")

@@ -33,6 +33,7 @@ from lowbit.budget import MARGIN, PIECE, MemoryWatch, anonymous_bytes, format_si
 from lowbit.errors import ResourceError, UnsupportedError, UsageError
 from lowbit.methods import Method
 from lowbit.schemes import Scheme
+from lowbit.stages import _slopes
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock
 from lowbit.stages._jobs import Job, stand_in
 from lowbit.stages._model import Blueprint, open_blueprint
@@ -40,6 +41,7 @@ from lowbit.stages._observe import Accumulator, Observer, Seen, Windows
 from lowbit.stages._products import Product
 from lowbit.stages._recipe import step_options
 from lowbit.stages._sites import Found, Site, find_steps
+from lowbit.stages._slopes import Piece, forward, last_slopes
 from lowbit.stages._streams import Streams
 from lowbit.stages.budgets.narrow import KEPT, Attended, input_loss, kept_loss
 from lowbit.stages.checkpoint import Checkpoint
@@ -50,7 +52,6 @@ from lowbit.tensors import QTensor
 
 Losses = dict[str, dict[str, float]]
 Offers = Mapping[str, Mapping[str, Entry]]
-Piece = tuple[int, slice]  # a window, and tokens of it
 Judge = Callable[[Job, Seen], float]  # of what a job makes, and of what was seen of its input
 
 VERSION = 1
@@ -322,41 +323,30 @@ def _windows(ids: Int64[Tensor, "windows tokens"]) -> Windows:
     return Windows(ids[: fit + held], fit, _BATCH)
 
 
-@torch.no_grad()
 def _forward(run: Run) -> None:
     """Write the inputs of every block, and the last one's outputs."""
-    ids, paths = run.windows.ids, list(run.blueprint.blocks)
-    with run.streams.writing("float", 0) as hidden:
-        for batch in run.windows.batches:
-            hidden[batch] = run.entrance.hidden(ids[batch])
-    for index, path in enumerate(paths):
-        run.progress("forward", index, len(paths))
+
+    def tick(done: int, total: int) -> None:
+        run.progress("forward", done, total)
         run.watch.check()
-        live, inputs = LiveBlock(run.blueprint, path, (), CPU), run.streams.read("float", index)
-        with run.streams.writing("float", index + 1) as outputs:
-            for batch in run.windows.batches:
-                outputs[batch] = live.run(run.entrance.calls(ids[batch])[path], inputs[batch])
-    run.progress("forward", len(paths), len(paths))
+
+    forward(run.blueprint, run.entrance, run.windows, run.streams, tick)
 
 
 def _last_gradients(run: Run) -> Float[Tensor, "windows tokens width"]:
     """Gradients at the last block's output, in the windows that judge, for one drawn token at each position."""
     ids, hidden = run.windows.ids[run.held], run.streams.read("float", len(run.blueprint.blocks))[run.held]
-    way, dice = Exit(run.blueprint, run.entrance, ids, held=True), torch.Generator().manual_seed(0)
-    gradients = torch.empty(hidden.shape)
-    for window, part in pieces_of(run, ids):
-        state = hidden[window, part][None].clone().requires_grad_()
-        with torch.enable_grad():
-            chances = way.logits(ids[window, part][None], state)[0].float().log_softmax(-1)
-            drawn = torch.multinomial(chances.detach().exp(), 1, generator=dice)
-            (gradients[window, part],) = torch.autograd.grad(chances.gather(1, drawn).sum(), state)
-    return gradients
+    return last_slopes(Exit(run.blueprint, run.entrance, ids, held=True), ids, hidden, _together(run))
+
+
+def _together(run: Run) -> int:
+    """Tokens whose logits are held together."""
+    return max(_LOGITS // run.blueprint.vocabulary, 1)
 
 
 def pieces_of(run: Run, ids: Int64[Tensor, "windows tokens"]) -> Iterator[Piece]:
     """Windows, a run of tokens at a time."""
-    step = max(_LOGITS // run.blueprint.vocabulary, 1)
-    return ((window, slice(at, at + step)) for window in range(len(ids)) for at in range(0, ids.shape[1], step))
+    return _slopes.pieces_of(ids, _together(run))
 
 
 @final

@@ -1,0 +1,173 @@
+"""Ends: the weights before and after the blocks, made on what they do to the model, and seen by the blocks.
+
+Rows of an embedding enter the stream as they are: no input's second moment says which errors matter. The gradients of
+the predictions at its output say it; their second moment, the Fisher information, takes the place of that of inputs
+(`_slopes.py`). It is made first, and the blocks are calibrated on what it looks up. The output layer is made last, on
+what the quantized blocks give it; one that is the embedding too is made with it, on the sum of both.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lowbit.stages._attention import exact_products
+from lowbit.stages._blocks import Entrance, Exit, LiveBlock
+from lowbit.stages._cost import BACK, LOGITS, ends_of, needs_of, sloped_windows
+from lowbit.stages._observe import Accumulator, Seen, Windows
+from lowbit.stages._rows import rows_of
+from lowbit.stages._slopes import Tick, forward, last_slopes
+from lowbit.stages._state import Calibration
+from lowbit.stages._step import job_of
+from lowbit.stages._store import store
+from lowbit.stages._streams import Streams
+from lowbit.stages.plan import Entry
+from lowbit.stages.quantize import one_torch_thread, pieces_of, refuse_not_finite
+from lowbit.stages.write import allocate
+
+
+@final
+class Ends:
+    """Makes those of a run: embeddings, and output layers whose method learns from text."""
+
+    def __init__(self, work: Calibration, tick: Tick) -> None:
+        self._work, self._tick = work, tick
+        self._ends = ends_of(work.plan, work.blueprint)
+
+    def make_tables(self) -> None:
+        """Quantize and store embeddings that are not there yet."""
+        missing = [e for e in self._ends.tables.values() if e.weight.name not in self._work.output.records]
+        sloped = {entry.weight.name: entry for entry in missing if needs_of(entry)}
+        seen = self._sloped(sloped) if sloped else {}
+        for entry in missing:
+            self._make(entry, seen.get(entry.weight.name, Seen({}, torch.empty(0, 0), 0)))
+
+    def entrance(self) -> Entrance:
+        """What stands before the blocks, with the embeddings as they are stored."""
+        work = self._work
+        paths = [path for path, names in work.blueprint.tables.items() if names & self._ends.tables.keys()]
+        tables = {path: self._table(path, index) for index, path in enumerate(paths)}
+        return Entrance(work.blueprint, work.device, tables) if tables else work.entrance
+
+    def make_heads(self, last: int) -> None:
+        """Quantize and store output layers that are not there yet; `last`: number of blocks."""
+        work, heads = self._work, self._ends.heads
+        missing = {name: entry for name, entry in heads.items() if name not in work.output.records}
+        paths = [path for path, names in work.blueprint.layers.items() if names & missing.keys()]
+        way = Exit(work.blueprint, work.entrance, work.windows.ids) if paths else None
+        for path in paths:
+            names = work.blueprint.layers[path] & missing.keys()
+            found = {name: self._accumulator(missing[name], len(work.windows.held)) for name in names}
+            for batch in work.windows.batches:
+                assert way is not None
+                rows = {kind: way.rows(work.windows.ids[batch], work.streams.read(kind, last)[batch], path)
+                        for kind in work.streams.kinds}  # fmt: skip
+                flat = {kind: each.flatten(0, -2) for kind, each in rows.items()}
+                for each in found.values():
+                    each.take(flat[work.inputs], flat.get("float"), batch.start >= work.windows.fit)
+            for name, each in found.items():
+                self._make(missing[name], each.finish())
+
+    def _accumulator(self, entry: Entry, held: int) -> Accumulator:
+        return Accumulator(sorted(needs_of(entry)), 0, held * self._work.windows.ids.shape[1])
+
+    def _make(self, entry: Entry, seen: Seen) -> None:
+        work, name = self._work, entry.weight.name
+        tensor = work.source.tensor(name)
+        refuse_not_finite(name, tensor)
+        job = job_of(entry, tensor, tensor, seen, {}, work, seen.useless if needs_of(entry) else None)
+        with one_torch_thread():
+            made = job.choose(list(work.pool.map(job.piece, job.places())))
+        store(work.output, entry, made.qtensor, tensor, {**made.facts, "folded": False}, scratch=True)
+
+    def _sloped(self, entries: Mapping[str, Entry]) -> dict[str, Seen]:
+        """What the predictions say of embeddings, and of what is an output layer too."""
+        work = self._work
+        windows, folder = self._windows(), work.streams.folder / "slopes"
+        found = {name: self._accumulator(entry, len(windows.held)) for name, entry in entries.items()}
+        shape = (*windows.ids.shape, work.blueprint.width)
+        streams = Streams(folder, (shape[0], shape[1], shape[2]), work.blueprint.dtype, ("float",))
+        with exact_products(work.blueprint.dtype):
+            forward(work.blueprint, work.entrance, windows, streams, self._tick)
+            slopes = self._at_the_end(windows, streams, found)
+            for index in range(len(work.blueprint.blocks) - 1, -1, -1):
+                self._tick(2 * len(work.blueprint.blocks) - 1 - index, 2 * len(work.blueprint.blocks))
+                self._back(index, windows, streams, slopes)
+            for batch in windows.batches:
+                given = work.entrance.slopes(windows.ids[batch], slopes[batch])
+                for name, rows in _by_name(given, work.blueprint.tables, found):
+                    found[name].take(rows.flatten(0, -2), None, batch.start >= windows.fit)
+        shutil.rmtree(folder)
+        return {name: each.finish() for name, each in found.items()}
+
+    def _windows(self) -> Windows:
+        """Some of those that methods learn from, and of those that judge."""
+        windows, width = self._work.windows, self._work.blueprint.width
+        fit, held = sloped_windows(windows.fit, len(windows.held), windows.ids.shape[1], width)
+        ids = torch.cat([windows.ids[:fit], windows.ids[windows.fit : windows.fit + held]])
+        return Windows(ids, fit, BACK)
+
+    def _at_the_end(self, windows: Windows, streams: Streams, found: Mapping[str, Accumulator]) -> Tensor:
+        """Slopes at the last block's output; output layers that are embeddings take what they read."""
+        blueprint, entrance = self._work.blueprint, self._work.entrance
+        hidden, way = streams.read("float", len(blueprint.blocks)), Exit(blueprint, entrance, windows.ids)
+        slopes, step = [], max(LOGITS // blueprint.vocabulary, 1)
+        for part, held in ((slice(0, windows.fit), False), (slice(windows.fit, None), True)):
+
+            def take(path: str, rows: Tensor, held: bool = held) -> None:
+                for name, each in _by_name({path: rows}, blueprint.layers, found):
+                    found[name].take(each, None, held)
+
+            slopes.append(last_slopes(way, windows.ids[part], hidden[part], step, take))
+        return torch.cat(slopes)
+
+    def _back(self, index: int, windows: Windows, streams: Streams, slopes: Tensor) -> None:
+        """Take slopes from a block's output to its input."""
+        work, path = self._work, list(self._work.blueprint.blocks)[index]
+        live, inputs = LiveBlock(work.blueprint, path, (), work.device), streams.read("float", index)
+        for batch in windows.batches:
+            hidden = inputs[batch].clone().requires_grad_()
+            with torch.enable_grad():
+                out = live.run(work.entrance.calls(windows.ids[batch])[path], hidden)
+                (slopes[batch],) = torch.autograd.grad(out, hidden, slopes[batch])
+
+    def _table(self, path: str, index: int) -> Tensor:
+        """An embedding as it is stored, in the type of the computation, in a mapped file."""
+        work = self._work
+        weights = [work.source.weights[name] for name in work.blueprint.tables[path]]
+        rows, cols = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+        file = work.streams.folder / f"table-{index}.bin"  # forgotten with the first block's inputs
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w+b") as opened:
+            allocate(opened.fileno(), rows * cols * work.blueprint.dtype.itemsize, file)
+        table = torch.from_file(str(file), shared=True, size=rows * cols, dtype=work.blueprint.dtype).view(rows, cols)
+        for weight in weights:
+            places = rows_of(weight.rows).long() if weight.rows else torch.arange(weight.shape[0])
+            for part, value in self._values(weight.name):
+                table[places[part]] = value.to(table.dtype)
+        return table
+
+    def _values(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of a weight as they are stored, or will be, and where they are."""
+        entry = self._ends.tables.get(name)
+        if entry is None or entry.weight.scheme is None:
+            yield slice(None), self._work.source.tensor(name)
+            return
+        with self._work.output.codes(entry.weight, True, "table") as codes:
+            made = self._work.plan.rules.unpack(entry.weight, self._work.output.read(entry), codes)
+            if entry.weight.scheme.block.flat:
+                yield slice(None), made.dequantize()
+                return
+            for part, _ in pieces_of(made.shape, entry.weight.scheme.block, self._work.way.piece):
+                yield part, made.rows(part.start, part.stop).dequantize()
+
+
+def _by_name(
+    given: Mapping[str, Tensor], sources: Mapping[str, frozenset[str]], names: Mapping[str, object]
+) -> Iterator[tuple[str, Tensor]]:
+    """What is given by path, for each of the names that the module there reads."""
+    return ((name, rows) for path, rows in given.items() for name in sources[path] & names.keys())
