@@ -85,7 +85,7 @@ def opened(kind: str, folder: Path, method: str = "gptq", **settings: Any) -> It
 def begun(ready: Prepared, output: Output) -> Work:
     with torch.no_grad():
         work = _begin(ready, output)
-        _enter(work)
+        _enter(work, work.entrance)
     return work
 
 

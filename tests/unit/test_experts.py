@@ -105,7 +105,7 @@ def block_of(ready: Prepared, output: Output) -> tuple[Work, State, Passes, list
     """The first block, and its steps."""
     with torch.no_grad():
         work = _begin(ready, output)
-        _enter(work)
+        _enter(work, work.entrance)
         state = State(work, next(iter(work.blueprint.blocks)))
         passes = Passes(work, state, 0)
         return work, state, passes, find_steps(state.live, lambda watch: passes.batch(slice(0, 1), watch=watch))

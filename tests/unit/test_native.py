@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from inspect import unwrap
@@ -450,3 +451,19 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
 def test_an_instruction_set_that_is_not_there_is_named() -> None:
     run = run_with("mmx", "from lowbit import native; native.isa()")
     assert run.returncode != 0 and "LOWBIT_ISA=mmx is not available on this CPU" in run.stderr
+
+
+def test_bfloat16_is_computed_in_where_it_is_about_as_fast() -> None:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = native.computes_bfloat16()
+    if "avx512_bf16" not in flags and "amx_bf16" not in flags:
+        assert not found
+        return
+
+    def seconds(left: Tensor) -> float:
+        return min(timeit.repeat(lambda: left @ left.T, number=3, repeat=15))
+
+    weight = torch.randn(384, 384)
+    share = seconds(weight.bfloat16()) / seconds(weight)
+    assert found or share > 1.1
+    assert not found or share < 1.5 or "amx_bf16" in flags

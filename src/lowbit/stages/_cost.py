@@ -188,12 +188,15 @@ class _Facts:
         self.blocks = [[entry for entry in entries if entry.weight.scheme] for entries in inside]
         self.largest = max(self.blocks, key=lambda entries: sum(prod(entry.weight.shape) for entry in entries))
         self.targets = sum(prod(entry.weight.shape) for entry in self.largest)
+        self.ends = ends_of(plan, blueprint)
+        self.outside = [*self.ends.tables.values(), *self.ends.heads.values()]
         self.experts = max(sum(".experts." in e.weight.name for e in self.largest) // 2, 1)
         for dtype in {blueprint.dtype, torch.float32}:
             for alone in (True, False):
                 rate(dtype, alone=alone)  # what the libraries take with their first product is no part of the margin
         self.base = anonymous_bytes() + MARGIN
-        others = {entry.method for entries in self.blocks for entry in entries if entry.method} - {recipe.method}
+        made = [*(entry for entries in self.blocks for entry in entries), *self.outside]
+        others = {entry.method for entry in made if entry.method} - {recipe.method}
         self.methods: list[Method] = [self.method, *(plugins.load("methods", name) for name in others)]
         steps: list[Method | Transform | Correction] = [*self.methods, *self.transforms, *self.corrections]
         names = frozenset[str]().union(*(step.needs for step in steps))
@@ -204,12 +207,12 @@ class _Facts:
     @property
     def wide(self) -> int:
         """Inputs of the widest weight."""
-        return max((entry.weight.shape[-1] for entry in self.largest), default=0)
+        return max((entry.weight.shape[-1] for entry in (*self.largest, *self.outside)), default=0)
 
     @property
     def heaviest(self) -> int:
         """Elements of the largest weight."""
-        return max((prod(entry.weight.shape) for entry in self.largest), default=0)
+        return max((prod(entry.weight.shape) for entry in (*self.largest, *self.outside)), default=0)
 
     @property
     def device(self) -> str:
@@ -238,7 +241,8 @@ class _Facts:
         prepared = max(method.prepared(self.wide) for method in self.methods)
         workspace = max(method.workspace for method in self.methods)
         parts = int((workspace + _RIVALS) * min(piece, self.heaviest)) * threads
-        parts += 3 * sum(sorted(prod(entry.weight.shape) for entry in self.largest)[-3:])
+        step = sum(sorted(prod(entry.weight.shape) for entry in self.largest)[-3:])
+        parts += 3 * max(step, *(prod(entry.weight.shape) for entry in self.outside), 0)
         streams = len(stream_kinds(self.recipe, self.plan.calibration.inputs if self.plan.calibration else "quantized"))
         size = prod(self.windows) * self.blueprint.dtype.itemsize
         return Cost(
@@ -247,7 +251,9 @@ class _Facts:
             self._activations(batch, threads),
             max(sites * (held + _JUDGE * self.wide), prepared + _JUDGE * self.wide),
             max(parts, self._fitting()),
-            size * (2 * streams * self.blueprint.width + (1 + self.paired) * self.blueprint.attended),
+            size * (2 * streams * self.blueprint.width + (1 + self.paired) * self.blueprint.attended)
+            + self._tables()
+            + self._slopes() * (len(self.blueprint.blocks) + 1),
             0.0,
             batch,
             piece,
@@ -264,7 +270,29 @@ class _Facts:
         learned = min(self.method.batch(self._options()), count)
         kept = 2 * threads * kept_bytes(ceil(learned / threads), self.blueprint.heads, length, size)
         back = length * max(learned, min(self._back(), count))
-        return max(embedded + forward, int(_GRAPH * back * token) + kept + self._holes(ceil(back / threads), 2))
+        learned = int(_GRAPH * back * token) + kept + self._holes(ceil(back / threads), 2)
+        return max(embedded + forward, learned, self._going_back())
+
+    def _going_back(self) -> int:
+        """Bytes while slopes are taken: of windows that go back through a block, and of logits."""
+        size, token = max(BACK, self.windows[1]), self.blueprint.token_bytes(self.windows[1])
+        logits = 4 * _COPIES * min(LOGITS, self.windows[1] * self.blueprint.vocabulary)
+        return (self._slopes() + max(int(_GRAPH * size * token), logits)) * self.ends.sloped
+
+    def _slopes(self) -> int:
+        """Bytes of slopes at one block."""
+        return self._sloped * self.blueprint.width * self.blueprint.dtype.itemsize
+
+    @property
+    def _sloped(self) -> int:
+        """Tokens whose slopes are taken."""
+        count, length = self.windows
+        fit, held = sloped_windows(count, count, length, self.blueprint.width)
+        return min(fit + held, count) * length * self.ends.sloped
+
+    def _tables(self) -> int:
+        """Bytes of embeddings as the blocks see them."""
+        return sum(prod(entry.weight.shape) for entry in self.ends.tables.values()) * self.blueprint.dtype.itemsize
 
     def _holes(self, tokens: int, passes: int) -> int:
         """Bytes of a heap that no tensor fits, after passes of so many tokens; large ones are mapped and leave none."""
@@ -316,7 +344,14 @@ class _Facts:
             made = len(entries) * (2 if self.recipe.rotate else 1)  # rotated again each time that it is read
             total += _WEIGHT * made + _ELEMENT * weights / way.threads
             total += _WINDOW * learned * bool(entries)
-        return total
+        return total + self._outside(tokens, slow)
+
+    def _outside(self, tokens: int, slow: float) -> float:
+        """Seconds of what is outside of the blocks: slopes, forward and backward, and single weights."""
+        shapes = [weight.shape for weight in self.blueprint.checkpoint.weights.values() if len(weight.shape) == 2]
+        products = 3 * 2 * sum(map(prod, shapes)) * self._sloped
+        loops = sum(self._solve(entry, tokens) for entry in self.outside if needs_of(entry))
+        return BESIDE * products / rate(self.blueprint.dtype, self.device) + _LOOPS * loops / slow
 
     def _named(self) -> list[tuple[Transform, str]]:
         return list(zip(self.transforms, self.recipe.transforms, strict=True))

@@ -40,6 +40,8 @@ class Ends:
 
     def make_tables(self) -> None:
         """Quantize and store embeddings that are not there yet."""
+        for name in self._ends.names:  # before anything is made of them: statistics of what is computed name no tensor
+            refuse_not_finite(name, self._work.source.tensor(name))
         missing = [e for e in self._ends.tables.values() if e.weight.name not in self._work.output.records]
         sloped = {entry.weight.name: entry for entry in missing if needs_of(entry)}
         seen = self._sloped(sloped) if sloped else {}
@@ -78,7 +80,6 @@ class Ends:
     def _make(self, entry: Entry, seen: Seen) -> None:
         work, name = self._work, entry.weight.name
         tensor = work.source.tensor(name)
-        refuse_not_finite(name, tensor)
         job = job_of(entry, tensor, tensor, seen, {}, work, seen.useless if needs_of(entry) else None)
         with one_torch_thread():
             made = job.choose(list(work.pool.map(job.piece, job.places())))

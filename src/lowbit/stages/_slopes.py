@@ -55,11 +55,15 @@ def last_slopes(
 
     `heads` is told what each layer after the blocks reads, `[tokens, inputs]`, times the length of the slope at what it
     makes: the second moment of these rows is the Fisher information of a row of its weight, summed over all rows.
+    Where a prediction is no number, neither are its slopes.
     """
     slopes, dice = torch.empty_like(hidden), torch.Generator().manual_seed(0)
     for window, part in pieces_of(ids, step):
         state, read = hidden[window, part][None].clone().requires_grad_(), list[Read]()
         chances = way.logits(ids[window, part][None], state, read if heads else None)[0].float().log_softmax(-1)
+        if not chances.isfinite().all():
+            slopes[window, part] = torch.nan
+            continue
         drawn = torch.multinomial(chances.detach().exp(), 1, generator=dice)
         found = torch.autograd.grad(chances.gather(1, drawn).sum(), [state, *(each.made for each in read)])
         slopes[window, part] = found[0][0]

@@ -49,7 +49,12 @@ class Streams:
 
     def latest(self, most: int) -> int:
         """The last block, up to `most`, whose inputs are all there; 0 where none are."""
-        return next((k for k in range(most, 0, -1) if all(self._path(kind, k).exists() for kind in self.kinds)), 0)
+        return next((k for k in range(most, 0, -1) if all(self._there(kind, k) for kind in self.kinds)), 0)
+
+    def _there(self, kind: Kind, block: int) -> bool:
+        """Whether they are, in this type: another run may have found another faster."""
+        path = self._path(kind, block)
+        return path.exists() and path.stat().st_size == prod(self.shape) * self.dtype.itemsize
 
     def read(self, kind: Kind, block: int) -> Tensor:
         """Inputs of a block, `[windows, tokens, width]`."""

@@ -594,7 +594,10 @@ def divergence(before: Float[Tensor, "tokens vocabulary"], after: Float[Tensor, 
 
 
 def made_outside(run: Run, entry: Entry) -> Tensor:
-    """What a weight outside of the blocks becomes."""
+    """What a weight outside of the blocks becomes; what learns from text has more error here, where none is learned."""
+    method, scheme = _method(entry)[1], entry.weight.scheme
+    if method.needs and scheme:
+        entry = replace(entry, method=stand_in(method, scheme, run.plan.rules))
     made = make(run.source, run.plan, entry, PIECE)
     return made.dequantize() if isinstance(made, QTensor) else made
 
