@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowbit.budget import MemoryWatch
 from lowbit.errors import WeightError
+from lowbit.methods import gptq, mse
 from lowbit.plugins import load
 from lowbit.schemes import parse
 from lowbit.stages._cost import ends_of, sloped_windows
@@ -23,9 +24,10 @@ from lowbit.stages._model import open_blueprint
 from lowbit.stages._observe import Seen
 from lowbit.stages._state import Calibration as Work
 from lowbit.stages._streams import Streams
+from lowbit.stages.budgets import sensitivity
 from lowbit.stages.calibrate import Prepared, _begin, _enter, calibrate, prepare
 from lowbit.stages.checkpoint import open_checkpoint
-from lowbit.stages.plan import Calibration, Entry, Rules, as_planned, instead, make_plan
+from lowbit.stages.plan import Calibration, Entry, Rules, as_planned, instead, make_offers, make_plan
 from lowbit.stages.write import Output, open_output
 from lowbit.tensors import QTensor
 from tests.reference.models import save_tiny
@@ -276,3 +278,48 @@ def test_hidden_states_of_another_type_are_not_gone_on_from(tmp_path: Path) -> N
             hidden.fill_(1)
     assert streams.latest(2) == 1
     assert replace(streams, dtype=torch.bfloat16).latest(2) == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_a_budget_measures_them_as_they_will_be_made(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tokens that do not judge them."""
+    monkeypatch.setattr(sensitivity, "_JUDGED", 24)
+    model = save_tiny(kind, tmp_path / "model", **EVEN)
+    source, ids = open_checkpoint(tmp_path / "model"), torch.cat([IDS] * 8)
+    rules = Rules(method="gptq", format="gguf", calibration=Calibration(("text",)))
+    offers, watch = make_offers(source, rules, ("q4_0", "q8_0")), MemoryWatch(None)
+    with sensitivity.opened(source, make_plan(source, rules), offers, ids, tmp_path, None, 1, watch) as run:
+        losses = sensitivity.measure(run).losses
+        entry = offers["model.embed_tokens.weight"]["q4_0"]
+        made, seen = sensitivity.made_outside(run, entry), run.ends
+    slopes, rows = drawn(model, ids[49:])
+    wanted = {"model.embed_tokens.weight": slopes if kind == "llama" else torch.cat([slopes, rows])}
+    if kind == "llama":
+        read: list[Tensor] = []
+        hook = model.lm_head.register_forward_pre_hook(lambda module, args: read.append(args[0].flatten(0, 1)))
+        with torch.no_grad():
+            model(input_ids=ids[:48])
+        hook.remove()
+        wanted["lm_head.weight"] = read[0]
+    assert seen.keys() == wanted.keys() and wanted.keys() <= losses.keys()
+    for name, expected in wanted.items():
+        torch.testing.assert_close(seen[name].stats["second_moment"], moment(expected), rtol=2e-3, atol=1e-5)
+    scheme, options = parse("q4_0"), gptq.Options()
+    prepared = gptq.prepare(seen["model.embed_tokens.weight"].stats, scheme, options)
+    weight = model.model.embed_tokens.weight.detach()
+    torch.testing.assert_close(made, gptq.quantize(weight, prepared, scheme, options).dequantize())
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_budget_goes_on_where_nothing_was_seen_of_them(name: str, tmp_path: Path) -> None:
+    """As when losses of blocks come from a file: what needs no statistics makes them."""
+    save_tiny("llama", tmp_path / "model", **EVEN)
+    source = open_checkpoint(tmp_path / "model")
+    rules = Rules(method="gptq", format="gguf", calibration=Calibration(("text",)))
+    offers, watch = make_offers(source, rules, ("q4_0",)), MemoryWatch(None)
+    with sensitivity.opened(source, make_plan(source, rules), offers, IDS, tmp_path, None, 1, watch) as run:
+        made = sensitivity.made_outside(run, offers[name]["q4_0"])
+    wanted = mse.quantize(source.tensor(name), {}, parse("q4_0"), mse.Options())
+    torch.testing.assert_close(made, wanted.dequantize(), rtol=0, atol=0)

@@ -31,7 +31,7 @@ from lowbit import plugins
 from lowbit.blocks import CPU
 from lowbit.budget import MARGIN, PIECE, MemoryWatch, anonymous_bytes, format_size, format_sum
 from lowbit.errors import ResourceError, UnsupportedError, UsageError
-from lowbit.methods import Method
+from lowbit.methods import Method, Stats
 from lowbit.schemes import Scheme
 from lowbit.stages import _slopes
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock
@@ -117,7 +117,7 @@ def plan_way(
     """
     length, base = ids.shape[1], anonymous_bytes() + MARGIN
     later = _decided(blueprint, offers) if checked else 0
-    before = 4 * max(_HELD, length) * blueprint.width + _watched(blueprint, narrowed)
+    before = 4 * max(_HELD, length) * blueprint.width + 16 * blueprint.width**2 + _watched(blueprint, narrowed)
     held = {"gradients": before} if before >= later else {"decisions": later}  # the first are gone by then
     if whole:  # weights, a probe, gradients, products; and what a window leaves for each way back
         graph = 2 * _BACKWARD * length * blueprint.token_bytes(length) * len(blueprint.blocks)
@@ -206,6 +206,7 @@ class Run:
     watch: MemoryWatch
     progress: Progress
     narrow: Mapping[str, Scheme] = field(default_factory=dict)
+    ends: dict[str, Seen] = field(default_factory=dict)  # what outside weights are learned from, once it was measured
 
     @property
     def held(self) -> slice:
@@ -292,13 +293,15 @@ def measure(run: Run) -> Measured:
     Raises:
         WeightError: NaN or Inf in a weight.
     """
-    gradients, paths = _last_gradients(run), list(run.blueprint.blocks)
+    ends = _Ends(run)
+    gradients, paths = _last_gradients(run, ends), list(run.blueprint.blocks)
     losses, narrow, readers = Losses(), Losses(), dict[str, Site]()
     for index in range(len(paths) - 1, -1, -1):
         run.progress("measure", len(paths) - 1 - index, len(paths))
         run.watch.check()
         found = _block(run, paths[index], index, gradients)
         losses, narrow, readers = losses | found.losses, found.narrow | narrow, {**found.readers, **readers}
+    run.ends.update(ends.finish(gradients))
     losses |= _outside(run, gradients)
     run.progress("measure", len(paths), len(paths))
     return Measured(with_kept(run, losses), narrow, readers)
@@ -333,10 +336,67 @@ def _forward(run: Run) -> None:
     forward(run.blueprint, run.entrance, run.windows, run.streams, tick)
 
 
-def _last_gradients(run: Run) -> Float[Tensor, "windows tokens width"]:
+def _last_gradients(run: Run, ends: _Ends) -> Float[Tensor, "windows tokens width"]:
     """Gradients at the last block's output, in the windows that judge, for one drawn token at each position."""
     ids, hidden = run.windows.ids[run.held], run.streams.read("float", len(run.blueprint.blocks))[run.held]
-    return last_slopes(Exit(run.blueprint, run.entrance, ids, held=True), ids, hidden, _together(run))
+    way, judged = Exit(run.blueprint, run.entrance, ids, held=True), _judging(run)
+    parts = ((slice(0, judged), None), (slice(judged, None), ends.take))
+    return torch.cat([last_slopes(way, ids[part], hidden[part], _together(run), take) for part, take in parts])
+
+
+def _judging(run: Run) -> int:
+    """Of the windows that judge those by which what stands outside of the blocks is judged."""
+    return max(_JUDGED // run.windows.ids.shape[1], 1)
+
+
+@final
+class _Ends:
+    """What embeddings and output layers are learned from: as in a run that calibrates, on fewer tokens.
+
+    Slopes are those of windows that judge weights inside of the blocks alone.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run, blueprint = run, run.blueprint
+        needs = {name: {need for e in row.values() if e.method for need in _method(e)[1].needs}
+                 for name, row in run.offers.items()}  # fmt: skip
+        self._tables, self._heads = (
+            {path: {name: needs[name] for name in names if needs.get(name)} for path, names in found.items()}
+            for found in (blueprint.tables, blueprint.layers)
+        )
+        looked = frozenset[str]().union(*self._tables.values())
+        self._found = {name: Accumulator(sorted(needs[name]), 0, 0) for name in looked}
+
+    def take(self, path: str, rows: Tensor) -> None:
+        """What an output layer reads, times its slopes: of one that is an embedding too."""
+        for name in self._heads.get(path, {}).keys() & self._found.keys():
+            self._found[name].take(rows, None, held=False)
+
+    @torch.no_grad()
+    def finish(self, gradients: Float[Tensor, "windows tokens width"]) -> dict[str, Seen]:
+        """All of it, from the gradients at the first block's input."""
+        run, first = self._run, _judging(self._run)
+        learned = run.windows.ids[run.held][first:]
+        for ids, slopes in zip(torch.split(learned, 1), torch.split(gradients[first:], 1), strict=True):
+            for path, rows in (run.entrance.slopes(ids, slopes) if self._found else {}).items():
+                for name in self._tables[path]:
+                    self._found[name].take(rows.flatten(0, -2), None, held=False)
+        heads = {name: seen for path in self._heads for name, seen in self._read(path).items()}
+        return {name: each.finish() for name, each in self._found.items()} | heads
+
+    def _read(self, path: str) -> dict[str, Seen]:
+        """What an output layer reads in the windows that methods learn from."""
+        run = self._run
+        found = {name: Accumulator(sorted(needs), 0, 0) for name, needs in self._heads[path].items()
+                 if name not in self._found}  # fmt: skip
+        last = run.streams.read("float", len(run.blueprint.blocks))
+        way = Exit(run.blueprint, run.entrance, run.windows.ids, held=True) if found else None
+        for batch in run.windows.batches:
+            if way and batch.start < run.windows.fit:
+                rows = way.rows(run.windows.ids[batch], last[batch], path).flatten(0, -2)
+                for each in found.values():
+                    each.take(rows, None, held=False)
+        return {name: each.finish() for name, each in found.items()}
 
 
 def _together(run: Run) -> int:
@@ -455,23 +515,27 @@ def _task(run: Run, live: LiveBlock, site: Site, label: str, seen: Seen, judge: 
 
 def jobs_of(run: Run, live: LiveBlock, site: Site, label: str, seen: Seen) -> Iterator[Job]:
     """The weights of one site in one scheme, to be quantized as the run would; what is prepared is shared."""
-    prepared: dict[Any, Mapping[str, Tensor]] = {}
+    prepared: dict[Any, Stats] = {}
     for name in site:
         entry = run.offers.get(name, {}).get(label)
-        if entry is None or entry.weight.scheme is None:
-            continue
-        scheme, (chosen, method) = entry.weight.scheme, _method(entry)
-        if not method.needs <= seen.stats.keys() or method.objection(scheme):
-            chosen = stand_in(method, scheme, run.plan.rules)
-            method = plugins.load("methods", chosen)
-        options = step_options(method, chosen, run.plan.options)
-        if (chosen, scheme) not in prepared:
-            prepared[chosen, scheme] = method.prepare(seen.stats, scheme, options)
-        if not method.needs:  # a run without calibration takes what its method makes, without rivals
-            seen = replace(seen, held=torch.empty(0, 0))
-        weight = live.weight(name).contiguous()
-        stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, run.way.piece)}
-        yield Job(entry, chosen, weight, stats, seen, options, run.way.piece, weight)
+        if entry is not None and entry.weight.scheme is not None:
+            yield _job(run, entry, live.weight(name).contiguous(), seen, prepared)
+
+
+def _job(run: Run, entry: Entry, weight: Tensor, seen: Seen, prepared: dict[Any, Stats]) -> Job:
+    """One weight in one scheme."""
+    scheme, (chosen, method) = entry.weight.scheme, _method(entry)
+    assert scheme is not None
+    if not method.needs <= seen.stats.keys() or method.objection(scheme):
+        chosen = stand_in(method, scheme, run.plan.rules)
+        method = plugins.load("methods", chosen)
+    options = step_options(method, chosen, run.plan.options)
+    if (chosen, scheme) not in prepared:
+        prepared[chosen, scheme] = method.prepare(seen.stats, scheme, options)
+    if not method.needs:  # a run without calibration takes what its method makes, without rivals
+        seen = replace(seen, held=torch.empty(0, 0))
+    stats = {**prepared[chosen, scheme], **tensor_stats(weight, scheme, run.way.piece)}
+    return Job(entry, chosen, weight, stats, seen, options, run.way.piece, weight)
 
 
 def made_by(job: Job) -> Float[Tensor, "rows cols"]:
@@ -576,9 +640,9 @@ class Ends:
 def ends_of(run: Run, entry: Entry) -> Ends:
     """What a weight outside of the blocks changes."""
     blueprint = replaced(run, {entry.weight.name: made_outside(run, entry)})
-    count = max(_JUDGED // run.windows.ids.shape[1], 1)
-    ids, entrance = run.windows.ids[run.held][:count], Entrance(blueprint, CPU)
-    first, last = (run.streams.read("float", at)[run.held][:count] for at in (0, len(run.blueprint.blocks)))
+    judged = slice(0, _judging(run))
+    ids, entrance = run.windows.ids[run.held][judged], Entrance(blueprint, CPU)
+    first, last = (run.streams.read("float", at)[run.held][judged] for at in (0, len(run.blueprint.blocks)))
     moved = torch.cat([entrance.hidden(batch) for batch in torch.split(ids, 1)]) - first
     return Ends(ids, first, moved, last, (Exit(run.blueprint, run.entrance, ids), Exit(blueprint, entrance, ids)))
 
@@ -594,10 +658,12 @@ def divergence(before: Float[Tensor, "tokens vocabulary"], after: Float[Tensor, 
 
 
 def made_outside(run: Run, entry: Entry) -> Tensor:
-    """What a weight outside of the blocks becomes; what learns from text has more error here, where none is learned."""
-    method, scheme = _method(entry)[1], entry.weight.scheme
-    if method.needs and scheme:
-        entry = replace(entry, method=stand_in(method, scheme, run.plan.rules))
+    """What a weight outside of the blocks becomes; by who needs no statistics, where none were taken."""
+    name, method = entry.weight.name, _method(entry)[1] if entry.method else None
+    if method and method.needs and name in run.ends:
+        return made_by(_job(run, entry, run.source.tensor(name).float(), run.ends[name], {}))
+    if method and method.needs and entry.weight.scheme:
+        entry = replace(entry, method=stand_in(method, entry.weight.scheme, run.plan.rules))
     made = make(run.source, run.plan, entry, PIECE)
     return made.dequantize() if isinstance(made, QTensor) else made
 
