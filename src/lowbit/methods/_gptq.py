@@ -55,8 +55,8 @@ Order = Literal["static", "none", "group", "aware"]
 LANES = 128
 _WIDEST = 512  # columns of the widest block whose scale is searched or refitted on the way
 _NARROWEST = 32  # columns of the narrowest block whose scale is refitted: below, it gains little and costs most
-# Columns up to which products are in float32; then in bfloat16, several times as fast where the processor has it (and
-# thirty times as slow where it has not), to 0.3% alike.
+# Columns up to which products are in float32; then in bfloat16, several times as fast where the processor has units for
+# it (and thirty times as slow where it has none), to 0.3% alike.
 _FULL = 2048
 _STRIPE = 512  # rows
 # Operations that take as long as one visit of a weight beside products: of small blocks that are refitted, of runs that

@@ -38,7 +38,7 @@ _TOKENS = 4096
 # Of slopes: tokens that methods learn from, at least and for each channel of the stream, tokens that judge; tokens that
 # go back through a block at once; logits that are held together, and copies of them.
 _SLOPED, _FOR_EACH, _JUDGED = 8192, 4, 2048
-BACK, LOGITS, _COPIES = 1024, 2**25, 4
+BACK, LOGITS, _COPIES = 1024, 2**24, 4
 _JUDGE = 1024 * 4  # bytes per input of the rows that judge
 EMBEDDED = 8192  # tokens that are embedded together
 # Of the upper estimate of activations: what is there at once of a forward pass, and what the graph of a backward pass

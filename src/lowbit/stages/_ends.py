@@ -19,6 +19,7 @@ from lowbit.stages._attention import exact_products
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock
 from lowbit.stages._cost import BACK, LOGITS, ends_of, needs_of, sloped_windows
 from lowbit.stages._observe import Accumulator, Seen, Windows
+from lowbit.stages._pages import give_back
 from lowbit.stages._rows import rows_of
 from lowbit.stages._slopes import Tick, forward, last_slopes
 from lowbit.stages._state import Calibration
@@ -47,6 +48,7 @@ class Ends:
         seen = self._sloped(sloped) if sloped else {}
         for entry in missing:
             self._make(entry, seen.get(entry.weight.name, Seen({}, torch.empty(0, 0), 0)))
+        give_back()  # what passes left in heaps
 
     def entrance(self) -> Entrance:
         """What stands before the blocks, with the embeddings as they are stored."""

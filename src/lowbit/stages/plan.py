@@ -71,7 +71,7 @@ class Calibration:
         sampling: how windows are chosen.
         inputs: `quantized`: each sub-layer sees what the quantized ones before it produce; `float`: what the float
             model has there.
-        dtype: of the computation; `auto`: bfloat16 where the model has it and the processor computes in it.
+        dtype: of the computation; `auto`: bfloat16 where the model has it and the processor is fast at it.
         device: of `torch`, where blocks run, are observed and learned; codes are made on the processor.
         sha256: of the tokens; empty until they were read.
     """
