@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowbit.budget import MemoryWatch
+from lowbit.budget import PIECE, MemoryWatch
 from lowbit.errors import WeightError
 from lowbit.methods import gptq, mse
 from lowbit.plugins import load
@@ -22,6 +23,8 @@ from lowbit.stages._cost import ends_of, sloped_windows
 from lowbit.stages._ends import Ends
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._observe import Seen
+from lowbit.stages._row_views import apart_in_rows
+from lowbit.stages._rows import rows_of
 from lowbit.stages._state import Calibration as Work
 from lowbit.stages._streams import Streams
 from lowbit.stages.budgets import sensitivity
@@ -39,13 +42,11 @@ TIED = ["gemma", "gpt2", "bloom", "opt"]
 FREE = ["llama", "gpt_neox", "qwen3_moe"]
 
 
-def planned(folder: Path, method: str = "gptq", inputs: str = "quantized", ids: Tensor = IDS) -> Prepared:
-    source = open_checkpoint(folder / "model")
-    rules = Rules(
-        "int4-g32-asym", method, "mlx", sets=((ENDS, "int3-g32-asym"),), calibration=Calibration(("t",), inputs=inputs)
-    )
+def planned(folder: Path, method: str = "gptq", inputs: str = "quantized", skip: tuple[str, ...] = ()) -> Prepared:
+    source, text = open_checkpoint(folder / "model"), Calibration(("text",), inputs=inputs)
+    rules = Rules("int4-g32-asym", method, "mlx", skip=skip, sets=((ENDS, "int3-g32-asym"),), calibration=text)
     plan = make_plan(source, rules)
-    return prepare(as_planned(source, plan), plan, ids, None, 1)
+    return prepare(as_planned(source, plan), plan, IDS, None, 1)
 
 
 @contextlib.contextmanager
@@ -146,34 +147,50 @@ def made_of(output: Output, entry: Entry) -> QTensor:
     return found
 
 
-@pytest.mark.parametrize("inputs", ["quantized", "float"])
+@pytest.mark.parametrize(
+    ("method", "inputs", "skip"),
+    [
+        ("gptq", "quantized", ()),
+        ("gptq", "quantized", (r"layers\.1\.",)),
+        ("gptq", "float", ()),
+        ("gptaq", "quantized", ()),
+    ],
+)
 def test_an_output_layer_sees_what_the_quantized_model_gives_it(
-    inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, inputs: str, skip: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: dict[str, Seen] = {}
-    own = Ends._make
-    monkeypatch.setattr(
-        Ends, "_make", lambda ends, entry, seen: (found.update({entry.weight.name: seen}), own(ends, entry, seen))[1]
-    )
+    """And `gptaq` what the float model gives it."""
+    found, make = dict[str, Seen](), Ends._make
+
+    def keep(ends: Ends, entry: Entry, seen: Seen) -> None:
+        found[entry.weight.name] = seen
+        make(ends, entry, seen)
+
+    monkeypatch.setattr(Ends, "_make", keep)
     model = save_tiny("llama", tmp_path / "model", **EVEN)
-    ready = planned(tmp_path, inputs=inputs)
-    with open_output(tmp_path / "out", ready.source, ready.plan) as output:
-        calibrate(ready, output, MemoryWatch(None))
-        state = dict(model.state_dict())
-        for entry in ready.plan.entries:
-            if inputs == "quantized" and entry.weight.scheme and entry.weight.name != "lm_head.weight":
-                state[entry.weight.name] = made_of(output, entry).dequantize()
-    model.load_state_dict(state)
+    ready = planned(tmp_path, method, inputs, skip)
     rows: list[Tensor] = []
     model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(args[0].flatten(0, 1)))
-    with torch.no_grad():
+    with open_output(tmp_path / "out", ready.source, ready.plan) as output, torch.no_grad():
+        calibrate(ready, output, MemoryWatch(None))
         model(input_ids=IDS[:7])
-    torch.testing.assert_close(found["lm_head.weight"].stats["second_moment"], moment(rows[0]), rtol=1e-3, atol=1e-5)
-    assert found["lm_head.weight"].held.shape == (24, 32)
+        for entry in ready.plan.entries:
+            if inputs == "quantized" and entry.weight.scheme and entry.weight.name != "lm_head.weight":
+                model.get_parameter(entry.weight.name).copy_(made_of(output, entry).dequantize())
+        model(input_ids=IDS[:7])
+    seen, (exact, own) = found["lm_head.weight"], rows
+    torch.testing.assert_close(seen.stats["second_moment"], moment(own), rtol=1e-3, atol=1e-5)
+    assert seen.held.shape == (24, 32) and ("cross_moment" in seen.stats) == (method == "gptaq")
+    if method == "gptaq":
+        torch.testing.assert_close(seen.stats["cross_moment"], (exact - own).T @ own / len(own), rtol=1e-3, atol=1e-5)
 
 
 class _Stop(Exception):
     pass
+
+
+def _note(stages: list[str], stage: str, done: int, total: int) -> None:
+    stages.append(stage)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
@@ -192,7 +209,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(kind: str, at: tuple[st
                 calibrate(ready, output, MemoryWatch(None), stop)
         with open_output(tmp_path / folder, ready.source, ready.plan) as output:
             assert bool(output.resumed) == (stops and at[0] == "calibrate")
-            calibrate(ready, output, MemoryWatch(None))
+            stages: list[str] = []
+            calibrate(ready, output, MemoryWatch(None), partial(_note, stages))
+            assert ("slopes" in stages) == (not output.resumed), "an embedding that is there is not made again"
             stored = {name: record.stored for name, record in output.records.items()}
         if not stops:
             whole = stored
@@ -323,3 +342,28 @@ def test_a_budget_goes_on_where_nothing_was_seen_of_them(name: str, tmp_path: Pa
         made = sensitivity.made_outside(run, offers[name]["q4_0"])
     wanted = mse.quantize(source.tensor(name), {}, parse("q4_0"), mse.Options())
     torch.testing.assert_close(made, wanted.dequantize(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("piece", [PIECE, 64])
+@pytest.mark.parametrize("kept", [True, False])
+def test_blocks_see_an_embedding_in_blocks_of_rows(kept: bool, piece: int, tmp_path: Path) -> None:
+    """That are not the rows in their order; one of them as it is, or in a scheme of its own."""
+    model = save_tiny("llama", tmp_path / "model", **EVEN)
+    rows = [((0, 7), (40, 60)), ((7, 40), (60, 96))]
+    source = apart_in_rows(open_checkpoint(tmp_path / "model"), {"model.embed_tokens.weight": rows})
+    sets = (("rows0", "keep" if kept else "int8-g32-asym"), ("rows1", "int4-g32-asym"))
+    plan = make_plan(source, Rules("int4-g32-asym", "gptq", "onnx", sets=sets, calibration=Calibration(("text",))))
+    ready = prepare(as_planned(source, plan), plan, IDS, None, 1)
+    ready = replace(ready, cost=replace(ready.cost, piece=piece))
+    with open_output(tmp_path / "out", ready.source, ready.plan) as output, torch.no_grad():
+        work = _begin(ready, output)
+        with work.pool:
+            ends = Ends(work, lambda done, total: None)
+            ends.make_tables()
+            hidden = ends.entrance().hidden(IDS)
+        table = model.model.embed_tokens.weight.detach().clone()
+        for entry in plan.entries:
+            if entry.weight.rows and entry.weight.scheme:
+                table[rows_of(entry.weight.rows).long()] = made_of(output, entry).dequantize()
+    assert len(tables_of(work)) == 2 - kept
+    torch.testing.assert_close(hidden, table[IDS], rtol=0, atol=0)

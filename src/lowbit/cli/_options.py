@@ -223,7 +223,7 @@ _RULES = (
     ),
     click.option(
         "--compute", "dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True,
-        help="Type in which calibration computes; auto: bfloat16 where the model has it and the processor is fast at it.",
+        help="Type in which calibration computes; auto: bfloat16 where the model has it and the processor is fast.",
     ),
     click.option(
         "--device", default="cpu", show_default=True,
