@@ -21,7 +21,7 @@ from lowbit.stages._cost import BACK, LOGITS, ends_of, needs_of, sloped_windows
 from lowbit.stages._observe import Accumulator, Seen, Windows
 from lowbit.stages._pages import give_back
 from lowbit.stages._rows import rows_of
-from lowbit.stages._slopes import Tick, forward, last_slopes
+from lowbit.stages._slopes import Information, Tick, forward, last_slopes
 from lowbit.stages._state import Calibration
 from lowbit.stages._step import job_of
 from lowbit.stages._store import store
@@ -65,7 +65,8 @@ class Ends:
         way = Exit(work.blueprint, work.entrance, work.windows.ids) if paths else None
         for path in paths:
             names = work.blueprint.layers[path] & missing.keys()
-            found = {name: self._accumulator(missing[name], len(work.windows.held)) for name in names}
+            held = work.windows.ids[work.windows.fit :].numel()
+            found = {name: Accumulator(sorted(needs_of(missing[name])), 0, held) for name in names}
             for batch in work.windows.batches:
                 assert way is not None
                 rows = {kind: way.rows(work.windows.ids[batch], work.streams.read(kind, last)[batch], path)
@@ -75,9 +76,6 @@ class Ends:
                     each.take(flat[work.inputs], flat.get("float"), batch.start >= work.windows.fit)
             for name, each in found.items():
                 self._make(missing[name], each.finish())
-
-    def _accumulator(self, entry: Entry, held: int) -> Accumulator:
-        return Accumulator(sorted(needs_of(entry)), 0, held * self._work.windows.ids.shape[1])
 
     def _make(self, entry: Entry, seen: Seen) -> None:
         work, name = self._work, entry.weight.name
@@ -91,7 +89,8 @@ class Ends:
         """What the predictions say of embeddings, and of what is an output layer too."""
         work = self._work
         windows, folder = self._windows(), work.streams.folder / "slopes"
-        found = {name: self._accumulator(entry, len(windows.held)) for name, entry in entries.items()}
+        held = windows.ids[windows.fit :].numel()
+        found = {name: Information(needs_of(entry), held) for name, entry in entries.items()}
         shape = (*windows.ids.shape, work.blueprint.width)
         streams = Streams(folder, (shape[0], shape[1], shape[2]), work.blueprint.dtype, ("float",))
         with exact_products(work.blueprint.dtype):
@@ -103,7 +102,7 @@ class Ends:
             for batch in windows.batches:
                 given = work.entrance.slopes(windows.ids[batch], slopes[batch])
                 for name, rows in _by_name(given, work.blueprint.tables, found):
-                    found[name].take(rows.flatten(0, -2), None, batch.start >= windows.fit)
+                    found[name].slopes(rows, batch.start >= windows.fit)
         shutil.rmtree(folder)
         return {name: each.finish() for name, each in found.items()}
 
@@ -114,7 +113,7 @@ class Ends:
         ids = torch.cat([windows.ids[:fit], windows.ids[windows.fit : windows.fit + held]])
         return Windows(ids, fit, BACK)
 
-    def _at_the_end(self, windows: Windows, streams: Streams, found: Mapping[str, Accumulator]) -> Tensor:
+    def _at_the_end(self, windows: Windows, streams: Streams, found: Mapping[str, Information]) -> Tensor:
         """Slopes at the last block's output; output layers that are embeddings take what they read."""
         blueprint, entrance = self._work.blueprint, self._work.entrance
         hidden, way = streams.read("float", len(blueprint.blocks)), Exit(blueprint, entrance, windows.ids)
@@ -123,7 +122,7 @@ class Ends:
 
             def take(path: str, rows: Tensor, held: bool = held) -> None:
                 for name, each in _by_name({path: rows}, blueprint.layers, found):
-                    found[name].take(each, None, held)
+                    found[name].read(each, held)
 
             slopes.append(last_slopes(way, windows.ids[part], hidden[part], step, take))
         return torch.cat(slopes)

@@ -7,7 +7,8 @@ information (Amari 1998, doi:10.1162/089976698300017746).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import final
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,11 +16,46 @@ from torch import Tensor
 
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock, Read
 from lowbit.stages._model import Blueprint
-from lowbit.stages._observe import Windows
+from lowbit.stages._observe import Accumulator, Seen, Windows
 from lowbit.stages._streams import Streams
 
 Piece = tuple[int, slice]  # a window, and tokens of it
 Tick = Callable[[int, int], None]
+_MOMENT = "second_moment"
+# Added to the diagonal of the information, as a share of its mean: it is that of small errors in the float model, and
+# where it sees nothing those of few bits, in a model whose blocks are quantized too, still count.
+_FLOOR = 0.3
+
+
+@final
+class Information:
+    """What an embedding is learned from, while it comes in: its slopes stand in the place of inputs.
+
+    Args:
+        needs: names of statistics.
+        held: rows to judge by that may come.
+    """
+
+    def __init__(self, needs: Iterable[str], held: int) -> None:
+        self._found, self._power = Accumulator(sorted(needs), 0, held), 0.0
+
+    def slopes(self, rows: Float[Tensor, "*tokens width"], held: bool) -> None:
+        """Gradients at what it gives."""
+        flat = rows.flatten(0, -2)
+        self._power += 0.0 if held else float(flat.float().square().sum(dtype=torch.float64))
+        self._found.take(flat, None, held)
+
+    def read(self, rows: Float[Tensor, "tokens width"], held: bool) -> None:
+        """Of one that is the output layer too: what it reads, times the length of the slope at what it makes."""
+        self._found.take(rows, None, held)
+
+    def finish(self) -> Seen:
+        """All of it, as of inputs."""
+        seen = self._found.finish()
+        if _MOMENT in seen.stats:
+            diagonal = seen.stats[_MOMENT].diagonal()
+            diagonal.add_(_FLOOR * self._power / (seen.rows * len(diagonal)))
+        return seen
 
 
 @torch.no_grad()

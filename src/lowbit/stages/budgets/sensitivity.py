@@ -41,7 +41,7 @@ from lowbit.stages._observe import Accumulator, Observer, Seen, Windows
 from lowbit.stages._products import Product
 from lowbit.stages._recipe import step_options
 from lowbit.stages._sites import Found, Site, find_steps
-from lowbit.stages._slopes import Piece, forward, last_slopes
+from lowbit.stages._slopes import Information, Piece, forward, last_slopes
 from lowbit.stages._streams import Streams
 from lowbit.stages.budgets.narrow import KEPT, Attended, input_loss, kept_loss
 from lowbit.stages.checkpoint import Checkpoint
@@ -365,12 +365,12 @@ class _Ends:
             for found in (blueprint.tables, blueprint.layers)
         )
         looked = frozenset[str]().union(*self._tables.values())
-        self._found = {name: Accumulator(sorted(needs[name]), 0, 0) for name in looked}
+        self._found = {name: Information(needs[name], 0) for name in looked}
 
     def take(self, path: str, rows: Tensor) -> None:
         """What an output layer reads, times its slopes: of one that is an embedding too."""
         for name in self._heads.get(path, {}).keys() & self._found.keys():
-            self._found[name].take(rows, None, held=False)
+            self._found[name].read(rows, held=False)
 
     @torch.no_grad()
     def finish(self, gradients: Float[Tensor, "windows tokens width"]) -> dict[str, Seen]:
@@ -380,7 +380,7 @@ class _Ends:
         for ids, slopes in zip(torch.split(learned, 1), torch.split(gradients[first:], 1), strict=True):
             for path, rows in (run.entrance.slopes(ids, slopes) if self._found else {}).items():
                 for name in self._tables[path]:
-                    self._found[name].take(rows.flatten(0, -2), None, held=False)
+                    self._found[name].slopes(rows, held=False)
         heads = {name: seen for path in self._heads for name, seen in self._read(path).items()}
         return {name: each.finish() for name, each in self._found.items()} | heads
 
