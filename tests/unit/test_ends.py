@@ -19,7 +19,7 @@ from lowbit.errors import WeightError
 from lowbit.methods import gptq, mse
 from lowbit.plugins import load
 from lowbit.schemes import parse
-from lowbit.stages._cost import ends_of, sloped_windows
+from lowbit.stages._cost import outside_of, sloped_windows
 from lowbit.stages._ends import Ends
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._observe import Seen
@@ -89,7 +89,7 @@ def drawn(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tables_of(work: Work) -> Mapping[str, Entry]:
-    return ends_of(work.plan, work.blueprint).tables
+    return outside_of(work.plan, work.blueprint).tables
 
 
 def moment(rows: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def test_one_that_is_the_output_layer_too_has_both(kind: str, tmp_path: Path) ->
         ((name, entry),) = tables_of(work).items()
         seen = ends._sloped({name: entry})[name]
         slopes, rows = drawn(model, work.windows.ids[:7])
-    assert not ends_of(work.plan, work.blueprint).heads
+    assert not outside_of(work.plan, work.blueprint).heads
     torch.testing.assert_close(seen.stats["second_moment"], information(slopes, rows), rtol=2e-3, atol=1e-5)
 
 

@@ -128,7 +128,8 @@ class Entrance:
             for path, embedding in embeddings.items():
                 hooks.callback(embedding.register_forward_hook(partial(leave, path)).remove)
             hidden = self.hidden(ids)
-        return dict(zip(given, torch.autograd.grad(hidden, list(given.values()), slopes), strict=True))
+        found = torch.autograd.grad(hidden, list(given.values()), slopes, allow_unused=True)
+        return {path: rows for path, rows in zip(given, found, strict=True) if rows is not None}
 
     def calls(self, ids: Int64[Tensor, "windows tokens"]) -> dict[str, Call]:
         """How the model calls each block for so many windows of this length.

@@ -96,7 +96,7 @@ class Cost:
 
 @final
 @dataclass(frozen=True)
-class Ends:
+class Outside:
     """Entries of weights outside of the blocks that calibration makes, by name.
 
     Attributes:
@@ -118,13 +118,13 @@ class Ends:
         return any(map(needs_of, self.tables.values()))
 
 
-def ends_of(plan: Plan, blueprint: Blueprint) -> Ends:
+def outside_of(plan: Plan, blueprint: Blueprint) -> Outside:
     """The weights of a plan that calibration makes outside of the blocks."""
     planned = {entry.weight.name: entry for entry in plan.entries if entry.weight.scheme and not entry.tied}
     looked, read = (frozenset[str]().union(*found.values()) for found in (blueprint.tables, blueprint.layers))
     tables = {name: entry for name, entry in planned.items() if name in looked}
     heads = {name: entry for name, entry in planned.items() if name in read - looked and needs_of(entry)}
-    return Ends(tables, heads)
+    return Outside(tables, heads)
 
 
 def needs_of(entry: Entry) -> frozenset[str]:
@@ -188,7 +188,7 @@ class _Facts:
         self.blocks = [[entry for entry in entries if entry.weight.scheme] for entries in inside]
         self.largest = max(self.blocks, key=lambda entries: sum(prod(entry.weight.shape) for entry in entries))
         self.targets = sum(prod(entry.weight.shape) for entry in self.largest)
-        self.ends = ends_of(plan, blueprint)
+        self.ends = outside_of(plan, blueprint)
         self.outside = [*self.ends.tables.values(), *self.ends.heads.values()]
         self.experts = max(sum(".experts." in e.weight.name for e in self.largest) // 2, 1)
         for dtype in {blueprint.dtype, torch.float32}:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit.stages._attention import exact_products
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock
-from lowbit.stages._cost import BACK, LOGITS, ends_of, needs_of, sloped_windows
+from lowbit.stages._cost import BACK, LOGITS, needs_of, outside_of, sloped_windows
 from lowbit.stages._observe import Accumulator, Seen, Windows
 from lowbit.stages._pages import give_back
 from lowbit.stages._rows import rows_of
@@ -37,7 +37,7 @@ class Ends:
 
     def __init__(self, work: Calibration, tick: Tick) -> None:
         self._work, self._tick = work, tick
-        self._ends = ends_of(work.plan, work.blueprint)
+        self._ends = outside_of(work.plan, work.blueprint)
 
     def make_tables(self) -> None:
         """Quantize and store embeddings that are not there yet."""
@@ -156,15 +156,16 @@ class Ends:
     def _values(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """Rows of a weight as they are stored, or will be, and where they are."""
         entry = self._ends.tables.get(name)
-        if entry is None or entry.weight.scheme is None:
+        scheme = entry.weight.scheme if entry else None
+        if entry is None or scheme is None:
             yield slice(None), self._work.source.tensor(name)
             return
         with self._work.output.codes(entry.weight, True, "table") as codes:
             made = self._work.plan.rules.unpack(entry.weight, self._work.output.read(entry), codes)
-            if entry.weight.scheme.block.flat:
+            if scheme.block.flat:
                 yield slice(None), made.dequantize()
                 return
-            for part, _ in pieces_of(made.shape, entry.weight.scheme.block, self._work.way.piece):
+            for part, _ in pieces_of(made.shape, scheme.block, self._work.way.piece):
                 yield part, made.rows(part.start, part.stop).dequantize()
 
 

@@ -24,7 +24,7 @@ from lowbit.budget import MemoryWatch
 from lowbit.errors import ResourceError, UnsupportedError, UsageError
 from lowbit.stages._adapter import Terms
 from lowbit.stages._blocks import Entrance, LiveBlock
-from lowbit.stages._cost import EMBEDDED, Cost, ends_of, estimate
+from lowbit.stages._cost import EMBEDDED, Cost, estimate, outside_of
 from lowbit.stages._ends import Ends
 from lowbit.stages._gather import Gatherer
 from lowbit.stages._learn import learn
@@ -93,7 +93,7 @@ def calibrate(prepared: Prepared, output: Output, watch: MemoryWatch, progress: 
         ResourceError: the disk is full, or the memory limit was passed.
     """
     plan, blueprint = prepared.plan, prepared.blueprint
-    ends = ends_of(plan, blueprint)
+    ends = outside_of(plan, blueprint)
     stored = {entry.weight.name for entry in plan.entries if not entry.tied}
     wanted = {path: stored & inside for path, inside in blueprint.blocks.items()}
     paths = list(wanted) if ends.heads else _worked_on(plan, wanted)

@@ -42,7 +42,7 @@ from lowbit.tensors import scheme_bytes
 VERSION = 2
 _UNSEEN = "; not in the importance matrix"
 _OUTSIDE = "; outside of the blocks, where no statistics are taken"
-_BOTH = ("embedding", "head")
+_END_ROLES = ("embedding", "head")
 _ENDS = "; outside of the blocks, where single weights are made"
 _INSTEAD = re.compile(rf"; (({_UNSEEN[2:]}|{_OUTSIDE[2:]}|{_ENDS[2:]}|\w+ cannot make ).*)")
 _SWAPPED = "transposed linear layer (Conv1D)"
@@ -327,7 +327,7 @@ class _Maker:
         inside = weight.name in self.inside and not self._moved(weight)
         method, why = recipe.method, ""
         seen = self._important(weight) if self.importance else inside
-        beside, end = _method(recipe.method).beside, role_of(weight.name) in _BOTH
+        beside, end = _method(recipe.method).beside, role_of(weight.name) in _END_ROLES
         if not seen and recipe.calibrated and beside and end and not self.importance:
             method, why, seen = beside, _ENDS * (beside != recipe.method), True
         elif not seen and recipe.calibrated:
