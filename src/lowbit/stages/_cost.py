@@ -362,9 +362,10 @@ class _Facts:
     def _solve(self, entry: Entry, tokens: int) -> float:
         """Multiplications for one weight outside of the forward passes."""
         rows, cols = entry.weight.shape[0], entry.weight.shape[-1]
-        second = any(name in ("second_moment", "cross_moment") for name in self.method.needs)
+        method: Method = plugins.load("methods", entry.method) if entry.method else self.method
+        second = any(name in ("second_moment", "cross_moment") for name in method.needs)
         terms = len(self.corrections) * (4 * min(rows, cols) ** 3 + 2 * rows * cols**2)
-        work = self.method.work(rows, cols, entry.weight.scheme) if entry.weight.scheme else 0.0
+        work = method.work(rows, cols, entry.weight.scheme) if entry.weight.scheme else 0.0
         return second * tokens * cols**2 / 2 + work + terms
 
 

@@ -93,12 +93,13 @@ class Ends:
         found = {name: Information(needs_of(entry), held) for name, entry in entries.items()}
         shape = (*windows.ids.shape, work.blueprint.width)
         streams = Streams(folder, (shape[0], shape[1], shape[2]), work.blueprint.dtype, ("float",))
+        count = len(work.blueprint.blocks)
         with exact_products(work.blueprint.dtype):
-            forward(work.blueprint, work.entrance, windows, streams, self._tick)
+            forward(work.blueprint, work.entrance, windows, streams, lambda done, _: self._tick(done, 2 * count))
             slopes = self._at_the_end(windows, streams, found)
-            for index in range(len(work.blueprint.blocks) - 1, -1, -1):
-                self._tick(2 * len(work.blueprint.blocks) - 1 - index, 2 * len(work.blueprint.blocks))
+            for index in reversed(range(count)):
                 self._back(index, windows, streams, slopes)
+                self._tick(2 * count - index, 2 * count)
             for batch in windows.batches:
                 given = work.entrance.slopes(windows.ids[batch], slopes[batch])
                 for name, rows in _by_name(given, work.blueprint.tables, found):
