@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from math import inf, nan
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -300,10 +299,12 @@ def test_memory_to_prepare_is_what_it_says(method: ModuleType, cols: int) -> Non
     assert "feedback" in made[0] and 0.75 * said < given + peak <= said + 2**20
 
 
-def test_wide_weights_go_through_products_that_the_processor_is_fast_at() -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_wide_weights_go_through_products_that_the_processor_is_fast_at(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Above 2048 columns: nearly the error of the same weight in float32, by the definition of the error."""
-    told = Path("/proc/cpuinfo")
-    fast = told.exists() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(told.read_text().split())
+    monkeypatch.setattr(native, "computes_bfloat16", lambda: fast)
     found = gptq.prepare({"second_moment": torch.eye(2080)}, parse("int4-row"), gptq.Options())
     assert {found[name].dtype for name in ("feedback", "pull")} == {torch.bfloat16 if fast else torch.float32}
     weight, kind = weight_of(3, 2080), parse("int4-row")
