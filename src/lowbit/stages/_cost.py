@@ -351,7 +351,8 @@ class _Facts:
         shapes = [weight.shape for weight in self.blueprint.checkpoint.weights.values() if len(weight.shape) == 2]
         products = 3 * 2 * sum(map(prod, shapes)) * self._sloped
         loops = sum(self._solve(entry, tokens) for entry in self.outside if needs_of(entry))
-        return BESIDE * products / rate(self.blueprint.dtype, self.device) + _LOOPS * loops / slow
+        built = _SLOPE * len(self.blueprint.blocks) * self.ends.sloped
+        return built + BESIDE * products / rate(self.blueprint.dtype, self.device) + _LOOPS * loops / slow
 
     def _named(self) -> list[tuple[Transform, str]]:
         return list(zip(self.transforms, self.recipe.transforms, strict=True))
@@ -373,8 +374,9 @@ _PASSES = 3.5  # passes over a block: up to each of its steps, and one for its o
 BESIDE = 2.4  # attention, norms and copies beside the products of a pass: measured on models of 8M and 1.1B parameters
 # Seconds that the size of the model does not change: of the run, of a weight (its part of the block that is made, found
 # and compared, its file), of an element beside what the method does (rivals, codes, packing), of a window that is
-# learned from. Measured on models of 3 to 8 blocks, dense and with 16 experts; of a long run they are a small part.
-_START, _WEIGHT, _ELEMENT, _WINDOW = 0.3, 0.04, 0.8e-6, 0.45e-3
+# learned from; and of a block while slopes are taken, for which it is made twice more. Measured on models of 3 to 8
+# blocks, dense and with 16 experts; of a long run they are a small part.
+_START, _WEIGHT, _ELEMENT, _WINDOW, _SLOPE = 0.3, 0.04, 0.8e-6, 0.45e-3, 0.3
 _ANOTHER = 0.7  # of the work of the first worker, what each other does in its time
 _LOOPS = 2.0  # what the loops over columns fall short of plain products
 
