@@ -56,7 +56,7 @@ def opened(kind: str, folder: Path, method: str = "gptq", **settings: Any) -> It
     with open_output(folder / "out", ready.source, ready.plan) as output, torch.no_grad():
         work = _begin(ready, output)
         with work.pool:
-            yield model, work, Ends(work, lambda done, total: None)
+            yield model, work, Ends(work, outside_of(work.plan, work.blueprint), lambda done, total: None)
 
 
 def drawn(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +233,7 @@ def test_an_embedding_is_better_where_the_predictions_look(wiki_8m: Path, tmp_pa
     with open_output(tmp_path / "out", source, plan) as output, torch.no_grad():
         work = _begin(ready, output)
         with work.pool:
-            Ends(work, lambda done, total: None).make_tables()
+            Ends(work, outside_of(work.plan, work.blueprint), lambda done, total: None).make_tables()
         facts = output.records["model.embed_tokens.weight"].facts
     assert output.records.keys() == {"model.embed_tokens.weight"}
     assert facts["method"] == "gptq" and facts["rows"] == 19 * 128
@@ -364,7 +364,7 @@ def test_blocks_see_an_embedding_in_blocks_of_rows(kept: bool, piece: int, tmp_p
     with open_output(tmp_path / "out", ready.source, ready.plan) as output, torch.no_grad():
         work = _begin(ready, output)
         with work.pool:
-            ends = Ends(work, lambda done, total: None)
+            ends = Ends(work, outside_of(work.plan, work.blueprint), lambda done, total: None)
             ends.make_tables()
             hidden = ends.entrance().hidden(IDS)
         table = model.model.embed_tokens.weight.detach().clone()

@@ -208,8 +208,11 @@ class Exit:
         `seen` gets what each layer after the blocks reads and makes.
         """
 
+        if seen is None:
+            return self._run(ids, hidden)
+
         def see(path: str, module: nn.Module, args: tuple[Tensor, ...], made: Tensor) -> None:
-            if seen is not None and made.requires_grad:  # others are of what enters the blocks
+            if made.requires_grad:  # others are of what enters the blocks
                 seen.append(Read(path, args[0], made))
 
         with ExitStack() as hooks:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit.stages._attention import exact_products
 from lowbit.stages._blocks import Entrance, Exit, LiveBlock
-from lowbit.stages._cost import BACK, LOGITS, needs_of, outside_of, sloped_windows
+from lowbit.stages._cost import BACK, LOGITS, Outside, needs_of, sloped_windows
 from lowbit.stages._observe import Accumulator, Seen, Windows
 from lowbit.stages._pages import give_back
 from lowbit.stages._rows import rows_of
@@ -35,13 +35,13 @@ from lowbit.stages.write import allocate
 class Ends:
     """Makes those of a run: embeddings, and output layers whose method learns from text."""
 
-    def __init__(self, work: Calibration, tick: Tick) -> None:
-        self._work, self._tick = work, tick
-        self._ends = outside_of(work.plan, work.blueprint)
+    def __init__(self, work: Calibration, planned: Outside, tick: Tick) -> None:
+        self._work, self._ends, self._tick = work, planned, tick
 
     def make_tables(self) -> None:
         """Quantize and store embeddings that are not there yet."""
-        for name in self._ends.names:  # before anything is made of them: statistics of what is computed name no tensor
+        # Before anything is made of them: statistics of what is computed name no tensor.
+        for name in self._ends.names - self._work.output.records.keys():
             refuse_not_finite(name, self._work.source.tensor(name))
         missing = [e for e in self._ends.tables.values() if e.weight.name not in self._work.output.records]
         sloped = {entry.weight.name: entry for entry in missing if needs_of(entry)}
@@ -62,13 +62,14 @@ class Ends:
         work, heads = self._work, self._ends.heads
         missing = {name: entry for name, entry in heads.items() if name not in work.output.records}
         paths = [path for path, names in work.blueprint.layers.items() if names & missing.keys()]
-        way = Exit(work.blueprint, work.entrance, work.windows.ids) if paths else None
+        if not paths:
+            return
+        way = Exit(work.blueprint, work.entrance, work.windows.ids)
         for path in paths:
             names = work.blueprint.layers[path] & missing.keys()
             held = work.windows.ids[work.windows.fit :].numel()
             found = {name: Accumulator(sorted(needs_of(missing[name])), 0, held) for name in names}
             for batch in work.windows.batches:
-                assert way is not None
                 rows = {kind: way.rows(work.windows.ids[batch], work.streams.read(kind, last)[batch], path)
                         for kind in work.streams.kinds}  # fmt: skip
                 flat = {kind: each.flatten(0, -2) for kind, each in rows.items()}
@@ -119,13 +120,14 @@ class Ends:
         blueprint, entrance = self._work.blueprint, self._work.entrance
         hidden, way = streams.read("float", len(blueprint.blocks)), Exit(blueprint, entrance, windows.ids)
         slopes, step = [], max(LOGITS // blueprint.vocabulary, 1)
+        tied = any(names & found.keys() for names in blueprint.layers.values())
         for part, held in ((slice(0, windows.fit), False), (slice(windows.fit, None), True)):
 
             def take(path: str, rows: Tensor, held: bool = held) -> None:
                 for name, each in _by_name({path: rows}, blueprint.layers, found):
                     found[name].read(each, held)
 
-            slopes.append(last_slopes(way, windows.ids[part], hidden[part], step, take))
+            slopes.append(last_slopes(way, windows.ids[part], hidden[part], step, take if tied else None))
         return torch.cat(slopes)
 
     def _back(self, index: int, windows: Windows, streams: Streams, slopes: Tensor) -> None:

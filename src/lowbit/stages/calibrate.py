@@ -93,12 +93,12 @@ def calibrate(prepared: Prepared, output: Output, watch: MemoryWatch, progress: 
         ResourceError: the disk is full, or the memory limit was passed.
     """
     plan, blueprint = prepared.plan, prepared.blueprint
-    ends = outside_of(plan, blueprint)
+    outside = outside_of(plan, blueprint)
     stored = {entry.weight.name for entry in plan.entries if not entry.tied}
     wanted = {path: stored & inside for path, inside in blueprint.blocks.items()}
-    paths = list(wanted) if ends.heads else _worked_on(plan, wanted)
+    paths = list(wanted) if outside.heads else _worked_on(plan, wanted)
     done = next((k for k, path in enumerate(paths) if not wanted[path] <= output.records.keys()), len(paths))
-    if done == len(paths) and ends.names <= output.records.keys():
+    if done == len(paths) and outside.names <= output.records.keys():
         return
 
     def tick(stage: str, at: int, total: int) -> None:
@@ -108,16 +108,16 @@ def calibrate(prepared: Prepared, output: Output, watch: MemoryWatch, progress: 
     with torch.no_grad(), _device_memory():
         work = _begin(prepared, output)
         with work.pool:
-            outside = Ends(work, partial(tick, "slopes"))
-            outside.make_tables()
+            ends = Ends(work, outside, partial(tick, "slopes"))
+            ends.make_tables()
             start = work.streams.latest(done)
             if start == 0:
-                _enter(work, outside.entrance())
+                _enter(work, ends.entrance())
             for k in range(start, len(paths)):
                 tick("calibrate", k, len(paths))
                 _run_block(work, paths[k], k)
                 work.streams.forget(k + 1)
-            outside.make_heads(len(paths))
+            ends.make_heads(len(paths))
         progress("calibrate", len(paths), len(paths))
 
 

@@ -327,8 +327,8 @@ class _Maker:
         inside = weight.name in self.inside and not self._moved(weight)
         method, why = recipe.method, ""
         seen = self._important(weight) if self.importance else inside
-        beside, end = _method(recipe.method).beside, role_of(weight.name) in _END_ROLES
-        if not seen and recipe.calibrated and beside and end and not self.importance:
+        beside = None if self.importance else _method(recipe.method).beside
+        if not seen and recipe.calibrated and beside and role_of(weight.name) in _END_ROLES:
             method, why, seen = beside, _ENDS * (beside != recipe.method), True
         elif not seen and recipe.calibrated:
             outside, why = _method(recipe.method).outside, _UNSEEN if self.importance else _OUTSIDE

@@ -340,7 +340,7 @@ def _last_gradients(run: Run, ends: _Ends) -> Float[Tensor, "windows tokens widt
     """Gradients at the last block's output, in the windows that judge, for one drawn token at each position."""
     ids, hidden = run.windows.ids[run.held], run.streams.read("float", len(run.blueprint.blocks))[run.held]
     way, judged = Exit(run.blueprint, run.entrance, ids, held=True), _judging(run)
-    parts = ((slice(0, judged), None), (slice(judged, None), ends.take))
+    parts = ((slice(0, judged), None), (slice(judged, None), ends.take if ends.tied else None))
     return torch.cat([last_slopes(way, ids[part], hidden[part], _together(run), take) for part, take in parts])
 
 
@@ -367,6 +367,11 @@ class _Ends:
         looked = frozenset[str]().union(*self._tables.values())
         self._found = {name: Information(needs[name], 0) for name in looked}
 
+    @property
+    def tied(self) -> bool:
+        """Whether an embedding is an output layer too."""
+        return any(found.keys() & self._found.keys() for found in self._heads.values())
+
     def take(self, path: str, rows: Tensor) -> None:
         """What an output layer reads, times its slopes: of one that is an embedding too."""
         for name in self._heads.get(path, {}).keys() & self._found.keys():
@@ -389,10 +394,12 @@ class _Ends:
         run = self._run
         found = {name: Accumulator(sorted(needs), 0, 0) for name, needs in self._heads[path].items()
                  if name not in self._found}  # fmt: skip
+        if not found:
+            return {}
         last = run.streams.read("float", len(run.blueprint.blocks))
-        way = Exit(run.blueprint, run.entrance, run.windows.ids, held=True) if found else None
+        way = Exit(run.blueprint, run.entrance, run.windows.ids, held=True)
         for batch in run.windows.batches:
-            if way and batch.start < run.windows.fit:
+            if batch.start < run.windows.fit:
                 rows = way.rows(run.windows.ids[batch], last[batch], path).flatten(0, -2)
                 for each in found.values():
                     each.take(rows, None, held=False)
