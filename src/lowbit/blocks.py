@@ -64,7 +64,10 @@ class Block:
         seed: of every choice at random.
         threads: in how many `run` may be called at once.
         pool: of so many, where there is one.
-        device: where it runs; weights given to `run` may be there or not, all that is given here is on the processor.
+        device: where it runs; weights given to `run` may be there or not, what is given here is on the processor
+            but for `information`.
+        information: Fisher information at the output, symmetric and positive, one on average along its diagonal; None
+            where errors of all channels count alike.
     """
 
     weights: Weights
@@ -79,3 +82,12 @@ class Block:
     threads: int = 1
     pool: Executor | None = None
     device: torch.device = CPU
+    information: Float[Tensor, "width width"] | None = None
+
+    def weighed(self, error: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
+        """Half the derivative of the loss by an error of the output: `e F`, or `e`."""
+        return error if self.information is None else error @ self.information.to(error)
+
+    def loss(self, error: Float[Tensor, "*tokens width"]) -> float:
+        """What an error of the output costs: the sum over tokens of `e^T F e`, or of `e^T e`."""
+        return float((error * self.weighed(error)).sum(dtype=torch.float64))

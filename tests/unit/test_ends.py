@@ -21,6 +21,7 @@ from lowbit.plugins import load
 from lowbit.schemes import parse
 from lowbit.stages._cost import outside_of, sloped_windows
 from lowbit.stages._ends import Ends
+from lowbit.stages._information import Backward
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._observe import Seen
 from lowbit.stages._row_views import apart_in_rows
@@ -88,6 +89,10 @@ def drawn(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(slopes), torch.cat(rows)
 
 
+def seen_of(work: Work, name: str, entry: Entry) -> Seen:
+    return Backward(work, {name: entry}, (), lambda done, total: None).run()[name]
+
+
 def tables_of(work: Work) -> Mapping[str, Entry]:
     return outside_of(work.plan, work.blueprint).tables
 
@@ -104,9 +109,9 @@ def information(slopes: Tensor, rows: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize("kind", FREE)
 def test_an_embedding_has_the_gradients_at_its_output_for_inputs(kind: str, tmp_path: Path) -> None:
-    with opened(kind, tmp_path) as (model, work, ends):
+    with opened(kind, tmp_path) as (model, work, _ends):
         (name, entry), *more = tables_of(work).items()
-        seen = ends._sloped({name: entry})[name]
+        seen = seen_of(work, name, entry)
         fit, held = (drawn(model, work.windows.ids[part])[0] for part in (slice(0, 7), slice(7, 8)))
     assert not more and seen.rows == len(fit) == 7 * 24
     torch.testing.assert_close(seen.stats["second_moment"], information(fit), rtol=2e-3, atol=1e-6)
@@ -115,9 +120,9 @@ def test_an_embedding_has_the_gradients_at_its_output_for_inputs(kind: str, tmp_
 
 @pytest.mark.parametrize("kind", TIED)
 def test_one_that_is_the_output_layer_too_has_both(kind: str, tmp_path: Path) -> None:
-    with opened(kind, tmp_path) as (model, work, ends):
+    with opened(kind, tmp_path) as (model, work, _ends):
         ((name, entry),) = tables_of(work).items()
-        seen = ends._sloped({name: entry})[name]
+        seen = seen_of(work, name, entry)
         slopes, rows = drawn(model, work.windows.ids[:7])
     assert not outside_of(work.plan, work.blueprint).heads
     torch.testing.assert_close(seen.stats["second_moment"], information(slopes, rows), rtol=2e-3, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lowbit.stages.checkpoint import open_checkpoint
 from lowbit.stages.plan import Calibration, Rules, as_planned, make_plan
 from lowbit.stages.write import open_output
 from lowbit.transforms import smoothquant
-from lowbit.transforms.let import TRANSFORM, Options, weight_slopes
+from lowbit.transforms.let import TRANSFORM, Options, _slopes, weight_slopes
 from tests.reference.models import save_tiny
 from tests.reference.small_block import SITES, Small, as_block, small, statistics
 
@@ -118,6 +119,16 @@ def test_learning_goes_on_from_where_smoothing_ends() -> None:
     assert error(block, site, found) < 0.96 * before < 0.96 * error(block, site, torch.ones(site.channels))
     unlearned = TRANSFORM.search(site, block, stats, Options(windows=3, steps=0, strengths=2))
     assert unlearned is not None and torch.allclose(start, unlearned)
+
+
+def test_errors_count_as_the_information_says() -> None:
+    """Where it is known: the slopes of a channel's errors double with it."""
+    site, model = SITES[0], small(OUTLIERS)
+    block, factors = w4a4(model), torch.linspace(0.5, 2, SITES[0].channels)
+    even = torch.eye(block.target([0]).shape[-1])
+    plain, twice = (_slopes(site, replace(block, information=f), factors, [0, 1]) for f in (None, 2 * even))
+    torch.testing.assert_close(twice, 2 * plain)
+    assert plain.any()
 
 
 @pytest.mark.parametrize(("kind", "method"), [("llama", "let+rtn"), ("gpt2", "let+omniquant"), ("phi3", "let+gptq")])

@@ -75,6 +75,7 @@ class Method:
             schemes in blocks that it cannot use; None where that is left to `outside`, and to the format's encoder.
         supports: `scheme -> None`, or the reason why this method cannot use the scheme.
         act_order: `options -> ` whether it leaves columns in groups of an order of their own, which few formats store.
+        informed: `options -> ` whether it wants the information at the output of a block, for its loss.
         tables: whether it chooses runs of codes, as grids with a `table` need; `objection` refuses the others.
     """
 
@@ -94,6 +95,7 @@ class Method:
     windows: Callable[[Any, int], int] = lambda options, windows: 0
     batch: Callable[[Any], int] = lambda options: 0
     into: Callable[[Float[Tensor, "rows cols"], Stats, Scheme, Any, UInt8[Tensor, "rows cols"]], QTensor] | None = None
+    informed: Callable[[Any], bool] = lambda options: False
     tables: bool = False
     act_order: Callable[[Any], bool] = lambda options: False
 

@@ -297,8 +297,8 @@ def _results(learners: Mapping[str, Learner]) -> dict[str, QTensor]:
 def descend(block: Block, learners: Mapping[str, Learner], iterations: int, batch: int) -> int:
     """Steps on batches drawn at random, every window once before any comes again; their number.
 
-    They end early where the loss is NaN. The loss is the squared difference from the float block's output; its mean
-    would change no sign.
+    They end early where the loss is NaN. The loss is the squared difference from the float block's output, its channels
+    weighed by the information there, if that is known; its mean would change no sign.
     """
     dtype, names = block.target([0]).dtype, sorted(learners, key=lambda name: -block.weights[name].numel())
     dice = torch.Generator().manual_seed(block.seed)
@@ -334,7 +334,7 @@ def _slopes(block: Block, leaves: Mapping[str, Tensor], indices: Sequence[int]) 
     error = output.detach() - block.target(indices)
     if not error.abs().max().isfinite():
         return None
-    return torch.autograd.grad(output, list(leaves.values()), error, allow_unused=True)
+    return torch.autograd.grad(output, list(leaves.values()), block.weighed(error), allow_unused=True)
 
 
 def _batches(windows: int, batch: int, dice: torch.Generator) -> Iterator[list[int]]:

@@ -37,6 +37,8 @@ class Options:
             None: on tables and up to 3 bits. Never with zero points, where the ends of a range do not move apart.
         signed: whether scales of symmetric integers may be negative: the steps of the grid are then smaller by
             1 / 2**bits, as the level that has no counterpart is where a group's largest weight is.
+        information: whether errors of a block's output count as much as they change the model's predictions; else all
+            alike, as published.
     """
 
     preset: Literal["light", "default", "best"] = "default"
@@ -46,6 +48,7 @@ class Options:
     minmax_lr: float | None = None
     search: bool | None = None
     signed: bool = True
+    information: bool = True
 
     def __post_init__(self) -> None:
         if self.total < 0 or self.batch < 1 or min(self.lr or 0, self.minmax_lr or 0) < 0:
@@ -169,4 +172,5 @@ METHOD = Method(
     learn=learn,
     windows=lambda options, windows: 3 * options.total * min(options.batch, windows),  # backward is twice as long
     batch=lambda options: options.batch,
+    informed=lambda options: options.information,
 )

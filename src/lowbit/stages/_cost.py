@@ -203,6 +203,8 @@ class _Facts:
         self.statistics: list[Statistic] = [plugins.load("stats", name) for name in names]
         self.paired = any(statistic.paired for statistic in self.statistics)
         self.floats = bool(self.method.learn or self.transforms)
+        self.informed = recipe.informed(plan.options)
+        self.sloped = self.ends.sloped or self.informed
 
     @property
     def wide(self) -> int:
@@ -253,7 +255,8 @@ class _Facts:
             max(parts, self._fitting()),
             size * (2 * streams * self.blueprint.width + (1 + self.paired) * self.blueprint.attended)
             + self._tables()
-            + self._slopes() * (len(self.blueprint.blocks) + 1),
+            + self._slopes() * (len(self.blueprint.blocks) + 1)
+            + 4 * self.blueprint.width**2 * len(self.blueprint.blocks) * self.informed,
             0.0,
             batch,
             piece,
@@ -277,7 +280,9 @@ class _Facts:
         """Bytes while slopes are taken: of windows that go back through a block, and of logits."""
         size, token = max(BACK, self.windows[1]), self.blueprint.token_bytes(self.windows[1])
         logits = 4 * _COPIES * min(LOGITS, self.windows[1] * self.blueprint.vocabulary)
-        return (self._slopes() + max(int(_GRAPH * size * token), logits)) * self.ends.sloped
+        moment: Statistic = plugins.load("stats", "second_moment")
+        kept = moment.nbytes(self.blueprint.width) * self.informed
+        return (self._slopes() + kept + max(int(_GRAPH * size * token), logits)) * self.sloped
 
     def _slopes(self) -> int:
         """Bytes of slopes at one block."""
@@ -288,7 +293,7 @@ class _Facts:
         """Tokens whose slopes are taken."""
         count, length = self.windows
         fit, held = sloped_windows(count, count, length, self.blueprint.width)
-        return min(fit + held, count) * length * self.ends.sloped
+        return min(fit + held, count) * length * self.sloped
 
     def _tables(self) -> int:
         """Bytes of embeddings as the blocks see them."""
@@ -351,7 +356,7 @@ class _Facts:
         shapes = [weight.shape for weight in self.blueprint.checkpoint.weights.values() if len(weight.shape) == 2]
         products = 3 * 2 * sum(map(prod, shapes)) * self._sloped
         loops = sum(self._solve(entry, tokens) for entry in self.outside if needs_of(entry))
-        built = _SLOPE * len(self.blueprint.blocks) * self.ends.sloped
+        built = _SLOPE * len(self.blueprint.blocks) * self.sloped
         return built + BESIDE * products / rate(self.blueprint.dtype, self.device) + _LOOPS * loops / slow
 
     def _named(self) -> list[tuple[Transform, str]]:

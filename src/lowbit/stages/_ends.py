@@ -2,30 +2,28 @@
 
 Rows of an embedding enter the stream as they are: no input's second moment says which errors matter. The gradients of
 the predictions at its output say it; their second moment, the Fisher information, takes the place of that of inputs
-(`_slopes.py`). It is made first, and the blocks are calibrated on what it looks up. The output layer is made last, on
-what the quantized blocks give it; one that is the embedding too is made with it, on the sum of both.
+(`_information.py`). It is made first, and the blocks are calibrated on what it looks up. The output layer is made last,
+on what the quantized blocks give it; one that is the embedding too is made with it, on the sum of both.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-from lowbit.stages._attention import exact_products
-from lowbit.stages._blocks import Entrance, Exit, LiveBlock
-from lowbit.stages._cost import BACK, LOGITS, Outside, needs_of, sloped_windows
-from lowbit.stages._observe import Accumulator, Seen, Windows
+from lowbit.stages._blocks import Entrance, Exit
+from lowbit.stages._cost import Outside, needs_of
+from lowbit.stages._information import Backward
+from lowbit.stages._observe import Accumulator, Seen
 from lowbit.stages._pages import give_back
 from lowbit.stages._rows import rows_of
-from lowbit.stages._slopes import Information, Tick, forward, last_slopes
+from lowbit.stages._slopes import Tick
 from lowbit.stages._state import Calibration
 from lowbit.stages._step import job_of
 from lowbit.stages._store import store
-from lowbit.stages._streams import Streams
 from lowbit.stages.plan import Entry
 from lowbit.stages.quantize import one_torch_thread, pieces_of, refuse_not_finite
 from lowbit.stages.write import allocate
@@ -38,14 +36,16 @@ class Ends:
     def __init__(self, work: Calibration, planned: Outside, tick: Tick) -> None:
         self._work, self._ends, self._tick = work, planned, tick
 
-    def make_tables(self) -> None:
-        """Quantize and store embeddings that are not there yet."""
+    def make_tables(self, blocks: Sequence[int] = ()) -> None:
+        """Quantize and store embeddings that are not there yet; with them the information at these blocks is had."""
         # Before anything is made of them: statistics of what is computed name no tensor.
         for name in self._ends.names - self._work.output.records.keys():
             refuse_not_finite(name, self._work.source.tensor(name))
         missing = [e for e in self._ends.tables.values() if e.weight.name not in self._work.output.records]
         sloped = {entry.weight.name: entry for entry in missing if needs_of(entry)}
-        seen = self._sloped(sloped) if sloped else {}
+        asked = self._work.information
+        blocks = [index for index in blocks if asked and not asked.there("information", index)]
+        seen = Backward(self._work, sloped, blocks, self._tick).run() if sloped or blocks else {}
         for entry in missing:
             self._make(entry, seen.get(entry.weight.name, Seen({}, torch.empty(0, 0), 0)))
         give_back()  # what passes left in heaps
@@ -86,60 +86,6 @@ class Ends:
             made = job.choose(list(work.pool.map(job.piece, job.places())))
         store(work.output, entry, made.qtensor, tensor, {**made.facts, "folded": False}, scratch=True)
 
-    def _sloped(self, entries: Mapping[str, Entry]) -> dict[str, Seen]:
-        """What the predictions say of embeddings, and of what is an output layer too."""
-        work = self._work
-        windows, folder = self._windows(), work.streams.folder / "slopes"
-        held = windows.ids[windows.fit :].numel()
-        found = {name: Information(needs_of(entry), held) for name, entry in entries.items()}
-        shape = (*windows.ids.shape, work.blueprint.width)
-        streams = Streams(folder, (shape[0], shape[1], shape[2]), work.blueprint.dtype, ("float",))
-        count = len(work.blueprint.blocks)
-        with exact_products(work.blueprint.dtype):
-            forward(work.blueprint, work.entrance, windows, streams, lambda done, _: self._tick(done, 2 * count))
-            slopes = self._at_the_end(windows, streams, found)
-            for index in reversed(range(count)):
-                self._back(index, windows, streams, slopes)
-                self._tick(2 * count - index, 2 * count)
-            for batch in windows.batches:
-                given = work.entrance.slopes(windows.ids[batch], slopes[batch])
-                for name, rows in _by_name(given, work.blueprint.tables, found):
-                    found[name].slopes(rows, batch.start >= windows.fit)
-        shutil.rmtree(folder)
-        return {name: each.finish() for name, each in found.items()}
-
-    def _windows(self) -> Windows:
-        """Some of those that methods learn from, and of those that judge."""
-        windows, width = self._work.windows, self._work.blueprint.width
-        fit, held = sloped_windows(windows.fit, len(windows.held), windows.ids.shape[1], width)
-        ids = torch.cat([windows.ids[:fit], windows.ids[windows.fit : windows.fit + held]])
-        return Windows(ids, fit, BACK)
-
-    def _at_the_end(self, windows: Windows, streams: Streams, found: Mapping[str, Information]) -> Tensor:
-        """Slopes at the last block's output; output layers that are embeddings take what they read."""
-        blueprint, entrance = self._work.blueprint, self._work.entrance
-        hidden, way = streams.read("float", len(blueprint.blocks)), Exit(blueprint, entrance, windows.ids)
-        slopes, step = [], max(LOGITS // blueprint.vocabulary, 1)
-        tied = any(names & found.keys() for names in blueprint.layers.values())
-        for part, held in ((slice(0, windows.fit), False), (slice(windows.fit, None), True)):
-
-            def take(path: str, rows: Tensor, held: bool = held) -> None:
-                for name, each in _by_name({path: rows}, blueprint.layers, found):
-                    found[name].read(each, held)
-
-            slopes.append(last_slopes(way, windows.ids[part], hidden[part], step, take if tied else None))
-        return torch.cat(slopes)
-
-    def _back(self, index: int, windows: Windows, streams: Streams, slopes: Tensor) -> None:
-        """Take slopes from a block's output to its input."""
-        work, path = self._work, list(self._work.blueprint.blocks)[index]
-        live, inputs = LiveBlock(work.blueprint, path, (), work.device), streams.read("float", index)
-        for batch in windows.batches:
-            hidden = inputs[batch].clone().requires_grad_()
-            with torch.enable_grad():
-                out = live.run(work.entrance.calls(windows.ids[batch])[path], hidden)
-                (slopes[batch],) = torch.autograd.grad(out, hidden, slopes[batch])
-
     def _table(self, path: str, index: int) -> Tensor:
         """An embedding as it is stored, in the type of the computation, in a mapped file."""
         work = self._work
@@ -170,10 +116,3 @@ class Ends:
                 return
             for part, _ in pieces_of(made.shape, scheme.block, self._work.way.piece):
                 yield part, made.rows(part.start, part.stop).dequantize()
-
-
-def _by_name(
-    given: Mapping[str, Tensor], sources: Mapping[str, frozenset[str]], names: Mapping[str, object]
-) -> Iterator[tuple[str, Tensor]]:
-    """What is given by path, for each of the names that the module there reads."""
-    return ((name, rows) for path, rows in given.items() for name in sources[path] & names.keys())

@@ -25,6 +25,7 @@ from lowbit.stages.quantize import MEAN_SQUARE, measure, one_torch_thread
 from lowbit.tensors import QTensor
 
 Candidates = Mapping[str, Mapping[str, QTensor]]
+_UNINFORMED = "the model's predictions on the calibration text are not finite: errors of all channels counted alike"
 
 
 def learn(steps: Sequence[Step], work: Calibration, state: State, passes: Passes, gatherer: Gatherer) -> None:
@@ -83,7 +84,8 @@ def _choose(
     rtn = errors.get("rtn") if isfinite(errors[best]) else None  # which has no super-blocks
     return made[best], {
         "method": best if best in RIVALS else work.recipe.method,
-        "fallback": _fallback(best, errors, learned.stopped, "held-out windows" if held else "calibration windows"),
+        "fallback": _fallback(best, errors, learned.stopped, "held-out windows" if held else "calibration windows")
+        or (_UNINFORMED if work.information and block.information is None else None),
         "against_rtn": errors[best] / rtn if rtn else None,
     }
 
@@ -117,13 +119,12 @@ def _fallback(best: str, errors: Mapping[str, float], stopped: str | None, where
 
 
 def _output_error(block: Block, made: Mapping[str, QTensor], windows: Sequence[int], passes: Passes) -> float:
-    """Squared difference between the block's output and the float model's."""
+    """What the difference between the block's output and the float model's costs."""
     weights = {name: qtensor.dequantize() for name, qtensor in made.items()}
     found: list[float] = []
 
     def error_of(window: slice) -> float:
-        gap = block.run([window.start], weights).float() - block.target([window.start]).float()
-        return float(gap.square().sum(dtype=torch.float64))
+        return block.loss(block.run([window.start], weights).float() - block.target([window.start]).float())
 
     passes.in_turn(error_of, [slice(index, index + 1) for index in windows], lambda _, error: found.append(error))
     return sum(found)

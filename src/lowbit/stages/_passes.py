@@ -147,4 +147,11 @@ class Passes:
             threads=work.way.threads if work.device.type == "cpu" else 1,  # a GPU wants few large products
             pool=work.pool,
             device=work.device,
+            information=self._information(),
         )
+
+    def _information(self) -> Tensor | None:
+        """What errors of the block's output cost, where that is known and a number."""
+        streams = self._work.information
+        found = streams.read("information", self.index)[0] if streams else None
+        return None if found is None or not found.isfinite().all() else found.to(self._work.device)

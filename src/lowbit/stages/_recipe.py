@@ -72,6 +72,10 @@ class Recipe:
         """Whether its method sees a whole block."""
         return self._record.learn is not None
 
+    def informed(self, options: Mapping[str, Any]) -> bool:
+        """Whether its method asks what errors at the outputs of blocks cost; `options`: of all, as a plan has them."""
+        return self._record.informed(step_options(self._record, self.method, options))
+
     @property
     def paired(self) -> bool:
         """Whether its method compares inputs with the float model's."""

@@ -21,7 +21,7 @@ from lowbit.stages._streams import Streams
 
 Piece = tuple[int, slice]  # a window, and tokens of it
 Tick = Callable[[int, int], None]
-_MOMENT = "second_moment"
+MOMENT = "second_moment"
 # Added to the diagonal of the information, as a share of its mean: it is that of small errors in the float model, and
 # where it sees nothing those of few bits, in a model whose blocks are quantized too, still count.
 _FLOOR = 0.3
@@ -29,7 +29,7 @@ _FLOOR = 0.3
 
 @final
 class Information:
-    """What an embedding is learned from, while it comes in: its slopes stand in the place of inputs.
+    """What slopes say of errors, while they come in: in the place of inputs, as of a weight.
 
     Args:
         needs: names of statistics.
@@ -40,7 +40,7 @@ class Information:
         self._found, self._power = Accumulator(sorted(needs), 0, held), 0.0
 
     def slopes(self, rows: Float[Tensor, "*tokens width"], held: bool) -> None:
-        """Gradients at what it gives."""
+        """Gradients at what an embedding gives, or a block."""
         flat = rows.flatten(0, -2)
         self._power += 0.0 if held else float(flat.float().square().sum(dtype=torch.float64))
         self._found.take(flat, None, held)
@@ -52,8 +52,8 @@ class Information:
     def finish(self) -> Seen:
         """All of it, as of inputs."""
         seen = self._found.finish()
-        if _MOMENT in seen.stats:
-            diagonal = seen.stats[_MOMENT].diagonal()
+        if MOMENT in seen.stats:
+            diagonal = seen.stats[MOMENT].diagonal()
             diagonal.add_(_FLOOR * self._power / (seen.rows * len(diagonal)))
         return seen
 

@@ -39,7 +39,8 @@ ABSMAX = "absmax"
 class Calibration:
     """Everything that stays the same from block to block.
 
-    The same workers do all: each has a heap of its own, which keeps what was freed.
+    The same workers do all: each has a heap of its own, which keeps what was freed. `information`: where that at the
+    output of each block is, `[1, width, width]`, if a step asks for it.
     """
 
     source: Checkpoint
@@ -50,6 +51,7 @@ class Calibration:
     blueprint: Blueprint
     windows: Windows
     streams: Streams
+    information: Streams | None
     entrance: Entrance
     terms: Terms
     pool: ThreadPoolExecutor

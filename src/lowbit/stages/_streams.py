@@ -20,7 +20,7 @@ from torch import Tensor
 from lowbit.stages._recipe import Recipe
 from lowbit.stages.write import allocate, sync
 
-Kind = Literal["quantized", "float"]
+Kind = Literal["quantized", "float", "information"]
 
 
 def stream_kinds(recipe: Recipe, inputs: str) -> tuple[Kind, ...]:
@@ -49,10 +49,10 @@ class Streams:
 
     def latest(self, most: int) -> int:
         """The last block, up to `most`, whose inputs are all there; 0 where none are."""
-        return next((k for k in range(most, 0, -1) if all(self._there(kind, k) for kind in self.kinds)), 0)
+        return next((k for k in range(most, 0, -1) if all(self.there(kind, k) for kind in self.kinds)), 0)
 
-    def _there(self, kind: Kind, block: int) -> bool:
-        """Whether they are, in this type: another run may have found another faster."""
+    def there(self, kind: Kind, block: int) -> bool:
+        """Whether inputs of a block are, in this type: another run may have found another faster."""
         path = self._path(kind, block)
         return path.exists() and path.stat().st_size == prod(self.shape) * self.dtype.itemsize
 

@@ -109,7 +109,7 @@ def calibrate(prepared: Prepared, output: Output, watch: MemoryWatch, progress: 
         work = _begin(prepared, output)
         with work.pool:
             ends = Ends(work, outside, partial(tick, "slopes"))
-            ends.make_tables()
+            ends.make_tables(range(done, len(paths)))
             start = work.streams.latest(done)
             if start == 0:
                 _enter(work, ends.entrance())
@@ -163,6 +163,8 @@ def _begin(prepared: Prepared, output: Output) -> Calibration:
     calibration = prepared.plan.calibration
     assert calibration is not None
     recipe, shape = parse_recipe(prepared.plan.recipe), (ids.shape[0], ids.shape[1], blueprint.width)
+    folder, square = output.path / WORK / "hidden", (1, blueprint.width, blueprint.width)
+    informed = recipe.informed(prepared.plan.options)
     return Calibration(
         prepared.source,
         prepared.plan,
@@ -171,7 +173,8 @@ def _begin(prepared: Prepared, output: Output) -> Calibration:
         cost,
         blueprint,
         split_windows(ids, cost.tokens),
-        Streams(output.path / WORK / "hidden", shape, blueprint.dtype, stream_kinds(recipe, calibration.inputs)),
+        Streams(folder, shape, blueprint.dtype, stream_kinds(recipe, calibration.inputs)),
+        Streams(folder, square, torch.float32, ("information",)) if informed else None,
         Entrance(blueprint, torch.device(calibration.device)),
         Terms(output.path),
         ThreadPoolExecutor(cost.threads, "calibrate"),

@@ -55,14 +55,14 @@ def rounded(site: Site, block: Block, factors: Factors) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def output_error(block: Block, indices: Sequence[int], weights: Weights, factors: Weights) -> float:
-    """Mean squared difference between the block's output with these weights and what the float model computes."""
+    """Mean loss by the difference between the block's output with these weights and what the float model computes."""
     error, count = 0.0, 0
     for start in range(0, len(indices), _BATCH):
         batch = indices[start : start + _BATCH]
         # Factors matter where inputs are quantized, and only there has `run` a use for them.
         found = block.run(batch, weights, factors) if block.activations else block.run(batch, weights)
         difference = found.float() - block.target(batch).float()
-        error += difference.square_().sum(dtype=torch.float64).item()
+        error += block.loss(difference)
         count += difference.numel()
     return error / max(count, 1)
 

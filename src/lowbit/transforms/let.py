@@ -83,7 +83,7 @@ def _slopes(site: Site, block: Block, factors: Factors, batch: Sequence[int]) ->
     with torch.enable_grad():
         shared = (dict.fromkeys(site.weights, given),) if block.activations else ()
         gap = block.run(batch, weights, *shared).float() - block.target(batch).float()
-        gap.square().mean().backward()  # type: ignore[no-untyped-call]
+        (gap * block.weighed(gap)).mean().backward()  # type: ignore[no-untyped-call]
     total = torch.zeros_like(factors) if given.grad is None else given.grad * factors
     for name, made in weights.items():
         assert made.grad is not None
