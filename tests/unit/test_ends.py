@@ -31,7 +31,7 @@ from lowbit.stages._streams import Streams
 from lowbit.stages.budgets import sensitivity
 from lowbit.stages.calibrate import Prepared, _begin, _enter, calibrate, prepare
 from lowbit.stages.checkpoint import open_checkpoint
-from lowbit.stages.plan import Calibration, Entry, Rules, as_planned, instead, make_offers, make_plan
+from lowbit.stages.plan import Calibration, Entry, Rules, as_planned, make_offers, make_plan
 from lowbit.stages.write import Output, open_output
 from lowbit.tensors import QTensor
 from tests.reference.models import save_tiny
@@ -292,7 +292,7 @@ def test_predictions_that_are_no_numbers_leave_an_embedding_to_others(tmp_path: 
 def test_who_makes_them_is_said(method: str, makes: str, said: str | None, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model", **EVEN)
     entries = [e for e in planned(tmp_path, method).plan.entries if ".layers." not in e.weight.name and e.weight.scheme]
-    assert {(entry.method, instead(entry)) for entry in entries} == {(makes, said)}
+    assert {(entry.method, entry.instead) for entry in entries} == {(makes, said)}
 
 
 def test_slopes_are_taken_of_some_windows() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.errors import UnsupportedError, UsageError
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint
-from lowbit.stages.plan import Calibration, Plan, Rules, instead, load_plan, make_plan
+from lowbit.stages.plan import Calibration, Plan, Rules, load_plan, make_plan
 from lowbit.stages.write import make_shards
 
 MATRIX = "model.layers.0.self_attn.q_proj.weight"
@@ -116,7 +116,7 @@ def test_gptq_makes_every_type_of_a_mixture(wiki_8m: Path) -> None:
     assert inside == {("iq3_s", "gptq"), ("q4_k", "gptq")}
 
 
-def test_types_of_a_mixture_that_a_method_cannot_make_are_another_s_and_say_so(wiki_8m: Path) -> None:
+def test_types_of_a_mixture_that_a_method_cannot_make_are_another_s_and_say_so(wiki_8m: Path, tmp_path: Path) -> None:
     """`iq3_m` has `iq3_s`, which is runs of codes from a table, and `q4_k` for what is sensitive."""
     rules = Rules("iq3_m", "autoround", "gguf", calibration=Calibration(("text",)))
     plan = make_plan(open_checkpoint(wiki_8m), rules)
@@ -125,14 +125,17 @@ def test_types_of_a_mixture_that_a_method_cannot_make_are_another_s_and_say_so(w
         ("iq3_s", "gptq"),
         ("q4_k", "autoround"),
     }
-    said = {(entry.method, instead(entry)) for entry in plan.entries if entry.weight.scheme}
+    said = {(entry.method, entry.instead) for entry in plan.entries if entry.weight.scheme}
     assert said == {
         ("autoround", None),
         ("gptq", "autoround cannot make iq3_s"),
         ("gptq", "outside of the blocks, where single weights are made"),
     }
-    named = {e.weight.name for e in plan.entries if e.weight.scheme and "cannot make" in e.reason}
+    named = {e.weight.name for e in plan.entries if e.weight.scheme and "cannot make" in str(e.instead)}
     assert named == {name for name, entry in inside.items() if entry.method == "gptq"}
+    saved = tmp_path / "plan.json"
+    saved.write_text(plan.to_json())
+    assert load_plan(saved, open_checkpoint(wiki_8m)) == plan
 
 
 @pytest.mark.parametrize(

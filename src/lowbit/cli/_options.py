@@ -624,7 +624,7 @@ def fold(plan: Plan) -> list[tuple[str, ...]]:
     for entry in plan.entries:
         weight = entry.weight
         shape = "x".join(map(str, weight.shape))
-        key = (_NUMBER.sub(".*.", weight.name), shape, str(weight.scheme or "keep"), entry.method or "", entry.reason)
+        key = (_NUMBER.sub(".*.", weight.name), shape, str(weight.scheme or "keep"), entry.method or "", entry.reasons)
         groups.setdefault(key, []).append(entry)
     times = Counter(name for name, *_ in groups)
     return [
@@ -661,4 +661,4 @@ def _reason(members: Sequence[Entry]) -> str:
     if len(costs) < 2:
         return members[0].why
     said = f"cost {min(costs):.2g} to {max(costs):.2g} each, {sum(costs):.2g} together"
-    return f"{said}: {members[0].reason}"
+    return f"{said}: {members[0].reasons}"

@@ -40,11 +40,10 @@ from lowbit.stages.checkpoint import Checkpoint, arch_row, require_explained, sw
 from lowbit.tensors import scheme_bytes
 
 VERSION = 2
-_UNSEEN = "; not in the importance matrix"
-_OUTSIDE = "; outside of the blocks, where no statistics are taken"
+_UNSEEN = "not in the importance matrix"
+_OUTSIDE = "outside of the blocks, where no statistics are taken"
 _END_ROLES = ("embedding", "head")
-_ENDS = "; outside of the blocks, where single weights are made"
-_INSTEAD = re.compile(rf"; (({_UNSEEN[2:]}|{_OUTSIDE[2:]}|{_ENDS[2:]}|\w+ cannot make ).*)")
+_ENDS = "outside of the blocks, where single weights are made"
 _SWAPPED = "transposed linear layer (Conv1D)"
 _SHARED = "shared with another layer, which no reader of this format would find"
 _STACKED = "experts in one tensor; "
@@ -142,7 +141,7 @@ class Entry:
     `tied` names the weight whose storage this one shares: it is stored once, under that name. Where `weight.swapped`,
     it is the transpose of what the checkpoint holds (`as_planned`). `came`: the dtype that it had, where it is
     stored in another. `costs`: of a scheme that was chosen for a budget, and of those beside it by size, what each is
-    predicted to cost, its own first; the reason has the unit.
+    predicted to cost, its own first; the reason has the unit. `instead`: why another method than the recipe's makes it.
     """
 
     weight: Weight
@@ -151,14 +150,20 @@ class Entry:
     tied: str | None = None
     came: torch.dtype | None = None
     costs: Mapping[str, float] = field(default_factory=dict)
+    instead: str | None = None
+
+    @property
+    def reasons(self) -> str:
+        """Why it has its scheme, and its method."""
+        return f"{self.reason}; {self.instead}" if self.instead else self.reason
 
     @property
     def why(self) -> str:
-        """The reason, after what was predicted."""
+        """The reasons, after what was predicted."""
         if not self.costs:
-            return self.reason
+            return self.reasons
         (_, own), *others = self.costs.items()
-        return ", ".join([f"costs {own:.2g}", *(f"{name} {cost:.2g}" for name, cost in others)]) + f": {self.reason}"
+        return ", ".join([f"costs {own:.2g}", *(f"{name} {cost:.2g}" for name, cost in others)]) + f": {self.reasons}"
 
     @property
     def source_bytes(self) -> int:
@@ -228,6 +233,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         **({"tied": entry.tied} if entry.tied else {}),
         **({"rows": weight.rows} if weight.rows else {}),
         **({"costs": dict(entry.costs)} if entry.costs else {}),
+        **({"instead": entry.instead} if entry.instead else {}),
     }
 
 
@@ -325,26 +331,27 @@ class _Maker:
         if wanted != "keep" and self._shared(weight):
             raise UnsupportedError(f"{weight.name} is {_SHARED}; keep it")
         inside = weight.name in self.inside and not self._moved(weight)
-        method, why = recipe.method, ""
+        method, instead = recipe.method, None
         seen = self._important(weight) if self.importance else inside
         beside = None if self.importance else _method(recipe.method).beside
         if not seen and recipe.calibrated and beside and role_of(weight.name) in _END_ROLES:
-            method, why, seen = beside, _ENDS * (beside != recipe.method), True
+            method, instead, seen = beside, _ENDS if beside != recipe.method else None, True
         elif not seen and recipe.calibrated:
-            outside, why = _method(recipe.method).outside, _UNSEEN if self.importance else _OUTSIDE
+            outside, instead = _method(recipe.method).outside, _UNSEEN if self.importance else _OUTSIDE
             method = form.encoder if outside == "mse" and form.encoder and wanted in BLOCKS else outside
         if form.encoder and wanted in BLOCKS:
             learned = (beside or form.learned_encoder) if seen and recipe.calibrated else None
             able = _able(method, wanted, learned or form.encoder)
-            why, method = why or f"; {method} cannot make {wanted}" * (able != method), able
+            instead = instead or (f"{method} cannot make {wanted}" if able != method else None)
+            method = able
         activations = self.rules.activations if inside else None
         swap, config = self.swap(weight), self.checkpoint.config
-        why, smooths, advise = reason + why, inside and recipe.smooths, given is None
-        entry = _entry(weight, wanted, why, method, form, config, activations, swap, smooths, advise)
+        smooths, advise = inside and recipe.smooths, given is None
+        entry = _entry(weight, wanted, reason, method, form, config, activations, swap, smooths, advise)
         left = None if reason.startswith("--set") else kept_for(self.rules.format, config, entry.weight)
         if left and given:
             raise UnsupportedError(f"{weight.name} is {left}; keep it")
-        return Entry(weight, None, left) if left else entry
+        return Entry(weight, None, left) if left else replace(entry, instead=instead if entry.method else None)
 
     def _moved(self, weight: Weight) -> bool:
         """Whether a file has its columns in another order, in which no calibration has their inputs."""
@@ -452,12 +459,6 @@ def _check_used(entries: Sequence[Entry], method: str) -> None:
     if found and not any(entry.method == method for entry in entries):
         entry, why = found[0]
         raise UnsupportedError(f"{entry.weight.name}: method {method} cannot use {entry.weight.scheme}: {why}")
-
-
-def instead(entry: Entry) -> str | None:
-    """Why another method than that of the recipe makes a weight, as its reason has it; None where none does."""
-    found = _INSTEAD.search(entry.reason) if entry.weight.scheme else None
-    return found and found[1]
 
 
 def _plain(weight: Weight) -> Weight:
@@ -577,8 +578,6 @@ def _entry(
     turned = arranged(turned, wanted, form, config)
     if wanted == "keep" or (form.arrange and wanted in _NAMES.values()):
         kept = turned if form.arrange else weight
-        for other in (_OUTSIDE, _UNSEEN, _ENDS):
-            reason = reason.removesuffix(other)
         return Entry(kept, None, reason, came=weight.dtype)
     scheme, method = parse(wanted), _method(name)
     if swap and not form.swaps:
@@ -758,7 +757,8 @@ def _read_row(row: Mapping[str, Any], weight: Weight, form: Format, config: Mapp
     scheme, method, swap = row["scheme"] or kept, row["method"] or "rtn", swapped(config, weight) and not weight.swapped
     smooths = smooths and _BLOCK.search(weight.name) is not None
     entry = _entry(weight, scheme, row["reason"], method, form, config, row.get("activations"), swap, smooths)
-    return replace(entry, costs={str(name): float(cost) for name, cost in row.get("costs", {}).items()})
+    costs = {str(name): float(cost) for name, cost in row.get("costs", {}).items()}
+    return replace(entry, costs=costs, instead=row.get("instead") if entry.method else None)
 
 
 def _check_same(path: Path, rows: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> None:

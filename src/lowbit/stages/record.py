@@ -38,7 +38,7 @@ from lowbit.stages._records import (
     Verification,
 )
 from lowbit.stages.checkpoint import AHEAD, LEFT, Checkpoint, open_checkpoint
-from lowbit.stages.plan import Entry, Plan, instead
+from lowbit.stages.plan import Entry, Plan
 from lowbit.stages.quantize import pieces_of
 from lowbit.stages.verify import Verified
 from lowbit.stages.write import Output
@@ -179,7 +179,7 @@ def _counts(plan: Plan) -> tuple[Count, ...]:
 def _fallbacks(output: Output) -> tuple[Count, ...]:
     """Weights that another method made than the recipe's, or on other data, by reason."""
     facts = [record.facts for record in output.records.values()]
-    reasons = Counter(f"{entry.method}: {why}" for entry in output.plan.entries if (why := instead(entry)))
+    reasons = Counter(f"{entry.method}: {why}" for entry in output.plan.entries if (why := entry.instead))
     reasons += Counter(f"{each['method']}: {each['fallback']}" for each in facts if each.get("fallback"))
     few = sum(each.get("starved") is not None for each in facts)
     if few:
