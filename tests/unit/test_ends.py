@@ -43,10 +43,10 @@ TIED = ["gemma", "gpt2", "bloom", "opt"]
 FREE = ["llama", "gpt_neox", "qwen3_moe"]
 
 
-def planned(folder: Path, method: str = "gptq", inputs: str = "quantized", skip: tuple[str, ...] = ()) -> Prepared:
+def planned(folder: Path, method: str = "gptq", inputs: str = "quantized", **rules: Any) -> Prepared:
     source, text = open_checkpoint(folder / "model"), Calibration(("text",), inputs=inputs)
-    rules = Rules("int4-g32-asym", method, "mlx", skip=skip, sets=((ENDS, "int3-g32-asym"),), calibration=text)
-    plan = make_plan(source, rules)
+    sets = ((ENDS, "int3-g32-asym"),)
+    plan = make_plan(source, Rules("int4-g32-asym", method, "mlx", sets=sets, calibration=text, **rules))
     return prepare(as_planned(source, plan), plan, IDS, None, 1)
 
 
@@ -179,7 +179,7 @@ def test_an_output_layer_sees_what_the_quantized_model_gives_it(
 
     monkeypatch.setattr(Ends, "_make", keep)
     model = save_tiny("llama", tmp_path / "model", **EVEN)
-    ready = planned(tmp_path, method, inputs, skip)
+    ready = planned(tmp_path, method, inputs, skip=skip)
     rows: list[Tensor] = []
     model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(args[0].flatten(0, 1)))
     with open_output(tmp_path / "out", ready.source, ready.plan) as output, torch.no_grad():

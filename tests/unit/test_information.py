@@ -35,7 +35,7 @@ IDS = torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(1))
 
 def planned(folder: Path, method: str = "autoround", ids: Tensor = IDS, **options: Any) -> Prepared:
     source, text = open_checkpoint(folder / "model"), Calibration(("text",))
-    rules = Rules("int3-row", method, options={"iterations": 3, **options}, calibration=text)
+    rules = Rules("int3-row", method, options={"iterations": 3, "information": True, **options}, calibration=text)
     plan = make_plan(source, rules)
     return prepare(as_planned(source, plan), plan, ids, None, 1)
 
@@ -89,7 +89,7 @@ def test_information_is_that_of_the_whole_model(kind: str, tmp_path: Path) -> No
 
 def test_embeddings_that_are_learned_from_the_same_pass_change_nothing(tmp_path: Path) -> None:
     """Windows that judge embeddings are no part of it."""
-    with opened("llama", tmp_path, "autoround") as (model, work, ends):
+    with opened("llama", tmp_path, "autoround", options={"information": True}) as (model, work, ends):
         ends.make_tables(range(1, 2))
         (slopes,) = at_outputs(model, work.windows.ids[:7], list(work.blueprint.blocks)[1:])
         assert work.information is not None and not work.information.there("information", 0)
@@ -178,7 +178,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(at: tuple[str, int], tm
 @pytest.mark.parametrize("method", ["autoround", "rtn+lqer"])
 def test_no_slopes_are_taken_where_none_are_asked_for(method: str, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
-    options = {"information": False, "iterations": 3} if method == "autoround" else {}
+    options = {"iterations": 3} if method == "autoround" else {}
     source, text = open_checkpoint(tmp_path / "model"), Calibration(("text",))
     plan = make_plan(source, Rules("int3-row", method, options=options, calibration=text))
     ready, stages = prepare(source, plan, IDS, None, 1), list[str]()

@@ -38,7 +38,7 @@ class Options:
         signed: whether scales of symmetric integers may be negative: the steps of the grid are then smaller by
             1 / 2**bits, as the level that has no counterpart is where a group's largest weight is.
         information: whether errors of a block's output count as much as they change the model's predictions; else all
-            alike, as published.
+            alike, as published. Less divergence, no less perplexity: `docs/methods/autoround.md`.
     """
 
     preset: Literal["light", "default", "best"] = "default"
@@ -48,7 +48,7 @@ class Options:
     minmax_lr: float | None = None
     search: bool | None = None
     signed: bool = True
-    information: bool = True
+    information: bool = False
 
     def __post_init__(self) -> None:
         if self.total < 0 or self.batch < 1 or min(self.lr or 0, self.minmax_lr or 0) < 0:
