@@ -38,7 +38,7 @@ class Options:
         signed: whether scales of symmetric integers may be negative: the steps of the grid are then smaller by
             1 / 2**bits, as the level that has no counterpart is where a group's largest weight is.
         information: whether errors of a block's output count as much as they change the model's predictions; else all
-            alike, as published. Less divergence, no less perplexity: `docs/methods/autoround.md`.
+            alike, as published. What it gains and what it costs: `docs/methods/autoround.md`.
     """
 
     preset: Literal["light", "default", "best"] = "default"
