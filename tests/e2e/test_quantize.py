@@ -143,13 +143,16 @@ def test_the_memory_limit_is_kept(tmp_path: Path, ram: str) -> None:
     assert 50 * 2**20 < peak < int(ram[:3]) * 2**20
 
 
-@pytest.mark.parametrize(("samples", "length"), [(8, 128), (8, 1024)])
-def test_the_estimate_of_learning_is_near_what_it_takes(samples: int, length: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("samples", "length", "informed"), [(8, 128, False), (8, 1024, False), (8, 1024, True)])
+def test_the_estimate_of_learning_is_near_what_it_takes(
+    samples: int, length: int, informed: bool, tmp_path: Path
+) -> None:
     """In a process of its own: what it holds before is part of both."""
     text, out = MODEL.parent / "evaluation.txt", tmp_path / "out"
     command = [sys.executable, "-m", "lowbit", "quantize", str(MODEL), str(out), "--calibration", str(text)]
     command += ["--samples", str(samples), "--sequence-length", str(length), "--blocks", "0:1", "--threads", "1"]
     command += ["--scheme", "int3-g128", "--method", "autoround", "--option", "iterations=2"]
+    command += ["--option", f"information={informed}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     memory = json.loads((out / "report.json").read_text())["memory"]
@@ -206,6 +209,7 @@ def test_what_is_wrong_with_the_calibration_text_is_said_before_the_work(lowbit:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["warnings"]) == 2 and report["calibration"]["likeness"]["excess"] is None
     assert "The calibration sample is small" in (tmp_path / "out" / "report.md").read_text()
+    assert not (tmp_path / "out/.lowbit/hidden").exists(), "hidden states are of no use any more"
 
 
 def test_an_importance_matrix_is_used_without_naming_a_method(lowbit: CommandLine, tmp_path: Path) -> None:
