@@ -39,7 +39,7 @@ from lowbit.stages.budgets.allocate import Budget
 from lowbit.stages.budgets.decide import Job, Read, Told, decide
 from lowbit.stages.budgets.search import asked
 from lowbit.stages.budgets.sensitivity import Way
-from lowbit.stages.calibrate import Prepared, calibrate, default_length, prepare
+from lowbit.stages.calibrate import Prepared, calibrate, default_length, forget, prepare
 from lowbit.stages.checkpoint import Checkpoint, open_checkpoint, require_explained
 from lowbit.stages.evaluate import Text, evaluate, read_text
 from lowbit.stages.evaluate import Way as EvaluationWay
@@ -176,6 +176,7 @@ def _line(
             quantize.quantize(source, plan, output, way, watch, progress)
             adapter = Terms(request.out).finish(str(request.out)) if blocks else None
             output.finish(source)
+            forget(output)
             clock.lap("quantize")
             tuned = tune.tune(blocks, output, watch, progress) if blocks else {}
             if tuned:

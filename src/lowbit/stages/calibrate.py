@@ -7,12 +7,14 @@ with round-to-nearest and with `mse`; the best is kept.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -44,6 +46,7 @@ from lowbit.stages.quantize import Progress, refuse_not_finite, silent
 from lowbit.stages.write import WORK, Output
 
 _LENGTH = 2048
+_HIDDEN = Path(WORK) / "hidden"
 
 
 def default_length(source: Checkpoint) -> int:
@@ -121,6 +124,11 @@ def calibrate(prepared: Prepared, output: Output, watch: MemoryWatch, progress: 
         progress("calibrate", len(paths), len(paths))
 
 
+def forget(output: Output) -> None:
+    """Delete the hidden states of a run that has all its weights: those of the last block are as large as of any."""
+    shutil.rmtree(output.path / _HIDDEN, ignore_errors=True)
+
+
 def _check_device(plan: Plan) -> None:
     name = plan.calibration.device if plan.calibration else "cpu"
     try:
@@ -163,7 +171,7 @@ def _begin(prepared: Prepared, output: Output) -> Calibration:
     calibration = prepared.plan.calibration
     assert calibration is not None
     recipe, shape = parse_recipe(prepared.plan.recipe), (ids.shape[0], ids.shape[1], blueprint.width)
-    folder, square = output.path / WORK / "hidden", (1, blueprint.width, blueprint.width)
+    folder, square = output.path / _HIDDEN, (1, blueprint.width, blueprint.width)
     informed = recipe.informed(prepared.plan.options)
     return Calibration(
         prepared.source,

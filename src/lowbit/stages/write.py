@@ -375,8 +375,7 @@ class Output:
         write_atomic(self.path / "lowbit-plan.json", self.plan.to_json().encode())
         for name in sorted(documents, reverse=True):
             write_atomic(self.path / name, (json.dumps(documents[name], indent=2) + "\n").encode())
-        for folder in ("scratch", "hidden"):  # hidden states of the last block are as large as those of any
-            shutil.rmtree(self.path / WORK / folder, ignore_errors=True)
+        shutil.rmtree(self.path / WORK / "scratch", ignore_errors=True)
 
     def _documents(self, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
         """JSON files by name: what declares the format, and what a GGUF file alone tells that becomes none."""
