@@ -52,7 +52,8 @@ class Backward:
             forward(blueprint, work.entrance, windows, streams, lambda done, _: self._tick(done, 2 * count))
             slopes = self._at_the_end(streams)
             for index in reversed(range(count)):
-                self._keep(index, slopes[: windows.fit])
+                if index in self._blocks:
+                    self._keep(index, slopes[: windows.fit])
                 if self._found or index > min(self._blocks):
                     self._back(index, streams, slopes)
                 self._tick(2 * count - index, 2 * count)
@@ -81,8 +82,6 @@ class Backward:
 
     def _keep(self, index: int, slopes: Tensor) -> None:
         """The information at a block's output, one on average along its diagonal; NaN where it is no number."""
-        if index not in self._blocks:
-            return
         found = Information({MOMENT}, 0)
         found.slopes(slopes, False)
         seen = found.finish()

@@ -33,13 +33,14 @@ def stream_kinds(recipe: Recipe, inputs: str) -> tuple[Kind, ...]:
 @final
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states before each block.
+    """Hidden states before each block, or, of a shape of its own, what errors at each block's output cost.
 
     Attributes:
         folder: where the files are.
         shape: windows, tokens, width.
         dtype: of the values.
-        kinds: which streams there are: what quantized blocks made of the windows, what the float model makes of them.
+        kinds: which streams there are: what quantized blocks made of the windows, what the float model makes of them,
+            or the information at outputs (`_information.py`).
     """
 
     folder: Path
@@ -52,7 +53,7 @@ class Streams:
         return next((k for k in range(most, 0, -1) if all(self.there(kind, k) for kind in self.kinds)), 0)
 
     def there(self, kind: Kind, block: int) -> bool:
-        """Whether inputs of a block are, in this type: another run may have found another faster."""
+        """Whether those of a block are, in this type: another run may have found another faster."""
         path = self._path(kind, block)
         return path.exists() and path.stat().st_size == prod(self.shape) * self.dtype.itemsize
 
