@@ -1,14 +1,14 @@
 """Attention in calibration passes: faster tiles than the CPU kernel's, and results kept from one pass to the next.
 
 The passes over a block for its later steps repeat the attention of the earlier ones: what feeds it is on its grid
-already. So its output is kept in mapped files until the block is done.
+already. So its output is kept in mapped files until the block is done; where a module ends in a product (`_shortcuts`),
+what this product reads is kept in its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any, final
 
@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from lowbit import native
+from lowbit.stages.write import allocate
 
 _TILE = 128
 _HEADS = 8  # that are computed together: their scores stay in the cache
@@ -25,58 +26,95 @@ _HEADS = 8  # that are computed together: their scores stay in the cache
 
 @final
 class Memory:
-    """Attention of one block, by pass over a batch and number of the call.
+    """What is known of one block from earlier passes, by place in it and batch of windows.
 
     Args:
-        folder: for the files; they are deleted by `forget`.
+        folder: for the files, one for each place and size; they serve one block after the other.
+        windows: that there are in all.
+
+    Nothing but numbers is kept in the process: small things that stay, made between large ones that go, would leave a
+    heap of holes as large as all that is kept.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._known = folder, dict[str, tuple[Tensor, torch.device]]()
+    def __init__(self, folder: Path, windows: int) -> None:
+        self._folder, self._windows = folder, windows
+        self._rooms = dict[tuple[str, int, torch.dtype], Tensor]()
+        self._known = dict[tuple[str, int], tuple[torch.Size, torch.dtype, torch.device]]()
 
-    def get(self, key: str) -> Tensor | None:
+    def get(self, place: str, batch: slice) -> Tensor | None:
         """What was kept, where it was."""
-        known = self._known.get(key)
-        return known and known[0].to(known[1])
+        known = self._known.get((place, batch.start))
+        return known and self._room(place, batch, *known[:2]).to(known[2])
 
-    def keep(self, key: str, value: Tensor) -> None:
-        """Keep a result."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        room = torch.from_file(str(self._folder / key), shared=True, size=prod(value.shape), dtype=value.dtype)
-        self._known[key] = room.view(value.shape).copy_(value), value.device
+    def keep(self, place: str, batch: slice, value: Tensor) -> Tensor:
+        """Keep a result; returns it as it is kept, which is no memory of the process's own.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        kept = self._room(place, batch, value.shape, value.dtype).copy_(value)
+        self._known[place, batch.start] = value.shape, value.dtype, value.device
+        return kept.to(value.device)
 
     def forget(self) -> None:
-        """Delete all."""
-        for key in self._known:
-            (self._folder / key).unlink()
+        """What is known is not true any more."""
         self._known = {}
+
+    def _room(self, place: str, batch: slice, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        each = shape.numel() // (batch.stop - batch.start)
+        key = place, each, dtype
+        if key not in self._rooms:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path, size = self._folder / f"{place}-{each}-{dtype.itemsize}", each * self._windows
+            with path.open("a+b") as file:  # another worker may be at it too
+                allocate(file.fileno(), size * dtype.itemsize, path)
+            self._rooms.setdefault(key, torch.from_file(str(path), True, size, dtype=dtype))
+        return self._rooms[key][batch.start * each : batch.stop * each].view(shape)
 
 
 @final
 class Remembered(TorchFunctionMode):
-    """While it is entered, attention is taken from memory, or computed in tiles and kept.
+    """One pass over a batch: while it is entered, attention is taken from memory, or computed in tiles and kept.
 
     Args:
         memory: of the block.
-        key: names the batch and what it reads.
+        stream: names what the pass reads.
+        batch: the windows.
         final: whether what was computed so far will be the same in later passes.
     """
 
-    def __init__(self, memory: Memory, key: str, final: Callable[[], bool]) -> None:
+    def __init__(self, memory: Memory, stream: str, batch: slice, final: Callable[[], bool]) -> None:
         super().__init__()
-        self._memory, self._key, self._final, self._calls = memory, key, final, 0
+        self._memory, self._stream, self._batch, self._final = memory, stream, batch, final
+        self._calls, self._kept_outside = 0, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        key = f"{self._key}-{self._calls}"
+        if self._kept_outside:
+            return attend(*args, **(kwargs or {}))
         self._calls += 1
-        known = self._memory.get(key)
+        known = self.known(str(self._calls))
         if known is None:
-            known = attend(*args, **(kwargs or {}))
-            if self._final():
-                self._memory.keep(key, known)
+            known = self.keep(str(self._calls), attend(*args, **(kwargs or {})))
         return known
+
+    def known(self, place: str) -> Tensor | None:
+        """What was kept there of this batch."""
+        return self._memory.get(f"{self._stream}-{place}", self._batch)
+
+    def keep(self, place: str, value: Tensor) -> Tensor:
+        """Keep it for later passes, if it will be the same there; returns it, see `Memory`."""
+        return self._memory.keep(f"{self._stream}-{place}", self._batch, value) if self._final() else value
+
+    @contextmanager
+    def kept_outside(self) -> Iterator[None]:
+        """Meanwhile attention is not kept: something that is made of it is."""
+        self._kept_outside = True
+        try:
+            yield
+        finally:
+            self._kept_outside = False
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
@@ -23,8 +23,10 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowbit.errors import UnsupportedError
+from lowbit.stages._attention import Remembered
 from lowbit.stages._model import Blueprint, refusals
 from lowbit.stages._products import Product, Products, Region
+from lowbit.stages._shortcuts import End, with_shortcuts
 
 _HIDDEN = "hidden_states"
 
@@ -289,13 +291,18 @@ class Place:
 
 @final
 class LiveBlock:
-    """A filled block on its device: what calibration runs, and whose weights it replaces one after the other."""
+    """A filled block on its device: what calibration runs, and whose weights it replaces one after the other.
+
+    Attributes:
+        places: where each weight is.
+        ends: modules that need not be run again where it is known what their last layer reads; see `_shortcuts`.
+    """
 
     def __init__(self, blueprint: Blueprint, path: str, names: Sequence[str], device: torch.device) -> None:
         self.path = path
         self.module = blueprint.filled(path).requires_grad_(False)
         self._parameters = dict(self.module.named_parameters())
-        self._local = threading.local()
+        self._local, self.ends = threading.local(), dict[str, End]()
         sources = blueprint.sources(path)
         self.places = {name: place for name in names if (place := self._find(blueprint, name, sources)) is not None}
         self.device = device
@@ -342,10 +349,12 @@ class LiveBlock:
         parameters: Mapping[str, Tensor] | None = None,
         watch: Callable[[Product], Tensor | None] | None = None,
         after: Callable[[Product, Tensor], Tensor] | None = None,
+        recall: Remembered | None = None,
     ) -> Tensor:
         """The block's output, with the given weights (`[outputs, inputs]`) and parameters in the place of its own.
 
         `watch` sees every product of a weight with its rows, and may return other rows; `after` may change the result.
+        `recall` knows what earlier passes of the block as it is computed, and keeps what this one does.
         What is given may be elsewhere than the block; the output is where `hidden` is.
         """
         args, kwargs = call.with_hidden(hidden.to(self.device))
@@ -353,7 +362,11 @@ class LiveBlock:
         replaced = moved | self._replaced(weights or {})
         module = self._own_module() if replaced else self.module
         watched = watch is not None or after is not None
-        with Products(self._regions(replaced), watch, after) if watched else nullcontext():
+        with ExitStack() as around:
+            if recall:
+                module = around.enter_context(self._short(recall))
+            if watched:
+                around.enter_context(Products(self._regions(replaced), watch, after))
             out = functional_call(module, replaced, args, kwargs) if replaced else module(*args, **kwargs)
         found: Tensor = out[0] if isinstance(out, tuple) else out
         return found.to(hidden.device)
@@ -361,10 +374,26 @@ class LiveBlock:
     def _own_module(self) -> nn.Module:
         """This thread's twin of the module, over the same parameters: `functional_call` changes it for a while."""
         if not hasattr(self._local, "module"):
-            shared = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
-            self._local.module = copy.deepcopy(self.module, shared)
+            self._local.module = self._twin()
         found: nn.Module = self._local.module
         return found
+
+    def _twin(self) -> nn.Module:
+        shared = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
+        return copy.deepcopy(self.module, shared)
+
+    @contextmanager
+    def _short(self, recall: Remembered) -> Iterator[nn.Module]:
+        """This thread's twin of the module with shortcuts; itself where a device computes faster than it is told."""
+        if not hasattr(self._local, "short"):
+            module, ends = (self._twin(), self.ends) if self.ends and self.device.type == "cpu" else (self.module, {})
+            self._local.short = module, with_shortcuts(module, ends)
+        module, shortcuts = self._local.short
+        with recall, ExitStack() as after:
+            for shortcut in shortcuts:
+                shortcut.recall = recall
+                after.callback(setattr, shortcut, "recall", None)  # it knows of rows
+            yield module
 
     def _replaced(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters that hold the given weights; differentiable."""

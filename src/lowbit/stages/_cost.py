@@ -7,6 +7,7 @@ rate at which this machine multiplied matrices a moment ago.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import nullcontext
@@ -253,7 +254,7 @@ class _Facts:
             self._activations(batch, threads),
             max(sites * (held + _JUDGE * self.wide), prepared + _JUDGE * self.wide),
             max(parts, self._fitting()),
-            size * (2 * streams * self.blueprint.width + (1 + self.paired) * self.blueprint.attended)
+            size * (2 * streams * self.blueprint.width + self._known() + self.paired * self.blueprint.attended)
             + self._tables()
             + self._slopes() * (len(self.blueprint.blocks) + 1)
             + 4 * self.blueprint.width**2 * len(self.blueprint.blocks) * self.informed,
@@ -275,6 +276,22 @@ class _Facts:
         back = length * max(learned, min(self._back(), count))
         learned = int(_GRAPH * back * token) + kept + self._holes(ceil(back / threads), 2)
         return max(embedded + forward, learned, self._going_back())
+
+    @property
+    def _shortened(self) -> bool:
+        """Whether passes for later steps are not run again as far as earlier ones went (`_shortcuts`)."""
+        return self.device == "cpu" and not self.method.learn
+
+    def _known(self) -> int:
+        """Values of a token that passes keep: what the last layer of each part of the largest block reads."""
+        if not self._shortened:
+            return self.blueprint.attended
+        parts: defaultdict[str, list[int]] = defaultdict(list)
+        for entry in self.largest:
+            path = entry.weight.name.removesuffix(".weight").rpartition(".")[0]
+            if not path.rpartition(".")[2].isdigit():  # neither the block nor an expert
+                parts[path].append(entry.weight.shape[-1])
+        return max(sum(max(inputs) for inputs in parts.values() if len(inputs) > 1), self.blueprint.attended)
 
     def _going_back(self) -> int:
         """Bytes while slopes are taken: of windows that go back through a block, and of logits."""
@@ -339,7 +356,8 @@ class _Facts:
         tokens, total = prod(self.windows), _START
         for entries in self.blocks:
             weights = sum(prod(entry.weight.shape) for entry in entries)
-            passes = _PASSES * (1 + self.paired) + self.floats + len(self.transforms)
+            again = _SHORT if self._shortened and self.experts == 1 else _PASSES
+            passes = again * (1 + self.paired) + self.floats + len(self.transforms)
             learned = self.method.windows(self._options(), self.windows[0])
             searched = sum(
                 4 * t.tokens(step_options(t, n, self.plan.options), self.windows[1]) for t, n in self._named()
@@ -375,7 +393,8 @@ class _Facts:
         return second * tokens * cols**2 / 2 + work + terms
 
 
-_PASSES = 3.5  # passes over a block: up to each of its steps, and one for its output
+# Passes over a block: up to each of its steps, and one for its output; where what ends in a layer is not run again.
+_PASSES, _SHORT = 3.5, 1.75
 BESIDE = 2.4  # attention, norms and copies beside the products of a pass: measured on models of 8M and 1.1B parameters
 # Seconds that the size of the model does not change: of the run, of a weight (its part of the block that is made, found
 # and compared, its file), of an element beside what the method does (rivals, codes, packing), of a window that is

@@ -72,17 +72,19 @@ class Gatherer:
             own, other = Observer(sites, later), Observer(sites, later)
             if reference:
                 hidden = work.streams.read("float", passes.index)[batch]
-                with suppress(Found), Remembered(passes.memory, f"float-{batch.start}", lambda: True):
-                    reference.run(work.call(reference.path, len(hidden)), hidden, watch=other)
+                beside = Remembered(passes.memory, "float", batch, lambda: bool(later))  # else none follows
+                with suppress(Found):
+                    reference.run(work.call(reference.path, len(hidden)), hidden, watch=other, recall=beside)
             rounding = passes.rounding()
 
             def both(product: Product) -> Tensor | None:
                 own(product)
                 return rounding(product) if rounding else None
 
-            known = f"quantized-{batch.start}" + ("" if after is None else "-routed")
-            with suppress(Found), Remembered(passes.memory, known, lambda: own.before and after is None):
-                passes.batch(batch, watch=both, after=after)
+            stream = "quantized" if after is None else "routed"
+            recall = Remembered(passes.memory, stream, batch, lambda: own.before and after is None)
+            with suppress(Found):
+                passes.batch(batch, watch=both, after=after, recall=recall)
             return own.rows, other.rows
 
         def take(batch: slice, found: tuple[dict[Site, Tensor], dict[Site, Tensor]]) -> None:

@@ -18,7 +18,6 @@ from lowbit.stages._sites import Step
 from lowbit.stages._state import Calibration, State
 from lowbit.stages._streams import Kind
 from lowbit.stages.quantize import one_torch_thread
-from lowbit.stages.write import WORK
 
 T = TypeVar("T")
 After = Callable[[Product, Tensor], Tensor]
@@ -31,7 +30,11 @@ class Passes:
     def __init__(self, work: Calibration, state: State, index: int) -> None:
         self._work, self._state, self.index = work, state, index
         self.inputs = work.streams.read(work.inputs, index)
-        self.memory = Memory(work.output.path / WORK / "hidden" / "attention")
+
+    @property
+    def memory(self) -> Memory:
+        """What earlier passes of the block found."""
+        return self._work.memory
 
     def batch(
         self,
@@ -41,11 +44,12 @@ class Passes:
         parameters: Mapping[str, Tensor] | None = None,
         watch: Watch | None = None,
         after: After | None = None,
+        recall: Remembered | None = None,
     ) -> Tensor:
         """The block's output for some windows."""
         live, hidden = self._state.live, (self.inputs if inputs is None else inputs)[batch]
         call = self._work.call(live.path, len(hidden))
-        return live.run(call, hidden, weights, parameters, watch or self.rounding(), self._beside(after))
+        return live.run(call, hidden, weights, parameters, watch or self.rounding(), self._beside(after), recall)
 
     def _beside(self, after: After | None) -> After | None:
         """Adds to each product what the low-rank terms make of its rows, which are not rounded, then calls `after`."""
@@ -86,8 +90,8 @@ class Passes:
         inputs = self._work.streams.read(kind, self.index)
 
         def pass_on(batch: slice) -> None:
-            with Remembered(self.memory, f"{kind}-{batch.start}", lambda: False):
-                outputs[batch] = self.batch(batch, inputs)
+            recall = Remembered(self.memory, kind, batch, lambda: False)
+            outputs[batch] = self.batch(batch, inputs, recall=recall)
 
         with self._work.streams.writing(kind, self.index + 1) as outputs:
             self.in_turn(pass_on, self._work.windows.batches)

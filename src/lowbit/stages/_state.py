@@ -16,6 +16,7 @@ from lowbit.errors import UnsupportedError
 from lowbit.methods import Method
 from lowbit.stages._activations import input_scale
 from lowbit.stages._adapter import Terms
+from lowbit.stages._attention import Memory
 from lowbit.stages._blocks import Call, Entrance, LiveBlock
 from lowbit.stages._cost import Cost
 from lowbit.stages._model import Blueprint
@@ -54,6 +55,7 @@ class Calibration:
     information: Streams | None
     entrance: Entrance
     terms: Terms
+    memory: Memory
     pool: ThreadPoolExecutor
 
     @property

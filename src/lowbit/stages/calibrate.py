@@ -25,6 +25,7 @@ from lowbit import native
 from lowbit.budget import MemoryWatch
 from lowbit.errors import ResourceError, UnsupportedError, UsageError
 from lowbit.stages._adapter import Terms
+from lowbit.stages._attention import Memory
 from lowbit.stages._blocks import Entrance, LiveBlock
 from lowbit.stages._cost import EMBEDDED, Cost, estimate, outside_of
 from lowbit.stages._ends import Ends
@@ -34,6 +35,7 @@ from lowbit.stages._model import Blueprint, open_blueprint
 from lowbit.stages._observe import UNREACHED, Seen, split_windows
 from lowbit.stages._passes import Passes
 from lowbit.stages._recipe import parse_recipe
+from lowbit.stages._shortcuts import ends_of
 from lowbit.stages._sites import Step, find_steps
 from lowbit.stages._state import Calibration, State
 from lowbit.stages._step import quantize_step
@@ -185,6 +187,7 @@ def _begin(prepared: Prepared, output: Output) -> Calibration:
         Streams(folder, square, torch.float32, ("information",)) if informed else None,
         Entrance(blueprint, torch.device(calibration.device)),
         Terms(output.path),
+        Memory(folder / "known", len(ids)),
         ThreadPoolExecutor(cost.threads, "calibrate"),
     )
 
@@ -210,7 +213,8 @@ def _run_block(work: Calibration, path: str, index: int) -> None:
     gatherer, corrections = Gatherer(work, state, passes), Corrections(work, state)
     if "float" in work.streams.kinds:
         passes.forward("float")
-    steps = find_steps(state.live, lambda watch: passes.batch(slice(0, 1), watch=watch))
+    with ends_of(state.live.module) as state.live.ends:
+        steps = find_steps(state.live, lambda watch: passes.batch(slice(0, 1), watch=watch))
     for name in work.recipe.transforms:
         transform(name, steps, work, state, passes, gatherer)
     paired = Gatherer(work, state, passes, _twin(state.live, work.blueprint)) if work.recipe.paired else gatherer
@@ -241,7 +245,7 @@ def _refuse_not_finite(source: Checkpoint, state: State) -> None:
 def _twin(live: LiveBlock, blueprint: Blueprint) -> LiveBlock:
     """The float block beside the one that is being quantized, for statistics that compare the two."""
     twin = LiveBlock(blueprint, live.path, list(live.places), live.device)
-    twin.places = live.places
+    twin.places, twin.ends = live.places, live.ends
     for name, _ in twin.module.named_parameters():
         twin.tensor(name).copy_(live.tensor(name))
     return twin
