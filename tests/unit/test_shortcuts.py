@@ -17,7 +17,7 @@ from lowbit.stages._blocks import Call, Entrance, LiveBlock
 from lowbit.stages._model import open_blueprint
 from lowbit.stages._observe import Observer
 from lowbit.stages._products import Product
-from lowbit.stages._shortcuts import End, ends_of
+from lowbit.stages._shortcuts import End, ends_of, with_shortcuts
 from lowbit.stages._sites import Found, find_steps
 from lowbit.stages.checkpoint import open_checkpoint
 from tests.reference.models import SETTINGS, STACKED, save_tiny
@@ -164,6 +164,14 @@ class _Block(nn.Module):
             made = self.part(x, memo=self._memo)
             x = x + (made[0] if isinstance(made, tuple) else made)
         return x
+
+
+def test_what_a_block_asks_its_module_is_answered() -> None:
+    part = _Part(lambda y: y)
+    (shortcut,) = with_shortcuts(_Block(part), {"part": End("part.last", None)})
+    assert shortcut.first is part.first and shortcut.training
+    with pytest.raises(AttributeError, match="second"):
+        _ = shortcut.second
 
 
 @pytest.mark.parametrize(

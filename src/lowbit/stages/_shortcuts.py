@@ -97,6 +97,13 @@ class Shortcut(nn.Module):
         self._path, self._last, self._nothing = path, (last,), nothing  # a tuple: it is no second child
         self.recall: Remembered | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        """A block may look at its modules: what this one has not is the module's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output: made of what the layer reads, where that is known."""
         recall = self.recall
