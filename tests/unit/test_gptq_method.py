@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, conv2d, unfold
 
 from lowbit import native
 from lowbit.methods import Stats, _elsewhere, gptaq, gptq, imatrix, imatrix_fit, ldlq, rtn
@@ -286,6 +287,23 @@ def test_less_error_than_round_to_nearest(scheme: str) -> None:
         q = run(weight, moment, kind, options)
         ours, theirs = (((x.dequantize() - weight) @ held.T).square().sum() for x in (q, plain))
         assert ours < (0.75 if options == BARE else 0.7) * theirs
+
+
+@pytest.mark.parametrize("scheme", ["int4-g24", "int3-row-asym", "nf4-g36"])
+def test_a_kernel_of_a_convolution_is_the_matrix_that_its_patches_are_multiplied_by(scheme: str) -> None:
+    kernel, kind = weight_of(16, 8 * 9).view(16, 8, 3, 3), parse(scheme)
+    smooth = avg_pool2d(torch.randn(40, 8, 14, 14, generator=torch.Generator().manual_seed(1)), 3, 1)
+    seen, held = smooth[:30], smooth[30:]
+    patches = unfold(seen, 3, padding=1, stride=2).mT.reshape(-1, 8 * 9)
+    moment = patches.T @ patches / len(patches)
+    plain = rtn.METHOD.quantize(kernel.flatten(1), {}, kind, rtn.METHOD.options())
+    made = run(kernel.flatten(1), moment, kind, gptq.Options())
+
+    def error(q: QTensor) -> float:
+        left = q.dequantize().view_as(kernel) - kernel
+        return float(conv2d(held, left, stride=2, padding=1).square().sum())
+
+    assert error(made) < 0.5 * error(plain)
 
 
 @pytest.mark.parametrize("cols", [600, 2112, 4160])
