@@ -47,14 +47,14 @@ class Memory:
         return known and self._room(place, batch, *known[:2]).to(known[2])
 
     def keep(self, place: str, batch: slice, value: Tensor) -> Tensor:
-        """Keep a result; returns it as it is kept, which is no memory of the process's own.
+        """Keep a result; returns it, from the processor as it is kept, which is no memory of the process's own.
 
         Raises:
             ResourceError: the disk is full.
         """
         kept = self._room(place, batch, value.shape, value.dtype).copy_(value)
         self._known[place, batch.start] = value.shape, value.dtype, value.device
-        return kept.to(value.device)
+        return kept if kept.device == value.device else value
 
     def forget(self) -> None:
         """What is known is not true any more."""
