@@ -26,7 +26,7 @@ from lowbit.errors import UnsupportedError
 from lowbit.stages._attention import Remembered
 from lowbit.stages._model import Blueprint, refusals
 from lowbit.stages._products import Product, Products, Region
-from lowbit.stages._shortcuts import End, with_shortcuts
+from lowbit.stages._shortcuts import End, StandIn, with_shortcuts
 
 _HIDDEN = "hidden_states"
 
@@ -58,20 +58,14 @@ class Call:
 
 
 @final
-class _Recorder(nn.Module):
-    """Stands in the place of a block: keeps its arguments and answers with a given output."""
+class _Recorder(StandIn):
+    """In the place of a block: keeps its arguments and answers with a given output."""
 
     def __init__(self, block: nn.Module, answer: Any, last: bool) -> None:
-        super().__init__()
-        self.block, self.answer, self._last = block, answer, last
+        super().__init__(block)
+        self.answer, self._last = answer, last
         self.call: Call | None = None
         self.hidden: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         named = _HIDDEN in kwargs

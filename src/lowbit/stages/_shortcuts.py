@@ -8,6 +8,7 @@ found by running the block.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -80,29 +81,39 @@ def _more(module: nn.Module, layer: str) -> bool:
     return any(weight.dim() > 1 for name, weight in module.named_parameters() if not name.startswith(f"{layer}."))
 
 
-@final
-class Shortcut(nn.Module):
-    """Stands in the place of a module that ends in a layer.
+class StandIn(nn.Module, ABC):
+    """Stands in the place of a module, which whoever calls it may look at: what it has not is the module's."""
 
-    Args:
-        path: of the module, in the block.
-        module: it.
-        last: the layer.
-        nothing: see `End`.
-    """
-
-    def __init__(self, path: str, module: nn.Module, last: nn.Module, nothing: int | None) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self._path, self._last, self._nothing = path, (last,), nothing  # a tuple: it is no second child
-        self.recall: Remembered | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """A block may look at its modules: what this one has not is the module's."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What is done in its place."""
+
+
+@final
+class Shortcut(StandIn):
+    """In the place of a module that ends in a layer.
+
+    Args:
+        block: both are in it.
+        path: of the module.
+        end: which layer.
+    """
+
+    def __init__(self, block: nn.Module, path: str, end: End) -> None:
+        super().__init__(block.get_submodule(path))
+        self._path, self._nothing = path, end.nothing
+        self._last = (block.get_submodule(end.layer),)  # a tuple: it is no second child
+        self.recall: Remembered | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output: made of what the layer reads, where that is known."""
@@ -127,9 +138,7 @@ class Shortcut(nn.Module):
 
 def with_shortcuts(block: nn.Module, ends: Mapping[str, End]) -> list[Shortcut]:
     """Put a shortcut in the place of each module of a block that ends in a layer."""
-    found = []
-    for path, end in ends.items():
-        shortcut = Shortcut(path, block.get_submodule(path), block.get_submodule(end.layer), end.nothing)
+    found = {path: Shortcut(block, path, end) for path, end in ends.items()}
+    for path, shortcut in found.items():
         block.set_submodule(path, shortcut)
-        found.append(shortcut)
-    return found
+    return list(found.values())
